@@ -1,0 +1,72 @@
+"""What every test runs under: array shapes checked at run time, one thread, no network, the same random numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+# Set before anything imports torch or transformers, which read these once.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What a test reads from the console must not depend on the developer's own.
+os.environ["COLUMNS"] = "120"
+for variable in ("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE"):
+    os.environ.pop(variable, None)
+
+import hypothesis
+import jaxtyping
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def _modules_with_shapes() -> list[str]:
+    """The modules of lorica whose annotations state array shapes: those that import them from `lorica._shapes`.
+
+    The others are left as they are, so that a wrong argument there meets lorica's own error and not a type checker's.
+    """
+    source = REPOSITORY / "src"
+    files = [path for path in (source / "lorica").rglob("*.py") if "from lorica._shapes import" in path.read_text()]
+    return [re.sub(r"\.__init__$", "", ".".join(path.relative_to(source).with_suffix("").parts)) for path in files]
+
+
+# Must come before the first import of lorica: the modules are rewritten as they are imported.
+jaxtyping.install_import_hook(_modules_with_shapes(), "shape_check.check")
+
+import torch
+
+torch.set_num_threads(1)
+
+# The same examples every time: a failure that comes and goes teaches nobody. LORICA_EXPLORE=1 draws new ones.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("explore" if os.environ.get("LORICA_EXPLORE") else "same")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Start every test from the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Run without the shape checks, where a compiler or an exporter traces lorica: it cannot trace the checks."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of shared data sets: ``LORICA_DATA``, or ``shared/data`` beside the repository."""
+    folder = Path(os.environ.get("LORICA_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared data sets: no folder {folder}; set LORICA_DATA to where they are")
+    return folder
