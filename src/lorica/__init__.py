@@ -1,0 +1,33 @@
+"""Low-rank adaptation (LoRA) of pretrained PyTorch models: ``h = W0·x + scale·B·A·x``.
+
+Three nouns: a *config* says what to train, an *adapter* is what training made, and the *adapted model* is your own model, whose
+targeted layers changed class in place.
+"""
+
+from __future__ import annotations
+
+from lorica.adapter import Adapter as Adapter
+from lorica.adapter import Factors as Factors
+from lorica.checkpoint import is_adapter as is_adapter
+from lorica.checkpoint import read as read
+from lorica.checkpoint import write as write
+from lorica.config import LoraConfig as LoraConfig
+from lorica.errors import LoricaError as LoricaError
+from lorica.model import MergeReport as MergeReport
+from lorica.model import ParameterCount as ParameterCount
+from lorica.model import active as active
+from lorica.model import adapt as adapt
+from lorica.model import adapters as adapters
+from lorica.model import attach as attach
+from lorica.model import detach as detach
+from lorica.model import disabled as disabled
+from lorica.model import extract as extract
+from lorica.model import load as load
+from lorica.model import load_weights as load_weights
+from lorica.model import merge as merge
+from lorica.model import restore as restore
+from lorica.model import save as save
+from lorica.model import switch as switch
+from lorica.model import trainable_parameters as trainable_parameters
+
+__version__ = "0.1.0"

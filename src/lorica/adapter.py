@@ -1,0 +1,101 @@
+"""The adapter as a value: factors by module path, with the configuration they were made with. It needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorica.config import LoraConfig
+from lorica.errors import AdapterError, listing
+
+Kind = Literal["linear", "embedding", "conv"]
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """One module's update, ``scale · B·A``.
+
+    Args:
+        A: (r, d_in); for an embedding (r, vocabulary); for a convolution (r, channels_in, *kernel).
+        B: (d_out, r); for an embedding (dim, r); for a convolution (channels_out, r / groups, 1, ...).
+        scale: α/r or α/√r.
+        kind: what sort of layer they belong to.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    kind: Kind = "linear"
+
+    @property
+    def r(self) -> int:
+        """Rank of the update: rows of A."""
+        return self.A.shape[0]
+
+    def norm(self) -> float:
+        """Frobenius norm of ``scale · B·A``, from two r × r products, without forming B·A.
+
+        For a grouped convolution, whose update is no single product, it is the norm of the ungrouped one.
+        """
+        A, B = self.A.detach().flatten(1).double(), self.B.detach().flatten(1).double()
+        return abs(self.scale) * float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter: everything that training made, and nothing of the base.
+
+    Args:
+        config: how it was made.
+        factors: module path in the base model → its update.
+        extras: parameter name in the base model → tensor trained whole (a new head, biases).
+    """
+
+    config: LoraConfig
+    factors: Mapping[str, Factors]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """All tensors by a name for messages: A and B of each module, then the extras."""
+        sides = {f"{path} ({side})": t for path, f in self.factors.items() for side, t in (("A", f.A), ("B", f.B))}
+        return {**sides, **self.extras}
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters, extras included."""
+        return sum(t.numel() for t in self.named_tensors().values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, extras included."""
+        return sum(t.numel() * t.element_size() for t in self.named_tensors().values())
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinity.
+
+        Raises:
+            AdapterError: naming each tensor that holds one.
+        """
+        bad = [name for name, t in self.named_tensors().items() if t.is_floating_point() and not torch.isfinite(t).all()]
+        if bad:
+            raise AdapterError(f"the adapter holds NaN or infinity in {listing(bad)}; the training that made it diverged")
+
+
+def check_name(name: str) -> str:
+    """An adapter's name becomes part of parameter names and folder names; refuse what cannot be either.
+
+    Raises:
+        AdapterError: the name is empty, or holds a dot, a slash or another character that is not a letter, digit, ``_`` or ``-``.
+    """
+    if not isinstance(name, str) or not name or not all(c.isalnum() or c in "_-" for c in name):
+        raise AdapterError(
+            f"an adapter's name must be made of letters, digits, '_' and '-', not {name!r}; "
+            "it becomes part of parameter and folder names"
+        )
+    if hasattr(nn.ModuleDict(), name):
+        raise AdapterError(f"{name!r} is an attribute of torch's ModuleDict, which is keyed by adapter; choose another name")
+    return name

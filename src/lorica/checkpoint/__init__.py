@@ -1,0 +1,7 @@
+"""Adapters on disk."""
+
+from __future__ import annotations
+
+from lorica.checkpoint.peft import is_adapter as is_adapter
+from lorica.checkpoint.peft import read as read
+from lorica.checkpoint.peft import write as write

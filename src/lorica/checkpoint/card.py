@@ -1,0 +1,62 @@
+"""The model card beside an adapter's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorica.adapter import Adapter
+
+_MARK = "<!-- written by lorica; edit freely, and remove this line to keep your edits when the adapter is saved again -->"
+_PIPELINES = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "text-generation",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+
+
+def model_card(adapter: Adapter, existing: Path) -> str | None:
+    """The text of a new card, or None where somebody has written one that must stay."""
+    if existing.is_file() and _MARK not in existing.read_text(encoding="utf-8", errors="replace"):
+        return None
+    config = adapter.config
+    base, pipeline = config.base_model_name_or_path, _PIPELINES.get(config.task_type or "")
+    # A local path is of no use to the Hub, which takes `base_model` for the name of a repository.
+    on_hub = base and not Path(base).is_absolute() and base.count("/") <= 1
+    head = [
+        "---",
+        *([f"base_model: {base}"] if on_hub else []),
+        "library_name: lorica",
+        *([f"pipeline_tag: {pipeline}"] if pipeline else []),
+        "tags:",
+        "- lora",
+        "- adapter",
+        "---",
+        "",
+        _MARK,
+        "",
+    ]
+    ranks = sorted({factors.r for factors in adapter.factors.values()})
+    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    body = [
+        f"# A LoRA adapter for {base or 'a pretrained model'}",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| rank | {rank} |",
+        f"| alpha | {config.lora_alpha:g}{', scaled by the square root of the rank' if config.use_rslora else ''} |",
+        f"| adapted modules | {len(adapter.factors)} |",
+        f"| parameters | {adapter.numel:,} |",
+        *([f"| trained whole | {', '.join(config.modules_to_save)} |"] if config.modules_to_save else []),
+        "",
+        "```python",
+        "import lorica",
+        "",
+        "lorica.load(model, \"path/to/this/folder\")  # model: the base, already loaded",
+        "```",
+        "",
+        "The files are in PEFT's format; `PeftModel.from_pretrained` reads them too.",
+        "",
+    ]
+    return "\n".join([*head, *body])

@@ -1,0 +1,231 @@
+"""PEFT's files, both ways.
+
+    adapter_config.json         the configuration
+    adapter_model.safetensors   base_model.model.<module path>.lora_A.weight ...
+    README.md                   a model card
+
+What is read is checked against the configuration before anyone sees it; pickled files are read without running what is in them.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lorica.adapter import Adapter, Factors, Kind
+from lorica.checkpoint.atomic import replace_files
+from lorica.checkpoint.card import model_card
+from lorica.config import LoraConfig
+from lorica.errors import AdapterError, ConfigError, FileError, lines
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
+CARD_FILE = "README.md"
+
+_PREFIX = "base_model.model."
+_SIDE = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<leaf>\.weight)?$")
+_UNSUPPORTED = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_bias": "a bias on B",
+    "trainable_tokens_delta": "trained tokens",
+    "lora_diag": "KaSA",
+    "lora_velora_embed": "VeLoRA",
+    "lora_monteclora_sampler": "MonteCLoRA",
+}
+
+
+def is_adapter(directory: str | Path) -> bool:
+    """Whether a folder holds an adapter: its configuration and its weights."""
+    folder = Path(directory)
+    return (folder / CONFIG_FILE).is_file() and any((folder / name).is_file() for name in (WEIGHTS_FILE, PICKLED_FILE))
+
+
+def write(adapter: Adapter, directory: str | Path) -> Path:
+    """Write an adapter to a folder.
+
+    Args:
+        adapter: what to write; tensors keep their dtype.
+        directory: made if it is not there. Other files in it are left alone, and so is a model card that somebody edited.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: a tensor holds NaN or infinity.
+        FileError: the folder cannot be written.
+    """
+    adapter.check_finite()
+    folder = Path(directory)
+    tensors = {key: t.detach().cpu().contiguous() for key, t in to_tensors(adapter).items()}
+    # One memory block may stand under two names only as copies.
+    tensors = {key: t.clone() if _shares(t, key, tensors) else t for key, t in tensors.items()}
+    text = json.dumps({**adapter.config.to_dict(), "inference_mode": True}, indent=2, sort_keys=True) + "\n"
+    card = model_card(adapter, folder / CARD_FILE)
+    writers = {
+        **({} if card is None else {CARD_FILE: lambda path: _write_text(path, card)}),
+        WEIGHTS_FILE: lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}),
+        CONFIG_FILE: lambda path: _write_text(path, text),
+    }
+    replace_files(folder, writers)
+    return folder
+
+
+def read(directory: str | Path) -> Adapter:
+    """Read an adapter from a folder.
+
+    Args:
+        directory: folder with `adapter_config.json` and `adapter_model.safetensors` (or an `adapter_model.bin`, which is read
+            without unpickling anything but tensors).
+
+    Returns:
+        The adapter, on the CPU.
+
+    Raises:
+        FileError: a file is missing, truncated or damaged.
+        ConfigError: the configuration is another method's, or asks for what lorica does not support.
+        AdapterError: the tensors are not what the configuration says.
+    """
+    folder = Path(directory)
+    config, provenance = _read_config(folder)
+    tensors = _read_weights(folder)
+    try:
+        adapter = from_tensors(tensors, config)
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: {error}") from None
+    adapter.check_finite()
+    return _as_trained(adapter, provenance)
+
+
+def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """An adapter's tensors by the names they have in PEFT's file."""
+    named: dict[str, Tensor] = {}
+    wrapped = set(adapter.factors)
+    for path, factors in adapter.factors.items():
+        owner, leaf = _PREFIX + _wrap(path, wrapped, whole=False), "" if factors.kind == "embedding" else ".weight"
+        side = "lora_embedding_" if factors.kind == "embedding" else "lora_"
+        named[f"{owner}.{side}A{leaf}"], named[f"{owner}.{side}B{leaf}"] = factors.A, factors.B
+    for name, tensor in adapter.extras.items():
+        path, _, leaf = name.rpartition(".")
+        named[f"{_PREFIX}{_wrap(path, wrapped, whole=True)}.{leaf}" if path else _PREFIX + leaf] = tensor
+    return named
+
+
+def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
+    """An adapter from tensors by the names they have in PEFT's file.
+
+    Raises:
+        AdapterError: with the whole list of keys that are not an adapter's, halves without their other half, and wrong ranks.
+    """
+    halves: dict[tuple[str, Kind], dict[str, Tensor]] = {}
+    extras: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for key, tensor in tensors.items():
+        feature = next((what for part, what in _UNSUPPORTED.items() if part in key), None)
+        if feature is not None:
+            problems.append(f"{key}: belongs to {feature}, which lorica does not support here")
+        elif not key.startswith(_PREFIX):
+            problems.append(f"{key}: does not start with {_PREFIX!r}")
+        elif (hit := _SIDE.match(key)) is None:
+            extras[key.removeprefix(_PREFIX).replace(".base_layer.", ".")] = tensor
+        elif bool(hit["embedding"]) == bool(hit["leaf"]):
+            problems.append(f"{key}: expected {'no ' if hit['embedding'] else ''}'.weight' at its end")
+        else:
+            path = hit["path"].removeprefix(_PREFIX).replace(".base_layer.", ".")
+            kind: Kind = "embedding" if hit["embedding"] else "conv" if tensor.dim() > 2 else "linear"
+            halves.setdefault((path, kind), {})[hit["side"]] = tensor
+    factors: dict[str, Factors] = {}
+    for (path, kind), sides in halves.items():
+        if missing := {"A", "B"} - sides.keys():
+            problems.append(f"{path}: lora_{missing.pop()} is missing")
+        elif problem := _mismatch(sides["A"], sides["B"], config.rank(path), kind):
+            problems.append(f"{path}: {problem}")
+        else:
+            factors[path] = Factors(sides["A"], sides["B"], config.scale(path), kind)
+    if not halves:
+        problems.append("there is no lora_A or lora_B in it")
+    if problems:
+        raise AdapterError(f"the weights are not those of an adapter that lorica can use:\n{lines(problems)}")
+    return Adapter(config, factors, extras)
+
+
+def _mismatch(A: Tensor, B: Tensor, r: int, kind: Kind) -> str | None:
+    if A.dim() < 2 or B.dim() != A.dim():
+        return f"A {tuple(A.shape)} and B {tuple(B.shape)} are not the two halves of an update"
+    if A.shape[0] != r:
+        return f"its rank is {A.shape[0]}, but the configuration says r={r}"
+    inner = B.shape[1]
+    if inner != r and not (kind == "conv" and inner and r % inner == 0):
+        return f"A {tuple(A.shape)} and B {tuple(B.shape)} do not share one rank"
+    return None
+
+
+def _wrap(path: str, wrapped: set[str], *, whole: bool) -> str:
+    """Insert the `base_layer` that PEFT's wrappers put between an adapted module and what it holds."""
+    parts = path.split(".")
+    result = []
+    for i, part in enumerate(parts):
+        result.append(part)
+        if ".".join(parts[: i + 1]) in wrapped and (whole or i + 1 < len(parts)):
+            result.append("base_layer")
+    return ".".join(result)
+
+
+def _as_trained(adapter: Adapter, provenance: Mapping[str, Any]) -> Adapter:
+    """The adapter with the effect it had where it was trained.
+
+    PEFT (up to 0.21.2 at least) applies the update of an nn.MultiheadAttention's output projection twice, in training and after. Files
+    that it wrote therefore mean twice what they say there.
+    """
+    attention = [path for path in adapter.factors if path.endswith(".out_proj") and path.removesuffix(".out_proj") in adapter.factors]
+    if "peft_version" not in provenance or not attention:
+        return adapter
+    doubled = {path: Factors(f.A, f.B * 2, f.scale, f.kind) for path, f in adapter.factors.items() if path in attention}
+    return Adapter(adapter.config, {**adapter.factors, **doubled}, adapter.extras)
+
+
+def _read_config(folder: Path) -> tuple[LoraConfig, Mapping[str, Any]]:
+    path = folder / CONFIG_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        have = "it is not there" if not folder.exists() else "it has none"
+        raise FileError(f"{folder} is not an adapter: it should hold {CONFIG_FILE}, and {have}") from None
+    except (ValueError, OSError) as error:
+        raise FileError(f"{path} cannot be read as JSON: {error}; the file is damaged") from error
+    if not isinstance(data, dict):
+        raise FileError(f"{path} should hold a JSON object, not a {type(data).__name__}")
+    try:
+        return LoraConfig.from_dict(data), data
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path, pickled = folder / WEIGHTS_FILE, folder / PICKLED_FILE
+    try:
+        if path.is_file():
+            return safetensors.torch.load_file(path)
+        if pickled.is_file():
+            return dict(torch.load(pickled, map_location="cpu", weights_only=True))
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise FileError(f"{path if path.is_file() else pickled} is truncated or damaged: {error}") from error
+    raise FileError(f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}; the adapter was not saved to its end")
+
+
+def _shares(tensor: Tensor, key: str, tensors: Mapping[str, Tensor]) -> bool:
+    first = next(k for k, t in tensors.items() if t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr())
+    return first != key and tensor.numel() > 0
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

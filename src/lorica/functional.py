@@ -1,0 +1,147 @@
+"""The arithmetic of a low-rank update, and nothing about modules.
+
+        x ──────────── W0 ─────────────┐
+        │                              + ──▶ y = W0·x + b + s·B·A·dropout(x)
+        └─ dropout ─ A (d_in→r) ─ B ·s ┘
+
+At small ranks the two thin products cost almost no arithmetic; what costs is reading and writing activations. So forward and
+backward are fused by hand: the update is added into the base's output and the input's gradient in place (`addmm_`), and what is kept for
+the backward pass is x, which the layer's neighbours keep anyway, one byte per element for the dropout mask, and A·x (tokens × r).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lorica._shapes import Float
+
+_LEVELS = 256  # a mask element is drawn from eight random bits
+
+
+def drop_rate(p: float) -> float:
+    """The rate that dropout really draws with: `p` rounded to a multiple of 1/256, never to 0 or 1 unless `p` is."""
+    return min(max(round(p * _LEVELS), 1), _LEVELS - 1) / _LEVELS if p > 0 else 0.0
+
+
+def keep_mask(like: Tensor, p: float) -> Tensor:
+    """Draw a dropout mask: True with probability 1 − `drop_rate(p)`, independently for each element.
+
+    Each 64-bit draw of the device's default generator gives eight elements, so a mask costs a fraction of one float drawn per element.
+
+    Args:
+        like: tensor whose shape and device the mask takes.
+        p: probability of dropping, in (0, 1).
+
+    Returns:
+        Boolean tensor of `like`'s shape.
+    """
+    words = torch.empty((like.numel() + 7) // 8, dtype=torch.int64, device=like.device)
+    # From the smallest integer without an upper end: all 64 bits are random, the sign bit too.
+    words.random_(torch.iinfo(torch.int64).min, None)
+    threshold = round(drop_rate(p) * _LEVELS)
+    return (words.view(torch.uint8)[: like.numel()] >= threshold).view(like.shape)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Drop elements of `x` at `drop_rate(p)` and scale the rest by 1 / (1 − rate)."""
+    return x * keep_mask(x, p).to(x.dtype).div_(1 - drop_rate(p)) if p > 0 else x
+
+
+def low_rank(
+    x: Float[Tensor, "... d_in"], A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], scale: float, p: float = 0.0
+) -> Float[Tensor, "... d_out"]:
+    """The update alone, ``scale · B·A·dropout(x)``, in x's dtype, by plain differentiable operations."""
+    return F.linear(F.linear(dropout(x, p), A.to(x.dtype)), B.to(x.dtype)).mul(scale)
+
+
+def lora_linear(
+    x: Float[Tensor, "... d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    bias: Float[Tensor, " d_out"] | None,
+    A: Float[Tensor, "r d_in"],
+    B: Float[Tensor, "d_out r"],
+    scale: float,
+    p: float = 0.0,
+) -> Float[Tensor, "... d_out"]:
+    """``W0·x + b + scale · B·A·dropout(x)`` in one step (Hu et al., 2021, eq. 3).
+
+    A and B may be of higher precision than x (float32 masters beside a bfloat16 base): they are cast down for the products, and
+    their gradients come back in their own dtype. Under autocast everything is computed in autocast's dtype, as `F.linear` would.
+
+    Args:
+        x: input, any number of leading dimensions.
+        weight: W0. Gradients are formed for it, and for `bias`, only where they are asked for.
+        bias: added to every row, or None.
+        A: down-projection, r × d_in.
+        B: up-projection, d_out × r.
+        scale: α/r or α/√r.
+        p: dropout probability on A's input; every token and every call has its own mask. 0 in evaluation.
+
+    Returns:
+        The output, of x's leading shape and d_out.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        # A compiler fuses the plain form itself, and function transforms see only what is made of ordinary operations.
+        return F.linear(x, weight, bias) + low_rank(x, A, B, scale, p)
+    return _LoraLinear.apply(x, weight, bias, A, B, scale, p)  # type: ignore[no-any-return]
+
+
+class _LoraLinear(torch.autograd.Function):
+    """`lora_linear` by hand: names follow the maths, u = A·x̃ and g = Bᵀ·dy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = F.linear(rows, weight, bias)
+        mask, kept = None, rows
+        if p > 0:
+            mask = keep_mask(rows, p)
+            kept = torch.where(mask, rows, 0)
+            scale /= 1 - drop_rate(p)
+        u = kept @ A.to(y.dtype).t()
+        y.addmm_(u, B.to(y.dtype).t(), alpha=scale)
+        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        needs_u = ctx.needs_input_grad[4]
+        ctx.save_for_backward(rows if needs_x else None, weight, A, B, mask, u if needs_u else None)
+        ctx.scale, ctx.shape = scale, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows, weight, A, B, mask, u = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, wants_A, wants_B = ctx.needs_input_grad[:5]
+        dy = dy.reshape(-1, dy.shape[-1])
+        dx = dweight = dbias = dA = dB = None
+        # Every skinny product is taken as (r × tokens)·(tokens × d): the other order is several times slower on a CPU.
+        if wants_x or wants_A:
+            g = dy @ B.to(dy.dtype)
+            g.mul_(ctx.scale)
+        if wants_x:
+            dx = dy @ weight
+            if mask is None:
+                dx.addmm_(g, A.to(dy.dtype))
+            else:
+                dx.add_(torch.where(mask, g @ A.to(dy.dtype), 0))
+            dx = dx.view(ctx.shape)
+        if wants_A:
+            dA = (g.t() @ (rows if mask is None else torch.where(mask, rows, 0))).to(A.dtype)
+        if wants_B:
+            dB = (u.t() @ dy).t().to(B.dtype).mul_(ctx.scale)
+        if wants_weight:
+            dweight = dy.t() @ rows
+        if wants_bias:
+            dbias = dy.sum(0)
+        return dx, dweight, dbias, dA, dB, None, None

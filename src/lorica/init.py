@@ -1,0 +1,67 @@
+"""How A and B start.
+
+Each module draws from a generator of its own, seeded by (seed, module path): the same seed gives the same adapter whatever else
+is adapted, in whatever order, on whichever device and however many processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+
+def draw_seed() -> int:
+    """Take one seed from torch's global generator, so that `torch.manual_seed` fixes the adapter too."""
+    return int(torch.randint(2**62, ()).item())
+
+
+def generator(seed: int, path: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the module's path alone."""
+    digest = hashlib.blake2b(f"{seed}/{path}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def start(
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    init: bool | str,
+    random: torch.Generator,
+    *,
+    embedding: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Draw A and B on the CPU.
+
+    Args:
+        shapes: shapes of A (r, ...) and B (..., r).
+        init: `LoraConfig.init_lora_weights`. True: A Kaiming-uniform with a = √5, B zero (microsoft/LoRA), but for embeddings A zero
+            and B standard normal; ``"gaussian"``: A normal with standard deviation 1/r, B zero; False: both drawn, so that the
+            update is not zero at the start.
+        random: source of the draws.
+        embedding: whether the layer is an embedding.
+        dtype: of both factors.
+
+    Returns:
+        A and B.
+    """
+    A, B = torch.zeros(shapes[0], dtype=dtype), torch.zeros(shapes[1], dtype=dtype)
+    if embedding:
+        B.normal_(generator=random)
+        if init is False:
+            A.normal_(generator=random)
+        return A, B
+    if init == "gaussian":
+        A.normal_(0.0, 1 / A.shape[0], generator=random)
+        return A, B
+    _uniform(A, random)
+    if init is False:
+        _uniform(B, random)
+    return A, B
+
+
+def _uniform(factor: Tensor, random: torch.Generator) -> None:
+    # Kaiming's bound with a = √5 is 1/√fan_in: what torch's own linear and convolution layers start from.
+    bound = 1 / math.sqrt(math.prod(factor.shape[1:]))
+    factor.uniform_(-bound, bound, generator=random)

@@ -1,0 +1,57 @@
+"""Adapted layers, and which module becomes which."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from lorica.layers.base import LayerState as LayerState
+from lorica.layers.base import LoraLayer as LoraLayer
+from lorica.layers.base import SwappedModule as SwappedModule
+from lorica.layers.base import swapped_class as swapped_class
+from lorica.layers.conv import LoraConv as LoraConv
+from lorica.layers.embedding import LoraEmbedding as LoraEmbedding
+from lorica.layers.linear import LoraAttention as LoraAttention
+from lorica.layers.linear import LoraAttentionOutput as LoraAttentionOutput
+from lorica.layers.linear import LoraConv1D as LoraConv1D
+from lorica.layers.linear import LoraLinear as LoraLinear
+from lorica.layers.linear import LoraReadLinear as LoraReadLinear
+from lorica.layers.opaque import LoraOpaque as LoraOpaque
+from lorica.layers.saved import SavedModule as SavedModule
+
+ADAPTABLE = "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d, nn.MultiheadAttention"
+
+
+def layer_class(module: nn.Module, parent: nn.Module | None = None) -> type[LoraLayer] | None:
+    """The kind of adapted layer that a module becomes, or None where it cannot be adapted.
+
+    Args:
+        module: the module; one already adapted gives its kind.
+        parent: the module that holds it, which may read its weight without calling it.
+    """
+    if isinstance(module, LoraLayer):
+        return next(cls for cls in type(module).__mro__[1:] if issubclass(cls, LoraLayer))
+    if isinstance(module, nn.MultiheadAttention):
+        return LoraAttention
+    if isinstance(module, nn.Linear):
+        plain = type(module).forward is nn.Linear.forward and _is_plain(module.weight)
+        if not plain:
+            return LoraOpaque
+        if isinstance(parent, nn.MultiheadAttention):
+            return LoraAttentionOutput
+        return LoraReadLinear if isinstance(parent, nn.TransformerEncoderLayer) else LoraLinear
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return LoraConv
+    # A Conv1D can only be there if its module was imported; importing transformers to find out would cost seconds.
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    if pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D):
+        return LoraConv1D
+    return None
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    return type(weight) in (nn.Parameter, torch.Tensor) and weight.is_floating_point()

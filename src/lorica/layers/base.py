@@ -1,0 +1,215 @@
+"""`LoraLayer`: what every adapted layer has, and how a module becomes one in place.
+
+A layer is adapted by changing its class, not by wrapping it: the module keeps its identity, its parameters, its hooks and its keys in
+`state_dict`, and gains A and B beside them.
+
+    nn.Linear  ──enter──▶  LoraLinear(LoraLayer, nn.Linear)  ──leave──▶  nn.Linear
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lorica.adapter import Factors, Kind
+from lorica.roster import Roster
+
+
+class Factor(nn.Module):
+    """One parameter, `weight`, so that live names are the ecosystem's own: ``query.lora_A.default.weight``."""
+
+    def __init__(self, weight: Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class LayerState(NamedTuple):
+    """What `leave` took off a module, for `enter` to put back."""
+
+    cls: type[SwappedModule]
+    modules: dict[str, nn.Module]
+    attributes: dict[str, Any]
+
+
+class SwappedModule(nn.Module):
+    """A module whose class was changed in place, and can be changed back.
+
+    Subclasses are mixins; `swapped_class` joins one with the module's own class.
+    """
+
+    base_class: ClassVar[type[nn.Module]]
+    label: ClassVar[str] = "Lora"
+    """Prefix of the joined class's name."""
+    own_modules: ClassVar[tuple[str, ...]] = ()
+    """Child modules that the mixin adds."""
+    own_attributes: ClassVar[tuple[str, ...]] = ("roster",)
+    """Plain attributes that the mixin adds."""
+
+    roster: Roster
+
+    @classmethod
+    def swap(cls, module: nn.Module) -> Self:
+        """Change `module`'s class to this mixin joined with its own."""
+        module.__class__ = swapped_class(cls, type(module))
+        assert isinstance(module, cls)
+        return module
+
+    @classmethod
+    def take(cls, module: nn.Module, roster: Roster) -> Self:
+        """Swap `module`'s class, and add what the mixin needs; it carries no adapter yet."""
+        host = cls.swap(module)
+        host.roster = roster
+        host.prepare()
+        return host
+
+    def prepare(self) -> None:
+        """Add the mixin's own modules and attributes, empty."""
+
+    def leave(self) -> LayerState:
+        """Become the original class again; returns what `enter` needs to undo that."""
+        state = LayerState(
+            type(self),
+            {name: module for name in self.own_modules if (module := self._modules.pop(name, None)) is not None},
+            {name: self.__dict__.pop(name) for name in self.own_attributes},
+        )
+        self.__class__ = self.base_class
+        return state
+
+    @staticmethod
+    def enter(module: nn.Module, state: LayerState) -> None:
+        """Undo `leave`."""
+        module.__class__ = state.cls
+        module._modules.update(state.modules)
+        module.__dict__.update(state.attributes)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by mixin and original class: the joined class has no name that could be imported."""
+        mixin = type(self).__mro__[1]
+        return rebuild, (mixin, self.base_class), self.__getstate__()
+
+
+@functools.cache
+def swapped_class(mixin: type[SwappedModule], base: type[nn.Module]) -> type[SwappedModule]:
+    """The class that joins a mixin with a module's own class; made once for each pair."""
+    return type(f"{mixin.label}{base.__name__}", (mixin, base), {"base_class": base, "__module__": base.__module__})
+
+
+def rebuild(mixin: type[SwappedModule], base: type[nn.Module]) -> nn.Module:
+    """An empty instance of the joined class, for unpickling."""
+    cls = swapped_class(mixin, base)
+    return cls.__new__(cls)
+
+
+class LoraLayer(SwappedModule):
+    """A layer with a low-rank update beside its weight, one for each adapter that targets it.
+
+    Attributes:
+        lora_A: adapter name → down-projection.
+        lora_B: adapter name → up-projection.
+        scaling: adapter name → α/r or α/√r.
+        lora_dropout: adapter name → dropout probability.
+    """
+
+    own_modules = ("lora_A", "lora_B")
+    own_attributes = ("roster", "scaling", "lora_dropout")
+    kind: ClassVar[Kind] = "linear"
+    weight_name: ClassVar[str] = "weight"
+    """Name of the base's parameter that the update belongs to."""
+    transposed: ClassVar[bool] = False
+    """Whether that parameter is stored (d_in, d_out)."""
+    takes_dropout: ClassVar[bool] = True
+    """Whether inputs can be dropped; not where the update is folded into the weight."""
+    store: ClassVar[type[nn.Module]] = nn.ModuleDict
+    """What holds the factors by adapter name."""
+
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    scaling: dict[str, float]
+    lora_dropout: dict[str, float]
+
+    def prepare(self) -> None:  # noqa: D102
+        for name in self.own_modules:
+            setattr(self, name, self.store())
+        self.scaling, self.lora_dropout = {}, {}
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B at rank `r` for a module that is, or may become, this kind of layer.
+
+        Raises:
+            TargetError: the module cannot carry such an update.
+        """
+        d_out, d_in = module._parameters[cls.weight_name].shape  # type: ignore[union-attr]
+        if cls.transposed:
+            d_out, d_in = d_in, d_out
+        return (r, d_in), (d_out, r)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """W0, as it is stored."""
+        weight = self._parameters[self.weight_name]
+        assert weight is not None
+        return weight
+
+    def acting(self) -> list[str]:
+        """Names of the active adapters that have an update for this layer."""
+        return [name for name in self.roster.active if name in self.scaling]
+
+    def update_of(self, name: str) -> tuple[Tensor, Tensor, float, float]:
+        """A, B, scale, and the dropout probability in force now (0 in evaluation)."""
+        A, B = self.factor_parameters(name)
+        return A, B, self.scaling[name], self.lora_dropout[name] if self.training else 0.0
+
+    def factor_parameters(self, name: str) -> tuple[Parameter, Parameter]:
+        """The adapter's A and B."""
+        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
+
+    def factor_names(self, name: str) -> tuple[str, str]:
+        """Names of the adapter's A and B among this module's parameters."""
+        return f"lora_A.{name}.weight", f"lora_B.{name}.weight"
+
+    def add_factors(self, name: str, A: Parameter, B: Parameter, scale: float, dropout: float) -> None:
+        """Take an adapter's factors, replacing those of the same name."""
+        self.lora_A[name], self.lora_B[name] = Factor(A), Factor(B)
+        self.scaling[name], self.lora_dropout[name] = scale, dropout
+
+    def remove_factors(self, name: str) -> None:
+        """Drop an adapter's factors."""
+        for own in self.own_modules:
+            del getattr(self, own)[name]
+        del self.scaling[name], self.lora_dropout[name]
+
+    def factors(self, name: str) -> Factors:
+        """The adapter's update as a value that shares memory with the parameters."""
+        A, B = self.factor_parameters(name)
+        return Factors(A.detach(), B.detach(), self.scaling[name], self.kind)
+
+    def fold(self, names: Sequence[str], *, out: Tensor | None = None) -> Tensor:
+        """``W0 + Σ scale·B·A`` over the named adapters that have an update here, in float32 or W0's higher precision.
+
+        Args:
+            names: adapters to add.
+            out: tensor of W0's shape to write to, used only where it has the precision computed in and one update is added.
+
+        Returns:
+            The sum in the layout of W0; `out` if it was used.
+        """
+        weight = self.base_weight.detach()
+        precision = torch.promote_types(weight.dtype, torch.float32)
+        result = weight.to(precision).flatten(1)
+        present = [name for name in names if name in self.scaling]
+        target = out.flatten(1) if out is not None and out.dtype == precision and len(present) == 1 else None
+        for name in present:
+            left, right = self.product(name, precision)
+            result = torch.addmm(result, left, right, alpha=self.scaling[name], out=target)
+        return result.view(weight.shape)
+
+    def product(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The two matrices whose product, times the scale, is the update in the layout of W0 flattened to two dimensions."""
+        A, B = (factor.detach().to(dtype).flatten(1) for factor in self.factor_parameters(name))
+        return (A.t(), B.t()) if self.transposed else (B, A)

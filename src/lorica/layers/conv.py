@@ -1,0 +1,64 @@
+"""Convolutions in one, two and three dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorica import functional
+from lorica.adapter import Kind
+from lorica.errors import StateError, TargetError
+from lorica.layers.base import LoraLayer
+
+
+class LoraConv(LoraLayer):
+    """A convolution: A convolves with the base's kernel, stride, padding and dilation down to r channels, B mixes them point by point."""
+
+    kind: ClassVar[Kind] = "conv"
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A (r, channels_in, *kernel) and B (channels_out, r / groups, 1, ...)."""
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if r % module.groups:
+            raise TargetError(f"a convolution with {module.groups} groups needs a rank divisible by that, not r={r}")
+        kernel = tuple(module.kernel_size)
+        return (r, module.in_channels, *kernel), (module.out_channels, r // module.groups, *(1 for _ in kernel))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``(batch, channels_in, *space)``; returns ``(batch, channels_out, *space)``."""
+        y = super().forward(x)
+        for name in self.acting():
+            A, B, scale, p = self.update_of(name)
+            A, B = A.to(x.dtype), B.to(x.dtype)
+            y = y + scale * self._point(self._down(functional.dropout(x, p), A), B)
+        return y
+
+    def _down(self, x: Tensor, A: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        # A sees every input channel, whatever the base's groups.
+        return _convolve(A)(x, A, None, self.stride, padding, self.dilation)
+
+    def _point(self, x: Tensor, B: Tensor) -> Tensor:
+        return _convolve(B)(x, B, groups=self.groups)
+
+    def fold(self, names: Sequence[str], *, out: Tensor | None = None) -> Tensor:
+        """As `LoraLayer.fold`.
+
+        Raises:
+            StateError: the convolution is grouped; its update sees all channels and has no place in its weight.
+        """
+        if self.groups > 1:
+            raise StateError(
+                f"a convolution with {self.groups} groups cannot be merged: the update sees every input channel, its weight only a group's"
+            )
+        return super().fold(names, out=out)
+
+
+def _convolve(kernel: Tensor):  # noqa: ANN202
+    return (F.conv1d, F.conv2d, F.conv3d)[kernel.dim() - 3]

@@ -1,0 +1,51 @@
+"""Embedding tables."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn import functional as F
+
+from lorica import functional
+from lorica.adapter import Kind
+from lorica.layers.base import LoraLayer
+
+
+class LoraEmbedding(LoraLayer):
+    """An embedding: the row of a token, plus ``scale·B·A[:, token]``.
+
+    An embedding is a linear layer on one-hot inputs, so dropping its input drops the whole update of a token.
+    """
+
+    own_modules = ("lora_embedding_A", "lora_embedding_B")
+    kind: ClassVar[Kind] = "embedding"
+    transposed: ClassVar[bool] = True
+    store: ClassVar[type[nn.Module]] = nn.ParameterDict
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+
+    def factor_parameters(self, name: str) -> tuple[Parameter, Parameter]:  # noqa: D102
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
+
+    def factor_names(self, name: str) -> tuple[str, str]:  # noqa: D102
+        return f"lora_embedding_A.{name}", f"lora_embedding_B.{name}"
+
+    def add_factors(self, name: str, A: Parameter, B: Parameter, scale: float, dropout: float) -> None:  # noqa: D102
+        self.lora_embedding_A[name], self.lora_embedding_B[name] = A, B
+        self.scaling[name], self.lora_dropout[name] = scale, dropout
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Look up token ids of any shape; returns their embeddings, one dimension more."""
+        y = super().forward(tokens, *args, **kwargs)
+        for name in self.acting():
+            A, B, scale, p = self.update_of(name)
+            rows = F.embedding(tokens, A.t(), padding_idx=self.padding_idx)
+            if p > 0:
+                rows = rows * functional.dropout(torch.ones_like(rows[..., :1]), p)
+            # Gemma's embeddings multiply what they look up; the update is part of what is looked up.
+            scale = scale * getattr(self, "embed_scale", 1.0)
+            y = y + (rows.to(y.dtype) @ B.to(y.dtype).t()) * scale
+        return y

@@ -1,0 +1,89 @@
+"""Linear layers: torch's own, transformers' Conv1D, and those whose weight a fused kernel reads without calling them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorica import functional
+from lorica.layers.base import LoraLayer
+
+
+class LoraLinear(LoraLayer):
+    """A linear layer: ``W0·x + b + Σ scale·B·A·dropout(x)``."""
+
+    bias: Tensor | None
+
+    def _base(self) -> tuple[Tensor, Tensor | None]:
+        """W0 as (d_out, d_in), and the bias."""
+        return self.base_weight, self._parameters["bias"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``(..., d_in)``; returns ``(..., d_out)``."""
+        names = self.acting()
+        if not names:
+            return super().forward(x)
+        first, *others = names
+        y = functional.lora_linear(x, *self._base(), *self.update_of(first))
+        for name in others:
+            y = y + functional.low_rank(x, *self.update_of(name)).to(y.dtype)
+        return y
+
+
+class LoraConv1D(LoraLinear):
+    """transformers' Conv1D (GPT-2): a linear layer whose weight is stored (d_in, d_out)."""
+
+    transposed: ClassVar[bool] = True
+
+    def _base(self) -> tuple[Tensor, Tensor | None]:
+        return self.base_weight.t(), self._parameters["bias"]
+
+
+def presented(layer: LoraLayer) -> Tensor:
+    """W0 with the acting updates folded in, differentiably: what a reader of the raw weight must see."""
+    weight = layer.base_weight
+    names = layer.acting()
+    if not names:
+        return weight
+    result = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for name in names:
+        A, B, scale, _ = layer.update_of(name)
+        result = torch.addmm(result, B, A, alpha=scale)
+    return result.to(weight.dtype)
+
+
+class LoraReadLinear(LoraLinear):
+    """A linear layer whose weight others read, past its forward: `linear1` and `linear2` of `nn.TransformerEncoderLayer`.
+
+    In evaluation that layer hands the raw weights to one fused kernel. So `weight` shows W0 with the active updates folded in, and
+    the kernel computes what `forward` would.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """W0 + Σ scale·B·A of the active adapters; W0 itself stays in `base_weight`."""
+        return presented(self)
+
+
+class LoraAttentionOutput(LoraReadLinear):
+    """`out_proj` of `nn.MultiheadAttention`, which is never called: its weight is always read."""
+
+    takes_dropout: ClassVar[bool] = False
+
+
+class LoraAttention(LoraLayer):
+    """`nn.MultiheadAttention`: the update of its fused query, key and value projection.
+
+    The attention reads `in_proj_weight` in training, in evaluation and on its fused path alike; showing it W0 with the update folded
+    in makes each of them right, once, and W0 is never written to. Its output projection is a layer of its own, `LoraAttentionOutput`.
+    """
+
+    weight_name: ClassVar[str] = "in_proj_weight"
+    takes_dropout: ClassVar[bool] = False
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """W0 + Σ scale·B·A of the active adapters; W0 itself stays in `base_weight`."""
+        return presented(self)

@@ -1,0 +1,51 @@
+"""Modules trained whole (`modules_to_save`), such as a new classification head."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lorica.errors import AdapterError, listing
+from lorica.layers.base import SwappedModule
+
+
+class SavedModule(SwappedModule):
+    """A module with a trained copy for each adapter; the active adapter's copy answers in its place."""
+
+    label: ClassVar[str] = "Saved"
+    own_modules = ("modules_to_save",)
+    modules_to_save: nn.ModuleDict
+
+    def prepare(self) -> None:  # noqa: D102
+        self.modules_to_save = nn.ModuleDict()
+
+    def add_copy(self, name: str, *, trainable: bool) -> None:
+        """Give the adapter a copy of the original module."""
+        state = self.leave()
+        try:
+            twin = copy.deepcopy(self)
+        finally:
+            SwappedModule.enter(self, state)
+        self.modules_to_save[name] = twin.requires_grad_(trainable)
+
+    def base_state(self) -> dict[str, Tensor]:
+        """The original module's state, without the copies."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("modules_to_save.")}
+
+    def remove_copy(self, name: str) -> None:
+        """Drop the adapter's copy."""
+        del self.modules_to_save[name]
+
+    def acting_copy(self) -> nn.Module | None:
+        """The active adapters' copy, or None where the original answers."""
+        names = [name for name in self.roster.active if name in self.modules_to_save]
+        if len(names) > 1:
+            raise AdapterError(f"{listing(map(repr, names))} cannot act together: each has its own {self.base_class.__name__} trained whole")
+        return self.modules_to_save[names[0]] if names else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the acting copy, or the original."""
+        twin = self.acting_copy()
+        return super().forward(*args, **kwargs) if twin is None else twin(*args, **kwargs)

@@ -1,0 +1,20 @@
+"""The adapted model: operations on a model that carries adapters."""
+
+from __future__ import annotations
+
+from lorica.model.adapt import active as active
+from lorica.model.adapt import adapt as adapt
+from lorica.model.adapt import adapters as adapters
+from lorica.model.adapt import detach as detach
+from lorica.model.adapt import disabled as disabled
+from lorica.model.attach import attach as attach
+from lorica.model.count import ParameterCount as ParameterCount
+from lorica.model.count import trainable_parameters as trainable_parameters
+from lorica.model.merge import MergeReport as MergeReport
+from lorica.model.merge import merge as merge
+from lorica.model.merge import restore as restore
+from lorica.model.merge import switch as switch
+from lorica.model.storage import load as load
+from lorica.model.storage import load_weights as load_weights
+from lorica.model.storage import save as save
+from lorica.model.values import extract as extract

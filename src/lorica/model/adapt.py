@@ -1,0 +1,161 @@
+"""Putting a new adapter on a model, choosing which adapters act, and taking them off again.
+
+All or nothing: what can fail (finding, checking, drawing, allocating) comes first, and only then is the model touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+from torch import nn
+from torch.nn import Parameter
+
+from lorica import init
+from lorica.config import LoraConfig
+from lorica.layers import LoraEmbedding
+from lorica.model import pretrained
+from lorica.model.mount import Mount, mount, open_for, parameter_for
+from lorica.model.structure import ROSTER, adapted, find_adapted, lora_layers, saved_modules, walk
+from lorica.model.targets import Target, resolve, within_any
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def adapt(model: M, config: LoraConfig | None = None, name: str = "default", *, seed: int | None = None) -> M:
+    """Put a new adapter on a model, in place; it acts at once, and only it trains.
+
+    Targeted layers change class where they stand (`nn.Linear` → `LoraLinear`) and gain A and B; the base is frozen. At the start B is zero, so the model computes
+    what it did.
+
+    Args:
+        model: any model. Its own parameters keep their names, values and memory.
+        config: what to train; the defaults of `LoraConfig` if None.
+        name: of the adapter; letters, digits, ``_`` and ``-``.
+        seed: fixes how A starts. None draws one from torch's global generator, so that `torch.manual_seed` fixes it. A's start
+            depends on the seed and the module's path alone.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TargetError: a pattern matches nothing, or something that cannot be adapted.
+        AdapterError: the name is taken or cannot be one.
+        StateError: an adapter is merged.
+
+    Source: Hu et al., 2021, §4.1.
+    """
+    root, roster = open_for(model, name)
+    layers, saved, config = resolve(root, config or LoraConfig())
+    seed = init.draw_seed() if seed is None else seed
+    mounts = [_fresh(target, config, seed) for target in layers]
+    base = getattr(root, "name_or_path", None) or config.base_model_name_or_path
+    config = config.replace(base_model_name_or_path=base or None)
+    slots = {path: Parameter(p.detach().clone()) for path, p in _biases(root, config, layers, saved)}
+    mount(root, roster, name, config, mounts, saved, slots, trainable=not config.inference_mode)
+    roster.activate(root, (name,))
+    return model
+
+
+def detach(model: M, name: str | None = None) -> M:
+    """Take an adapter off, or all of them: then the model is as it was, its classes, tensors, keys and `requires_grad` too.
+
+    Args:
+        model: adapted model.
+        name: of the adapter to drop; None drops all.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: no such adapter.
+        StateError: the model carries no adapter, or some are merged.
+    """
+    root, roster = adapted(model)
+    roster.check_unmerged("detach an adapter")
+    gone = tuple(roster.configs) if name is None else (roster.known(name),)
+    roster.activate(root, tuple(n for n in roster.active if n not in gone))
+    for layer in lora_layers(root).values():
+        for n in gone:
+            if n in layer.scaling:
+                layer.remove_factors(n)
+        if not layer.scaling:
+            layer.leave()
+    for module in saved_modules(root).values():
+        for n in gone:
+            if n in module.modules_to_save:
+                module.remove_copy(n)
+        if not module.modules_to_save:
+            module.leave()
+    for n in gone:
+        roster.slots.pop(n, None)
+        del roster.configs[n]
+    if not roster.configs:
+        for parameter in roster.frozen:
+            parameter.requires_grad_(True)
+        pretrained.leave(root)
+        delattr(root, ROSTER)
+    return model
+
+
+def adapters(model: nn.Module) -> dict[str, LoraConfig]:
+    """The adapters a model carries, by name, in the order of arrival; empty if it carries none."""
+    found = find_adapted(model)
+    return dict(found[1].configs) if found else {}
+
+
+class active:  # noqa: N801  (reads as a statement: `with lorica.active(model, "sentiment"):`)
+    """Let exactly the named adapters act; their updates add up. As a context manager, undone on exit.
+
+    Like `torch.set_grad_enabled` it takes effect when it is made, so a plain call switches for good. It costs the same however
+    many layers and adapters there are, and changes neither `requires_grad` nor the training mode.
+
+    Args:
+        model: adapted model.
+        names: an adapter's name, or several.
+
+    Raises:
+        AdapterError: no such adapter, or two that cannot act together.
+        StateError: an adapter is merged.
+    """
+
+    def __init__(self, model: nn.Module, names: str | Iterable[str]) -> None:
+        self._root, self._roster = adapted(model)
+        self._roster.check_unmerged("choose another adapter")
+        self._before = self._roster.active
+        self._roster.activate(self._root, (names,) if isinstance(names, str) else tuple(names))
+
+    def __enter__(self) -> None:
+        """Nothing more to do."""
+
+    def __exit__(self, *error: object) -> None:
+        """Let those act that did before, as far as they are still there."""
+        self._roster.activate(self._root, tuple(name for name in self._before if name in self._roster.configs))
+
+
+def disabled(model: nn.Module) -> active:
+    """Let no adapter act: the base itself. Takes effect at once; as a context manager, undone on exit."""
+    return active(model, ())
+
+
+def _fresh(target: Target, config: LoraConfig, seed: int) -> Mount:
+    A, B = init.start(
+        target.layer.factor_shapes(target.module, config.rank(target.path)),
+        config.init_lora_weights,
+        init.generator(seed, target.path),
+        embedding=issubclass(target.layer, LoraEmbedding),
+    )
+    return Mount(target, parameter_for(target, A), parameter_for(target, B), config.scale(target.path))
+
+
+def _biases(
+    root: nn.Module, config: LoraConfig, layers: list[Target], saved: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, Parameter]]:
+    """The base's biases that the configuration trains, by name."""
+    adapted_paths = {target.path for target in layers}
+    for path, module, _ in walk(root):
+        chosen = config.bias == "all" or (config.bias == "lora_only" and path in adapted_paths)
+        if chosen and not within_any(path, saved):
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and (leaf == "bias" or leaf.endswith("_bias")):
+                    yield f"{path}.{leaf}" if path else leaf, parameter

@@ -1,0 +1,133 @@
+"""Putting an adapter that exists as a value on a model, once everything about it is known to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lorica.adapter import Adapter
+from lorica.errors import AdapterError, TargetError, lines, nearest
+from lorica.layers import SavedModule, layer_class
+from lorica.model.mount import Mount, mount, open_for, parameter_for
+from lorica.model.structure import Place, walk
+from lorica.model.targets import Target, check_adaptable, ends_with, resolve, within_any
+from lorica.model.values import trained_copies
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool = False) -> M:
+    """Put an adapter that exists as a value on a model, in place.
+
+    The first adapter on a model acts at once; a later one waits for `active`.
+
+    Args:
+        model: the base, or a model that carries other adapters.
+        adapter: its tensors are copied.
+        name: to give it on this model.
+        trainable: whether it may be trained further.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is untouched.
+        StateError: an adapter is merged.
+    """
+    root, roster = open_for(model, name)
+    adapter.check_finite()
+    places = {place.path: place for place in walk(root)}
+    saved = _saved(places, adapter)
+    slots = _slots(root, adapter, saved)
+    problems = [
+        *_layer_problems(places, adapter),
+        *_extra_problems(root, adapter, saved),
+        *_missing(root, adapter, saved),
+    ]
+    if problems:
+        raise AdapterError(f"the adapter does not fit this {type(root).__name__}:\n{lines(problems)}")
+    mounts = []
+    for path, factors in adapter.factors.items():
+        place = places[path]
+        layer = layer_class(place.module, place.parent)
+        assert layer is not None
+        target = Target(path, place.module, layer)
+        mounts.append(Mount(target, parameter_for(target, factors.A), parameter_for(target, factors.B), factors.scale))
+    mount(root, roster, name, adapter.config, mounts, saved, slots, trainable=trainable)
+    with torch.no_grad():
+        for copy in trained_copies(root, name):
+            copy.tensor.copy_(adapter.extras[copy.base_name])
+    if not roster.active:
+        roster.activate(root, (name,))
+    return model
+
+
+def _saved(places: dict[str, Place], adapter: Adapter) -> dict[str, nn.Module]:
+    """The modules that the adapter means to replace whole."""
+    names = adapter.config.modules_to_save or []
+    found = {path: place.module for path, place in places.items() if any(ends_with(path, name) for name in names)}
+    return {path: module for path, module in found.items() if not within_any(path, found.keys() - {path})}
+
+
+def _slots(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> dict[str, Parameter]:
+    """Single parameters that the adapter brings, where they differ from the base's.
+
+    PEFT writes an adapted embedding's own table beside its factors; as a rule it is the base's, and there is nothing to replace.
+    """
+    have = dict(root.named_parameters())
+    slots = {}
+    for path, tensor in adapter.extras.items():
+        if path in have and have[path].shape == tensor.shape and not within_any(path, saved):
+            own = tensor.to(have[path], copy=True)
+            if not torch.equal(own, have[path]):
+                slots[path] = Parameter(own)
+    return slots
+
+
+def _layer_problems(places: dict[str, Place], adapter: Adapter) -> Iterator[str]:
+    for path, factors in adapter.factors.items():
+        place = places.get(path)
+        if place is None:
+            yield f"unexpected: {path} is not in the model{nearest(path, places, limit=1)}"
+            continue
+        layer = layer_class(place.module, place.parent)
+        if layer is None or layer.kind != factors.kind or isinstance(place.module, SavedModule):
+            yield f"kind of {path}: a {factors.kind} update in the adapter, a {type(place.module).__name__} in the model"
+            continue
+        try:
+            check_adaptable(path, place.module, layer)
+            expected = layer.factor_shapes(place.module, factors.r)
+        except TargetError as error:
+            yield str(error)
+            continue
+        came = tuple(factors.A.shape), tuple(factors.B.shape)
+        if came != expected:
+            yield f"shape of {path}: A {came[0]} and B {came[1]} in the adapter, {expected[0]} and {expected[1]} in the model"
+
+
+def _extra_problems(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> Iterator[str]:
+    parameters, state = dict(root.named_parameters()), root.state_dict()
+    for path, tensor in adapter.extras.items():
+        have: Tensor | None = (state if within_any(path, saved) else parameters).get(path)
+        if have is None:
+            yield f"unexpected: {path} is not a parameter of the model{nearest(path, parameters, limit=1)}"
+        elif have.shape != tensor.shape:
+            yield f"shape of {path}: {tuple(tensor.shape)} in the adapter, {tuple(have.shape)} in the model"
+
+
+def _missing(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> Iterator[str]:
+    """What the adapter's own configuration means in this model, and for which it brings nothing."""
+    for path, module in saved.items():
+        base = module.base_state() if isinstance(module, SavedModule) else module.state_dict()
+        yield from (f"missing: {path}.{leaf}" for leaf in base if f"{path}.{leaf}" not in adapter.extras)
+    # Another reader may have found other modules behind None, "all-linear" or a pattern; behind names there is no doubt.
+    if isinstance(adapter.config.target_modules, list):
+        try:
+            meant = resolve(root, adapter.config.replace(rank_pattern={}, alpha_pattern={})).layers
+        except TargetError:
+            return  # a name the model lacks shows in the factors that have no place
+        yield from (f"missing: {target.path}" for target in meant if target.path not in adapter.factors)

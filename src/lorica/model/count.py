@@ -1,0 +1,54 @@
+"""How many parameters train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorica.model.structure import saved_modules, walk
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model, by two conventions.
+
+    Args:
+        trainable: that train.
+        total: that the model holds, the frozen originals beside modules trained whole included. PEFT's convention.
+        deployed: that the model needs with its adapters in place, such originals left out: what documents often quote.
+    """
+
+    trainable: int
+    total: int
+    deployed: int
+
+    @property
+    def percent(self) -> float:
+        """Share of `total` that trains, in percent."""
+        return 100 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        """As PEFT's `print_trainable_parameters` prints it."""
+        return f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || trainable%: {self.percent:.4f}"
+
+
+def trainable_parameters(model: nn.Module) -> ParameterCount:
+    """Count a model's parameters; each tensor once, however often it is tied.
+
+    Args:
+        model: any model, adapted or not; on the meta device too.
+    """
+    parameters = {id(p): p for p in model.parameters()}
+    originals = {
+        id(p): p
+        for module in saved_modules(model).values()
+        for place in walk(module)
+        for p in place.module.parameters(recurse=False)
+    }
+    total = sum(p.numel() for p in parameters.values())
+    return ParameterCount(
+        trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
+        total=total,
+        deployed=total - sum(p.numel() for p in originals.values()),
+    )

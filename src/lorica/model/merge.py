@@ -1,0 +1,268 @@
+"""Adapters in the weights: merging, switching, and the base back bit for bit.
+
+Merging never writes to W0. Each adapted weight's parameter is replaced by a new one that holds W0 + scale·B·A, computed in float32 and rounded
+once; the original parameter is set aside untouched, and `restore` puts that same object back. While merged, the model's
+classes, module tree and keys are the base's own, so it runs, saves and compiles as the base does.
+
+    merge      W0 ──set aside──▶        switch     recompute from W0 + s·B'·A'        restore     W0 ◀──put back──
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lorica.errors import AdapterError, StateError, listing
+from lorica.layers import LayerState, LoraLayer, LoraOpaque, SavedModule, SwappedModule
+from lorica.model import pretrained
+from lorica.model.structure import adapted, lora_layers, saved_modules
+from lorica.roster import place
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What rounding cost.
+
+    Args:
+        names: adapters that were merged.
+        layers: module path → ‖stored − (W0 + ΔW)‖ / ‖ΔW‖ (Frobenius): the share of the update that rounding to the weight's dtype
+            took away or added. 0 is exact, 1 as good as all of it.
+        untied: modules whose weight was tied to another's, and now differs from it.
+    """
+
+    names: tuple[str, ...]
+    layers: dict[str, float]
+    untied: list[str] = field(default_factory=list)
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The layer that lost most, and its share."""
+        return max(self.layers.items(), key=lambda item: item[1], default=("", 0.0))
+
+    def __str__(self) -> str:
+        """A line for each layer, the worst first."""
+        head = f"merged {listing(self.names)} into {len(self.layers)} layers; share of each update lost to rounding:"
+        rows = sorted(self.layers.items(), key=lambda item: -item[1])
+        tail = [f"no longer tied: {listing(self.untied)}"] if self.untied else []
+        return "\n".join([head, *(f"  {loss:9.2e}  {path}" for path, loss in rows), *tail])
+
+
+@dataclass(eq=False)
+class _Aside:
+    """A module in its base form: what `SwappedModule.enter` needs, and the tensors that were replaced."""
+
+    path: str
+    module: nn.Module
+    state: LayerState
+    originals: dict[str, Tensor]
+    merged: Parameter | None = None
+
+
+@dataclass(eq=False)
+class _Merged:
+    """All that `restore` undoes."""
+
+    before: tuple[str, ...]
+    modules: list[_Aside]
+    tie_config: Any = None
+
+
+def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> MergeReport:
+    """Fold adapters into the weights, so that the model runs at the base's own speed; in place, undone by `restore`.
+
+    Args:
+        model: adapted model.
+        names: an adapter's name, or several, whose updates add up; None takes the active ones.
+
+    Returns:
+        The loss to rounding, layer by layer.
+
+    Raises:
+        StateError: an adapter is merged already, none is active, or a layer cannot take its update. The model is untouched.
+        AdapterError: no such adapter, or a merged weight would hold NaN or infinity. The model is untouched.
+
+    Source: Hu et al., 2021, §4.1, "No additional inference latency".
+    """
+    root, roster = adapted(model)
+    roster.check_unmerged("merge")
+    chosen = roster.active if names is None else (names,) if isinstance(names, str) else tuple(names)
+    if not chosen:
+        raise StateError("no adapter is active; say which to merge")
+    before = roster.active
+    roster.activate(root, chosen)
+    try:
+        layers = lora_layers(root)
+        merged = {path: _merged_parameter(path, layer, chosen) for path, layer in layers.items() if layer.acting()}
+    except Exception:
+        roster.activate(root, before)
+        raise
+    losses = {path: rounding_loss(layers[path], chosen, parameter) for path, parameter in merged.items()}
+    untied = _tied(root, layers, merged)
+    swapped: dict[str, SwappedModule] = {**layers, **saved_modules(root)}
+    aside = _Merged(before, [_set_aside(path, module, merged.get(path), chosen) for path, module in swapped.items()])
+    config = getattr(root, "config", None)
+    if untied and getattr(config, "tie_word_embeddings", False):
+        # A file that says "tied" would lose one of the two weights that now differ.
+        aside.tie_config, config.tie_word_embeddings = config, False  # type: ignore[union-attr]
+    pretrained.leave(root)
+    roster.merged, roster.aside = chosen, aside
+    return MergeReport(chosen, losses, untied)
+
+
+def switch(model: nn.Module, name: str) -> None:
+    """Exchange what is merged for another adapter, computed afresh from W0; merges it if nothing was merged.
+
+    However often, W0 is never written to, so nothing drifts.
+
+    Args:
+        model: adapted model.
+        name: of the adapter.
+
+    Raises:
+        AdapterError: no such adapter.
+    """
+    root, roster = adapted(model)
+    roster.known(name)
+    if not roster.merged:
+        merge(model, name)
+        return
+    roster.activate(root, (name,))
+    for item in roster.aside.modules:
+        SwappedModule.enter(item.module, item.state)
+        _put_back(item)
+        if isinstance(item.module, LoraLayer):
+            _refill(item, item.module, name)
+        else:
+            _show_copy(item, item.module, (name,))
+        item.module.leave()
+    roster.merged = (name,)
+
+
+def restore(model: M) -> M:
+    """Undo `merge`: W0 comes back bit for bit (it is the same memory), the adapters stand beside it, and those act that did before.
+
+    Args:
+        model: merged model.
+
+    Returns:
+        The same model.
+
+    Raises:
+        StateError: nothing is merged.
+    """
+    root, roster = adapted(model)
+    if not roster.merged:
+        raise StateError("nothing is merged, so there is nothing to restore")
+    aside: _Merged = roster.aside
+    for item in aside.modules:
+        SwappedModule.enter(item.module, item.state)
+        _put_back(item)
+    if aside.tie_config is not None:
+        aside.tie_config.tie_word_embeddings = True
+    pretrained.enter(root)
+    roster.merged, roster.aside = (), None
+    roster.activate(root, aside.before)
+    return model
+
+
+def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, rows: int = 1024) -> float:
+    """‖stored − (W0 + ΔW)‖ / ‖ΔW‖ in float64, a block of rows at a time.
+
+    Args:
+        layer: adapted layer that still holds W0.
+        names: adapters whose updates make up ΔW.
+        stored: what is to take W0's place, of W0's shape.
+        rows: of a block; bounds the memory.
+    """
+    W0, W = layer.base_weight.detach().flatten(1), stored.detach().flatten(1)
+    products = [(*layer.product(name, torch.float64), layer.scaling[name]) for name in names if name in layer.scaling]
+    lost = total = 0.0
+    for i in range(0, W0.shape[0], rows):
+        delta = torch.stack([scale * (left[i : i + rows] @ right) for left, right, scale in products]).sum(0)
+        lost += float((W[i : i + rows].double() - W0[i : i + rows].double() - delta).square().sum())
+        total += float(delta.square().sum())
+    return (lost / total) ** 0.5 if total else 0.0
+
+
+def _merged_parameter(path: str, layer: LoraLayer, names: tuple[str, ...]) -> Parameter:
+    if isinstance(layer, LoraOpaque) and not layer.base_weight.is_floating_point():
+        raise StateError(f"{path} is a quantized {layer.base_class.__name__}, whose weight cannot take an update; merge into the original base")
+    weight = layer.base_weight
+    try:
+        result = layer.fold(names).to(weight.dtype)
+    except StateError as error:
+        raise StateError(f"{path}: {error}") from None
+    if not torch.isfinite(result).all():
+        raise AdapterError(f"{path}: the merged weight would hold NaN or infinity in {weight.dtype}; the model is left as it was")
+    return Parameter(result, requires_grad=False)
+
+
+def _set_aside(path: str, module: SwappedModule, merged: Parameter | None, names: tuple[str, ...]) -> _Aside:
+    """Give a module its base form, holding what the adapters made of it."""
+    originals: dict[str, Tensor] = {}
+    item = _Aside(path, module, None, originals, merged)  # type: ignore[arg-type]
+    if isinstance(module, LoraLayer):
+        originals[module.weight_name] = module.base_weight
+        if merged is not None:
+            module._parameters[module.weight_name] = merged
+    elif isinstance(module, SavedModule):
+        _show_copy(item, module, names)
+    item.state = module.leave()
+    return item
+
+
+def _refill(item: _Aside, layer: LoraLayer, name: str) -> None:
+    """Make the layer hold W0 with the update of `name`, or W0 itself where there is none."""
+    if name not in layer.scaling:
+        return
+    weight = layer.base_weight
+    if item.merged is None:
+        item.merged = Parameter(torch.empty_like(weight), requires_grad=False)
+    target = item.merged.detach()
+    result = layer.fold((name,), out=target)
+    if result.data_ptr() != target.data_ptr():
+        target.copy_(result)
+    layer._parameters[layer.weight_name] = item.merged
+
+
+def _show_copy(item: _Aside, module: nn.Module, names: tuple[str, ...]) -> None:
+    """Put the tensors of the named adapters' copy into the module itself."""
+    assert isinstance(module, SavedModule)
+    for name in names:
+        if name in module.modules_to_save:
+            for path, tensor in module.modules_to_save[name].state_dict(keep_vars=True).items():
+                item.originals.setdefault(path, _put(module, path, tensor))
+
+
+def _put_back(item: _Aside) -> None:
+    for path, tensor in item.originals.items():
+        _put(item.module, path, tensor)
+
+
+def _put(module: nn.Module, path: str, tensor: Tensor) -> Tensor:
+    """Put a parameter or buffer into a module; returns the one that was there."""
+    if isinstance(tensor, Parameter):
+        return place(module, path, tensor)
+    owner, _, leaf = path.rpartition(".")
+    buffers = module.get_submodule(owner)._buffers
+    before = buffers[leaf]
+    assert before is not None
+    buffers[leaf] = tensor
+    return before
+
+
+def _tied(root: nn.Module, layers: dict[str, LoraLayer], merged: Iterable[str]) -> list[str]:
+    """Adapted modules whose weight stands under another name too."""
+    uses: dict[int, int] = {}
+    for _, parameter in root.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    return [path for path in merged if uses[id(layers[path].base_weight)] > 1]
+
+

@@ -1,0 +1,91 @@
+"""The moment an adapter goes onto a model: classes are swapped and parameters handed over, and nothing is left that could fail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lorica.adapter import check_name
+from lorica.config import LoraConfig
+from lorica.errors import AdapterError
+from lorica.layers import LoraLayer, SavedModule
+from lorica.model import pretrained
+from lorica.model.structure import ROSTER, find_adapted
+from lorica.model.targets import Target
+from lorica.roster import Roster
+
+
+class Mount(NamedTuple):
+    """A target with the parameters it is about to get."""
+
+    target: Target
+    A: Parameter
+    B: Parameter
+    scale: float
+
+
+def open_for(model: nn.Module, name: str) -> tuple[nn.Module, Roster]:
+    """The adapted model in `model` and its roster; for one that carries no adapter yet, itself and a new roster.
+
+    Raises:
+        AdapterError: the name is taken, or cannot be one.
+        StateError: an adapter is merged.
+    """
+    check_name(name)
+    root, roster = find_adapted(model) or (model, Roster())
+    roster.check_unmerged("add an adapter")
+    if name in roster.configs:
+        raise AdapterError(f"the model already has an adapter named {name!r}; give another name, or lorica.detach(model, {name!r}) first")
+    return root, roster
+
+
+def parameter_for(target: Target, factor: Tensor) -> Parameter:
+    """The factor as a parameter on the layer's device, in float32 or the layer's higher precision, in memory of its own."""
+    weight = target.module._parameters[target.layer.weight_name]
+    assert weight is not None
+    precision = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    return Parameter(factor.detach().to(device=weight.device, dtype=precision, copy=True).contiguous())
+
+
+def mount(
+    root: nn.Module,
+    roster: Roster,
+    name: str,
+    config: LoraConfig,
+    mounts: list[Mount],
+    saved: Mapping[str, nn.Module],
+    slots: Mapping[str, Parameter],
+    *,
+    trainable: bool,
+) -> None:
+    """Put an adapter's parameters on the model; the base is frozen when the first one comes.
+
+    Args:
+        root: the model.
+        roster: the model's, or a new one.
+        name: of the adapter.
+        config: how it was made.
+        mounts: targets with their factors.
+        saved: path → module to give a copy that is trained whole.
+        slots: parameter name → parameter that takes its place while the adapter acts.
+        trainable: whether all of these train.
+    """
+    if not roster.configs:
+        roster.frozen = [parameter for parameter in root.parameters() if parameter.requires_grad]
+        for parameter in roster.frozen:
+            parameter.requires_grad_(False)
+        setattr(root, ROSTER, roster)
+        pretrained.enter(root)
+    roster.configs[name] = config
+    for (_, module, layer), A, B, scale in mounts:
+        host = module if isinstance(module, LoraLayer) else layer.take(module, roster)
+        host.add_factors(name, A.requires_grad_(trainable), B.requires_grad_(trainable), scale, config.lora_dropout)
+    for module in saved.values():
+        host = module if isinstance(module, SavedModule) else SavedModule.take(module, roster)
+        host.add_copy(name, trainable=trainable)
+    if slots:
+        roster.slots[name] = {path: parameter.requires_grad_(trainable) for path, parameter in slots.items()}

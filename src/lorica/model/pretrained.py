@@ -1,0 +1,75 @@
+"""The root of a transformers model: while it carries adapters, saving it saves them.
+
+Its class is swapped under its own name (label smoothing looks the name up), with a `save_pretrained` that writes the adapter alone, as it does
+after transformers' own `add_adapter`. So even the plain Trainer writes adapter-only checkpoints.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lorica import checkpoint
+from lorica.errors import ConfigError
+from lorica.layers import SwappedModule
+from lorica.model.structure import adapted
+from lorica.model.values import extract
+
+
+class Pretrained(SwappedModule):
+    """A transformers model that carries adapters."""
+
+    label: ClassVar[str] = ""
+    own_attributes: ClassVar[tuple[str, ...]] = ()
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapters, not the base.
+
+        An only adapter, or the one named "default", goes into the folder itself; each other into a folder of its name inside it, as
+        PEFT lays them out. To write merged weights, `lorica.merge` first: then this is the model's own `save_pretrained` again.
+
+        Args:
+            save_directory: folder; made if it is not there.
+            is_main_process: other processes write nothing.
+            state_dict: take the values from here, by their live names (sharded training gathers them so).
+            push_to_hub: not done here; push the folder.
+            kwargs: transformers' other arguments; those about the format of full weights have no meaning for adapters.
+
+        Raises:
+            ConfigError: asked for pickled files, or to push.
+        """
+        if push_to_hub:
+            raise ConfigError("save_pretrained(push_to_hub=True) is not done for adapters; save, then upload the folder with huggingface_hub")
+        if kwargs.get("safe_serialization") is False:
+            raise ConfigError("lorica writes safetensors only; leave out safe_serialization=False")
+        if not is_main_process:
+            return
+        _, roster = adapted(self)
+        for name in roster.configs:
+            at_top = len(roster.configs) == 1 or name == "default"
+            folder = Path(save_directory) if at_top else Path(save_directory) / name
+            checkpoint.write(extract(self, name, state_dict=state_dict), folder)
+
+
+def enter(root: nn.Module) -> None:
+    """Swap the root's class, if it is a transformers model."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is not None and isinstance(root, modeling.PreTrainedModel) and not isinstance(root, Pretrained):
+        Pretrained.swap(root)
+
+
+def leave(root: nn.Module) -> None:
+    """Give the root its own class back."""
+    if isinstance(root, Pretrained):
+        root.leave()

@@ -1,0 +1,73 @@
+"""Finding one's way in a model: its modules, its adapted layers, its roster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from lorica.errors import StateError
+from lorica.layers import LoraLayer, SavedModule, SwappedModule
+from lorica.roster import Roster
+
+ROSTER = "lorica_roster"
+"""Attribute of the adapted model that holds its roster."""
+
+
+class Place(NamedTuple):
+    """A module, where it stands, and what holds it (None for the model itself)."""
+
+    path: str
+    module: nn.Module
+    parent: nn.Module | None
+
+
+def walk(root: nn.Module) -> Iterator[Place]:
+    """Every module of the base once, in registration order, without what lorica added."""
+    seen: set[nn.Module] = set()
+
+    def visit(path: str, module: nn.Module, parent: nn.Module | None) -> Iterator[Place]:
+        if module in seen:
+            return
+        seen.add(module)
+        yield Place(path, module, parent)
+        added = module.own_modules if isinstance(module, SwappedModule) else ()
+        for name, child in module._modules.items():
+            if child is not None and name not in added:
+                yield from visit(f"{path}.{name}" if path else name, child, module)
+
+    return visit("", root, None)
+
+
+def lora_layers(root: nn.Module) -> dict[str, LoraLayer]:
+    """Path → adapted layer."""
+    return {place.path: place.module for place in walk(root) if isinstance(place.module, LoraLayer)}
+
+
+def saved_modules(root: nn.Module) -> dict[str, SavedModule]:
+    """Path → module with a copy trained whole."""
+    return {place.path: place.module for place in walk(root) if isinstance(place.module, SavedModule)}
+
+
+def find_adapted(model: nn.Module) -> tuple[nn.Module, Roster] | None:
+    """The adapted model in `model` (itself, or what a wrapper such as DistributedDataParallel holds) and its roster."""
+    for module in model.modules():
+        roster = module.__dict__.get(ROSTER)
+        if roster is not None:
+            return module, roster
+    return None
+
+
+def adapted(model: nn.Module) -> tuple[nn.Module, Roster]:
+    """As `find_adapted`, where there must be one.
+
+    Raises:
+        StateError: the model carries no adapter, or is only a part of the model that does.
+    """
+    found = find_adapted(model)
+    if found is not None:
+        return found
+    if any(isinstance(module, SwappedModule) for module in model.modules()):
+        raise StateError(f"this {type(model).__name__} is a part of an adapted model; pass the whole model that was given to lorica.adapt")
+    raise StateError(f"this {type(model).__name__} carries no adapter; call lorica.adapt or lorica.load first")

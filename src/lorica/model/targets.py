@@ -1,0 +1,264 @@
+"""From a configuration's patterns to the modules they mean. Nothing that matches nothing passes in silence."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import nn
+
+from lorica.config import LoraConfig, matches_pattern
+from lorica.errors import TargetError, listing, nearest
+from lorica.layers import ADAPTABLE, LoraAttention, LoraConv1D, LoraEmbedding, LoraLayer, SavedModule, layer_class
+from lorica.layers.conv import LoraConv
+from lorica.model.structure import Place, walk
+
+# Query and value projections as the architectures name them, most specific first: the usual choice where none is given.
+_QUERY_VALUE: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, OPT, BART, Whisper, CLIP
+    ("query", "value"),  # BERT, RoBERTa, ELECTRA, ViT
+    ("query_proj", "value_proj"),  # DeBERTa-v2
+    ("q_lin", "v_lin"),  # DistilBERT
+    ("q", "v"),  # T5
+    ("to_q", "to_v"),  # diffusion models
+    ("query_key_value",),  # GPT-NeoX, Falcon, BLOOM
+    ("qkv_proj",),  # Phi-3
+    ("c_attn",),  # GPT-2
+    ("Wqkv",),  # ModernBERT, MPT
+    ("qkv",),
+)
+# The heads that a task puts on a pretrained model, new and so to be trained whole.
+_HEADS = {
+    "SEQ_CLS": ("pre_classifier", "classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+class Target(NamedTuple):
+    """A module to adapt, and the kind of layer it becomes."""
+
+    path: str
+    module: nn.Module
+    layer: type[LoraLayer]
+
+
+class Targets(NamedTuple):
+    """What a configuration means on a model, and the configuration with that written into it."""
+
+    layers: list[Target]
+    saved: dict[str, nn.Module]
+    config: LoraConfig
+
+
+def resolve(root: nn.Module, config: LoraConfig) -> Targets:
+    """Find the modules that a configuration adapts and those that it trains whole.
+
+    Args:
+        root: the model.
+        config: what to look for.
+
+    Returns:
+        The modules, and the configuration with `target_modules`, `modules_to_save` and `fan_in_fan_out` as they turned out.
+
+    Raises:
+        TargetError: a name or pattern matches nothing, or something that cannot be adapted.
+    """
+    places = [place for place in walk(root) if place.path]
+    saved = _saved(places, config)
+    free = [place for place in places if not within_any(place.path, saved)]
+    chosen = _chosen(root, free, config)
+    by_path = {place.path: place for place in free}
+    # An attention's output projection is a module of its own; naming the attention means both.
+    for place in list(chosen):
+        if isinstance(place.module, nn.MultiheadAttention) and (out := by_path[f"{place.path}.out_proj"]) not in chosen:
+            chosen.append(out)
+    targets = [_target(place, config) for place in chosen]
+    paths = [target.path for target in targets]
+    for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in patterns:
+            if not any(matches_pattern(key, path) for path in paths):
+                raise TargetError(f"{name} has {key!r}, which matches no adapted module{nearest(key, _tails(paths))}")
+    return Targets(targets, saved, _settled(config, [p.path for p in free], targets, saved))
+
+
+def _settled(config: LoraConfig, paths: list[str], targets: list[Target], saved: dict[str, nn.Module]) -> LoraConfig:
+    """The configuration as a file should hold it: names in place of "all-linear" or None, so that every reader finds the same modules."""
+    names = config.target_modules
+    if names is None or _means_all_linear(names):
+        names = shortest_suffixes([t.path for t in targets], paths)
+    heads = sorted({path.rpartition(".")[2] for path in saved}) if config.task_type in _HEADS else None
+    return config.replace(
+        target_modules=names,
+        modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *(heads or [])])) or None,
+        fan_in_fan_out=any(issubclass(t.layer, LoraConv1D) for t in targets),
+    )
+
+
+def shortest_suffixes(chosen: Iterable[str], everything: Iterable[str]) -> list[str]:
+    """The shortest dotted suffixes that match all chosen paths and no other."""
+    chosen = list(chosen)
+    available = Counter(suffix for path in everything for suffix in _suffixes(path))
+    wanted = Counter(suffix for path in chosen for suffix in _suffixes(path))
+    # The whole path is the last resort: it is unambiguous unless another path ends with it.
+    return sorted({next((s for s in _suffixes(path) if wanted[s] == available[s]), path) for path in chosen})
+
+
+def _suffixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def _tails(paths: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
+
+def _means_all_linear(pattern: object) -> bool:
+    return isinstance(pattern, str) and pattern.lower() == "all-linear"
+
+
+def ends_with(path: str, name: str) -> bool:
+    """Whether `name` is the path, or its end from a dot on."""
+    return path == name or path.endswith(f".{name}")
+
+
+def within_any(path: str, outer: Iterable[str]) -> bool:
+    """Whether `path` is one of the given paths, or inside one."""
+    return any(path == o or path.startswith(f"{o}.") for o in outer)
+
+
+def _saved(places: list[Place], config: LoraConfig) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for name in config.modules_to_save or []:
+        hits = {p.path: p.module for p in places if ends_with(p.path, name)}
+        # PEFT writes both "classifier" and "score" for a model that has one of them.
+        if not hits and name not in _HEADS.get(config.task_type or "", ()):
+            raise TargetError(f"modules_to_save names {name!r}, which the model does not have{_hint(name, places)}")
+        found |= hits
+    for head in _HEADS.get(config.task_type or "", ()):
+        found |= {p.path: p.module for p in places if ends_with(p.path, head)}
+    for path, module in found.items():
+        if isinstance(module, SavedModule):
+            continue
+        adapted = [p.path for p in places if isinstance(p.module, LoraLayer) and within_any(p.path, [path])]
+        if adapted:
+            raise TargetError(f"{path} cannot be trained whole: another adapter has low-rank updates in {listing(adapted)}")
+    return {path: module for path, module in found.items() if not within_any(path, found.keys() - {path})}
+
+
+def _chosen(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:
+    """The places that `target_modules` means, less those that `exclude_modules` and `layers_to_transform` leave out."""
+    if config.target_modules is None:
+        chosen = _usual(root, places)
+    elif _means_all_linear(config.target_modules):
+        chosen = _all_linear(root, places)
+    else:
+        chosen = _match("target_modules", config.target_modules, places)
+    if config.layers_to_transform is not None:
+        chosen = _in_blocks(chosen, config)
+    if config.exclude_modules:
+        left_out = {p.path for p in _match("exclude_modules", config.exclude_modules, places)}
+        chosen = [p for p in chosen if p.path not in left_out]
+    if not chosen:
+        raise TargetError(f"no module is left to adapt: exclude_modules={config.exclude_modules!r} leaves out all that was targeted")
+    return chosen
+
+
+def _match(name: str, patterns: list[str] | str, places: list[Place]) -> list[Place]:
+    if isinstance(patterns, str):
+        hits = [p for p in places if re.fullmatch(patterns, p.path)]
+        if not hits:
+            raise TargetError(f"{name}={patterns!r} matches no module{_hint(patterns, places)}")
+        return hits
+    for pattern in patterns:
+        if not any(ends_with(p.path, pattern) for p in places):
+            raise TargetError(f"{name} names {pattern!r}, which matches no module{_hint(pattern, places)}")
+    return [p for p in places if any(ends_with(p.path, pattern) for pattern in patterns)]
+
+
+def _hint(name: str, places: list[Place]) -> str:
+    adaptable = _tails(p.path for p in places if layer_class(p.module, p.parent))
+    everything = [*adaptable, *_tails(p.path for p in places), *(p.path for p in places)]
+    return f"{nearest(name, everything)}. The model's adaptable modules: {listing(adaptable) or 'none'}"
+
+
+def _usual(root: nn.Module, places: list[Place]) -> list[Place]:
+    for names in _QUERY_VALUE:
+        chosen = [p for p in places if p.path.rpartition(".")[2] in names and layer_class(p.module, p.parent)]
+        if {p.path.rpartition(".")[2] for p in chosen} == set(names):
+            return chosen
+    chosen = [p for p in places if isinstance(p.module, nn.MultiheadAttention)]
+    if not chosen:
+        raise TargetError(
+            f"lorica knows no usual targets for {type(root).__name__}; give target_modules, or \"all-linear\"{_hint('', places)}"
+        )
+    return chosen
+
+
+def _all_linear(root: nn.Module, places: list[Place]) -> list[Place]:
+    head = _output_head(root)
+    chosen = [
+        p
+        for p in places
+        if p.module is not head
+        and not isinstance(p.module, SavedModule)
+        and (layer := layer_class(p.module, p.parent)) is not None
+        and not issubclass(layer, (LoraEmbedding, LoraConv))
+    ]
+    if not chosen:
+        raise TargetError(f'target_modules="all-linear", but {type(root).__name__} has no linear layer besides its head')
+    return chosen
+
+
+def _output_head(root: nn.Module) -> nn.Module | None:
+    try:
+        return root.get_output_embeddings()  # type: ignore[operator, no-any-return]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:
+    layers = config.layers_to_transform
+    wanted = {layers} if isinstance(layers, int) else set(layers or ())
+    names = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    holder = "|".join(map(re.escape, names)) if names else r"[^.]+"
+    pattern = re.compile(rf"(?:^|\.)(?:{holder})\.(\d+)(?:\.|$)")
+    found = {p: int(hit[1]) for p in chosen if (hit := pattern.search(p.path))}
+    missing = wanted - set(found.values())
+    if missing:
+        have = listing(map(str, sorted(set(found.values())))) or "none"
+        where = f" in {listing(names)}" if names else ""
+        raise TargetError(f"layers_to_transform names block {listing(map(str, sorted(missing)))}; the targeted modules{where} are in blocks {have}")
+    return [p for p in chosen if found.get(p) in wanted]
+
+
+def _target(place: Place, config: LoraConfig) -> Target:
+    path, module, parent = place
+    if isinstance(module, SavedModule):
+        raise TargetError(f"{path} is trained whole by another adapter (modules_to_save) and cannot take a low-rank update beside that")
+    layer = layer_class(module, parent)
+    if layer is None:
+        raise TargetError(f"{path} is a {type(module).__name__}, which cannot be adapted (lorica adapts {ADAPTABLE}){_inside(path, module)}")
+    check_adaptable(path, module, layer)
+    if config.lora_dropout and not layer.takes_dropout:
+        raise TargetError(f"{path}: the update of an attention's fused weight has no input of its own to drop; set lora_dropout=0 for it")
+    return Target(path, module, layer)
+
+
+def check_adaptable(path: str, module: nn.Module, layer: type[LoraLayer]) -> None:
+    """Refuse a module of the right kind in the wrong state.
+
+    Raises:
+        TargetError: an attention with separate key and value sizes, or parameters already sharded by FSDP2.
+    """
+    if layer is LoraAttention and not module._qkv_same_embed_dim:
+        raise TargetError(f"{path}: an nn.MultiheadAttention with kdim or vdim of its own has no single weight to adapt; target its out_proj")
+    if any(type(parameter).__name__ == "DTensor" for parameter in module.parameters(recurse=False)):
+        raise TargetError(f"{path} is already sharded; adapt the model before fully_shard, so that A and B are sharded with it")
+
+
+def _inside(path: str, module: nn.Module) -> str:
+    names = [p.path for p in walk(module) if p.path and layer_class(p.module, p.parent)]
+    return f". Inside it are: {listing(f'{path}.{name}' for name in names)}" if names else ""

@@ -1,0 +1,95 @@
+"""Between a live adapter and an adapter as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorica.adapter import Adapter, Factors
+from lorica.errors import AdapterError, lines
+from lorica.model.structure import adapted, lora_layers, saved_modules
+
+
+def extract(model: nn.Module, name: str | None = None, *, state_dict: Mapping[str, Tensor] | None = None) -> Adapter:
+    """An adapter of a model as a value; it shares memory with the model.
+
+    Args:
+        model: adapted model.
+        name: of the adapter; None takes the only one, or the only active one.
+        state_dict: take the values from here instead, by their live names, as sharded training gathers them.
+
+    Returns:
+        The adapter: factors by module path, and what is trained whole by its name in the base.
+
+    Raises:
+        AdapterError: no such adapter, or more than one to choose from.
+        StateError: an adapter is merged, or none was ever put on.
+    """
+    root, roster = adapted(model)
+    name = roster.one(name)
+    roster.check_unmerged("take an adapter out")
+    gathered = state_dict or {}
+
+    def value(path: str, tensor: Tensor) -> Tensor:
+        return gathered.get(path, tensor).detach()
+
+    factors = {}
+    for path, layer in lora_layers(root).items():
+        if name in layer.scaling:
+            named = zip(layer.factor_names(name), layer.factor_parameters(name), strict=True)
+            A, B = (value(f"{path}.{leaf}", parameter) for leaf, parameter in named)
+            factors[path] = Factors(A, B, layer.scaling[name], layer.kind)
+    extras = {copy.base_name: value(copy.live_name, copy.tensor) for copy in trained_copies(root, name)}
+    in_place = name in roster.active
+    for path, parameter in roster.slots.get(name, {}).items():
+        extras[path] = value(path, parameter) if in_place else parameter.detach()
+    return Adapter(roster.configs[name], factors, extras)
+
+
+def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None) -> None:
+    """Give an adapter that is already on the model the values of another of the same make.
+
+    Nothing else changes: not which adapter acts, not what trains, not the training mode.
+
+    Args:
+        model: adapted model.
+        adapter: the values to take.
+        name: of the adapter on the model; None takes the only one, or the only active one.
+
+    Raises:
+        AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is untouched.
+        StateError: an adapter is merged, or none was ever put on.
+    """
+    live, new = extract(model, name).named_tensors(), adapter.named_tensors()
+    adapter.check_finite()
+    problems = [f"missing: {key}" for key in live if key not in new]
+    problems += [f"unexpected: {key}" for key in new if key not in live]
+    problems += [
+        f"shape of {key}: {tuple(new[key].shape)} in the adapter, {tuple(live[key].shape)} on the model"
+        for key in live
+        if key in new and live[key].shape != new[key].shape
+    ]
+    if problems:
+        raise AdapterError(f"the adapter does not fit the one on the model:\n{lines(problems)}")
+    with torch.no_grad():
+        for key, tensor in live.items():
+            tensor.copy_(new[key])
+
+
+class TrainedCopy(NamedTuple):
+    """A tensor of a module trained whole: its name in the base, its live name, and the tensor itself."""
+
+    base_name: str
+    live_name: str
+    tensor: Tensor
+
+
+def trained_copies(root: nn.Module, name: str) -> Iterator[TrainedCopy]:
+    """All tensors, buffers too, of the copies that an adapter has of whole modules."""
+    for path, module in saved_modules(root).items():
+        if name in module.modules_to_save:
+            for leaf, tensor in module.modules_to_save[name].state_dict(keep_vars=True).items():
+                yield TrainedCopy(f"{path}.{leaf}", f"{path}.modules_to_save.{name}.{leaf}", tensor)
