@@ -1,0 +1,79 @@
+"""The command line: ``lorica COMMAND ...``. A command's module is imported when the command is called, and not before."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lorica.errors import LoricaError, nearest
+
+COMMANDS = {
+    "demo": "adapt a real model to a real task, beside full fine-tuning; no download, a few minutes",
+    "train": "train an adapter from a recipe, a file of rows or a Hub data set",
+    "evaluate": "score a trained adapter",
+    "predict": "use a trained adapter on a text or a file of them",
+    "merge": "fold an adapter into its base: a plain checkpoint, as fast as the base",
+    "info": "what is in an adapter: rank, targets, size, norm of each layer's update",
+}
+
+INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: arguments after the program's name; None takes the process's own.
+
+    Returns:
+        0 on success, 1 after an error, 2 for wrong usage, 130 after Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"lorica {importlib.import_module('lorica').__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f"lorica: there is no command {name!r}{nearest(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f"lorica.cli.{name}").run(rest)
+    except SystemExit as stop:  # the parser's: 0 after --help, 2 for wrong usage
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except LoricaError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        return 1
+
+
+def usage() -> str:
+    """What ``lorica --help`` prints."""
+    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lorica [--version] [--debug] COMMAND [...]",
+            "",
+            "Adapt a large model to a task by training two thin matrices beside each frozen weight.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`lorica COMMAND --help` shows a command's options with their units and defaults.",
+            "--debug shows where an error came from.",
+        ]
+    )
+
+
+def _complain(message: str) -> None:
+    red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}error: {message}{plain}", file=sys.stderr)

@@ -1,0 +1,40 @@
+"""``lorica evaluate``: score a trained adapter."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lorica.cli.parsing import Parser
+
+
+def parser() -> Parser:
+    """The command's options."""
+    result = Parser("evaluate", description="Score a trained adapter, or a model merged from one.")
+    result.add_argument("directory", type=str, help="folder that `lorica train` or `lorica merge` wrote")
+    result.add_argument(
+        "--data.test",
+        dest="test",
+        type=str | None,
+        help="rows to score on: a csv, tsv, json, jsonl (.gz) or parquet file, a folder or a Hub data set (default: the recipe's test rows)",
+    )
+    result.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return result
+
+
+def run(argv: list[str]) -> int:
+    """Score, and show the scores."""
+    parsed: Any = parser().parse_args(argv)
+
+    from lorica.train.console import make_console, scores, print_table
+    from lorica.train.run import evaluate
+
+    metrics = evaluate(parsed.directory, parsed.test)
+    if parsed.json:
+        print(json.dumps(metrics, indent=2))
+        return 0
+    rows = int(metrics.pop("rows"))
+    print_table(
+        make_console(), f"{parsed.directory} on {rows:,} test rows", ["metric", "score"], scores(metrics)
+    )
+    return 0

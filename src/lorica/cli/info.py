@@ -1,0 +1,97 @@
+"""``lorica info``: what is in an adapter."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lorica.cli.parsing import Parser
+
+
+def parser() -> Parser:
+    """The command's options."""
+    result = Parser("info", description="Show what is in an adapter, lorica's or PEFT's. No model is loaded.")
+    result.add_argument(
+        "directory", type=str, help="folder with adapter_config.json and adapter_model.safetensors"
+    )
+    result.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return result
+
+
+def describe(directory: str) -> dict[str, Any]:
+    """An adapter's settings, counts and norms, as plain values."""
+    from lorica.checkpoint import read
+
+    adapter = read(directory)
+    config = adapter.config
+    return {
+        "base_model": config.base_model_name_or_path,
+        "task_type": config.task_type,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "target_modules": config.target_modules,
+        "modules_to_save": config.modules_to_save,
+        "parameters": adapter.numel,
+        "bytes": adapter.nbytes,
+        "layers": {
+            path: {
+                "r": factors.r,
+                "scale": factors.scale,
+                "shape": [factors.B.shape[0], *factors.A.shape[1:]],
+                "norm": factors.norm(),
+            }
+            for path, factors in adapter.factors.items()
+        },
+        "whole": {name: list(tensor.shape) for name, tensor in adapter.extras.items()},
+    }
+
+
+def run(argv: list[str]) -> int:
+    """Show it."""
+    parsed: Any = parser().parse_args(argv)
+    found = describe(parsed.directory)
+    if parsed.json:
+        print(json.dumps(found, indent=2))
+        return 0
+
+    from lorica.errors import require
+
+    require("rich", extra="train")
+    from lorica.train.console import make_console, size, print_table
+
+    console = make_console()
+    targets = found["target_modules"]
+    summary = [
+        ["base model", found["base_model"] or "not recorded"],
+        ["task", found["task_type"] or "not recorded"],
+        ["rank", str(found["r"])],
+        ["alpha", f"{found['lora_alpha']:g}{' / sqrt(r)' if found['use_rslora'] else ''}"],
+        ["dropout", f"{found['lora_dropout']:g}"],
+        ["targets", ", ".join(targets) if isinstance(targets, list) else str(targets)],
+        ["parameters", f"{found['parameters']:,}"],
+        ["size", size(found["bytes"])],
+    ]
+    for name, value in summary:
+        console.print(f"{name:<11} {value}", soft_wrap=True)
+    layers = [
+        [
+            path,
+            str(layer["r"]),
+            " x ".join(map(str, layer["shape"])),
+            f"{layer['scale']:g}",
+            f"{layer['norm']:.4g}",
+        ]
+        for path, layer in found["layers"].items()
+    ]
+    print_table(
+        console,
+        "updates, and their Frobenius norm ‖s·B·A‖",
+        ["layer", "rank", "shape", "scale", "norm"],
+        layers,
+    )
+    if found["whole"]:
+        whole = [[name, " x ".join(map(str, shape))] for name, shape in found["whole"].items()]
+        print_table(console, "trained whole", ["tensor", "shape"], whole)
+    return 0

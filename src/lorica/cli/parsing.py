@@ -1,0 +1,30 @@
+"""The parser that all commands share: short errors, with the nearest option."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from lorica.errors import nearest
+
+_UNKNOWN = re.compile(r"(?:Unrecognized arguments: |Option '?|unrecognized arguments: )-*([\w.]+)")
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """A parser that answers wrong usage in three lines, not with every option there is."""
+
+    def __init__(self, command: str, **options: Any) -> None:
+        """Make the parser of one command."""
+        super().__init__(prog=f"lorica {command}", allow_abbrev=False, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong, and stop with status 2."""
+        unknown = _UNKNOWN.search(message)
+        if unknown:
+            known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
+            message = f"there is no option --{unknown[1]}{nearest(unknown[1], known)}"
+        print(f"{self.prog}: {message.strip()}\nsee: {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)

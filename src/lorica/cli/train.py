@@ -1,0 +1,77 @@
+"""``lorica train``: a recipe, trained."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from lorica.cli import INTERRUPTED
+from lorica.cli.parsing import Parser
+from lorica.train.recipe import Recipe, add_recipe, check_file, from_parsed
+
+
+def parser() -> Parser:
+    """The command's options: every field of a recipe."""
+    result = Parser(
+        "train",
+        usage="lorica train [RECIPE.yaml] [--task TASK] [--model MODEL] [--data.train ROWS] [--method.r R] ... [--output DIR]",
+        description="Train an adapter. RECIPE.yaml holds any of the options below; those given here override it.",
+    )
+    add_recipe(result)
+    result.add_argument(
+        "--resume", action="store_true", help="go on from the newest whole checkpoint in --output"
+    )
+    result.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
+    return result
+
+
+def run(argv: list[str]) -> int:
+    """Train, and show the scores."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
+    for flag, value in zip(argv, argv[1:], strict=False):
+        if flag == "--config":
+            check_file(value)
+    command = parser()
+    parsed: Any = command.parse_args(argv)
+    recipe = from_parsed(command, parsed)
+
+    from lorica.train.console import make_console
+    from lorica.train.fit import Interrupted
+    from lorica.train.run import RECIPE, train
+
+    console = make_console()
+    try:
+        result = train(recipe, resume=parsed.resume, overwrite=parsed.overwrite, console=console)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        print(
+            f"resume with: lorica train {shlex.quote(str(Path(recipe.output) / RECIPE))} --resume",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    show(console, recipe, result)
+    return 0
+
+
+def show(console: Any, recipe: Recipe, result: Any) -> None:
+    """Print what a run came to."""
+    from lorica.train.console import duration, scores, size, print_table
+
+    names = list(dict.fromkeys(name for metrics in result.metrics.values() for name in metrics))
+    if names:
+        rows = [
+            [split, f"{result.rows[split]:,}", *(dict(scores(metrics))[name] for name in names)]
+            for split, metrics in result.metrics.items()
+        ]
+        print_table(console, "scores", ["split", "rows", *names], rows)
+    console.print(
+        f"{result.steps:,} steps in {duration(result.seconds)}; {result.trainable:,} of {result.parameters:,} parameters trained; "
+        f"adapter of {size(result.checkpoint_bytes)} in {result.output}"
+    )
+    folder = shlex.quote(str(result.output))
+    console.print(
+        f"next: lorica evaluate {folder}   lorica predict {folder} TEXT   lorica merge {shlex.quote(recipe.model)} {folder} OUT"
+    )

@@ -1,0 +1,194 @@
+"""What happens between the steps: progress is shown, checkpoints are written where a resume is exact, Ctrl-C is heard."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorica.train.console import duration
+
+
+class CheckpointCallback(TrainerCallback):
+    """Decides when checkpoints are written, so that a run resumed from any of them goes on as if it had never stopped.
+
+    One is written after each evaluation (by transformers' own rule), every `save_steps`, and when the user interrupts. Those that
+    would fall on an epoch's last step wait for the evaluation at the epoch's end: a run resumed from before it would never make it.
+
+    Args:
+        save_steps: steps between checkpoints, or None.
+    """
+
+    def __init__(self, save_steps: int | None = None) -> None:
+        """Nothing is due yet."""
+        self.save_steps = save_steps
+        self.interrupted = False
+        self._due = False
+
+    def interrupt(self) -> None:
+        """Ask for a checkpoint and the end of training after the present step."""
+        self.interrupted = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Save if a step's count or the user says so."""
+        if self.save_steps is not None and state.global_step % self.save_steps == 0:
+            control.should_save = True
+        at_end = state.epoch is not None and state.epoch == int(state.epoch)
+        if at_end or control.should_training_stop:
+            self._due, control.should_save = control.should_save, False
+        elif self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Save what waited; of an epoch cut short by the user, nothing is evaluated or saved again."""
+        whole = state.epoch is not None and state.epoch == int(state.epoch)
+        if self.interrupted and not whole:
+            control.should_evaluate = control.should_save = control.should_log = False
+        elif self._due or self.interrupted:
+            control.should_save = True
+        self._due = False
+        control.should_training_stop |= self.interrupted
+
+
+@contextlib.contextmanager
+def interruptible(callback: CheckpointCallback, console: Console) -> Iterator[None]:
+    """Hear the first Ctrl-C as a wish to save and stop, and the second as a wish to stop at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's; elsewhere they are somebody else's to handle
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if callback.interrupted:
+            raise KeyboardInterrupt
+        callback.interrupt()
+        console.print("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows step, loss, tokens a second and the time left; keeps the time of each step.
+
+    Args:
+        console: where to show it.
+        title: what is being trained.
+    """
+
+    def __init__(self, console: Console, title: str = "train") -> None:
+        """Show nothing yet."""
+        self.console = console
+        self.title = title
+        self.step_seconds: list[float] = []
+        self._progress: Progress | None = None
+        self._loss = "-"
+        self._last_line = 0.0
+        self._began = self._step_began = 0.0
+        self._first_step = self._first_tokens = 0
+
+    @property
+    def median_step_seconds(self) -> float | None:
+        """Median seconds a step, the first three left out as warm-up."""
+        timed = self.step_seconds[3:] or self.step_seconds
+        return statistics.median(timed) if timed else None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start the clock and, on a terminal, the line that moves."""
+        self._began, self._first_step, self._first_tokens = (
+            time.perf_counter(),
+            state.global_step,
+            int(state.num_input_tokens_seen),
+        )
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[line]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._progress.add_task(self.title, total=state.max_steps, completed=state.global_step, line="")
+            self._progress.start()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Start timing a step."""
+        self._step_began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Stop timing it, and move the line on."""
+        self.step_seconds.append(time.perf_counter() - self._step_began)
+        if self._progress is not None:
+            self._progress.update(
+                self._progress.task_ids[0], completed=state.global_step, line=self._line(state)
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Take up the loss; into a pipe, write a line every few seconds."""
+        if logs is None or "loss" not in logs:
+            return
+        self._loss = f"{float(logs['loss']):.4f}"
+        now = time.perf_counter()
+        if self._progress is None and (now - self._last_line >= 5 or state.global_step >= state.max_steps):
+            self._last_line = now
+            self.console.print(f"{self.title}  {self._line(state)}")
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write a line for each evaluation."""
+        shown = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
+        kept = [name for name in ("loss", "accuracy", "f1") if name in shown]
+        line = "  ".join(f"{name} {shown[name]:.4f}" for name in kept)
+        self.console.print(f"{self.title}  epoch {state.epoch or 0:.2f}  validation: {line}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take the line away."""
+        self.close()
+
+    def close(self) -> None:
+        """Take the line away, also when training ended with an error."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _line(self, state: TrainerState) -> str:
+        elapsed, done = time.perf_counter() - self._began, state.global_step - self._first_step
+        tokens = (int(state.num_input_tokens_seen) - self._first_tokens) / max(elapsed, 1e-9)
+        left = elapsed / max(done, 1) * (state.max_steps - state.global_step)
+        return f"step {state.global_step}/{state.max_steps}  loss {self._loss}  {tokens:,.0f} tokens/s  ETA {duration(left)}"

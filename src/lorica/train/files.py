@@ -1,0 +1,50 @@
+"""Writing small files so that they are there whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from lorica.errors import FileError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under a temporary name in its own folder, then rename it into place."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own mode would keep the file from everyone else
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def writable_directory(path: str | Path) -> Path:
+    """Make a folder if need be, and see that it can be written to, before hours of work depend on it.
+
+    Raises:
+        FileError: it cannot be made, is not a folder, or refuses a file.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FileError(f"cannot write to {path}: {reason}; choose another folder") from error
+    return path
+
+
+def bytes_of(path: Path) -> int:
+    """Size in bytes of a file, or of all files under a folder."""
+    return (
+        path.stat().st_size
+        if path.is_file()
+        else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    )

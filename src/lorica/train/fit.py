@@ -1,0 +1,198 @@
+"""The training itself: any model, whatever of it trains, from encoded rows to the end."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
+from transformers.trainer_callback import TrainerState
+
+from lorica.errors import LoricaError
+from lorica.train.arguments import training_arguments
+from lorica.train.callbacks import CheckpointCallback, ProgressCallback, interruptible
+from lorica.train.checkpoints import STATE, discard_incomplete, find_best, last_checkpoint
+from lorica.train.console import make_console, quiet
+from lorica.train.recipe import TrainingConfig
+from lorica.train.tasks import Task
+from lorica.train.trainer import Trainer
+
+
+class Interrupted(LoricaError):
+    """The user stopped a run; a checkpoint was written, from which it can be resumed.
+
+    Attributes:
+        checkpoint: the checkpoint's folder, or None when there was not a step to keep.
+    """
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        """Say where the checkpoint is."""
+        self.checkpoint = checkpoint
+        super().__init__(
+            "interrupted before the first step" if checkpoint is None else f"interrupted; saved {checkpoint}"
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A trained model, and how it came to be.
+
+    Args:
+        model: the model, with its best weights if `load_best` was asked for and there were validation rows, else its last.
+        trainer: the trainer, for more of it.
+        steps: optimizer steps of the whole run, those before a resume included.
+        seconds: duration of this call's training.
+        step_seconds: median seconds a step, or None when this call made none.
+        history: what was logged, a dictionary an entry.
+    """
+
+    model: PreTrainedModel
+    trainer: Trainer
+    steps: int
+    seconds: float
+    step_seconds: float | None
+    history: list[dict[str, float]]
+
+    def evaluate(self, rows: Dataset) -> dict[str, float]:
+        """Score the model on encoded rows: the task's metrics, and the loss."""
+        return score(self.trainer, rows)
+
+
+def fit(
+    model: PreTrainedModel,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    validation: Dataset | None,
+    training: TrainingConfig,
+    directory: str | Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    title: str = "train",
+    callbacks: list[TrainerCallback] | None = None,
+) -> Fit:
+    """Train what of a model requires a gradient: an adapter, a head, or everything.
+
+    The same configuration, seed and rows give the same weights, bit for bit on a CPU, also when the run was killed at any moment
+    and resumed.
+
+    Args:
+        model: the model; what should not train is frozen already.
+        task: what it learns.
+        tokenizer: its tokenizer.
+        train: encoded rows to learn from.
+        validation: encoded rows that choose the best checkpoint, or None.
+        training: how to train.
+        directory: folder for ``checkpoints/`` and ``tensorboard/``.
+        resume: go on from the newest complete checkpoint, or start if there is none.
+        console: where to show progress. None makes one.
+        title: what to call it there.
+        callbacks: more callbacks.
+
+    Returns:
+        The trained model and figures of the run.
+
+    Raises:
+        Interrupted: the user pressed Ctrl-C; a checkpoint was written.
+        ConfigError: the configuration cannot be used on this device or with these rows.
+    """
+    console = console or make_console()
+    directory = Path(directory)
+    checkpoints = (directory / "checkpoints").resolve()
+    progress, saving = ProgressCallback(console, title), CheckpointCallback(training.save_steps)
+    args = training_arguments(training, checkpoints, task.best_metric, validated=validation is not None)
+    with quiet():
+        extra: list[TrainerCallback] = [saving, progress, *(callbacks or [])]
+        if training.early_stopping_patience is not None:
+            extra.append(EarlyStoppingCallback(training.early_stopping_patience))
+        if "tensorboard" in training.report_to:
+            extra.append(_tensorboard(directory / "tensorboard"))
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            data_collator=task.collator(tokenizer),
+            compute_metrics=task.metrics,
+            callbacks=extra,
+            loraplus_lr_ratio=training.loraplus_lr_ratio,
+        )
+        trainer.remove_callback(PrinterCallback)
+        start = None
+        if resume:
+            discard_incomplete(checkpoints)
+            start = last_checkpoint(checkpoints)
+            if start is not None:
+                find_best(start)
+        began = time.perf_counter()
+        try:
+            with interruptible(saving, console):
+                _run(trainer, start, training)
+        finally:
+            progress.close()
+    if saving.interrupted and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(last_checkpoint(checkpoints))
+    return Fit(
+        model,
+        trainer,
+        trainer.state.global_step,
+        time.perf_counter() - began,
+        progress.median_step_seconds,
+        list(trainer.state.log_history),
+    )
+
+
+def score(trainer: Trainer, rows: Dataset) -> dict[str, float]:
+    """Score a trainer's model on encoded rows: the task's metrics, and the loss."""
+    with quiet():
+        outcome = trainer.predict(rows, metric_key_prefix="x")  # type: ignore[arg-type]
+    timing = ("x_runtime", "x_samples_per_second", "x_steps_per_second", "x_model_preparation_time")
+    return {
+        name.removeprefix("x_"): float(value)
+        for name, value in (outcome.metrics or {}).items()
+        if name not in timing
+    }
+
+
+def _run(trainer: Trainer, start: Path | None, training: TrainingConfig) -> None:
+    if start is not None and _stopped_early(start, training):
+        # The run had ended; only what follows training was lost. Going on would take it past its end.
+        trainer.state = TrainerState.load_from_json(str(start / STATE))
+        trainer._load_best_model()
+        return
+    with warnings.catch_warnings():
+        # Stepping the schedule at once after a resume, before the optimizer's first step, is right.
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+
+
+def _stopped_early(checkpoint: Path, training: TrainingConfig) -> bool:
+    if training.early_stopping_patience is None:
+        return False
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    stored = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+    return (
+        stored.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        >= training.early_stopping_patience
+    )
+
+
+def _tensorboard(directory: Path) -> TrainerCallback:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(directory)))

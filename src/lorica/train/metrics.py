@@ -1,0 +1,29 @@
+"""Metrics over a whole set of predictions, by scikit-learn. A mean of per-batch scores is another number; none is taken here."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+
+
+def classification(predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """Score predicted classes against the true ones.
+
+    Args:
+        predictions: (rows,) predicted class ids.
+        labels: (rows,) true class ids.
+
+    Returns:
+        ``accuracy``; ``f1``, ``precision`` and ``recall`` weighted by how often each class occurs; ``f1_macro``, the plain mean over the classes.
+        A class that is never predicted counts as precision 0.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    scores = {
+        "accuracy": accuracy_score(labels, predictions),
+        "f1": f1_score(labels, predictions, average="weighted", zero_division=0),
+        "f1_macro": f1_score(labels, predictions, average="macro", zero_division=0),
+        "precision": precision_score(labels, predictions, average="weighted", zero_division=0),
+        "recall": recall_score(labels, predictions, average="weighted", zero_division=0),
+    }
+    return {name: float(score) for name, score in scores.items()}

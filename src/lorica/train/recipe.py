@@ -1,0 +1,248 @@
+"""`Recipe`: a whole run as a value. A YAML file holds one; the command line's flags are its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import yaml
+
+from lorica.config import LoraConfig
+from lorica.errors import ConfigError, FileError, nearest
+from lorica.train.files import write_atomically
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the rows come from, and which of their columns matter.
+
+    Args:
+        train: training rows: a csv, tsv, json, jsonl (each also .gz) or parquet file; a folder of such files named after their splits; a
+            data set's name on the Hugging Face Hub; or "docstrings", the data set made from Python's own docstrings.
+        validation: validation rows, in any of these forms. None takes the split of that name from `train`, or a part of its rows.
+        test: test rows, in any of these forms. None takes the split of that name from `train`, if it has one.
+        subset: configuration of a Hub data set that has several, such as "sst2" of "nyu-mll/glue".
+        text: column of the text. None looks for the usual names.
+        text_pair: column of the second text, where a row is a pair. None looks for the usual names when `text` is None too.
+        label: column of the label. None looks for the usual names.
+        labels: names of the classes in the order of their ids. None takes those found in the training rows, sorted.
+        validation_fraction: share of the training rows set aside, in (0, 1), when there is no validation split; 0 sets none aside.
+        split_seed: seed of that draw.
+    """
+
+    train: str = "docstrings"
+    validation: str | None = None
+    test: str | None = None
+    subset: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    labels: list[str] | None = None
+    validation_fraction: float = 0.1
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _expect(self, "validation_fraction", 0 <= self.validation_fraction < 1, "a share in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How to train. AdamW, with a checkpoint at each evaluation.
+
+    Args:
+        learning_rate: peak learning rate. LoRA likes about ten times that of full fine-tuning.
+        epochs: passes over the training rows.
+        max_steps: optimizer steps to take, whatever `epochs` says. None lets `epochs` decide.
+        batch_size: rows a step on each device.
+        eval_batch_size: rows a batch in evaluation, on each device.
+        gradient_accumulation: batches whose gradients are added up for one step.
+        weight_decay: AdamW's decay of weight matrices, a step and unit of learning rate; biases and norms have none.
+        warmup_ratio: share of the steps, in [0, 1), over which the learning rate climbs to its peak.
+        lr_scheduler: course of the learning rate after that: "linear", "cosine", "constant", "constant_with_warmup", "polynomial" or "inverse_sqrt".
+        max_grad_norm: norm to which larger gradients are scaled down; 0 leaves them.
+        max_length: tokens kept of each row; how many rows are cut is reported.
+        seed: seed of the new head, the adapter, the order of rows and dropout.
+        eval_steps: steps between evaluations. None evaluates once an epoch.
+        save_steps: steps between checkpoints, besides the one at each evaluation. None writes no others.
+        save_total_limit: checkpoints to keep: the newest, and always the best.
+        early_stopping_patience: evaluations without a better result after which training stops. None never stops early.
+        metric_for_best: metric that decides which checkpoint is the best, "loss" included. None takes the task's own.
+        load_best: end with the best checkpoint instead of the last.
+        loraplus_lr_ratio: learning rate of B over that of A (LoRA+; Hayou et al., 2024, advise 2 to 16). None or 1 trains both at one rate.
+        group_by_length: put rows of similar lengths into one batch, which saves padding.
+        bf16: bfloat16 autocast. Needs a device that has it.
+        fp16: float16 autocast with loss scaling. Needs a GPU.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        logging_steps: steps between log entries.
+        report_to: trackers that receive them: "tensorboard", "wandb", "mlflow", ... An empty list is none.
+        arguments: any other fields of transformers.TrainingArguments, passed on as they are.
+    """
+
+    learning_rate: float = 5e-4
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    eval_batch_size: int = 64
+    gradient_accumulation: int = 1
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.06
+    lr_scheduler: str = "linear"
+    max_grad_norm: float = 1.0
+    max_length: int = 128
+    seed: int = 0
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    save_total_limit: int = 2
+    early_stopping_patience: int | None = None
+    metric_for_best: str | None = None
+    load_best: bool = True
+    loraplus_lr_ratio: float | None = None
+    group_by_length: bool = True
+    bf16: bool = False
+    fp16: bool = False
+    gradient_checkpointing: bool = False
+    logging_steps: int = 10
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in (
+            "learning_rate",
+            "epochs",
+            "batch_size",
+            "eval_batch_size",
+            "gradient_accumulation",
+            "max_length",
+            "logging_steps",
+        ):
+            _expect(self, name, getattr(self, name) > 0, "more than 0")
+        for name in ("max_steps", "eval_steps", "save_steps", "early_stopping_patience", "loraplus_lr_ratio"):
+            value = getattr(self, name)
+            _expect(self, name, value is None or value > 0, "None or more than 0")
+        for name in ("weight_decay", "max_grad_norm"):
+            _expect(self, name, getattr(self, name) >= 0, "0 or more")
+        _expect(self, "save_total_limit", self.save_total_limit >= 1, "at least 1")
+        _expect(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "a share in [0, 1)")
+        _expect(self, "lr_scheduler", self.lr_scheduler in SCHEDULERS, f"one of {SCHEDULERS}")
+        _expect(self, "fp16", not (self.fp16 and self.bf16), "False where bf16 is True")
+
+
+def _default_method() -> LoraConfig:
+    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A run: what to learn, on which model, from which rows, by which method.
+
+    Args:
+        task: what is learned; "sequence-classification", or a task registered by the user.
+        model: the pretrained model: a folder or a name on the Hugging Face Hub. The default is installed with lorica[demo] and needs no download.
+        data: where the rows come from.
+        method: what trains.
+        training: how it trains.
+        output: folder for the adapter, the tokenizer, this recipe, results.json, checkpoints and TensorBoard's logs.
+    """
+
+    task: str = "sequence-classification"
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    data: DataConfig = field(default_factory=DataConfig)
+    method: LoraConfig = field(default_factory=_default_method)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    output: str = "runs/train"
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; ``replace(training={"seed": 1})`` reaches into a part."""
+        for name, change in changes.items():
+            if isinstance(change, Mapping):
+                changes[name] = dataclasses.replace(getattr(self, name), **change)
+        return dataclasses.replace(self, **changes)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, every field written out."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True, width=120)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the recipe as a YAML file, and return its path."""
+        path = Path(path)
+        write_atomically(path, self.to_yaml())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a YAML file; fields it leaves out keep their defaults.
+
+        Raises:
+            FileError: there is no such file, or it is not YAML.
+            ConfigError: it has a field that does not exist, or a value of the wrong type.
+        """
+        check_file(path)
+        import jsonargparse
+
+        parser = jsonargparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+        add_recipe(parser)
+        try:
+            parsed = parser.parse_args([f"--config={path}"])
+        except jsonargparse.ArgumentError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        return from_parsed(parser, parsed)
+
+
+def add_recipe(parser: ArgumentParser) -> None:
+    """Give a command-line parser a recipe's fields as options, and ``--config`` for a recipe file."""
+    parser.add_argument(
+        "--config", action="config", help="recipe to start from, a YAML file; options override it"
+    )
+    parser.add_class_arguments(Recipe)
+
+
+def from_parsed(parser: ArgumentParser, parsed: Any) -> Recipe:
+    """The recipe that parsed arguments stand for."""
+    values = parser.instantiate(parsed)
+    return Recipe(**{item.name: values[item.name] for item in dataclasses.fields(Recipe)})
+
+
+def check_file(path: str | Path) -> None:
+    """Refuse a recipe file that is missing, is not YAML, or holds a field that does not exist.
+
+    Raises:
+        FileError: there is no such file, or it is not YAML.
+        ConfigError: naming every unknown field, with the nearest known one.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"cannot read the recipe {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FileError(f"the recipe {path} is not YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        raise FileError(
+            f"the recipe {path} must hold fields such as 'task:' and 'model:', not {type(content).__name__}"
+        )
+    if unknown := list(_unknown(content, Recipe())):
+        raise ConfigError(f"{path}: unknown field {'; unknown field '.join(unknown)}")
+
+
+def _unknown(content: Mapping[str, Any], known: Any, prefix: str = "") -> Iterator[str]:
+    names = [item.name for item in dataclasses.fields(known)]
+    for key, value in content.items():
+        if key not in names:
+            yield f"{prefix + str(key)!r}{nearest(str(key), names)}"
+        elif dataclasses.is_dataclass(part := getattr(known, key)) and isinstance(value, Mapping):
+            yield from _unknown(value, part, f"{prefix}{key}.")
+
+
+def _expect(config: Any, name: str, ok: bool, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {expected}, not {getattr(config, name)!r}")

@@ -1,0 +1,51 @@
+"""Batches of rows of similar lengths, drawn so that a run can be taken up anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Draws rows at random, then sorts each stretch of fifty batches by length: little padding, still random.
+
+    The order hangs on the seed and the epoch alone, not on torch's global generator as transformers' own does; after a resume
+    the same rows follow as without one.
+
+    Args:
+        lengths: length of each row, in tokens.
+        batch_size: rows a step.
+        seed: seed of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0) -> None:
+        """Keep the lengths; nothing is drawn yet."""
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch is drawn next."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """The epoch's rows, in order."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self), generator=generator).tolist()
+        stretch = 50 * self.batch_size
+        batches: list[list[int]] = []
+        for start in range(0, len(order), stretch):
+            rows = sorted(order[start : start + stretch], key=self.lengths.__getitem__, reverse=True)
+            batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        # The short batch must stay last (a loader cuts the stream into equal parts); the others come in any order, or each
+        # stretch would run from long rows to short ones.
+        full = batches[:-1] if batches and len(batches[-1]) < self.batch_size else batches
+        shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+        return (row for batch in shuffled + batches[len(full) :] for row in batch)

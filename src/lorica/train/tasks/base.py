@@ -1,0 +1,130 @@
+"""What a task is: how rows become features, which head they need, how the result is scored and read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import transformers
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalPrediction
+
+from lorica.errors import FileError
+from lorica.train.data import Splits
+from lorica.train.embedded import resolve_model
+from lorica.train.recipe import DataConfig
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows as a model takes them.
+
+    Args:
+        features: columns that the model's forward names, and ``length``, the tokens of each row.
+        truncated: rows that were cut to the longest length allowed.
+        longest: tokens of the longest row before any was cut.
+    """
+
+    features: Dataset
+    truncated: int
+    longest: int
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.features)
+
+
+class Task(ABC):
+    """One kind of learning. A subclass says all that is particular to it; nothing else in lorica.train does.
+
+    Attributes:
+        name: what a recipe calls it.
+        task_type: what PEFT's configuration calls it.
+        auto_class: transformers' class that loads a model with this task's head.
+        best_metric: metric that decides which checkpoint is the best, a key of `metrics`. Higher is better.
+        label_columns: columns of the features that hold what is to be learned.
+    """
+
+    name: ClassVar[str]
+    task_type: ClassVar[str]
+    auto_class: ClassVar[str]
+    best_metric: ClassVar[str]
+    label_columns: ClassVar[tuple[str, ...]] = ("labels",)
+
+    @abstractmethod
+    def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
+        """Fill in what the user left out (columns, labels) by looking at the training rows, and check what they gave."""
+
+    @abstractmethod
+    def encode(
+        self,
+        rows: Dataset,
+        data: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        where: str,
+        *,
+        labelled: bool = True,
+    ) -> Encoded:
+        """Turn rows into features.
+
+        Args:
+            rows: the rows, as they came.
+            data: their columns and labels, resolved.
+            tokenizer: the model's tokenizer.
+            max_length: tokens kept of each row.
+            where: what to call these rows in an error, such as "the test rows".
+            labelled: whether they have labels; rows to predict have none.
+        """
+
+    @abstractmethod
+    def head(self, data: DataConfig) -> dict[str, Any]:
+        """Fields of the model's configuration that make the head fit, such as ``num_labels``."""
+
+    @abstractmethod
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """What makes a batch of features: pads and stacks them."""
+
+    @abstractmethod
+    def metrics(self, outcome: EvalPrediction) -> dict[str, float]:
+        """Score the model's outputs over a whole set."""
+
+    @abstractmethod
+    def read(self, outputs: Any, data: DataConfig) -> list[dict[str, Any]]:
+        """Say what the model's outputs for some rows mean, a dictionary a row."""
+
+    @abstractmethod
+    def rows(self, texts: Sequence[str], data: DataConfig) -> Dataset:
+        """Make rows to predict of plain texts."""
+
+    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """Load a model's tokenizer."""
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(name))
+        except (OSError, ValueError) as error:
+            raise FileError(f"cannot load a tokenizer from {name!r}: {_first_line(error)}") from error
+        if tokenizer.pad_token is None:
+            # A decoder's tokenizer often has none; any token will do, since the mask hides it.
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def model(self, name: str, data: DataConfig) -> PreTrainedModel:
+        """Load a pretrained model with this task's head; the head is new unless the model has one of that shape."""
+        try:
+            model = getattr(transformers, self.auto_class).from_pretrained(
+                resolve_model(name), ignore_mismatched_sizes=True, **self.head(data)
+            )
+        except (OSError, ValueError) as error:
+            raise FileError(
+                f"cannot load a model for {self.name} from {name!r}: {_first_line(error)}"
+            ) from error
+        # The path on this machine would tell the adapter's other users nothing.
+        model.config._name_or_path = model.name_or_path = name
+        return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,114 @@
+"""transformers' Trainer for adapted models.
+
+transformers' own Trainer already trains an adapted model and saves its adapter, since the model's `save_pretrained` does. What it cannot
+do is read the adapter back: to resume, and to end with the best checkpoint. `LoraTrainerMixin` adds the two, here and to TRL's
+trainers::
+
+    class LoraSFTTrainer(LoraTrainerMixin, trl.SFTTrainer): ...
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+
+from lorica.checkpoint import is_adapter
+from lorica.errors import LoricaError
+from lorica.model import adapters, load_weights
+from lorica.train.optimizer import parameter_groups
+from lorica.train.sampler import LengthGroupedSampler
+
+if TYPE_CHECKING:
+    _Base = transformers.Trainer
+else:
+    _Base = object
+
+_HOOKS = ("_load_from_checkpoint", "_load_best_model")
+
+
+class LoraTrainerMixin(_Base):
+    """Lets a trainer resume from adapter-only checkpoints, and end with the best of them.
+
+    Put it before the trainer it is mixed into. A model without adapters, FSDP and DeepSpeed take the trainer's own ways.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a trainer in which the two methods would never be called.
+
+        Raises:
+            LoricaError: the installed transformers names them otherwise.
+        """
+        super().__init_subclass__(**options)
+        after = cls.__mro__[cls.__mro__.index(LoraTrainerMixin) + 1 :]
+        trainers = [base.__name__ for base in after if base is not object]
+        missing = [hook for hook in _HOOKS if not any(hook in vars(base) for base in after)]
+        if trainers and missing:
+            raise LoricaError(
+                f"{cls.__name__} cannot load adapters: {', '.join(trainers)} of transformers {transformers.__version__} has no "
+                f"{' and no '.join(missing)}. Put LoraTrainerMixin before the trainer's own class; if it is, this version of "
+                "transformers is not supported yet."
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_adapter(resume_from_checkpoint, model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_adapter(self.state.best_model_checkpoint, None):
+            super()._load_best_model()
+
+    def _load_adapter(self, checkpoint: str | None, model: nn.Module | None) -> bool:
+        if (
+            checkpoint is None
+            or self.is_fsdp_enabled
+            or self.is_deepspeed_enabled
+            or not is_adapter(checkpoint)
+        ):
+            return False
+        bare = self.accelerator.unwrap_model(
+            model if model is not None else self.model, keep_torch_compile=False
+        )
+        if not adapters(bare):
+            return False
+        load_weights(bare, Path(checkpoint))
+        return True
+
+
+class Trainer(LoraTrainerMixin, transformers.Trainer):
+    """transformers' Trainer, with adapter checkpoints, LoRA+ and an order of rows that a resume keeps.
+
+    Args:
+        *args: as transformers' Trainer takes them.
+        loraplus_lr_ratio: learning rate of B over that of A; see `parameter_groups`. None trains both at one rate.
+        **options: as transformers' Trainer takes them.
+    """
+
+    def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **options: Any) -> None:
+        """Keep the ratio, and leave the rest to transformers."""
+        self.loraplus_lr_ratio = loraplus_lr_ratio
+        super().__init__(*args, **options)
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """The optimizer's class and arguments, with LoRA+'s parameter groups where they are asked for."""
+        optimizer, options = super().get_optimizer_cls_and_kwargs(args, model)
+        if self.loraplus_lr_ratio is not None:
+            options["params"] = parameter_groups(
+                model if model is not None else self.model,
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
+            )
+        return optimizer, options
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        column = self.args.length_column_name
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        if not grouped or self.args.world_size > 1 or column not in getattr(rows, "column_names", ()):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedSampler(rows[column], self._train_batch_size, seed)
