@@ -25,6 +25,7 @@ class Roster:
         active: names of the adapters that act; their updates add up.
         slots: adapter name → parameter name in the base → the parameter that takes its place while the adapter acts (trained biases).
         originals: parameters whose place is taken at the moment.
+        rows: which adapter acts on which row of the batch, in place of `active`.
         frozen: parameters that `adapt` froze and `detach` thaws.
         merged: names of the adapters that are merged into the weights at the moment.
         aside: what merging took off the model and `restore` puts back.
@@ -34,6 +35,7 @@ class Roster:
     active: tuple[str, ...] = ()
     slots: dict[str, dict[str, Parameter]] = field(default_factory=dict)
     originals: dict[str, Parameter] = field(default_factory=dict)
+    rows: Any = None
     frozen: list[Parameter] = field(default_factory=list)
     merged: tuple[str, ...] = ()
     aside: Any = None

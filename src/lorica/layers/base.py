@@ -124,6 +124,8 @@ class LoraLayer(SwappedModule):
     """Whether that parameter is stored (d_in, d_out)."""
     takes_dropout: ClassVar[bool] = True
     """Whether inputs can be dropped; not where the update is folded into the weight."""
+    rows_differ: ClassVar[bool] = True
+    """Whether rows of one batch can have adapters of their own."""
     store: ClassVar[type[nn.Module]] = nn.ModuleDict
     """What holds the factors by adapter name."""
 
@@ -155,6 +157,19 @@ class LoraLayer(SwappedModule):
         weight = self._parameters[self.weight_name]
         assert weight is not None
         return weight
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base layer returns, plus the active adapters' updates."""
+        y = super().forward(x, *args, **kwargs)
+        if self.roster.rows is not None:
+            return self.roster.rows.add(y, x, self.scaling.keys(), self.update)
+        for name in self.acting():
+            y = y + self.update(name, x).to(y.dtype)
+        return y
+
+    def update(self, name: str, x: Tensor) -> Tensor:
+        """One adapter's update of the output, for the layer's input `x`."""
+        raise NotImplementedError
 
     def acting(self) -> list[str]:
         """Names of the active adapters that have an update for this layer."""

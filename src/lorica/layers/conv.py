@@ -28,14 +28,10 @@ class LoraConv(LoraLayer):
         kernel = tuple(module.kernel_size)
         return (r, module.in_channels, *kernel), (module.out_channels, r // module.groups, *(1 for _ in kernel))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``(batch, channels_in, *space)``; returns ``(batch, channels_out, *space)``."""
-        y = super().forward(x)
-        for name in self.acting():
-            A, B, scale, p = self.update_of(name)
-            A, B = A.to(x.dtype), B.to(x.dtype)
-            y = y + scale * self._point(self._down(functional.dropout(x, p), A), B)
-        return y
+    def update(self, name: str, x: Tensor) -> Tensor:
+        """The update for ``(batch, channels_in, *space)``: (batch, channels_out, *space)."""
+        A, B, scale, p = self.update_of(name)
+        return scale * self._point(self._down(functional.dropout(x, p), A.to(x.dtype)), B.to(x.dtype))
 
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
         padding = self.padding

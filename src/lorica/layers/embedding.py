@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +37,11 @@ class LoraEmbedding(LoraLayer):
         self.lora_embedding_A[name], self.lora_embedding_B[name] = A, B
         self.scaling[name], self.lora_dropout[name] = scale, dropout
 
-    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Look up token ids of any shape; returns their embeddings, one dimension more."""
-        y = super().forward(tokens, *args, **kwargs)
-        for name in self.acting():
-            A, B, scale, p = self.update_of(name)
-            rows = F.embedding(tokens, A.t(), padding_idx=self.padding_idx)
-            if p > 0:
-                rows = rows * functional.dropout(torch.ones_like(rows[..., :1]), p)
-            # Gemma's embeddings multiply what they look up; the update is part of what is looked up.
-            scale = scale * getattr(self, "embed_scale", 1.0)
-            y = y + (rows.to(y.dtype) @ B.to(y.dtype).t()) * scale
-        return y
+    def update(self, name: str, x: Tensor) -> Tensor:
+        """The update for token ids of any shape: one dimension more."""
+        A, B, scale, p = self.update_of(name)
+        rows = F.embedding(x, A.t(), padding_idx=self.padding_idx)
+        if p > 0:
+            rows = rows * functional.dropout(torch.ones_like(rows[..., :1]), p)
+        # Gemma's embeddings multiply what they look up; the update is part of what is looked up.
+        return rows @ B.t() * (scale * getattr(self, "embed_scale", 1.0))

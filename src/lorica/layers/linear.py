@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lorica import functional
 from lorica.layers.base import LoraLayer
@@ -22,14 +25,27 @@ class LoraLinear(LoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(..., d_in)``; returns ``(..., d_out)``."""
+        rows = self.roster.rows
+        if rows is not None:
+            if torch.is_grad_enabled():
+                return super().forward(x)
+            y = F.linear(x, *self._base())
+            return rows.add_stacked_(y, x, self, self.scaling.keys(), partial(self._stack, y.dtype))
         names = self.acting()
-        if not names:
+        if len(names) != 1:
             return super().forward(x)
-        first, *others = names
-        y = functional.lora_linear(x, *self._base(), *self.update_of(first))
-        for name in others:
-            y = y + functional.low_rank(x, *self.update_of(name)).to(y.dtype)
-        return y
+        return functional.lora_linear(x, *self._base(), *self.update_of(names[0]))
+
+    def update(self, name: str, x: Tensor) -> Tensor:  # noqa: D102
+        return functional.low_rank(x, *self.update_of(name))
+
+    def _stack(self, dtype: torch.dtype, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The adapters' factors, filled up with zeros to one rank: A (adapters, r, d_in), scaled B (adapters, r, d_out)."""
+        updates = [self.update_of(name) for name in names]
+        r = max(A.shape[0] for A, *_ in updates)
+        A = torch.stack([F.pad(A.to(dtype), (0, 0, 0, r - A.shape[0])) for A, *_ in updates])
+        B = torch.stack([F.pad(B.t().to(dtype) * scale, (0, 0, 0, r - B.shape[1])) for _, B, scale, _ in updates])
+        return A, B
 
 
 class LoraConv1D(LoraLinear):
@@ -61,6 +77,8 @@ class LoraReadLinear(LoraLinear):
     the kernel computes what `forward` would.
     """
 
+    rows_differ: ClassVar[bool] = False
+
     @property
     def weight(self) -> Tensor:
         """W0 + Σ scale·B·A of the active adapters; W0 itself stays in `base_weight`."""
@@ -82,6 +100,11 @@ class LoraAttention(LoraLayer):
 
     weight_name: ClassVar[str] = "in_proj_weight"
     takes_dropout: ClassVar[bool] = False
+    rows_differ: ClassVar[bool] = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The attention as it is: it reads the weight below."""
+        return super(LoraLayer, self).forward(*args, **kwargs)
 
     @property
     def in_proj_weight(self) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from lorica import functional
@@ -19,11 +17,5 @@ class LoraOpaque(LoraLayer):
         assert isinstance(module, nn.Linear)
         return (r, module.in_features), (module.out_features, r)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Apply the layer's own forward to ``(..., d_in)``, and add the active updates."""
-        y = super().forward(x, *args, **kwargs)
-        for name in self.acting():
-            A, B, scale, p = self.update_of(name)
-            # A quantized layer may take and return a lower precision than the factors; the input's is what they are cast to.
-            y = y + functional.low_rank(x, A, B, scale, p).to(y.dtype)
-        return y
+    def update(self, name: str, x: Tensor) -> Tensor:  # noqa: D102
+        return functional.low_rank(x, *self.update_of(name))

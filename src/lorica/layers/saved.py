@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from lorica.errors import AdapterError, listing
+from lorica.errors import AdapterError, StateError, listing
 from lorica.layers.base import SwappedModule
 
 
@@ -46,6 +47,20 @@ class SavedModule(SwappedModule):
         return self.modules_to_save[names[0]] if names else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the acting copy, or the original."""
+        """Call the acting copy, or the original; where rows have adapters of their own, each row's."""
+        if self.roster.rows is not None:
+            return self._by_row(*args, **kwargs)
         twin = self.acting_copy()
         return super().forward(*args, **kwargs) if twin is None else twin(*args, **kwargs)
+
+    def _by_row(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = self.roster.rows
+        assert rows is not None
+        parts, places = [], []
+        for name, index in rows.groups(x, self.modules_to_save.keys()):
+            call = super().forward if name is None else self.modules_to_save[name]
+            parts.append(call(x.index_select(0, index), *args, **kwargs))
+            places.append(index)
+        if not isinstance(parts[0], Tensor):
+            raise StateError(f"{self.base_class.__name__} returns a {type(parts[0]).__name__}; only one tensor can be put together row by row")
+        return torch.cat(parts).index_select(0, torch.cat(places).argsort())

@@ -14,6 +14,7 @@ from lorica.model.merge import MergeReport as MergeReport
 from lorica.model.merge import merge as merge
 from lorica.model.merge import restore as restore
 from lorica.model.merge import switch as switch
+from lorica.model.mixed import mixed as mixed
 from lorica.model.storage import load as load
 from lorica.model.storage import load_weights as load_weights
 from lorica.model.storage import save as save

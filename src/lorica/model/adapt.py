@@ -5,7 +5,7 @@ All or nothing: what can fail (finding, checking, drawing, allocating) comes fir
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import TypeVar
 
 from torch import nn
@@ -16,8 +16,9 @@ from lorica.config import LoraConfig
 from lorica.layers import LoraEmbedding
 from lorica.model import pretrained
 from lorica.model.mount import Mount, mount, open_for, parameter_for
-from lorica.model.structure import ROSTER, adapted, find_adapted, lora_layers, saved_modules, walk
-from lorica.model.targets import Target, resolve, within_any
+from lorica.model.structure import ROSTER, adapted, find_adapted, lora_layers, saved_modules
+from lorica.model.targets import Target, biases, resolve
+from lorica.roster import Roster
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,7 +52,7 @@ def adapt(model: M, config: LoraConfig | None = None, name: str = "default", *, 
     mounts = [_fresh(target, config, seed) for target in layers]
     base = getattr(root, "name_or_path", None) or config.base_model_name_or_path
     config = config.replace(base_model_name_or_path=base or None)
-    slots = {path: Parameter(p.detach().clone()) for path, p in _biases(root, config, layers, saved)}
+    slots = _slots(root, roster, biases(root, config, {target.path for target in layers}, saved))
     mount(root, roster, name, config, mounts, saved, slots, trainable=not config.inference_mode)
     roster.activate(root, (name,))
     return model
@@ -148,14 +149,8 @@ def _fresh(target: Target, config: LoraConfig, seed: int) -> Mount:
     return Mount(target, parameter_for(target, A), parameter_for(target, B), config.scale(target.path))
 
 
-def _biases(
-    root: nn.Module, config: LoraConfig, layers: list[Target], saved: Mapping[str, nn.Module]
-) -> Iterator[tuple[str, Parameter]]:
-    """The base's biases that the configuration trains, by name."""
-    adapted_paths = {target.path for target in layers}
-    for path, module, _ in walk(root):
-        chosen = config.bias == "all" or (config.bias == "lora_only" and path in adapted_paths)
-        if chosen and not within_any(path, saved):
-            for leaf, parameter in module._parameters.items():
-                if parameter is not None and (leaf == "bias" or leaf.endswith("_bias")):
-                    yield f"{path}.{leaf}" if path else leaf, parameter
+def _slots(root: nn.Module, roster: Roster, paths: Iterable[str]) -> dict[str, Parameter]:
+    """A copy of each named parameter of the base; tied ones stay tied."""
+    bases = {path: roster.originals.get(path, root.get_parameter(path)) for path in paths}
+    own = {base: Parameter(base.detach().clone()) for base in bases.values()}
+    return {path: own[base] for path, base in bases.items()}

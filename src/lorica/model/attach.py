@@ -14,8 +14,9 @@ from lorica.errors import AdapterError, TargetError, lines, nearest
 from lorica.layers import SavedModule, layer_class
 from lorica.model.mount import Mount, mount, open_for, parameter_for
 from lorica.model.structure import Place, walk
-from lorica.model.targets import Target, check_adaptable, ends_with, resolve, within_any
+from lorica.model.targets import Target, biases, check_adaptable, ends_with, resolve, within_any
 from lorica.model.values import trained_copies
+from lorica.roster import Roster
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -42,7 +43,7 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
     adapter.check_finite()
     places = {place.path: place for place in walk(root)}
     saved = _saved(places, adapter)
-    slots = _slots(root, adapter, saved)
+    slots = _slots(root, roster, adapter, saved)
     problems = [
         *_layer_problems(places, adapter),
         *_extra_problems(root, adapter, saved),
@@ -73,19 +74,26 @@ def _saved(places: dict[str, Place], adapter: Adapter) -> dict[str, nn.Module]:
     return {path: module for path, module in found.items() if not within_any(path, found.keys() - {path})}
 
 
-def _slots(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> dict[str, Parameter]:
-    """Single parameters that the adapter brings, where they differ from the base's.
+def _slots(root: nn.Module, roster: Roster, adapter: Adapter, saved: dict[str, nn.Module]) -> dict[str, Parameter]:
+    """Single parameters that the adapter brings: the biases it trained, and whatever else differs from the base's.
 
     PEFT writes an adapted embedding's own table beside its factors; as a rule it is the base's, and there is nothing to replace.
     """
-    have = dict(root.named_parameters())
+    have = _parameters(root)
+    trained = set(biases(root, adapter.config, adapter.factors, saved))
+    own: dict[Parameter, Parameter] = {}
     slots = {}
     for path, tensor in adapter.extras.items():
         if path in have and have[path].shape == tensor.shape and not within_any(path, saved):
-            own = tensor.to(have[path], copy=True)
-            if not torch.equal(own, have[path]):
-                slots[path] = Parameter(own)
+            base = roster.originals.get(path, have[path])
+            copy = tensor.to(base, copy=True)
+            if path in trained or not torch.equal(copy, base):
+                slots[path] = own.setdefault(base, Parameter(copy))  # what is tied in the base stays tied
     return slots
+
+
+def _parameters(root: nn.Module) -> dict[str, Parameter]:
+    return dict(root.named_parameters(remove_duplicate=False))
 
 
 def _layer_problems(places: dict[str, Place], adapter: Adapter) -> Iterator[str]:
@@ -110,7 +118,7 @@ def _layer_problems(places: dict[str, Place], adapter: Adapter) -> Iterator[str]
 
 
 def _extra_problems(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> Iterator[str]:
-    parameters, state = dict(root.named_parameters()), root.state_dict()
+    parameters, state = _parameters(root), root.state_dict()
     for path, tensor in adapter.extras.items():
         have: Tensor | None = (state if within_any(path, saved) else parameters).get(path)
         if have is None:
@@ -124,6 +132,8 @@ def _missing(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> 
     for path, module in saved.items():
         base = module.base_state() if isinstance(module, SavedModule) else module.state_dict()
         yield from (f"missing: {path}.{leaf}" for leaf in base if f"{path}.{leaf}" not in adapter.extras)
+    trained = biases(root, adapter.config, adapter.factors, saved)
+    yield from (f"missing: {path}" for path in trained if path not in adapter.extras)
     # Another reader may have found other modules behind None, "all-linear" or a pattern; behind names there is no doubt.
     if isinstance(adapter.config.target_modules, list):
         try:

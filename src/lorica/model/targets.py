@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -257,6 +257,24 @@ def check_adaptable(path: str, module: nn.Module, layer: type[LoraLayer]) -> Non
         raise TargetError(f"{path}: an nn.MultiheadAttention with kdim or vdim of its own has no single weight to adapt; target its out_proj")
     if any(type(parameter).__name__ == "DTensor" for parameter in module.parameters(recurse=False)):
         raise TargetError(f"{path} is already sharded; adapt the model before fully_shard, so that A and B are sharded with it")
+
+
+def biases(root: nn.Module, config: LoraConfig, adapted: Container[str], saved: Iterable[str]) -> Iterator[str]:
+    """Names of the base's biases that a configuration trains.
+
+    Args:
+        root: the model.
+        config: its `bias` says which.
+        adapted: paths of the modules with an update.
+        saved: paths of the modules trained whole, whose biases train with them.
+    """
+    saved = list(saved)
+    for path, module, _ in walk(root):
+        chosen = config.bias == "all" or (config.bias == "lora_only" and path in adapted)
+        if chosen and not within_any(path, saved):
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and (leaf == "bias" or leaf.endswith("_bias")):
+                    yield f"{path}.{leaf}" if path else leaf
 
 
 def _inside(path: str, module: nn.Module) -> str:

@@ -1,0 +1,166 @@
+"""One adapter for each row of a batch: the base runs once on all rows, and each row gets its own adapter's update.
+
+    rows      topics  –  sentiment  topics            gather rows by adapter
+                 │    │      │        │               two batched products over the adapters' stacked factors
+    base(x)  ────┴────┴──────┴────────┘               add back where the rows stood
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorica.errors import AdapterError
+
+Update = Callable[[str, Tensor], Tensor]
+"""An adapter's name and the rows it acts on → its update of the output."""
+Stack = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+"""Adapters' names → their A (adapters, r, d_in) and scaled B (adapters, r, d_out), filled up to one rank."""
+
+
+class Segments(NamedTuple):
+    """Rows of a batch in the order of their adapters.
+
+    Args:
+        names: adapters that have rows.
+        counts: rows of each.
+        order: indices of those rows in the batch, adapter by adapter; None where that is every row as it stands.
+    """
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    order: Tensor | None
+
+
+class Stacked(NamedTuple):
+    """What two batched products over the adapters need.
+
+    Args:
+        segments: which rows are whose.
+        gather: rows of the batch, each adapter's brought to one count by repeating; None where that is every row as it stands.
+        keep: positions in `gather` that count; None where all do.
+        A: (adapters, d_in, r).
+        B: (adapters, r, d_out), times the scale.
+    """
+
+    segments: Segments
+    gather: Tensor | None
+    keep: Tensor | None
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(eq=False)
+class Rows:
+    """Which adapter acts on which row of the batch.
+
+    Args:
+        names: an adapter's name for each row, or None for the base.
+    """
+
+    names: tuple[str | None, ...]
+    _stacked: dict[tuple[Hashable, int], Stacked | None] = field(default_factory=dict, repr=False)
+
+    def segments(self, x: Tensor, present: Collection[str]) -> Segments:
+        """The rows of `x` whose adapter is among `present`.
+
+        A layer may see every row several times in a row (beams of a search, tokens folded into the batch).
+
+        Raises:
+            AdapterError: the rows of `x` are no multiple of those that were named.
+        """
+        times, rest = divmod(x.shape[0], len(self.names))
+        if rest or times == 0:
+            raise AdapterError(f"{len(self.names)} adapters were named, one for each row, but a layer sees {x.shape[0]} rows")
+        rows: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            if name in present:
+                rows.setdefault(name, []).extend(range(i * times, (i + 1) * times))
+        order = [row for indices in rows.values() for row in indices]
+        as_it_stands = order == list(range(x.shape[0]))
+        index = None if as_it_stands else torch.tensor(order, dtype=torch.long, device=x.device)
+        return Segments(tuple(rows), tuple(map(len, rows.values())), index)
+
+    def add(self, y: Tensor, x: Tensor, present: Collection[str], update: Update) -> Tensor:
+        """Add to the output of each row its adapter's update; differentiable.
+
+        Args:
+            y: the base's output, rows first.
+            x: the layer's input, rows first.
+            present: adapters that have an update for this layer.
+            update: computes one.
+        """
+        names, counts, order = self.segments(x, present)
+        if not names:
+            return y
+        parts = (x if order is None else x.index_select(0, order)).split(counts)
+        delta = torch.cat([update(name, part) for name, part in zip(names, parts, strict=True)]).to(y.dtype)
+        return y + delta if order is None else y.index_add(0, order, delta)
+
+    def add_stacked_(self, y: Tensor, x: Tensor, layer: Hashable, present: Collection[str], stack: Stack) -> Tensor:
+        """As `add`, but in place and by two batched products, however many adapters there are; for inference.
+
+        Args:
+            y: the base's output (rows, ..., d_out), contiguous; written to.
+            x: the layer's input (rows, ..., d_in).
+            layer: tells this layer's stack from others'; factors are stacked once for each layer and number of rows.
+            present: adapters that have an update for this layer.
+            stack: stacks their factors.
+        """
+        key = (layer, x.shape[0])
+        if key not in self._stacked:
+            self._stacked[key] = _stacked(self.segments(x, present), x, stack)
+        plan = self._stacked[key]
+        if plan is None:
+            return y
+        (names, _, order), gather, keep, A, B = plan
+        rows = x if gather is None else x.index_select(0, gather)
+        u = torch.bmm(rows.reshape(len(names), -1, x.shape[-1]), A)
+        if order is None and gather is None:
+            y.view(len(names), -1, y.shape[-1]).baddbmm_(u, B)
+            return y
+        delta = torch.bmm(u, B).view(-1, *y.shape[1:])
+        if keep is not None:
+            delta = delta.index_select(0, keep)
+        return y.add_(delta) if order is None else y.index_add_(0, order, delta)
+
+    def groups(self, x: Tensor, present: Collection[str]) -> Iterator[tuple[str | None, Tensor]]:
+        """Each adapter among `present` with the indices of its rows of `x`; last the rows of none of them, under None."""
+        names, counts, order = self.segments(x, present)
+        index = torch.arange(x.shape[0], device=x.device) if order is None else order
+        yield from zip(names, index.split(counts), strict=True)
+        rest = torch.ones(x.shape[0], dtype=torch.bool, device=x.device).index_fill_(0, index, False)
+        if rest.any():
+            yield None, rest.nonzero().flatten()
+
+
+def _stacked(segments: Segments, x: Tensor, stack: Stack) -> Stacked | None:
+    names, counts, order = segments
+    if not names:
+        return None
+    A, B = stack(names)
+    even = len(set(counts)) == 1
+    if even:
+        gather, keep = order, None
+    else:
+        rows = list(range(x.shape[0])) if order is None else order.tolist()
+        gather, keep = (torch.tensor(indices, device=x.device) for indices in _stretch(rows, counts))
+    return Stacked(segments, gather, keep, A.mT, B)
+
+
+def _stretch(order: list[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Repeat each segment's last row until all have the longest one's count; and the positions of the rows that were there before."""
+    longest = max(counts)
+    gather: list[int] = []
+    keep: list[int] = []
+    start = 0
+    for count in counts:
+        segment = order[start : start + count]
+        keep += range(len(gather), len(gather) + count)
+        gather += segment + [segment[-1]] * (longest - count)
+        start += count
+    return gather, keep
