@@ -41,9 +41,11 @@ def keep_mask(like: Tensor, p: float) -> Tensor:
     Returns:
         uint8 tensor of `like`'s shape.
     """
-    words = torch.empty((like.numel() + 7) // 8, dtype=torch.int64, device=like.device)
-    # From the smallest integer without an upper end: all 64 bits are random, the sign bit too.
-    words.random_(torch.iinfo(torch.int64).min, None)
+    # Over the whole range all 64 bits are random, the sign bit too. Not drawn in place (`random_`): compilers and vmap refuse that.
+    whole = torch.iinfo(torch.int64)
+    words = torch.randint(
+        whole.min, whole.max, ((like.numel() + 7) // 8,), dtype=torch.int64, device=like.device
+    )
     threshold = round(drop_rate(p) * _LEVELS)
     return words.view(torch.uint8)[: like.numel()].ge_(threshold).view(like.shape)
 
@@ -54,7 +56,11 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def low_rank(
-    x: Float[Tensor, "... d_in"], A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], scale: float, p: float = 0.0
+    x: Float[Tensor, "... d_in"],
+    A: Float[Tensor, "r d_in"],
+    B: Float[Tensor, "d_out r"],
+    scale: float,
+    p: float = 0.0,
 ) -> Float[Tensor, "... d_out"]:
     """The update alone, ``scale · B·A·dropout(x)``, in x's dtype, by plain differentiable operations."""
     return F.linear(F.linear(dropout(x, p), A.to(x.dtype)), B.to(x.dtype)).mul(scale)
@@ -87,7 +93,12 @@ def lora_linear(
         The output, of x's leading shape and d_out.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    # Autocast leaves float64 alone; and some devices (meta) do not know it.
+    if (
+        x.dtype != torch.float64
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
         dtype = torch.get_autocast_dtype(device)
         x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
