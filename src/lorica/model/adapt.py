@@ -105,7 +105,7 @@ def adapters(model: nn.Module) -> dict[str, LoraConfig]:
     return dict(found[1].configs) if found else {}
 
 
-class active:  # noqa: N801  (reads as a statement: `with lorica.active(model, "sentiment"):`)
+class active:
     """Let exactly the named adapters act; their updates add up. As a context manager, undone on exit.
 
     Like `torch.set_grad_enabled` it takes effect when it is made, so a plain call switches for good. It costs the same however
@@ -131,7 +131,9 @@ class active:  # noqa: N801  (reads as a statement: `with lorica.active(model, "
 
     def __exit__(self, *error: object) -> None:
         """Let those act that did before, as far as they are still there."""
-        self._roster.activate(self._root, tuple(name for name in self._before if name in self._roster.configs))
+        self._roster.activate(
+            self._root, tuple(name for name in self._before if name in self._roster.configs)
+        )
 
 
 def disabled(model: nn.Module) -> active:

@@ -57,7 +57,9 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
         layer = layer_class(place.module, place.parent)
         assert layer is not None
         target = Target(path, place.module, layer)
-        mounts.append(Mount(target, parameter_for(target, factors.A), parameter_for(target, factors.B), factors.scale))
+        mounts.append(
+            Mount(target, parameter_for(target, factors.A), parameter_for(target, factors.B), factors.scale)
+        )
     mount(root, roster, name, adapter.config, mounts, saved, slots, trainable=trainable)
     with torch.no_grad():
         for copy in trained_copies(root, name):
@@ -70,11 +72,15 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
 def _saved(places: dict[str, Place], adapter: Adapter) -> dict[str, nn.Module]:
     """The modules that the adapter means to replace whole."""
     names = adapter.config.modules_to_save or []
-    found = {path: place.module for path, place in places.items() if any(ends_with(path, name) for name in names)}
+    found = {
+        path: place.module for path, place in places.items() if any(ends_with(path, name) for name in names)
+    }
     return {path: module for path, module in found.items() if not within_any(path, found.keys() - {path})}
 
 
-def _slots(root: nn.Module, roster: Roster, adapter: Adapter, saved: dict[str, nn.Module]) -> dict[str, Parameter]:
+def _slots(
+    root: nn.Module, roster: Roster, adapter: Adapter, saved: dict[str, nn.Module]
+) -> dict[str, Parameter]:
     """Single parameters that the adapter brings: the biases it trained, and whatever else differs from the base's.
 
     PEFT writes an adapted embedding's own table beside its factors; as a rule it is the base's, and there is nothing to replace.

@@ -11,7 +11,15 @@ from torch import nn
 
 from lorica.config import LoraConfig, matches_pattern
 from lorica.errors import TargetError, listing, nearest
-from lorica.layers import ADAPTABLE, LoraAttention, LoraConv1D, LoraEmbedding, LoraLayer, SavedModule, layer_class
+from lorica.layers import (
+    ADAPTABLE,
+    LoraAttention,
+    LoraConv1D,
+    LoraEmbedding,
+    LoraLayer,
+    SavedModule,
+    layer_class,
+)
 from lorica.layers.conv import LoraConv
 from lorica.model.structure import Place, walk
 
@@ -73,18 +81,25 @@ def resolve(root: nn.Module, config: LoraConfig) -> Targets:
     by_path = {place.path: place for place in free}
     # An attention's output projection is a module of its own; naming the attention means both.
     for place in list(chosen):
-        if isinstance(place.module, nn.MultiheadAttention) and (out := by_path[f"{place.path}.out_proj"]) not in chosen:
+        if (
+            isinstance(place.module, nn.MultiheadAttention)
+            and (out := by_path[f"{place.path}.out_proj"]) not in chosen
+        ):
             chosen.append(out)
     targets = [_target(place, config) for place in chosen]
     paths = [target.path for target in targets]
     for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
             if not any(matches_pattern(key, path) for path in paths):
-                raise TargetError(f"{name} has {key!r}, which matches no adapted module{nearest(key, _tails(paths))}")
+                raise TargetError(
+                    f"{name} has {key!r}, which matches no adapted module{nearest(key, _tails(paths))}"
+                )
     return Targets(targets, saved, _settled(config, [p.path for p in free], targets, saved))
 
 
-def _settled(config: LoraConfig, paths: list[str], targets: list[Target], saved: dict[str, nn.Module]) -> LoraConfig:
+def _settled(
+    config: LoraConfig, paths: list[str], targets: list[Target], saved: dict[str, nn.Module]
+) -> LoraConfig:
     """The configuration as a file should hold it: names in place of "all-linear" or None, so that every reader finds the same modules."""
     names = config.target_modules
     if names is None or _means_all_linear(names):
@@ -135,7 +150,9 @@ def _saved(places: list[Place], config: LoraConfig) -> dict[str, nn.Module]:
         hits = {p.path: p.module for p in places if ends_with(p.path, name)}
         # PEFT writes both "classifier" and "score" for a model that has one of them.
         if not hits and name not in _HEADS.get(config.task_type or "", ()):
-            raise TargetError(f"modules_to_save names {name!r}, which the model does not have{_hint(name, places)}")
+            raise TargetError(
+                f"modules_to_save names {name!r}, which the model does not have{_hint(name, places)}"
+            )
         found |= hits
     for head in _HEADS.get(config.task_type or "", ()):
         found |= {p.path: p.module for p in places if ends_with(p.path, head)}
@@ -144,7 +161,9 @@ def _saved(places: list[Place], config: LoraConfig) -> dict[str, nn.Module]:
             continue
         adapted = [p.path for p in places if isinstance(p.module, LoraLayer) and within_any(p.path, [path])]
         if adapted:
-            raise TargetError(f"{path} cannot be trained whole: another adapter has low-rank updates in {listing(adapted)}")
+            raise TargetError(
+                f"{path} cannot be trained whole: another adapter has low-rank updates in {listing(adapted)}"
+            )
     return {path: module for path, module in found.items() if not within_any(path, found.keys() - {path})}
 
 
@@ -162,7 +181,9 @@ def _chosen(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Pl
         left_out = {p.path for p in _match("exclude_modules", config.exclude_modules, places)}
         chosen = [p for p in chosen if p.path not in left_out]
     if not chosen:
-        raise TargetError(f"no module is left to adapt: exclude_modules={config.exclude_modules!r} leaves out all that was targeted")
+        raise TargetError(
+            f"no module is left to adapt: exclude_modules={config.exclude_modules!r} leaves out all that was targeted"
+        )
     return chosen
 
 
@@ -192,7 +213,7 @@ def _usual(root: nn.Module, places: list[Place]) -> list[Place]:
     chosen = [p for p in places if isinstance(p.module, nn.MultiheadAttention)]
     if not chosen:
         raise TargetError(
-            f"lorica knows no usual targets for {type(root).__name__}; give target_modules, or \"all-linear\"{_hint('', places)}"
+            f'lorica knows no usual targets for {type(root).__name__}; give target_modules, or "all-linear"{_hint("", places)}'
         )
     return chosen
 
@@ -208,7 +229,9 @@ def _all_linear(root: nn.Module, places: list[Place]) -> list[Place]:
         and not issubclass(layer, (LoraEmbedding, LoraConv))
     ]
     if not chosen:
-        raise TargetError(f'target_modules="all-linear", but {type(root).__name__} has no linear layer besides its head')
+        raise TargetError(
+            f'target_modules="all-linear", but {type(root).__name__} has no linear layer besides its head'
+        )
     return chosen
 
 
@@ -230,20 +253,28 @@ def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:
     if missing:
         have = listing(map(str, sorted(set(found.values())))) or "none"
         where = f" in {listing(names)}" if names else ""
-        raise TargetError(f"layers_to_transform names block {listing(map(str, sorted(missing)))}; the targeted modules{where} are in blocks {have}")
+        raise TargetError(
+            f"layers_to_transform names block {listing(map(str, sorted(missing)))}; the targeted modules{where} are in blocks {have}"
+        )
     return [p for p in chosen if found.get(p) in wanted]
 
 
 def _target(place: Place, config: LoraConfig) -> Target:
     path, module, parent = place
     if isinstance(module, SavedModule):
-        raise TargetError(f"{path} is trained whole by another adapter (modules_to_save) and cannot take a low-rank update beside that")
+        raise TargetError(
+            f"{path} is trained whole by another adapter (modules_to_save) and cannot take a low-rank update beside that"
+        )
     layer = layer_class(module, parent)
     if layer is None:
-        raise TargetError(f"{path} is a {type(module).__name__}, which cannot be adapted (lorica adapts {ADAPTABLE}){_inside(path, module)}")
+        raise TargetError(
+            f"{path} is a {type(module).__name__}, which cannot be adapted (lorica adapts {ADAPTABLE}){_inside(path, module)}"
+        )
     check_adaptable(path, module, layer)
     if config.lora_dropout and not layer.takes_dropout:
-        raise TargetError(f"{path}: the update of an attention's fused weight has no input of its own to drop; set lora_dropout=0 for it")
+        raise TargetError(
+            f"{path}: the update of an attention's fused weight has no input of its own to drop; set lora_dropout=0 for it"
+        )
     return Target(path, module, layer)
 
 
@@ -254,12 +285,18 @@ def check_adaptable(path: str, module: nn.Module, layer: type[LoraLayer]) -> Non
         TargetError: an attention with separate key and value sizes, or parameters already sharded by FSDP2.
     """
     if layer is LoraAttention and not module._qkv_same_embed_dim:
-        raise TargetError(f"{path}: an nn.MultiheadAttention with kdim or vdim of its own has no single weight to adapt; target its out_proj")
+        raise TargetError(
+            f"{path}: an nn.MultiheadAttention with kdim or vdim of its own has no single weight to adapt; target its out_proj"
+        )
     if any(type(parameter).__name__ == "DTensor" for parameter in module.parameters(recurse=False)):
-        raise TargetError(f"{path} is already sharded; adapt the model before fully_shard, so that A and B are sharded with it")
+        raise TargetError(
+            f"{path} is already sharded; adapt the model before fully_shard, so that A and B are sharded with it"
+        )
 
 
-def biases(root: nn.Module, config: LoraConfig, adapted: Container[str], saved: Iterable[str]) -> Iterator[str]:
+def biases(
+    root: nn.Module, config: LoraConfig, adapted: Container[str], saved: Iterable[str]
+) -> Iterator[str]:
     """Names of the base's biases that a configuration trains.
 
     Args:
