@@ -1,7 +1,7 @@
 """Low-rank adaptation (LoRA) of pretrained PyTorch models: ``h = W0·x + scale·B·A·x``.
 
-Three nouns: a *config* says what to train, an *adapter* is what training made, and the *adapted model* is your own model, whose
-targeted layers changed class in place.
+Three nouns: a *config* says what to train, an *adapter* is what training made, and the *adapted model* is
+your own model, whose targeted layers changed class in place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The adapter as a value: factors by module path, with the configuration they were made with. It needs no model."""
+"""The adapter as a value, which needs no model: factors by module path, and how they were made."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ class Adapter:
 
     def named_tensors(self) -> dict[str, Tensor]:
         """All tensors by a name for messages: A and B of each module, then the extras."""
-        sides = {f"{path} ({side})": t for path, f in self.factors.items() for side, t in (("A", f.A), ("B", f.B))}
+        sides = {
+            f"{path} ({side})": t for path, f in self.factors.items() for side, t in (("A", f.A), ("B", f.B))
+        }
         return {**sides, **self.extras}
 
     @property
@@ -80,16 +82,23 @@ class Adapter:
         Raises:
             AdapterError: naming each tensor that holds one.
         """
-        bad = [name for name, t in self.named_tensors().items() if t.is_floating_point() and not torch.isfinite(t).all()]
+        bad = [
+            name
+            for name, t in self.named_tensors().items()
+            if t.is_floating_point() and not torch.isfinite(t).all()
+        ]
         if bad:
-            raise AdapterError(f"the adapter holds NaN or infinity in {listing(bad)}; the training that made it diverged")
+            raise AdapterError(
+                f"the adapter holds NaN or infinity in {listing(bad)}; the training that made it diverged"
+            )
 
 
 def check_name(name: str) -> str:
     """An adapter's name becomes part of parameter names and folder names; refuse what cannot be either.
 
     Raises:
-        AdapterError: the name is empty, or holds a dot, a slash or another character that is not a letter, digit, ``_`` or ``-``.
+        AdapterError: the name is empty, or holds a dot, a slash or another character that is not a letter,
+            digit, ``_`` or ``-``.
     """
     if not isinstance(name, str) or not name or not all(c.isalnum() or c in "_-" for c in name):
         raise AdapterError(
@@ -97,5 +106,7 @@ def check_name(name: str) -> str:
             "it becomes part of parameter and folder names"
         )
     if hasattr(nn.ModuleDict(), name):
-        raise AdapterError(f"{name!r} is an attribute of torch's ModuleDict, which is keyed by adapter; choose another name")
+        raise AdapterError(
+            f"{name!r} is an attribute of torch's ModuleDict, which is keyed by adapter; choose another name"
+        )
     return name

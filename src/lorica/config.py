@@ -15,7 +15,8 @@ TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM
 BIASES = ("none", "all", "lora_only")
 INITS = (True, False, "gaussian")
 
-# Fields that PEFT writes and lorica does not act on, with the values that ask for nothing. Any other value is refused by name.
+# Fields that PEFT writes and lorica does not act on, with the values that ask for nothing. Any other value is
+# refused by name.
 _INERT: dict[str, tuple[Any, ...]] = {
     "use_dora": (False,),
     "lora_bias": (False,),
@@ -38,22 +39,26 @@ class LoraConfig:
         r: rank of each update; the inner dimension of B·A. At least 1.
         lora_alpha: numerator of the scale α/r (α/√r with `use_rslora`).
         lora_dropout: probability in [0, 1) of dropping an input of A, in training only.
-        target_modules: modules to adapt. A list matches whole names or dotted suffixes (``"query"`` finds every ``….query``); a string is a
-            regular expression over the full name; ``"all-linear"`` takes every linear layer but the output head; None takes the
-            architecture's attention query and value projections.
+        target_modules: modules to adapt. A list matches whole names or dotted suffixes (``"query"`` finds
+            every ``….query``); a string is a regular expression over the full name; ``"all-linear"`` takes
+            every linear layer but the output head; None takes the architecture's attention query and value
+            projections.
         exclude_modules: modules to leave out, matched like `target_modules`.
-        bias: which of the base's biases train as well: ``"none"``, ``"all"``, or ``"lora_only"`` (those of the adapted layers).
+        bias: which of the base's biases train as well: ``"none"``, ``"all"``, or ``"lora_only"`` (those of
+            the adapted layers).
         use_rslora: scale by α/√r, so that large ranks keep learning (Kalajdzievski, 2023).
         modules_to_save: modules trained and saved whole, such as a new classification head.
-        init_lora_weights: how A and B start. True: A Kaiming-uniform, B zero; ``"gaussian"``: A normal with standard deviation 1/r, B
-            zero; False: both random, so the model changes at once (for tests).
+        init_lora_weights: how A and B start. True: A Kaiming-uniform, B zero; ``"gaussian"``: A normal with
+            standard deviation 1/r, B zero; False: both random, so the model changes at once (for tests).
         rank_pattern: name or regular expression → rank, where it differs from `r`. The first match wins.
         alpha_pattern: name or regular expression → alpha, where it differs from `lora_alpha`.
         layers_to_transform: indices of the transformer blocks to adapt; None adapts all.
         layers_pattern: name of the list that holds the blocks (``"layers"``, ``"h"``); None accepts any.
-        fan_in_fan_out: the weight is stored (in, out), as in transformers' Conv1D. Detected, so there is no need to set it.
-        task_type: one of ``"SEQ_CLS"``, ``"TOKEN_CLS"``, ``"QUESTION_ANS"``, ``"CAUSAL_LM"``, ``"SEQ_2_SEQ_LM"``,
-            ``"FEATURE_EXTRACTION"``, or None. The first three train the model's new head too.
+        fan_in_fan_out: the weight is stored (in, out), as in transformers' Conv1D. Detected, so there is no
+            need to set it.
+        task_type: one of ``"SEQ_CLS"``, ``"TOKEN_CLS"``, ``"QUESTION_ANS"``, ``"CAUSAL_LM"``,
+            ``"SEQ_2_SEQ_LM"``, ``"FEATURE_EXTRACTION"``, or None. The first three train the model's new head
+            too.
         inference_mode: attach the adapter frozen.
         base_model_name_or_path: the base the adapter belongs to. Filled in by `adapt`.
         revision: revision of that base.
@@ -83,11 +88,19 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         """Normalise lists and check every value."""
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "modules_to_save",
+            "layers_to_transform",
+            "layers_pattern",
+        ):
             value = getattr(self, name)
             if isinstance(value, Iterable) and not isinstance(value, str):
                 # A set has no order of its own; sorted, the file it is saved to is the same every time.
-                object.__setattr__(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+                object.__setattr__(
+                    self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+                )
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
         if self.task_type is not None:
@@ -160,15 +173,27 @@ def _check(config: LoraConfig) -> None:
 
     expect("r", _is_rank(config.r), "a whole number of at least 1")
     expect("lora_alpha", _is_number(config.lora_alpha) and config.lora_alpha > 0, "a positive number")
-    expect("lora_dropout", _is_number(config.lora_dropout) and 0 <= config.lora_dropout < 1, "a probability in [0, 1)")
+    expect(
+        "lora_dropout",
+        _is_number(config.lora_dropout) and 0 <= config.lora_dropout < 1,
+        "a probability in [0, 1)",
+    )
     expect("bias", config.bias in BIASES, f"one of {BIASES}")
-    expect("task_type", config.task_type is None or config.task_type in TASK_TYPES, f"None or one of {TASK_TYPES}")
+    expect(
+        "task_type",
+        config.task_type is None or config.task_type in TASK_TYPES,
+        f"None or one of {TASK_TYPES}",
+    )
     expect(
         "init_lora_weights",
         isinstance(config.init_lora_weights, (bool, str)) and config.init_lora_weights in INITS,
         f"one of {INITS}",
     )
-    expect("rank_pattern", all(map(_is_rank, config.rank_pattern.values())), "a map to whole numbers of at least 1")
+    expect(
+        "rank_pattern",
+        all(map(_is_rank, config.rank_pattern.values())),
+        "a map to whole numbers of at least 1",
+    )
     expect(
         "alpha_pattern",
         all(_is_number(alpha) and alpha > 0 for alpha in config.alpha_pattern.values()),
@@ -180,7 +205,11 @@ def _check(config: LoraConfig) -> None:
         value = getattr(config, name)
         text = isinstance(value, str) and name != "modules_to_save"
         names = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
-        expect(name, value is None or text or names, "a list of names" if name == "modules_to_save" else "a string or a list of names")
+        expect(
+            name,
+            value is None or text or names,
+            "a list of names" if name == "modules_to_save" else "a string or a list of names",
+        )
     expect("target_modules", config.target_modules not in ([], ""), "None or name at least one module")
     layers = config.layers_to_transform
     indices = [layers] if isinstance(layers, int) else layers
@@ -190,10 +219,13 @@ def _check(config: LoraConfig) -> None:
         "None, a block index, or a list of them",
     )
     if layers is None and config.layers_pattern:
-        raise ConfigError("layers_pattern only says where layers_to_transform counts; set layers_to_transform too")
+        raise ConfigError(
+            "layers_pattern only says where layers_to_transform counts; set layers_to_transform too"
+        )
     if layers is not None and isinstance(config.target_modules, str):
         raise ConfigError(
-            "layers_to_transform works with a list of target_modules (or None); put the block indices into the regular expression instead"
+            "layers_to_transform works with a list of target_modules (or None); put the block "
+            "indices into the regular expression instead"
         )
     for name in ("target_modules", "exclude_modules"):
         _check_regex(name, getattr(config, name))
@@ -207,4 +239,6 @@ def _check_regex(name: str, pattern: object) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigError(f"{name} holds {pattern!r}, which is not a regular expression: {error}") from error
+            raise ConfigError(
+                f"{name} holds {pattern!r}, which is not a regular expression: {error}"
+            ) from error

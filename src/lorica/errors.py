@@ -1,7 +1,8 @@
 """Every error lorica raises on purpose.
 
-All derive from `LoricaError`, and also from the built-in a caller would reach for (`ValueError`, `RuntimeError`, `ImportError`), so that neither
-``except LoricaError`` nor ``except ValueError`` misses one. A message names the thing, says what was expected and what came, and suggests the fix.
+All derive from `LoricaError`, and also from the built-in a caller would reach for (`ValueError`,
+`RuntimeError`, `ImportError`), so that neither ``except LoricaError`` nor ``except ValueError`` misses one. A
+message names the thing, says what was expected and what came, and suggests the fix.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ def require(module: str, *, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
-        raise MissingExtra(f"{module} is not installed; it comes with: pip install 'lorica[{extra}]'") from error
+        raise MissingExtra(
+            f"{module} is not installed; it comes with: pip install 'lorica[{extra}]'"
+        ) from error
 
 
 def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> str:

@@ -4,9 +4,10 @@
         │                              + ──▶ y = W0·x + b + s·B·A·dropout(x)
         └─ dropout ─ A (d_in→r) ─ B ·s ┘
 
-At small ranks the two thin products cost almost no arithmetic; what costs is reading and writing activations. So forward and
-backward are fused by hand: the update is added into the base's output and the input's gradient in place (`addmm_`), and what is kept for
-the backward pass is x, which the layer's neighbours keep anyway, one byte per element for the dropout mask, and A·x (tokens × r).
+At small ranks the two thin products cost almost no arithmetic; what costs is reading and writing activations.
+So forward and backward are fused by hand: the update is added into the base's output and the input's gradient
+in place (`addmm_`), and what is kept for the backward pass is x, which the layer's neighbours keep anyway,
+one byte per element for the dropout mask, and A·x (tokens × r).
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ _LEVELS = 256  # a mask element is drawn from eight random bits
 
 
 def drop_rate(p: float) -> float:
-    """The rate that dropout really draws with: `p` rounded to a multiple of 1/256, never to 0 or 1 unless `p` is."""
+    """The rate that dropout draws with: `p` to the nearest 1/256, but no p > 0 becomes 0 or 1."""
     return min(max(round(p * _LEVELS), 1), _LEVELS - 1) / _LEVELS if p > 0 else 0.0
 
 
 def keep_mask(like: Tensor, p: float) -> Tensor:
     """Draw a dropout mask: 1 with probability 1 − `drop_rate(p)`, else 0, independently for each element.
 
-    Each 64-bit draw of the device's default generator gives eight elements, so a mask costs a fraction of one float drawn per element. It stays in
-    bytes: on a CPU, comparing bytes in place and casting them is ten times faster than going through torch's booleans.
+    Each 64-bit draw of the device's default generator gives eight elements, so a mask costs a fraction of one
+    float drawn per element. It stays in
+    bytes: on a CPU, comparing bytes in place and casting them is ten times faster than going through torch's
+    booleans.
 
     Args:
         like: tensor whose shape and device the mask takes.
@@ -41,7 +44,8 @@ def keep_mask(like: Tensor, p: float) -> Tensor:
     Returns:
         uint8 tensor of `like`'s shape.
     """
-    # Over the whole range all 64 bits are random, the sign bit too. Not drawn in place (`random_`): compilers and vmap refuse that.
+    # Over the whole range all 64 bits are random, the sign bit too. Not drawn in place (`random_`): compilers
+    # and vmap refuse that.
     whole = torch.iinfo(torch.int64)
     words = torch.randint(
         whole.min, whole.max, ((like.numel() + 7) // 8,), dtype=torch.int64, device=like.device
@@ -77,8 +81,9 @@ def lora_linear(
 ) -> Float[Tensor, "... d_out"]:
     """``W0·x + b + scale · B·A·dropout(x)`` in one step (Hu et al., 2021, eq. 3).
 
-    A and B may be of higher precision than x (float32 masters beside a bfloat16 base): they are cast down for the products, and
-    their gradients come back in their own dtype. Under autocast everything is computed in autocast's dtype, as `F.linear` would.
+    A and B may be of higher precision than x (float32 masters beside a bfloat16 base): they are cast down for
+    the products, and their gradients come back in their own dtype. Under autocast everything is computed in
+    autocast's dtype, as `F.linear` would.
 
     Args:
         x: input, any number of leading dimensions.
@@ -103,7 +108,8 @@ def lora_linear(
         x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        # A compiler fuses the plain form itself, and function transforms see only what is made of ordinary operations.
+        # A compiler fuses the plain form itself, and function transforms see only what is made of ordinary
+        # operations.
         return F.linear(x, weight, bias) + low_rank(x, A, B, scale, p)
     return _LoraLinear.apply(x, weight, bias, A, B, scale, p)  # type: ignore[no-any-return]
 
@@ -137,7 +143,8 @@ class _LoraLinear(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, wants_A, wants_B = ctx.needs_input_grad[:5]
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dweight = dbias = dA = dB = None
-        # Every skinny product is taken as (r × tokens)·(tokens × d): the other order is several times slower on a CPU.
+        # Every skinny product is taken as (r × tokens)·(tokens × d): the other order is several times slower
+        # on a CPU.
         if wants_x or wants_A:
             g = dy @ B.to(dy.dtype)
             g.mul_(ctx.scale)

@@ -1,7 +1,7 @@
 """How A and B start.
 
-Each module draws from a generator of its own, seeded by (seed, module path): the same seed gives the same adapter whatever else
-is adapted, in whatever order, on whichever device and however many processes.
+Each module draws from a generator of its own, seeded by (seed, module path): the same seed gives the same
+adapter whatever else is adapted, in whatever order, on whichever device and however many processes.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def start(
 
     Args:
         shapes: shapes of A (r, ...) and B (..., r).
-        init: `LoraConfig.init_lora_weights`. True: A Kaiming-uniform with a = √5, B zero (microsoft/LoRA), but for embeddings A zero
-            and B standard normal; ``"gaussian"``: A normal with standard deviation 1/r, B zero; False: both drawn, so that the
-            update is not zero at the start.
+        init: `LoraConfig.init_lora_weights`. True: A Kaiming-uniform with a = √5, B zero (microsoft/LoRA),
+            but for embeddings A zero and B standard normal; ``"gaussian"``: A normal with standard deviation
+            1/r, B zero; False: both drawn, so that the update is not zero at the start.
         random: source of the draws.
         embedding: whether the layer is an embedding.
         dtype: of both factors.

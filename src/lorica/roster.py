@@ -1,7 +1,7 @@
 """What a model carries: its adapters by name, which of them act, and what was set aside for them.
 
-One roster is shared by a model and all its adapted layers, so that choosing another adapter costs the same however many layers or
-adapters there are.
+One roster is shared by a model and all its adapted layers, so that choosing another adapter costs the same
+however many layers or adapters there are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Roster:
     Args:
         configs: adapter name → how it was made, in the order of arrival.
         active: names of the adapters that act; their updates add up.
-        slots: adapter name → parameter name in the base → the parameter that takes its place while the adapter acts (trained biases).
+        slots: adapter name → parameter name in the base → the parameter that takes its place while the
+            adapter acts (trained biases).
         originals: parameters whose place is taken at the moment.
         rows: which adapter acts on which row of the batch, in place of `active`.
         frozen: parameters that `adapt` froze and `detach` thaws.
@@ -48,7 +49,9 @@ class Roster:
         """
         if name not in self.configs:
             have = listing(map(repr, self.configs)) or "none"
-            raise AdapterError(f"no adapter is named {name!r}{nearest(name, self.configs)}; the model has: {have}")
+            raise AdapterError(
+                f"no adapter is named {name!r}{nearest(name, self.configs)}; the model has: {have}"
+            )
         return name
 
     def one(self, name: str | None) -> str:
@@ -61,7 +64,9 @@ class Roster:
             return self.known(name)
         candidates = list(self.configs) if len(self.configs) == 1 else list(self.active)
         if len(candidates) != 1:
-            raise AdapterError(f"which adapter? The model has {listing(map(repr, self.configs))}; give its name")
+            raise AdapterError(
+                f"which adapter? The model has {listing(map(repr, self.configs))}; give its name"
+            )
         return candidates[0]
 
     def check_unmerged(self, doing: str) -> None:
@@ -72,7 +77,9 @@ class Roster:
         """
         if self.merged:
             names = listing(map(repr, self.merged))
-            raise StateError(f"cannot {doing} while {names} is merged into the weights; call lorica.restore(model) first")
+            raise StateError(
+                f"cannot {doing} while {names} is merged into the weights; call lorica.restore(model) first"
+            )
 
     def activate(self, root: nn.Module, names: tuple[str, ...]) -> None:
         """Let exactly these adapters act.

@@ -16,9 +16,10 @@ Writer = Callable[[Path], None]
 def replace_files(directory: Path, writers: Mapping[str, Writer]) -> None:
     """Write several files that belong together into a folder.
 
-    All are written beside their places first, and then renamed. The last one named is the key without which the folder does not load:
-    an old one is taken away before the first is replaced, and the new one comes last. So an interruption at any moment leaves the
-    old set, the new set, or a folder that says what it lacks; never a mixture that loads.
+    All are written beside their places first, and then renamed. The last one named is the key without which
+    the folder does not load: an old one is taken away before the first is replaced, and the new one comes
+    last. So an interruption at any moment leaves the old set, the new set, or a folder that says what it
+    lacks; never a mixture that loads.
 
     Args:
         directory: made if it is not there.
@@ -37,10 +38,12 @@ def replace_files(directory: Path, writers: Mapping[str, Writer]) -> None:
             with contextlib.suppress(FileNotFoundError):
                 (directory / key).unlink()
             for name in writers:
-                os.replace(Path(stage) / name, directory / name)
+                (Path(stage) / name).replace(directory / name)
         _flush(directory)
     except OSError as error:
-        raise FileError(f"cannot write to {directory}: {error.strerror or error}; give a folder that can be written") from error
+        raise FileError(
+            f"cannot write to {directory}: {error.strerror or error}; give a folder that can be written"
+        ) from error
 
 
 def _flush(path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lorica.adapter import Adapter
 
-_MARK = "<!-- written by lorica; edit freely, and remove this line to keep your edits when the adapter is saved again -->"
+_MARK = "<!-- written by lorica; remove this line to keep your own edits when the adapter is saved again -->"
 _PIPELINES = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
@@ -37,6 +37,7 @@ def model_card(adapter: Adapter, existing: Path) -> str | None:
         _MARK,
         "",
     ]
+    rooted = ", scaled by the square root of the rank" if config.use_rslora else ""
     ranks = sorted({factors.r for factors in adapter.factors.values()})
     rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     body = [
@@ -45,7 +46,7 @@ def model_card(adapter: Adapter, existing: Path) -> str | None:
         "| | |",
         "|---|---|",
         f"| rank | {rank} |",
-        f"| alpha | {config.lora_alpha:g}{', scaled by the square root of the rank' if config.use_rslora else ''} |",
+        f"| alpha | {config.lora_alpha:g}{rooted} |",
         f"| adapted modules | {len(adapter.factors)} |",
         f"| parameters | {adapter.numel:,} |",
         *([f"| trained whole | {', '.join(config.modules_to_save)} |"] if config.modules_to_save else []),
@@ -53,7 +54,7 @@ def model_card(adapter: Adapter, existing: Path) -> str | None:
         "```python",
         "import lorica",
         "",
-        "lorica.load(model, \"path/to/this/folder\")  # model: the base, already loaded",
+        'lorica.load(model, "path/to/this/folder")  # model: the base, already loaded',
         "```",
         "",
         "The files are in PEFT's format; `PeftModel.from_pretrained` reads them too.",

@@ -4,7 +4,8 @@
     adapter_model.safetensors   base_model.model.<module path>.lora_A.weight ...
     README.md                   a model card
 
-What is read is checked against the configuration before anyone sees it; pickled files are read without running what is in them.
+What is read is checked against the configuration before anyone sees it; pickled files are read without
+running what is in them.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ _UNSUPPORTED = {
 def is_adapter(directory: str | Path) -> bool:
     """Whether a folder holds an adapter: its configuration and its weights."""
     folder = Path(directory)
-    return (folder / CONFIG_FILE).is_file() and any((folder / name).is_file() for name in (WEIGHTS_FILE, PICKLED_FILE))
+    return (folder / CONFIG_FILE).is_file() and any(
+        (folder / name).is_file() for name in (WEIGHTS_FILE, PICKLED_FILE)
+    )
 
 
 def write(adapter: Adapter, directory: str | Path) -> Path:
@@ -55,7 +58,8 @@ def write(adapter: Adapter, directory: str | Path) -> Path:
 
     Args:
         adapter: what to write; tensors keep their dtype.
-        directory: made if it is not there. Other files in it are left alone, and so is a model card that somebody edited.
+        directory: made if it is not there. Other files in it are left alone, and so is a model card that
+            somebody edited.
 
     Returns:
         The folder.
@@ -84,8 +88,8 @@ def read(directory: str | Path) -> Adapter:
     """Read an adapter from a folder.
 
     Args:
-        directory: folder with `adapter_config.json` and `adapter_model.safetensors` (or an `adapter_model.bin`, which is read
-            without unpickling anything but tensors).
+        directory: folder with `adapter_config.json` and `adapter_model.safetensors` (or an
+            `adapter_model.bin`, which is read without unpickling anything but tensors).
 
     Returns:
         The adapter, on the CPU.
@@ -111,7 +115,10 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     wrapped = set(adapter.factors)
     for path, factors in adapter.factors.items():
-        owner, leaf = _PREFIX + _wrap(path, wrapped, whole=False), "" if factors.kind == "embedding" else ".weight"
+        owner, leaf = (
+            _PREFIX + _wrap(path, wrapped, whole=False),
+            "" if factors.kind == "embedding" else ".weight",
+        )
         side = "lora_embedding_" if factors.kind == "embedding" else "lora_"
         named[f"{owner}.{side}A{leaf}"], named[f"{owner}.{side}B{leaf}"] = factors.A, factors.B
     for name, tensor in adapter.extras.items():
@@ -124,7 +131,8 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
     """An adapter from tensors by the names they have in PEFT's file.
 
     Raises:
-        AdapterError: with the whole list of keys that are not an adapter's, halves without their other half, and wrong ranks.
+        AdapterError: with the whole list of keys that are not an adapter's, halves without their other half,
+            and wrong ranks.
     """
     halves: dict[tuple[str, Kind], dict[str, Tensor]] = {}
     extras: dict[str, Tensor] = {}
@@ -183,13 +191,21 @@ def _wrap(path: str, wrapped: set[str], *, whole: bool) -> str:
 def _as_trained(adapter: Adapter, provenance: Mapping[str, Any]) -> Adapter:
     """The adapter with the effect it had where it was trained.
 
-    PEFT (up to 0.21.2 at least) applies the update of an nn.MultiheadAttention's output projection twice, in training and after. Files
-    that it wrote therefore mean twice what they say there.
+    PEFT (up to 0.21.2 at least) applies the update of an nn.MultiheadAttention's output projection twice, in
+    training and after. Files that it wrote therefore mean twice what they say there.
     """
-    attention = [path for path in adapter.factors if path.endswith(".out_proj") and path.removesuffix(".out_proj") in adapter.factors]
+    attention = [
+        path
+        for path in adapter.factors
+        if path.endswith(".out_proj") and path.removesuffix(".out_proj") in adapter.factors
+    ]
     if "peft_version" not in provenance or not attention:
         return adapter
-    doubled = {path: Factors(f.A, f.B * 2, f.scale, f.kind) for path, f in adapter.factors.items() if path in attention}
+    doubled = {
+        path: Factors(f.A, f.B * 2, f.scale, f.kind)
+        for path, f in adapter.factors.items()
+        if path in attention
+    }
     return Adapter(adapter.config, {**adapter.factors, **doubled}, adapter.extras)
 
 
@@ -217,13 +233,22 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         if pickled.is_file():
             return dict(torch.load(pickled, map_location="cpu", weights_only=True))
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (
+        safetensors.SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+    ) as error:
         raise FileError(f"{path if path.is_file() else pickled} is truncated or damaged: {error}") from error
     raise FileError(f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}; the adapter was not saved to its end")
 
 
 def _shares(tensor: Tensor, key: str, tensors: Mapping[str, Tensor]) -> bool:
-    first = next(k for k, t in tensors.items() if t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr())
+    first = next(
+        k for k, t in tensors.items() if t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    )
     return first != key and tensor.numel() > 0
 
 

@@ -21,7 +21,9 @@ from lorica.layers.linear import LoraReadLinear as LoraReadLinear
 from lorica.layers.opaque import LoraOpaque as LoraOpaque
 from lorica.layers.saved import SavedModule as SavedModule
 
-ADAPTABLE = "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d, nn.MultiheadAttention"
+ADAPTABLE = (
+    "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d, nn.MultiheadAttention"
+)
 
 
 def layer_class(module: nn.Module, parent: nn.Module | None = None) -> type[LoraLayer] | None:
@@ -46,7 +48,8 @@ def layer_class(module: nn.Module, parent: nn.Module | None = None) -> type[Lora
         return LoraEmbedding
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return LoraConv
-    # A Conv1D can only be there if its module was imported; importing transformers to find out would cost seconds.
+    # A Conv1D can only be there if its module was imported; importing transformers to find out would cost
+    # seconds.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     if pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D):
         return LoraConv1D

@@ -1,7 +1,7 @@
 """`LoraLayer`: what every adapted layer has, and how a module becomes one in place.
 
-A layer is adapted by changing its class, not by wrapping it: the module keeps its identity, its parameters, its hooks and its keys in
-`state_dict`, and gains A and B beside them.
+A layer is adapted by changing its class, not by wrapping it: the module keeps its identity, its parameters,
+its hooks and its keys in `state_dict`, and gains A and B beside them.
 
     nn.Linear  ──enter──▶  LoraLinear(LoraLayer, nn.Linear)  ──leave──▶  nn.Linear
 """
@@ -21,7 +21,7 @@ from lorica.roster import Roster
 
 
 class Factor(nn.Module):
-    """One parameter, `weight`, so that live names are the ecosystem's own: ``query.lora_A.default.weight``."""
+    """One parameter, `weight`: live names are the ecosystem's own, ``query.lora_A.default.weight``."""
 
     def __init__(self, weight: Parameter) -> None:
         super().__init__()
@@ -74,7 +74,11 @@ class SwappedModule(nn.Module):
         """Become the original class again; returns what `enter` needs to undo that."""
         state = LayerState(
             type(self),
-            {name: module for name in self.own_modules if (module := self._modules.pop(name, None)) is not None},
+            {
+                name: module
+                for name in self.own_modules
+                if (module := self._modules.pop(name, None)) is not None
+            },
             {name: self.__dict__.pop(name) for name in self.own_attributes},
         )
         self.__class__ = self.base_class
@@ -96,7 +100,9 @@ class SwappedModule(nn.Module):
 @functools.cache
 def swapped_class(mixin: type[SwappedModule], base: type[nn.Module]) -> type[SwappedModule]:
     """The class that joins a mixin with a module's own class; made once for each pair."""
-    return type(f"{mixin.label}{base.__name__}", (mixin, base), {"base_class": base, "__module__": base.__module__})
+    return type(
+        f"{mixin.label}{base.__name__}", (mixin, base), {"base_class": base, "__module__": base.__module__}
+    )
 
 
 def rebuild(mixin: type[SwappedModule], base: type[nn.Module]) -> nn.Module:
@@ -205,11 +211,12 @@ class LoraLayer(SwappedModule):
         return Factors(A.detach(), B.detach(), self.scaling[name], self.kind)
 
     def fold(self, names: Sequence[str], *, out: Tensor | None = None) -> Tensor:
-        """``W0 + Σ scale·B·A`` over the named adapters that have an update here, in float32 or W0's higher precision.
+        """``W0 + Σ scale·B·A`` over the named adapters, in float32 or W0's higher precision.
 
         Args:
-            names: adapters to add.
-            out: tensor of W0's shape to write to, used only where it has the precision computed in and one update is added.
+            names: adapters to add; those without an update here add nothing.
+            out: tensor of W0's shape to write to, used only where it has the precision computed in and one
+                update is added.
 
         Returns:
             The sum in the layout of W0; `out` if it was used.
@@ -225,6 +232,6 @@ class LoraLayer(SwappedModule):
         return result.view(weight.shape)
 
     def product(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The two matrices whose product, times the scale, is the update in the layout of W0 flattened to two dimensions."""
+        """The matrices whose product, times the scale, is the update laid out as ``W0.flatten(1)``."""
         A, B = (factor.detach().to(dtype).flatten(1) for factor in self.factor_parameters(name))
         return (A.t(), B.t()) if self.transposed else (B, A)

@@ -15,7 +15,11 @@ from lorica.layers.base import LoraLayer
 
 
 class LoraConv(LoraLayer):
-    """A convolution: A convolves with the base's kernel, stride, padding and dilation down to r channels, B mixes them point by point."""
+    """A convolution.
+
+    A convolves with the base's kernel, stride, padding and dilation down to r channels; B mixes them point by
+    point.
+    """
 
     kind: ClassVar[Kind] = "conv"
 
@@ -24,9 +28,15 @@ class LoraConv(LoraLayer):
         """Shapes of A (r, channels_in, *kernel) and B (channels_out, r / groups, 1, ...)."""
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         if r % module.groups:
-            raise TargetError(f"a convolution with {module.groups} groups needs a rank divisible by that, not r={r}")
+            raise TargetError(
+                f"a convolution with {module.groups} groups needs a rank divisible by that, not r={r}"
+            )
         kernel = tuple(module.kernel_size)
-        return (r, module.in_channels, *kernel), (module.out_channels, r // module.groups, *(1 for _ in kernel))
+        return (r, module.in_channels, *kernel), (
+            module.out_channels,
+            r // module.groups,
+            *(1 for _ in kernel),
+        )
 
     def update(self, name: str, x: Tensor) -> Tensor:
         """The update for ``(batch, channels_in, *space)``: (batch, channels_out, *space)."""
@@ -47,14 +57,16 @@ class LoraConv(LoraLayer):
         """As `LoraLayer.fold`.
 
         Raises:
-            StateError: the convolution is grouped; its update sees all channels and has no place in its weight.
+            StateError: the convolution is grouped; its update sees all channels and has no place in its
+                weight.
         """
         if self.groups > 1:
             raise StateError(
-                f"a convolution with {self.groups} groups cannot be merged: the update sees every input channel, its weight only a group's"
+                f"a convolution with {self.groups} groups cannot be merged: the update sees every "
+                "input channel, its weight only a group's"
             )
         return super().fold(names, out=out)
 
 
-def _convolve(kernel: Tensor):  # noqa: ANN202
+def _convolve(kernel: Tensor):
     return (F.conv1d, F.conv2d, F.conv3d)[kernel.dim() - 3]

@@ -1,4 +1,4 @@
-"""Linear layers: torch's own, transformers' Conv1D, and those whose weight a fused kernel reads without calling them."""
+"""Linear layers: torch's own, transformers' Conv1D, and those whose weight is read without calling them."""
 
 from __future__ import annotations
 
@@ -40,11 +40,13 @@ class LoraLinear(LoraLayer):
         return functional.low_rank(x, *self.update_of(name))
 
     def _stack(self, dtype: torch.dtype, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The adapters' factors, filled up with zeros to one rank: A (adapters, r, d_in), scaled B (adapters, r, d_out)."""
+        """The adapters' A (adapters, r, d_in) and scaled B (adapters, r, d_out), zeros up to one rank."""
         updates = [self.update_of(name) for name in names]
         r = max(A.shape[0] for A, *_ in updates)
         A = torch.stack([F.pad(A.to(dtype), (0, 0, 0, r - A.shape[0])) for A, *_ in updates])
-        B = torch.stack([F.pad(B.t().to(dtype) * scale, (0, 0, 0, r - B.shape[1])) for _, B, scale, _ in updates])
+        B = torch.stack(
+            [F.pad(B.t().to(dtype) * scale, (0, 0, 0, r - B.shape[1])) for _, B, scale, _ in updates]
+        )
         return A, B
 
 
@@ -71,10 +73,11 @@ def presented(layer: LoraLayer) -> Tensor:
 
 
 class LoraReadLinear(LoraLinear):
-    """A linear layer whose weight others read, past its forward: `linear1` and `linear2` of `nn.TransformerEncoderLayer`.
+    """A linear layer whose weight others read, past its forward.
 
-    In evaluation that layer hands the raw weights to one fused kernel. So `weight` shows W0 with the active updates folded in, and
-    the kernel computes what `forward` would.
+    It is `linear1` or `linear2` of an `nn.TransformerEncoderLayer`. In evaluation that layer hands the raw
+    weights to one fused kernel. So `weight` shows W0 with the active updates folded in, and the kernel
+    computes what `forward` would.
     """
 
     rows_differ: ClassVar[bool] = False
@@ -94,8 +97,9 @@ class LoraAttentionOutput(LoraReadLinear):
 class LoraAttention(LoraLayer):
     """`nn.MultiheadAttention`: the update of its fused query, key and value projection.
 
-    The attention reads `in_proj_weight` in training, in evaluation and on its fused path alike; showing it W0 with the update folded
-    in makes each of them right, once, and W0 is never written to. Its output projection is a layer of its own, `LoraAttentionOutput`.
+    The attention reads `in_proj_weight` in training, in evaluation and on its fused path alike; showing it W0
+    with the update folded in makes each of them right, once, and W0 is never written to. Its output
+    projection is a layer of its own, `LoraAttentionOutput`.
     """
 
     weight_name: ClassVar[str] = "in_proj_weight"

@@ -1,4 +1,4 @@
-"""Linear layers that lorica knows nothing about: subclasses with a forward of their own, quantized weights."""
+"""Linear layers that lorica knows nothing about: a forward of their own, quantized weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lorica.layers.base import LoraLayer
 
 
 class LoraOpaque(LoraLayer):
-    """Any other subclass of `nn.Linear`: it keeps its own forward, and the update is added to what that returns."""
+    """Any other subclass of `nn.Linear`; the update is added to what its own forward returns."""
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

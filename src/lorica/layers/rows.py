@@ -1,8 +1,8 @@
-"""One adapter for each row of a batch: the base runs once on all rows, and each row gets its own adapter's update.
+"""One adapter for each row of a batch, while the base runs once on all of them.
 
-    rows      topics  –  sentiment  topics            gather rows by adapter
-                 │    │      │        │               two batched products over the adapters' stacked factors
-    base(x)  ────┴────┴──────┴────────┘               add back where the rows stood
+rows      topics  –  sentiment  topics            gather rows by adapter
+             │    │      │        │               two batched products over the adapters' stacked factors
+base(x)  ────┴────┴──────┴────────┘               add back where the rows stood
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Segments(NamedTuple):
     Args:
         names: adapters that have rows.
         counts: rows of each.
-        order: indices of those rows in the batch, adapter by adapter; None where that is every row as it stands.
+        order: indices of those rows in the batch, adapter by adapter; None where that is every row as it
+            stands.
     """
 
     names: tuple[str, ...]
@@ -41,7 +42,8 @@ class Stacked(NamedTuple):
 
     Args:
         segments: which rows are whose.
-        gather: rows of the batch, each adapter's brought to one count by repeating; None where that is every row as it stands.
+        gather: rows of the batch, each adapter's brought to one count by repeating; None where that is every
+            row as it stands.
         keep: positions in `gather` that count; None where all do.
         A: (adapters, d_in, r).
         B: (adapters, r, d_out), times the scale.
@@ -75,7 +77,9 @@ class Rows:
         """
         times, rest = divmod(x.shape[0], len(self.names))
         if rest or times == 0:
-            raise AdapterError(f"{len(self.names)} adapters were named, one for each row, but a layer sees {x.shape[0]} rows")
+            raise AdapterError(
+                f"{len(self.names)} adapters were named, one for each row, but a layer sees {x.shape[0]} rows"
+            )
         rows: dict[str, list[int]] = {}
         for i, name in enumerate(self.names):
             if name in present:
@@ -101,13 +105,16 @@ class Rows:
         delta = torch.cat([update(name, part) for name, part in zip(names, parts, strict=True)]).to(y.dtype)
         return y + delta if order is None else y.index_add(0, order, delta)
 
-    def add_stacked_(self, y: Tensor, x: Tensor, layer: Hashable, present: Collection[str], stack: Stack) -> Tensor:
+    def add_stacked_(
+        self, y: Tensor, x: Tensor, layer: Hashable, present: Collection[str], stack: Stack
+    ) -> Tensor:
         """As `add`, but in place and by two batched products, however many adapters there are; for inference.
 
         Args:
             y: the base's output (rows, ..., d_out), contiguous; written to.
             x: the layer's input (rows, ..., d_in).
-            layer: tells this layer's stack from others'; factors are stacked once for each layer and number of rows.
+            layer: tells this layer's stack from others'; factors are stacked once for each layer and number
+                of rows.
             present: adapters that have an update for this layer.
             stack: stacks their factors.
         """
@@ -129,7 +136,7 @@ class Rows:
         return y.add_(delta) if order is None else y.index_add_(0, order, delta)
 
     def groups(self, x: Tensor, present: Collection[str]) -> Iterator[tuple[str | None, Tensor]]:
-        """Each adapter among `present` with the indices of its rows of `x`; last the rows of none of them, under None."""
+        """Each adapter among `present` with the indices of its rows of `x`; under None, the other rows."""
         names, counts, order = self.segments(x, present)
         index = torch.arange(x.shape[0], device=x.device) if order is None else order
         yield from zip(names, index.split(counts), strict=True)
@@ -153,7 +160,7 @@ def _stacked(segments: Segments, x: Tensor, stack: Stack) -> Stacked | None:
 
 
 def _stretch(order: list[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Repeat each segment's last row until all have the longest one's count; and the positions of the rows that were there before."""
+    """Repeat each segment's last row up to the longest count; also says which positions are originals."""
     longest = max(counts)
     gather: list[int] = []
     keep: list[int] = []

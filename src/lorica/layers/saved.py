@@ -33,7 +33,9 @@ class SavedModule(SwappedModule):
 
     def base_state(self) -> dict[str, Tensor]:
         """The original module's state, without the copies."""
-        return {key: value for key, value in self.state_dict().items() if not key.startswith("modules_to_save.")}
+        return {
+            key: value for key, value in self.state_dict().items() if not key.startswith("modules_to_save.")
+        }
 
     def remove_copy(self, name: str) -> None:
         """Drop the adapter's copy."""
@@ -43,7 +45,10 @@ class SavedModule(SwappedModule):
         """The active adapters' copy, or None where the original answers."""
         names = [name for name in self.roster.active if name in self.modules_to_save]
         if len(names) > 1:
-            raise AdapterError(f"{listing(map(repr, names))} cannot act together: each has its own {self.base_class.__name__} trained whole")
+            raise AdapterError(
+                f"{listing(map(repr, names))} cannot act together: each has its own "
+                f"{self.base_class.__name__} trained whole"
+            )
         return self.modules_to_save[names[0]] if names else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -62,5 +67,8 @@ class SavedModule(SwappedModule):
             parts.append(call(x.index_select(0, index), *args, **kwargs))
             places.append(index)
         if not isinstance(parts[0], Tensor):
-            raise StateError(f"{self.base_class.__name__} returns a {type(parts[0]).__name__}; only one tensor can be put together row by row")
+            raise StateError(
+                f"{self.base_class.__name__} returns a {type(parts[0]).__name__}; only one tensor "
+                "can be put together row by row"
+            )
         return torch.cat(parts).index_select(0, torch.cat(places).argsort())

@@ -1,6 +1,7 @@
 """Putting a new adapter on a model, choosing which adapters act, and taking them off again.
 
-All or nothing: what can fail (finding, checking, drawing, allocating) comes first, and only then is the model touched.
+All or nothing: what can fail (finding, checking, drawing, allocating) comes first, and only then is the model
+touched.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ M = TypeVar("M", bound=nn.Module)
 def adapt(model: M, config: LoraConfig | None = None, name: str = "default", *, seed: int | None = None) -> M:
     """Put a new adapter on a model, in place; it acts at once, and only it trains.
 
-    Targeted layers change class where they stand (`nn.Linear` → `LoraLinear`) and gain A and B; the base is frozen. At the start B is zero, so the model computes
-    what it did.
+    Targeted layers change class where they stand (`nn.Linear` → `LoraLinear`) and gain A and B; the base is
+    frozen. At the start B is zero, so the model computes what it did.
 
     Args:
         model: any model. Its own parameters keep their names, values and memory.
         config: what to train; the defaults of `LoraConfig` if None.
         name: of the adapter; letters, digits, ``_`` and ``-``.
-        seed: fixes how A starts. None draws one from torch's global generator, so that `torch.manual_seed` fixes it. A's start
-            depends on the seed and the module's path alone.
+        seed: fixes how A starts. None draws one from torch's global generator, so that `torch.manual_seed`
+            fixes it. A's start depends on the seed and the module's path alone.
 
     Returns:
         The same model.
@@ -59,7 +60,9 @@ def adapt(model: M, config: LoraConfig | None = None, name: str = "default", *, 
 
 
 def detach(model: M, name: str | None = None) -> M:
-    """Take an adapter off, or all of them: then the model is as it was, its classes, tensors, keys and `requires_grad` too.
+    """Take an adapter off, or all of them: then the model is as it was.
+
+    Its classes, tensors, keys and `requires_grad` too.
 
     Args:
         model: adapted model.
@@ -108,8 +111,9 @@ def adapters(model: nn.Module) -> dict[str, LoraConfig]:
 class active:
     """Let exactly the named adapters act; their updates add up. As a context manager, undone on exit.
 
-    Like `torch.set_grad_enabled` it takes effect when it is made, so a plain call switches for good. It costs the same however
-    many layers and adapters there are, and changes neither `requires_grad` nor the training mode.
+    Like `torch.set_grad_enabled` it takes effect when it is made, so a plain call switches for good. It costs
+    the same however many layers and adapters there are, and changes neither `requires_grad` nor the training
+    mode.
 
     Args:
         model: adapted model.

@@ -12,9 +12,10 @@ from torch.nn import Parameter
 from lorica.adapter import Adapter
 from lorica.errors import AdapterError, TargetError, lines, nearest
 from lorica.layers import SavedModule, layer_class
+from lorica.model.adaptable import check_adaptable, check_replaceable
 from lorica.model.mount import Mount, mount, open_for, parameter_for
 from lorica.model.structure import Place, walk
-from lorica.model.targets import Target, biases, check_adaptable, ends_with, resolve, within_any
+from lorica.model.targets import Target, biases, ends_with, resolve, within_any
 from lorica.model.values import trained_copies
 from lorica.roster import Roster
 
@@ -36,7 +37,8 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
         The same model.
 
     Raises:
-        AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is untouched.
+        AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is
+            untouched.
         StateError: an adapter is merged.
     """
     root, roster = open_for(model, name)
@@ -44,6 +46,8 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
     places = {place.path: place for place in walk(root)}
     saved = _saved(places, adapter)
     slots = _slots(root, roster, adapter, saved)
+    for path, module in saved.items():
+        check_replaceable(path, module)
     problems = [
         *_layer_problems(places, adapter),
         *_extra_problems(root, adapter, saved),
@@ -81,9 +85,10 @@ def _saved(places: dict[str, Place], adapter: Adapter) -> dict[str, nn.Module]:
 def _slots(
     root: nn.Module, roster: Roster, adapter: Adapter, saved: dict[str, nn.Module]
 ) -> dict[str, Parameter]:
-    """Single parameters that the adapter brings: the biases it trained, and whatever else differs from the base's.
+    """Single parameters that the adapter brings: the biases it trained, and whatever else differs.
 
-    PEFT writes an adapted embedding's own table beside its factors; as a rule it is the base's, and there is nothing to replace.
+    PEFT writes an adapted embedding's own table beside its factors; as a rule it is the base's, and there is
+    nothing to replace.
     """
     have = _parameters(root)
     trained = set(biases(root, adapter.config, adapter.factors, saved))
@@ -110,17 +115,23 @@ def _layer_problems(places: dict[str, Place], adapter: Adapter) -> Iterator[str]
             continue
         layer = layer_class(place.module, place.parent)
         if layer is None or layer.kind != factors.kind or isinstance(place.module, SavedModule):
-            yield f"kind of {path}: a {factors.kind} update in the adapter, a {type(place.module).__name__} in the model"
+            yield (
+                f"kind of {path}: a {factors.kind} update in the adapter, a "
+                f"{type(place.module).__name__} in the model"
+            )
             continue
         try:
-            check_adaptable(path, place.module, layer)
+            check_adaptable(place, layer)
             expected = layer.factor_shapes(place.module, factors.r)
         except TargetError as error:
             yield str(error)
             continue
         came = tuple(factors.A.shape), tuple(factors.B.shape)
         if came != expected:
-            yield f"shape of {path}: A {came[0]} and B {came[1]} in the adapter, {expected[0]} and {expected[1]} in the model"
+            yield (
+                f"shape of {path}: A {came[0]} and B {came[1]} in the adapter, {expected[0]} and "
+                f"{expected[1]} in the model"
+            )
 
 
 def _extra_problems(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> Iterator[str]:
@@ -140,7 +151,8 @@ def _missing(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> 
         yield from (f"missing: {path}.{leaf}" for leaf in base if f"{path}.{leaf}" not in adapter.extras)
     trained = biases(root, adapter.config, adapter.factors, saved)
     yield from (f"missing: {path}" for path in trained if path not in adapter.extras)
-    # Another reader may have found other modules behind None, "all-linear" or a pattern; behind names there is no doubt.
+    # Another reader may have found other modules behind None, "all-linear" or a pattern; behind names there
+    # is no doubt.
     if isinstance(adapter.config.target_modules, list):
         try:
             meant = resolve(root, adapter.config.replace(rank_pattern={}, alpha_pattern={})).layers

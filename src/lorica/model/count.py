@@ -15,8 +15,10 @@ class ParameterCount:
 
     Args:
         trainable: that train.
-        total: that the model holds, the frozen originals beside modules trained whole included. PEFT's convention.
-        deployed: that the model needs with its adapters in place, such originals left out: what documents often quote.
+        total: that the model holds, the frozen originals beside modules trained whole included. PEFT's
+            convention.
+        deployed: that the model needs with its adapters in place, such originals left out: what documents
+            often quote.
     """
 
     trainable: int
@@ -30,7 +32,10 @@ class ParameterCount:
 
     def __str__(self) -> str:
         """As PEFT's `print_trainable_parameters` prints it."""
-        return f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || trainable%: {self.percent:.4f}"
+        return (
+            f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || trainable%: "
+            f"{self.percent:.4f}"
+        )
 
 
 def trainable_parameters(model: nn.Module) -> ParameterCount:

@@ -1,15 +1,17 @@
 """Adapters in the weights: merging, switching, and the base back bit for bit.
 
-Merging never writes to W0. Each adapted weight's parameter is replaced by a new one that holds W0 + scale·B·A, computed in float32 and rounded
-once; the original parameter is set aside untouched, and `restore` puts that same object back. While merged, the model's
-classes, module tree and keys are the base's own, so it runs, saves and compiles as the base does.
+Merging never writes to W0. Each adapted weight's parameter is replaced by a new one that holds W0 +
+scale·B·A, computed in float32 and rounded once; the original parameter is set aside untouched, and `restore`
+puts that same object back. While merged, the model's classes, module tree and keys are the base's own, so it
+runs, saves and compiles as the base does.
 
-    merge      W0 ──set aside──▶        switch     recompute from W0 + s·B'·A'        restore     W0 ◀──put back──
+    merge      W0 ──set aside──▶        switch     recompute from W0 + s·B'·A'        restore     W0 ◀──put
+    back──
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -32,8 +34,8 @@ class MergeReport:
 
     Args:
         names: adapters that were merged.
-        layers: module path → ‖stored − (W0 + ΔW)‖ / ‖ΔW‖ (Frobenius): the share of the update that rounding to the weight's dtype
-            took away or added. 0 is exact, 1 as good as all of it.
+        layers: module path → ‖stored − (W0 + ΔW)‖ / ‖ΔW‖ (Frobenius): the share of the update that rounding
+            to the weight's dtype took away or added. 0 is exact, 1 as good as all of it.
         untied: modules whose weight was tied to another's, and now differs from it.
     """
 
@@ -48,10 +50,16 @@ class MergeReport:
 
     def __str__(self) -> str:
         """A line for each layer, the worst first."""
-        head = f"merged {listing(self.names)} into {len(self.layers)} layers; share of each update lost to rounding:"
+        merged = f"merged {listing(self.names)} into {len(self.layers)} layers"
         rows = sorted(self.layers.items(), key=lambda item: -item[1])
         tail = [f"no longer tied: {listing(self.untied)}"] if self.untied else []
-        return "\n".join([head, *(f"  {loss:9.2e}  {path}" for path, loss in rows), *tail])
+        return "\n".join(
+            [
+                f"{merged}; share of each update lost to rounding:",
+                *(f"  {loss:9.2e}  {path}" for path, loss in rows),
+                *tail,
+            ]
+        )
 
 
 @dataclass(eq=False)
@@ -75,7 +83,7 @@ class _Merged:
 
 
 def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> MergeReport:
-    """Fold adapters into the weights, so that the model runs at the base's own speed; in place, undone by `restore`.
+    """Fold adapters into the weights, in place; the model then runs at the base's own speed.
 
     Args:
         model: adapted model.
@@ -85,7 +93,8 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> MergeRe
         The loss to rounding, layer by layer.
 
     Raises:
-        StateError: an adapter is merged already, none is active, or a layer cannot take its update. The model is untouched.
+        StateError: an adapter is merged already, none is active, or a layer cannot take its update. The model
+            is untouched.
         AdapterError: no such adapter, or a merged weight would hold NaN or infinity. The model is untouched.
 
     Source: Hu et al., 2021, §4.1, "No additional inference latency".
@@ -99,14 +108,18 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> MergeRe
     roster.activate(root, chosen)
     try:
         layers = lora_layers(root)
-        merged = {path: _merged_parameter(path, layer, chosen) for path, layer in layers.items() if layer.acting()}
+        merged = {
+            path: _merged_parameter(path, layer, chosen) for path, layer in layers.items() if layer.acting()
+        }
     except Exception:
         roster.activate(root, before)
         raise
     losses = {path: rounding_loss(layers[path], chosen, parameter) for path, parameter in merged.items()}
     untied = _tied(root, layers, merged)
     swapped: dict[str, SwappedModule] = {**layers, **saved_modules(root)}
-    aside = _Merged(before, [_set_aside(path, module, merged.get(path), chosen) for path, module in swapped.items()])
+    aside = _Merged(
+        before, [_set_aside(path, module, merged.get(path), chosen) for path, module in swapped.items()]
+    )
     config = getattr(root, "config", None)
     if untied and getattr(config, "tie_word_embeddings", False):
         # A file that says "tied" would lose one of the two weights that now differ.
@@ -146,7 +159,9 @@ def switch(model: nn.Module, name: str) -> None:
 
 
 def restore(model: M) -> M:
-    """Undo `merge`: W0 comes back bit for bit (it is the same memory), the adapters stand beside it, and those act that did before.
+    """Undo `merge`: W0 comes back bit for bit, for it is the same memory.
+
+    The adapters stand beside it again, and those act that did before.
 
     Args:
         model: merged model.
@@ -182,7 +197,9 @@ def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, row
         rows: of a block; bounds the memory.
     """
     W0, W = layer.base_weight.detach().flatten(1), stored.detach().flatten(1)
-    products = [(*layer.product(name, torch.float64), layer.scaling[name]) for name in names if name in layer.scaling]
+    products = [
+        (*layer.product(name, torch.float64), layer.scaling[name]) for name in names if name in layer.scaling
+    ]
     lost = total = 0.0
     for i in range(0, W0.shape[0], rows):
         delta = torch.stack([scale * (left[i : i + rows] @ right) for left, right, scale in products]).sum(0)
@@ -193,14 +210,20 @@ def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, row
 
 def _merged_parameter(path: str, layer: LoraLayer, names: tuple[str, ...]) -> Parameter:
     if isinstance(layer, LoraOpaque) and not layer.base_weight.is_floating_point():
-        raise StateError(f"{path} is a quantized {layer.base_class.__name__}, whose weight cannot take an update; merge into the original base")
+        raise StateError(
+            f"{path} is a quantized {layer.base_class.__name__}, whose weight cannot take an "
+            "update; merge into the original base"
+        )
     weight = layer.base_weight
     try:
         result = layer.fold(names).to(weight.dtype)
     except StateError as error:
         raise StateError(f"{path}: {error}") from None
     if not torch.isfinite(result).all():
-        raise AdapterError(f"{path}: the merged weight would hold NaN or infinity in {weight.dtype}; the model is left as it was")
+        raise AdapterError(
+            f"{path}: the merged weight would hold NaN or infinity in {weight.dtype}; the model "
+            "is left as it was"
+        )
     return Parameter(result, requires_grad=False)
 
 
@@ -264,5 +287,3 @@ def _tied(root: nn.Module, layers: dict[str, LoraLayer], merged: Iterable[str]) 
     for _, parameter in root.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     return [path for path in merged if uses[id(layers[path].base_weight)] > 1]
-
-

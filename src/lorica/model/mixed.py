@@ -11,19 +11,22 @@ from lorica.layers.rows import Rows
 from lorica.model.structure import adapted, lora_layers
 
 
-class mixed:  # noqa: N801  (reads as a statement, as `active` does)
+class mixed:
     """Let each row of the batch have an adapter of its own, or none; the base runs once on all of them.
 
-    Takes effect at once; as a context manager, undone on exit. Holds inside `generate` too, with beams. In inference the adapters' factors are
-    stacked once for each call of `mixed`; under gradients every row trains its own adapter.
+    Takes effect at once; as a context manager, undone on exit. Holds inside `generate` too, with beams. In
+    inference the adapters' factors are stacked once for each call of `mixed`; under gradients every row
+    trains its own adapter.
 
     Args:
         model: adapted model.
         names: an adapter's name for each row, or None for the base.
 
     Raises:
-        AdapterError: no such adapter, or one that brings parameters of its own which cannot differ by row (trained biases).
-        StateError: an adapter is merged, or one of these acts inside a fused attention, which has one weight for all rows.
+        AdapterError: no such adapter, or one that brings parameters of its own which cannot differ by row
+            (trained biases).
+        StateError: an adapter is merged, or one of these acts inside a fused attention, which has one weight
+            for all rows.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str | None]) -> None:
@@ -35,10 +38,16 @@ class mixed:  # noqa: N801  (reads as a statement, as `active` does)
         used = [self._roster.known(name) for name in dict.fromkeys(rows.names) if name is not None]
         for name in used:
             if self._roster.slots.get(name):
-                raise AdapterError(f"{name!r} trains parameters of the base ({listing(self._roster.slots[name], limit=3)}), which cannot differ by row")
+                raise AdapterError(
+                    f"{name!r} trains parameters of the base "
+                    f"({listing(self._roster.slots[name], limit=3)}), which cannot differ by row"
+                )
         for path, layer in lora_layers(root).items():
             if not layer.rows_differ and any(name in layer.scaling for name in used):
-                raise StateError(f"{path} is read by a fused kernel, which has one weight for all rows; adapters on it cannot be mixed in a batch")
+                raise StateError(
+                    f"{path} is read by a fused kernel, which has one weight for all rows; "
+                    "adapters on it cannot be mixed in a batch"
+                )
         self._before = self._roster.rows
         self._roster.rows = rows
 

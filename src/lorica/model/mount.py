@@ -1,4 +1,4 @@
-"""The moment an adapter goes onto a model: classes are swapped and parameters handed over, and nothing is left that could fail."""
+"""The moment an adapter goes onto a model: classes are swapped and parameters handed over."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Mount(NamedTuple):
 
 
 def open_for(model: nn.Module, name: str) -> tuple[nn.Module, Roster]:
-    """The adapted model in `model` and its roster; for one that carries no adapter yet, itself and a new roster.
+    """The adapted model in `model` and its roster; where there is none yet, `model` and a new roster.
 
     Raises:
         AdapterError: the name is taken, or cannot be one.
@@ -39,15 +39,20 @@ def open_for(model: nn.Module, name: str) -> tuple[nn.Module, Roster]:
     root, roster = find_adapted(model) or (model, Roster())
     roster.check_unmerged("add an adapter")
     if name in roster.configs:
-        raise AdapterError(f"the model already has an adapter named {name!r}; give another name, or lorica.detach(model, {name!r}) first")
+        raise AdapterError(
+            f"the model already has an adapter named {name!r}; give another name, or "
+            f"lorica.detach(model, {name!r}) first"
+        )
     return root, roster
 
 
 def parameter_for(target: Target, factor: Tensor) -> Parameter:
-    """The factor as a parameter on the layer's device, in float32 or the layer's higher precision, in memory of its own."""
+    """The factor as a parameter of its own on the layer's device, in float32 or the layer's precision."""
     weight = target.module._parameters[target.layer.weight_name]
     assert weight is not None
-    precision = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    precision = (
+        torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    )
     return Parameter(factor.detach().to(device=weight.device, dtype=precision, copy=True).contiguous())
 
 
@@ -83,7 +88,9 @@ def mount(
     roster.configs[name] = config
     for (_, module, layer), A, B, scale in mounts:
         host = module if isinstance(module, LoraLayer) else layer.take(module, roster)
-        host.add_factors(name, A.requires_grad_(trainable), B.requires_grad_(trainable), scale, config.lora_dropout)
+        host.add_factors(
+            name, A.requires_grad_(trainable), B.requires_grad_(trainable), scale, config.lora_dropout
+        )
     for module in saved.values():
         host = module if isinstance(module, SavedModule) else SavedModule.take(module, roster)
         host.add_copy(name, trainable=trainable)

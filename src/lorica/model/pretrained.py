@@ -1,7 +1,8 @@
 """The root of a transformers model: while it carries adapters, saving it saves them.
 
-Its class is swapped under its own name (label smoothing looks the name up), with a `save_pretrained` that writes the adapter alone, as it does
-after transformers' own `add_adapter`. So even the plain Trainer writes adapter-only checkpoints.
+Its class is swapped under its own name (label smoothing looks the name up), with a `save_pretrained` that
+writes the adapter alone, as it does after transformers' own `add_adapter`. So even the plain Trainer writes
+adapter-only checkpoints.
 """
 
 from __future__ import annotations
@@ -36,21 +37,26 @@ class Pretrained(SwappedModule):
     ) -> None:
         """Write the adapters, not the base.
 
-        An only adapter, or the one named "default", goes into the folder itself; each other into a folder of its name inside it, as
-        PEFT lays them out. To write merged weights, `lorica.merge` first: then this is the model's own `save_pretrained` again.
+        An only adapter, or the one named "default", goes into the folder itself; each other into a folder of
+        its name inside it, as PEFT lays them out. To write merged weights, `lorica.merge` first: then this is
+        the model's own `save_pretrained` again.
 
         Args:
             save_directory: folder; made if it is not there.
             is_main_process: other processes write nothing.
             state_dict: take the values from here, by their live names (sharded training gathers them so).
             push_to_hub: not done here; push the folder.
-            kwargs: transformers' other arguments; those about the format of full weights have no meaning for adapters.
+            kwargs: transformers' other arguments; those about the format of full weights have no meaning for
+                adapters.
 
         Raises:
             ConfigError: asked for pickled files, or to push.
         """
         if push_to_hub:
-            raise ConfigError("save_pretrained(push_to_hub=True) is not done for adapters; save, then upload the folder with huggingface_hub")
+            raise ConfigError(
+                "save_pretrained(push_to_hub=True) is not done for adapters; save, then upload "
+                "the folder with huggingface_hub"
+            )
         if kwargs.get("safe_serialization") is False:
             raise ConfigError("lorica writes safetensors only; leave out safe_serialization=False")
         if not is_main_process:
@@ -65,7 +71,11 @@ class Pretrained(SwappedModule):
 def enter(root: nn.Module) -> None:
     """Swap the root's class, if it is a transformers model."""
     modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is not None and isinstance(root, modeling.PreTrainedModel) and not isinstance(root, Pretrained):
+    if (
+        modeling is not None
+        and isinstance(root, modeling.PreTrainedModel)
+        and not isinstance(root, Pretrained)
+    ):
         Pretrained.swap(root)
 
 

@@ -15,9 +15,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def save(model: nn.Module, directory: str | Path, name: str | None = None) -> Path:
-    """Write an adapter to a folder in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
+    """Write an adapter to a folder in PEFT's format.
 
-    Nothing touches the network. A folder that is written over holds either the old adapter or the new one, or refuses to load.
+    The files are `adapter_config.json`, `adapter_model.safetensors` and `README.md`. Nothing touches the
+    network. A folder that is written over holds either the old adapter or the new one, or refuses to load.
 
     Args:
         model: adapted model.
@@ -52,13 +53,14 @@ def load(model: M, directory: str | Path, name: str = "default", *, trainable: b
     Raises:
         FileError: a file is missing or damaged.
         ConfigError: the configuration asks for what lorica does not support.
-        AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is untouched.
+        AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is
+            untouched.
     """
     return attach(model, checkpoint.read(directory), name, trainable=trainable)
 
 
 def load_weights(model: nn.Module, directory: str | Path, name: str | None = None) -> None:
-    """Give an adapter that is already on the model the values saved in a folder, as resuming a training run does.
+    """Give an adapter that is already on the model the values saved in a folder, as resuming does.
 
     Args:
         model: adapted model.

@@ -51,7 +51,7 @@ def saved_modules(root: nn.Module) -> dict[str, SavedModule]:
 
 
 def find_adapted(model: nn.Module) -> tuple[nn.Module, Roster] | None:
-    """The adapted model in `model` (itself, or what a wrapper such as DistributedDataParallel holds) and its roster."""
+    """The adapted model in `model` and its roster: itself, or what a wrapper such as DDP holds."""
     for module in model.modules():
         roster = module.__dict__.get(ROSTER)
         if roster is not None:
@@ -69,5 +69,10 @@ def adapted(model: nn.Module) -> tuple[nn.Module, Roster]:
     if found is not None:
         return found
     if any(isinstance(module, SwappedModule) for module in model.modules()):
-        raise StateError(f"this {type(model).__name__} is a part of an adapted model; pass the whole model that was given to lorica.adapt")
-    raise StateError(f"this {type(model).__name__} carries no adapter; call lorica.adapt or lorica.load first")
+        raise StateError(
+            f"this {type(model).__name__} is a part of an adapted model; pass the whole model "
+            "that was given to lorica.adapt"
+        )
+    raise StateError(
+        f"this {type(model).__name__} carries no adapter; call lorica.adapt or lorica.load first"
+    )

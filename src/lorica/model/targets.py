@@ -1,4 +1,4 @@
-"""From a configuration's patterns to the modules they mean. Nothing that matches nothing passes in silence."""
+"""From a configuration's patterns to the modules they mean; a pattern that means none is an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from lorica.config import LoraConfig, matches_pattern
 from lorica.errors import TargetError, listing, nearest
 from lorica.layers import (
     ADAPTABLE,
-    LoraAttention,
     LoraConv1D,
     LoraEmbedding,
     LoraLayer,
@@ -21,9 +20,11 @@ from lorica.layers import (
     layer_class,
 )
 from lorica.layers.conv import LoraConv
+from lorica.model.adaptable import check_adaptable, check_replaceable
 from lorica.model.structure import Place, walk
 
-# Query and value projections as the architectures name them, most specific first: the usual choice where none is given.
+# Query and value projections as the architectures name them, most specific first: the usual choice where none
+# is given.
 _QUERY_VALUE: tuple[tuple[str, ...], ...] = (
     ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, OPT, BART, Whisper, CLIP
     ("query", "value"),  # BERT, RoBERTa, ELECTRA, ViT
@@ -69,7 +70,8 @@ def resolve(root: nn.Module, config: LoraConfig) -> Targets:
         config: what to look for.
 
     Returns:
-        The modules, and the configuration with `target_modules`, `modules_to_save` and `fan_in_fan_out` as they turned out.
+        The modules, and the configuration with `target_modules`, `modules_to_save` and `fan_in_fan_out` as
+        they turned out.
 
     Raises:
         TargetError: a name or pattern matches nothing, or something that cannot be adapted.
@@ -100,7 +102,7 @@ def resolve(root: nn.Module, config: LoraConfig) -> Targets:
 def _settled(
     config: LoraConfig, paths: list[str], targets: list[Target], saved: dict[str, nn.Module]
 ) -> LoraConfig:
-    """The configuration as a file should hold it: names in place of "all-linear" or None, so that every reader finds the same modules."""
+    """The configuration as a file should hold it: every reader finds the same modules by it."""
     names = config.target_modules
     if names is None or _means_all_linear(names):
         names = shortest_suffixes([t.path for t in targets], paths)
@@ -159,6 +161,7 @@ def _saved(places: list[Place], config: LoraConfig) -> dict[str, nn.Module]:
     for path, module in found.items():
         if isinstance(module, SavedModule):
             continue
+        check_replaceable(path, module)
         adapted = [p.path for p in places if isinstance(p.module, LoraLayer) and within_any(p.path, [path])]
         if adapted:
             raise TargetError(
@@ -168,7 +171,7 @@ def _saved(places: list[Place], config: LoraConfig) -> dict[str, nn.Module]:
 
 
 def _chosen(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:
-    """The places that `target_modules` means, less those that `exclude_modules` and `layers_to_transform` leave out."""
+    """The places that `target_modules` means, less those that other fields leave out."""
     if config.target_modules is None:
         chosen = _usual(root, places)
     elif _means_all_linear(config.target_modules):
@@ -182,7 +185,8 @@ def _chosen(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Pl
         chosen = [p for p in chosen if p.path not in left_out]
     if not chosen:
         raise TargetError(
-            f"no module is left to adapt: exclude_modules={config.exclude_modules!r} leaves out all that was targeted"
+            f"no module is left to adapt: exclude_modules={config.exclude_modules!r} leaves out "
+            "all that was targeted"
         )
     return chosen
 
@@ -213,7 +217,8 @@ def _usual(root: nn.Module, places: list[Place]) -> list[Place]:
     chosen = [p for p in places if isinstance(p.module, nn.MultiheadAttention)]
     if not chosen:
         raise TargetError(
-            f'lorica knows no usual targets for {type(root).__name__}; give target_modules, or "all-linear"{_hint("", places)}'
+            f"lorica knows no usual targets for {type(root).__name__}; give target_modules, or "
+            f'"all-linear"{_hint("", places)}'
         )
     return chosen
 
@@ -254,7 +259,8 @@ def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:
         have = listing(map(str, sorted(set(found.values())))) or "none"
         where = f" in {listing(names)}" if names else ""
         raise TargetError(
-            f"layers_to_transform names block {listing(map(str, sorted(missing)))}; the targeted modules{where} are in blocks {have}"
+            f"layers_to_transform names block {listing(map(str, sorted(missing)))}; the targeted "
+            f"modules{where} are in blocks {have}"
         )
     return [p for p in chosen if found.get(p) in wanted]
 
@@ -263,35 +269,22 @@ def _target(place: Place, config: LoraConfig) -> Target:
     path, module, parent = place
     if isinstance(module, SavedModule):
         raise TargetError(
-            f"{path} is trained whole by another adapter (modules_to_save) and cannot take a low-rank update beside that"
+            f"{path} is trained whole by another adapter (modules_to_save) and cannot take a "
+            "low-rank update beside that"
         )
     layer = layer_class(module, parent)
     if layer is None:
         raise TargetError(
-            f"{path} is a {type(module).__name__}, which cannot be adapted (lorica adapts {ADAPTABLE}){_inside(path, module)}"
+            f"{path} is a {type(module).__name__}, which cannot be adapted (lorica adapts "
+            f"{ADAPTABLE}){_inside(path, module)}"
         )
-    check_adaptable(path, module, layer)
+    check_adaptable(place, layer)
     if config.lora_dropout and not layer.takes_dropout:
         raise TargetError(
-            f"{path}: the update of an attention's fused weight has no input of its own to drop; set lora_dropout=0 for it"
+            f"{path}: the update of an attention's fused weight has no input of its own to drop; "
+            "set lora_dropout=0 for it"
         )
     return Target(path, module, layer)
-
-
-def check_adaptable(path: str, module: nn.Module, layer: type[LoraLayer]) -> None:
-    """Refuse a module of the right kind in the wrong state.
-
-    Raises:
-        TargetError: an attention with separate key and value sizes, or parameters already sharded by FSDP2.
-    """
-    if layer is LoraAttention and not module._qkv_same_embed_dim:
-        raise TargetError(
-            f"{path}: an nn.MultiheadAttention with kdim or vdim of its own has no single weight to adapt; target its out_proj"
-        )
-    if any(type(parameter).__name__ == "DTensor" for parameter in module.parameters(recurse=False)):
-        raise TargetError(
-            f"{path} is already sharded; adapt the model before fully_shard, so that A and B are sharded with it"
-        )
 
 
 def biases(

@@ -13,7 +13,9 @@ from lorica.errors import AdapterError, lines
 from lorica.model.structure import adapted, lora_layers, saved_modules
 
 
-def extract(model: nn.Module, name: str | None = None, *, state_dict: Mapping[str, Tensor] | None = None) -> Adapter:
+def extract(
+    model: nn.Module, name: str | None = None, *, state_dict: Mapping[str, Tensor] | None = None
+) -> Adapter:
     """An adapter of a model as a value; it shares memory with the model.
 
     Args:
@@ -60,7 +62,8 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None) -> No
         name: of the adapter on the model; None takes the only one, or the only active one.
 
     Raises:
-        AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is untouched.
+        AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is
+            untouched.
         StateError: an adapter is merged, or none was ever put on.
     """
     live, new = extract(model, name).named_tensors(), adapter.named_tensors()

@@ -1,0 +1,80 @@
+"""Whether a module of the right kind is in a state to be adapted. What would pass unnoticed is refused."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from lorica.errors import TargetError
+from lorica.layers import LoraAttention, LoraEmbedding, LoraLayer, LoraOpaque
+from lorica.model.structure import Place
+
+
+def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
+    """Refuse a module on which an update would not act, or not rightly.
+
+    Args:
+        place: the module, and where it stands.
+        layer: kind of layer it is to become.
+
+    Raises:
+        TargetError: naming the module, and what to do.
+    """
+    path, module, parent = place
+    check_replaceable(path, module)
+    if layer is LoraAttention and not module._qkv_same_embed_dim:
+        raise TargetError(
+            f"{path}: an nn.MultiheadAttention with kdim or vdim of its own has no single weight to adapt; "
+            "target its out_proj"
+        )
+    if any(type(parameter).__name__ == "DTensor" for parameter in module.parameters(recurse=False)):
+        raise TargetError(
+            f"{path} is already sharded; adapt the model before fully_shard, so that A and B are sharded with it"
+        )
+    weight = module._parameters.get(layer.weight_name)
+    if weight is None:
+        raise TargetError(
+            f"{path}: its {layer.weight_name} is computed (weight_norm, parametrize), so an update has no weight "
+            "to stand beside; remove the parametrization first"
+        )
+    if isinstance(weight, UninitializedParameter):
+        raise TargetError(
+            f"{path} is a {type(module).__name__} whose shape is not known yet; run the model once, then adapt it"
+        )
+    if layer is LoraOpaque and _read_past_its_forward(parent):
+        raise TargetError(
+            f"{path} is a {type(module).__name__} with a forward of its own, but {type(parent).__name__} reads its "
+            "weight without calling it, so the update would not act"
+        )
+    if layer is LoraEmbedding and _looks_up_otherwise(module):
+        raise TargetError(
+            f"{path} is a {type(module).__name__} with a forward of its own, which may look up other rows than "
+            "those it is given; lorica adapts embeddings that look up as nn.Embedding does"
+        )
+
+
+def check_replaceable(path: str, module: nn.Module) -> None:
+    """Refuse a module whose forward was replaced on the instance, where its class has no more say.
+
+    Raises:
+        TargetError: naming the module.
+    """
+    if "forward" in module.__dict__:
+        raise TargetError(
+            f"{path}: its forward was replaced on the module itself (as accelerate does to spread a model over "
+            "devices), so an adapted class would be bypassed; adapt the model before that"
+        )
+
+
+def _read_past_its_forward(parent: nn.Module | None) -> bool:
+    return isinstance(parent, nn.MultiheadAttention) or (
+        isinstance(parent, nn.TransformerEncoderLayer)
+        and type(parent).forward is nn.TransformerEncoderLayer.forward
+    )
+
+
+def _looks_up_otherwise(module: nn.Module) -> bool:
+    """Whether an embedding has a forward of its own; but for those that only scale what they look up (Gemma,
+    BART)."""
+    own_class = module.base_class if isinstance(module, LoraLayer) else type(module)
+    return own_class.forward is not nn.Embedding.forward and not hasattr(module, "embed_scale")
