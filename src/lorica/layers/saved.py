@@ -29,6 +29,14 @@ class SavedModule(SwappedModule):
             twin = copy.deepcopy(self)
         finally:
             SwappedModule.enter(self, state)
+        # The module's own hooks run whichever copy answers; copied along, they would run twice.
+        for hooks in (
+            twin._forward_pre_hooks,
+            twin._forward_hooks,
+            twin._backward_pre_hooks,
+            twin._backward_hooks,
+        ):
+            hooks.clear()
         self.modules_to_save[name] = twin.requires_grad_(trainable)
 
     def base_state(self) -> dict[str, Tensor]:

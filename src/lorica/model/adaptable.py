@@ -21,6 +21,7 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
         TargetError: naming the module, and what to do.
     """
     path, module, parent = place
+    kind = type(module).__name__
     check_replaceable(path, module)
     if layer is LoraAttention and not module._qkv_same_embed_dim:
         raise TargetError(
@@ -29,27 +30,27 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
         )
     if any(type(parameter).__name__ == "DTensor" for parameter in module.parameters(recurse=False)):
         raise TargetError(
-            f"{path} is already sharded; adapt the model before fully_shard, so that A and B are sharded with it"
+            f"{path} is already sharded; adapt the model before fully_shard, so that A and B are sharded too"
         )
     weight = module._parameters.get(layer.weight_name)
     if weight is None:
         raise TargetError(
-            f"{path}: its {layer.weight_name} is computed (weight_norm, parametrize), so an update has no weight "
-            "to stand beside; remove the parametrization first"
+            f"{path}: its {layer.weight_name} is computed (weight_norm, parametrize), so there is none for an "
+            "update to stand beside; remove the parametrization first"
         )
     if isinstance(weight, UninitializedParameter):
         raise TargetError(
-            f"{path} is a {type(module).__name__} whose shape is not known yet; run the model once, then adapt it"
+            f"{path} is a {kind} whose shape is not known yet; run the model once, then adapt it"
         )
     if layer is LoraOpaque and _read_past_its_forward(parent):
         raise TargetError(
-            f"{path} is a {type(module).__name__} with a forward of its own, but {type(parent).__name__} reads its "
-            "weight without calling it, so the update would not act"
+            f"{path} is a {kind} with a forward of its own, but {type(parent).__name__} reads its weight "
+            "without calling it, so the update would not act"
         )
     if layer is LoraEmbedding and _looks_up_otherwise(module):
         raise TargetError(
-            f"{path} is a {type(module).__name__} with a forward of its own, which may look up other rows than "
-            "those it is given; lorica adapts embeddings that look up as nn.Embedding does"
+            f"{path} is a {kind} with a forward of its own, which may look up other rows than it is given; "
+            "lorica adapts embeddings that look up as nn.Embedding does"
         )
 
 
@@ -61,8 +62,8 @@ def check_replaceable(path: str, module: nn.Module) -> None:
     """
     if "forward" in module.__dict__:
         raise TargetError(
-            f"{path}: its forward was replaced on the module itself (as accelerate does to spread a model over "
-            "devices), so an adapted class would be bypassed; adapt the model before that"
+            f"{path}: its forward was replaced on the module itself (as accelerate does to spread a model "
+            "over devices), so an adapted class would be bypassed; adapt the model before that"
         )
 
 
@@ -74,7 +75,6 @@ def _read_past_its_forward(parent: nn.Module | None) -> bool:
 
 
 def _looks_up_otherwise(module: nn.Module) -> bool:
-    """Whether an embedding has a forward of its own; but for those that only scale what they look up (Gemma,
-    BART)."""
+    """Whether an embedding has a forward of its own that does more than scale what it finds (Gemma, BART)."""
     own_class = module.base_class if isinstance(module, LoraLayer) else type(module)
     return own_class.forward is not nn.Embedding.forward and not hasattr(module, "embed_scale")
