@@ -143,11 +143,9 @@ class _LoraLinear(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, wants_A, wants_B = ctx.needs_input_grad[:5]
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dweight = dbias = dA = dB = None
-        # Every skinny product is taken as (r × tokens)·(tokens × d): the other order is several times slower
-        # on a CPU.
-        if wants_x or wants_A:
-            g = dy @ B.to(dy.dtype)
-            g.mul_(ctx.scale)
+        # Products over all tokens are taken as (r × tokens)·(tokens × d): the other order is several times
+        # slower on a CPU.
+        g = dy @ B.to(dy.dtype).mul(ctx.scale)
         kept = None if mask is None else mask.to(dy.dtype)
         if wants_x:
             dx = dy @ weight

@@ -81,7 +81,7 @@ class SwappedModule(nn.Module):
             },
             {name: self.__dict__.pop(name) for name in self.own_attributes},
         )
-        self.__class__ = self.base_class
+        self.__class__ = self.base_class  # pyright: ignore[reportAttributeAccessIssue]
         return state
 
     @staticmethod

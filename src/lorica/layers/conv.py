@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -22,6 +22,12 @@ class LoraConv(LoraLayer):
     """
 
     kind: ClassVar[Kind] = "conv"
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -32,11 +38,8 @@ class LoraConv(LoraLayer):
                 f"a convolution with {module.groups} groups needs a rank divisible by that, not r={r}"
             )
         kernel = tuple(module.kernel_size)
-        return (r, module.in_channels, *kernel), (
-            module.out_channels,
-            r // module.groups,
-            *(1 for _ in kernel),
-        )
+        point = (1,) * len(kernel)
+        return (r, module.in_channels, *kernel), (module.out_channels, r // module.groups, *point)
 
     def update(self, name: str, x: Tensor) -> Tensor:
         """The update for ``(batch, channels_in, *space)``: (batch, channels_out, *space)."""
@@ -46,7 +49,7 @@ class LoraConv(LoraLayer):
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), "valid"
         # A sees every input channel, whatever the base's groups.
         return _convolve(A)(x, A, None, self.stride, padding, self.dilation)
 
@@ -68,5 +71,5 @@ class LoraConv(LoraLayer):
         return super().fold(names, out=out)
 
 
-def _convolve(kernel: Tensor):
+def _convolve(kernel: Tensor) -> Callable[..., Tensor]:
     return (F.conv1d, F.conv2d, F.conv3d)[kernel.dim() - 3]

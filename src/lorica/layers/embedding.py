@@ -24,6 +24,7 @@ class LoraEmbedding(LoraLayer):
     kind: ClassVar[Kind] = "embedding"
     transposed: ClassVar[bool] = True
     store: ClassVar[type[nn.Module]] = nn.ParameterDict
+    padding_idx: int | None
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
 

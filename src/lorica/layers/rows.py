@@ -82,7 +82,7 @@ class Rows:
             )
         rows: dict[str, list[int]] = {}
         for i, name in enumerate(self.names):
-            if name in present:
+            if name is not None and name in present:
                 rows.setdefault(name, []).extend(range(i * times, (i + 1) * times))
         order = [row for indices in rows.values() for row in indices]
         as_it_stands = order == list(range(x.shape[0]))

@@ -88,11 +88,14 @@ def mount(
     roster.configs[name] = config
     for (_, module, layer), A, B, scale in mounts:
         host = module if isinstance(module, LoraLayer) else layer.take(module, roster)
-        host.add_factors(
-            name, A.requires_grad_(trainable), B.requires_grad_(trainable), scale, config.lora_dropout
-        )
+        host.add_factors(name, _train(A, trainable), _train(B, trainable), scale, config.lora_dropout)
     for module in saved.values():
         host = module if isinstance(module, SavedModule) else SavedModule.take(module, roster)
         host.add_copy(name, trainable=trainable)
     if slots:
-        roster.slots[name] = {path: parameter.requires_grad_(trainable) for path, parameter in slots.items()}
+        roster.slots[name] = {path: _train(parameter, trainable) for path, parameter in slots.items()}
+
+
+def _train(parameter: Parameter, trainable: bool) -> Parameter:
+    parameter.requires_grad = trainable
+    return parameter
