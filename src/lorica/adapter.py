@@ -105,8 +105,9 @@ def check_name(name: str) -> str:
             f"an adapter's name must be made of letters, digits, '_' and '-', not {name!r}; "
             "it becomes part of parameter and folder names"
         )
-    if hasattr(nn.ModuleDict(), name):
+    if any(hasattr(store, name) for store in (nn.ModuleDict(), nn.ParameterDict())):
         raise AdapterError(
-            f"{name!r} is an attribute of torch's ModuleDict, which is keyed by adapter; choose another name"
+            f"{name!r} is an attribute of torch's ModuleDict or ParameterDict, which are keyed by adapter; "
+            "choose another name"
         )
     return name

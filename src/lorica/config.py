@@ -102,7 +102,8 @@ class LoraConfig:
                     self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value)
                 )
         for name in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+            value = getattr(self, name)
+            object.__setattr__(self, name, dict(value) if isinstance(value, Mapping) else value or {})
         if self.task_type is not None:
             object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))
         _check(self)
@@ -155,15 +156,23 @@ def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 def matches_pattern(key: str, path: str) -> bool:
     """Whether a key of `rank_pattern` or `alpha_pattern` speaks of the module at `path`."""
-    return re.fullmatch(rf"(.*\.)?({key})", path) is not None
+    return re.fullmatch(_with_prefix(key), path) is not None
+
+
+def _with_prefix(key: str) -> str:
+    return rf"(.*\.)?({key})"
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return _is_index(value) and value >= 1
 
 
 def _check(config: LoraConfig) -> None:
@@ -189,6 +198,13 @@ def _check(config: LoraConfig) -> None:
         isinstance(config.init_lora_weights, (bool, str)) and config.init_lora_weights in INITS,
         f"one of {INITS}",
     )
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name)
+        expect(
+            name,
+            isinstance(patterns, dict) and all(isinstance(key, str) for key in patterns),
+            "a map from names",
+        )
     expect(
         "rank_pattern",
         all(map(_is_rank, config.rank_pattern.values())),
@@ -215,8 +231,8 @@ def _check(config: LoraConfig) -> None:
     indices = [layers] if isinstance(layers, int) else layers
     expect(
         "layers_to_transform",
-        indices is None or all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in indices),
-        "None, a block index, or a list of them",
+        indices is None or (indices != [] and all(_is_index(i) for i in indices)),
+        "None, a block index, or a list of at least one",
     )
     if layers is None and config.layers_pattern:
         raise ConfigError(
@@ -231,13 +247,13 @@ def _check(config: LoraConfig) -> None:
         _check_regex(name, getattr(config, name))
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
-            _check_regex(name, key)
+            _check_regex(name, key, _with_prefix(key))
 
 
-def _check_regex(name: str, pattern: object) -> None:
+def _check_regex(name: str, pattern: object, used: str | None = None) -> None:
     if isinstance(pattern, str):
         try:
-            re.compile(pattern)
+            re.compile(used or pattern)
         except re.error as error:
             raise ConfigError(
                 f"{name} holds {pattern!r}, which is not a regular expression: {error}"

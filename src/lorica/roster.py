@@ -87,6 +87,7 @@ class Roster:
         Raises:
             AdapterError: unknown name, or two of them bring their own version of one parameter.
         """
+        names = tuple(dict.fromkeys(names))
         incoming: dict[str, Parameter] = {}
         for name in names:
             for path, parameter in self.slots.get(self.known(name), {}).items():
@@ -99,7 +100,7 @@ class Roster:
         for path, parameter in self.originals.items():
             place(root, path, parameter)
         self.originals = {path: place(root, path, parameter) for path, parameter in incoming.items()}
-        self.active = tuple(dict.fromkeys(names))
+        self.active = names
 
 
 def place(root: nn.Module, path: str, parameter: Parameter) -> Parameter:

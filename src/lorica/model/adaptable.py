@@ -35,8 +35,8 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
     weight = module._parameters.get(layer.weight_name)
     if weight is None:
         raise TargetError(
-            f"{path}: its {layer.weight_name} is computed (weight_norm, parametrize), so there is none for an "
-            "update to stand beside; remove the parametrization first"
+            f"{path}: its {layer.weight_name} is computed (weight_norm, parametrize), so an update "
+            "has none to stand beside; remove the parametrization first"
         )
     if isinstance(weight, UninitializedParameter):
         raise TargetError(
