@@ -8,7 +8,7 @@
 #   make clean   remove the environment and everything that commands wrote
 #
 # Another interpreter:          make demo PYTHON=python3.12
-# Other arguments for pytest:   make test ARGS="tests/test_config.py -x"
+# Arguments of your own:        make test ARGS="tests/test_config.py -x", make bench ARGS="--rounds 3"
 # A machine without a GPU can spare itself the CUDA wheels:
 #                               make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -19,6 +19,7 @@ ARGS ?=
 PIP_ARGS ?=
 
 BIN := $(VENV)/bin
+BENCHES := $(filter-out $(addprefix bench/,harness.py models.py report.py),$(sort $(wildcard bench/*.py)))
 FLOORS := config errors functional init roster adapter layers algebra checkpoint model
 comma := ,
 empty :=
@@ -44,7 +45,8 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/pyright
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/python bench/run_all.py $(ARGS)
+	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+	$(BIN)/python bench/report.py
 
 docs: $(VENV)/dev.stamp
 	$(BIN)/mkdocs build --strict
@@ -55,7 +57,7 @@ clean:
 
 # The demo's environment is the smaller one; the developer's is the same one with more in it, so the second command
 # downloads only what the first did not need.
-INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+INSTALL = $(BIN)/pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"lorica needs Python 3.11 or later; {sys.executable} is {sys.version.split()[0]}. Name another: make PYTHON=python3.12")'

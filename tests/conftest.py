@@ -1,4 +1,4 @@
-"""What every test runs under: array shapes checked at run time, one thread, no network, the same random numbers."""
+"""What every test runs under: shapes checked at run time, one thread, no network, the same random numbers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def _modules_with_shapes() -> list[str]:
-    """The modules of lorica whose annotations state array shapes: those that import them from `lorica._shapes`.
+    """The modules of lorica whose annotations state array shapes: they import them from `lorica._shapes`.
 
-    The others are left as they are, so that a wrong argument there meets lorica's own error and not a type checker's.
+    The others are left as they are, so that a wrong argument there meets lorica's own error, not a checker's.
     """
     source = REPOSITORY / "src"
-    files = [path for path in (source / "lorica").rglob("*.py") if "from lorica._shapes import" in path.read_text()]
-    return [re.sub(r"\.__init__$", "", ".".join(path.relative_to(source).with_suffix("").parts)) for path in files]
+    files = [
+        path for path in (source / "lorica").rglob("*.py") if "from lorica._shapes import" in path.read_text()
+    ]
+    return [
+        re.sub(r"\.__init__$", "", ".".join(path.relative_to(source).with_suffix("").parts)) for path in files
+    ]
 
 
 # Must come before the first import of lorica: the modules are rewritten as they are imported.
@@ -56,7 +60,7 @@ def seed() -> int:
 
 @pytest.fixture
 def unchecked_shapes() -> Iterator[None]:
-    """Run without the shape checks, where a compiler or an exporter traces lorica: it cannot trace the checks."""
+    """Run without the shape checks, for a compiler or an exporter: they cannot trace the checks."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

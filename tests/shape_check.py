@@ -1,4 +1,4 @@
-"""The check behind the shapes in lorica's annotations; `conftest` has jaxtyping apply it to every function that states one."""
+"""The check behind the shapes in lorica's annotations; `conftest` has jaxtyping apply it."""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ def test_fitting_shapes_pass() -> None:
     assert _linear().shape == (2, 3, 5)
 
 
-@pytest.mark.parametrize("changed", [{"A": torch.ones(4, 7)}, {"B": torch.ones(5, 3)}, {"x": torch.ones(2, 3, 7)}])
+@pytest.mark.parametrize(
+    "changed", [{"A": torch.ones(4, 7)}, {"B": torch.ones(5, 3)}, {"x": torch.ones(2, 3, 7)}]
+)
 def test_a_shape_that_does_not_fit_is_named(changed: dict[str, torch.Tensor]) -> None:
     with pytest.raises(jaxtyping.TypeCheckError, match="lora_linear"):
         _linear(**changed)

@@ -1,0 +1,261 @@
+"""Side-by-side measurements: contestants take turns in one process, and what came out is written as JSON.
+
+Taking turns is what makes a ratio trustworthy on a machine that does other things too: whatever slows one
+contestant down for a while slows the others as well. A script under bench/ makes one claim, measures it with
+`alternate`, and ends with `publish`; `report.py` turns everything published into RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ROUNDS = 15
+PACKAGES = ("lorica", "torch", "transformers", "peft", "loralib")
+
+
+Work = Callable[[Any], object]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way of doing the work.
+
+    Args:
+        run: the work; only this is timed. It gets what `prepare` returned.
+        prepare: called before each turn, untimed.
+    """
+
+    run: Work
+    prepare: Callable[[], Any] = lambda: None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What contestants took under one setting.
+
+    Args:
+        setting: what was the same for all.
+        seconds: contestant → one figure a round, in seconds.
+        reference: the contestant that ratios are taken to.
+    """
+
+    setting: str
+    seconds: Mapping[str, Sequence[float]]
+    reference: str
+
+    def median(self, name: str) -> float:
+        """The contestant's median, in seconds."""
+        return statistics.median(self.seconds[name])
+
+    def ratio(self, name: str) -> float:
+        """The median over rounds of the contestant's time divided by the reference's of the same round."""
+        pairs = zip(self.seconds[name], self.seconds[self.reference], strict=True)
+        return statistics.median(own / other for own, other in pairs)
+
+    def spread(self, name: str) -> float:
+        """Half the distance between the quartiles, in seconds."""
+        low, _, high = statistics.quantiles(self.seconds[name], n=4)
+        return (high - low) / 2
+
+
+def options(description: str | None) -> argparse.Namespace:
+    """The flags that every script has: ``--rounds``, ``--warmup``, ``--device``, ``--threads``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=ROUNDS,
+        help=f"timed turns of each contestant (default {ROUNDS}; with fewer, nothing is written)",
+    )
+    parser.add_argument("--warmup", type=int, default=3, help="turns before these, untimed (default 3)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--threads", type=int, default=0, help="torch's threads (default: one a core)")
+    chosen = parser.parse_args()
+    if chosen.rounds < 2:
+        parser.error("--rounds must be at least 2, or there is no median to speak of")
+    if chosen.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device {chosen.device}: this machine has no such device")
+    torch.set_num_threads(chosen.threads or len(os.sched_getaffinity(0)))
+    return chosen
+
+
+def alternate(
+    setting: str,
+    contestants: Mapping[str, Contestant],
+    *,
+    reference: str,
+    options: argparse.Namespace,
+) -> Comparison:
+    """Time contestants in turns.
+
+    Args:
+        setting: what is the same for all; the row's name in the report.
+        contestants: by name. Each round runs every one once, starting one further along than the round
+            before, so that none always runs first.
+        reference: the contestant that ratios are taken to.
+        options: how many turns, and the device to wait for before the clock is read.
+
+    Returns:
+        The seconds of every turn.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for turn in range(options.warmup + options.rounds):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            elapsed = _once(contestants[name], options.device)
+            if turn >= options.warmup:
+                seconds[name].append(elapsed)
+    result = Comparison(setting, seconds, reference)
+    shown = ", ".join(
+        f"{name} {1e3 * result.median(name):.2f} ms ({result.ratio(name):.2f}×)" for name in names
+    )
+    print(f"{setting}: {shown}", flush=True)
+    return result
+
+
+def _once(contestant: Contestant, device: str) -> float:
+    subject = contestant.prepare()
+    gc.collect()
+    gc.disable()
+    try:
+        _wait(device)
+        start = time.perf_counter()
+        contestant.run(subject)
+        _wait(device)
+        return time.perf_counter() - start
+    finally:
+        gc.enable()
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def table(comparisons: Sequence[Comparison], caption: str) -> dict[str, Any]:
+    """A table of comparisons of the same contestants: a row a setting, with medians and ratios."""
+    names = list(dict.fromkeys(name for comparison in comparisons for name in comparison.seconds))
+    rows = [[c.setting, *(_cell(c, name) for name in names)] for c in comparisons]
+    return {"caption": caption, "columns": ["", *names], "rows": rows}
+
+
+def _cell(comparison: Comparison, name: str) -> str:
+    if name not in comparison.seconds:
+        return ""
+    cell = f"{_milliseconds(comparison.median(name))} ± {_milliseconds(comparison.spread(name))} ms"
+    return cell if name == comparison.reference else f"{cell} ({comparison.ratio(name):.2f}×)"
+
+
+def _milliseconds(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def publish(
+    name: str,
+    *,
+    title: str,
+    claim: str,
+    tables: Sequence[Mapping[str, Any]],
+    data: Any,
+    settings: Mapping[str, Any],
+    options: argparse.Namespace,
+) -> None:
+    """Write a result for `report.py`, unless it rests on too few rounds to be one.
+
+    Args:
+        name: the script's.
+        title: heading in the report.
+        claim: one or two sentences: what was measured, and what it shows.
+        tables: what the report prints: ``caption``, ``columns``, ``rows``.
+        data: everything measured, for whoever wants more than the medians.
+        settings: how it was measured, besides the number of rounds.
+        options: the script's. Results of a GPU stand beside the CPU's.
+    """
+    if options.rounds < ROUNDS:
+        print(f"not written: {options.rounds} rounds are a trial, a result takes {ROUNDS}")
+        return
+    result = {
+        "name": name,
+        "title": title,
+        "claim": claim,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine(options.device),
+        "versions": versions(),
+        "settings": {**settings, "rounds": options.rounds},
+        "tables": list(tables),
+        "data": data,
+    }
+    path = RESULTS / (
+        f"{name}.json" if options.device == "cpu" else f"{name}.{options.device.partition(':')[0]}.json"
+    )
+    write(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    print(f"wrote {path.relative_to(RESULTS.parents[1])}")
+
+
+def seconds(comparisons: Sequence[Comparison]) -> dict[str, dict[str, list[float]]]:
+    """Every turn of every comparison, rounded to the microsecond, as the ``data`` of `publish`."""
+    return {
+        c.setting: {name: [round(s, 6) for s in turns] for name, turns in c.seconds.items()}
+        for c in comparisons
+    }
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """The machine, as far as it bears on the figures."""
+    facts = {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    return facts if device == "cpu" else {"gpu": torch.cuda.get_device_name(device), **facts}
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that took part, and the commit."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    answer = subprocess.run(git, capture_output=True, text=True, check=False)
+    return {**found, "commit": answer.stdout.strip()} if answer.returncode == 0 else found
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )

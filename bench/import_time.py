@@ -1,0 +1,54 @@
+"""Start-up: what `import lorica` adds to `import torch`, and how fast the command line answers.
+
+Whole processes, timed from outside.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import harness
+
+STATEMENTS = {
+    "import torch": "import torch",
+    "import lorica": "import lorica",
+    "import peft": "import peft",
+    "lorica --help": "import sys; sys.argv = ['lorica', '--help']; from lorica.cli import main; main()",
+}
+
+
+def main() -> None:
+    """Measure every statement in a fresh interpreter."""
+    options = harness.options(__doc__)
+    comparison = harness.alternate(
+        "a fresh interpreter",
+        {name: harness.Contestant(process(code)) for name, code in STATEMENTS.items()},
+        reference="import torch",
+        options=options,
+    )
+    added = comparison.median("import lorica") - comparison.median("import torch")
+    harness.publish(
+        "import_time",
+        title="Start-up",
+        claim=f"Seconds that `import lorica` adds to `import torch`: {added:+.2f}.",
+        tables=[harness.table([comparison], "")],
+        data=harness.seconds([comparison]),
+        settings={},
+        options=options,
+    )
+
+
+def process(code: str) -> harness.Work:
+    """Run a statement in a fresh interpreter."""
+
+    def run(_: None) -> None:
+        subprocess.run(
+            [sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
