@@ -135,6 +135,7 @@ class active:
 
     def __exit__(self, *error: object) -> None:
         """Let those act that did before, as far as they are still there."""
+        self._roster.check_unmerged("leave the choice of another adapter")
         self._roster.activate(
             self._root, tuple(name for name in self._before if name in self._roster.configs)
         )
@@ -152,7 +153,8 @@ def _fresh(target: Target, config: LoraConfig, seed: int) -> Mount:
         init.generator(seed, target.path),
         embedding=issubclass(target.layer, LoraEmbedding),
     )
-    return Mount(target, parameter_for(target, A), parameter_for(target, B), config.scale(target.path))
+    A, B = (parameter_for(target, factor, copy=False) for factor in (A, B))
+    return Mount(target, A, B, config.scale(target.path))
 
 
 def _slots(root: nn.Module, roster: Roster, paths: Iterable[str]) -> dict[str, Parameter]:

@@ -14,7 +14,7 @@ from lorica.errors import AdapterError, TargetError, lines, nearest
 from lorica.layers import SavedModule, layer_class
 from lorica.model.adaptable import check_adaptable, check_replaceable
 from lorica.model.mount import Mount, mount, open_for, parameter_for
-from lorica.model.structure import Place, walk
+from lorica.model.structure import Place, base_parameters, walk
 from lorica.model.targets import Target, biases, ends_with, resolve, within_any
 from lorica.model.values import trained_copies
 from lorica.roster import Roster
@@ -61,9 +61,8 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
         layer = layer_class(place.module, place.parent)
         assert layer is not None
         target = Target(path, place.module, layer)
-        mounts.append(
-            Mount(target, parameter_for(target, factors.A), parameter_for(target, factors.B), factors.scale)
-        )
+        A, B = (parameter_for(target, factor, copy=True) for factor in (factors.A, factors.B))
+        mounts.append(Mount(target, A, B, factors.scale))
     mount(root, roster, name, adapter.config, mounts, saved, slots, trainable=trainable)
     with torch.no_grad():
         for copy in trained_copies(root, name):
@@ -90,7 +89,9 @@ def _slots(
     PEFT writes an adapted embedding's own table beside its factors; as a rule it is the base's, and there is
     nothing to replace.
     """
-    have = _parameters(root)
+    if not adapter.extras:
+        return {}
+    have = base_parameters(root)
     trained = set(biases(root, adapter.config, adapter.factors, saved))
     own: dict[Parameter, Parameter] = {}
     slots = {}
@@ -103,10 +104,6 @@ def _slots(
     return slots
 
 
-def _parameters(root: nn.Module) -> dict[str, Parameter]:
-    return dict(root.named_parameters(remove_duplicate=False))
-
-
 def _layer_problems(places: dict[str, Place], adapter: Adapter) -> Iterator[str]:
     for path, factors in adapter.factors.items():
         place = places.get(path)
@@ -116,7 +113,7 @@ def _layer_problems(places: dict[str, Place], adapter: Adapter) -> Iterator[str]
         layer = layer_class(place.module, place.parent)
         if layer is None or layer.kind != factors.kind or isinstance(place.module, SavedModule):
             yield (
-                f"kind of {path}: a {factors.kind} update in the adapter, a "
+                f"kind of {path}: {factors.kind} in the adapter, "
                 f"{type(place.module).__name__} in the model"
             )
             continue
@@ -135,9 +132,12 @@ def _layer_problems(places: dict[str, Place], adapter: Adapter) -> Iterator[str]
 
 
 def _extra_problems(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> Iterator[str]:
-    parameters, state = _parameters(root), root.state_dict()
+    if not adapter.extras:
+        return
+    parameters = base_parameters(root)
+    whole = {f"{path}.{leaf}": t for path, module in saved.items() for leaf, t in _state(module).items()}
     for path, tensor in adapter.extras.items():
-        have: Tensor | None = (state if within_any(path, saved) else parameters).get(path)
+        have: Tensor | None = (whole if within_any(path, saved) else parameters).get(path)
         if have is None:
             yield f"unexpected: {path} is not a parameter of the model{nearest(path, parameters, limit=1)}"
         elif have.shape != tensor.shape:
@@ -147,8 +147,8 @@ def _extra_problems(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Modul
 def _missing(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> Iterator[str]:
     """What the adapter's own configuration means in this model, and for which it brings nothing."""
     for path, module in saved.items():
-        base = module.base_state() if isinstance(module, SavedModule) else module.state_dict()
-        yield from (f"missing: {path}.{leaf}" for leaf in base if f"{path}.{leaf}" not in adapter.extras)
+        names = (f"{path}.{leaf}" for leaf in _state(module))
+        yield from (f"missing: {name}" for name in names if name not in adapter.extras)
     trained = biases(root, adapter.config, adapter.factors, saved)
     yield from (f"missing: {path}" for path in trained if path not in adapter.extras)
     # Another reader may have found other modules behind None, "all-linear" or a pattern; behind names there
@@ -159,3 +159,8 @@ def _missing(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> 
         except TargetError:
             return  # a name the model lacks shows in the factors that have no place
         yield from (f"missing: {target.path}" for target in meant if target.path not in adapter.factors)
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's own state, without the copies that other adapters have of it."""
+    return module.base_state() if isinstance(module, SavedModule) else module.state_dict()

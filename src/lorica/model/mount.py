@@ -46,14 +46,20 @@ def open_for(model: nn.Module, name: str) -> tuple[nn.Module, Roster]:
     return root, roster
 
 
-def parameter_for(target: Target, factor: Tensor) -> Parameter:
-    """The factor as a parameter of its own on the layer's device, in float32 or the layer's precision."""
+def parameter_for(target: Target, factor: Tensor, *, copy: bool) -> Parameter:
+    """The factor as a parameter on the layer's device, in float32 or the layer's higher precision.
+
+    Args:
+        target: what the factor is for.
+        factor: its values.
+        copy: whether it must have memory of its own.
+    """
     weight = target.module._parameters[target.layer.weight_name]
     assert weight is not None
     precision = (
         torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
     )
-    return Parameter(factor.detach().to(device=weight.device, dtype=precision, copy=True).contiguous())
+    return Parameter(factor.detach().to(device=weight.device, dtype=precision, copy=copy).contiguous())
 
 
 def mount(

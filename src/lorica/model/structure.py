@@ -40,6 +40,16 @@ def walk(root: nn.Module) -> Iterator[Place]:
     return visit("", root, None)
 
 
+def base_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's own parameters by name; one that is tied stands under each of its names."""
+    return {
+        f"{place.path}.{leaf}" if place.path else leaf: parameter
+        for place in walk(root)
+        for leaf, parameter in place.module._parameters.items()
+        if parameter is not None
+    }
+
+
 def lora_layers(root: nn.Module) -> dict[str, LoraLayer]:
     """Path → adapted layer."""
     return {place.path: place.module for place in walk(root) if isinstance(place.module, LoraLayer)}
