@@ -20,7 +20,9 @@ class Toy(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, dim, dtype=dtype)
         self.blocks = nn.ModuleList(
-            nn.ModuleDict({"up": nn.Linear(dim, 2 * dim, dtype=dtype), "down": nn.Linear(2 * dim, dim, dtype=dtype)})
+            nn.ModuleDict(
+                {"up": nn.Linear(dim, 2 * dim, dtype=dtype), "down": nn.Linear(2 * dim, dim, dtype=dtype)}
+            )
             for _ in range(blocks)
         )
         self.norm = nn.LayerNorm(dim, dtype=dtype)
@@ -50,7 +52,11 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "DistilBertForSequenceClassification",
         {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24} | _TEXT | _LENGTH,
     ),
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 20} | _TEXT),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 20} | _TEXT,
+    ),
     "gpt2-classifier": (
         "GPT2Config",
         "GPT2ForSequenceClassification",
@@ -61,14 +67,19 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "t5": (
         "T5Config",
         "T5ForConditionalGeneration",
-        {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0} | _TEXT,
+        {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+        | _TEXT,
     ),
     "vit": ("ViTConfig", "ViTForImageClassification", _SMALL | {"image_size": 8, "patch_size": 4}),
-    "opt": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 24, "word_embed_proj_dim": 16} | _SMALL | _TEXT | _LENGTH),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {"ffn_dim": 24, "word_embed_proj_dim": 16} | _SMALL | _TEXT | _LENGTH,
+    ),
 }
 
 
-def transformer(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
+def transformer(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     """A tiny transformers model in evaluation mode; the same name and seed give the same weights."""
     transformers = pytest.importorskip("transformers")
     config, model, small = _MODELS[name]
@@ -101,7 +112,7 @@ def outputs(model: nn.Module, name: str = "bert") -> Tensor:
 
 @torch.no_grad()
 def shake(model: nn.Module, seed: int = 0, size: float = 0.3) -> None:
-    """Add noise to every parameter that trains, as training would: B leaves zero, heads and biases their start."""
+    """Add noise to all that trains, as training would: B leaves zero, heads and biases their start."""
     draw = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:

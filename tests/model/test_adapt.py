@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from tiny import Toy, adapted, bits, outputs, record, shake, tokens, transformer
@@ -44,7 +46,9 @@ def test_the_same_seed_gives_the_same_adapter() -> None:
     assert start() == start()
     torch.manual_seed(5)
     one, other = lorica.adapt(Toy(), UP, seed=7), lorica.adapt(Toy(), UP, seed=7)
-    assert bits(lorica.extract(one).factors["blocks.1.up"].A) == bits(lorica.extract(other).factors["blocks.1.up"].A)
+    assert bits(lorica.extract(one).factors["blocks.1.up"].A) == bits(
+        lorica.extract(other).factors["blocks.1.up"].A
+    )
 
 
 @pytest.mark.parametrize("config", [UP, EVERYTHING])
@@ -84,7 +88,7 @@ def test_detaching_one_adapter_leaves_the_other() -> None:
     lorica.active(model, "a")
     lorica.detach(model, "b")
     assert list(lorica.adapters(model)) == ["a"]
-    assert type(model.blocks[0]["down"]) is nn.Linear
+    assert type(model.get_submodule("blocks.0.down")) is nn.Linear
     assert type(model.head) is nn.Linear
     assert bits(outputs(model)) == bits(alone)
 
@@ -233,7 +237,7 @@ class TestActive:
         assert bits(outputs(lorica.detach(model))) == bits(off)
 
     def test_it_changes_neither_what_trains_nor_the_mode(self, model: nn.Module) -> None:
-        model.blocks[0].train()  # type: ignore[index, operator, union-attr]
+        model.get_submodule("blocks.0").train()
         before = record(model).requires_grad, [module.training for module in model.modules()]
         with lorica.active(model, "a"), lorica.disabled(model):
             pass
@@ -242,7 +246,9 @@ class TestActive:
 
     def test_an_unknown_name_changes_nothing(self, model: nn.Module) -> None:
         b = bits(outputs(model))
-        with pytest.raises(AdapterError, match=r"no adapter is named 'aa'; did you mean 'a'\?; the model has: 'a', 'b'"):
+        with pytest.raises(
+            AdapterError, match=r"no adapter is named 'aa'; did you mean 'a'\?; the model has: 'a', 'b'"
+        ):
             lorica.active(model, ["a", "aa"])
         assert bits(outputs(model)) == b
 
@@ -255,12 +261,13 @@ class TestActive:
 class TestTrainedWhole:
     """Biases and modules that each adapter has for itself."""
 
-    CASES = [
+    CASES: ClassVar = [
         ("none", []),
         ("lora_only", ["blocks.0.up.bias", "blocks.1.up.bias"]),
         (
             "all",
-            [f"blocks.{i}.{part}.bias" for i in range(2) for part in ("up", "down")] + ["norm.bias", "head.bias"],
+            [f"blocks.{i}.{part}.bias" for i in range(2) for part in ("up", "down")]
+            + ["norm.bias", "head.bias"],
         ),
     ]
 
@@ -312,9 +319,9 @@ class TestTrainedWhole:
     def test_two_biases_or_heads_cannot_act_together(self) -> None:
         for what in ({"bias": "all"}, {"modules_to_save": ["head"]}):
             model = lorica.adapt(lorica.adapt(Toy(), UP.replace(**what), "a"), UP.replace(**what), "b")
-            with pytest.raises(AdapterError, match="'a', 'b' cannot act together"):
+            with pytest.raises(AdapterError, match="'a', 'b' cannot act together"):  # noqa: PT012
                 lorica.active(model, ["a", "b"])
-                outputs(model)
+                outputs(model)  # two heads clash where they would act
 
     def test_one_adapter_may_bring_a_head_and_another_act_beside_it(self) -> None:
         model = adapted(Toy(), UP.replace(modules_to_save=["head"], bias="all"), "a")
@@ -325,15 +332,19 @@ class TestTrainedWhole:
     def test_a_tied_bias_stays_tied(self) -> None:
         model = transformer("bert-masked")
         lorica.adapt(model, lorica.LoraConfig(r=2, bias="all"))
-        predictions = model.cls.predictions  # type: ignore[union-attr]
+        predictions = model.cls.predictions
         assert predictions.decoder.bias is predictions.bias
         lorica.detach(model)
         assert predictions.decoder.bias is predictions.bias
 
     def test_a_module_inside_another_is_trained_with_it(self) -> None:
-        model = lorica.adapt(Toy(), UP.replace(modules_to_save=["blocks.1", "down"], target_modules=["blocks.0.up"]))
-        saved = {name for name in lorica.extract(model).extras}
-        assert saved == {f"blocks.1.{part}.{leaf}" for part in ("up", "down") for leaf in ("weight", "bias")} | {
+        model = lorica.adapt(
+            Toy(), UP.replace(modules_to_save=["blocks.1", "down"], target_modules=["blocks.0.up"])
+        )
+        saved = set(lorica.extract(model).extras)
+        assert saved == {
+            f"blocks.1.{part}.{leaf}" for part in ("up", "down") for leaf in ("weight", "bias")
+        } | {
             "blocks.0.down.weight",
             "blocks.0.down.bias",
         }
@@ -341,7 +352,9 @@ class TestTrainedWhole:
     def test_an_adapter_taken_from_another_brings_its_biases_whichever_acts(self) -> None:
         model = adapted(Toy(), UP.replace(bias="all"), "a")
         a = outputs(model)
-        lorica.attach(model, lorica.extract(model, "a"), "twin")  # its biases equal those that act now, not the base's
+        lorica.attach(
+            model, lorica.extract(model, "a"), "twin"
+        )  # its biases equal those that act now, not the base's
         lorica.active(model, "twin")
         assert bits(outputs(model)) == bits(a)
         lorica.detach(model, "a")

@@ -65,7 +65,10 @@ def test_opt_350m() -> None:
 
 @pytest.mark.parametrize(
     ("size", "trainable"),
-    [({"n_embd": 1024, "n_layer": 24, "n_head": 16}, 393_216), ({"n_embd": 1280, "n_layer": 36, "n_head": 20}, 737_280)],
+    [
+        ({"n_embd": 1024, "n_layer": 24, "n_head": 16}, 393_216),
+        ({"n_embd": 1280, "n_layer": 36, "n_head": 20}, 737_280),
+    ],
 )
 def test_gpt2_fused_attention(size: dict[str, int], trainable: int) -> None:
     assert count(model_of("GPT2Config", "GPT2LMHeadModel", **size), r=4).trainable == trainable
@@ -78,7 +81,10 @@ def test_a_model_without_adapters() -> None:
 
 
 def test_an_empty_model() -> None:
-    assert str(lorica.trainable_parameters(nn.Sequential())) == "trainable params: 0 || all params: 0 || trainable%: 0.0000"
+    assert (
+        str(lorica.trainable_parameters(nn.Sequential()))
+        == "trainable params: 0 || all params: 0 || trainable%: 0.0000"
+    )
 
 
 def test_tied_weights_count_once() -> None:

@@ -50,7 +50,9 @@ class TestNames:
         assert targeted(Toy(), target_modules=["up"], exclude_modules=r".*\.1\..*") == ["blocks.0.up"]
 
     def test_modules_to_save_are_not_adapted(self) -> None:
-        assert targeted(Toy(), target_modules="all-linear", modules_to_save=["head"], exclude_modules=["down"]) == [
+        assert targeted(
+            Toy(), target_modules="all-linear", modules_to_save=["head"], exclude_modules=["down"]
+        ) == [
             "blocks.0.up",
             "blocks.1.up",
         ]
@@ -83,7 +85,10 @@ class TestBlocks:
 
     def test_indices_choose_blocks(self) -> None:
         assert targeted(Toy(), target_modules=["up"], layers_to_transform=1) == ["blocks.1.up"]
-        assert targeted(Toy(blocks=3), target_modules=["up"], layers_to_transform=[0, 2]) == ["blocks.0.up", "blocks.2.up"]
+        assert targeted(Toy(blocks=3), target_modules=["up"], layers_to_transform=[0, 2]) == [
+            "blocks.0.up",
+            "blocks.2.up",
+        ]
 
     def test_they_combine_with_the_usual_targets(self) -> None:
         paths = targeted(transformer("bert"), layers_to_transform=[1])
@@ -95,7 +100,14 @@ class TestBlocks:
             "first.0.blocks.1.up",
             "second.0.blocks.1.up",
         ]
-        assert len(targeted(model, target_modules=["up"], layers_to_transform=0, layers_pattern=["first", "second"])) == 4
+        assert (
+            len(
+                targeted(
+                    model, target_modules=["up"], layers_to_transform=0, layers_pattern=["first", "second"]
+                )
+            )
+            == 4
+        )
 
     def test_the_outermost_list_is_counted_without_one(self) -> None:
         paths = targeted(transformer("t5"), layers_to_transform=1)
@@ -135,11 +147,15 @@ class TestRefused:
         assert "Inside it are: blocks.0.up, blocks.0.down" in message
 
     def test_a_kind_that_cannot_be_adapted_is_named(self) -> None:
-        assert "norm is a LayerNorm, which cannot be adapted (lorica adapts nn.Linear" in refusal(Toy(), target_modules=["norm"])
+        assert "norm is a LayerNorm, which cannot be adapted (lorica adapts nn.Linear" in refusal(
+            Toy(), target_modules=["norm"]
+        )
 
     def test_an_exclusion_that_matches_nothing(self) -> None:
         assert "exclude_modules names 'dwn'" in refusal(Toy(), target_modules=["up"], exclude_modules=["dwn"])
-        assert "exclude_modules='x.*' matches no module" in refusal(Toy(), target_modules=["up"], exclude_modules="x.*")
+        assert "exclude_modules='x.*' matches no module" in refusal(
+            Toy(), target_modules=["up"], exclude_modules="x.*"
+        )
 
     def test_an_exclusion_that_leaves_nothing(self) -> None:
         assert "no module is left to adapt" in refusal(Toy(), target_modules=["up"], exclude_modules=["up"])
@@ -180,7 +196,9 @@ class TestRefused:
 
     def test_a_model_with_nothing_to_adapt(self) -> None:
         assert "adaptable modules: none" in refusal(nn.Sequential(nn.ReLU()), target_modules=["x"])
-        assert "has no linear layer besides its head" in refusal(nn.Sequential(nn.ReLU()), target_modules="all-linear")
+        assert "has no linear layer besides its head" in refusal(
+            nn.Sequential(nn.ReLU()), target_modules="all-linear"
+        )
 
 
 class TestUsual:
@@ -240,9 +258,13 @@ class TestAllLinear:
         assert head not in paths
         assert len(paths) == layers
 
-    @pytest.mark.parametrize("name", ["bert-classifier", "roberta", "distilbert", "llama-classifier", "gpt2-classifier"])
+    @pytest.mark.parametrize(
+        "name", ["bert-classifier", "roberta", "distilbert", "llama-classifier", "gpt2-classifier"]
+    )
     def test_leaves_out_a_head_trained_whole(self, name: str) -> None:
-        found = resolve(transformer(name), lorica.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS"))
+        found = resolve(
+            transformer(name), lorica.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
+        )
         assert found.saved
         paths = [target.path for target in found.layers]
         assert not any(path.startswith(tuple(found.saved)) for path in paths)
@@ -297,7 +319,10 @@ def test_messages_are_cut_where_a_model_has_many_names() -> None:
 
 
 def test_conv1d_sets_fan_in_fan_out() -> None:
-    assert lorica.adapters(lorica.adapt(transformer("gpt2"), lorica.LoraConfig(r=2)))["default"].fan_in_fan_out is True
+    assert (
+        lorica.adapters(lorica.adapt(transformer("gpt2"), lorica.LoraConfig(r=2)))["default"].fan_in_fan_out
+        is True
+    )
     model = lorica.adapt(transformer("bert"), lorica.LoraConfig(r=2, fan_in_fan_out=True))
     assert lorica.adapters(model)["default"].fan_in_fan_out is False
 

@@ -196,7 +196,9 @@ class TestRefused:
 
     def test_an_adapter_of_another_size(self) -> None:
         adapter = lorica.extract(adapted(transformer("bert"), lorica.LoraConfig(r=2)))
-        assert self.refusal(transformer("bert", hidden_size=32), adapter).count("shape of encoder.layer.") == 4
+        assert (
+            self.refusal(transformer("bert", hidden_size=32), adapter).count("shape of encoder.layer.") == 4
+        )
 
     def test_a_list_too_long_is_cut(self) -> None:
         adapter = trained()
@@ -216,7 +218,9 @@ class TestRefused:
         message = self.refusal(model, changed(adapter, factors={"norm": f}))
         assert "kind of norm: embedding in the adapter, LayerNorm in the model" in message
         linear = {"head": adapter.factors["blocks.0.up"]}
-        plain = changed(adapter, factors=linear, extras={}, config=lorica.LoraConfig(r=2, target_modules=["head"]))
+        plain = changed(
+            adapter, factors=linear, extras={}, config=lorica.LoraConfig(r=2, target_modules=["head"])
+        )
         model = adapted(fresh(), CONFIG, "whole")
         assert "kind of head: linear in the adapter, " in self.refusal(model, plain, "b")
 

@@ -31,7 +31,7 @@ class Factor(nn.Module):
 class LayerState(NamedTuple):
     """What `leave` took off a module, for `enter` to put back."""
 
-    cls: type[SwappedModule]
+    mixin: type[SwappedModule]
     modules: dict[str, nn.Module]
     attributes: dict[str, Any]
 
@@ -73,7 +73,7 @@ class SwappedModule(nn.Module):
     def leave(self) -> LayerState:
         """Become the original class again; returns what `enter` needs to undo that."""
         state = LayerState(
-            type(self),
+            self.mixin(),
             {
                 name: module
                 for name in self.own_modules
@@ -87,14 +87,18 @@ class SwappedModule(nn.Module):
     @staticmethod
     def enter(module: nn.Module, state: LayerState) -> None:
         """Undo `leave`."""
-        module.__class__ = state.cls
+        module.__class__ = swapped_class(state.mixin, type(module))
         module._modules.update(state.modules)
         module.__dict__.update(state.attributes)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by mixin and original class: the joined class has no name that could be imported."""
-        mixin = type(self).__mro__[1]
-        return rebuild, (mixin, self.base_class), self.__getstate__()
+        return rebuild, (self.mixin(), self.base_class), self.__getstate__()
+
+    @classmethod
+    def mixin(cls) -> type[SwappedModule]:
+        """What `swapped_class` joined with the module's own class."""
+        return cls.__mro__[1]
 
 
 @functools.cache
@@ -210,6 +214,13 @@ class LoraLayer(SwappedModule):
         A, B = self.factor_parameters(name)
         return Factors(A.detach(), B.detach(), self.scaling[name], self.kind)
 
+    def check_mergeable(self) -> None:
+        """Refuse a layer whose weight has no place for an update.
+
+        Raises:
+            StateError: it is packed, or the update reaches further than it does.
+        """
+
     def fold(self, names: Sequence[str], *, out: Tensor | None = None) -> Tensor:
         """``W0 + Σ scale·B·A`` over the named adapters, in float32 or W0's higher precision.
 
@@ -220,7 +231,11 @@ class LoraLayer(SwappedModule):
 
         Returns:
             The sum in the layout of W0; `out` if it was used.
+
+        Raises:
+            StateError: as `check_mergeable`.
         """
+        self.check_mergeable()
         weight = self.base_weight.detach()
         precision = torch.promote_types(weight.dtype, torch.float32)
         result = weight.to(precision).flatten(1)

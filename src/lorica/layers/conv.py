@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -56,8 +56,8 @@ class LoraConv(LoraLayer):
     def _point(self, x: Tensor, B: Tensor) -> Tensor:
         return _convolve(B)(x, B, groups=self.groups)
 
-    def fold(self, names: Sequence[str], *, out: Tensor | None = None) -> Tensor:
-        """As `LoraLayer.fold`.
+    def check_mergeable(self) -> None:
+        """As `LoraLayer.check_mergeable`.
 
         Raises:
             StateError: the convolution is grouped; its update sees all channels and has no place in its
@@ -68,7 +68,6 @@ class LoraConv(LoraLayer):
                 f"a convolution with {self.groups} groups cannot be merged: the update sees every "
                 "input channel, its weight only a group's"
             )
-        return super().fold(names, out=out)
 
 
 def _convolve(kernel: Tensor) -> Callable[..., Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lorica import functional
+from lorica.errors import StateError
 from lorica.layers.base import LoraLayer
 
 
@@ -19,3 +20,15 @@ class LoraOpaque(LoraLayer):
 
     def update(self, name: str, x: Tensor) -> Tensor:  # noqa: D102
         return functional.low_rank(x, *self.update_of(name))
+
+    def check_mergeable(self) -> None:
+        """As `LoraLayer.check_mergeable`.
+
+        Raises:
+            StateError: the weight is packed.
+        """
+        if not self.base_weight.is_floating_point():
+            raise StateError(
+                f"a quantized {self.base_class.__name__}, whose weight cannot take an update; merge into the "
+                "original base"
+            )

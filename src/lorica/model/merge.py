@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lorica.adapter import Adapter
+from lorica.config import LoraConfig
 from lorica.errors import AdapterError, StateError, listing
-from lorica.layers import LayerState, LoraLayer, LoraOpaque, SavedModule, SwappedModule
+from lorica.layers import LayerState, LoraLayer, SavedModule, SwappedModule
 from lorica.model import pretrained
 from lorica.model.structure import adapted, lora_layers, saved_modules
 from lorica.roster import place
@@ -36,7 +38,7 @@ class MergeReport:
         names: adapters that were merged.
         layers: module path → ‖stored − (W0 + ΔW)‖ / ‖ΔW‖ (Frobenius): the share of the update that rounding
             to the weight's dtype took away or added. 0 is exact, 1 as good as all of it.
-        untied: modules whose weight was tied to another's, and now differs from it.
+        untied: modules that shared a parameter, and now have one each.
     """
 
     names: tuple[str, ...]
@@ -75,10 +77,16 @@ class _Aside:
 
 @dataclass(eq=False)
 class _Merged:
-    """All that `restore` undoes."""
+    """All that `restore` undoes.
+
+    `ties` holds the names that share one parameter in the base; `copies` those that got a copy, and their
+    original.
+    """
 
     before: tuple[str, ...]
     modules: list[_Aside]
+    ties: list[list[str]]
+    copies: dict[str, Parameter] = field(default_factory=dict)
     tie_config: Any = None
 
 
@@ -106,8 +114,11 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> MergeRe
         raise StateError("no adapter is active; say which to merge")
     before = roster.active
     roster.activate(root, chosen)
+    chosen = roster.active
     try:
-        layers = lora_layers(root)
+        layers, saved = lora_layers(root), saved_modules(root)
+        for module in saved.values():
+            module.acting_copy()  # refuses two at once
         merged = {
             path: _merged_parameter(path, layer, chosen) for path, layer in layers.items() if layer.acting()
         }
@@ -115,15 +126,12 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> MergeRe
         roster.activate(root, before)
         raise
     losses = {path: rounding_loss(layers[path], chosen, parameter) for path, parameter in merged.items()}
-    untied = _tied(root, layers, merged)
-    swapped: dict[str, SwappedModule] = {**layers, **saved_modules(root)}
+    swapped: dict[str, SwappedModule] = {**layers, **saved}
+    ties = _ties(root)
     aside = _Merged(
-        before, [_set_aside(path, module, merged.get(path), chosen) for path, module in swapped.items()]
+        before, [_set_aside(path, module, merged.get(path), chosen) for path, module in swapped.items()], ties
     )
-    config = getattr(root, "config", None)
-    if untied and getattr(config, "tie_word_embeddings", False):
-        # A file that says "tied" would lose one of the two weights that now differ.
-        aside.tie_config, config.tie_word_embeddings = config, False  # type: ignore[union-attr]
+    untied = _untie(root, aside)
     pretrained.leave(root)
     roster.merged, roster.aside = chosen, aside
     return MergeReport(chosen, losses, untied)
@@ -139,22 +147,32 @@ def switch(model: nn.Module, name: str) -> None:
         name: of the adapter.
 
     Raises:
-        AdapterError: no such adapter.
+        StateError: a layer cannot take its update. What was merged stays so.
+        AdapterError: no such adapter, or it holds NaN or infinity. What was merged stays so.
     """
     root, roster = adapted(model)
     roster.known(name)
     if not roster.merged:
         merge(model, name)
         return
-    roster.activate(root, (name,))
-    for item in roster.aside.modules:
+    aside: _Merged = roster.aside
+    for item in aside.modules:
         SwappedModule.enter(item.module, item.state)
-        _put_back(item)
-        if isinstance(item.module, LoraLayer):
-            _refill(item, item.module, name)
-        else:
-            _show_copy(item, item.module, (name,))
-        item.module.leave()
+    try:
+        _check_mergeable(aside, roster.configs[name], name)
+        _retie(root, aside)
+        roster.activate(root, (name,))
+        for item in aside.modules:
+            _put_back(item)
+            if isinstance(item.module, LoraLayer):
+                _refill(item, item.module, name)
+            else:
+                _show_copy(item, item.module, (name,))
+    finally:
+        for item in aside.modules:
+            assert isinstance(item.module, SwappedModule)
+            item.module.leave()
+    _untie(root, aside)
     roster.merged = (name,)
 
 
@@ -179,8 +197,7 @@ def restore(model: M) -> M:
     for item in aside.modules:
         SwappedModule.enter(item.module, item.state)
         _put_back(item)
-    if aside.tie_config is not None:
-        aside.tie_config.tie_word_embeddings = True
+    _retie(root, aside)
     pretrained.enter(root)
     roster.merged, roster.aside = (), None
     roster.activate(root, aside.before)
@@ -209,11 +226,6 @@ def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, row
 
 
 def _merged_parameter(path: str, layer: LoraLayer, names: tuple[str, ...]) -> Parameter:
-    if isinstance(layer, LoraOpaque) and not layer.base_weight.is_floating_point():
-        raise StateError(
-            f"{path} is a quantized {layer.base_class.__name__}, whose weight cannot take an "
-            "update; merge into the original base"
-        )
     weight = layer.base_weight
     try:
         result = layer.fold(names).to(weight.dtype)
@@ -281,9 +293,52 @@ def _put(module: nn.Module, path: str, tensor: Tensor) -> Tensor:
     return before
 
 
-def _tied(root: nn.Module, layers: dict[str, LoraLayer], merged: Iterable[str]) -> list[str]:
-    """Adapted modules whose weight stands under another name too."""
-    uses: dict[int, int] = {}
-    for _, parameter in root.named_parameters(remove_duplicate=False):
-        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    return [path for path in merged if uses[id(layers[path].base_weight)] > 1]
+def _check_mergeable(aside: _Merged, config: LoraConfig, name: str) -> None:
+    """Refuse an adapter that cannot be merged; the layers are in their adapted form."""
+    factors = {}
+    for path, module in ((item.path, item.module) for item in aside.modules):
+        if isinstance(module, LoraLayer) and name in module.scaling:
+            try:
+                module.check_mergeable()
+            except StateError as error:
+                raise StateError(f"{path}: {error}") from None
+            factors[path] = module.factors(name)
+    Adapter(config, factors).check_finite()
+
+
+def _ties(root: nn.Module) -> list[list[str]]:
+    """The names under which one parameter stands, where there are several."""
+    names: dict[Parameter, list[str]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _untie(root: nn.Module, aside: _Merged) -> list[str]:
+    """Let a transformers model keep, when it is saved, what no longer is the same; returns those modules.
+
+    A file that says "tied" would lose one of the weights that now differ, so it must not say that. And what
+    is still the same must then be written under each of its names, for the reader will not tie it.
+    """
+    apart = [names for names in aside.ties if len({root.get_parameter(name) for name in names}) > 1]
+    config = getattr(root, "config", None)
+    if apart and getattr(config, "tie_word_embeddings", False):
+        aside.tie_config, config.tie_word_embeddings = config, False  # type: ignore[union-attr]
+        for names in aside.ties:
+            held: set[Parameter] = set()
+            for name in names:
+                parameter = root.get_parameter(name)
+                if parameter in held:
+                    copy = Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+                    aside.copies[name] = place(root, name, copy)
+                held.add(parameter)
+    return list(dict.fromkeys(name.rpartition(".")[0] for names in apart for name in names))
+
+
+def _retie(root: nn.Module, aside: _Merged) -> None:
+    """Undo `_untie`."""
+    for name, parameter in aside.copies.items():
+        place(root, name, parameter)
+    aside.copies.clear()
+    if aside.tie_config is not None:
+        aside.tie_config.tie_word_embeddings, aside.tie_config = True, None
