@@ -49,7 +49,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python bench/report.py
 
 docs: $(VENV)/dev.stamp
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV) build dist site runs htmlcov .coverage .coverage.* .hypothesis .pytest_cache .ruff_cache .import_linter_cache
