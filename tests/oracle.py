@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
+from torch.func import functional_call
 
+import lorica
+from lorica import LoraConfig
 from lorica.layers import LoraLayer
-
-M = TypeVar("M", bound=nn.Module)
 
 
 def lora_linear(
@@ -25,44 +25,65 @@ def lora_linear(
 
 
 def delta(layer: LoraLayer, name: str) -> Tensor:
-    """``scale·B·A`` of an adapter in the layout of the layer's own weight."""
-    A, B = (factor.detach() for factor in layer.factor_parameters(name))
+    """``scale·B·A`` of an adapter in the layout of the layer's own weight; differentiable."""
+    A, B = layer.factor_parameters(name)
     update = layer.scaling[name] * torch.einsum("or,ri->oi", B.flatten(1), A.flatten(1))
-    weight = layer.base_weight
-    stored_in_first = isinstance(layer, nn.Embedding) or type(layer).__name__.endswith("Conv1D")
-    return (update.T if stored_in_first else update).reshape(weight.shape)
+    stored_in_first = isinstance(layer, nn.Embedding) or "Conv1D" in type(layer).__name__
+    return (update.T if stored_in_first else update).reshape(layer.base_weight.shape)
 
 
-def folded(model: M, before: M, names: Iterable[str] = ("default",)) -> M:
-    """A copy of the base as it was `before`, its weights W0 + Σ scale·B·A of adapters of `model`."""
-    reference = copy.deepcopy(before)
+def folded(model: nn.Module, before: nn.Module, names: Iterable[str] = ("default",)) -> dict[str, Tensor]:
+    """W0 + Σ scale·B·A of adapters of `model`, by name of the weight in the base as it was `before`."""
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     assert layers, "nothing is adapted: the comparison would prove nothing"
+    weights: dict[str, Tensor] = {}
+    for path, layer in layers.items():
+        full = f"{path}.{layer.weight_name}" if path else layer.weight_name
+        updates = [delta(layer, name) for name in names if name in layer.scaling]
+        weights[full] = sum(updates, start=before.get_parameter(full))  # pyright: ignore[reportArgumentType]
+    return weights
+
+
+def assert_as_folded(
+    model: nn.Module, before: nn.Module, *args: Any, names: Iterable[str] = ("default",), **kwargs: Any
+) -> Tensor:
+    """The model computes, and has the gradients, of the base whose weights hold W0 + Σ scale·B·A.
+
+    Returns:
+        The output.
+    """
+    inputs = [t for t in args if isinstance(t, Tensor) and t.requires_grad]
+    factors = [
+        p for n, p in model.named_parameters() if "lora_" in n and any(f".{name}" in n for name in names)
+    ]
+    asked = [*inputs, *factors]
+    y = _first(model(*args, **kwargs))
+    expected = _first(functional_call(before, folded(model, before, names), args, kwargs))
+    base = _first(before(*args, **kwargs))
+    assert not torch.allclose(expected, base, atol=1e-2), (
+        "the update does nothing: the comparison would prove nothing"
+    )
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    if y.requires_grad:
+        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        got = torch.autograd.grad(y, asked, weights)
+        torch.testing.assert_close(got, torch.autograd.grad(expected, asked, weights), rtol=1e-3, atol=1e-4)
+    return y
+
+
+def _first(output: Any) -> Tensor:
+    """The tensor of an output; attention returns it with its weights."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def adapted(base: nn.Module, *targets: str, name: str = "default", **settings: Any) -> tuple[Any, Any]:
+    """The base with one more adapter that is not zero, and a copy of what it was before."""
+    before = copy.deepcopy(base)
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": list(targets), **settings}
+    lorica.adapt(base, LoraConfig(**fields), name, seed=len(lorica.adapters(base)))
     with torch.no_grad():
-        for path, layer in layers.items():
-            weight = reference.get_parameter(f"{path}.{layer.weight_name}" if path else layer.weight_name)
-            for name in names:
-                if name in layer.scaling:
-                    weight.add_(delta(layer, name))
-    return reference
-
-
-def randomise(model: M, std: float = 0.3) -> M:
-    """Draw every A and B afresh, so that each update changes what the model computes."""
-    with torch.no_grad():
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer):
-                for name in layer.scaling:
-                    for factor in layer.factor_parameters(name):
-                        factor.normal_(0, std)
-    return model
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients there are, by parameter name."""
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def parameter(*shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Parameter:
-    """A trainable tensor of normal draws."""
-    return Parameter(torch.randn(*shape, dtype=torch.float64).mul(std).to(dtype))
+        for layer in base.modules():
+            if isinstance(layer, LoraLayer) and name in layer.scaling:
+                for factor in layer.factor_parameters(name):
+                    factor.normal_(0, 0.3)
+    return base, before

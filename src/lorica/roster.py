@@ -25,6 +25,7 @@ class Roster:
         active: names of the adapters that act; their updates add up.
         slots: adapter name → parameter name in the base → the parameter that takes its place while the
             adapter acts (trained biases).
+        whole: adapter name → paths of the modules of which it has a trained copy.
         originals: parameters whose place is taken at the moment.
         rows: which adapter acts on which row of the batch, in place of `active`.
         frozen: parameters that `adapt` froze and `detach` thaws.
@@ -35,6 +36,7 @@ class Roster:
     configs: dict[str, LoraConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     slots: dict[str, dict[str, Parameter]] = field(default_factory=dict)
+    whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
     originals: dict[str, Parameter] = field(default_factory=dict)
     rows: Any = None
     frozen: list[Parameter] = field(default_factory=list)
@@ -88,15 +90,16 @@ class Roster:
             AdapterError: unknown name, or two of them bring their own version of one parameter.
         """
         names = tuple(dict.fromkeys(names))
-        incoming: dict[str, Parameter] = {}
+        taken: set[str] = set()
         for name in names:
-            for path, parameter in self.slots.get(self.known(name), {}).items():
-                if path in incoming:
+            for path in (*self.slots.get(self.known(name), ()), *self.whole.get(name, ())):
+                if path in taken:
                     raise AdapterError(
                         f"{listing(map(repr, names))} cannot act together: each brings its own {path}; "
                         "updates of rank r add up, parameters trained whole do not"
                     )
-                incoming[path] = parameter
+                taken.add(path)
+        incoming = {path: p for name in names for path, p in self.slots.get(name, {}).items()}
         for path, parameter in self.originals.items():
             place(root, path, parameter)
         self.originals = {path: place(root, path, parameter) for path, parameter in incoming.items()}

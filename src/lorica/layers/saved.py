@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorica.errors import AdapterError, StateError, listing
+from lorica.errors import StateError
 from lorica.layers.base import SwappedModule
 
 
@@ -50,14 +50,9 @@ class SavedModule(SwappedModule):
         del self.modules_to_save[name]
 
     def acting_copy(self) -> nn.Module | None:
-        """The active adapters' copy, or None where the original answers."""
-        names = [name for name in self.roster.active if name in self.modules_to_save]
-        if len(names) > 1:
-            raise AdapterError(
-                f"{listing(map(repr, names))} cannot act together: each has its own "
-                f"{self.base_class.__name__} trained whole"
-            )
-        return self.modules_to_save[names[0]] if names else None
+        """The active adapter's copy, or None where the original answers."""
+        # There is one at most: the roster lets no two act that bring the same module.
+        return next((copy for name, copy in self.modules_to_save.items() if name in self.roster.active), None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the acting copy, or the original; where rows have adapters of their own, each row's."""

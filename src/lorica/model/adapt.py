@@ -93,6 +93,7 @@ def detach(model: M, name: str | None = None) -> M:
             module.leave()
     for n in gone:
         roster.slots.pop(n, None)
+        roster.whole.pop(n, None)
         del roster.configs[n]
     if not roster.configs:
         for parameter in roster.frozen:

@@ -116,9 +116,7 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> MergeRe
     roster.activate(root, chosen)
     chosen = roster.active
     try:
-        layers, saved = lora_layers(root), saved_modules(root)
-        for module in saved.values():
-            module.acting_copy()  # refuses two at once
+        layers = lora_layers(root)
         merged = {
             path: _merged_parameter(path, layer, chosen) for path, layer in layers.items() if layer.acting()
         }
@@ -126,7 +124,7 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> MergeRe
         roster.activate(root, before)
         raise
     losses = {path: rounding_loss(layers[path], chosen, parameter) for path, parameter in merged.items()}
-    swapped: dict[str, SwappedModule] = {**layers, **saved}
+    swapped: dict[str, SwappedModule] = {**layers, **saved_modules(root)}
     ties = _ties(root)
     aside = _Merged(
         before, [_set_aside(path, module, merged.get(path), chosen) for path, module in swapped.items()], ties

@@ -95,6 +95,8 @@ def mount(
     for (_, module, layer), A, B, scale in mounts:
         host = module if isinstance(module, LoraLayer) else layer.take(module, roster)
         host.add_factors(name, _train(A, trainable), _train(B, trainable), scale, config.lora_dropout)
+    if saved:
+        roster.whole[name] = tuple(saved)
     for module in saved.values():
         host = module if isinstance(module, SavedModule) else SavedModule.take(module, roster)
         host.add_copy(name, trainable=trainable)

@@ -1,0 +1,107 @@
+"""Modules trained whole: one copy for each adapter, and the one that acts answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import Toy, shake, tokens
+from torch import nn
+
+import lorica
+from lorica.errors import AdapterError
+from lorica.layers import SavedModule
+
+
+def two_heads() -> Any:
+    """A model with adapters "a" and "b", each with a trained head of its own, and "plain" without."""
+    model: Any = Toy()
+    for name in "ab":
+        lorica.adapt(model, lorica.LoraConfig(target_modules=["up"], modules_to_save=["head"]), name)
+        shake(model)
+    return lorica.adapt(model, lorica.LoraConfig(target_modules=["up"]), "plain")
+
+
+def test_it_starts_as_a_copy_that_trains_and_the_original_stays_frozen() -> None:
+    model: Any = Toy()
+    own = model.head.weight
+    lorica.adapt(model, lorica.LoraConfig(target_modules=["up"], modules_to_save=["head"]))
+    copy = model.head.modules_to_save["default"]
+    assert isinstance(model.head, SavedModule)
+    assert isinstance(model.head, nn.Linear)
+    assert type(copy) is nn.Linear
+    assert model.head.weight is own
+    assert not own.requires_grad
+    assert copy.weight.requires_grad
+    assert torch.equal(copy.weight, own)
+    assert copy.weight.data_ptr() != own.data_ptr()
+
+
+def test_the_acting_adapters_copy_answers() -> None:
+    model = two_heads()
+    x = torch.randn(2, 6)
+    for name in "ab":
+        lorica.active(model, name)
+        assert torch.equal(model.head(x), model.head.modules_to_save[name](x))
+    lorica.active(model, ["plain"])
+    original = nn.functional.linear(x, model.head.weight, model.head.bias)
+    assert torch.equal(model.head(x), original)
+    lorica.disabled(model)
+    assert torch.equal(model.head(x), original)
+    lorica.active(model, ["plain", "a"])
+    assert torch.equal(model.head(x), model.head.modules_to_save["a"](x))
+
+
+def test_only_that_copy_trains() -> None:
+    model = two_heads()
+    lorica.active(model, "b")
+    model(tokens()).sum().backward()
+    trained = {name for name, p in model.named_parameters() if name.startswith("head") and p.grad is not None}
+    assert trained == {"head.modules_to_save.b.weight", "head.modules_to_save.b.bias"}
+
+
+def test_two_copies_cannot_act_together_and_the_one_that_acted_goes_on() -> None:
+    model = two_heads()
+    lorica.active(model, "a")
+    expected = model(tokens())
+    with pytest.raises(AdapterError, match="'a', 'b' cannot act together: each brings its own head"):
+        lorica.active(model, ["a", "b"])
+    assert torch.equal(model(tokens()), expected)
+
+
+def test_hooks_run_once_whichever_copy_answers() -> None:
+    model: Any = Toy()
+    calls: list[str] = []
+    model.head.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    model.head.register_forward_hook(lambda *_: calls.append("after"))
+    lorica.adapt(model, lorica.LoraConfig(target_modules=["up"], modules_to_save=["head"]))
+    shake(model)
+    x = torch.randn(2, 6)
+    copy = model.head.modules_to_save["default"]
+    assert torch.equal(model.head(x), nn.functional.linear(x + 1, copy.weight, copy.bias))
+    assert calls == ["after"]
+
+
+def test_a_module_made_of_several() -> None:
+    model: Any = Toy()
+    model.head = head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3))
+    lorica.adapt(model, lorica.LoraConfig(target_modules=["up"], modules_to_save=["head"]))
+    assert isinstance(head, SavedModule)
+    model(tokens())
+    batches = {key: int(value) for key, value in model.state_dict().items() if "num_batches" in key}
+    assert batches == {
+        "head.0.num_batches_tracked": 0,
+        "head.modules_to_save.default.0.num_batches_tracked": 1,
+    }
+    assert set(head.base_state()) == set(head.modules_to_save["default"].state_dict())
+
+
+def test_a_dropped_copy_leaves_the_others() -> None:
+    model = two_heads()
+    head = model.head
+    lorica.detach(model, "a")
+    assert list(head.modules_to_save) == ["b"]
+    lorica.detach(model, "b")
+    assert type(head) is nn.Linear
+    assert list(lorica.adapters(model)) == ["plain"]
