@@ -56,9 +56,6 @@ def run(argv: list[str]) -> int:
         print(json.dumps(found, indent=2))
         return 0
 
-    from lorica.errors import require
-
-    require("rich", extra="train")
     from lorica.train.console import make_console, size, print_table
 
     console = make_console()

@@ -39,7 +39,7 @@ def run(argv: list[str]) -> int:
     recipe = from_parsed(command, parsed)
 
     from lorica.train.console import make_console
-    from lorica.train.fit import Interrupted
+    from lorica.train.fitting import Interrupted
     from lorica.train.run import RECIPE, train
 
     console = make_console()

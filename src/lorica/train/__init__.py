@@ -1,28 +1,56 @@
-"""Training: recipes, tasks, a Trainer for adapted models, and the parameter groups for a loop of your own."""
+"""Training: recipes, tasks, a Trainer for adapted models, and the parameter groups for a loop of your own.
+
+Names are imported when first used: transformers takes seconds to import, and a recipe or ``--help`` needs none of it.
+"""
 
 from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
 from lorica.errors import require
 
 for _module in ("transformers", "accelerate", "datasets", "jsonargparse", "rich", "sklearn", "yaml"):
-    require(_module, extra="train")
+    if importlib.util.find_spec(_module) is None:
+        require(_module, extra="train")
 
-from lorica.train.checkpoints import last_checkpoint as last_checkpoint  # noqa: E402
-from lorica.train.fit import Fit as Fit  # noqa: E402
-from lorica.train.fit import Interrupted as Interrupted  # noqa: E402
-from lorica.train.fit import fit as fit  # noqa: E402
-from lorica.train.optimizer import parameter_groups as parameter_groups  # noqa: E402
-from lorica.train.recipe import DataConfig as DataConfig  # noqa: E402
-from lorica.train.recipe import Recipe as Recipe  # noqa: E402
-from lorica.train.recipe import TrainingConfig as TrainingConfig  # noqa: E402
-from lorica.train.run import Prepared as Prepared  # noqa: E402
-from lorica.train.run import Result as Result  # noqa: E402
-from lorica.train.run import evaluate as evaluate  # noqa: E402
-from lorica.train.run import open_run as open_run  # noqa: E402
-from lorica.train.run import predict as predict  # noqa: E402
-from lorica.train.run import prepare as prepare  # noqa: E402
-from lorica.train.run import train as train  # noqa: E402
-from lorica.train.tasks import Task as Task  # noqa: E402
-from lorica.train.tasks import register as register_task  # noqa: E402
-from lorica.train.trainer import LoraTrainerMixin as LoraTrainerMixin  # noqa: E402
-from lorica.train.trainer import Trainer as Trainer  # noqa: E402
+if TYPE_CHECKING:
+    from lorica.train.checkpoints import last_checkpoint as last_checkpoint
+    from lorica.train.fitting import Fit as Fit
+    from lorica.train.fitting import Interrupted as Interrupted
+    from lorica.train.fitting import fit as fit
+    from lorica.train.optimizer import parameter_groups as parameter_groups
+    from lorica.train.recipe import DataConfig as DataConfig
+    from lorica.train.recipe import Recipe as Recipe
+    from lorica.train.recipe import TrainingConfig as TrainingConfig
+    from lorica.train.run import Prepared as Prepared
+    from lorica.train.run import Result as Result
+    from lorica.train.run import evaluate as evaluate
+    from lorica.train.run import open_run as open_run
+    from lorica.train.run import predict as predict
+    from lorica.train.run import prepare as prepare
+    from lorica.train.run import train as train
+    from lorica.train.tasks import Task as Task
+    from lorica.train.tasks import register as register
+    from lorica.train.trainer import LoraTrainerMixin as LoraTrainerMixin
+    from lorica.train.trainer import Trainer as Trainer
+
+_PLACES = {
+    "checkpoints": ("last_checkpoint",),
+    "fitting": ("Fit", "Interrupted", "fit"),
+    "optimizer": ("parameter_groups",),
+    "recipe": ("DataConfig", "Recipe", "TrainingConfig"),
+    "run": ("Prepared", "Result", "evaluate", "open_run", "predict", "prepare", "train"),
+    "tasks": ("Task", "register"),
+    "trainer": ("LoraTrainerMixin", "Trainer"),
+}
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+
+__all__ = sorted(_PLACE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACE_OF[name]}"), name)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import datasets
-import transformers
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -52,31 +47,3 @@ def size(count: float) -> str:
             break
         count /= 1000
     return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries below from printing bars and notes of their own, and give them back their voice afterwards."""
-    log = transformers.utils.logging
-    level, bars, data_bars = (
-        log.get_verbosity(),
-        log.is_progress_bar_enabled(),
-        datasets.utils.is_progress_bar_enabled(),
-    )
-    accelerate_level = logging.getLogger("accelerate").level
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # Loaders pin memory where it helps; on a machine without a GPU torch remarks on it at every one.
-            warnings.filterwarnings("ignore", message=".*pin_memory.*")
-            yield
-    finally:
-        log.set_verbosity(level)
-        logging.getLogger("accelerate").setLevel(accelerate_level)
-        if bars:
-            log.enable_progress_bar()
-        if data_bars:
-            datasets.enable_progress_bars()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from datasets import Dataset, DatasetDict
 
 from lorica.errors import ConfigError, FileError
 from lorica.train import embedded
+from lorica.train.quiet import quiet
 from lorica.train.recipe import DataConfig
 
 SPLITS = {
@@ -98,7 +98,7 @@ def read(source: str, subset: str | None = None) -> dict[str, Dataset]:
         FileError: it is missing or unreadable, or the Hub does not have it or cannot be reached.
     """
     path = Path(source).expanduser()
-    with _quiet():
+    with quiet():
         if path.is_file():
             return {"train": _file(path)}
         if path.is_dir():
@@ -143,6 +143,8 @@ def _file(path: Path) -> Dataset:
     try:
         rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except Exception as error:  # each reader raises its own kinds, wrapped in datasets' own
+        if "corresponds to no data" in str(error):
+            raise FileError(f"{path} has no rows") from error
         raise FileError(f"cannot read {path} as {kind}: {_reason(error)}") from error
     assert isinstance(rows, Dataset)
     return rows
@@ -200,14 +202,3 @@ def _neighbours(path: Path) -> str:
         return f"; there is no folder {path.parent} either"
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(str(path.parent / name) for name in close)}?" if close else ""
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    shown = datasets.utils.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

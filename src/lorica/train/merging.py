@@ -17,7 +17,7 @@ from lorica.checkpoint import read
 from lorica.errors import ConfigError, FileError
 from lorica.model import MergeReport, attach, merge
 from lorica.train import tasks
-from lorica.train.console import quiet
+from lorica.train.quiet import quiet
 from lorica.train.embedded import resolve_model
 from lorica.train.files import writable_directory
 from lorica.train.recipe import Recipe

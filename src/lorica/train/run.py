@@ -25,9 +25,10 @@ from lorica.train import data as sources
 from lorica.train import tasks
 from lorica.train.arguments import check_device
 from lorica.train.checkpoints import last_checkpoint
-from lorica.train.console import make_console, quiet
+from lorica.train.console import make_console
+from lorica.train.quiet import quiet
 from lorica.train.files import bytes_of, writable_directory, write_atomically
-from lorica.train.fit import fit, score
+from lorica.train.fitting import fit, score
 from lorica.train.recipe import Recipe
 from lorica.train.tasks import Encoded, Task
 from lorica.train.trainer import Trainer

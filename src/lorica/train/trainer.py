@@ -43,14 +43,20 @@ class LoraTrainerMixin(_Base):
             LoricaError: the installed transformers names them otherwise.
         """
         super().__init_subclass__(**options)
-        after = cls.__mro__[cls.__mro__.index(LoraTrainerMixin) + 1 :]
-        trainers = [base.__name__ for base in after if base is not object]
-        missing = [hook for hook in _HOOKS if not any(hook in vars(base) for base in after)]
-        if trainers and missing:
+        place = cls.__mro__.index(LoraTrainerMixin)
+        before, after = cls.__mro__[:place], cls.__mro__[place + 1 : -1]
+        hidden = [base.__name__ for base in before if not issubclass(base, LoraTrainerMixin)]
+        if hidden:
             raise LoricaError(
-                f"{cls.__name__} cannot load adapters: {', '.join(trainers)} of transformers {transformers.__version__} has no "
-                f"{' and no '.join(missing)}. Put LoraTrainerMixin before the trainer's own class; if it is, this version of "
-                "transformers is not supported yet."
+                f"{cls.__name__} cannot load adapters: {hidden[0]} comes before LoraTrainerMixin; "
+                f"write class {cls.__name__}(LoraTrainerMixin, {hidden[0]})"
+            )
+        missing = [hook for hook in _HOOKS if not any(hook in vars(base) for base in after)]
+        if after and missing:
+            raise LoricaError(
+                f"{cls.__name__} cannot load adapters: {after[0].__name__} of transformers "
+                f"{transformers.__version__} has no {' and no '.join(missing)}; "
+                "this version of transformers is not supported yet"
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -105,8 +111,8 @@ class Trainer(LoraTrainerMixin, transformers.Trainer):
         return optimizer, options
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        column = self.args.length_column_name
+        # Not `train_dataset`: the column of lengths, which no model's forward names, is gone from it by now.
+        rows, column = self.train_dataset, self.args.length_column_name
         grouped = self.args.train_sampling_strategy == "group_by_length"
         if not grouped or self.args.world_size > 1 or column not in getattr(rows, "column_names", ()):
             return super()._get_train_sampler(train_dataset)

@@ -24,7 +24,8 @@ from lorica.errors import LoricaError
 from lorica.train.arguments import training_arguments
 from lorica.train.callbacks import CheckpointCallback, ProgressCallback, interruptible
 from lorica.train.checkpoints import STATE, discard_incomplete, find_best, last_checkpoint
-from lorica.train.console import make_console, quiet
+from lorica.train.console import make_console
+from lorica.train.quiet import quiet
 from lorica.train.recipe import TrainingConfig
 from lorica.train.tasks import Task
 from lorica.train.trainer import Trainer

@@ -1,0 +1,125 @@
+"""Trains again and again in forked processes, kills each somewhere, resumes it, and prints what became of the adapters.
+
+Run as a program by test_resume.py: ``python killed.py FOLDER``. The heavy imports are paid once; each run is a fork.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import transformers
+from rich.console import Console
+from train import tiny
+
+from lorica.train import Trainer, train
+
+torch.set_num_threads(1)
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """Do something in a forked process; returns the signal that ended it, or minus its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def nth_call(owner: Any, name: str, n: int, *, after: bool) -> None:
+    """Die at the n-th call of a function, before or after it does its work."""
+    original, calls = getattr(owner, name), 0
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == n and not after:
+            die()
+        result = original(*args, **options)
+        if calls == n:
+            die()
+        return result
+
+    setattr(owner, name, counted)
+
+
+def truncated_state(n: int) -> None:
+    """Die in the middle of writing the n-th trainer_state.json."""
+    calls = 0
+
+    def save(self: Any, path: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            Path(path).write_text('{"global_step": ')
+            die()
+        original(self, path)
+
+    original = transformers.TrainerState.save_to_json
+    transformers.TrainerState.save_to_json = save
+
+
+def main(folder: Path) -> None:
+    model, data = tiny.write_model(folder / "model"), tiny.write_data(folder / "data")
+    silent = Console(file=io.StringIO())
+
+    def run(name: str, *, best: bool, resume: bool = False) -> None:
+        # With a checkpoint every third step; ending with the last weights, or with the best, which are older.
+        recipe = tiny.recipe(model, data, folder / name, save_steps=3, load_best=best)
+        train(recipe, resume=resume, console=silent)
+
+    draw = random.Random(7)
+    step = Trainer.training_step.__qualname__.split(".")[-1]
+    kills: dict[str, Callable[[], None]] = {
+        f"step {n}": lambda n=n, after=draw.random() < 0.5: nth_call(Trainer, step, n, after=after)
+        for n in draw.sample(range(1, 21), 5)
+    }
+    kills |= {
+        "adapter saved, optimizer not": lambda: nth_call(torch, "save", 4, after=False),
+        "optimizer saved, state not": lambda: nth_call(Trainer, "_save_rng_state", 3, after=True),
+        "state half written": lambda: truncated_state(3),
+        "validation after the last step": lambda: nth_call(Trainer, "evaluate", 2, after=True),
+        "before the adapter is written": lambda: nth_call(Trainer, "predict", 2, after=True),
+    }
+    outcome: dict[str, Any] = {}
+    for best in (False, True):
+        assert in_child(lambda best=best: run(f"whole-{best}", best=best)) == 0
+    for i, (name, arm) in enumerate(kills.items()):
+        best = "validation" in name or "before" in name
+
+        def killed(arm: Callable[[], None] = arm, i: int = i, best: bool = best) -> None:
+            arm()
+            run(f"killed{i}", best=best)
+
+        signals = in_child(killed), in_child(lambda i=i, best=best: run(f"killed{i}", best=best, resume=True))
+        outcome[name] = [*signals, digest(folder / f"killed{i}") == digest(folder / f"whole-{best}")]
+    assert digest(folder / "whole-True") != digest(folder / "whole-False"), "the best weights are the last ones"
+    print(json.dumps(outcome))
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

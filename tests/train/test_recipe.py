@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorica import LoraConfig
+from lorica.errors import ConfigError, FileError
+from lorica.train import DataConfig, Recipe, TrainingConfig
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    recipe = Recipe(
+        model="some/model",
+        data=DataConfig(train="rows.csv", labels=["no", "yes"]),
+        method=LoraConfig(r=4, target_modules=["query", "value"], rank_pattern={"query": 2}),
+        training=TrainingConfig(learning_rate=3e-5, max_steps=7, arguments={"optim": "adamw_torch"}),
+        output="out",
+    )
+    assert Recipe.load(recipe.save(tmp_path / "recipe.yaml")) == recipe
+
+
+def test_left_out_fields_keep_their_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: {r: 2}\ntraining:\n  learning_rate: 1e-4\n")
+    recipe = Recipe.load(path)
+    assert recipe.method == Recipe().method.replace(r=2)
+    assert recipe.training == TrainingConfig(learning_rate=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methd: {r: 2}", "unknown field 'methd'; did you mean 'method'"),
+        ("training: {learning_rat: 1}", "unknown field 'training.learning_rat'; did you mean 'learning_rate'"),
+        ("a: 1\nb: 2", "unknown field 'a'; unknown field 'b'"),
+        ("training: {batch_size: many}", "batch_size"),
+        ("method: {r: 0}", "r must be a whole number of at least 1, not 0"),
+        ("training: {warmup_ratio: 1.5}", "warmup_ratio must be a share"),
+        ("training: {lr_scheduler: lineer}", "lr_scheduler must be one of"),
+    ],
+)
+def test_wrong_fields_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        Recipe.load(path)
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "cannot read"), ("a: [", "not YAML"), ("- a", "must hold fields"), ("", "must hold fields")])
+def test_wrong_files_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(FileError, match=message):
+        Recipe.load(path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"learning_rate": 0.0}, {"batch_size": 0}, {"max_steps": 0}, {"weight_decay": -1.0}, {"save_total_limit": 0}, {"fp16": True, "bf16": True}],
+)
+def test_wrong_values_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        TrainingConfig(**values)
+
+
+def test_a_share_of_rows_is_below_one() -> None:
+    with pytest.raises(ConfigError, match="validation_fraction"):
+        DataConfig(validation_fraction=1.0)
+
+
+def test_replace_reaches_into_a_part() -> None:
+    recipe = Recipe().replace(training={"seed": 3}, output="elsewhere")
+    assert recipe.training == dataclasses.replace(TrainingConfig(), seed=3)
+    assert recipe.output == "elsewhere"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.name for path in RECIPES])
+def test_the_recipes_that_come_along_load(path: Path) -> None:
+    assert Recipe.load(path).output.startswith("runs/")
+
+
+def test_some_recipes_come_along() -> None:
+    assert RECIPES
