@@ -231,7 +231,7 @@ def _check(config: LoraConfig) -> None:
     indices = [layers] if isinstance(layers, int) else layers
     expect(
         "layers_to_transform",
-        indices is None or (indices != [] and all(_is_index(i) for i in indices)),
+        indices is None or (isinstance(indices, list) and indices != [] and all(map(_is_index, indices))),
         "None, a block index, or a list of at least one",
     )
     if layers is None and config.layers_pattern:

@@ -18,7 +18,13 @@ _PIPELINES = {
 
 def model_card(adapter: Adapter, existing: Path) -> str | None:
     """The text of a new card, or None where somebody has written one that must stay."""
-    if existing.is_file() and _MARK not in existing.read_text(encoding="utf-8", errors="replace"):
+    try:
+        edited = _MARK not in existing.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        edited = False
+    except OSError:
+        edited = True  # what cannot be read is not ours to replace
+    if edited:
         return None
     config = adapter.config
     base, pipeline = config.base_model_name_or_path, _PIPELINES.get(config.task_type or "")

@@ -77,7 +77,7 @@ def write(adapter: Adapter, directory: str | Path) -> Path:
     card = model_card(adapter, folder / CARD_FILE)
     writers = {
         **({} if card is None else {CARD_FILE: lambda path: _write_text(path, card)}),
-        WEIGHTS_FILE: lambda path: safetensors.torch.save_file(tensors, path, metadata={"format": "pt"}),
+        WEIGHTS_FILE: lambda path: _write_tensors(path, tensors),
         CONFIG_FILE: lambda path: _write_text(path, text),
     }
     replace_files(folder, writers)
@@ -216,7 +216,7 @@ def _read_config(folder: Path) -> tuple[LoraConfig, Mapping[str, Any]]:
     except FileNotFoundError:
         have = "it is not there" if not folder.exists() else "it has none"
         raise FileError(f"{folder} is not an adapter: it should hold {CONFIG_FILE}, and {have}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise FileError(f"{path} cannot be read as JSON: {error}; the file is damaged") from error
     if not isinstance(data, dict):
         raise FileError(f"{path} should hold a JSON object, not a {type(data).__name__}")
@@ -232,7 +232,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         if path.is_file():
             return safetensors.torch.load_file(path)
         if pickled.is_file():
-            return dict(torch.load(pickled, map_location="cpu", weights_only=True))
+            return _named_tensors(torch.load(pickled, map_location="cpu", weights_only=True))
     except (
         safetensors.SafetensorError,
         pickle.UnpicklingError,
@@ -245,11 +245,24 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     raise FileError(f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}; the adapter was not saved to its end")
 
 
+def _named_tensors(data: object) -> dict[str, Tensor]:
+    if isinstance(data, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in data.items()):
+        return dict(data)
+    raise ValueError(f"it should hold tensors by name, not a {type(data).__name__} of something else")
+
+
 def _shares(tensor: Tensor, key: str, tensors: Mapping[str, Tensor]) -> bool:
     first = next(
         k for k, t in tensors.items() if t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
     )
     return first != key and tensor.numel() > 0
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # a full disk comes as this, too
+        raise OSError(str(error)) from error
 
 
 def _write_text(path: Path, text: str) -> None:

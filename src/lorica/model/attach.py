@@ -113,8 +113,7 @@ def _layer_problems(places: dict[str, Place], adapter: Adapter) -> Iterator[str]
         layer = layer_class(place.module, place.parent)
         if layer is None or layer.kind != factors.kind or isinstance(place.module, SavedModule):
             yield (
-                f"kind of {path}: {factors.kind} in the adapter, "
-                f"{type(place.module).__name__} in the model"
+                f"kind of {path}: {factors.kind} in the adapter, {type(place.module).__name__} in the model"
             )
             continue
         try:
