@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from lorica._shapes import Float
 
 _LEVELS = 256  # a mask element is drawn from eight random bits
+_FOLDED = 1 << 20  # elements that `fold` takes at once
 
 
 def drop_rate(p: float) -> float:
@@ -68,6 +69,79 @@ def low_rank(
 ) -> Float[Tensor, "... d_out"]:
     """The update alone, ``scale · B·A·dropout(x)``, in x's dtype, by plain differentiable operations."""
     return F.linear(F.linear(dropout(x, p), A.to(x.dtype)), B.to(x.dtype)).mul(scale)
+
+
+def fold(weight: Tensor, left: Tensor, right: Tensor, scale: float, *, out: Tensor | None = None) -> Tensor:
+    """``weight + scale · left·right``, on the CPU by blocks of rows.
+
+    BLAS rounds a row differently with the number of rows it is given. Blocks that follow from the shape alone let
+    whoever holds only a few rows at a time come to the same bits.
+
+    Args:
+        weight: (rows, columns).
+        left: (rows, r).
+        right: (r, columns).
+        scale: factor of the product.
+        out: (rows, columns) tensor to write to; may be `weight` itself.
+
+    Returns:
+        The sum; `out` if it was given. No gradient passes through.
+    """
+    rows = fold_rows(weight.shape[1]) if weight.device.type == "cpu" else weight.shape[0]
+    result = torch.empty_like(weight) if out is None else out
+    with torch.no_grad():
+        for i in range(0, weight.shape[0], rows):
+            part = slice(i, i + rows)
+            torch.addmm(weight[part], left[part], right, alpha=scale, out=result[part])
+    return result
+
+
+def fold_rows(columns: int) -> int:
+    """Rows of a block of `fold`: about a million elements, and a multiple of sixteen, which keeps blocks aligned."""
+    return max(_FOLDED // max(columns, 1) // 16 * 16, 16)
+
+
+def row_norm(
+    weight: Float[Tensor, "d_out d_in"], A: Float[Tensor, "r d_in"], B: Float[Tensor, "d_out r"], scale: float
+) -> Float[Tensor, " d_out"]:
+    """Euclidean norm of each row of ``W0 + scale·B·A``, without forming it; no gradient flows through it.
+
+    ``‖W0‖² + 2·scale·Σ B⊙(W0·Aᵀ) + scale²·Σ (B·A·Aᵀ)⊙B``, row by row: two thin products instead of a matrix of
+    W0's size. In A's dtype, but the product with W0 in the lower of the two.
+    """
+    with torch.no_grad():
+        lower = min(weight.dtype, A.dtype, key=lambda dtype: dtype.itemsize)
+        cross = (weight.to(lower) @ A.to(lower).t()).to(A.dtype)
+        square = torch.linalg.vector_norm(weight, dim=1, dtype=A.dtype).square()
+        square += (2 * scale) * (B * cross).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)
+        return square.clamp_min_(0).sqrt_()
+
+
+def dora_linear(
+    x: Float[Tensor, "... d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    bias: Float[Tensor, " d_out"] | None,
+    A: Float[Tensor, "r d_in"],
+    B: Float[Tensor, "d_out r"],
+    ratio: Float[Tensor, " d_out"],
+    scale: float,
+    p: float = 0.0,
+) -> Float[Tensor, "... d_out"]:
+    """``ratio ⊙ (W0·x + scale · B·A·dropout(x)) + b``: DoRA's forward (Liu et al., 2024, eq. 5).
+
+    Args:
+        x: input, any number of leading dimensions.
+        weight: W0.
+        bias: added to every row, or None.
+        A: down-projection, r × d_in.
+        B: up-projection, d_out × r.
+        ratio: trained magnitude of each row over `row_norm`.
+        scale: α/r or α/√r.
+        p: dropout probability on A's input, as in `lora_linear`.
+    """
+    y = lora_linear(x, weight, None, A, B, scale, p)
+    ratio = ratio.to(y.dtype)
+    return y * ratio if bias is None else torch.addcmul(bias.to(y.dtype), y, ratio)
 
 
 def lora_linear(
@@ -134,7 +208,8 @@ class _LoraLinear(torch.autograd.Function):
         needs_u = ctx.needs_input_grad[4]
         ctx.save_for_backward(rows if needs_x else None, weight, A, B, mask, u if needs_u else None)
         ctx.scale, ctx.shape = scale, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # Not a view to autograd: what follows may work in place on it (`ReLU(inplace=True)`, `x += ...`).
+        return torch._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lorica.adapter import Factors, Kind
+from lorica import functional
+from lorica import functional
+from lorica.adapter import Kind
 from lorica.roster import Roster
 
 
@@ -122,10 +124,11 @@ class LoraLayer(SwappedModule):
         lora_A: adapter name → down-projection.
         lora_B: adapter name → up-projection.
         scaling: adapter name → α/r or α/√r.
+        lora_magnitude_vector: adapter name → trained magnitude of each output (DoRA); others have none.
         lora_dropout: adapter name → dropout probability.
     """
 
-    own_modules = ("lora_A", "lora_B")
+    own_modules = ("lora_A", "lora_B", "lora_magnitude_vector")
     own_attributes = ("roster", "scaling", "lora_dropout")
     kind: ClassVar[Kind] = "linear"
     weight_name: ClassVar[str] = "weight"
@@ -134,19 +137,20 @@ class LoraLayer(SwappedModule):
     """Whether that parameter is stored (d_in, d_out)."""
     takes_dropout: ClassVar[bool] = True
     """Whether inputs can be dropped; not where the update is folded into the weight."""
+    dims_after_outputs: ClassVar[int] = 0
+    """Dimensions of the output after the one over d_out."""
     rows_differ: ClassVar[bool] = True
     """Whether rows of one batch can have adapters of their own."""
-    store: ClassVar[type[nn.Module]] = nn.ModuleDict
-    """What holds the factors by adapter name."""
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
+    lora_magnitude_vector: nn.ModuleDict
     scaling: dict[str, float]
     lora_dropout: dict[str, float]
 
     def prepare(self) -> None:  # noqa: D102
         for name in self.own_modules:
-            setattr(self, name, self.store())
+            setattr(self, name, nn.ModuleDict())
         self.scaling, self.lora_dropout = {}, {}
 
     @classmethod
@@ -161,6 +165,11 @@ class LoraLayer(SwappedModule):
             d_out, d_in = d_in, d_out
         return (r, d_in), (d_out, r)
 
+    @classmethod
+    def as_matrix(cls, weight: Tensor) -> Tensor:
+        """A weight stored as this kind of layer stores it, as (d_out, d_in)."""
+        return weight.t() if cls.transposed else weight.flatten(1)
+
     @property
     def base_weight(self) -> Tensor:
         """W0, as it is stored."""
@@ -172,13 +181,25 @@ class LoraLayer(SwappedModule):
         """What the base layer returns, plus the active adapters' updates."""
         y = super().forward(x, *args, **kwargs)
         if self.roster.rows is not None:
-            return self.roster.rows.add(y, x, self.scaling.keys(), self.update)
+            return self.roster.rows.add(y, x, self.scaling.keys(), self.effect)
+        base = y
         for name in self.acting():
-            y = y + self.update(name, x).to(y.dtype)
+            y = y + self.effect(name, x, base)
         return y
 
+    def effect(self, name: str, x: Tensor, base: Tensor) -> Tensor:
+        """What one adapter adds to the output `base` that the base layer has for `x`."""
+        update = self.update(name, x).to(base.dtype)
+        ratio = self.ratio(name)
+        if ratio is None:
+            return update
+        ratio = ratio.to(base.dtype).view(-1, *(1 for _ in range(self.dims_after_outputs)))
+        bias = self._parameters.get("bias")
+        without = base if bias is None else base - bias.view(ratio.shape)
+        return ratio * update + (ratio - 1) * without
+
     def update(self, name: str, x: Tensor) -> Tensor:
-        """One adapter's update of the output, for the layer's input `x`."""
+        """One adapter's low-rank update of the output, for the layer's input `x`."""
         raise NotImplementedError
 
     def acting(self) -> list[str]:
@@ -198,21 +219,35 @@ class LoraLayer(SwappedModule):
         """Names of the adapter's A and B among this module's parameters."""
         return f"lora_A.{name}.weight", f"lora_B.{name}.weight"
 
+    def magnitude_parameter(self, name: str) -> Parameter | None:
+        """The adapter's magnitudes (d_out,), if it has any."""
+        magnitudes = self.lora_magnitude_vector
+        return magnitudes[name].weight if name in magnitudes else None  # type: ignore[return-value]
+
+    def ratio(self, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Magnitude over norm of each row of ``W0 + scale·B·A`` (d_out,); None for an adapter without magnitudes."""
+        magnitude = self.magnitude_parameter(name)
+        if magnitude is None:
+            return None
+        A, B = (factor.flatten(1).to(dtype or factor.dtype) for factor in self.factor_parameters(name))
+        weight = self.as_matrix(self.base_weight)
+        return magnitude / functional.row_norm(weight.to(dtype or weight.dtype), A, B, self.scaling[name])
+
     def add_factors(self, name: str, A: Parameter, B: Parameter, scale: float, dropout: float) -> None:
         """Take an adapter's factors, replacing those of the same name."""
         self.lora_A[name], self.lora_B[name] = Factor(A), Factor(B)
         self.scaling[name], self.lora_dropout[name] = scale, dropout
 
-    def remove_factors(self, name: str) -> None:
-        """Drop an adapter's factors."""
-        for own in self.own_modules:
-            del getattr(self, own)[name]
-        del self.scaling[name], self.lora_dropout[name]
+    def add_magnitude(self, name: str, magnitude: Parameter) -> None:
+        """Take an adapter's magnitudes."""
+        self.lora_magnitude_vector[name] = Factor(magnitude)
 
-    def factors(self, name: str) -> Factors:
-        """The adapter's update as a value that shares memory with the parameters."""
-        A, B = self.factor_parameters(name)
-        return Factors(A.detach(), B.detach(), self.scaling[name], self.kind)
+    def remove_factors(self, name: str) -> None:
+        """Drop an adapter's factors and magnitudes."""
+        for own in self.own_modules:
+            if name in getattr(self, own):
+                del getattr(self, own)[name]
+        del self.scaling[name], self.lora_dropout[name]
 
     def check_mergeable(self) -> None:
         """Refuse a layer whose weight has no place for an update.
@@ -243,7 +278,7 @@ class LoraLayer(SwappedModule):
         target = out.flatten(1) if out is not None and out.dtype == precision and len(present) == 1 else None
         for name in present:
             left, right = self.product(name, precision)
-            result = torch.addmm(result, left, right, alpha=self.scaling[name], out=target)
+            result = functional.fold(result, left, right, self.scaling[name], out=target)
         return result.view(weight.shape)
 
     def product(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
