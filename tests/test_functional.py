@@ -191,6 +191,18 @@ def test_the_input_is_left_as_it_was() -> None:
     assert all(torch.equal(before[name], t) for name, t in given.named().items())
 
 
+@pytest.mark.parametrize("leading", [(), (3,), (3, 4)])
+def test_what_follows_may_work_in_place_on_the_output(leading: tuple[int, ...]) -> None:
+    given = operands(leading)
+    y = lora_linear(*given, 0.5)
+    assert not y._is_view()
+    y.relu_().sum().backward()
+    plain = in_float64(given)
+    oracle.lora_linear(*plain, 0.5).relu().sum().backward()
+    for name, t in given.named().items():
+        torch.testing.assert_close(t.grad, plain.named()[name].grad, check_dtype=False)
+
+
 def kept_bytes(given: Operands, p: float) -> dict[int, int]:
     """What a call keeps for backward: address → bytes."""
     kept: dict[int, int] = {}

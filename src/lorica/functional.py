@@ -209,7 +209,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(rows if needs_x else None, weight, A, B, mask, u if needs_u else None)
         ctx.scale, ctx.shape = scale, x.shape
         # Not a view to autograd: what follows may work in place on it (`ReLU(inplace=True)`, `x += ...`).
-        return torch._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable
