@@ -54,7 +54,8 @@ def main() -> None:
         tables=[harness.table(first + more, "")],
         data=harness.seconds(first + more),
         settings={"r": R},
-        options=options,
+        device=options.device,
+        rounds=options.rounds,
     )
 
 

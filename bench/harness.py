@@ -176,7 +176,8 @@ def publish(
     tables: Sequence[Mapping[str, Any]],
     data: Any,
     settings: Mapping[str, Any],
-    options: argparse.Namespace,
+    device: str,
+    rounds: int | None = None,
 ) -> None:
     """Write a result for `report.py`, unless it rests on too few rounds to be one.
 
@@ -186,26 +187,25 @@ def publish(
         claim: one or two sentences: what was measured, and what it shows.
         tables: what the report prints: ``caption``, ``columns``, ``rows``.
         data: everything measured, for whoever wants more than the medians.
-        settings: how it was measured, besides the number of rounds.
-        options: the script's. Results of a GPU stand beside the CPU's.
+        settings: how it was measured.
+        device: what it ran on. Results of a GPU stand beside the CPU's.
+        rounds: turns of each contestant, where there were turns.
     """
-    if options.rounds < ROUNDS:
-        print(f"not written: {options.rounds} rounds are a trial, a result takes {ROUNDS}")
+    if rounds is not None and rounds < ROUNDS:
+        print(f"not written: {rounds} rounds are a trial, a result takes {ROUNDS}")
         return
     result = {
         "name": name,
         "title": title,
         "claim": claim,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": machine(options.device),
+        "machine": machine(device),
         "versions": versions(),
-        "settings": {**settings, "rounds": options.rounds},
+        "settings": {**settings, **({} if rounds is None else {"rounds": rounds})},
         "tables": list(tables),
         "data": data,
     }
-    path = RESULTS / (
-        f"{name}.json" if options.device == "cpu" else f"{name}.{options.device.partition(':')[0]}.json"
-    )
+    path = RESULTS / (f"{name}.json" if device == "cpu" else f"{name}.{device.partition(':')[0]}.json")
     write(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {path.relative_to(RESULTS.parents[1])}")
 

@@ -35,7 +35,8 @@ def main() -> None:
         tables=[harness.table([comparison], "")],
         data=harness.seconds([comparison]),
         settings={},
-        options=options,
+        device=options.device,
+        rounds=options.rounds,
     )
 
 

@@ -45,7 +45,8 @@ def main() -> None:
         tables=[harness.table(comparisons, "")],
         data=harness.seconds(comparisons),
         settings={"r": R, "targets": "all-linear", "passes a turn": REPEATS},
-        options=options,
+        device=options.device,
+        rounds=options.rounds,
     )
 
 

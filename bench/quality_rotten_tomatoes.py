@@ -50,9 +50,9 @@ def main() -> None:
     chosen: dict[str, float] = {}
     runs: list[Run] = []
     for method, rates in RATES.items():
-        trials = [once(method, rate, SEEDS[0]) for rate in rates]
+        trials = [once(method, rate, SEEDS[0], options.device) for rate in rates]
         chosen[method] = max(trials, key=lambda run: run.validation).learning_rate
-        runs += trials + [once(method, chosen[method], seed) for seed in SEEDS[1:]]
+        runs += trials + [once(method, chosen[method], seed, options.device) for seed in SEEDS[1:]]
     harness.publish(
         "quality_rotten_tomatoes",
         title="Quality on rotten_tomatoes",
@@ -68,13 +68,14 @@ def main() -> None:
             "lora_alpha": METHOD.lora_alpha,
             "targets": METHOD.target_modules,
         },
-        options=options,
+        device=options.device,
     )
 
 
-def once(method: str, learning_rate: float, seed: int) -> Run:
+def once(method: str, learning_rate: float, seed: int, device: str) -> Run:
     """The run, from the file if it has been done before under the same settings."""
-    training = dataclasses.replace(TRAINING, learning_rate=learning_rate, seed=seed)
+    place = {"use_cpu": device == "cpu"}
+    training = dataclasses.replace(TRAINING, learning_rate=learning_rate, seed=seed, arguments=place)
     config = METHOD.to_dict() if method == "lorica" else None
     settings = {"method": config, "training": dataclasses.asdict(training)}
     for run in done():

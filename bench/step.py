@@ -54,7 +54,8 @@ def main() -> None:
         tables=tables,
         data=data,
         settings={"rows": ROWS, "tokens a row": LENGTH, "r": R},
-        options=options,
+        device=options.device,
+        rounds=options.rounds,
     )
 
 
