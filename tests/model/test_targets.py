@@ -78,6 +78,19 @@ class TestNames:
         assert targeted(model, target_modules=["self_attn"]) == ["self_attn", "self_attn.out_proj"]
         assert targeted(model, target_modules=["out_proj"]) == ["self_attn.out_proj"]
         assert targeted(model) == ["self_attn", "self_attn.out_proj"]
+        assert targeted(model, target_modules=["self_attn"], exclude_modules=["out_proj"]) == ["self_attn"]
+
+    def test_the_settled_names_of_an_attention_leave_its_output_to_it(self) -> None:
+        model = nn.TransformerEncoderLayer(8, 2, 12)
+        assert resolve(model, lorica.LoraConfig()).config.target_modules == ["self_attn"]
+        found = resolve(model, lorica.LoraConfig(target_modules="all-linear"))
+        assert found.config.target_modules == ["linear1", "linear2", "self_attn"]
+        assert {target.path for target in found.layers} == {
+            "linear1",
+            "linear2",
+            "self_attn",
+            "self_attn.out_proj",
+        }
 
 
 class TestBlocks:

@@ -139,12 +139,15 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
     problems: list[str] = []
     for key, tensor in tensors.items():
         feature = next((what for part, what in _UNSUPPORTED.items() if part in key), None)
-        if feature is not None:
+        if ".original_module." in key:
+            pass  # with bias="all" PEFT writes those of the frozen original too, and the trained ones twice
+        elif feature is not None:
             problems.append(f"{key}: belongs to {feature}, which lorica does not support here")
         elif not key.startswith(_PREFIX):
             problems.append(f"{key}: does not start with {_PREFIX!r}")
         elif (hit := _SIDE.match(key)) is None:
-            extras[key.removeprefix(_PREFIX).replace(".base_layer.", ".")] = tensor
+            name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+            extras[name.replace(".modules_to_save.", ".")] = tensor
         elif bool(hit["embedding"]) == bool(hit["leaf"]):
             problems.append(f"{key}: expected {'no ' if hit['embedding'] else ''}'.weight' at its end")
         else:

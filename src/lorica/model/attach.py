@@ -149,7 +149,9 @@ def _missing(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> 
         names = (f"{path}.{leaf}" for leaf in _state(module))
         yield from (f"missing: {name}" for name in names if name not in adapter.extras)
     trained = biases(root, adapter.config, adapter.factors, saved)
-    yield from (f"missing: {path}" for path in trained if path not in adapter.extras)
+    # PEFT leaves out an attention's in_proj_bias, and whatever else is not called just "bias".
+    named = (path for path in trained if path.rpartition(".")[2] == "bias")
+    yield from (f"missing: {path}" for path in named if path not in adapter.extras)
     # Another reader may have found other modules behind None, "all-linear" or a pattern; behind names there
     # is no doubt.
     if isinstance(adapter.config.target_modules, list):

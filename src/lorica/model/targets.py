@@ -13,6 +13,7 @@ from lorica.config import LoraConfig, matches_pattern
 from lorica.errors import TargetError, listing, nearest
 from lorica.layers import (
     ADAPTABLE,
+    LoraAttention,
     LoraConv1D,
     LoraEmbedding,
     LoraLayer,
@@ -80,14 +81,6 @@ def resolve(root: nn.Module, config: LoraConfig) -> Targets:
     saved = _saved(places, config)
     free = [place for place in places if not within_any(place.path, saved)]
     chosen = _chosen(root, free, config)
-    by_path = {place.path: place for place in free}
-    # An attention's output projection is a module of its own; naming the attention means both.
-    for place in list(chosen):
-        if (
-            isinstance(place.module, nn.MultiheadAttention)
-            and (out := by_path[f"{place.path}.out_proj"]) not in chosen
-        ):
-            chosen.append(out)
     targets = [_target(place, config) for place in chosen]
     paths = [target.path for target in targets]
     for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
@@ -105,7 +98,10 @@ def _settled(
     """The configuration as a file should hold it: every reader finds the same modules by it."""
     names = config.target_modules
     if names is None or _means_all_linear(names):
-        names = shortest_suffixes([t.path for t in targets], paths)
+        # The attention's name means its output too; PEFT would adapt one that is named beside it a second
+        # time.
+        outputs = {f"{t.path}.out_proj" for t in targets if issubclass(t.layer, LoraAttention)}
+        names = shortest_suffixes([t.path for t in targets if t.path not in outputs], paths)
     heads = sorted({path.rpartition(".")[2] for path in saved}) if config.task_type in _HEADS else None
     return config.replace(
         target_modules=names,
@@ -180,6 +176,7 @@ def _chosen(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Pl
         chosen = _match("target_modules", config.target_modules, places)
     if config.layers_to_transform is not None:
         chosen = _in_blocks(chosen, config)
+    chosen = _with_outputs(chosen, places)
     if config.exclude_modules:
         left_out = {p.path for p in _match("exclude_modules", config.exclude_modules, places)}
         chosen = [p for p in chosen if p.path not in left_out]
@@ -189,6 +186,12 @@ def _chosen(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Pl
             "all that was targeted"
         )
     return chosen
+
+
+def _with_outputs(chosen: list[Place], places: list[Place]) -> list[Place]:
+    """An attention's output projection is a module of its own; naming the attention means both."""
+    outputs = {f"{p.path}.out_proj" for p in chosen if isinstance(p.module, nn.MultiheadAttention)}
+    return [*chosen, *(p for p in places if p.path in outputs and p not in chosen)]
 
 
 def _match(name: str, patterns: list[str] | str, places: list[Place]) -> list[Place]:
