@@ -12,17 +12,25 @@ from lorica.train.arguments import training_arguments
 
 
 def test_fields_reach_transformers(tmp_path: Path) -> None:
-    config = TrainingConfig(learning_rate=2e-4, epochs=4, batch_size=3, warmup_ratio=0.1, seed=7, arguments={"adam_beta2": 0.98})
+    config = TrainingConfig(
+        learning_rate=2e-4, epochs=4, batch_size=3, warmup_ratio=0.1, seed=7, arguments={"adam_beta2": 0.98}
+    )
     args = training_arguments(config, tmp_path, "accuracy", validated=True)
     assert (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size) == (2e-4, 4, 3)
     assert (args.warmup_steps, args.seed, args.data_seed, args.adam_beta2) == (0.1, 7, 7, 0.98)
-    assert (args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better) == (True, "accuracy", True)
+    assert (args.load_best_model_at_end, args.metric_for_best_model, args.greater_is_better) == (
+        True,
+        "accuracy",
+        True,
+    )
     assert args.train_sampling_strategy == "group_by_length"
 
 
 @pytest.mark.parametrize(("eval_steps", "strategy"), [(None, "epoch"), (5, "steps")])
 def test_a_checkpoint_follows_each_evaluation(tmp_path: Path, eval_steps: int | None, strategy: str) -> None:
-    args = training_arguments(TrainingConfig(eval_steps=eval_steps, save_steps=3), tmp_path, "accuracy", validated=True)
+    args = training_arguments(
+        TrainingConfig(eval_steps=eval_steps, save_steps=3), tmp_path, "accuracy", validated=True
+    )
     assert args.eval_strategy == args.save_strategy == strategy
     assert eval_steps is None or args.save_steps == args.eval_steps == eval_steps
 
@@ -42,7 +50,10 @@ def test_the_lowest_loss_is_the_best(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"arguments": {"num_train_epochs": 3}}, "set training.epochs instead of training.arguments.num_train_epochs"),
+        (
+            {"arguments": {"num_train_epochs": 3}},
+            "set training.epochs instead of training.arguments.num_train_epochs",
+        ),
         ({"arguments": {"learning_rate": 3}}, "set training.learning_rate instead"),
         ({"arguments": {"adam_beta_2": 0.9}}, "have no 'adam_beta_2'; did you mean 'adam_beta2'"),
         ({"arguments": {"optim": "sgdd"}}, "transformers refuses these training arguments"),

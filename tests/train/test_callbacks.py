@@ -46,7 +46,9 @@ class PressCtrlC(TrainerCallback):
 
 
 @pytest.mark.parametrize("step", [0, 4, 9, 10])
-def test_ctrl_c_saves_and_a_resume_ends_alike(make_recipe: Callable[..., Recipe], tmp_path: Path, step: int) -> None:
+def test_ctrl_c_saves_and_a_resume_ends_alike(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, step: int
+) -> None:
     whole = make_recipe(load_best=False).replace(output=str(tmp_path / "whole"))
     lorica.save(start(whole).model, tmp_path / "a")
     recipe = make_recipe(load_best=False)

@@ -14,7 +14,9 @@ def checkpoint(folder: Path, step: int, *, state: str | None = None, without: st
         if name != without:
             (path / name).write_text("")
     if without != "trainer_state.json":
-        (path / "trainer_state.json").write_text(json.dumps({"global_step": step}) if state is None else state)
+        (path / "trainer_state.json").write_text(
+            json.dumps({"global_step": step}) if state is None else state
+        )
     return path
 
 
@@ -30,7 +32,12 @@ def test_the_newest_whole_one(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-99").write_text("a file")
     assert last_checkpoint(tmp_path) == newest
     assert {path.name for path in discard_incomplete(tmp_path)} == {f"checkpoint-{i}" for i in range(11, 16)}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9", "checkpoint-99", "checkpoint-best"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-10",
+        "checkpoint-9",
+        "checkpoint-99",
+        "checkpoint-best",
+    ]
 
 
 def test_none(tmp_path: Path) -> None:

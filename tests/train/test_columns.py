@@ -94,7 +94,10 @@ def test_labels_that_are_no_classes(values: list[Any], message: str) -> None:
         columns.label_names(rows(label=values), "label")
 
 
-@pytest.mark.parametrize(("value", "hint"), [("god", "did you mean 'good'"), ("zzz", "they have bad, good"), (7, "they have bad, good")])
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [("god", "did you mean 'good'"), ("zzz", "they have bad, good"), (7, "they have bad, good")],
+)
 def test_unseen_labels_are_named(value: Any, hint: str) -> None:
     with pytest.raises(ConfigError, match=f"row 1 of the test rows has the label {value!r}.*{hint}"):
         columns.label_ids(rows(label=[value]), "label", ["bad", "good"], "the test rows")
@@ -111,6 +114,10 @@ def test_texts_must_be_texts() -> None:
     with pytest.raises(ConfigError, match="the rows have no column 'text'; they have: body"):
         columns.check_texts(rows(body=["a"]), ["text"], "the rows")
     with pytest.raises(FileError, match="row 2 of the rows has nothing in column 'text'"):
-        columns.check_texts(Dataset.from_dict({"text": ["a", None]}, Features({"text": Value("string")})), ["text"], "the rows")
+        columns.check_texts(
+            Dataset.from_dict({"text": ["a", None]}, Features({"text": Value("string")})),
+            ["text"],
+            "the rows",
+        )
     with pytest.raises(FileError, match="row 1 of the rows has 3 in column 'text'"):
         columns.check_texts(rows(text=[3]), ["text"], "the rows")

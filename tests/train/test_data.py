@@ -65,7 +65,11 @@ def test_named_splits_win(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(_lines())
     (tmp_path / "other.jsonl").write_text(_lines() * 2)
     splits = data.load(
-        DataConfig(train=str(tmp_path / "train.jsonl"), validation=str(tmp_path / "other.jsonl"), test=str(tmp_path / "other.jsonl"))
+        DataConfig(
+            train=str(tmp_path / "train.jsonl"),
+            validation=str(tmp_path / "other.jsonl"),
+            test=str(tmp_path / "other.jsonl"),
+        )
     )
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 3, "validation": 6, "test": 6}
 
@@ -147,7 +151,9 @@ def test_a_hub_data_set_that_needs_a_subset(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset: Dataset.from_list(ROWS).to_iterable_dataset())
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, subset: Dataset.from_list(ROWS).to_iterable_dataset()
+    )
     with pytest.raises(ConfigError, match="streamed"):
         data.read("some/stream")
 
@@ -161,4 +167,8 @@ def test_test_rows_come_from_their_split(tmp_path: Path) -> None:
 
 def test_shared_data_loads(data_dir: Path) -> None:
     splits = data.load(DataConfig(train=str(data_dir / "rotten_tomatoes")))
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 8530, "validation": 1066, "test": 1066}
+    assert {name: len(rows) for name, rows in splits.items()} == {
+        "train": 8530,
+        "validation": 1066,
+        "test": 1066,
+    }

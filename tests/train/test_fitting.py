@@ -50,20 +50,28 @@ def test_one_function_trains_an_adapter_a_head_or_everything(
     assert set(scores) == {"loss", "accuracy", "f1", "f1_macro", "precision", "recall"}
 
 
-def test_full_training_resumes_to_the_same_weights(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_full_training_resumes_to_the_same_weights(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     recipe = make_recipe(load_best=False)
     whole = recipe.replace(output=str(tmp_path / "whole"))
     first = start(whole, lambda model: None)
-    shutil.copytree(Path(whole.output) / "checkpoints" / "checkpoint-10", Path(recipe.output) / "checkpoints" / "checkpoint-10")
+    shutil.copytree(
+        Path(whole.output) / "checkpoints" / "checkpoint-10",
+        Path(recipe.output) / "checkpoints" / "checkpoint-10",
+    )
     again = start(recipe, lambda model: None, resume=True)
     for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_early_stopping(make_recipe: Callable[..., Recipe]) -> None:
-    recipe = make_recipe(epochs=10, eval_steps=2, early_stopping_patience=2, metric_for_best="accuracy", learning_rate=1e-9)
+    recipe = make_recipe(
+        epochs=10, eval_steps=2, early_stopping_patience=2, metric_for_best="accuracy", learning_rate=1e-9
+    )
     done = start(recipe)
-    # At that rate nothing changes: the first evaluation is the best, two more without a better one end the run.
+    # At that rate nothing changes: the first evaluation is the best, two more without a better one end the
+    # run.
     assert done.steps == 6
     assert done.trainer.state.best_global_step == 2
     # Killed after its last checkpoint, such a run has nothing left to train.

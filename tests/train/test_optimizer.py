@@ -20,7 +20,11 @@ from lorica.train.sampler import LengthGroupedSampler
 @pytest.fixture
 def adapted(tiny_model: Path) -> PreTrainedModel:
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
-    return lorica.adapt(model, LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", bias="lora_only"), seed=0)
+    return lorica.adapt(
+        model,
+        LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", bias="lora_only"),
+        seed=0,
+    )
 
 
 def names_of(model: nn.Module, group: dict[str, list[nn.Parameter]]) -> set[str]:
@@ -30,7 +34,11 @@ def names_of(model: nn.Module, group: dict[str, list[nn.Parameter]]) -> set[str]
 
 def test_b_trains_faster(adapted: PreTrainedModel) -> None:
     groups = parameter_groups(adapted, lr=1e-3, weight_decay=0.1, loraplus_lr_ratio=16)
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-3, 0.1), (1e-3, 0.0), (1.6e-2, 0.1)]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
+        (1e-3, 0.1),
+        (1e-3, 0.0),
+        (1.6e-2, 0.1),
+    ]
     slow, undecayed, fast = (names_of(adapted, group) for group in groups)
     assert all(".lora_B." in name for name in fast)
     assert len(fast) == 4
@@ -54,7 +62,9 @@ def test_a_ratio_of_one_is_plain_adamw_bit_for_bit(adapted: PreTrainedModel, rat
     batch = {"input_ids": torch.arange(4, 12).reshape(2, 4), "labels": torch.tensor([0, 1])}
     optimizers = {
         adapted: torch.optim.AdamW(parameter_groups(adapted, lr=1e-2, loraplus_lr_ratio=ratio), lr=1e-2),
-        plain: torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0),
+        plain: torch.optim.AdamW(
+            [p for p in plain.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
+        ),
     }
     for model, optimizer in optimizers.items():
         model.eval()
@@ -105,18 +115,31 @@ def bare_loop(prepared: Prepared, model: PreTrainedModel, *, accelerated: bool) 
 
 
 @pytest.mark.parametrize("ratio", [None, 4.0])
-def test_three_loops_give_one_curve(make_recipe: Callable[..., Recipe], tmp_path: Path, ratio: float | None) -> None:
+def test_three_loops_give_one_curve(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, ratio: float | None
+) -> None:
     recipe = make_recipe(epochs=1, logging_steps=1, warmup_ratio=0.0, loraplus_lr_ratio=ratio)
     curves = []
     for loop in ("trainer", "accelerate", "torch"):
         prepared = prepare(recipe)
-        # Dropout would ask the three for the same calls to the random generator, which loaders also draw from.
+        # Dropout would ask the three for the same calls to the random generator, which loaders also draw
+        # from.
         for module in prepared.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        model = lorica.adapt(prepared.model, recipe.method.replace(task_type="SEQ_CLS", lora_dropout=0.0), seed=0)
+        model = lorica.adapt(
+            prepared.model, recipe.method.replace(task_type="SEQ_CLS", lora_dropout=0.0), seed=0
+        )
         if loop == "trainer":
-            done = fit(model, prepared.task, prepared.tokenizer, prepared.splits["train"].features, None, recipe.training, tmp_path)
+            done = fit(
+                model,
+                prepared.task,
+                prepared.tokenizer,
+                prepared.splits["train"].features,
+                None,
+                recipe.training,
+                tmp_path,
+            )
             curves.append([entry["loss"] for entry in done.history if "loss" in entry])
         else:
             curves.append(bare_loop(prepared, model, accelerated=loop == "accelerate"))

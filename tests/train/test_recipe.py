@@ -36,7 +36,10 @@ def test_left_out_fields_keep_their_defaults(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("methd: {r: 2}", "unknown field 'methd'; did you mean 'method'"),
-        ("training: {learning_rat: 1}", "unknown field 'training.learning_rat'; did you mean 'learning_rate'"),
+        (
+            "training: {learning_rat: 1}",
+            "unknown field 'training.learning_rat'; did you mean 'learning_rate'",
+        ),
         ("a: 1\nb: 2", "unknown field 'a'; unknown field 'b'"),
         ("training: {batch_size: many}", "batch_size"),
         ("method: {r: 0}", "r must be a whole number of at least 1, not 0"),
@@ -51,7 +54,10 @@ def test_wrong_fields_are_refused(tmp_path: Path, text: str, message: str) -> No
         Recipe.load(path)
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "cannot read"), ("a: [", "not YAML"), ("- a", "must hold fields"), ("", "must hold fields")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot read"), ("a: [", "not YAML"), ("- a", "must hold fields"), ("", "must hold fields")],
+)
 def test_wrong_files_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     if text is not None:
@@ -62,7 +68,14 @@ def test_wrong_files_are_refused(tmp_path: Path, text: str | None, message: str)
 
 @pytest.mark.parametrize(
     "values",
-    [{"learning_rate": 0.0}, {"batch_size": 0}, {"max_steps": 0}, {"weight_decay": -1.0}, {"save_total_limit": 0}, {"fp16": True, "bf16": True}],
+    [
+        {"learning_rate": 0.0},
+        {"batch_size": 0},
+        {"max_steps": 0},
+        {"weight_decay": -1.0},
+        {"save_total_limit": 0},
+        {"fp16": True, "bf16": True},
+    ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):

@@ -9,13 +9,19 @@ import torch
 import transformers
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from train import tiny
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+)
 
 import lorica
 from lorica import LoraConfig
 from lorica.errors import LoricaError
 from lorica.train import LoraTrainerMixin, Trainer
-from train import tiny
 
 
 class Mixed(LoraTrainerMixin, transformers.Trainer):
@@ -50,7 +56,9 @@ def classifier(model: Path) -> transformers.PreTrainedModel:
     return lorica.adapt(base, config, seed=0)
 
 
-def trainer(kind: type[transformers.Trainer], model: Path, folder: Path, **options: Any) -> transformers.Trainer:
+def trainer(
+    kind: type[transformers.Trainer], model: Path, folder: Path, **options: Any
+) -> transformers.Trainer:
     return kind(
         model=classifier(model),
         args=arguments(folder, **options),
@@ -83,8 +91,16 @@ def test_resumes_bit_for_bit_from_an_adapter_only_checkpoint(
 
 
 @pytest.mark.parametrize("kind", [Trainer, Mixed])
-def test_ends_with_the_best_checkpoint(kind: type[transformers.Trainer], tiny_model: Path, tmp_path: Path) -> None:
-    options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+def test_ends_with_the_best_checkpoint(
+    kind: type[transformers.Trainer], tiny_model: Path, tmp_path: Path
+) -> None:
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "greater_is_better": True,
+    }
     # The highest loss counts as the best, so that the best checkpoint is not the last one.
     one = trainer(kind, tiny_model, tmp_path, metric_for_best_model="loss", **options)
     one.train()
@@ -114,12 +130,16 @@ def test_a_model_without_adapters_takes_the_trainers_own_ways(tiny_model: Path, 
 
 
 def test_loraplus_reaches_the_optimizer(tiny_model: Path, tmp_path: Path) -> None:
-    one = Trainer(model=classifier(tiny_model), args=arguments(tmp_path), train_dataset=rows(), loraplus_lr_ratio=8.0)
+    one = Trainer(
+        model=classifier(tiny_model), args=arguments(tmp_path), train_dataset=rows(), loraplus_lr_ratio=8.0
+    )
     assert sorted({group["lr"] for group in one.create_optimizer().param_groups}) == [1e-2, 8e-2]
 
 
 def test_a_trainer_that_would_not_call_the_mixin_is_refused() -> None:
-    with pytest.raises(LoricaError, match=r"Wrong cannot load adapters: Trainer comes before LoraTrainerMixin"):
+    with pytest.raises(
+        LoricaError, match=r"Wrong cannot load adapters: Trainer comes before LoraTrainerMixin"
+    ):
 
         class Wrong(transformers.Trainer, LoraTrainerMixin):  # type: ignore[misc]  # the wrong way round
             pass
@@ -155,8 +175,16 @@ def test_sft_trainer_resumes_and_ends_with_the_best(tmp_path: Path) -> None:
         )
         tokenizer = tiny.tokenizer()
         tokenizer.eos_token = "[SEP]"
-        model = lorica.adapt(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), seed=0)
-        options = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "max_length": 16, "gradient_checkpointing": False}
+        model = lorica.adapt(
+            LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]), seed=0
+        )
+        options = {
+            "eval_strategy": "steps",
+            "eval_steps": 4,
+            "load_best_model_at_end": True,
+            "max_length": 16,
+            "gradient_checkpointing": False,
+        }
         data = Dataset.from_list([{"text": row["text"]} for row in tiny.sentences(32)])
         args = trl.SFTConfig(**{**arguments(folder).to_dict(), **options, "bf16": False})
         return SFT(model=model, args=args, train_dataset=data, eval_dataset=data, processing_class=tokenizer)

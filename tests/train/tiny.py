@@ -27,7 +27,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     core.pre_tokenizer = Whitespace()
     core.post_processor = TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -84,7 +86,14 @@ def write_data(folder: Path) -> Path:
 
 def recipe(model: Path, data: Path, output: Path, **training: object) -> Recipe:
     """Twenty steps in two epochs, with dropout, an evaluation an epoch and no TensorBoard."""
-    values = {"learning_rate": 1e-2, "epochs": 2, "batch_size": 4, "report_to": [], "logging_steps": 5, **training}
+    values = {
+        "learning_rate": 1e-2,
+        "epochs": 2,
+        "batch_size": 4,
+        "report_to": [],
+        "logging_steps": 5,
+        **training,
+    }
     return Recipe(
         model=str(model),
         data=DataConfig(train=str(data)),

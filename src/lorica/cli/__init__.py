@@ -1,4 +1,4 @@
-"""The command line: ``lorica COMMAND ...``. A command's module is imported when the command is called, and not before."""
+"""The command line: ``lorica COMMAND ...``. A command's module is imported when the command is called."""
 
 from __future__ import annotations
 

@@ -11,18 +11,34 @@ def parser() -> Parser:
     """The command's options."""
     result = Parser(
         "demo",
-        description="Train one task three ways (a head on the frozen encoder, LoRA, full fine-tuning), compare them, and merge the "
-        "adapter. By default the MiniLM encoder learns which module a docstring of Python's standard library belongs to; nothing "
+        description="Train one task three ways (a head on the frozen encoder, LoRA, full fine-tuning), "
+        "compare them, and merge the "
+        "adapter. By default the MiniLM encoder learns which module a docstring of Python's standard "
+        "library belongs to; nothing "
         "is downloaded. Takes a few minutes on two cores.",
     )
     result.add_argument("--model", type=str | None, help="another encoder: a folder or a Hub name")
-    result.add_argument("--data", type=str | None, help="other rows: a file, a folder or a Hub data set, with text and label columns")
-    result.add_argument("--data.test", dest="test", type=str | None, help="test rows, if the data has no split of that name")
-    result.add_argument("--output", type=str, default="runs/demo", help="folder for adapter/, merged/ and results.json")
+    result.add_argument(
+        "--data",
+        type=str | None,
+        help="other rows: a file, a folder or a Hub data set, with text and label columns",
+    )
+    result.add_argument(
+        "--data.test", dest="test", type=str | None, help="test rows, if the data has no split of that name"
+    )
+    result.add_argument(
+        "--output", type=str, default="runs/demo", help="folder for adapter/, merged/ and results.json"
+    )
     result.add_argument("--max_length", type=int, default=32, help="tokens kept of each row")
     result.add_argument("--batch_size", type=int, default=16, help="rows a training step")
-    result.add_argument("--seed", type=int, default=0, help="seed of the head, the adapter and the order of rows")
-    result.add_argument("--max_steps", type=int | None, help="steps of each training, to try it out (default: as many as it takes)")
+    result.add_argument(
+        "--seed", type=int, default=0, help="seed of the head, the adapter and the order of rows"
+    )
+    result.add_argument(
+        "--max_steps",
+        type=int | None,
+        help="steps of each training, to try it out (default: as many as it takes)",
+    )
     return result
 
 
@@ -65,7 +81,8 @@ def run(argv: list[str]) -> int:
         ],
     )
     console.print(
-        f"merged and unmerged logits differ by at most {demo.logits_difference:.1e} (largest logit {demo.logits_scale:.1f}); "
+        f"merged and unmerged logits differ by at most {demo.logits_difference:.1e} (largest logit "
+        f"{demo.logits_scale:.1f}); "
         f"the merged model {'has' if demo.same_modules else 'DOES NOT have'} the base's module tree"
     )
     console.print(f"saved: {recipe.output}/adapter, {recipe.output}/merged, {recipe.output}/results.json")

@@ -16,7 +16,8 @@ def parser() -> Parser:
         "--data.test",
         dest="test",
         type=str | None,
-        help="rows to score on: a csv, tsv, json, jsonl (.gz) or parquet file, a folder or a Hub data set (default: the recipe's test rows)",
+        help="rows to score on: a csv, tsv, json, jsonl (.gz) or parquet file, a folder or a Hub data set "
+        "(default: the recipe's test rows)",
     )
     result.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return result
@@ -26,8 +27,8 @@ def run(argv: list[str]) -> int:
     """Score, and show the scores."""
     parsed: Any = parser().parse_args(argv)
 
-    from lorica.train.console import make_console, scores, print_table
-    from lorica.train.run import evaluate
+    from lorica.train.console import make_console, print_table, scores
+    from lorica.train.use import evaluate
 
     metrics = evaluate(parsed.directory, parsed.test)
     if parsed.json:

@@ -56,7 +56,7 @@ def run(argv: list[str]) -> int:
         print(json.dumps(found, indent=2))
         return 0
 
-    from lorica.train.console import make_console, size, print_table
+    from lorica.train.console import make_console, print_table, size
 
     console = make_console()
     targets = found["target_modules"]

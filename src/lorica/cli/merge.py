@@ -11,7 +11,8 @@ def parser() -> Parser:
     """The command's options."""
     result = Parser(
         "merge",
-        description="Fold an adapter into its base, in float32, rounded once to the base's dtype, and write a plain checkpoint "
+        description="Fold an adapter into its base, in float32, rounded once to the base's dtype, and "
+        "write a plain checkpoint "
         "that needs neither lorica nor PEFT.",
     )
     result.add_argument("base", type=str, help="the base model: a folder or a Hub name")

@@ -16,7 +16,8 @@ def parser() -> Parser:
     result.add_argument(
         "input",
         type=str,
-        help="a text (of a pair: two texts with a tab between), a .txt file of one a line, or a csv, tsv, json, jsonl (.gz) or parquet file",
+        help="a text (of a pair: two texts with a tab between), a .txt file of one a line, or a csv, tsv, "
+        "json, jsonl (.gz) or parquet file",
     )
     result.add_argument(
         "--output",
@@ -33,7 +34,7 @@ def run(argv: list[str]) -> int:
 
     from lorica.errors import FileError
     from lorica.train.files import write_atomically
-    from lorica.train.run import predict
+    from lorica.train.use import predict
 
     path = Path(parsed.input)
     known = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".gz", ".parquet", ".arrow")

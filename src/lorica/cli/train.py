@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ def parser() -> Parser:
     """The command's options: every field of a recipe."""
     result = Parser(
         "train",
-        usage="lorica train [RECIPE.yaml] [--task TASK] [--model MODEL] [--data.train ROWS] [--method.r R] ... [--output DIR]",
-        description="Train an adapter. RECIPE.yaml holds any of the options below; those given here override it.",
+        usage="lorica train [RECIPE.yaml] [--task TASK] [--model MODEL] [--data.train ROWS] [--method.r R] "
+        "... [--output DIR]",
+        description="Train an adapter. RECIPE.yaml holds any of the options below; those given here "
+        "override it.",
     )
     add_recipe(result)
     result.add_argument(
@@ -31,7 +34,7 @@ def run(argv: list[str]) -> int:
     """Train, and show the scores."""
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
-    for flag, value in zip(argv, argv[1:], strict=False):
+    for flag, value in itertools.pairwise(argv):
         if flag == "--config":
             check_file(value)
     command = parser()
@@ -58,7 +61,7 @@ def run(argv: list[str]) -> int:
 
 def show(console: Any, recipe: Recipe, result: Any) -> None:
     """Print what a run came to."""
-    from lorica.train.console import duration, scores, size, print_table
+    from lorica.train.console import duration, print_table, scores, size
 
     names = list(dict.fromkeys(name for metrics in result.metrics.values() for name in metrics))
     if names:
@@ -68,10 +71,12 @@ def show(console: Any, recipe: Recipe, result: Any) -> None:
         ]
         print_table(console, "scores", ["split", "rows", *names], rows)
     console.print(
-        f"{result.steps:,} steps in {duration(result.seconds)}; {result.trainable:,} of {result.parameters:,} parameters trained; "
+        f"{result.steps:,} steps in {duration(result.seconds)}; {result.trainable:,} of "
+        f"{result.parameters:,} parameters trained; "
         f"adapter of {size(result.checkpoint_bytes)} in {result.output}"
     )
     folder = shlex.quote(str(result.output))
     console.print(
-        f"next: lorica evaluate {folder}   lorica predict {folder} TEXT   lorica merge {shlex.quote(recipe.model)} {folder} OUT"
+        f"next: lorica evaluate {folder}   lorica predict {folder} TEXT   lorica merge "
+        f"{shlex.quote(recipe.model)} {folder} OUT"
     )

@@ -1,6 +1,7 @@
 """Training: recipes, tasks, a Trainer for adapted models, and the parameter groups for a loop of your own.
 
-Names are imported when first used: transformers takes seconds to import, and a recipe or ``--help`` needs none of it.
+Names are imported when first used: transformers takes seconds to import, and a recipe or ``--help`` needs
+none of it.
 """
 
 from __future__ import annotations
@@ -26,24 +27,25 @@ if TYPE_CHECKING:
     from lorica.train.recipe import TrainingConfig as TrainingConfig
     from lorica.train.run import Prepared as Prepared
     from lorica.train.run import Result as Result
-    from lorica.train.run import evaluate as evaluate
-    from lorica.train.run import open_run as open_run
-    from lorica.train.run import predict as predict
     from lorica.train.run import prepare as prepare
     from lorica.train.run import train as train
     from lorica.train.tasks import Task as Task
     from lorica.train.tasks import register as register
     from lorica.train.trainer import LoraTrainerMixin as LoraTrainerMixin
     from lorica.train.trainer import Trainer as Trainer
+    from lorica.train.use import evaluate as evaluate
+    from lorica.train.use import open_run as open_run
+    from lorica.train.use import predict as predict
 
 _PLACES = {
     "checkpoints": ("last_checkpoint",),
     "fitting": ("Fit", "Interrupted", "fit"),
     "optimizer": ("parameter_groups",),
     "recipe": ("DataConfig", "Recipe", "TrainingConfig"),
-    "run": ("Prepared", "Result", "evaluate", "open_run", "predict", "prepare", "train"),
+    "run": ("Prepared", "Result", "prepare", "train"),
     "tasks": ("Task", "register"),
     "trainer": ("LoraTrainerMixin", "Trainer"),
+    "use": ("evaluate", "open_run", "predict"),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 

@@ -12,7 +12,8 @@ from transformers import TrainingArguments
 from lorica.errors import ConfigError, nearest
 from lorica.train.recipe import TrainingConfig
 
-# Fields that say the same as one of TrainingConfig; setting both would leave the user to guess which one counts.
+# Fields that say the same as one of TrainingConfig; setting both would leave the user to guess which one
+# counts.
 _OWNED = {
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",

@@ -1,4 +1,4 @@
-"""What happens between the steps: progress is shown, checkpoints are written where a resume is exact, Ctrl-C is heard."""
+"""Between the steps: progress is shown, checkpoints fall where a resume is exact, Ctrl-C is heard."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from lorica.train.console import duration
 
 
 class CheckpointCallback(TrainerCallback):
-    """Decides when checkpoints are written, so that a run resumed from any of them goes on as if it had never stopped.
+    """Writes checkpoints where a run can be taken up as if it had never stopped.
 
-    One is written after each evaluation (by transformers' own rule), every `save_steps`, and when the user interrupts. Those that
-    would fall on an epoch's last step wait for the evaluation at the epoch's end: a run resumed from before it would never make it.
+    One is written after each evaluation (by transformers' own rule), every `save_steps`, and when the user
+    interrupts. Those that would fall on an epoch's last step wait for the evaluation at the epoch's end: a
+    run resumed from before
+    it would never make it.
 
     Args:
         save_steps: steps between checkpoints, or None.
@@ -191,4 +193,5 @@ class ProgressCallback(TrainerCallback):
         elapsed, done = time.perf_counter() - self._began, state.global_step - self._first_step
         tokens = (int(state.num_input_tokens_seen) - self._first_tokens) / max(elapsed, 1e-9)
         left = elapsed / max(done, 1) * (state.max_steps - state.global_step)
-        return f"step {state.global_step}/{state.max_steps}  loss {self._loss}  {tokens:,.0f} tokens/s  ETA {duration(left)}"
+        step = f"step {state.global_step}/{state.max_steps}"
+        return f"{step}  loss {self._loss}  {tokens:,.0f} tokens/s  ETA {duration(left)}"

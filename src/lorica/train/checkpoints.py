@@ -37,8 +37,9 @@ def last_checkpoint(directory: str | Path) -> Path | None:
 def is_complete(checkpoint: str | Path) -> bool:
     """Whether a checkpoint was written to the end.
 
-    The trainer's state is written last, so the checkpoint is whole if that file is: if it reads, and speaks of the step that the
-    folder is named after. The other files are looked for too, since a deletion may also be cut short.
+    The trainer's state is written last, so the checkpoint is whole if that file is: if it reads, and speaks
+    of the step that the folder is named after. The other files are looked for too, since a deletion may also
+    be cut short.
     """
     checkpoint = Path(checkpoint)
     try:

@@ -78,7 +78,8 @@ def find_texts(rows: Dataset, text: str | None, text_pair: str | None) -> tuple[
     if len(strings) == 1:
         return strings[0], None
     raise ConfigError(
-        f"cannot tell which column holds the text; name it with --data.text. The columns are: {listing(rows.column_names)}"
+        "cannot tell which column holds the text; name it with --data.text. The columns are: "
+        f"{listing(rows.column_names)}"
     )
 
 
@@ -96,12 +97,15 @@ def find_label(rows: Dataset, label: str | None) -> str:
         if name in columns:
             return columns[name]
     raise ConfigError(
-        f"cannot tell which column holds the label; name it with --data.label. The columns are: {listing(rows.column_names)}"
+        "cannot tell which column holds the label; name it with --data.label. The columns are: "
+        f"{listing(rows.column_names)}"
     )
 
 
 def label_names(rows: Dataset, column: str, where: str = "the training rows") -> list[str]:
-    """Names of the classes in the order of their ids: the data set's own if it has them, else the values in order.
+    """Names of the classes in the order of their ids.
+
+    They are the data set's own if it has any, else the values, sorted; numbers by size.
 
     Raises:
         FileError: a row has no label.
@@ -113,13 +117,14 @@ def label_names(rows: Dataset, column: str, where: str = "the training rows") ->
     values = {_value(value, row, column, where) for row, value in enumerate(rows[column])}
     if len(values) < 2:
         raise ConfigError(
-            f"all labels in column {column!r} of {where} are {next(iter(values))!r}; classification needs at least two classes"
+            f"all labels in column {column!r} of {where} are {next(iter(values))!r}; classification needs "
+            "at least two classes"
         )
     if len(values) > max(1000, len(rows) // 2):
         raise ConfigError(
-            f"column {column!r} of {where} has {len(values)} different values in {len(rows)} rows; that is no set of classes"
+            f"column {column!r} of {where} has {len(values)} different values in {len(rows)} rows; that is "
+            "no set of classes"
         )
-    # Numbers by size, so that class 10 comes after class 9.
     numeric = all(isinstance(value, int) for value in values)
     return [str(value) for value in (sorted(values) if numeric else sorted(map(str, values)))]
 
@@ -147,7 +152,8 @@ def label_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> l
         else:
             hint = nearest(str(value), names)
             raise ConfigError(
-                f"row {row + 1} of {where} has the label {value!r}, which the training rows do not have{hint or '; they have ' + listing(names)}"
+                f"row {row + 1} of {where} has the label {value!r}, which the training rows do not "
+                f"have{hint or '; they have ' + listing(names)}"
             )
     return result
 
@@ -173,7 +179,8 @@ def check_texts(rows: Dataset, columns: Sequence[str], where: str) -> None:
 def _check_named(rows: Dataset, name: str | None) -> None:
     if name is not None and name not in rows.column_names:
         raise ConfigError(
-            f"there is no column {name!r}{nearest(name, rows.column_names)}; the columns are: {listing(rows.column_names)}"
+            f"there is no column {name!r}{nearest(name, rows.column_names)}; the columns are: "
+            f"{listing(rows.column_names)}"
         )
 
 

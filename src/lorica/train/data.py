@@ -55,8 +55,8 @@ def load(data: DataConfig) -> Splits:
     """Read the rows that a configuration names.
 
     Args:
-        data: where they are. Where it names no validation or test rows, the split of that name beside the training rows is
-            taken; failing that, validation rows are drawn from the training rows.
+        data: where they are. Where it names no validation or test rows, the split of that name beside the
+            training rows is taken; failing that, validation rows are drawn from the training rows.
 
     Returns:
         The splits, none of them empty.
@@ -134,7 +134,8 @@ def _file(path: Path) -> Dataset:
     kind = _format(path)
     if kind is None:
         raise FileError(
-            f"cannot tell the format of {path} by its name; expected one of {', '.join(_FORMATS)} (or any of them .gz)"
+            f"cannot tell the format of {path} by its name; expected one of {', '.join(_FORMATS)} (or any "
+            "of them .gz)"
         )
     options = {}
     if kind == "csv":

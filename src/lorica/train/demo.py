@@ -31,11 +31,13 @@ from lorica.train.files import bytes_of, writable_directory, write_atomically
 from lorica.train.fitting import Interrupted, fit
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
-from lorica.train.run import Prepared, as_json, open_run, prepare, versions
+from lorica.train.run import Prepared, as_json, prepare, versions
+from lorica.train.use import open_run
 
 TITLES = {"frozen": "frozen encoder + head", "lora": "LoRA", "full": "full fine-tuning"}
 
-# Each way at a learning rate and length that suit it: the best of a search on the embedded data's validation rows.
+# Each way at a learning rate and length that suit it: the best of a search on the embedded data's validation
+# rows.
 TRAINING: Mapping[str, Mapping[str, Any]] = {
     "frozen": {"learning_rate": 2e-2, "epochs": 5},
     "lora": {"learning_rate": 1.5e-3, "epochs": 5},
@@ -92,12 +94,13 @@ def run_demo(recipe: Recipe, console: Console | None = None) -> Demo:
     """Train the three ways, then merge the adapter and compare.
 
     Args:
-        recipe: the model, the data, the batch size and the output folder. The method and its training are the demonstration's
-            own, unless `recipe.training.max_steps` cuts them short.
+        recipe: the model, the data, the batch size and the output folder. The method and its training are the
+            demonstration's own, unless `recipe.training.max_steps` cuts them short.
         console: where to show progress. None makes one.
 
     Returns:
-        The figures; they are also in ``results.json`` in the output folder, beside ``adapter/`` and ``merged/``.
+        The figures; they are also in ``results.json`` in the output folder, beside ``adapter/`` and
+        ``merged/``.
 
     Raises:
         LoricaError: the model or the data cannot be used, or the data has no test rows.
@@ -120,7 +123,8 @@ def run_demo(recipe: Recipe, console: Console | None = None) -> Demo:
     difference, scale, same = _merge(prepared, output)
     demo = Demo(rows, difference, scale, same, _commands(recipe, output))
     write_atomically(
-        output / "results.json", as_json({**dataclasses.asdict(demo), "recipe": prepared.recipe, "versions": versions()})
+        output / "results.json",
+        as_json({**dataclasses.asdict(demo), "recipe": prepared.recipe, "versions": versions()}),
     )
     return demo
 
@@ -136,7 +140,9 @@ def _in_own_process(method: str, recipe: Recipe) -> Row:
 
 def train_row(method: str, recipe: Recipe) -> Row | None:
     """Train and score one way, in the process that calls; None if the user interrupted it."""
-    training = dataclasses.replace(recipe.training, **{**TRAINING[method], "load_best": False, "report_to": []})
+    training = dataclasses.replace(
+        recipe.training, **{**TRAINING[method], "load_best": False, "report_to": []}
+    )
     recipe = dataclasses.replace(recipe, training=training)
     prepared = prepare(recipe)
     model = prepared.model
@@ -231,7 +237,9 @@ def _logits(model: PreTrainedModel, prepared: Prepared, batch: int = 64) -> torc
     rows = prepared.splits["test"].features.select_columns(columns)
     collate = prepared.task.collator(prepared.tokenizer)
     parts = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-    listed = [[{name: part[name][k] for name in columns} for k in range(len(part[columns[0]]))] for part in parts]
+    listed = [
+        [{name: part[name][k] for name in columns} for k in range(len(part[columns[0]]))] for part in parts
+    ]
     return torch.cat([model(**collate(part)).logits for part in listed])
 
 

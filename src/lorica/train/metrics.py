@@ -1,4 +1,4 @@
-"""Metrics over a whole set of predictions, by scikit-learn. A mean of per-batch scores is another number; none is taken here."""
+"""Metrics over a whole set of predictions, by scikit-learn; a mean over batches is another number."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def classification(predictions: ArrayLike, labels: ArrayLike) -> dict[str, float
         labels: (rows,) true class ids.
 
     Returns:
-        ``accuracy``; ``f1``, ``precision`` and ``recall`` weighted by how often each class occurs; ``f1_macro``, the plain mean over the classes.
-        A class that is never predicted counts as precision 0.
+        ``accuracy``; ``f1``, ``precision`` and ``recall`` weighted by how often each class occurs;
+        ``f1_macro``, the plain mean over the classes. A class that is never predicted counts as precision 0.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     scores = {

@@ -20,8 +20,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group a model's trainable parameters for an optimizer.
 
-    B starts at zero and A does not, and with one rate for both, the wider the layer, the less B learns; LoRA+ gives B a rate
-    ``loraplus_lr_ratio`` times that of A. Everything else (A, a new head, biases) trains at ``lr``.
+    B starts at zero and A does not, and with one rate for both, the wider the layer, the less B learns; LoRA+
+    gives B a rate ``loraplus_lr_ratio`` times that of A. Everything else (A, a new head, biases) trains at
+    ``lr``.
 
     Args:
         model: the model, adapted or not. Frozen parameters are left out.

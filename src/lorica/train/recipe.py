@@ -25,16 +25,22 @@ class DataConfig:
     """Where the rows come from, and which of their columns matter.
 
     Args:
-        train: training rows: a csv, tsv, json, jsonl (each also .gz) or parquet file; a folder of such files named after their splits; a
-            data set's name on the Hugging Face Hub; or "docstrings", the data set made from Python's own docstrings.
-        validation: validation rows, in any of these forms. None takes the split of that name from `train`, or a part of its rows.
+        train: training rows: a csv, tsv, json, jsonl (each also .gz) or parquet file; a folder of such files
+            named after their splits; a data set's name on the Hugging Face Hub; or "docstrings", the data set
+            made from Python's own
+            docstrings.
+        validation: validation rows, in any of these forms. None takes the split of that name from `train`, or
+            a part of its rows.
         test: test rows, in any of these forms. None takes the split of that name from `train`, if it has one.
         subset: configuration of a Hub data set that has several, such as "sst2" of "nyu-mll/glue".
         text: column of the text. None looks for the usual names.
-        text_pair: column of the second text, where a row is a pair. None looks for the usual names when `text` is None too.
+        text_pair: column of the second text, where a row is a pair. None looks for the usual names when
+            `text` is None too.
         label: column of the label. None looks for the usual names.
-        labels: names of the classes in the order of their ids. None takes those found in the training rows, sorted.
-        validation_fraction: share of the training rows set aside, in (0, 1), when there is no validation split; 0 sets none aside.
+        labels: names of the classes in the order of their ids. None takes those found in the training rows,
+            sorted.
+        validation_fraction: share of the training rows set aside, in (0, 1), when there is no validation
+            split; 0 sets none aside.
         split_seed: seed of that draw.
     """
 
@@ -65,23 +71,29 @@ class TrainingConfig:
         batch_size: rows a step on each device.
         eval_batch_size: rows a batch in evaluation, on each device.
         gradient_accumulation: batches whose gradients are added up for one step.
-        weight_decay: AdamW's decay of weight matrices, a step and unit of learning rate; biases and norms have none.
+        weight_decay: AdamW's decay of weight matrices, a step and unit of learning rate; biases and norms
+            have none.
         warmup_ratio: share of the steps, in [0, 1), over which the learning rate climbs to its peak.
-        lr_scheduler: course of the learning rate after that: "linear", "cosine", "constant", "constant_with_warmup", "polynomial" or "inverse_sqrt".
+        lr_scheduler: course of the learning rate after that: "linear", "cosine", "constant",
+            "constant_with_warmup", "polynomial" or "inverse_sqrt".
         max_grad_norm: norm to which larger gradients are scaled down; 0 leaves them.
         max_length: tokens kept of each row; how many rows are cut is reported.
         seed: seed of the new head, the adapter, the order of rows and dropout.
         eval_steps: steps between evaluations. None evaluates once an epoch.
         save_steps: steps between checkpoints, besides the one at each evaluation. None writes no others.
         save_total_limit: checkpoints to keep: the newest, and always the best.
-        early_stopping_patience: evaluations without a better result after which training stops. None never stops early.
-        metric_for_best: metric that decides which checkpoint is the best, "loss" included. None takes the task's own.
+        early_stopping_patience: evaluations without a better result after which training stops. None never
+            stops early.
+        metric_for_best: metric that decides which checkpoint is the best, "loss" included. None takes the
+            task's own.
         load_best: end with the best checkpoint instead of the last.
-        loraplus_lr_ratio: learning rate of B over that of A (LoRA+; Hayou et al., 2024, advise 2 to 16). None or 1 trains both at one rate.
+        loraplus_lr_ratio: learning rate of B over that of A (LoRA+; Hayou et al., 2024, advise 2 to 16). None
+            or 1 trains both at one rate.
         group_by_length: put rows of similar lengths into one batch, which saves padding.
         bf16: bfloat16 autocast. Needs a device that has it.
         fp16: float16 autocast with loss scaling. Needs a GPU.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more
+            time.
         logging_steps: steps between log entries.
         report_to: trackers that receive them: "tensorboard", "wandb", "mlflow", ... An empty list is none.
         arguments: any other fields of transformers.TrainingArguments, passed on as they are.
@@ -147,11 +159,13 @@ class Recipe:
 
     Args:
         task: what is learned; "sequence-classification", or a task registered by the user.
-        model: the pretrained model: a folder or a name on the Hugging Face Hub. The default is installed with lorica[demo] and needs no download.
+        model: the pretrained model: a folder or a name on the Hugging Face Hub. The default is installed with
+            lorica[demo] and needs no download.
         data: where the rows come from.
         method: what trains.
         training: how it trains.
-        output: folder for the adapter, the tokenizer, this recipe, results.json, checkpoints and TensorBoard's logs.
+        output: folder for the adapter, the tokenizer, this recipe, results.json, checkpoints and
+            TensorBoard's logs.
     """
 
     task: str = "sequence-classification"

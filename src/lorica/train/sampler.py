@@ -11,8 +11,8 @@ from torch.utils.data import Sampler
 class LengthGroupedSampler(Sampler[int]):
     """Draws rows at random, then sorts each stretch of fifty batches by length: little padding, still random.
 
-    The order hangs on the seed and the epoch alone, not on torch's global generator as transformers' own does; after a resume
-    the same rows follow as without one.
+    The order hangs on the seed and the epoch alone, not on torch's global generator as transformers' own
+    does; after a resume the same rows follow as without one.
 
     Args:
         lengths: length of each row, in tokens.
@@ -44,8 +44,8 @@ class LengthGroupedSampler(Sampler[int]):
         for start in range(0, len(order), stretch):
             rows = sorted(order[start : start + stretch], key=self.lengths.__getitem__, reverse=True)
             batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        # The short batch must stay last (a loader cuts the stream into equal parts); the others come in any order, or each
-        # stretch would run from long rows to short ones.
+        # The short batch must stay last (a loader cuts the stream into equal parts); the others come in any
+        # order, or each stretch would run from long rows to short ones.
         full = batches[:-1] if batches and len(batches[-1]) < self.batch_size else batches
         shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
         return (row for batch in shuffled + batches[len(full) :] for row in batch)

@@ -1,8 +1,9 @@
 """transformers' Trainer for adapted models.
 
-transformers' own Trainer already trains an adapted model and saves its adapter, since the model's `save_pretrained` does. What it cannot
-do is read the adapter back: to resume, and to end with the best checkpoint. `LoraTrainerMixin` adds the two, here and to TRL's
-trainers::
+transformers' own Trainer already trains an adapted model and saves its adapter, since the model's
+`save_pretrained` does. What it cannot do is read the adapter back: to resume, and to end with the best
+checkpoint. `LoraTrainerMixin` adds the two,
+here and to TRL's trainers::
 
     class LoraSFTTrainer(LoraTrainerMixin, trl.SFTTrainer): ...
 """
@@ -33,7 +34,8 @@ _HOOKS = ("_load_from_checkpoint", "_load_best_model")
 class LoraTrainerMixin(_Base):
     """Lets a trainer resume from adapter-only checkpoints, and end with the best of them.
 
-    Put it before the trainer it is mixed into. A model without adapters, FSDP and DeepSpeed take the trainer's own ways.
+    Put it before the trainer it is mixed into. A model without adapters, FSDP and DeepSpeed take the
+    trainer's own ways.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -89,7 +91,8 @@ class Trainer(LoraTrainerMixin, transformers.Trainer):
 
     Args:
         *args: as transformers' Trainer takes them.
-        loraplus_lr_ratio: learning rate of B over that of A; see `parameter_groups`. None trains both at one rate.
+        loraplus_lr_ratio: learning rate of B over that of A; see `parameter_groups`. None trains both at one
+            rate.
         **options: as transformers' Trainer takes them.
     """
 

@@ -56,7 +56,7 @@ class Task(ABC):
 
     @abstractmethod
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
-        """Fill in what the user left out (columns, labels) by looking at the training rows, and check what they gave."""
+        """Fill in columns and labels that the user left out by looking at the rows; check those given."""
 
     @abstractmethod
     def encode(
@@ -112,7 +112,7 @@ class Task(ABC):
         return tokenizer
 
     def model(self, name: str, data: DataConfig) -> PreTrainedModel:
-        """Load a pretrained model with this task's head; the head is new unless the model has one of that shape."""
+        """Load a pretrained model with this task's head, new unless the model has one of that shape."""
         try:
             model = getattr(transformers, self.auto_class).from_pretrained(
                 resolve_model(name), ignore_mismatched_sizes=True, **self.head(data)

@@ -40,7 +40,8 @@ class SequenceClassification(Task):
             raise ConfigError(f"data.labels must name at least two classes, each once, not {labels}")
         if len(set(label_ids(splits.train, label, labels, "the training rows"))) < 2:
             raise ConfigError(
-                f"all training rows have the same label in column {label!r}; classification needs at least two classes"
+                f"all training rows have the same label in column {label!r}; classification needs at least "
+                "two classes"
             )
         return replace(data, text=text, text_pair=text_pair, label=label, labels=labels)
 

@@ -1,0 +1,191 @@
+"""A trained model in use: opened from its folder, scored, and asked for predictions."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from lorica.checkpoint import is_adapter
+from lorica.errors import FileError
+from lorica.model import load
+from lorica.train import data as sources
+from lorica.train import tasks
+from lorica.train.checkpoints import last_checkpoint
+from lorica.train.fitting import score
+from lorica.train.quiet import quiet
+from lorica.train.recipe import Recipe
+from lorica.train.run import RECIPE
+from lorica.train.tasks import Task
+from lorica.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, ready to use.
+
+    Args:
+        recipe: what made it.
+        task: what it does.
+        tokenizer: its tokenizer.
+        model: the model, with its adapter, frozen.
+    """
+
+    recipe: Recipe
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+
+
+def open_run(directory: str | Path) -> Trained:
+    """Load what `train` left in a folder, or what ``lorica merge`` made of it.
+
+    Raises:
+        FileError: the folder is no such folder.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileError(f"there is no folder {directory}")
+    if not (directory / RECIPE).is_file():
+        raise FileError(
+            f"{directory} has no {RECIPE}, so it was not made by `lorica train`; expected that command's "
+            "--output folder"
+        )
+    recipe = Recipe.load(directory / RECIPE)
+    task = tasks.get(recipe.task)
+    with quiet():
+        tokenizer = task.tokenizer(str(directory))
+        if is_adapter(directory):
+            model = load(task.model(recipe.model, recipe.data), directory)
+        elif (directory / "config.json").is_file():
+            model = task.model(str(directory), recipe.data)
+        else:
+            hint = (
+                "; training did not finish: resume it with --resume"
+                if last_checkpoint(directory / "checkpoints")
+                else ""
+            )
+            raise FileError(f"{directory} holds neither an adapter nor a model{hint}")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return Trained(recipe, task, tokenizer, model.eval())
+
+
+def evaluate(directory: str | Path, test: str | None = None) -> dict[str, float]:
+    """Score a trained model.
+
+    Args:
+        directory: the folder that `train` filled.
+        test: rows to score it on, in any form that `DataConfig.train` takes. None takes the test rows of its
+            recipe.
+
+    Returns:
+        The task's metrics, the loss, and ``rows``, how many there were.
+
+    Raises:
+        FileError: the folder or the rows are missing.
+        ConfigError: the rows do not have the columns or labels that the model was trained on.
+    """
+    trained = open_run(directory)
+    recipe = trained.recipe
+    if test is not None:
+        rows = sources.load_test(test, recipe.data.subset)
+    else:
+        found = sources.load(recipe.data).test
+        if found is None:
+            raise FileError("the recipe has no test rows; name some with --data.test")
+        rows = found
+    with quiet():
+        encoded = trained.task.encode(
+            rows, recipe.data, trained.tokenizer, recipe.training.max_length, "the test rows"
+        )
+    with _trainer(trained) as trainer:
+        return {**score(trainer, encoded.features), "rows": len(encoded)}
+
+
+def predict(directory: str | Path, texts: Sequence[str] | str | Path) -> list[dict[str, Any]]:
+    """Predict with a trained model.
+
+    Args:
+        directory: the folder that `train` filled.
+        texts: texts, or a file of rows in any form that `DataConfig.train` takes; a ``.txt`` file holds one
+            text a line.
+
+    Returns:
+        A dictionary for each row: the texts, and what the task says of them, such as ``label`` and
+        ``probability``.
+
+    Raises:
+        FileError: the folder or the file is missing.
+        ConfigError: the rows do not have the columns that the model was trained on.
+    """
+    trained = open_run(directory)
+    recipe, task = trained.recipe, trained.task
+    if isinstance(texts, (str, Path)):
+        path = Path(texts)
+        if path.suffix == ".txt":
+            rows = task.rows(_lines(path), recipe.data)
+        else:
+            rows = next(iter(sources.read(str(path)).values()))
+    else:
+        rows = task.rows(texts, recipe.data)
+    if not len(rows):
+        raise FileError(
+            f"{texts} holds no rows to predict"
+            if isinstance(texts, (str, Path))
+            else "there is no text to predict"
+        )
+    with quiet():
+        encoded = task.encode(
+            rows, recipe.data, trained.tokenizer, recipe.training.max_length, "the rows", labelled=False
+        )
+        with _trainer(trained) as trainer:
+            outputs = trainer.predict(encoded.features).predictions  # type: ignore[arg-type]
+    columns = [name for name in (recipe.data.text, recipe.data.text_pair) if name is not None]
+    given = [
+        dict(zip(columns, row, strict=True)) for row in zip(*(rows[name] for name in columns), strict=True)
+    ]
+    return [{**row, **said} for row, said in zip(given, task.read(outputs, recipe.data), strict=True)]
+
+
+class _trainer:
+    """A trainer that only scores and predicts, and leaves no folder behind."""
+
+    def __init__(self, trained: Trained) -> None:
+        self._trained = trained
+        self._folder = tempfile.TemporaryDirectory()
+
+    def __enter__(self) -> Trainer:
+        args = TrainingArguments(
+            output_dir=self._folder.name,
+            per_device_eval_batch_size=self._trained.recipe.training.eval_batch_size,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trained = self._trained
+        trainer = Trainer(
+            model=trained.model,
+            args=args,
+            processing_class=trained.tokenizer,
+            data_collator=trained.task.collator(trained.tokenizer),
+            compute_metrics=trained.task.metrics,
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        return trainer
+
+    def __exit__(self, *error: object) -> None:
+        self._folder.cleanup()
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"cannot read {path}: {error}") from error

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorica
+from lorica.cli import COMMANDS, main, train
+from lorica.errors import LoricaError
+
+
+def test_help_is_light() -> None:
+    """Beyond `import lorica` itself, `lorica --help` imports the command line's own module alone."""
+    code = (
+        "import json, sys, lorica; before = set(sys.modules); from lorica.cli import main; main(['--help']); "
+        "print(json.dumps(sorted({name.split('.')[0] for name in set(sys.modules) - before})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"transformers", "datasets", "jsonargparse", "rich", "torch"} & set(
+        json.loads(done.stdout.splitlines()[-1])
+    )
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["help"]])
+def test_help_lists_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out and what in out for name, what in COMMANDS.items())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_helps(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: lorica {name}")
+
+
+def test_help_names_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "rows a step on each device. (type: int, default: 16)" in out
+    assert "rank of each update; the inner dimension of B·A. At least 1. (type: int, default: 8)" in out
+
+
+def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["trian"]) == 2
+    assert "there is no command 'trian'; did you mean 'train'?" in capsys.readouterr().err
+    assert main(["train", "--training.learning_rat", "3"]) == 2
+    assert (
+        "there is no option --training.learning_rat; did you mean 'training.learning_rate'"
+        in capsys.readouterr().err
+    )
+    assert main(["train", "--training.learning_rate", "fast"]) == 2
+    assert "learning_rate" in capsys.readouterr().err
+    assert main(["evaluate"]) == 2
+    assert main(["info", "one", "two"]) == 2
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lorica {lorica.__version__}\n"
+
+
+def test_an_error_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["info", str(tmp_path / "nowhere")]
+    assert main(argv) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    with pytest.raises(LoricaError):
+        main(["--debug", *argv])
+    with pytest.raises(LoricaError):
+        main([*argv, "--debug"])
+
+
+def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", interrupted)
+    assert main(["train"]) == 130
+
+
+def test_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["lorica", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("lorica", run_name="__main__")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("lorica ")

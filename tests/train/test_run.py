@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from train import tiny
+
+from lorica.errors import ConfigError, FileError, LoricaError
+from lorica.train import Recipe, evaluate, predict, train
+from lorica.train.run import as_json
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    model, data = tiny.write_model(folder / "model"), tiny.write_data(folder / "data")
+    recipe = tiny.recipe(model, data, folder / "out", epochs=15, load_best=False)
+    return train(recipe.replace(method={"r": 8, "lora_alpha": 16, "lora_dropout": 0.0})).output
+
+
+def test_the_folder_holds_everything(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "tokenizer.json",
+        "recipe.yaml",
+        "results.json",
+        "checkpoints",
+    }
+    assert not any(name.startswith(".") for name in names)
+    results = json.loads((run / "results.json").read_text())
+    assert set(results["metrics"]) == {"validation", "test"}
+    assert results["rows"] == {"train": 40, "validation": 12, "test": 12}
+    assert results["trainable"] == sum(
+        t.numel() for t in load_file(run / "adapter_model.safetensors").values()
+    )
+    assert results["checkpoint_bytes"] == (run / "adapter_model.safetensors").stat().st_size
+    assert set(results["versions"]) == {"lorica", "torch", "transformers"}
+
+
+def test_the_recipe_holds_what_was_found(run: Path) -> None:
+    recipe = Recipe.load(run / "recipe.yaml")
+    assert (recipe.data.text, recipe.data.label, recipe.data.labels) == ("text", "label", ["bad", "good"])
+
+
+def test_the_adapter_learned_and_scores_the_same_when_loaded(run: Path) -> None:
+    scores = evaluate(run)
+    results = json.loads((run / "results.json").read_text())["metrics"]["test"]
+    assert scores.pop("rows") == 12
+    assert scores == pytest.approx(results, abs=1e-6)
+    assert scores["accuracy"] >= 0.9
+
+
+def test_evaluate_on_other_rows(run: Path, tmp_path: Path) -> None:
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.sentences(20, seed=9))
+    assert evaluate(run, str(rows))["rows"] == 20
+    wrong = tiny.write_rows(tmp_path / "wrong.jsonl", [{"text": "great film", "label": "superb"}])
+    with pytest.raises(ConfigError, match="row 1 of the test rows has the label 'superb'"):
+        evaluate(run, str(wrong))
+
+
+def test_predict_texts_and_files(run: Path, tmp_path: Path) -> None:
+    texts = ["lovely great film", "awful grim plot"]
+    said = predict(run, texts)
+    assert [row["label"] for row in said] == ["good", "bad"]
+    assert [row["text"] for row in said] == texts
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in said)
+    (tmp_path / "lines.txt").write_text("\n".join(texts) + "\n\n")
+    assert predict(run, tmp_path / "lines.txt") == said
+    tiny.write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in texts])
+    assert predict(run, tmp_path / "rows.jsonl") == said
+
+
+def test_predict_refuses(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    for texts, message in (
+        ([], "no text"),
+        (tmp_path / "empty.txt", "no rows"),
+        (tmp_path / "none.txt", "cannot read"),
+    ):
+        with pytest.raises(FileError, match=message):
+            predict(run, texts)
+
+
+def test_folders_that_no_training_made(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="there is no folder"):
+        evaluate(tmp_path / "nowhere")
+    with pytest.raises(FileError, match=r"has no recipe.yaml"):
+        evaluate(tmp_path)
+
+
+def test_an_unfinished_run_says_so(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe()
+    output = train(recipe).output
+    (output / "adapter_config.json").unlink()
+    with pytest.raises(FileError, match="training did not finish: resume it with --resume"):
+        evaluate(output)
+
+
+def test_a_second_run_must_say_what_it_wants(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe(max_steps=2)
+    train(recipe)
+    with pytest.raises(LoricaError, match=r"holds a run already .*--resume.*--overwrite.*--output"):
+        train(recipe)
+    with pytest.raises(ConfigError, match="choose one"):
+        train(recipe, resume=True, overwrite=True)
+    with pytest.raises(ConfigError, match=r"another recipe: training.learning_rate was 0.01, now 0.5"):
+        train(recipe.replace(training={"learning_rate": 0.5}), resume=True)
+    assert train(recipe, resume=True).steps == 2
+    assert train(recipe.replace(training={"learning_rate": 0.5}), overwrite=True).steps == 2
+
+
+def test_the_same_seed_gives_the_same_file(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    def made(name: str, seed: int) -> bytes:
+        recipe = make_recipe(max_steps=3, seed=seed).replace(output=str(tmp_path / name))
+        return (train(recipe).output / "adapter_model.safetensors").read_bytes()
+
+    assert made("a", 0) == made("b", 0)
+    assert made("c", 1) != made("d", 0)
+
+
+def test_a_folder_that_cannot_be_written(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="cannot write to"):
+        train(make_recipe().replace(output=str(tmp_path / "file" / "run")))
+    if os.geteuid():
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(FileError, match="cannot write to"):
+            train(make_recipe().replace(output=str(tmp_path / "locked" / "run")))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a", "label": "x"}] * 4, "needs at least two classes"),
+        ([{"text": None, "label": "x"}, {"text": "a", "label": "y"}], "where a text is due"),
+        ([{"words": "a", "mark": "x"}, {"words": "a", "mark": "y"}], "cannot tell which column"),
+        ([{"text": "a", "label": None}, {"text": "a", "label": "y"}], "has no label"),
+    ],
+)
+def test_bad_rows_are_refused_before_anything_is_written(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, rows: list[dict[str, object]], message: str
+) -> None:
+    path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    recipe = make_recipe().replace(data={"train": str(path), "validation_fraction": 0.0})
+    with pytest.raises(LoricaError, match=message):
+        train(recipe)
+    assert not Path(recipe.output).exists()
+
+
+def test_a_label_that_only_the_test_rows_have(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    path = tiny.write_rows(tmp_path / "test.jsonl", [{"text": "a", "label": "new"}])
+    recipe = make_recipe().replace(data={"test": str(path)})
+    with pytest.raises(ConfigError, match="row 1 of the test rows has the label 'new'"):
+        train(recipe)
+    assert not Path(recipe.output).exists()
+
+
+def test_cut_rows_are_reported(
+    make_recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train(make_recipe(max_steps=1, max_length=5))
+    assert result.truncated["train"] > 0
+    assert (
+        f"{result.truncated['train']} of 40 train rows are cut to 5 tokens; the longest has 12"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_recipe_survives_as_it_was_written(run: Path) -> None:
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["method"]["target_modules"] == "all-linear"
+
+
+def test_what_has_no_form_in_json() -> None:
+    with pytest.raises(TypeError, match="object has no form in JSON"):
+        as_json({"x": object()})
