@@ -1,0 +1,108 @@
+"""One adapter for each row: every row computes, and trains, what it would alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from tiny import shake
+from torch import Tensor, nn
+
+import lorica
+from lorica.errors import AdapterError
+
+NAMES = ("topics", None, "tone", "topics", "long", None)
+
+
+class Doubling(nn.Linear):
+    """Keeps its own forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class Layers(nn.Module):
+    """One of each kind that rows can share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.up = nn.Linear(8, 12)
+        self.down = Doubling(12, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.conv(self.embed(tokens).transpose(1, 2)).transpose(1, 2)
+        return self.head(self.down(torch.tanh(self.up(x))).mean(1))
+
+
+@pytest.fixture
+def model() -> Any:
+    """Three adapters of different ranks and targets; "topics" has a head of its own."""
+    model = Layers()
+    oracle.adapted(model, "embed", "conv", "up", "down", name="topics", r=2, modules_to_save=["head"])
+    shake(model)
+    oracle.adapted(model, "up", "down", name="tone", r=3)
+    oracle.adapted(model, "up", name="long", r=7)
+    return model.eval()
+
+
+def one_by_one(model: nn.Module, tokens: Tensor, names: tuple[str | None, ...]) -> Tensor:
+    rows = []
+    for row, name in zip(tokens, names, strict=True):
+        with lorica.active(model, name or ()):
+            rows.append(model(row[None]))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    "names", [NAMES, ("tone",) * 6, (None,) * 6, ("tone", "tone", "long", "long", "topics", "topics")]
+)
+def test_every_row_is_what_it_would_be_alone(model: Any, names: tuple[str | None, ...], grad: bool) -> None:
+    tokens = torch.randint(20, (6, 5))
+    with torch.set_grad_enabled(grad):
+        expected = one_by_one(model, tokens, names)
+        with lorica.mixed(model, names):
+            torch.testing.assert_close(model(tokens), expected)
+            torch.testing.assert_close(model(tokens), expected)
+        assert not torch.allclose(expected, one_by_one(model, tokens, (None,) * 6)) or names == (None,) * 6
+
+
+def test_every_row_trains_its_own_adapter(model: Any) -> None:
+    tokens = torch.randint(20, (6, 5))
+    weights = torch.randn(6, 3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with lorica.mixed(model, NAMES):
+        got = torch.autograd.grad((model(tokens) * weights).sum(), trained)
+    expected = torch.autograd.grad((one_by_one(model, tokens, NAMES) * weights).sum(), trained)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_repeated_by_a_search_keep_their_adapter() -> None:
+    model, _ = oracle.adapted(nn.Sequential(nn.Linear(8, 6)), "0", name="a")
+    x = torch.randn(2, 8)
+    with torch.no_grad(), lorica.mixed(model, ["a", None]):
+        y = model(x.repeat_interleave(3, 0))
+    torch.testing.assert_close(y[::3], one_by_one(model, x, ("a", None)))
+    torch.testing.assert_close(y[0], y[2])
+
+
+def test_a_number_of_rows_that_does_not_fit() -> None:
+    model, _ = oracle.adapted(nn.Sequential(nn.Linear(8, 6)), "0", name="a")
+    with (
+        lorica.mixed(model, ["a", None]),
+        pytest.raises(AdapterError, match=r"2 adapters were named.*sees 3 rows"),
+    ):
+        model(torch.randn(3, 8))
+
+
+def test_it_ends_with_the_block(model: Any) -> None:
+    tokens = torch.randint(20, (6, 5))
+    expected = model(tokens)
+    with lorica.mixed(model, NAMES):
+        assert not torch.allclose(model(tokens), expected)
+    assert torch.equal(model(tokens), expected)
