@@ -48,6 +48,7 @@ def test_the_defaults_are_pefts() -> None:
         "r": 8,
         "lora_alpha": 8,
         "lora_dropout": 0.0,
+        "use_dora": False,
         "target_modules": None,
         "exclude_modules": None,
         "bias": "none",

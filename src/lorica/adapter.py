@@ -25,12 +25,14 @@ class Factors:
         B: (d_out, r); for an embedding (dim, r); for a convolution (channels_out, r / groups, 1, ...).
         scale: α/r or α/√r.
         kind: what sort of layer they belong to.
+        magnitude: (d_out,) with DoRA: the norm that each row of ``W0 + scale·B·A`` is brought to. Else None.
     """
 
     A: Tensor
     B: Tensor
     scale: float
     kind: Kind = "linear"
+    magnitude: Tensor | None = None
 
     @property
     def r(self) -> int:
@@ -61,11 +63,14 @@ class Adapter:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """All tensors by a name for messages: A and B of each module, then the extras."""
-        sides = {
-            f"{path} ({side})": t for path, f in self.factors.items() for side, t in (("A", f.A), ("B", f.B))
+        """All tensors by a name for messages: what each module has, then the extras."""
+        parts = {
+            f"{path} ({part})": tensor
+            for path, f in self.factors.items()
+            for part, tensor in (("A", f.A), ("B", f.B), ("magnitude", f.magnitude))
+            if tensor is not None
         }
-        return {**sides, **self.extras}
+        return {**parts, **self.extras}
 
     @property
     def numel(self) -> int:
@@ -83,7 +88,8 @@ class Adapter:
         Raises:
             AdapterError: naming each tensor that holds one.
         """
-        # A sum is finite only if all its terms are, and much cheaper than a look at each; it may overflow, though.
+        # A sum is finite only if all its terms are, and much cheaper than a look at each; it may overflow,
+        # though.
         suspects = {n: t for n, t in self.named_tensors().items() if not math.isfinite(t.sum().item())}
         bad = [name for name, t in suspects.items() if not torch.isfinite(t).all()]
         if bad:

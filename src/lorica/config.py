@@ -18,7 +18,6 @@ INITS = (True, False, "gaussian")
 # Fields that PEFT writes and lorica does not act on, with the values that ask for nothing. Any other value is
 # refused by name.
 _INERT: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,),
     "lora_bias": (False,),
     "use_qalora": (False,),
     "qalora_group_size": (16,),
@@ -46,6 +45,8 @@ class LoraConfig:
         exclude_modules: modules to leave out, matched like `target_modules`.
         bias: which of the base's biases train as well: ``"none"``, ``"all"``, or ``"lora_only"`` (those of
             the adapted layers).
+        use_dora: train the magnitude of each output's weights too, and let B·A turn their direction (Liu et
+            al., 2024).
         use_rslora: scale by α/√r, so that large ranks keep learning (Kalajdzievski, 2023).
         modules_to_save: modules trained and saved whole, such as a new classification head.
         init_lora_weights: how A and B start. True: A Kaiming-uniform, B zero; ``"gaussian"``: A normal with
@@ -73,6 +74,7 @@ class LoraConfig:
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     bias: str = "none"
+    use_dora: bool = False
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
@@ -215,7 +217,7 @@ def _check(config: LoraConfig) -> None:
         all(_is_number(alpha) and alpha > 0 for alpha in config.alpha_pattern.values()),
         "a map to positive numbers",
     )
-    for name in ("use_rslora", "fan_in_fan_out", "inference_mode"):
+    for name in ("use_dora", "use_rslora", "fan_in_fan_out", "inference_mode"):
         expect(name, isinstance(getattr(config, name), bool), "True or False")
     for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         value = getattr(config, name)

@@ -74,8 +74,8 @@ def low_rank(
 def fold(weight: Tensor, left: Tensor, right: Tensor, scale: float, *, out: Tensor | None = None) -> Tensor:
     """``weight + scale · left·right``, on the CPU by blocks of rows.
 
-    BLAS rounds a row differently with the number of rows it is given. Blocks that follow from the shape alone let
-    whoever holds only a few rows at a time come to the same bits.
+    BLAS rounds a row differently with the number of rows it is given. Blocks that follow from the shape alone
+    let whoever holds only a few rows at a time come to the same bits.
 
     Args:
         weight: (rows, columns).
@@ -97,7 +97,7 @@ def fold(weight: Tensor, left: Tensor, right: Tensor, scale: float, *, out: Tens
 
 
 def fold_rows(columns: int) -> int:
-    """Rows of a block of `fold`: about a million elements, and a multiple of sixteen, which keeps blocks aligned."""
+    """Rows of a block of `fold`: about a million elements, and a multiple of sixteen to keep blocks aligned."""
     return max(_FOLDED // max(columns, 1) // 16 * 16, 16)
 
 
@@ -106,8 +106,8 @@ def row_norm(
 ) -> Float[Tensor, " d_out"]:
     """Euclidean norm of each row of ``W0 + scale·B·A``, without forming it; no gradient flows through it.
 
-    ``‖W0‖² + 2·scale·Σ B⊙(W0·Aᵀ) + scale²·Σ (B·A·Aᵀ)⊙B``, row by row: two thin products instead of a matrix of
-    W0's size. In A's dtype, but the product with W0 in the lower of the two.
+    ``‖W0‖² + 2·scale·Σ B⊙(W0·Aᵀ) + scale²·Σ (B·A·Aᵀ)⊙B``, row by row: two thin products instead of a matrix
+    of W0's size. In A's dtype, but the product with W0 in the lower of the two.
     """
     with torch.no_grad():
         lower = min(weight.dtype, A.dtype, key=lambda dtype: dtype.itemsize)

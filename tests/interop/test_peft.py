@@ -74,6 +74,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("zoo", {"target_modules": ["conv2"]}),
     ("zoo", {"target_modules": ["conv3"]}),
     ("zoo", {"target_modules": ["linear", "table", "conv1", "conv2", "conv3"], "use_rslora": True}),
+    ("zoo", {"target_modules": ["linear", "table", "conv1", "conv2", "conv3"], "use_dora": True}),
+    ("gpt2", {"target_modules": ["c_attn", "c_fc"], "use_dora": True, "fan_in_fan_out": True}),
     (
         "zoo",
         {"target_modules": r"conv\d|linear", "rank_pattern": {"conv2": 5}, "alpha_pattern": {r"conv\d": 9}},

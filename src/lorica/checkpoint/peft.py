@@ -10,6 +10,7 @@ running what is in them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import re
@@ -35,8 +36,8 @@ CARD_FILE = "README.md"
 
 _PREFIX = "base_model.model."
 _SIDE = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<leaf>\.weight)?$")
+_MAGNITUDE = "lora_magnitude_vector"
 _UNSUPPORTED = {
-    "lora_magnitude_vector": "DoRA",
     "lora_bias": "a bias on B",
     "trainable_tokens_delta": "trained tokens",
     "lora_diag": "KaSA",
@@ -121,6 +122,10 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
         )
         side = "lora_embedding_" if factors.kind == "embedding" else "lora_"
         named[f"{owner}.{side}A{leaf}"], named[f"{owner}.{side}B{leaf}"] = factors.A, factors.B
+        if factors.magnitude is not None:
+            spatial = (1,) * (factors.A.dim() - 2)
+            shape = (1, -1, *spatial) if spatial else (-1,)
+            named[f"{owner}.{_MAGNITUDE}"] = factors.magnitude.reshape(shape)
     for name, tensor in adapter.extras.items():
         path, _, leaf = name.rpartition(".")
         named[f"{_PREFIX}{_wrap(path, wrapped, whole=True)}.{leaf}" if path else _PREFIX + leaf] = tensor
@@ -135,6 +140,7 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
             and wrong ranks.
     """
     halves: dict[tuple[str, Kind], dict[str, Tensor]] = {}
+    magnitudes: dict[str, Tensor] = {}
     extras: dict[str, Tensor] = {}
     problems: list[str] = []
     for key, tensor in tensors.items():
@@ -145,13 +151,14 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
             problems.append(f"{key}: belongs to {feature}, which lorica does not support here")
         elif not key.startswith(_PREFIX):
             problems.append(f"{key}: does not start with {_PREFIX!r}")
+        elif key.endswith(f".{_MAGNITUDE}"):
+            magnitudes[_path(key.removesuffix(f".{_MAGNITUDE}"))] = tensor.flatten()
         elif (hit := _SIDE.match(key)) is None:
-            name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
-            extras[name.replace(".modules_to_save.", ".")] = tensor
+            extras[_path(key).replace(".modules_to_save.", ".")] = tensor
         elif bool(hit["embedding"]) == bool(hit["leaf"]):
             problems.append(f"{key}: expected {'no ' if hit['embedding'] else ''}'.weight' at its end")
         else:
-            path = hit["path"].removeprefix(_PREFIX).replace(".base_layer.", ".")
+            path = _path(hit["path"])
             kind: Kind = "embedding" if hit["embedding"] else "conv" if tensor.dim() > 2 else "linear"
             halves.setdefault((path, kind), {})[hit["side"]] = tensor
     factors: dict[str, Factors] = {}
@@ -161,12 +168,23 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
         elif problem := _mismatch(sides["A"], sides["B"], config.rank(path), kind):
             problems.append(f"{path}: {problem}")
         else:
-            factors[path] = Factors(sides["A"], sides["B"], config.scale(path), kind)
+            magnitude = magnitudes.pop(path, None)
+            factors[path] = Factors(sides["A"], sides["B"], config.scale(path), kind, magnitude)
+            if config.use_dora and magnitude is None:
+                problems.append(f"{path}: {_MAGNITUDE} is missing, though use_dora is set")
+            elif magnitude is not None and not config.use_dora:
+                problems.append(f"{path}: has a {_MAGNITUDE}, though use_dora is not set")
+    problems += [f"{path}: {_MAGNITUDE} without lora_A and lora_B" for path in magnitudes]
     if not halves:
         problems.append("there is no lora_A or lora_B in it")
     if problems:
         raise AdapterError(f"the weights are not those of an adapter that lorica can use:\n{lines(problems)}")
     return Adapter(config, factors, extras)
+
+
+def _path(key: str) -> str:
+    """A module's path in the base, from PEFT's key for it."""
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
 
 
 def _mismatch(A: Tensor, B: Tensor, r: int, kind: Kind) -> str | None:
@@ -205,9 +223,7 @@ def _as_trained(adapter: Adapter, provenance: Mapping[str, Any]) -> Adapter:
     if "peft_version" not in provenance or not attention:
         return adapter
     doubled = {
-        path: Factors(f.A, f.B * 2, f.scale, f.kind)
-        for path, f in adapter.factors.items()
-        if path in attention
+        path: dataclasses.replace(f, B=2 * f.B) for path, f in adapter.factors.items() if path in attention
     }
     return Adapter(adapter.config, {**adapter.factors, **doubled}, adapter.extras)
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica import functional
-from lorica import functional
-from lorica.adapter import Kind
+from lorica.adapter import Factors, Kind
 from lorica.roster import Roster
 
 
@@ -137,8 +136,6 @@ class LoraLayer(SwappedModule):
     """Whether that parameter is stored (d_in, d_out)."""
     takes_dropout: ClassVar[bool] = True
     """Whether inputs can be dropped; not where the update is folded into the weight."""
-    dims_after_outputs: ClassVar[int] = 0
-    """Dimensions of the output after the one over d_out."""
     rows_differ: ClassVar[bool] = True
     """Whether rows of one batch can have adapters of their own."""
 
@@ -193,10 +190,9 @@ class LoraLayer(SwappedModule):
         ratio = self.ratio(name)
         if ratio is None:
             return update
-        ratio = ratio.to(base.dtype).view(-1, *(1 for _ in range(self.dims_after_outputs)))
-        bias = self._parameters.get("bias")
-        without = base if bias is None else base - bias.view(ratio.shape)
-        return ratio * update + (ratio - 1) * without
+        ratio, bias = self.along_outputs(ratio.to(base.dtype)), self._parameters.get("bias")
+        without_bias = base if bias is None else base - self.along_outputs(bias)
+        return ratio * update + (ratio - 1) * without_bias
 
     def update(self, name: str, x: Tensor) -> Tensor:
         """One adapter's low-rank update of the output, for the layer's input `x`."""
@@ -225,7 +221,7 @@ class LoraLayer(SwappedModule):
         return magnitudes[name].weight if name in magnitudes else None  # type: ignore[return-value]
 
     def ratio(self, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Magnitude over norm of each row of ``W0 + scale·B·A`` (d_out,); None for an adapter without magnitudes."""
+        """Magnitude over norm, for each row of ``W0 + scale·B·A`` (d_out,); None without magnitudes."""
         magnitude = self.magnitude_parameter(name)
         if magnitude is None:
             return None
@@ -248,6 +244,13 @@ class LoraLayer(SwappedModule):
             if name in getattr(self, own):
                 del getattr(self, own)[name]
         del self.scaling[name], self.lora_dropout[name]
+
+    def factors(self, name: str) -> Factors:
+        """The adapter's update as a value that shares memory with the parameters."""
+        A, B = self.factor_parameters(name)
+        magnitude = self.magnitude_parameter(name)
+        m = None if magnitude is None else magnitude.detach()
+        return Factors(A.detach(), B.detach(), self.scaling[name], self.kind, m)
 
     def check_mergeable(self) -> None:
         """Refuse a layer whose weight has no place for an update.
@@ -273,13 +276,27 @@ class LoraLayer(SwappedModule):
         self.check_mergeable()
         weight = self.base_weight.detach()
         precision = torch.promote_types(weight.dtype, torch.float32)
-        result = weight.to(precision).flatten(1)
+        W0 = result = weight.to(precision).flatten(1)
         present = [name for name in names if name in self.scaling]
         target = out.flatten(1) if out is not None and out.dtype == precision and len(present) == 1 else None
         for name in present:
             left, right = self.product(name, precision)
-            result = functional.fold(result, left, right, self.scaling[name], out=target)
+            ratio = self.ratio(name)
+            if ratio is None:
+                result = functional.fold(result, left, right, self.scaling[name], out=target)
+            else:
+                turned = functional.fold(W0, left, right, self.scaling[name], out=target)
+                turned *= self.along_rows(ratio.detach().to(precision))
+                result = turned if len(present) == 1 else result + (turned - W0)
         return result.view(weight.shape)
+
+    def along_outputs(self, vector: Tensor) -> Tensor:
+        """One number for each output (d_out,), shaped to multiply the layer's output."""
+        return vector
+
+    def along_rows(self, ratio: Tensor) -> Tensor:
+        """One number for each output (d_out,), shaped to multiply ``W0.flatten(1)``."""
+        return ratio if self.transposed else ratio.unsqueeze(1)
 
     def product(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The matrices whose product, times the scale, is the update laid out as ``W0.flatten(1)``."""

@@ -46,6 +46,9 @@ class LoraConv(LoraLayer):
         A, B, scale, p = self.update_of(name)
         return scale * self._point(self._down(functional.dropout(x, p), A.to(x.dtype)), B.to(x.dtype))
 
+    def along_outputs(self, vector: Tensor) -> Tensor:  # noqa: D102
+        return vector.view(-1, *(1 for _ in self.stride))
+
     def _down(self, x: Tensor, A: Tensor) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":

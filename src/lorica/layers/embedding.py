@@ -20,13 +20,16 @@ class LoraEmbedding(LoraLayer):
     An embedding is a linear layer on one-hot inputs, so dropping its input drops the whole update of a token.
     """
 
-    own_modules = ("lora_embedding_A", "lora_embedding_B")
+    own_modules = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     kind: ClassVar[Kind] = "embedding"
     transposed: ClassVar[bool] = True
-    store: ClassVar[type[nn.Module]] = nn.ParameterDict
     padding_idx: int | None
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
+
+    def prepare(self) -> None:  # noqa: D102
+        super().prepare()
+        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
 
     def factor_parameters(self, name: str) -> tuple[Parameter, Parameter]:  # noqa: D102
         return self.lora_embedding_A[name], self.lora_embedding_B[name]

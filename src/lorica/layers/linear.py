@@ -27,14 +27,18 @@ class LoraLinear(LoraLayer):
         """Apply the layer to ``(..., d_in)``; returns ``(..., d_out)``."""
         rows = self.roster.rows
         if rows is not None:
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or len(self.lora_magnitude_vector):
                 return super().forward(x)
             y = F.linear(x, *self._base())
             return rows.add_stacked_(y, x, self, self.scaling.keys(), partial(self._stack, y.dtype))
         names = self.acting()
         if len(names) != 1:
             return super().forward(x)
-        return functional.lora_linear(x, *self._base(), *self.update_of(names[0]))
+        A, B, scale, p = self.update_of(names[0])
+        ratio = self.ratio(names[0])
+        if ratio is not None:
+            return functional.dora_linear(x, *self._base(), A, B, ratio, scale, p)
+        return functional.lora_linear(x, *self._base(), A, B, scale, p)
 
     def update(self, name: str, x: Tensor) -> Tensor:  # noqa: D102
         return functional.low_rank(x, *self.update_of(name))
@@ -65,10 +69,14 @@ def presented(layer: LoraLayer) -> Tensor:
     names = layer.acting()
     if not names:
         return weight
-    result = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    W0 = result = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for name in names:
         A, B, scale, _ = layer.update_of(name)
-        result = torch.addmm(result, B, A, alpha=scale)
+        ratio = layer.ratio(name)
+        if ratio is None:
+            result = torch.addmm(result, B, A, alpha=scale)
+        else:
+            result = result + (ratio.unsqueeze(1) * torch.addmm(W0, B, A, alpha=scale) - W0)
     return result.to(weight.dtype)
 
 

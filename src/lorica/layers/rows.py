@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lorica.errors import AdapterError
 
-Update = Callable[[str, Tensor], Tensor]
-"""An adapter's name and the rows it acts on → its update of the output."""
+Effect = Callable[[str, Tensor, Tensor], Tensor]
+"""An adapter's name, rows of input, the base's rows of output → what the adapter adds to those."""
 Stack = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 """Adapters' names → their A (adapters, r, d_in) and scaled B (adapters, r, d_out), filled up to one rank."""
 
@@ -89,20 +89,20 @@ class Rows:
         index = None if as_it_stands else torch.tensor(order, dtype=torch.long, device=x.device)
         return Segments(tuple(rows), tuple(map(len, rows.values())), index)
 
-    def add(self, y: Tensor, x: Tensor, present: Collection[str], update: Update) -> Tensor:
-        """Add to the output of each row its adapter's update; differentiable.
+    def add(self, y: Tensor, x: Tensor, present: Collection[str], effect: Effect) -> Tensor:
+        """Add to the output of each row what its adapter adds; differentiable.
 
         Args:
             y: the base's output, rows first.
             x: the layer's input, rows first.
             present: adapters that have an update for this layer.
-            update: computes one.
+            effect: computes what one adds.
         """
         names, counts, order = self.segments(x, present)
         if not names:
             return y
-        parts = (x if order is None else x.index_select(0, order)).split(counts)
-        delta = torch.cat([update(name, part) for name, part in zip(names, parts, strict=True)]).to(y.dtype)
+        parts = ((t if order is None else t.index_select(0, order)).split(counts) for t in (x, y))
+        delta = torch.cat([effect(*segment) for segment in zip(names, *parts, strict=True)])
         return y + delta if order is None else y.index_add(0, order, delta)
 
     def add_stacked_(

@@ -12,7 +12,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn import Parameter
 
-from lorica import init
+from lorica import functional, init
 from lorica.config import LoraConfig
 from lorica.layers import LoraEmbedding
 from lorica.model import pretrained
@@ -155,7 +155,15 @@ def _fresh(target: Target, config: LoraConfig, seed: int) -> Mount:
         embedding=issubclass(target.layer, LoraEmbedding),
     )
     A, B = (parameter_for(target, factor, copy=False) for factor in (A, B))
-    return Mount(target, A, B, config.scale(target.path))
+    scale = config.scale(target.path)
+    return Mount(target, A, B, scale, _norms(target, A, B, scale) if config.use_dora else None)
+
+
+def _norms(target: Target, A: Parameter, B: Parameter, scale: float) -> Parameter:
+    """DoRA's magnitudes at the start: what leaves the weight as it is."""
+    weight = target.module._parameters[target.layer.weight_name]
+    assert weight is not None
+    return Parameter(functional.row_norm(target.layer.as_matrix(weight), A.flatten(1), B.flatten(1), scale))
 
 
 def _slots(root: nn.Module, roster: Roster, paths: Iterable[str]) -> dict[str, Parameter]:

@@ -54,6 +54,25 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
         )
 
 
+def check_magnitudes(place: Place, layer: type[LoraLayer]) -> None:
+    """Refuse DoRA on a module whose rows have no norm to bring to another.
+
+    Raises:
+        TargetError: naming the module.
+    """
+    path, module, _ = place
+    weight = module._parameters[layer.weight_name]
+    if weight is None or not weight.is_floating_point():
+        raise TargetError(
+            f"{path}: DoRA needs the norms of W0's rows, and this {type(module).__name__} packs its weight"
+        )
+    if getattr(module, "groups", 1) > 1:
+        raise TargetError(
+            f"{path}: in a grouped convolution the update and W0 see different channels, so no row has one "
+            "norm; leave it out, or set use_dora=False"
+        )
+
+
 def check_replaceable(path: str, module: nn.Module) -> None:
     """Refuse a module whose forward was replaced on the instance, where its class has no more say.
 

@@ -5,8 +5,7 @@ scale·B·A, computed in float32 and rounded once; the original parameter is set
 puts that same object back. While merged, the model's classes, module tree and keys are the base's own, so it
 runs, saves and compiles as the base does.
 
-    merge      W0 ──set aside──▶        switch     recompute from W0 + s·B'·A'        restore     W0 ◀──put
-    back──
+    merge     W0 ──set aside──▶      switch     W0 + s·B'·A' computed afresh      restore     W0 ◀──put back──
 """
 
 from __future__ import annotations
@@ -213,12 +212,23 @@ def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, row
     """
     W0, W = layer.base_weight.detach().flatten(1), stored.detach().flatten(1)
     products = [
-        (*layer.product(name, torch.float64), layer.scaling[name]) for name in names if name in layer.scaling
+        (*layer.product(name, torch.float64), layer.scaling[name], layer.ratio(name, torch.float64))
+        for name in names
+        if name in layer.scaling
     ]
     lost = total = 0.0
     for i in range(0, W0.shape[0], rows):
-        delta = torch.stack([scale * (left[i : i + rows] @ right) for left, right, scale in products]).sum(0)
-        lost += float((W[i : i + rows].double() - W0[i : i + rows].double() - delta).square().sum())
+        part = slice(i, i + rows)
+        base = W0[part].double()
+        delta = torch.zeros_like(base)
+        for left, right, scale, ratio in products:
+            update = scale * (left[part] @ right)
+            if ratio is not None:
+                ratio = layer.along_rows(ratio.detach())
+                ratio = ratio if layer.transposed else ratio[part]
+                update = ratio * (base + update) - base
+            delta += update
+        lost += float((W[part].double() - base - delta).square().sum())
         total += float(delta.square().sum())
     return (lost / total) ** 0.5 if total else 0.0
 

@@ -26,6 +26,7 @@ class Mount(NamedTuple):
     A: Parameter
     B: Parameter
     scale: float
+    magnitude: Parameter | None = None
 
 
 def open_for(model: nn.Module, name: str) -> tuple[nn.Module, Roster]:
@@ -92,9 +93,11 @@ def mount(
         setattr(root, ROSTER, roster)
         pretrained.enter(root)
     roster.configs[name] = config
-    for (_, module, layer), A, B, scale in mounts:
+    for (_, module, layer), A, B, scale, magnitude in mounts:
         host = module if isinstance(module, LoraLayer) else layer.take(module, roster)
         host.add_factors(name, _train(A, trainable), _train(B, trainable), scale, config.lora_dropout)
+        if magnitude is not None:
+            host.add_magnitude(name, _train(magnitude, trainable))
     if saved:
         roster.whole[name] = tuple(saved)
     for module in saved.values():

@@ -43,7 +43,10 @@ def extract(
         if name in layer.scaling:
             named = zip(layer.factor_names(name), layer.factor_parameters(name), strict=True)
             A, B = (value(f"{path}.{leaf}", parameter) for leaf, parameter in named)
-            factors[path] = Factors(A, B, layer.scaling[name], layer.kind)
+            magnitude = layer.magnitude_parameter(name)
+            if magnitude is not None:
+                magnitude = value(f"{path}.lora_magnitude_vector.{name}.weight", magnitude)
+            factors[path] = Factors(A, B, layer.scaling[name], layer.kind, magnitude)
     extras = {copy.base_name: value(copy.live_name, copy.tensor) for copy in trained_copies(root, name)}
     in_place = name in roster.active
     for path, parameter in roster.slots.get(name, {}).items():
