@@ -107,7 +107,7 @@ def outputs(model: nn.Module, name: str = "bert") -> Tensor:
     if not hasattr(model, "config"):
         return model(tokens())
     result = model(**batch(name))
-    return result.logits if hasattr(result, "logits") else result.last_hidden_state
+    return next(result[key] for key in ("logits", "start_logits", "last_hidden_state") if key in result)
 
 
 @torch.no_grad()
