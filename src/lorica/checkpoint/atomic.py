@@ -33,20 +33,20 @@ def replace_files(directory: Path, writers: Mapping[str, Writer]) -> None:
         with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as stage:
             for name, write in writers.items():
                 write(Path(stage) / name)
-                _flush(Path(stage) / name)
+                flush(Path(stage) / name)
             *_, key = writers
             with contextlib.suppress(FileNotFoundError):
                 (directory / key).unlink()
             for name in writers:
                 (Path(stage) / name).replace(directory / name)
-        _flush(directory)
+        flush(directory)
     except OSError as error:
         raise FileError(
             f"cannot write to {directory}: {error.strerror or error}; give a folder that can be written"
         ) from error
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the disk hold what was written: a rename must not overtake its content."""
     handle = os.open(path, os.O_RDONLY)
     try:

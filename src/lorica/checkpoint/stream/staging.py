@@ -1,0 +1,172 @@
+"""A folder that is written over minutes, may be interrupted at any moment, and goes on from there.
+
+OUT/.merging/manifest.json     what is being made of what, and which files are finished
+OUT/.merging/NAME.part         the file being written
+OUT/.merging/NAME              finished files, flushed to the disk before the manifest says so
+OUT/NAME                       all, moved here once every one is finished; what makes the folder load, last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from lorica.checkpoint.atomic import flush
+from lorica.errors import FileError, listing
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps a second process out
+    fcntl = None
+
+FOLDER = ".merging"
+_MANIFEST = "manifest.json"
+
+
+class Staging:
+    """The unfinished content of a folder."""
+
+    def __init__(self, out: Path, job: Mapping[str, Any], done: dict[str, Any]) -> None:
+        self.out, self.folder, self._job, self._done = out, out / FOLDER, dict(job), done
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, out: Path, job: Mapping[str, Any], *, resume: bool) -> Iterator[Self]:
+        """Begin to fill a folder, or go on where another process stopped.
+
+        Args:
+            out: new, empty, or left unfinished by the same job.
+            job: what decides the content, as JSON; the same job may go on.
+            resume: False throws away what an unfinished one left.
+
+        Raises:
+            FileError: the folder holds something else, another process is at it, or it cannot be written.
+        """
+        folder = out / FOLDER
+        if out.exists() and not out.is_dir():
+            raise FileError(f"{out} is a file; choose a new folder")
+        if out.is_dir() and not folder.is_dir() and any(out.iterdir()):
+            raise FileError(f"{out} is there already and not empty; choose a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(out, folder):
+            before = _read_manifest(folder)
+            done = before.get("done", {})
+            # Before a first file is finished there is nothing to tell apart, and nothing to lose.
+            if done and resume and before["job"] != job:
+                raise FileError(_other_job(out, before["job"], job))
+            stage = cls(out, job, done)
+            if not resume or not done:
+                stage._clear()
+            stage._write_manifest()
+            yield stage
+
+    def record(self, name: str) -> Any:
+        """What was noted when the file was finished; None if it was not, or is no longer what it was."""
+        note = self._done.get(name)
+        return note["record"] if note and self._is_intact(name) else None
+
+    def part(self, name: str) -> Path:
+        """Where to write a file before it is finished."""
+        path = self.folder / f"{name}.part"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def finish(self, name: str, record: Any) -> None:
+        """Take a file as finished, once the disk has it.
+
+        Args:
+            name: of the file, written to `part`.
+            record: JSON to be had again from `record`.
+        """
+        part, path = self.part(name), self.folder / name
+        flush(part)
+        part.replace(path)
+        flush(path.parent)
+        self._done[name] = {"identity": _identity(path), "record": record}
+        self._write_manifest()
+
+    def publish(self, names: Sequence[str]) -> None:
+        """Move the finished files to their places, in this order, and remove everything else.
+
+        What makes the folder load comes last; until then nobody takes it for whole.
+        """
+        for name in names:
+            if (self.folder / name).is_file():
+                (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+                (self.folder / name).replace(self.out / name)
+        flush(self.out)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove what is unfinished."""
+        (self.folder / _MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.out.rmdir()  # only if nothing is in it
+
+    def _clear(self) -> None:
+        for name in self._done:
+            (self.out / name).unlink(missing_ok=True)
+        self._done.clear()
+        self._write_manifest()
+        for path in self.folder.iterdir():
+            if path.name not in (_MANIFEST, _LOCK):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _is_intact(self, name: str) -> bool:
+        for path in (self.folder / name, self.out / name):
+            with contextlib.suppress(FileNotFoundError):
+                return _identity(path) == self._done[name]["identity"]
+        return False
+
+    def _write_manifest(self) -> None:
+        path = self.folder / _MANIFEST
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"job": self._job, "done": self._done}), encoding="utf-8")
+        flush(part)
+        part.replace(path)
+
+
+_LOCK = "lock"
+
+
+@contextlib.contextmanager
+def _alone(out: Path, folder: Path) -> Iterator[None]:
+    """Keep every other process out; a killed one does so no longer."""
+    with (folder / _LOCK).open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FileError(
+                    f"another process is writing to {out}; wait for it, or choose another folder"
+                ) from None
+        yield
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise FileError(
+            f"{folder / _MANIFEST} is damaged: {error}; remove {folder} and start again"
+        ) from error
+
+
+def _other_job(out: Path, before: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    differ = [key for key in {**before, **job} if before.get(key) != job.get(key)]
+    return (
+        f"{out} holds an unfinished merge of other inputs (not the same: {listing(differ)}); choose a new "
+        "folder, or start again with resume=False"
+    )
+
+
+def _identity(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
