@@ -11,7 +11,7 @@ here and to TRL's trainers::
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -22,6 +22,7 @@ from lorica.errors import LoricaError
 from lorica.model import adapters, load_weights
 from lorica.train.optimizer import parameter_groups
 from lorica.train.sampler import LengthGroupedSampler
+from lorica.train.token_loss import TokenLossMixin
 
 if TYPE_CHECKING:
     _Base = transformers.Trainer
@@ -86,14 +87,17 @@ class LoraTrainerMixin(_Base):
         return True
 
 
-class Trainer(LoraTrainerMixin, transformers.Trainer):
+class Trainer(LoraTrainerMixin, TokenLossMixin, transformers.Trainer):
     """transformers' Trainer, with adapter checkpoints, LoRA+ and an order of rows that a resume keeps.
+
+    The loss of a language model is averaged over the target tokens of all the batches of a step, and computed without the
+    matrix of logits.
 
     Args:
         *args: as transformers' Trainer takes them.
         loraplus_lr_ratio: learning rate of B over that of A; see `parameter_groups`. None trains both at one
             rate.
-        **options: as transformers' Trainer takes them.
+        **options: as transformers' Trainer takes them, and `chunked_loss` (see `TokenLossMixin`).
     """
 
     def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **options: Any) -> None:
@@ -101,12 +105,14 @@ class Trainer(LoraTrainerMixin, transformers.Trainer):
         self.loraplus_lr_ratio = loraplus_lr_ratio
         super().__init__(*args, **options)
 
-    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+    def get_optimizer_cls_and_kwargs(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any, model: Any = None
+    ) -> tuple[Any, dict[str, Any]]:
         """The optimizer's class and arguments, with LoRA+'s parameter groups where they are asked for."""
         optimizer, options = super().get_optimizer_cls_and_kwargs(args, model)
         if self.loraplus_lr_ratio is not None:
             options["params"] = parameter_groups(
-                model if model is not None else self.model,
+                cast(nn.Module, self.model if model is None else model),
                 lr=args.learning_rate,
                 weight_decay=args.weight_decay,
                 loraplus_lr_ratio=self.loraplus_lr_ratio,
@@ -115,7 +121,8 @@ class Trainer(LoraTrainerMixin, transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         # Not `train_dataset`: the column of lengths, which no model's forward names, is gone from it by now.
-        rows, column = self.train_dataset, self.args.length_column_name
+        rows: Any = self.train_dataset
+        column = self.args.length_column_name
         grouped = self.args.train_sampling_strategy == "group_by_length"
         if not grouped or self.args.world_size > 1 or column not in getattr(rows, "column_names", ()):
             return super()._get_train_sampler(train_dataset)
