@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from train import tiny
 from transformers import AutoModelForSequenceClassification
 
@@ -100,7 +102,7 @@ def test_ctrl_c_prints_how_to_resume(
         calls += 1
         if calls == 5:
             os.kill(os.getpid(), signal.SIGINT)
-        return super(LoraTrainerMixin, self).training_step(*args, **options)
+        return transformers.Trainer.training_step(self, *args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(LoraTrainerMixin, "training_step", pressed, raising=False)

@@ -68,13 +68,13 @@ def truncated_state(n: int) -> None:
     """Die in the middle of writing the n-th trainer_state.json."""
     calls = 0
 
-    def save(self: Any, path: str) -> None:
+    def save(self: Any, json_path: str) -> None:
         nonlocal calls
         calls += 1
         if calls == n:
-            Path(path).write_text('{"global_step": ')
+            Path(json_path).write_text('{"global_step": ')
             die()
-        original(self, path)
+        original(self, json_path)
 
     original = transformers.TrainerState.save_to_json
     transformers.TrainerState.save_to_json = save

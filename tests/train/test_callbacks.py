@@ -37,11 +37,12 @@ def start(recipe: Recipe, console: Console | None = None, **options: Any) -> Fit
 
 class PressCtrlC(TrainerCallback):
     def __init__(self, step: int, times: int = 1) -> None:
-        self.step, self.times = step, times
+        self.step = step
+        self.times = times
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
-            for _ in range(self.times):
+            for _press in range(self.times):
                 os.kill(os.getpid(), signal.SIGINT)
 
 

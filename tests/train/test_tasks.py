@@ -115,7 +115,8 @@ def test_read_gives_names_and_probabilities() -> None:
 
 def test_metrics_take_the_logits_of_models_that_return_more() -> None:
     logits = np.array([[0.0, 1.0], [1.0, 0.0]])
-    outcome = EvalPrediction(predictions=(logits, np.zeros((2, 3))), label_ids=np.array([1, 1]))
+    outputs: Any = (logits, np.zeros((2, 3)))
+    outcome = EvalPrediction(predictions=outputs, label_ids=np.array([1, 1]))
     assert TASK.metrics(outcome)["accuracy"] == 0.5
 
 

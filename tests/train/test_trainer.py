@@ -102,7 +102,7 @@ def test_ends_with_the_best_checkpoint(
         "greater_is_better": True,
     }
     # The highest loss counts as the best, so that the best checkpoint is not the last one.
-    one = trainer(kind, tiny_model, tmp_path, metric_for_best_model="loss", **options)
+    one: Any = trainer(kind, tiny_model, tmp_path, metric_for_best_model="loss", **options)
     one.train()
     best = one.state.best_model_checkpoint
     assert best is not None

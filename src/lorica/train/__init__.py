@@ -49,7 +49,27 @@ _PLACES = {
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
-__all__ = sorted(_PLACE_OF)
+__all__ = [
+    "DataConfig",
+    "Fit",
+    "Interrupted",
+    "LoraTrainerMixin",
+    "Prepared",
+    "Recipe",
+    "Result",
+    "Task",
+    "Trainer",
+    "TrainingConfig",
+    "evaluate",
+    "fit",
+    "last_checkpoint",
+    "open_run",
+    "parameter_groups",
+    "predict",
+    "prepare",
+    "register",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -46,7 +46,7 @@ class CheckpointCallback(TrainerCallback):
         """Save if a step's count or the user says so."""
         if self.save_steps is not None and state.global_step % self.save_steps == 0:
             control.should_save = True
-        at_end = state.epoch is not None and state.epoch == int(state.epoch)
+        at_end = state.epoch == int(state.epoch)
         if at_end or control.should_training_stop:
             self._due, control.should_save = control.should_save, False
         elif self.interrupted:
@@ -56,7 +56,7 @@ class CheckpointCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Save what waited; of an epoch cut short by the user, nothing is evaluated or saved again."""
-        whole = state.epoch is not None and state.epoch == int(state.epoch)
+        whole = state.epoch == int(state.epoch)
         if self.interrupted and not whole:
             control.should_evaluate = control.should_save = control.should_log = False
         elif self._due or self.interrupted:
@@ -175,7 +175,7 @@ class ProgressCallback(TrainerCallback):
         shown = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
         kept = [name for name in ("loss", "accuracy", "f1") if name in shown]
         line = "  ".join(f"{name} {shown[name]:.4f}" for name in kept)
-        self.console.print(f"{self.title}  epoch {state.epoch or 0:.2f}  validation: {line}")
+        self.console.print(f"{self.title}  epoch {state.epoch:.2f}  validation: {line}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

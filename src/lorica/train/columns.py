@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -189,12 +190,12 @@ def _is_text(rows: Dataset, column: str) -> bool:
 
 
 def _value(value: Any, row: int, column: str, where: str) -> int | str:
-    if value is None or value == "" or value != value:
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         raise FileError(f"row {row + 1} of {where} has no label in column {column!r}")
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, float):
-        if value != int(value):
+        if not value.is_integer():
             raise ConfigError(
                 f"row {row + 1} of {where} has the label {value}; classes must be names or whole numbers"
             )

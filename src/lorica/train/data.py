@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict
@@ -137,7 +138,7 @@ def _file(path: Path) -> Dataset:
             f"cannot tell the format of {path} by its name; expected one of {', '.join(_FORMATS)} (or any "
             "of them .gz)"
         )
-    options = {}
+    options: dict[str, Any] = {}
     if kind == "csv":
         # The word "NA" or "null" is text like any other.
         options = {"sep": "\t" if ".tsv" in path.suffixes else ",", "keep_default_na": False}

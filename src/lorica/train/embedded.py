@@ -136,7 +136,7 @@ def _collect(sources: list[tuple[str, Path]]) -> dict[str, list[tuple[str, str]]
     for digest, text in sorted((hashlib.sha256(text.encode()).hexdigest(), text) for text in owners):
         if len(owners[text]) == 1:  # a text that two modules share has no right answer
             split = next(name for name, share in _SPLITS.items() if int(digest, 16) % 100 in share)
-            rows[split].append((text, *owners[text]))
+            rows[split].append((text, owners[text].pop()))
     return rows
 
 

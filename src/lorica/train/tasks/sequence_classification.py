@@ -58,11 +58,12 @@ class SequenceClassification(Task):
         """Tokenize the texts, without padding; count those that were too long."""
         columns = [name for name in (data.text, data.text_pair) if name is not None]
         check_texts(rows, columns, where)
-        texts = [list(rows[name]) for name in columns]
+        texts = list(rows[columns[0]])
+        pairs = list(rows[columns[1]]) if len(columns) == 2 else None
         limit = min(max_length, tokenizer.model_max_length)
         # Tokenized once in full, to know what was cut: it is a small part of the time that one epoch takes.
-        lengths = [len(ids) for ids in tokenizer(*texts, truncation=False, verbose=False)["input_ids"]]
-        features = dict(tokenizer(*texts, truncation=True, max_length=limit))
+        lengths = [len(ids) for ids in tokenizer(texts, pairs, truncation=False, verbose=False)["input_ids"]]
+        features = dict(tokenizer(texts, pairs, truncation=True, max_length=limit))
         features["length"] = [len(ids) for ids in features["input_ids"]]
         if labelled:
             if data.label not in rows.column_names:
