@@ -97,7 +97,7 @@ def fold(weight: Tensor, left: Tensor, right: Tensor, scale: float, *, out: Tens
 
 
 def fold_rows(columns: int) -> int:
-    """Rows of a block of `fold`: about a million elements, and a multiple of sixteen to keep blocks aligned."""
+    """Rows of a block of `fold`: about a million elements, and a multiple of sixteen for alignment."""
     return max(_FOLDED // max(columns, 1) // 16 * 16, 16)
 
 

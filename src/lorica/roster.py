@@ -92,13 +92,14 @@ class Roster:
         names = tuple(dict.fromkeys(names))
         taken: set[str] = set()
         for name in names:
-            for path in (*self.slots.get(self.known(name), ()), *self.whole.get(name, ())):
-                if path in taken:
+            own = {*self.slots.get(self.known(name), ()), *self.whole.get(name, ())}
+            for path in own:
+                if any(_overlap(path, other) for other in taken):
                     raise AdapterError(
                         f"{listing(map(repr, names))} cannot act together: each brings its own {path}; "
                         "updates of rank r add up, parameters trained whole do not"
                     )
-                taken.add(path)
+            taken |= own
         incoming = {path: p for name in names for path, p in self.slots.get(name, {}).items()}
         for path, parameter in self.originals.items():
             place(root, path, parameter)
@@ -114,3 +115,8 @@ def place(root: nn.Module, path: str, parameter: Parameter) -> Parameter:
     assert before is not None
     parameters[leaf] = parameter
     return before
+
+
+def _overlap(path: str, other: str) -> bool:
+    """Whether one path is the other, or inside it."""
+    return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")

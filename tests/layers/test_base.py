@@ -18,7 +18,8 @@ from tiny import Toy, outputs, record, tokens
 from torch import Tensor, nn
 
 import lorica
-from lorica.errors import TargetError
+from lorica import LoraConfig
+from lorica.errors import AdapterError, StateError, TargetError
 from lorica.layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear, layer_class, swapped_class
 
 EVERYTHING = ("embed", "up", "down", "head")
@@ -299,3 +300,46 @@ class TestNotYetAdaptable:
         self.refused(
             nn.Sequential(nn.LazyConv1d(3, 2)), "0", "0 is a LazyConv1d whose shape is not known yet"
         )
+
+
+class TestForwardsOfTheirOwn:
+    """A layer that does more than multiply by its weight cannot take its update into the weight."""
+
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    class Logged(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            assert input.dim() == 2
+            return super().forward(input)
+
+    class Squared(nn.Conv1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) ** 2
+
+    @pytest.mark.parametrize("layer", [Doubled(5, 4), Squared(5, 4, 3)])
+    def test_merging_is_refused_and_nothing_changes(self, layer: nn.Module) -> None:
+        model = nn.Sequential(layer)
+        lorica.adapt(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        before, weight = copy.deepcopy(model.state_dict()), layer.weight
+        with pytest.raises(StateError, match=r"0: .* does more than multiply by its weight"):
+            lorica.merge(model)
+        assert layer.weight is weight
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+    def test_merging_is_right_where_it_only_multiplies(self) -> None:
+        model = nn.Sequential(self.Logged(5, 4))
+        lorica.adapt(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+        x = torch.randn(3, 5)
+        y = model(x)
+        lorica.merge(model)
+        torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bias_of_one_adapter_and_the_whole_module_of_another_cannot_act_together() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 2)})
+    lorica.adapt(model, LoraConfig(r=1, target_modules=["body"], bias="all"), "biases")
+    lorica.adapt(model, LoraConfig(r=1, target_modules=["body"], modules_to_save=["head"]), "whole")
+    with pytest.raises(AdapterError, match="each brings its own head"):
+        lorica.active(model, ["biases", "whole"])

@@ -73,7 +73,10 @@ def write(adapter: Adapter, directory: str | Path) -> Path:
     folder = Path(directory)
     tensors = {key: t.detach().cpu().contiguous() for key, t in to_tensors(adapter).items()}
     # One memory block may stand under two names only as copies.
-    tensors = {key: t.clone() if _shares(t, key, tensors) else t for key, t in tensors.items()}
+    first: dict[int, str] = {}
+    for key, tensor in tensors.items():
+        if first.setdefault(tensor.untyped_storage().data_ptr(), key) != key:
+            tensors[key] = tensor.clone()
     text = json.dumps({**adapter.config.to_dict(), "inference_mode": True}, indent=2, sort_keys=True) + "\n"
     card = model_card(adapter, folder / CARD_FILE)
     writers = {
@@ -268,13 +271,6 @@ def _named_tensors(data: object) -> dict[str, Tensor]:
     if isinstance(data, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in data.items()):
         return dict(data)
     raise ValueError(f"it should hold tensors by name, not a {type(data).__name__} of something else")
-
-
-def _shares(tensor: Tensor, key: str, tensors: Mapping[str, Tensor]) -> bool:
-    first = next(
-        k for k, t in tensors.items() if t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
-    )
-    return first != key and tensor.numel() > 0
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

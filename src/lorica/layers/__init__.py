@@ -52,7 +52,8 @@ def layer_class(module: nn.Module, parent: nn.Module | None = None) -> type[Lora
     # seconds.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     if pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D):
-        return LoraConv1D
+        own_forward = type(module).forward is not pytorch_utils.Conv1D.forward
+        return None if own_forward else LoraConv1D
     return None
 
 

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from lorica import functional
 from lorica.adapter import Factors, Kind
+from lorica.errors import StateError
 from lorica.roster import Roster
 
 
@@ -44,6 +45,7 @@ class SwappedModule(nn.Module):
     """
 
     base_class: ClassVar[type[nn.Module]]
+    swapped_by: ClassVar[type[SwappedModule]]
     label: ClassVar[str] = "Lora"
     """Prefix of the joined class's name."""
     own_modules: ClassVar[tuple[str, ...]] = ()
@@ -70,6 +72,18 @@ class SwappedModule(nn.Module):
 
     def prepare(self) -> None:
         """Add the mixin's own modules and attributes, empty."""
+
+    def check_own_class(self) -> None:
+        """Refuse to swap back a class that was changed again since.
+
+        Raises:
+            StateError: it was, as `fully_shard` does.
+        """
+        if type(self) is not swapped_class(self.mixin(), self.base_class):
+            raise StateError(
+                f"{type(self).__name__} is no class of lorica's: something else (fully_shard?) changed it "
+                "since the model was adapted; gather the model first, or do this before sharding"
+            )
 
     def leave(self) -> LayerState:
         """Become the original class again; returns what `enter` needs to undo that."""
@@ -99,14 +113,16 @@ class SwappedModule(nn.Module):
     @classmethod
     def mixin(cls) -> type[SwappedModule]:
         """What `swapped_class` joined with the module's own class."""
-        return cls.__mro__[1]
+        return cls.swapped_by
 
 
 @functools.cache
 def swapped_class(mixin: type[SwappedModule], base: type[nn.Module]) -> type[SwappedModule]:
     """The class that joins a mixin with a module's own class; made once for each pair."""
     return type(
-        f"{mixin.label}{base.__name__}", (mixin, base), {"base_class": base, "__module__": base.__module__}
+        f"{mixin.label}{base.__name__}",
+        (mixin, base),
+        {"base_class": base, "swapped_by": mixin, "__module__": base.__module__},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,6 +13,7 @@ from lorica import functional
 from lorica.adapter import Kind
 from lorica.errors import StateError, TargetError
 from lorica.layers.base import LoraLayer
+from lorica.layers.probe import check_multiplies, has_own_forward
 
 
 class LoraConv(LoraLayer):
@@ -27,6 +29,7 @@ class LoraConv(LoraLayer):
     dilation: tuple[int, ...]
     groups: int
     padding_mode: str
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     _reversed_padding_repeated_twice: list[int]
 
     @classmethod
@@ -63,14 +66,19 @@ class LoraConv(LoraLayer):
         """As `LoraLayer.check_mergeable`.
 
         Raises:
-            StateError: the convolution is grouped; its update sees all channels and has no place in its
-                weight.
+            StateError: the convolution is grouped, and its update sees all channels; or its forward does more
+                than convolve.
         """
         if self.groups > 1:
             raise StateError(
                 f"a convolution with {self.groups} groups cannot be merged: the update sees every "
                 "input channel, its weight only a group's"
             )
+        if has_own_forward(self.base_class):
+            weight = self.base_weight
+            field = (d * (k - 1) + 4 for d, k in zip(self.dilation, weight.shape[2:], strict=True))
+            x = torch.randn(1, weight.shape[1], *field, dtype=weight.dtype, device=weight.device)
+            check_multiplies(self, x, lambda x, change: self._conv_forward(x, change, None))
 
 
 def _convolve(kernel: Tensor) -> Callable[..., Tensor]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorica import functional
 from lorica.errors import StateError
 from lorica.layers.base import LoraLayer
+from lorica.layers.probe import check_multiplies, has_own_forward
 
 
 class LoraOpaque(LoraLayer):
@@ -25,10 +28,13 @@ class LoraOpaque(LoraLayer):
         """As `LoraLayer.check_mergeable`.
 
         Raises:
-            StateError: the weight is packed.
+            StateError: the weight is packed, or the forward does more than multiply by it.
         """
         if not self.base_weight.is_floating_point():
             raise StateError(
                 f"a quantized {self.base_class.__name__}, whose weight cannot take an update; merge into the "
                 "original base"
             )
+        if has_own_forward(self.base_class):
+            x = torch.randn(4, self.factor_shapes(self, 1)[0][1], dtype=self.base_weight.dtype)
+            check_multiplies(self, x.to(self.base_weight.device), F.linear)

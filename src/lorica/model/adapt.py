@@ -25,7 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def adapt(model: M, config: LoraConfig | None = None, name: str = "default", *, seed: int | None = None) -> M:
-    """Put a new adapter on a model, in place; it acts at once, and only it trains.
+    """Put a new adapter on a model, in place; it acts at once, and trains.
 
     Targeted layers change class where they stand (`nn.Linear` → `LoraLinear`) and gain A and B; the base is
     frozen. At the start B is zero, so the model computes what it did.
@@ -73,11 +73,13 @@ def detach(model: M, name: str | None = None) -> M:
 
     Raises:
         AdapterError: no such adapter.
-        StateError: the model carries no adapter, or some are merged.
+        StateError: the model carries no adapter, some are merged, or it was sharded since.
     """
     root, roster = adapted(model)
     roster.check_unmerged("detach an adapter")
     gone = tuple(roster.configs) if name is None else (roster.known(name),)
+    for swapped in (*lora_layers(root).values(), *saved_modules(root).values()):
+        swapped.check_own_class()
     roster.activate(root, tuple(n for n in roster.active if n not in gone))
     for layer in lora_layers(root).values():
         for n in gone:

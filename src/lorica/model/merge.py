@@ -116,6 +116,8 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> MergeRe
     chosen = roster.active
     try:
         layers = lora_layers(root)
+        for module in (*layers.values(), *saved_modules(root).values()):
+            module.check_own_class()
         merged = {
             path: _merged_parameter(path, layer, chosen) for path, layer in layers.items() if layer.acting()
         }
