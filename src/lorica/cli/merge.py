@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorica.cli.parsing import Parser
+from lorica.errors import FileError, LoricaWarning
+
+if TYPE_CHECKING:
+    from lorica.checkpoint.stream import StreamReport
 
 
 def parser() -> Parser:
@@ -24,6 +31,17 @@ def parser() -> Parser:
         default="auto",
         help="dtype of the merged model: float32, bfloat16, float16, or auto, which keeps the base's",
     )
+    result.add_argument(
+        "--stream",
+        action="store_true",
+        help="merge file by file in a few megabytes of memory, without loading the model; given again, the "
+        "same command goes on where it was interrupted",
+    )
+    result.add_argument(
+        "--restart",
+        action="store_true",
+        help="with --stream: throw away what an interrupted merge left, and start afresh",
+    )
     return result
 
 
@@ -33,16 +51,82 @@ def run(argv: list[str]) -> int:
 
     from lorica.train.console import make_console, size
     from lorica.train.files import bytes_of
-    from lorica.train.merging import merge_checkpoint
 
-    report, out = merge_checkpoint(parsed.base, parsed.adapter, parsed.out, dtype=parsed.dtype)
-    path, worst = report.worst
     console = make_console()
-    lines = str(report).splitlines()
-    for line in lines[:11]:
+    if parsed.stream:
+        report, out = _stream(parsed), parsed.out
+    else:
+        from lorica.train.merging import merge_checkpoint
+
+        report, out = merge_checkpoint(parsed.base, parsed.adapter, parsed.out, dtype=parsed.dtype)
+    path, worst = report.worst
+    head, *lines = str(report).splitlines()
+    layers = lines[: len(report.layers)]
+    console.print(head)
+    for line in layers[:10]:
         console.print(line)
-    if len(lines) > 11:
-        console.print(f"  ... and {len(lines) - 11} more layers that lost less")
+    if len(layers) > 10:
+        console.print(f"  ... and {len(layers) - 10} more layers that lost less")
+    for line in lines[len(layers) :]:
+        console.print(line)
     console.print(f"worst: {path}, {worst:.2e} of its update")
-    console.print(f"wrote a plain checkpoint of {size(bytes_of(out))} to {out}")
+    console.print(f"wrote a plain checkpoint of {size(bytes_of(Path(out)))} to {out}")
     return 0
+
+
+def _stream(parsed: Any) -> StreamReport:
+    """Merge on disk, with a bar, and warnings told in one line each."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    from lorica.checkpoint import stream
+    from lorica.train.console import make_console
+
+    notes = make_console(stderr=True)
+    dtype = None if parsed.dtype == "auto" else parsed.dtype
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with warnings.catch_warnings(), Progress(*columns, console=notes, disable=not notes.is_terminal) as bar:
+        warnings.simplefilter("always", LoricaWarning)
+        warnings.showwarning = lambda message, *_args, **_kwargs: notes.print(f"warning: {message}")
+        task = bar.add_task("merge", total=None)
+        return stream.merge(
+            _folder(parsed.base),
+            parsed.adapter,
+            parsed.out,
+            dtype=dtype,
+            resume=not parsed.restart,
+            config=_labels(Path(parsed.adapter)),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _labels(adapter: Path) -> dict[str, Any]:
+    """What an adapter's recipe says of its head, as `config.json` has it."""
+    from lorica.train import tasks
+    from lorica.train.recipe import Recipe
+
+    if not (adapter / "recipe.yaml").is_file():
+        return {}
+    recipe = Recipe.load(adapter / "recipe.yaml")
+    head = tasks.get(recipe.task).head(recipe.data)
+    head.pop("num_labels", None)  # as many as there are names
+    return json.loads(json.dumps(head))  # whose keys are text
+
+
+def _folder(base: str) -> Path:
+    """The base's folder: itself, or where the Hub's client keeps it."""
+    from lorica.train.embedded import resolve_model
+
+    found = Path(resolve_model(base))
+    if found.is_dir():
+        return found
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(base, allow_patterns=kinds))
+    except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileError(
+            f"cannot find the base {base!r}: no such folder, and the Hub says: {reason}"
+        ) from error

@@ -1,8 +1,7 @@
 """Merging an adapter into a checkpoint on disk, in a few megabytes of memory, without making the model.
 
-    base/model-00001-of-00004.safetensors ──┐ rows ──▶ float32 ──▶ + scale·B·A ──▶ rounded once ──┐
-    adapter ────────────────────────────────┘                                                      ▼
-    base/config.json, tokenizer, ... ──────────────────────────────▶ out/  as the base's, file by file
+    base/model-*.safetensors ── rows ──▶ float32 ── + scale·B·A ──▶ rounded once ──▶ out/model-*.safetensors
+    base/config.json, tokenizer, ... ─────────────────────────────────────────────▶ out/config.json, ...
 
 What comes out has the bits of `lorica.merge` followed by `save_pretrained`.
 """
@@ -13,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +88,7 @@ def merge(
     *,
     dtype: torch.dtype | str | None = None,
     resume: bool = True,
+    config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> StreamReport:
     """Fold an adapter into a checkpoint on disk and write the merged checkpoint, a block of rows at a time.
@@ -103,6 +103,7 @@ def merge(
         out: folder to write; new, empty, or left by an interrupted merge of the same inputs.
         dtype: what floating-point tensors are stored as, such as ``"float32"``; None keeps each one's own.
         resume: False starts afresh where an interrupted merge left something.
+        config: entries to set in `config.json`, such as the names of a new head's classes.
         progress: called with the bytes of weights written so far, and of all.
 
     Returns:
@@ -123,13 +124,13 @@ def merge(
     folder = None if isinstance(adapter, Adapter) else Path(adapter)
     value = adapter if isinstance(adapter, Adapter) else read(adapter)
     value.check_finite()
-    plan = make_plan(value, open_checkpoint(base), folder, _dtype(dtype))
+    plan = make_plan(value, open_checkpoint(base), folder, _dtype(dtype), config or {})
     warn_of_rounding(plan)
     job = {
         "format": _FORMAT,
         "adapter": _fingerprint(value),
         "base": {name: list(shard.identity) for name, shard in plan.base.shards.items()},
-        "config": hashlib.sha256(json.dumps(plan.base.config).encode()).hexdigest(),
+        "config": hashlib.sha256(json.dumps([plan.base.config, config]).encode()).hexdigest(),
         "dtype": str(_dtype(dtype)),
     }
     try:
@@ -138,8 +139,8 @@ def merge(
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise FileError(
-            f"cannot merge {base} into {out}: {error.strerror or error}{where}; what is finished is kept, and the "
-            "same call goes on from there"
+            f"cannot merge {base} into {out}: {error.strerror or error}{where}; what is finished is "
+            "kept, and the same call goes on from there"
         ) from error
     return StreamReport(
         out,

@@ -129,8 +129,9 @@ def _place_extra(
 def _place_factors(
     result: Placement, adapter: Adapter, base: Checkpoint, path: str, factors: Factors
 ) -> list[str]:
-    there = result.names.to_file(path)
-    rows = factors.B.shape[0]
+    if factors.magnitude is not None:
+        return [f"{path}: its magnitudes (DoRA) scale whole rows and columns; merge it in memory"]
+    there, rows = result.names.to_file(path), factors.B.shape[0]
     if name := whole(there, base.home):
         entry = base.entry(name)
         transposed = _is_transposed(adapter, base, path, factors, entry)

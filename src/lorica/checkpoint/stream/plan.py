@@ -27,8 +27,8 @@ from lorica.checkpoint.stream.shards import (
 from lorica.errors import AdapterError, ConfigError
 
 CONFIG = "config.json"
-# Weights in other forms are not the merged ones, and some readers would take them first; an adapter that lies in
-# the base's folder would be applied on top.
+# Weights in other forms are not the merged ones, and some readers would take them first; an adapter in the
+# base's folder would be applied on top.
 _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|tflite|ot|npz)(\.index\.json)?$"
     r"|^adapter_config\.json$"
@@ -152,7 +152,13 @@ class Plan:
         return [(shard, piece) for shard in self.shards for piece in shard.pieces if piece.updates]
 
 
-def make_plan(adapter: Adapter, base: Checkpoint, folder: Path | None, dtype: torch.dtype | None) -> Plan:
+def make_plan(
+    adapter: Adapter,
+    base: Checkpoint,
+    folder: Path | None,
+    dtype: torch.dtype | None,
+    config: Mapping[str, Any],
+) -> Plan:
     """Plan the merged checkpoint.
 
     Args:
@@ -160,6 +166,7 @@ def make_plan(adapter: Adapter, base: Checkpoint, folder: Path | None, dtype: to
         base: what to merge it into.
         folder: the adapter's, whose tokenizer is taken if it has one.
         dtype: what floating-point tensors are stored as; None keeps each one's own.
+        config: entries of `config.json` to set.
 
     Raises:
         AdapterError: with the whole list of what has no place in the base.
@@ -175,13 +182,19 @@ def make_plan(adapter: Adapter, base: Checkpoint, folder: Path | None, dtype: to
             "two that differ; set tie_word_embeddings to what is right and merge again"
         )
     shards = _shards(placement, base, dtype)
-    config = _config(adapter, placement, base, dtype)
-    texts = {} if config == base.config else {CONFIG: json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+    changed = {**_config(adapter, placement, base, dtype), **config}
+    texts = (
+        {} if changed == base.config else {CONFIG: json.dumps(changed, indent=2, ensure_ascii=False) + "\n"}
+    )
     if base.index:
         name, content = base.index
-        texts[name] = json.dumps(_index(content, shards, base), indent=2, ensure_ascii=False) + "\n"
+        texts[name] = _text(_index(content, shards, base))
     files, left_out = _files(base, folder, texts)
     return Plan(base, shards, texts, files, left_out, (tie.head, tie.table) if tie and tie.table else ())
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _shards(placement: Placement, base: Checkpoint, dtype: torch.dtype | None) -> tuple[ShardPlan, ...]:

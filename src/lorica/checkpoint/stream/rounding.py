@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -42,15 +43,15 @@ def warn_of_rounding(plan: Plan) -> None:
         share, half = (
             (sum(loss.lost[kept] for loss in found) / total) ** 0.5 for kept in (dtype, torch.float16)
         )
-        if share < _EATEN:
+        if not _EATEN <= share < math.inf:  # what overflows is refused when it is written
             continue
         worst = max(found, key=lambda loss: loss.lost[dtype] / loss.update)
         most = (worst.lost[dtype] / worst.update) ** 0.5
         float16 = f"float16 would lose {half:.1%}, " if half < share else ""
         warnings.warn(
-            f"stored as {short(dtype)}, rounding takes about {share:.0%} of the update ({most:.0%} of that of "
-            f"{worst.label}), so small is it beside the weights; {float16}float32 would lose next to nothing. "
-            "Choose another dtype, or keep the adapter apart",
+            f"stored as {short(dtype)}, rounding takes about {share:.0%} of the update ({most:.0%} of that "
+            f"of {worst.label}), so small is it beside the weights; {float16}float32 would lose next to "
+            "nothing. Choose another dtype, or keep the adapter apart",
             LoricaWarning,
             stacklevel=3,
         )
