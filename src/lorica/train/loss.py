@@ -105,9 +105,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             gradients = list(torch.autograd.grad(part, inputs, allow_unused=True))
             if d_hidden is not None:
                 d_hidden[rows] = gradients.pop(0)
-            for i, gradient in enumerate(gradients):
-                if gradient is not None:
-                    d_parameters[i] = _add(d_parameters[i], gradient)
+            d_parameters = [_sum(*pair) for pair in zip(d_parameters, gradients, strict=True)]
         ctx.save_for_backward(d_hidden, *d_parameters)
         return loss
 
@@ -122,7 +120,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return None, d_hidden, None, None, None, None, *d_parameters
 
 
-def _add(total: Tensor | None, gradient: Tensor) -> Tensor:
+def _sum(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    if gradient is None:
+        return total
+    # A copy: autograd may hand one tensor to two parameters.
     return gradient.clone() if total is None else total.add_(gradient)
 
 

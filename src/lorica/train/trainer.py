@@ -90,8 +90,8 @@ class LoraTrainerMixin(_Base):
 class Trainer(LoraTrainerMixin, TokenLossMixin, transformers.Trainer):
     """transformers' Trainer, with adapter checkpoints, LoRA+ and an order of rows that a resume keeps.
 
-    The loss of a language model is averaged over the target tokens of all the batches of a step, and computed without the
-    matrix of logits.
+    The loss of a language model is averaged over the target tokens of all the batches of a step, and
+    computed without the matrix of logits.
 
     Args:
         *args: as transformers' Trainer takes them.
