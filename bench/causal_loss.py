@@ -25,13 +25,14 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
 
 import lorica
 from lorica.train import Trainer
-from lorica.train.loss import CHUNK, chunked_cross_entropy
+from lorica.train.loss import CHUNK, LinearHead, chunked_cross_entropy
 
 VOCABULARY, TOKENS, WIDTH = 50_257, 2_048, 768
 PLAIN, OWN, TORCH, TORCH_AUTO = "plain", "lorica", f"torch, chunks of {CHUNK}", "torch, its own chunks"
@@ -61,7 +62,7 @@ def plain(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 def own(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """lorica's, as its Trainer uses it."""
-    return chunked_cross_entropy(lambda x: F.linear(x, weight), hidden, target, [weight])
+    return chunked_cross_entropy(LinearHead(weight), hidden, target)
 
 
 def by_torch(**options: Any) -> Loss:
@@ -244,17 +245,18 @@ def _gradient(make: Callable[[], Any], rows: int, batches: int, *, chunked_loss:
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         torch.nn.init.normal_(parameter, std=0.02)
-    before = [p.detach().clone() for p in trained]
+    found: list[Tensor] = []
+
+    class Read(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            found.extend(p.grad.flatten().clone() for p in trained if p.grad is not None)
+
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=batches,
             max_steps=1,
-            # Plain descent at rate 1: the step is the gradient.
-            optim="sgd",
-            learning_rate=1.0,
-            lr_scheduler_type="constant",
             max_grad_norm=0.0,
             train_sampling_strategy="sequential",
             save_strategy="no",
@@ -267,9 +269,10 @@ def _gradient(make: Callable[[], Any], rows: int, batches: int, *, chunked_loss:
             args=args,
             train_dataset=_rows(),
             data_collator=default_data_collator,
+            callbacks=[Read()],
             chunked_loss=chunked_loss,
         ).train()
-    return torch.cat([(old - new.detach()).flatten() for old, new in zip(before, trained, strict=True)])
+    return torch.cat(found)
 
 
 def _rows() -> Any:

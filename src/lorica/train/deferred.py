@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorica.layers import SwappedModule
-from lorica.train.loss import CHUNK, chunked_cross_entropy
+from lorica.layers import SavedModule, SwappedModule
+from lorica.train.loss import CHUNK, LinearHead, chunked_cross_entropy
 
 Step = Callable[[Tensor], Tensor]
 
@@ -31,7 +31,7 @@ class Head(NamedTuple):
     """How to compute logits.
 
     Args:
-        compute: the head's own forward.
+        compute: the head's own forward, or its weights where it is a plain linear layer.
         parameters: those of its parameters that train.
         chunk: tokens whose logits may exist at once.
         on_whole: told the name of an operation for which all of them had to be computed.
@@ -69,7 +69,10 @@ class DeferredLogits(Tensor):
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """The logits of some rows of hidden, steps included."""
-        logits = self.head.compute(hidden)
+        return self.after(self.head.compute(hidden))
+
+    def after(self, logits: Tensor) -> Tensor:
+        """The steps, applied to some rows of computed logits."""
         for step in self.steps:
             logits = step(logits)
         return logits
@@ -135,7 +138,9 @@ def deferred_logits(
         # In the present grad mode: autocast would keep a weight cast under no_grad, and it would never train.
         sample = compute(hidden.new_empty(0, hidden.shape[-1])).detach()
         parameters = tuple(p for p in head.parameters() if p.requires_grad)
-        return DeferredLogits(Head(compute, parameters, chunk, on_whole), hidden, sample)
+        return DeferredLogits(
+            Head(_linear(head, compute) or compute, parameters, chunk, on_whole), hidden, sample
+        )
 
     vars(head)["forward"] = forward
     try:
@@ -145,6 +150,16 @@ def deferred_logits(
             del vars(head)["forward"]
         else:
             vars(head)["forward"] = before
+
+
+def _linear(head: nn.Module, compute: Callable[..., Tensor]) -> LinearHead | None:
+    """The head's weights, or those of its acting copy, where it does nothing but multiply by them."""
+    if isinstance(head, SavedModule):
+        twin = head.acting_copy()
+        return _linear(twin, twin.forward) if twin is not None else None
+    if isinstance(head, nn.Linear) and getattr(compute, "__func__", None) is nn.Linear.forward:
+        return LinearHead(head.weight, head.bias)
+    return None
 
 
 def _whole(item: Any, name: str) -> Any:
@@ -224,10 +239,11 @@ def _cross_entropy(
     ):
         return NotImplemented
     return chunked_cross_entropy(
-        logits.logits_of,
+        logits.head.compute,
         logits.hidden,
         target,
         logits.head.parameters,
+        after=logits.after,
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,

@@ -12,7 +12,8 @@ multiplied by it later. Nothing is computed twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +26,29 @@ CHUNK = 256
 """Tokens whose logits exist at once: enough rows for a product at full speed, an eighth of 2,048."""
 
 
+class LinearHead(NamedTuple):
+    """A linear head, whose gradients can be added where they belong without a copy for each chunk.
+
+    Args:
+        weight: (classes, width).
+        bias: (classes,), or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The logits of some rows."""
+        return F.linear(x, self.weight, self.bias)
+
+
 def chunked_cross_entropy(
     head: Callable[[Tensor], Tensor],
     hidden: Float[Tensor, "tokens width"],
     target: Int[Tensor, " tokens"],
     parameters: Sequence[Tensor] = (),
     *,
+    after: Callable[[Tensor], Tensor] = lambda logits: logits,
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -38,16 +56,18 @@ def chunked_cross_entropy(
 ) -> Float[Tensor, ""]:
     """The cross-entropy of ``head(hidden)``, with the logits of few tokens at a time.
 
-    Loss and gradients equal those of ``F.cross_entropy(head(hidden), target)``. The loss is summed in float32
-    or better; the gradient of a half-precision parameter of the head is rounded once a chunk. Gradients can
-    be
-    taken again (``retain_graph``), but not differentiated.
+    Loss and gradients equal those of ``F.cross_entropy(after(head(hidden)), target)``. The loss is summed in
+    float32 or better; the gradient of a half-precision parameter of the head is rounded once a chunk.
+    Gradients can be taken again (``retain_graph``).
 
     Args:
-        head: makes logits (n, classes) of rows (n, width), each row by itself.
+        head: makes logits (n, classes) of rows (n, width), each row by itself. One that trains takes
+            least memory as a `LinearHead`.
         hidden: what the head reads.
         target: class of each row, or `ignore_index`.
-        parameters: what `head` reads besides and whose gradient is wanted; others of it get none.
+        parameters: what `head` reads besides and whose gradient is wanted; others of it get none. A
+            `LinearHead` brings its own.
+        after: what becomes of logits before their loss, such as softcapping; each row by itself.
         ignore_index: target of rows that do not count. The head never sees them.
         reduction: "sum", or "mean" over the rows that count (nan where none does).
         label_smoothing: share of the target's probability spread over all classes, in [0, 1].
@@ -64,10 +84,12 @@ def chunked_cross_entropy(
     kept = (target != ignore_index).nonzero().squeeze(1)
     if len(kept) < len(target):
         hidden, target = hidden.index_select(0, kept), target.index_select(0, kept)
+    if isinstance(head, LinearHead):
+        parameters = [p for p in head if p is not None]
     wanted = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
     differentiable = torch.is_grad_enabled() and (hidden.requires_grad or bool(wanted))
     loss: Tensor = _ChunkedCrossEntropy.apply(
-        head, hidden, target, label_smoothing, chunk, differentiable, *wanted
+        head, after, hidden, target, label_smoothing, chunk, differentiable, *wanted
     )
     return loss / len(kept) if reduction == "mean" else loss
 
@@ -79,6 +101,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         head: Callable[[Tensor], Tensor],
+        after: Callable[[Tensor], Tensor],
         hidden: Tensor,
         target: Tensor,
         label_smoothing: float,
@@ -89,12 +112,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants_hidden = differentiable and hidden.requires_grad
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_parameters: list[Tensor | None] = [None] * len(parameters)
+        if isinstance(head, LinearHead) and parameters and not torch.is_autocast_enabled(hidden.device.type):
+            sums = [torch.zeros_like(p) if p is not None and p.requires_grad else None for p in head]
+            d_parameters = [total for total in sums if total is not None]
+            head = partial(_AddingLinear.apply, *head, *sums)
         loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             with torch.set_grad_enabled(differentiable):
                 x = hidden[rows].detach().requires_grad_(wants_hidden)
-                logits = head(x)
+                logits = after(head(x))
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 part = F.cross_entropy(logits, target[rows], reduction="sum", label_smoothing=label_smoothing)
             del logits
@@ -117,7 +144,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 "F.cross_entropy(head(hidden), target), or pass chunked_loss=False to the Trainer"
             )
         d_hidden, *d_parameters = (_scaled(d, d_loss) for d in ctx.saved_tensors)
-        return None, d_hidden, None, None, None, None, *d_parameters
+        return None, None, d_hidden, None, None, None, None, *d_parameters
+
+
+class _AddingLinear(torch.autograd.Function):
+    """A linear layer that adds its parameters' gradients to `d_weight` and `d_bias`, where given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        d_weight: Tensor | None,
+        d_bias: Tensor | None,
+        x: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sums = d_weight, d_bias
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        d_weight, d_bias = ctx.sums
+        if d_weight is not None:
+            d_weight.addmm_(dy.t(), x)
+        if d_bias is not None:
+            d_bias.add_(dy.sum(0))
+        return None, None, None, None, dy @ weight if ctx.needs_input_grad[4] else None
 
 
 def _sum(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
