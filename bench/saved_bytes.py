@@ -24,12 +24,14 @@ def main() -> None:
     for model_name, make in MODELS.items():
         counts: dict[str, dict[str, int]] = {}
         for setting, (dtype, dropout) in SETTINGS.items():
-            models: dict[str, nn.Module] = {FULL: make().to(dtype)}
+            models: dict[str, nn.Module] = {FULL: make().to(dtype=dtype)}
             for name, adapt in PEERS.items():
                 if name == "loralib" and dtype != torch.float32:
                     continue  # its factors are in the base's dtype or its products do not run
-                models[name] = adapt(make().to(dtype), ALL_LINEAR, r=R, dropout=dropout)
-            counts[setting] = {name: saved(model.to(options.device).train()) for name, model in models.items()}
+                models[name] = adapt(make().to(dtype=dtype), ALL_LINEAR, r=R, dropout=dropout)
+            counts[setting] = {
+                name: saved(model.to(options.device).train()) for name, model in models.items()
+            }
             print(f"{model_name}, {setting}: {counts[setting]}", flush=True)
         names = [FULL, *PEERS]
         rows = [[s, *(_cell(c, name) for name in names)] for s, c in counts.items()]
@@ -39,8 +41,8 @@ def main() -> None:
         "saved_bytes",
         title="Memory kept for the backward pass",
         claim=(
-            "Bytes that autograd keeps between forward and backward of one all-linear step, each block of memory "
-            "once and parameters left out. The models' own dropout is off. Ratios are to PEFT."
+            "Bytes that autograd keeps between forward and backward of one all-linear step, each block "
+            "of memory once and parameters left out. The models' own dropout is off. Ratios are to PEFT."
         ),
         tables=tables,
         data=data,
