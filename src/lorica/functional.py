@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from lorica._shapes import Float
 
 _LEVELS = 256  # a mask element is drawn from eight random bits
-_FOLDED = 1 << 20  # elements that `fold` takes at once
+_FOLDED = 1 << 18  # elements that `fold` takes at once
 
 
 def drop_rate(p: float) -> float:
@@ -97,7 +97,7 @@ def fold(weight: Tensor, left: Tensor, right: Tensor, scale: float, *, out: Tens
 
 
 def fold_rows(columns: int) -> int:
-    """Rows of a block of `fold`: about a million elements, and a multiple of sixteen for alignment."""
+    """Rows of a block of `fold`: a megabyte of float32, for a core's cache; a multiple of sixteen."""
     return max(_FOLDED // max(columns, 1) // 16 * 16, 16)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +22,11 @@ from lorica.errors import AdapterError, FileError
 from lorica.functional import fold, fold_rows
 
 _BLOCK = 1 << 20  # elements, of tensors that are only converted
+_FOLDED = 4  # blocks of `fold` that are read and written together
+# Bytes written at once: for more, the kernel looks for large pages, which can cost five times as much.
+_WRITE = 1 << 17
 _COPY = 1 << 26  # bytes that the kernel is asked to copy at once
+_COPY_THROUGH = 1 << 20  # bytes, where the kernel cannot
 _NOT_HERE = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
 Advance = Callable[[int], None]
@@ -44,25 +52,43 @@ class Reader:
     def __init__(self, file: FileIO, buffers: Buffers) -> None:
         self.file, self.buffers = file, buffers
 
-    def read(self, piece: Piece, start: int, count: int) -> Tensor:
-        """`count` elements from the one at `start` on, flat."""
+    def read(self, piece: Piece, start: int, count: int, *, slot: int = 0) -> Tensor:
+        """`count` elements from the one at `start` on, flat; overwritten by the next with the same slot."""
         if isinstance(piece.source, Entry):
             dtype = DTYPES[piece.source.dtype]
-            raw = self.buffers.take("raw", dtype, count)
+            raw = self.buffers.take(f"raw {slot}", dtype, count)
             read_into(self.file, piece.source.offset + start * dtype.itemsize, raw)
             return raw
         values = piece.source.detach().contiguous().view(-1)[start : start + count]
         return values.to(piece.base_dtype or values.dtype)
 
 
+class Step(NamedTuple):
+    """Some elements of a piece; or, where there is no piece, a range of bytes to copy from the base's file.
+
+    Args:
+        start: first element, or byte.
+        length: number of elements, or bytes.
+        piece: what they are of.
+        update: what is added to them.
+    """
+
+    start: int
+    length: int
+    piece: Piece | None = None
+    update: Update | None = None
+
+
 def write_shard(shard: ShardPlan, path: Path, buffers: Buffers, advance: Advance) -> dict[str, float]:
     """Write a file of the merged checkpoint.
+
+    One thread reads ahead and one writes behind, so disk and arithmetic do not wait for each other.
 
     Args:
         shard: what it holds.
         path: where to.
         buffers: to work in.
-        advance: told of bytes as they are written.
+        advance: told of bytes as they are handed to the disk.
 
     Returns:
         Module → share of its update that rounding took away or added.
@@ -72,118 +98,150 @@ def write_shard(shard: ShardPlan, path: Path, buffers: Buffers, advance: Advance
         FileError: the base's file changed meanwhile.
         OSError: it cannot be written.
     """
-    losses: dict[str, float] = {}
-    with shard.base.path.open("rb", buffering=0) as base, path.open("wb", buffering=0) as out:
+    foldings: dict[str, _Folding] = {}
+    pending: deque[tuple[Future[None], Tensor | None]] = deque()
+    with (
+        shard.base.path.open("rb", buffering=0) as base,
+        shard.base.path.open("rb", buffering=0) as source,
+        path.open("wb", buffering=0) as out,
+        ThreadPoolExecutor(1) as behind,
+        ThreadPoolExecutor(1) as ahead,
+    ):
         reader = Reader(base, buffers)
-        if shard.copied:
-            _copy(base, 0, shard.base.nbytes, out, advance)
-        else:
-            _write(out, memoryview(shard.header))
-            for offset, nbytes, piece in _runs(shard):
-                if piece is None:
-                    _copy(base, offset, nbytes, out, advance)
-                    continue
-                for block in _blocks(piece, reader, losses):
-                    _write(out, as_bytes(block))
-                    advance(block.numel() * block.element_size())
+        _write(out, memoryview(b"" if shard.copied else shard.header))
+        steps = [Step(0, shard.base.nbytes)] if shard.copied else list(_steps(shard))
+        values = _read(ahead, reader, steps, 0)
+        for i, step in enumerate(steps):
+            if len(pending) == 2:  # its buffers come next
+                pending.popleft()[0].result()
+            given, values = values, _read(ahead, reader, steps, i + 1)
+            if step.piece is None or given is None:
+                pending.append((behind.submit(_copy, source, step.start, step.length, out), None))
+                advance(step.length)
+                continue
+            block = _stored(step, step.piece, given.result(), buffers, i % 2, foldings)
+            pending.append((behind.submit(_write, out, as_bytes(block)), block))
+            advance(block.numel() * block.element_size())
+        for written, _ in pending:
+            written.result()
         status = os.fstat(base.fileno())
     if (status.st_size, status.st_mtime_ns) != shard.base.identity[:2]:
         raise FileError(f"{shard.base.path} was changed while it was read; merge again once it stays")
-    return losses
+    return {label: folding.loss() for label, folding in foldings.items()}
 
 
-def _runs(shard: ShardPlan) -> Iterator[tuple[int, int, Piece | None]]:
-    """The pieces in order; neighbours whose bytes are copied as one range of the base's file."""
-    offset = nbytes = 0
+def _read(ahead: ThreadPoolExecutor, reader: Reader, steps: list[Step], i: int) -> Future[Tensor] | None:
+    """Begin to read what step `i` needs, if it is there and needs anything."""
+    piece = steps[i].piece if i < len(steps) else None
+    if piece is None:
+        return None
+    # One block is being worked on, another being written.
+    return ahead.submit(reader.read, piece, steps[i].start, steps[i].length, slot=i % 3)
+
+
+def _steps(shard: ShardPlan) -> Iterator[Step]:
+    """A file's content in order; neighbours whose bytes are copied are one range."""
+    start = count = 0
     for piece in shard.pieces:
-        if piece.copied and isinstance(piece.source, Entry):
-            if nbytes and piece.source.offset == offset + nbytes:
-                nbytes += piece.source.nbytes
-                continue
-            if nbytes:
-                yield offset, nbytes, None
-            offset, nbytes = piece.source.offset, piece.source.nbytes
+        copied = piece.source if piece.copied and isinstance(piece.source, Entry) else None
+        if count and not (copied and copied.offset == start + count):
+            yield Step(start, count)
+            start = count = 0
+        if copied:
+            start, count = start if count else copied.offset, count + copied.nbytes
         else:
-            if nbytes:
-                yield offset, nbytes, None
-            nbytes = 0
-            yield 0, 0, piece
-    if nbytes:
-        yield offset, nbytes, None
+            yield from _steps_of(piece)
+    if count:
+        yield Step(start, count)
 
 
-def _blocks(piece: Piece, reader: Reader, losses: dict[str, float]) -> Iterator[Tensor]:
-    """A piece's stored values; a block is to be used before the next is asked for."""
-    dtype = DTYPES.get(piece.dtype)
+def _steps_of(piece: Piece) -> Iterator[Step]:
     total = torch.Size(piece.shape).numel()
     if not piece.updates:
-        for start in range(0, total, _BLOCK):
-            yield _convert(
-                piece, reader.read(piece, start, min(_BLOCK, total - start)), dtype, reader.buffers
-            )
+        yield from (Step(start, min(_BLOCK, total - start), piece) for start in range(0, total, _BLOCK))
         return
-    assert dtype is not None
-    rows, row = 0, 0
     columns = total // piece.shape[0]
+    step, row = _FOLDED * fold_rows(columns), 0
     for update in (*piece.updates, None):
         # Rows between those of one module and those of the next belong to others.
         stop = piece.shape[0] if update is None else update.start
-        for row in range(rows, stop, fold_rows(columns)):
-            count = min(fold_rows(columns), stop - row) * columns
-            yield _convert(piece, reader.read(piece, row * columns, count), dtype, reader.buffers)
+        for i in range(row, stop, step):
+            yield Step(i * columns, min(step, stop - i) * columns, piece)
         if update is not None:
-            yield from _updated(piece, update, columns, dtype, reader, losses)
-            rows = update.stop
+            for i in range(update.start, update.stop, step):
+                yield Step(i * columns, min(step, update.stop - i) * columns, piece, update)
+            row = update.stop
 
 
-def _updated(
-    piece: Piece, update: Update, columns: int, dtype: torch.dtype, reader: Reader, losses: dict[str, float]
-) -> Iterator[Tensor]:
-    """The rows of one update: W0 + scale·B·A in float32 or W0's higher precision, rounded once."""
-    scale, lost = update.factors.scale, 0.0
-    factors: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-    step = fold_rows(columns)
-    for i in range(update.start, update.stop, step):
-        count = min(step, update.stop - i)
-        raw = reader.read(piece, i * columns, count * columns).view(count, columns)
-        precision = torch.promote_types(raw.dtype, torch.float32)
-        if precision not in factors:
-            factors[precision] = update.product(precision)
-        left, right = factors[precision]
-        part = slice(i - update.start, i - update.start + count)
-        work = reader.buffers.take("work", precision, raw.numel()).view_as(raw).copy_(raw)
-        fold(work, left[part], right, scale, out=work)
-        stored = reader.buffers.take("stored", dtype, raw.numel()).view_as(raw).copy_(work)
-        if stored.dtype == precision:
+def _stored(
+    step: Step, piece: Piece, values: Tensor, buffers: Buffers, slot: int, foldings: dict[str, _Folding]
+) -> Tensor:
+    """What is stored for a step, flat; it is overwritten by the step after the next."""
+    dtype = DTYPES.get(piece.dtype, values.dtype)
+    if step.update is None:
+        return _convert(piece, values, buffers.take(f"stored {slot}", dtype, step.length))
+    if step.update.label not in foldings:
+        foldings[step.update.label] = _Folding(step.update, values.dtype)
+    columns = torch.Size(piece.shape[1:]).numel()
+    stored = buffers.take(f"stored {slot}", dtype, step.length)
+    row = step.start // columns - step.update.start
+    foldings[step.update.label].block(row, values.view(-1, columns), stored.view(-1, columns), buffers)
+    return stored
+
+
+class _Folding:
+    """One update, added to its rows block by block: W0 + scale·B·A in float32 or higher, rounded once."""
+
+    def __init__(self, update: Update, dtype: torch.dtype) -> None:
+        self.update = update
+        self.precision = torch.promote_types(dtype, torch.float32)
+        self.left, self.right = update.product(self.precision)
+        self.lost = 0.0
+
+    def block(self, row: int, values: Tensor, stored: Tensor, buffers: Buffers) -> None:
+        """Fill `stored` from the base's `values`, rows of the update from `row` on."""
+        rows = fold_rows(values.shape[1])
+        for i in range(0, len(values), rows):
+            self._block(row + i, values[i : i + rows], stored[i : i + rows], buffers)
+
+    def _block(self, row: int, values: Tensor, stored: Tensor, buffers: Buffers) -> None:
+        left, scale = self.left[row : row + len(values)], self.update.factors.scale
+        work = buffers.take("work", self.precision, values.numel()).view_as(values).copy_(values)
+        stored.copy_(fold(work, left, self.right, scale, out=work))
+        if stored.dtype == self.precision:
             # What this precision itself loses shows only in a higher one.
-            left, right = (side.double() for side in (left[part], right))
-            error = (stored.double() - raw.double()).sub_(scale * (left @ right))
+            error = stored.double() - values.double()
+            error -= scale * (left.double() @ self.right.double())
         else:
             error = work.sub_(stored)
         norm = float(torch.linalg.vector_norm(error))
-        if not norm < float("inf") and not torch.isfinite(stored).all():
-            raise AdapterError(f"{update.label}: the merged weight would hold NaN or infinity in {dtype}")
-        lost += norm**2
-        yield stored.view(-1)
-    whole = update.factors.norm()
-    losses[update.label] = lost**0.5 / whole if whole else 0.0
+        if not norm < math.inf and not torch.isfinite(stored).all():
+            raise AdapterError(
+                f"{self.update.label}: the merged weight would hold NaN or infinity in {stored.dtype}"
+            )
+        self.lost += norm**2
+
+    def loss(self) -> float:
+        """‖stored − (W0 + ΔW)‖ / ‖ΔW‖."""
+        whole = self.update.factors.norm()
+        return self.lost**0.5 / whole if whole else 0.0
 
 
-def _convert(piece: Piece, values: Tensor, dtype: torch.dtype | None, buffers: Buffers) -> Tensor:
-    if dtype is None or values.dtype == dtype:
+def _convert(piece: Piece, values: Tensor, stored: Tensor) -> Tensor:
+    if values.dtype == stored.dtype:
         return values
-    stored = buffers.take("stored", dtype, values.numel()).copy_(values)
+    stored.copy_(values)
     if not torch.isfinite(stored).all() and torch.isfinite(values).all():
-        raise AdapterError(f"{piece.name} holds values that {dtype} cannot; choose another dtype")
+        raise AdapterError(f"{piece.name} holds values that {stored.dtype} cannot; choose another dtype")
     return stored
 
 
 def _write(file: FileIO, view: memoryview) -> None:
     while view:
-        view = view[file.write(view) :]
+        view = view[file.write(view[:_WRITE]) :]
 
 
-def _copy(source: FileIO, offset: int, nbytes: int, target: FileIO, advance: Advance) -> None:
+def _copy(source: FileIO, offset: int, nbytes: int, target: FileIO) -> None:
     """Copy a range of bytes inside the kernel, which shares blocks where the file system can."""
     while nbytes:
         try:
@@ -191,15 +249,10 @@ def _copy(source: FileIO, offset: int, nbytes: int, target: FileIO, advance: Adv
         except (AttributeError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in _NOT_HERE:
                 raise
-            count = _copy_through(source, offset, min(nbytes, 1 << 20), target)
+            source.seek(offset)
+            data = source.read(min(nbytes, _COPY_THROUGH))
+            _write(target, memoryview(data))
+            count = len(data)
         if not count:
             raise FileError(f"{source.name} became shorter while it was read; merge again once it stays")
         offset, nbytes = offset + count, nbytes - count
-        advance(count)
-
-
-def _copy_through(source: FileIO, offset: int, nbytes: int, target: FileIO) -> int:
-    source.seek(offset)
-    data = source.read(nbytes)
-    _write(target, memoryview(data))
-    return len(data)

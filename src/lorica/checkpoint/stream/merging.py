@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,18 +169,24 @@ def _write(plan: Plan, stage: Staging, progress: Progress | None) -> tuple[dict[
     _check_room(plan, stage, sum(shard.nbytes for shard in plan.shards if finished[shard.name] is None))
     layers: dict[str, float] = {}
     buffers = Buffers()
-    for shard in plan.shards:
-        losses = finished[shard.name]
-        if losses is None:
-            try:
-                losses = write_shard(shard, stage.part(shard.name), buffers, advance)
-            except AdapterError:
-                stage.discard()  # however often, it would come to this
-                raise
-            stage.finish(shard.name, losses)
-        else:
-            advance(shard.nbytes)
-        layers |= losses
+    # The disk takes as long to take a file in as the next one takes to compute.
+    with ThreadPoolExecutor(max_workers=1) as finisher:
+        finishing = []
+        for shard in plan.shards:
+            losses = finished[shard.name]
+            if losses is None:
+                try:
+                    losses = write_shard(shard, stage.part(shard.name), buffers, advance)
+                except AdapterError:
+                    finisher.shutdown()
+                    stage.discard()  # however often, it would come to this
+                    raise
+                finishing.append(finisher.submit(stage.finish, shard.name, losses))
+            else:
+                advance(shard.nbytes)
+            layers |= losses
+        for outcome in finishing:
+            outcome.result()
     for name, path in plan.files.items():
         shutil.copyfile(path, stage.part(name))
         stage.finish(name, None)
