@@ -37,6 +37,13 @@ def bert_base() -> BertModel:
 MODELS: dict[str, Callable[[], BertModel]] = {"MiniLM (6×384)": minilm, "BERT-base shape (12×768)": bert_base}
 
 
+def in_dtype(make: Callable[[], BertModel], dtype: torch.dtype) -> BertModel:
+    """A model with its parameters in another dtype."""
+    model = make()
+    nn.Module.to(model, dtype)
+    return model
+
+
 def tokens(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
     """A batch of random token ids, (rows, length), without padding."""
     device = next(model.parameters()).device

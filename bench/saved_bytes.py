@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import harness
 import torch
-from models import ALL_LINEAR, MODELS, PEERS, tokens
+from models import ALL_LINEAR, MODELS, PEERS, in_dtype, tokens
 from torch import Tensor, nn
 
 ROWS, LENGTH, R = 16, 64, 8
@@ -24,11 +24,11 @@ def main() -> None:
     for model_name, make in MODELS.items():
         counts: dict[str, dict[str, int]] = {}
         for setting, (dtype, dropout) in SETTINGS.items():
-            models: dict[str, nn.Module] = {FULL: make().to(dtype=dtype)}
+            models: dict[str, nn.Module] = {FULL: in_dtype(make, dtype)}
             for name, adapt in PEERS.items():
                 if name == "loralib" and dtype != torch.float32:
                     continue  # its factors are in the base's dtype or its products do not run
-                models[name] = adapt(make().to(dtype=dtype), ALL_LINEAR, r=R, dropout=dropout)
+                models[name] = adapt(in_dtype(make, dtype), ALL_LINEAR, r=R, dropout=dropout)
             counts[setting] = {
                 name: saved(model.to(options.device).train()) for name, model in models.items()
             }
