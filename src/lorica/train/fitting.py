@@ -132,6 +132,7 @@ def fit(
             compute_metrics=task.metrics,
             callbacks=extra,
             loraplus_lr_ratio=training.loraplus_lr_ratio,
+            chunked_loss=training.chunked_loss,
         )
         trainer.remove_callback(PrinterCallback)
         start = None
