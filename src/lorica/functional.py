@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lorica import threads
 from lorica._shapes import Float
 
 _LEVELS = 256  # a mask element is drawn from eight random bits
@@ -74,8 +75,9 @@ def low_rank(
 def fold(weight: Tensor, left: Tensor, right: Tensor, scale: float, *, out: Tensor | None = None) -> Tensor:
     """``weight + scale · left·right``, on the CPU by blocks of rows.
 
-    BLAS rounds a row differently with the number of rows it is given. Blocks that follow from the shape alone
-    let whoever holds only a few rows at a time come to the same bits.
+    What BLAS rounds to depends on how many rows it is given, and on its threads. Blocks that follow from the
+    shape alone, each computed by one thread, give the same bits to whoever holds only a few rows at a time,
+    and on any number of cores.
 
     Args:
         weight: (rows, columns).
@@ -87,12 +89,20 @@ def fold(weight: Tensor, left: Tensor, right: Tensor, scale: float, *, out: Tens
     Returns:
         The sum; `out` if it was given. No gradient passes through.
     """
-    rows = fold_rows(weight.shape[1]) if weight.device.type == "cpu" else weight.shape[0]
     result = torch.empty_like(weight) if out is None else out
-    with torch.no_grad():
-        for i in range(0, weight.shape[0], rows):
-            part = slice(i, i + rows)
-            torch.addmm(weight[part], left[part], right, alpha=scale, out=result[part])
+    if weight.device.type != "cpu":
+        with torch.no_grad():
+            return torch.addmm(weight, left, right, alpha=scale, out=result)
+
+    rows = fold_rows(weight.shape[1])
+
+    def add(blocks: range) -> None:
+        with torch.no_grad():
+            for i in blocks:
+                part = slice(i, i + rows)
+                torch.addmm(weight[part], left[part], right, alpha=scale, out=result[part])
+
+    threads.share(add, range(0, weight.shape[0], rows))
     return result
 
 
