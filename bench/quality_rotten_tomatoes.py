@@ -25,7 +25,7 @@ DATA = Path(os.environ.get("LORICA_DATA") or Path(__file__).resolve().parents[2]
 LINES = harness.RESULTS / "quality_rotten_tomatoes.jsonl"
 SEEDS = (0, 1, 2)
 RATES = {"full fine-tuning": (5e-5, 1e-4, 2e-4), "lorica": (5e-4, 1e-3, 2e-3)}
-TRAINING = TrainingConfig(epochs=2, batch_size=16, max_length=64, load_best=False, report_to=[])
+TRAINING = TrainingConfig(epochs=1, batch_size=16, max_length=64, load_best=False, report_to=[])
 METHOD = lorica.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS")
 
 

@@ -12,6 +12,8 @@ one byte per element for the dropout mask, and A·x (tokens × r).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +21,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorica import threads
 from lorica._shapes import Float
 
 _LEVELS = 256  # a mask element is drawn from eight random bits
@@ -76,8 +77,7 @@ def fold(weight: Tensor, left: Tensor, right: Tensor, scale: float, *, out: Tens
     """``weight + scale · left·right``, on the CPU by blocks of rows.
 
     What BLAS rounds to depends on how many rows it is given, and on its threads. Blocks that follow from the
-    shape alone, each computed by one thread, give the same bits to whoever holds only a few rows at a time,
-    and on any number of cores.
+    shape alone, inside `one_thread`, give the same bits to whoever holds only a few rows at a time.
 
     Args:
         weight: (rows, columns).
@@ -90,20 +90,23 @@ def fold(weight: Tensor, left: Tensor, right: Tensor, scale: float, *, out: Tens
         The sum; `out` if it was given. No gradient passes through.
     """
     result = torch.empty_like(weight) if out is None else out
-    if weight.device.type != "cpu":
-        with torch.no_grad():
-            return torch.addmm(weight, left, right, alpha=scale, out=result)
-
-    rows = fold_rows(weight.shape[1])
-
-    def add(blocks: range) -> None:
-        with torch.no_grad():
-            for i in blocks:
-                part = slice(i, i + rows)
-                torch.addmm(weight[part], left[part], right, alpha=scale, out=result[part])
-
-    threads.share(add, range(0, weight.shape[0], rows))
+    rows = fold_rows(weight.shape[1]) if weight.device.type == "cpu" else max(weight.shape[0], 1)
+    with torch.no_grad():
+        for i in range(0, weight.shape[0], rows):
+            part = slice(i, i + rows)
+            torch.addmm(weight[part], left[part], right, alpha=scale, out=result[part])
     return result
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch compute on one CPU thread; for sums that must come out the same on any number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def fold_rows(columns: int) -> int:

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from lorica.adapter import Adapter
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, StateError, listing
+from lorica.functional import one_thread
 from lorica.layers import LayerState, LoraLayer, SavedModule, SwappedModule
 from lorica.model import pretrained
 from lorica.model.structure import adapted, lora_layers, saved_modules
@@ -114,13 +115,16 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> MergeRe
     before = roster.active
     roster.activate(root, chosen)
     chosen = roster.active
+    layers = lora_layers(root)
     try:
-        layers = lora_layers(root)
         for module in (*layers.values(), *saved_modules(root).values()):
             module.check_own_class()
-        merged = {
-            path: _merged_parameter(path, layer, chosen) for path, layer in layers.items() if layer.acting()
-        }
+        with one_thread():
+            merged = {
+                path: _merged_parameter(path, layer, chosen)
+                for path, layer in layers.items()
+                if layer.acting()
+            }
     except Exception:
         roster.activate(root, before)
         raise
@@ -161,12 +165,13 @@ def switch(model: nn.Module, name: str) -> None:
         _check_mergeable(aside, roster.configs[name], name)
         _retie(root, aside)
         roster.activate(root, (name,))
-        for item in aside.modules:
-            _put_back(item)
-            if isinstance(item.module, LoraLayer):
-                _refill(item, item.module, name)
-            else:
-                _show_copy(item, item.module, (name,))
+        with one_thread():
+            for item in aside.modules:
+                _put_back(item)
+                if isinstance(item.module, LoraLayer):
+                    _refill(item, item.module, name)
+                else:
+                    _show_copy(item, item.module, (name,))
     finally:
         for item in aside.modules:
             assert isinstance(item.module, SwappedModule)

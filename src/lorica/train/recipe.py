@@ -89,8 +89,8 @@ class TrainingConfig:
         load_best: end with the best checkpoint instead of the last.
         loraplus_lr_ratio: learning rate of B over that of A (LoRA+; Hayou et al., 2024, advise 2 to 16). None
             or 1 trains both at one rate.
-        chunked_loss: compute a language model's loss a few tokens at a time, without the matrix of all logits:
-            the same loss and gradients in a fraction of the memory.
+        chunked_loss: compute a language model's loss a few tokens at a time, without the matrix of all
+            logits: the same loss and gradients in a fraction of the memory.
         group_by_length: put rows of similar lengths into one batch, which saves padding.
         bf16: bfloat16 autocast. Needs a device that has it.
         fp16: float16 autocast with loss scaling. Needs a GPU.

@@ -28,7 +28,7 @@ from lorica.checkpoint.stream.rounding import warn_of_rounding
 from lorica.checkpoint.stream.shards import CODES, as_bytes, open_checkpoint, short
 from lorica.checkpoint.stream.staging import Staging
 from lorica.errors import AdapterError, ConfigError, FileError, listing
-from lorica.threads import alone
+from lorica.functional import one_thread
 
 Progress = Callable[[int, int], None]
 
@@ -137,7 +137,7 @@ def merge(
     }
     try:
         # The disk needs a core too; and threads that wait for each other at every block gain nothing.
-        with Staging.open(out, job, resume=resume) as stage, alone():
+        with Staging.open(out, job, resume=resume) as stage, one_thread():
             layers, resumed = _write(plan, stage, progress)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
