@@ -594,6 +594,8 @@ def test_killed_at_fifty_moments_it_never_leaves_what_loads_and_is_wrong(tmp_pat
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
+        # The machine's pace changes; the moments are to fall all over the work.
+        duration *= 1.05 if process.exitcode == -signal.SIGKILL else 0.8
         if (out / "config.json").exists():  # without it nothing loads it
             assert names <= {path.name for path in out.iterdir()}
             assert_same(right, read_all(out))
@@ -614,6 +616,7 @@ def test_memory_stays_a_few_blocks_whatever_the_size_of_a_tensor(tmp_path: Path,
     here, there = server.Pipe(duplex=False)
     process = server.Process(target=_grow, args=(base, tmp_path / "adapter", tmp_path / "out", there))
     process.start()
+    there.close()
     assert here.recv() < 48 << 20  # the tensor has 128 MiB
     process.join()
 

@@ -23,6 +23,7 @@ from lorica.functional import fold, fold_rows
 
 _BLOCK = 1 << 20  # elements, of tensors that are only converted
 _FOLDED = 4  # blocks of `fold` that are read and written together
+_FEW, _MEASURED = 16, 4  # an update of more blocks than the first has rounding measured in every fourth
 # Bytes written at once: for more, the kernel looks for large pages, which can cost five times as much.
 _WRITE = 1 << 17
 _COPY = 1 << 26  # bytes that the kernel is asked to copy at once
@@ -180,9 +181,9 @@ def _stored(
     dtype = DTYPES.get(piece.dtype, values.dtype)
     if step.update is None:
         return _convert(piece, values, buffers.take(f"stored {slot}", dtype, step.length))
-    if step.update.label not in foldings:
-        foldings[step.update.label] = _Folding(step.update, values.dtype)
     columns = torch.Size(piece.shape[1:]).numel()
+    if step.update.label not in foldings:
+        foldings[step.update.label] = _Folding(step.update, values.dtype, columns)
     stored = buffers.take(f"stored {slot}", dtype, step.length)
     row = step.start // columns - step.update.start
     foldings[step.update.label].block(row, values.view(-1, columns), stored.view(-1, columns), buffers)
@@ -192,39 +193,47 @@ def _stored(
 class _Folding:
     """One update, added to its rows block by block: W0 + scale·B·A in float32 or higher, rounded once."""
 
-    def __init__(self, update: Update, dtype: torch.dtype) -> None:
+    def __init__(self, update: Update, dtype: torch.dtype, columns: int) -> None:
         self.update = update
         self.precision = torch.promote_types(dtype, torch.float32)
         self.left, self.right = update.product(self.precision)
-        self.lost = 0.0
+        self.rows = fold_rows(columns)
+        # Measuring costs half as much as adding, and a quarter of many rows tells as much as all of them.
+        self.every = self.rows * (1 if update.stop - update.start <= _FEW * self.rows else _MEASURED)
+        self.gram = (self.right.double() @ self.right.double().t()) * update.factors.scale**2
+        self.lost = self.total = 0.0
 
     def block(self, row: int, values: Tensor, stored: Tensor, buffers: Buffers) -> None:
         """Fill `stored` from the base's `values`, rows of the update from `row` on."""
-        rows = fold_rows(values.shape[1])
-        for i in range(0, len(values), rows):
-            self._block(row + i, values[i : i + rows], stored[i : i + rows], buffers)
+        for i in range(0, len(values), self.rows):
+            self._block(row + i, values[i : i + self.rows], stored[i : i + self.rows], buffers)
 
     def _block(self, row: int, values: Tensor, stored: Tensor, buffers: Buffers) -> None:
         left, scale = self.left[row : row + len(values)], self.update.factors.scale
         work = buffers.take("work", self.precision, values.numel()).view_as(values).copy_(values)
         stored.copy_(fold(work, left, self.right, scale, out=work))
-        if stored.dtype == self.precision:
-            # What this precision itself loses shows only in a higher one.
-            error = stored.double() - values.double()
-            error -= scale * (left.double() @ self.right.double())
-        else:
-            error = work.sub_(stored)
-        norm = float(torch.linalg.vector_norm(error))
-        if not norm < math.inf and not torch.isfinite(stored).all():
+        # One sum shows what a look at every element would; the look is slow, and only for what seems bad.
+        if not math.isfinite(float(stored.sum(dtype=self.precision))) and not stored.isfinite().all():
             raise AdapterError(
                 f"{self.update.label}: the merged weight would hold NaN or infinity in {stored.dtype}"
             )
-        self.lost += norm**2
+        if row % self.every == 0:
+            self._measure(left.double(), values, work, stored)
+
+    def _measure(self, left: Tensor, values: Tensor, work: Tensor, stored: Tensor) -> None:
+        """Add up what rounding lost, and ‖ΔW‖² = tr(LᵀL·RRᵀ) of these rows."""
+        if stored.dtype == self.precision:
+            # What this precision itself loses shows only in a higher one.
+            error = stored.double() - values.double()
+            error -= self.update.factors.scale * (left @ self.right.double())
+        else:
+            error = work.sub_(stored)
+        self.lost += float(torch.linalg.vector_norm(error)) ** 2
+        self.total += float(((left.t() @ left) * self.gram).sum())
 
     def loss(self) -> float:
         """‖stored − (W0 + ΔW)‖ / ‖ΔW‖."""
-        whole = self.update.factors.norm()
-        return self.lost**0.5 / whole if whole else 0.0
+        return (self.lost / self.total) ** 0.5 if self.total > 0 else 0.0
 
 
 def _convert(piece: Piece, values: Tensor, stored: Tensor) -> Tensor:

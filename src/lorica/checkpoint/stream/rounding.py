@@ -53,7 +53,7 @@ def warn_of_rounding(plan: Plan) -> None:
             f"of {worst.label}), so small is it beside the weights; {float16}float32 would lose next to "
             "nothing. Choose another dtype, or keep the adapter apart",
             LoricaWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
