@@ -4,7 +4,7 @@ import io
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,14 @@ from transformers import TrainerCallback
 import lorica
 from lorica.train import Fit, Interrupted, Prepared, Recipe, fit, prepare
 from lorica.train.callbacks import CheckpointCallback, interruptible
+
+
+@pytest.fixture(autouse=True)
+def answers_to_ctrl_c() -> Iterator[None]:
+    """Python's own answer to Ctrl-C; a job in the background of a shell starts with none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def start(recipe: Recipe, console: Console | None = None, **options: Any) -> Fit:
