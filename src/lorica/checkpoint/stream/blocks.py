@@ -213,7 +213,7 @@ class _Folding:
         work = buffers.take("work", self.precision, values.numel()).view_as(values).copy_(values)
         stored.copy_(fold(work, left, self.right, scale, out=work))
         # One sum shows what a look at every element would; the look is slow, and only for what seems bad.
-        if not math.isfinite(float(stored.sum(dtype=self.precision))) and not stored.isfinite().all():
+        if not math.isfinite(float(stored.sum())) and not stored.isfinite().all():
             raise AdapterError(
                 f"{self.update.label}: the merged weight would hold NaN or infinity in {stored.dtype}"
             )
