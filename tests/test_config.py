@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -254,6 +255,31 @@ class TestFromDict:
     def test_what_cannot_be_honoured_is_refused_by_name(self, key: str, value: Any) -> None:
         with pytest.raises(ConfigError, match=key):
             LoraConfig.from_dict({"peft_type": "LORA", key: value})
+
+    @pytest.mark.parametrize(
+        ("key", "value", "method"),
+        [
+            ("velora_config", {"num_groups": 8}, "VeLoRA"),
+            ("kasa_config", {"beta": 1e-3}, "KaSA"),
+            ("alora_invocation_tokens", [4, 5], "activated LoRA"),
+            ("monteclora_config", {"num_samples": 2}, "MonteCLoRA"),
+            ("use_bdlora", {"nblocks": 2}, "BD-LoRA"),
+            ("arrow_config", {"top_k": 3}, "Arrow"),
+            ("use_qalora", True, "QA-LoRA"),
+            ("qalora_group_size", 8, "QA-LoRA"),
+            ("megatron_config", {"hidden_size": 8}, "Megatron"),
+        ],
+    )
+    @pytest.mark.parametrize("make", [LoraConfig.from_dict, lambda fields: LoraConfig(**fields)])
+    def test_a_method_of_pefts_that_is_not_carried(
+        self, make: Callable[[dict[str, Any]], LoraConfig], key: str, value: Any, method: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=rf"{key}=.*{method}.* is not carried; \w+"):
+            make({key: value, "r": 4})
+
+    def test_a_name_that_nobody_has_is_pythons_own_error(self) -> None:
+        with pytest.raises(TypeError, match="lora_alhpa"):
+            LoraConfig(lora_alhpa=3)  # pyright: ignore[reportCallIssue]
 
     def test_a_misspelt_field_is_told_its_neighbour(self) -> None:
         with pytest.raises(ConfigError, match="did you mean 'lora_alpha'"):

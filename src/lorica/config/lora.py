@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from lorica.errors import ConfigError, listing, nearest
+from lorica.config.checks import check
+from lorica.config.foreign import without_foreign
+from lorica.config.patterns import first_match
+from lorica.errors import ConfigError
 
-TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
-BIASES = ("none", "all", "lora_only")
-INITS = (True, False, "gaussian")
-
-# Fields that PEFT writes and lorica does not act on, with the values that ask for nothing. Any other value is
-# refused by name.
-_INERT: dict[str, tuple[Any, ...]] = {
-    "lora_bias": (False,),
-    "use_qalora": (False,),
-    "qalora_group_size": (16,),
-    "ensure_weight_tying": (False,),
-    "megatron_core": ("megatron.core",),
-}
-# Fields that say who wrote the file, not what to do.
-_PROVENANCE = ("peft_type", "peft_version", "auto_mapping", "runtime_config")
+C = TypeVar("C")
 
 
+def _knowing_pefts_fields(cls: type[C]) -> type[C]:
+    """Let a configuration be made with all that PEFT's can be made with, if it asks for nothing more."""
+    known = frozenset(item.name for item in dataclasses.fields(cls))  # pyright: ignore[reportArgumentType]
+    make = cls.__init__
+
+    @functools.wraps(make)
+    def __init__(self: Any, **fields: Any) -> None:
+        make(self, **without_foreign(fields, known, strict=True))
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_knowing_pefts_fields
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """What to train: ``h = W0·x + scale·B·A·x`` beside each targeted weight (Hu et al., 2021, eq. 3).
@@ -108,15 +111,15 @@ class LoraConfig:
             object.__setattr__(self, name, dict(value) if isinstance(value, Mapping) else value or {})
         if self.task_type is not None:
             object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))
-        _check(self)
+        check(self)
 
     def rank(self, path: str) -> int:
         """Rank of the module at `path`: `rank_pattern` where it matches, else `r`."""
-        return _first_match(self.rank_pattern, path, self.r)
+        return first_match(self.rank_pattern, path, self.r)
 
     def scale(self, path: str) -> float:
         """Scale of the module's update: α/r, or α/√r with `use_rslora`, after the patterns."""
-        r, alpha = self.rank(path), _first_match(self.alpha_pattern, path, self.lora_alpha)
+        r, alpha = self.rank(path), first_match(self.alpha_pattern, path, self.lora_alpha)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def replace(self, **changes: Any) -> Self:
@@ -138,125 +141,6 @@ class LoraConfig:
         if str(getattr(method, "value", method)).upper() != "LORA":
             raise ConfigError(f"peft_type is {method!r}; this is not a LoRA adapter")
         known = {item.name for item in dataclasses.fields(cls)}
-        refused = [
-            f"{key}={value!r}{nearest(key, known)}"
-            for key, value in data.items()
-            if key not in known and key not in _PROVENANCE and value and value not in _INERT.get(key, ())
-        ]
-        if refused:
-            raise ConfigError(
-                f"the configuration asks for what lorica does not support: {listing(refused)}. "
-                "Loading it without would give another model than the one trained."
-            )
+        kept = without_foreign(data, known)
         # PEFT writes null for a pattern or list that was never set.
-        return cls(**{key: value for key, value in data.items() if key in known and value is not None})
-
-
-def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if matches_pattern(key, path)), default)
-
-
-def matches_pattern(key: str, path: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` speaks of the module at `path`."""
-    return re.fullmatch(_with_prefix(key), path) is not None
-
-
-def _with_prefix(key: str) -> str:
-    return rf"(.*\.)?({key})"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_rank(value: Any) -> bool:
-    return _is_index(value) and value >= 1
-
-
-def _check(config: LoraConfig) -> None:
-    def expect(name: str, ok: bool, expected: str) -> None:
-        if not ok:
-            raise ConfigError(f"{name} must be {expected}, not {getattr(config, name)!r}")
-
-    expect("r", _is_rank(config.r), "a whole number of at least 1")
-    expect("lora_alpha", _is_number(config.lora_alpha) and config.lora_alpha > 0, "a positive number")
-    expect(
-        "lora_dropout",
-        _is_number(config.lora_dropout) and 0 <= config.lora_dropout < 1,
-        "a probability in [0, 1)",
-    )
-    expect("bias", config.bias in BIASES, f"one of {BIASES}")
-    expect(
-        "task_type",
-        config.task_type is None or config.task_type in TASK_TYPES,
-        f"None or one of {TASK_TYPES}",
-    )
-    expect(
-        "init_lora_weights",
-        isinstance(config.init_lora_weights, (bool, str)) and config.init_lora_weights in INITS,
-        f"one of {INITS}",
-    )
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, name)
-        expect(
-            name,
-            isinstance(patterns, dict) and all(isinstance(key, str) for key in patterns),
-            "a map from names",
-        )
-    expect(
-        "rank_pattern",
-        all(map(_is_rank, config.rank_pattern.values())),
-        "a map to whole numbers of at least 1",
-    )
-    expect(
-        "alpha_pattern",
-        all(_is_number(alpha) and alpha > 0 for alpha in config.alpha_pattern.values()),
-        "a map to positive numbers",
-    )
-    for name in ("use_dora", "use_rslora", "fan_in_fan_out", "inference_mode"):
-        expect(name, isinstance(getattr(config, name), bool), "True or False")
-    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-        value = getattr(config, name)
-        text = isinstance(value, str) and name != "modules_to_save"
-        names = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
-        expect(
-            name,
-            value is None or text or names,
-            "a list of names" if name == "modules_to_save" else "a string or a list of names",
-        )
-    expect("target_modules", config.target_modules not in ([], ""), "None or name at least one module")
-    layers = config.layers_to_transform
-    indices = [layers] if isinstance(layers, int) else layers
-    expect(
-        "layers_to_transform",
-        indices is None or (isinstance(indices, list) and indices != [] and all(map(_is_index, indices))),
-        "None, a block index, or a list of at least one",
-    )
-    if layers is None and config.layers_pattern:
-        raise ConfigError(
-            "layers_pattern only says where layers_to_transform counts; set layers_to_transform too"
-        )
-    if layers is not None and isinstance(config.target_modules, str):
-        raise ConfigError(
-            "layers_to_transform works with a list of target_modules (or None); put the block "
-            "indices into the regular expression instead"
-        )
-    for name in ("target_modules", "exclude_modules"):
-        _check_regex(name, getattr(config, name))
-    for name in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, name):
-            _check_regex(name, key, _with_prefix(key))
-
-
-def _check_regex(name: str, pattern: object, used: str | None = None) -> None:
-    if isinstance(pattern, str):
-        try:
-            re.compile(used or pattern)
-        except re.error as error:
-            raise ConfigError(
-                f"{name} holds {pattern!r}, which is not a regular expression: {error}"
-            ) from error
+        return cls(**{key: value for key, value in kept.items() if value is not None})

@@ -1,0 +1,120 @@
+"""What each field of a configuration may be."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+from lorica.config.patterns import with_prefix
+from lorica.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lorica.config.lora import LoraConfig
+
+TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+BIASES = ("none", "all", "lora_only")
+INITS = (True, False, "gaussian")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_index(value) and value >= 1
+
+
+def check(config: LoraConfig) -> None:
+    """Refuse a configuration with a value that cannot be used.
+
+    Raises:
+        ConfigError: naming the field, what was expected and what came.
+    """
+
+    def expect(name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise ConfigError(f"{name} must be {expected}, not {getattr(config, name)!r}")
+
+    expect("r", _is_rank(config.r), "a whole number of at least 1")
+    expect("lora_alpha", _is_number(config.lora_alpha) and config.lora_alpha > 0, "a positive number")
+    expect(
+        "lora_dropout",
+        _is_number(config.lora_dropout) and 0 <= config.lora_dropout < 1,
+        "a probability in [0, 1)",
+    )
+    expect("bias", config.bias in BIASES, f"one of {BIASES}")
+    expect(
+        "task_type",
+        config.task_type is None or config.task_type in TASK_TYPES,
+        f"None or one of {TASK_TYPES}",
+    )
+    expect(
+        "init_lora_weights",
+        isinstance(config.init_lora_weights, (bool, str)) and config.init_lora_weights in INITS,
+        f"one of {INITS}",
+    )
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name)
+        expect(
+            name,
+            isinstance(patterns, dict) and all(isinstance(key, str) for key in patterns),
+            "a map from names",
+        )
+    expect(
+        "rank_pattern",
+        all(map(_is_rank, config.rank_pattern.values())),
+        "a map to whole numbers of at least 1",
+    )
+    expect(
+        "alpha_pattern",
+        all(_is_number(alpha) and alpha > 0 for alpha in config.alpha_pattern.values()),
+        "a map to positive numbers",
+    )
+    for name in ("use_dora", "use_rslora", "fan_in_fan_out", "inference_mode"):
+        expect(name, isinstance(getattr(config, name), bool), "True or False")
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        value = getattr(config, name)
+        text = isinstance(value, str) and name != "modules_to_save"
+        names = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+        expect(
+            name,
+            value is None or text or names,
+            "a list of names" if name == "modules_to_save" else "a string or a list of names",
+        )
+    expect("target_modules", config.target_modules not in ([], ""), "None or name at least one module")
+    layers = config.layers_to_transform
+    indices = [layers] if isinstance(layers, int) else layers
+    expect(
+        "layers_to_transform",
+        indices is None or (isinstance(indices, list) and indices != [] and all(map(_is_index, indices))),
+        "None, a block index, or a list of at least one",
+    )
+    if layers is None and config.layers_pattern:
+        raise ConfigError(
+            "layers_pattern only says where layers_to_transform counts; set layers_to_transform too"
+        )
+    if layers is not None and isinstance(config.target_modules, str):
+        raise ConfigError(
+            "layers_to_transform works with a list of target_modules (or None); put the block "
+            "indices into the regular expression instead"
+        )
+    for name in ("target_modules", "exclude_modules"):
+        _check_regex(name, getattr(config, name))
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, name):
+            _check_regex(name, key, with_prefix(key))
+
+
+def _check_regex(name: str, pattern: object, used: str | None = None) -> None:
+    if isinstance(pattern, str):
+        try:
+            re.compile(used or pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"{name} holds {pattern!r}, which is not a regular expression: {error}"
+            ) from error

@@ -1,0 +1,22 @@
+"""Keys of `rank_pattern` and `alpha_pattern`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+
+def first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first key that speaks of the module at `path`; `default` if none does."""
+    return next((value for key, value in patterns.items() if matches_pattern(key, path)), default)
+
+
+def matches_pattern(key: str, path: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` speaks of the module at `path`."""
+    return re.fullmatch(with_prefix(key), path) is not None
+
+
+def with_prefix(key: str) -> str:
+    """The regular expression that a key stands for: it may be the end of a path, from a dot on."""
+    return rf"(.*\.)?({key})"
