@@ -54,13 +54,15 @@ def is_adapter(directory: str | Path) -> bool:
     )
 
 
-def write(adapter: Adapter, directory: str | Path) -> Path:
+def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> Path:
     """Write an adapter to a folder.
 
     Args:
         adapter: what to write; tensors keep their dtype.
         directory: made if it is not there. Other files in it are left alone, and so is a model card that
             somebody edited.
+        pickled: write `adapter_model.bin`, a pickle of tensors, in place of safetensors, for readers that
+            know nothing else.
 
     Returns:
         The folder.
@@ -81,11 +83,27 @@ def write(adapter: Adapter, directory: str | Path) -> Path:
     card = model_card(adapter, folder / CARD_FILE)
     writers = {
         **({} if card is None else {CARD_FILE: lambda path: _write_text(path, card)}),
-        WEIGHTS_FILE: lambda path: _write_tensors(path, tensors),
+        PICKLED_FILE if pickled else WEIGHTS_FILE: lambda path: (
+            torch.save(tensors, path) if pickled else _write_tensors(path, tensors)
+        ),
         CONFIG_FILE: lambda path: _write_text(path, text),
     }
+    if pickled:  # or it would be read in place of the other
+        (folder / WEIGHTS_FILE).unlink(missing_ok=True)
     replace_files(folder, writers)
     return folder
+
+
+def write_card(adapter: Adapter, directory: str | Path) -> None:
+    """Write an adapter's model card alone; one that somebody edited stays.
+
+    Raises:
+        FileError: the folder cannot be written.
+    """
+    folder = Path(directory)
+    card = model_card(adapter, folder / CARD_FILE)
+    if card is not None:
+        replace_files(folder, {CARD_FILE: lambda path: _write_text(path, card)})
 
 
 def read(directory: str | Path) -> Adapter:
@@ -105,13 +123,13 @@ def read(directory: str | Path) -> Adapter:
     """
     folder = Path(directory)
     config, provenance = _read_config(folder)
-    tensors = _read_weights(folder)
+    tensors = read_tensors(folder)
     try:
         adapter = from_tensors(tensors, config)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
     adapter.check_finite()
-    return _as_trained(adapter, provenance)
+    return as_trained(adapter, provenance)
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -212,8 +230,12 @@ def _wrap(path: str, wrapped: set[str], *, whole: bool) -> str:
     return ".".join(result)
 
 
-def _as_trained(adapter: Adapter, provenance: Mapping[str, Any]) -> Adapter:
+def as_trained(adapter: Adapter, provenance: Mapping[str, Any]) -> Adapter:
     """The adapter with the effect it had where it was trained.
+
+    Args:
+        adapter: as its file has it.
+        provenance: the settings beside it, which say who wrote it.
 
     PEFT (up to 0.21.2 at least) applies the update of an nn.MultiheadAttention's output projection twice, in
     training and after. Files that it wrote therefore mean twice what they say there.
@@ -232,6 +254,20 @@ def _as_trained(adapter: Adapter, provenance: Mapping[str, Any]) -> Adapter:
 
 
 def _read_config(folder: Path) -> tuple[LoraConfig, Mapping[str, Any]]:
+    data = read_settings(folder)
+    try:
+        return LoraConfig.from_dict(data), data
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error
+
+
+def read_settings(directory: str | Path) -> Mapping[str, Any]:
+    """The fields in an adapter's configuration file, as they stand there.
+
+    Raises:
+        FileError: there is none, or it is damaged.
+    """
+    folder = Path(directory)
     path = folder / CONFIG_FILE
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -242,13 +278,16 @@ def _read_config(folder: Path) -> tuple[LoraConfig, Mapping[str, Any]]:
         raise FileError(f"{path} cannot be read as JSON: {error}; the file is damaged") from error
     if not isinstance(data, dict):
         raise FileError(f"{path} should hold a JSON object, not a {type(data).__name__}")
-    try:
-        return LoraConfig.from_dict(data), data
-    except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return data
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_tensors(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors in an adapter's folder by the names they have there, on the CPU.
+
+    Raises:
+        FileError: there are none, or the file is damaged.
+    """
+    folder = Path(directory)
     path, pickled = folder / WEIGHTS_FILE, folder / PICKLED_FILE
     try:
         if path.is_file():

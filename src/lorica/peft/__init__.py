@@ -1,0 +1,41 @@
+"""PEFT's LoRA, name for name, over lorica: ``from peft import ...`` becomes ``from lorica.peft import ...``.
+
+What lorica does not carry is refused by name. Where PEFT 0.21 computes something else than it says, this does
+what it says.
+"""
+
+from __future__ import annotations
+
+from lorica.peft.auto import AutoPeftModel as AutoPeftModel
+from lorica.peft.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from lorica.peft.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from lorica.peft.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+from lorica.peft.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from lorica.peft.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+from lorica.peft.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from lorica.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
+from lorica.peft.config import LoraConfig as LoraConfig
+from lorica.peft.config import LoraRuntimeConfig as LoraRuntimeConfig
+from lorica.peft.config import PeftConfig as PeftConfig
+from lorica.peft.config import PeftType as PeftType
+from lorica.peft.config import TaskType as TaskType
+from lorica.peft.config import get_peft_config as get_peft_config
+from lorica.peft.helpers import rescale_adapter_scale as rescale_adapter_scale
+from lorica.peft.mapping import get_peft_model as get_peft_model
+from lorica.peft.mapping import inject_adapter_in_model as inject_adapter_in_model
+from lorica.peft.optimizers import create_lorafa_optimizer as create_lorafa_optimizer
+from lorica.peft.optimizers import create_loraplus_optimizer as create_loraplus_optimizer
+from lorica.peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from lorica.peft.peft_model import PeftModel as PeftModel
+from lorica.peft.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
+from lorica.peft.peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from lorica.peft.peft_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from lorica.peft.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from lorica.peft.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from lorica.peft.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
+from lorica.peft.status import get_layer_status as get_layer_status
+from lorica.peft.status import get_model_status as get_model_status
+from lorica.peft.tuner import LoraModel as LoraModel
+from lorica.peft.utils.save_and_load import get_peft_model_state_dict as get_peft_model_state_dict
+from lorica.peft.utils.save_and_load import load_peft_weights as load_peft_weights
+from lorica.peft.utils.save_and_load import set_peft_model_state_dict as set_peft_model_state_dict

@@ -1,0 +1,43 @@
+"""What a wrapper asks of the model in it, and does to it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lorica.model.structure import lora_layers
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether a model recomputes activations; of one that does not say it may be so."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    name = next((name for name in names if hasattr(type(model), name)), None)
+    return True if name is None else bool(getattr(model, name))
+
+
+def let_gradients_in(model: nn.Module) -> None:
+    """Let the embeddings' output carry gradients: a recomputed block with a frozen input would have none."""
+    quantized = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+    if any(getattr(model, flag, False) for flag in quantized):
+        return
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()  # pyright: ignore[reportCallIssue]
+    elif hasattr(model, "get_input_embeddings"):
+        model.get_input_embeddings().register_forward_hook(_require_grads)  # pyright: ignore
+
+
+def match_base_dtype(model: nn.Module, name: str) -> None:
+    """Give an adapter's factors the dtype of the weights beside them.
+
+    Args:
+        model: the base.
+        name: of the adapter.
+    """
+    for layer in lora_layers(model).values():
+        weight = layer.base_weight
+        if name in layer.scaling and weight.is_floating_point():
+            for parameter in layer.factor_parameters(name):
+                parameter.data = parameter.data.to(weight.dtype)
+
+
+def _require_grads(module: nn.Module, args: object, output: Tensor) -> None:
+    output.requires_grad_(True)

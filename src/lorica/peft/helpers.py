@@ -1,0 +1,49 @@
+"""PEFT's helpers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lorica.errors import ConfigError, FileError
+from lorica.model.structure import adapted, lora_layers
+from lorica.peft.config import PeftConfig
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Within it, all updates are multiplied.
+
+    Args:
+        model: wrapped or not.
+        multiplier: 0 is the base, 1 the adapter; between them lies what WiSE-FT calls robust fine-tuning
+            (Wortsman et al., 2021).
+
+    Raises:
+        ConfigError: the multiplier is no number.
+        StateError: the model carries no adapter, or one is merged.
+    """
+    if not isinstance(multiplier, (float, int)):
+        raise ConfigError(f"multiplier must be a number, not {multiplier!r}")
+    root, roster = adapted(model)
+    roster.check_unmerged("rescale updates")
+    before = {layer: layer.scaling for layer in lora_layers(root).values()}
+    for layer, scaling in before.items():
+        layer.scaling = {name: scale * multiplier for name, scale in scaling.items()}
+    try:
+        yield
+    finally:
+        for layer, scaling in before.items():
+            layer.scaling = scaling
+
+
+def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether there is a LoRA adapter under this name."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except (FileError, ConfigError):
+        return False
+    return True

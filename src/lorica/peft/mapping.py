@@ -1,0 +1,88 @@
+"""Putting adapters on a model, by PEFT's functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+import lorica
+from lorica.config import LoraConfig as CoreConfig
+from lorica.errors import ConfigError
+from lorica.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
+from lorica.peft.config import as_peft_config
+from lorica.peft.config import get_peft_config as get_peft_config
+from lorica.peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+
+_MARKS = (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: CoreConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Put a new adapter on a model, in place, and wrap it; the adapter acts at once, and trains.
+
+    Args:
+        model: any model.
+        peft_config: what to train; it is not changed.
+        adapter_name: of the adapter.
+        mixed: must be False: there is one method to mix.
+        autocast_adapter_dtype: keep A and B in float32 beside a base of less precision; False gives them the
+            base's.
+        revision: of the base, to be written down.
+        low_cpu_mem_usage: accepted; nothing is ever initialised twice here.
+
+    Returns:
+        The wrapper that the configuration's task asks for.
+
+    Raises:
+        TargetError: a pattern matches nothing, or something that cannot be adapted.
+        ConfigError: the model is wrapped already, or `mixed` is set.
+    """
+    if mixed:
+        raise ConfigError("mixed=True mixes methods, and lorica.peft has LoRA alone; leave it out")
+    config = as_peft_config(peft_config)
+    if revision is not None:
+        config = config.replace(revision=revision)
+    wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
+    return wrapper(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def inject_adapter_in_model(
+    peft_config: CoreConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Put a new adapter on a model, in place, without a wrapper: `lorica.adapt` by PEFT's name.
+
+    Args:
+        peft_config: what to train.
+        model: any model.
+        adapter_name: of the adapter.
+        low_cpu_mem_usage: accepted; nothing is ever initialised twice here.
+        state_dict: adapt just the modules that this names; its values are not used.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TargetError: a pattern matches nothing, or something that cannot be adapted.
+        ConfigError: `state_dict` names no module.
+    """
+    config = as_peft_config(peft_config)
+    if state_dict is not None:
+        named = {key[: key.index(mark)] for key in state_dict for mark in _MARKS if mark in key}
+        if not named:
+            raise ConfigError("state_dict has no key with .lora_A or .lora_B in it: it names no module")
+        paths = sorted(name.removeprefix("base_model.model.") for name in named)
+        config = config.replace(target_modules=paths, layers_to_transform=None, layers_pattern=None)
+    return lorica.adapt(model, config, adapter_name)

@@ -1,0 +1,472 @@
+"""`PeftModel`: PEFT's wrapper, name for name, around a model that lorica adapts in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+import lorica
+from lorica import checkpoint
+from lorica.config import LoraConfig as CoreConfig
+from lorica.errors import ConfigError, listing
+from lorica.model.merged import behind_merge
+from lorica.model.values import overwrite
+from lorica.peft import loading, saving
+from lorica.peft.base import let_gradients_in, match_base_dtype, recomputes
+from lorica.peft.config import PeftType, TaskType, as_peft_config
+from lorica.peft.heads import check_head
+from lorica.peft.recognition import apparent_class, tell_transformers
+from lorica.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from lorica.peft.tuner import LoraModel
+
+
+class LoadResult(NamedTuple):
+    """What did not fit, as torch's `load_state_dict` tells it.
+
+    Args:
+        missing_keys: of the model, without a value.
+        unexpected_keys: without a place.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class PeftModel(nn.Module):
+    """A model with LoRA adapters, under PEFT's names.
+
+    The model itself is adapted in place and stays what it was: ``get_base_model()`` is the model that was
+    given. Parameters go by ``base_model.model.<their name in the model>``.
+
+    Args:
+        model: the base.
+        peft_config: what to train.
+        adapter_name: of the adapter.
+        autocast_adapter_dtype: keep A and B in float32 beside a base of less precision; False gives them the
+            base's.
+        low_cpu_mem_usage: accepted; nothing is ever initialised twice here.
+
+    Raises:
+        TargetError: a pattern matches nothing, or something that cannot be adapted.
+        ConfigError: the model is wrapped already.
+    """
+
+    __class__ = apparent_class  # pyright: ignore[reportIncompatibleMethodOverride]
+    special_peft_forward_args = frozenset({"adapter_names", "alora_offsets"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: CoreConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        if isinstance(model, PeftModel):
+            raise ConfigError(
+                "the model is a PeftModel already; model.add_adapter(name, config) gives it another adapter, "
+                "model.unload() the base back"
+            )
+        self._wrap(LoraModel(model, as_peft_config(peft_config), adapter_name))
+        if not autocast_adapter_dtype:
+            match_base_dtype(self.get_base_model(), adapter_name)
+
+    def _wrap(self, tuner: LoraModel) -> None:
+        super().__init__()
+        self.base_model = tuner
+        self.peft_type = PeftType.LORA
+        model = tuner.model
+        if recomputes(model):
+            self.prepare_model_for_gradient_checkpointing(model)
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "pretraining_tp"):
+            config.pretraining_tp = 1
+        tell_transformers(PeftModel)
+
+    @classmethod
+    def _around(cls, adapted: nn.Module) -> Self:
+        """The wrapper around a model that carries adapters already."""
+        self = cls.__new__(cls)
+        self._wrap(LoraModel(adapted, None))
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the class it is, whichever it appears to be."""
+        return blank, (type(self),), self.__getstate__()
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not here is the LoraModel's, or the model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # before __init__, as copy and pickle ask
+                raise
+            return getattr(self.base_model, name)
+
+    # What the model carries
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Adapter name → configuration."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Adapters that act, or would if they were not disabled."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The one that acts; a list where it is not one."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def active_peft_config(self) -> Any:
+        """Configuration of the adapter that acts."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter acts."""
+        return bool(self.base_model.roster.active)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that adapters train whole."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base's dtype, if it says."""
+        return getattr(self.base_model, "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        """The model itself."""
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Parameters that train, and all."""
+        count = self._count()
+        return count.trainable, count.total
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train."""
+        print(self._count())
+
+    def _count(self) -> lorica.ParameterCount:
+        if not self.peft_config:
+            return lorica.trainable_parameters(self)
+        with behind_merge(self):
+            return lorica.trainable_parameters(self)
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """See `lorica.peft.get_layer_status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """See `lorica.peft.get_model_status`."""
+        return get_model_status(self)
+
+    # Calling it
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own forward.
+
+        Args:
+            args: the model's.
+            adapter_names: an adapter for each row of the batch; ``"__base__"`` for none.
+            kwargs: the model's.
+        """
+        model = self.get_base_model()
+        check_head(model, kwargs)
+        with self._rows(adapter_names, kwargs):
+            return model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own `generate`; arguments as of `forward`."""
+        with self._rows(adapter_names, kwargs):
+            return self.get_base_model().generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    def _rows(self, adapter_names: Sequence[str] | None, kwargs: dict[str, Any]) -> Any:
+        if kwargs.pop("alora_offsets", None) is not None:
+            raise ConfigError("alora_offsets: activated LoRA is not carried; train plain LoRA instead")
+        if adapter_names is None:
+            return nullcontext()
+        if isinstance(adapter_names, str):
+            raise ConfigError(f"adapter_names takes a name for each row, not one string {adapter_names!r}")
+        return lorica.mixed(
+            self.get_base_model(), [None if name == "__base__" else name for name in adapter_names]
+        )
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Let the embeddings' output carry gradients, which a recomputed block needs."""
+        let_gradients_in(model)
+
+    # Choosing
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Let this adapter act alone; it trains, and the others do not.
+
+        Args:
+            adapter_name: of the adapter. For several at once: ``model.base_model.set_adapter([...])``.
+            inference_mode: freeze it too.
+
+        Raises:
+            AdapterError: no such adapter.
+        """
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train, or not.
+
+        Raises:
+            AdapterError: no such adapter.
+        """
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within it the model is the base; what trains stays as it is."""
+        before = self.base_model._resting
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if before is None:
+                self.base_model.enable_adapter_layers()
+
+    # Coming and going
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: CoreConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a new adapter, neither acting nor training yet: `set_adapter` has it do both.
+
+        Args:
+            adapter_name: of the adapter.
+            peft_config: what to train.
+            low_cpu_mem_usage: accepted; nothing is ever initialised twice here.
+            autocast_adapter_dtype: as for the class.
+
+        Raises:
+            AdapterError: the name is taken or cannot be one.
+            TargetError: a pattern matches nothing, or something that cannot be adapted.
+        """
+        self.base_model.inject_adapter(as_peft_config(peft_config), adapter_name)
+        if not autocast_adapter_dtype:
+            match_base_dtype(self.get_base_model(), adapter_name)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> LoadResult:
+        """Add a saved adapter, not acting yet; one that is there already takes the saved values.
+
+        Args:
+            model_id: folder, or name on the Hub.
+            adapter_name: to give it.
+            is_trainable: whether it trains further. If not, the model goes into evaluation mode.
+            torch_device: accepted; the adapter goes where its base is.
+            autocast_adapter_dtype: as for the class.
+            ephemeral_gpu_offload: accepted, and needless.
+            low_cpu_mem_usage: accepted; nothing is ever initialised only to be overwritten.
+            key_mapping: regular expression → replacement, for keys of modules renamed since.
+            kwargs: ``subfolder``, ``revision``, ``token`` and whatever else downloads take.
+
+        Returns:
+            Two empty lists: what does not fit is an error.
+
+        Raises:
+            FileError: a file is missing or damaged.
+            ConfigError: the configuration asks for what lorica does not carry.
+            AdapterError: with the whole list of what does not fit; the model is untouched.
+        """
+        found, options = loading.split_hub(kwargs)
+        loading.check_options(options)
+        folder = loading.locate(model_id, **found)
+        model, before = self.get_base_model(), self.base_model.roster.active
+        adapter = loading.read(folder, key_mapping=loading.conversions(model, key_mapping))
+        if options.get("ignore_mismatched_sizes"):
+            live = lorica.extract(model, adapter_name).extras if adapter_name in self.peft_config else None
+            adapter = loading.fitting(adapter, live or model.state_dict())
+        if adapter_name in self.peft_config:
+            overwrite(model, adapter, adapter_name)
+        else:
+            lorica.attach(
+                model, loading.as_trainable(adapter, is_trainable), adapter_name, trainable=is_trainable
+            )
+            if self.base_model._resting is not None:
+                lorica.active(model, before)
+        if not autocast_adapter_dtype:
+            match_base_dtype(model, adapter_name)
+        if not is_trainable:
+            self.eval()
+        return LoadResult([], [])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off; if it acted alone, the first that is left acts.
+
+        Raises:
+            AdapterError: no such adapter.
+            StateError: an adapter is merged.
+        """
+        self.base_model.delete_adapter(adapter_name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: CoreConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Put a saved adapter on a model, in place.
+
+        Args:
+            model: the base.
+            model_id: folder, or name on the Hub.
+            adapter_name: to give it.
+            is_trainable: whether it trains further. If not, the model goes into evaluation mode.
+            config: in place of the saved one.
+            autocast_adapter_dtype: as for the class.
+            ephemeral_gpu_offload: accepted, and needless.
+            low_cpu_mem_usage: accepted; nothing is ever initialised only to be overwritten.
+            key_mapping: regular expression → replacement, for keys of modules renamed since.
+            kwargs: ``subfolder``, ``revision``, ``token`` and whatever else downloads take.
+
+        Returns:
+            The model, wrapped by the class that the adapter's task asks for.
+
+        Raises:
+            FileError: a file is missing or damaged.
+            ConfigError: the configuration asks for what lorica does not carry.
+            AdapterError: with the whole list of what does not fit; the model is untouched.
+        """
+        found, options = loading.split_hub(kwargs)
+        loading.check_options(options)
+        key_mapping = loading.conversions(model, key_mapping)
+        chosen = None if config is None else as_peft_config(config)
+        adapter = loading.read(loading.locate(model_id, **found), chosen, key_mapping)
+        if options.get("ignore_mismatched_sizes"):
+            adapter = loading.fitting(adapter, model.state_dict())
+        lorica.attach(
+            model, loading.as_trainable(adapter, is_trainable), adapter_name, trainable=is_trainable
+        )
+        task = adapter.config.task_type
+        wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task or "", cls)._around(model)
+        if not autocast_adapter_dtype:
+            match_base_dtype(model, adapter_name)
+        return wrapped if is_trainable else wrapped.eval()
+
+    # Going out
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters to a folder: "default" to the folder itself, others to folders of their names in it.
+
+        Args:
+            save_directory: made if it is not there.
+            safe_serialization: False writes `adapter_model.bin`, a pickle of tensors.
+            selected_adapters: names; None takes all.
+            save_embedding_layers: True writes the base's embedding tables too; "auto" does so where the
+                vocabulary was resized; False never.
+            is_main_process: other processes write nothing.
+            path_initial_model_for_weight_conversion: folder with the adapter as it was before training, where
+                its start changed the base (PiSSA, OLoRA, CorDA, LoRA-GA): writes one of twice the rank that
+                does the same on the untouched base.
+            state_dict: take the values from here, by their live names.
+            kwargs: none; named in the error.
+
+        Raises:
+            AdapterError: no such adapter, or a tensor holds NaN or infinity.
+            FileError: the folder cannot be written.
+        """
+        if is_main_process:
+            for name in list(self.peft_config) if selected_adapters is None else selected_adapters:
+                self.base_model.roster.known(name)
+                adapter = saving.outgoing(self, name, state_dict, save_embedding_layers)
+                if path_initial_model_for_weight_conversion is not None:
+                    adapter = saving.on_untouched_base(adapter, path_initial_model_for_weight_conversion)
+                folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+                checkpoint.write(adapter, folder, pickled=not safe_serialization)
+        if kwargs:
+            raise ConfigError(f"save_pretrained of an adapter takes no {listing(kwargs)}")
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write the model card of the adapter that acts; one that somebody edited stays."""
+        adapter = saving.outgoing(self, self.active_adapters[0], None, False)
+        checkpoint.write_card(adapter, Path(output_dir))
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """A classifier of sequences; its new head trains whole."""
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A causal language model."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """A sequence-to-sequence language model."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """A classifier of tokens; its new head trains whole."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """A model that marks answers in a text; its new head trains whole."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """A model that returns hidden states."""
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    TaskType.SEQ_CLS: PeftModelForSequenceClassification,
+    TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
+    TaskType.CAUSAL_LM: PeftModelForCausalLM,
+    TaskType.TOKEN_CLS: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
+}
+
+
+def blank(cls: type[PeftModel]) -> PeftModel:
+    """An empty instance, for unpickling."""
+    return cls.__new__(cls)

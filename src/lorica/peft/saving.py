@@ -1,0 +1,135 @@
+"""An adapter on its way out of a `PeftModel`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lorica
+from lorica import checkpoint
+from lorica.adapter import Adapter
+from lorica.config import LoraConfig
+from lorica.errors import AdapterError, ConfigError, require
+from lorica.model.merged import behind_merge
+from lorica.model.structure import adapted, walk
+
+_PREFIX = "base_model.model."
+
+
+def outgoing(
+    model: nn.Module,
+    name: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: str | bool = "auto",
+) -> Adapter:
+    """An adapter as it is saved; also while it is merged.
+
+    Args:
+        model: wrapped or not.
+        name: of the adapter.
+        state_dict: take the values from here, by their live names.
+        save_embedding_layers: whether to add the embedding tables of the base: True, False, or "auto", where
+            they have other rows than the base's own configuration says.
+
+    Raises:
+        AdapterError: no such adapter.
+        ConfigError: `save_embedding_layers` is something else.
+    """
+    root, _ = adapted(model)
+    gathered = {key.removeprefix(_PREFIX): value for key, value in (state_dict or {}).items()}
+    with behind_merge(root):
+        adapter = lorica.extract(root, name, state_dict=gathered)
+    if save_embedding_layers not in (True, False, "auto"):
+        raise ConfigError(
+            f'save_embedding_layers is True, False or "auto", not {save_embedding_layers!r}'
+        )
+    if save_embedding_layers is True or (save_embedding_layers == "auto" and _resized(root)):
+        own = {f"{path}.weight": table for path, table in _tables(root).items()}
+        adapter = dataclasses.replace(adapter, extras={**own, **adapter.extras})
+    return dataclasses.replace(adapter, config=_telling_base(adapter.config, root))
+
+
+def _telling_base(config: LoraConfig, root: nn.Module) -> LoraConfig:
+    """The configuration with the base's class in it, where no task says how to load it."""
+    if config.task_type is None and getattr(config, "auto_mapping", ()) is None:
+        mapping = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
+        return config.replace(auto_mapping=mapping)
+    return config
+
+
+def _tables(root: nn.Module) -> dict[str, Tensor]:
+    getters = ("get_input_embeddings", "get_output_embeddings")
+    found = [getattr(root, getter)() for getter in getters if hasattr(root, getter)]
+    return {
+        place.path: weight.detach()
+        for place in walk(root)
+        if any(place.module is module for module in found)
+        and (weight := place.module._parameters.get("weight")) is not None
+    }
+
+
+def _resized(root: nn.Module) -> bool:
+    """Whether the vocabulary is another than that of the base on disk; nothing is fetched to find out."""
+    config: Any = getattr(root, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not name or getattr(config, "vocab_size", None) is None:
+        return False
+    transformers = require("transformers", extra="train")
+    try:
+        original = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    return getattr(original, "vocab_size", config.vocab_size) != config.vocab_size
+
+
+def on_untouched_base(adapter: Adapter, before: str | os.PathLike[str]) -> Adapter:
+    """What training added to the base as it was, where the adapter's start changed the base.
+
+        W + ΔW = W_res + s·B·A   and   W = W_res + s·B₀·A₀   give   ΔW = s·[B  −B₀]·[A; A₀]
+
+    Args:
+        adapter: as trained.
+        before: folder with the adapter as it started.
+
+    Raises:
+        AdapterError: the two are not of one make.
+    """
+    start = checkpoint.read(Path(before))
+    same = adapter.factors.keys() == start.factors.keys() and all(
+        f.A.shape == start.factors[path].A.shape and f.B.shape == start.factors[path].B.shape
+        for path, f in adapter.factors.items()
+    )
+    if not same:
+        raise AdapterError(
+            f"{before} is not how this adapter started: it has other layers or ranks; save the adapter there "
+            "right after it is made, before training"
+        )
+    if any(factors.magnitude is not None for factors in adapter.factors.values()):
+        raise AdapterError(
+            "with DoRA's magnitudes an update is no difference of products, so it cannot be converted"
+        )
+    factors = {
+        path: dataclasses.replace(
+            f,
+            A=torch.cat([f.A, start.factors[path].A.to(f.A)]),
+            B=torch.cat([f.B, -start.factors[path].B.to(f.B)], dim=1),
+        )
+        for path, f in adapter.factors.items()
+    }
+    config = adapter.config
+    larger = math.sqrt(2) if config.use_rslora else 2
+    config = config.replace(
+        init_lora_weights=True,
+        r=2 * config.r,
+        lora_alpha=larger * config.lora_alpha,
+        rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
+        alpha_pattern={key: larger * alpha for key, alpha in config.alpha_pattern.items()},
+    )
+    return Adapter(config, factors, adapter.extras)

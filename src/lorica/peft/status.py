@@ -1,0 +1,197 @@
+"""What adapters a model has and what they are up to, layer by layer and on the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn import Parameter
+
+import lorica
+from lorica.errors import StateError
+from lorica.layers import (
+    LoraAttention,
+    LoraConv,
+    LoraEmbedding,
+    LoraLayer,
+    LoraOpaque,
+    SavedModule,
+    SwappedModule,
+)
+from lorica.model.merged import behind_merge
+from lorica.model.structure import find_adapted, walk
+from lorica.roster import Roster
+
+Irregular = Literal["irregular"]
+
+
+@dataclass
+class TunerLayerStatus:
+    """One adapted layer.
+
+    Args:
+        name: path of the layer.
+        module_type: what it is, by PEFT's names: ``"lora.Linear"``.
+        enabled: whether adapters act at all.
+        active_adapters: those that act, or would.
+        merged_adapters: those in the weights.
+        requires_grad: adapter → whether it trains; ``"irregular"`` if a part of it does.
+        available_adapters: those that the layer has.
+        devices: adapter → kinds of device its parameters are on.
+        quantization_backend: such as ``"bnb 4bit"``, or None.
+    """
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+@dataclass
+class TunerModelStatus:
+    """A model with adapters on the whole; where its layers differ, a value is ``"irregular"``.
+
+    Args:
+        base_model_type: class of the base.
+        adapter_model_type: ``"LoraModel"``, or ``"None"`` without PEFT's wrapper.
+        peft_types: adapter → method.
+        trainable_params: number of parameters that train.
+        total_params: number of all parameters.
+        num_adapter_layers: number of adapted layers.
+        enabled: whether adapters act at all.
+        active_adapters: those that act, or would.
+        merged_adapters: those in the weights.
+        requires_grad: adapter → whether it trains.
+        available_adapters: all there are.
+        devices: adapter → kinds of device its parameters are on.
+        quantization_backend: as for a layer.
+    """
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | Irregular | None
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """What each adapted layer has.
+
+    Args:
+        model: wrapped or not.
+
+    Raises:
+        StateError: it has no adapters.
+    """
+    found = find_adapted(model)
+    if found is None:
+        raise StateError(f"this {type(model).__name__} carries no adapter")
+    root, roster = found
+    tuner = getattr(model, "base_model", None)
+    wrapped = getattr(tuner, "model", None) is root
+    active = list(tuner.active_adapters) if wrapped else list(roster.active)  # type: ignore[union-attr]
+    enabled = bool(roster.active) or not active
+    merged, prefix = roster.merged, "model." if wrapped else ""
+    with behind_merge(root):
+        return [
+            _layer(prefix + place.path, place.module, active, enabled, merged)
+            for place in walk(root)
+            if isinstance(place.module, (LoraLayer, SavedModule))
+        ]
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """What adapters a model has.
+
+    Args:
+        model: wrapped or not.
+
+    Raises:
+        StateError: it has no adapters.
+    """
+    layers = get_layer_status(model)
+    root, roster = find_adapted(model) or (model, Roster())
+    wrapped = root is not model
+    names = sorted({name for layer in layers for name in layer.available_adapters})
+    with behind_merge(root):
+        count = lorica.trainable_parameters(model)
+    return TunerModelStatus(
+        base_model_type=type(root).__name__,
+        adapter_model_type="LoraModel" if wrapped else "None",
+        peft_types=dict.fromkeys(roster.configs, "LORA") if wrapped else {},
+        trainable_params=count.trainable,
+        total_params=count.total,
+        num_adapter_layers=len(layers),
+        enabled=_common(layer.enabled for layer in layers),
+        active_adapters=layers[0].active_adapters,
+        merged_adapters=sorted(roster.merged),
+        requires_grad={
+            name: _common(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
+            for name in names
+        },
+        available_adapters=names,
+        devices={
+            name: sorted({kind for layer in layers for kind in layer.devices.get(name, ())}) for name in names
+        },
+        quantization_backend=_common(layer.quantization_backend for layer in layers),
+    )
+
+
+def _layer(
+    name: str, module: SwappedModule, active: list[str], enabled: bool, merged: Iterable[str]
+) -> TunerLayerStatus:
+    parts: dict[str, list[Parameter]] = {}
+    for own in module.own_modules:
+        entries: Any = getattr(module, own)
+        for key, entry in entries.items():
+            parts.setdefault(key, []).extend([entry] if isinstance(entry, Parameter) else entry.parameters())
+    return TunerLayerStatus(
+        name=name,
+        module_type=module_type(module),
+        enabled=enabled,
+        active_adapters=active,
+        merged_adapters=[key for key in merged if key in parts],
+        requires_grad={key: _common(p.requires_grad for p in values) for key, values in parts.items()},
+        available_adapters=sorted(parts),
+        devices={key: sorted({p.device.type for p in values}) for key, values in parts.items()},
+        quantization_backend=_BACKENDS.get(module.base_class.__name__),
+    )
+
+
+_BACKENDS = {"Linear4bit": "bnb 4bit", "Linear8bitLt": "bnb 8bit"}
+
+
+def module_type(module: SwappedModule) -> str:
+    """What PEFT calls such a layer."""
+    if isinstance(module, SavedModule):
+        return "ModulesToSaveWrapper"
+    if isinstance(module, LoraEmbedding):
+        return "lora.Embedding"
+    if isinstance(module, LoraAttention):
+        return "lora.MultiheadAttention"
+    if isinstance(module, LoraConv):
+        return f"lora.Conv{module.base_weight.dim() - 2}d"
+    if isinstance(module, LoraOpaque) and module.base_class.__name__ in _BACKENDS:
+        return f"lora.{module.base_class.__name__}"
+    return "lora.Linear"
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """The one value that all are, or "irregular"."""
+    different = set(values)
+    return different.pop() if len(different) == 1 else "irregular"

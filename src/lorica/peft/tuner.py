@@ -1,0 +1,277 @@
+"""`LoraModel`: what PEFT's users find at `model.base_model`.
+
+    PeftModel ─base_model─▶ LoraModel ─model─▶ the model itself, adapted in place
+
+It wraps to give parameters PEFT's names (``base_model.model.…``), and does nothing else: which adapters there
+are and which act is the adapted model's own to say.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn import Parameter
+
+import lorica
+from lorica.config import LoraConfig
+from lorica.errors import LoricaWarning, StateError, listing
+from lorica.layers import LoraLayer, SwappedModule
+from lorica.model.merged import behind_merge, settle
+from lorica.model.structure import find_adapted, walk
+from lorica.roster import Roster
+
+
+class LoraModel(nn.Module):
+    """A model that carries LoRA adapters, under PEFT's names.
+
+    Args:
+        model: the base; adapted in place.
+        config: what to train, or a map from `adapter_name` to that. None takes a model that carries adapters
+            already.
+        adapter_name: of the adapter.
+        low_cpu_mem_usage: accepted; nothing is ever initialised twice here.
+
+    Raises:
+        TargetError: a pattern matches nothing, or something that cannot be adapted.
+        AdapterError: the name is taken or cannot be one.
+    """
+
+    prefix = "lora_"
+    tuner_layer_cls = LoraLayer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoraConfig | Mapping[str, LoraConfig] | None,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._resting: tuple[str, ...] | None = None
+        if isinstance(config, Mapping):
+            config = config[adapter_name]
+        if config is not None:
+            lorica.adapt(model, config, adapter_name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not here is the model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # before __init__, as copy and pickle ask
+                raise
+            return getattr(self.model, name)
+
+    @property
+    def roster(self) -> Roster:
+        """What the model carries; an empty one if it carries nothing."""
+        found = find_adapted(self.model)
+        return found[1] if found else Roster()
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """Adapter name → configuration."""
+        return self.roster.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Adapters that act, or would if they were not disabled."""
+        if self._resting is not None:
+            return list(self._resting)
+        roster = self.roster
+        return list(roster.aside.before if roster.merged else roster.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """As `active_adapters`."""
+        return self.active_adapters
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Adapters in the weights at the moment."""
+        return list(self.roster.merged)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Let exactly these adapters act; they train, and the others do not.
+
+        Args:
+            adapter_name: a name or several, whose updates add up.
+            inference_mode: freeze these too.
+
+        Raises:
+            AdapterError: no such adapter, or two that cannot act together.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        for name in names:
+            self.roster.known(name)
+        if self.roster.merged:
+            warnings.warn(
+                "the model is merged; it is unmerged first, to let another adapter act",
+                LoricaWarning,
+                stacklevel=2,
+            )
+            lorica.restore(self.model)
+        if self._resting is None:
+            lorica.active(self.model, names)
+        else:
+            self._resting = names
+        for name in self.roster.configs:
+            self.set_requires_grad(name, name in names and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train, or not.
+
+        Raises:
+            AdapterError: no such adapter.
+        """
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            self.roster.known(name)
+            with behind_merge(self.model):
+                for parameter in parameters_of(self.model, self.roster, name):
+                    parameter.requires_grad_(requires_grad)
+
+    def disable_adapter_layers(self) -> None:
+        """Let none act, until `enable_adapter_layers`; what is merged is unmerged."""
+        if self._resting is None and self.roster.configs:
+            active = tuple(self.active_adapters)
+            if self.roster.merged:
+                lorica.restore(self.model)
+            lorica.disabled(self.model)
+            self._resting = active
+
+    def enable_adapter_layers(self) -> None:
+        """Undo `disable_adapter_layers`."""
+        if self._resting is not None:
+            names, self._resting = self._resting, None
+            lorica.active(self.model, [name for name in names if name in self.roster.configs])
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off; if it acted alone, the first that is left acts.
+
+        Raises:
+            AdapterError: no such adapter.
+            StateError: an adapter is merged.
+        """
+        roster = self.roster
+        roster.known(adapter_name)
+        roster.check_unmerged("delete an adapter")
+        active = [name for name in self.active_adapters if name != adapter_name]
+        acted = adapter_name in self.active_adapters
+        lorica.detach(self.model, adapter_name)
+        if self._resting is not None:
+            self._resting = tuple(active) if roster.configs else None
+        if acted and not active and roster.configs:
+            first = next(iter(roster.configs))
+            warnings.warn(
+                f"{adapter_name!r} acted and is deleted; now {first!r} acts", LoricaWarning, stacklevel=2
+            )
+            self.set_adapter(first)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Put adapters into the weights; `unmerge_adapter` brings W0 back bit for bit.
+
+        Args:
+            adapter_names: which; None takes those that act. Those merged already stay so.
+            safe_merge: accepted; a weight that would hold NaN is always refused.
+
+        Raises:
+            StateError: a layer cannot take its update; the model is untouched.
+            AdapterError: no such adapter, or a weight would hold NaN or infinity; likewise.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        merged = self.merged_adapters
+        new = [self.roster.known(name) for name in names if name not in merged]
+        if not new:
+            if merged:
+                warnings.warn(f"{listing(map(repr, merged))} is merged already", LoricaWarning, stacklevel=2)
+            return
+        resting, self._resting = self._resting, None
+        if merged:
+            lorica.restore(self.model)
+        elif resting is not None:
+            lorica.active(self.model, resting)
+        lorica.merge(self.model, [*merged, *new])
+
+    def unmerge_adapter(self) -> None:
+        """Take what is merged out again: W0 is back bit for bit."""
+        if self.roster.merged:
+            lorica.restore(self.model)
+        else:
+            warnings.warn("nothing is merged, so there is nothing to unmerge", LoricaWarning, stacklevel=2)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        """Put adapters into the weights for good.
+
+        Args:
+            progressbar: accepted; nothing is shown.
+            safe_merge: accepted; a weight that would hold NaN is always refused.
+            adapter_names: which; None takes those that act.
+
+        Returns:
+            The model itself, as if no adapter had ever been on it but for its weights.
+
+        Raises:
+            StateError: as `merge_adapter`, or there is nothing to merge.
+            AdapterError: as `merge_adapter`.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        if not set(names) <= set(self.merged_adapters):
+            self.merge_adapter(names)
+        if not self.roster.merged:
+            raise StateError("no adapter is active; say which to merge, or call unload()")
+        return settle(self.model)
+
+    def unload(self) -> nn.Module:
+        """Take all adapters off.
+
+        Returns:
+            The model as it was before: classes, weights, keys, and what trains.
+        """
+        if self.roster.configs:
+            if self.roster.merged:
+                lorica.restore(self.model)
+            lorica.detach(self.model)
+        self._resting = None
+        return self.model
+
+    def inject_adapter(self, config: LoraConfig, adapter_name: str) -> None:
+        """Add an adapter, neither acting nor training; which others act and train stays as it is.
+
+        Raises:
+            AdapterError: the name is taken or cannot be one.
+            TargetError: a pattern matches nothing, or something that cannot be adapted.
+        """
+        before = self.roster.active
+        lorica.adapt(self.model, config, adapter_name)
+        lorica.active(self.model, before)
+        self.set_requires_grad(adapter_name, False)
+
+    def get_model_config(self, model: nn.Module) -> dict[str, Any]:
+        """The base's configuration as a dict."""
+        config: Any = getattr(model, "config", {"model_type": "custom"})
+        return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def parameters_of(root: nn.Module, roster: Roster, name: str) -> Iterator[Parameter]:
+    """All parameters that an adapter brought: factors, copies of whole modules, biases."""
+    for place in walk(root):
+        if isinstance(place.module, SwappedModule):
+            for own in place.module.own_modules:
+                entries: Any = getattr(place.module, own)
+                if name in entries:
+                    entry = entries[name]
+                    yield from (entry,) if isinstance(entry, Parameter) else entry.parameters()
+    yield from roster.slots.get(name, {}).values()

@@ -1,0 +1,104 @@
+"""An adapter as a dictionary of tensors, under the keys of PEFT's files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.checkpoint.peft import read_tensors, to_tensors
+from lorica.errors import AdapterError, lines
+from lorica.peft import loading, saving
+from lorica.peft.peft_model import LoadResult, PeftModel
+
+_PREFIX = "base_model.model."
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors by their names in PEFT's file; they share memory with the model.
+
+    Args:
+        model: wrapped or not; without the wrapper the keys lack ``base_model.model.``.
+        state_dict: take the values from here, by their live names.
+        adapter_name: of the adapter.
+        unwrap_compiled: accepted; compiled models are looked into always.
+        save_embedding_layers: as of `PeftModel.save_pretrained`.
+
+    Raises:
+        AdapterError: no such adapter.
+    """
+    tensors = to_tensors(saving.outgoing(model, adapter_name, state_dict, save_embedding_layers))
+    if any(isinstance(module, PeftModel) for module in model.modules()):
+        return tensors
+    return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Give an adapter that is on the model other values; nothing else changes.
+
+    Args:
+        model: wrapped or not.
+        peft_model_state_dict: values by their names in PEFT's file, with ``base_model.model.`` or without.
+        adapter_name: of the adapter.
+        ignore_mismatched_sizes: leave out what has another shape, in place of an error.
+        low_cpu_mem_usage: accepted; the values are copied in place.
+
+    Returns:
+        Keys of the adapter for which there is no value, and keys that are not the adapter's.
+
+    Raises:
+        AdapterError: no such adapter, or the whole list of what has another shape; the model is untouched.
+    """
+    live = to_tensors(saving.outgoing(model, adapter_name, None, False))
+    given = {_PREFIX + key.removeprefix(_PREFIX): tensor for key, tensor in peft_model_state_dict.items()}
+    wrong = [
+        f"{key}: {tuple(given[key].shape)} is given, the model has {tuple(tensor.shape)}"
+        for key, tensor in live.items()
+        if key in given and given[key].shape != tensor.shape
+    ]
+    if wrong and not ignore_mismatched_sizes:
+        raise AdapterError(f"the values do not fit the adapter {adapter_name!r}:\n{lines(wrong)}")
+    with torch.no_grad():
+        for key, tensor in live.items():
+            if key in given and given[key].shape == tensor.shape:
+                tensor.copy_(given[key])
+    missing = [key for key in live if key not in given]
+    return LoadResult(missing, [key for key in given if key not in live])
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hf_hub_download_kwargs: Any,
+) -> dict[str, Tensor]:
+    """The tensors of a saved adapter by their names in the file.
+
+    Args:
+        model_id: folder, or name on the Hub.
+        device: to put them on; None leaves them on the CPU.
+        key_mapping: regular expression → replacement, for keys of modules renamed since.
+        hf_hub_download_kwargs: ``subfolder``, ``revision``, ``token``, ...
+
+    Raises:
+        FileError: a file is missing or damaged.
+    """
+    hub, rest = loading.split_hub(hf_hub_download_kwargs)
+    loading.check_options(rest)
+    tensors = loading.renamed(read_tensors(loading.locate(model_id, **hub)), key_mapping or {})
+    return {key: tensor.to(device or "cpu") for key, tensor in tensors.items()}
