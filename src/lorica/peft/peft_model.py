@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -433,8 +433,35 @@ class PeftModel(nn.Module):
         checkpoint.write_card(adapter, Path(output_dir))
 
 
-class PeftModelForSequenceClassification(PeftModel):
+class _WithHead(PeftModel):
+    """A model whose task brought a new head, which every adapter trains whole."""
+
+    task: ClassVar[TaskType]
+
+    def add_adapter(self, adapter_name: str, peft_config: CoreConfig, *args: Any, **kwargs: Any) -> None:
+        """As `PeftModel.add_adapter`; the adapter is for this model's task, and has a head of its own."""
+        config = as_peft_config(peft_config)
+        if config.task_type is None:
+            config = config.replace(task_type=self.task)
+        super().add_adapter(adapter_name, config, *args, **kwargs)
+
+
+class PeftModelForSequenceClassification(_WithHead):
     """A classifier of sequences; its new head trains whole."""
+
+    task = TaskType.SEQ_CLS
+
+
+class PeftModelForTokenClassification(_WithHead):
+    """A classifier of tokens; its new head trains whole."""
+
+    task = TaskType.TOKEN_CLS
+
+
+class PeftModelForQuestionAnswering(_WithHead):
+    """A model that marks answers in a text; its new head trains whole."""
+
+    task = TaskType.QUESTION_ANS
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -443,14 +470,6 @@ class PeftModelForCausalLM(PeftModel):
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """A sequence-to-sequence language model."""
-
-
-class PeftModelForTokenClassification(PeftModel):
-    """A classifier of tokens; its new head trains whole."""
-
-
-class PeftModelForQuestionAnswering(PeftModel):
-    """A model that marks answers in a text; its new head trains whole."""
 
 
 class PeftModelForFeatureExtraction(PeftModel):

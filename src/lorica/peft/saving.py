@@ -47,9 +47,7 @@ def outgoing(
     with behind_merge(root):
         adapter = lorica.extract(root, name, state_dict=gathered)
     if save_embedding_layers not in (True, False, "auto"):
-        raise ConfigError(
-            f'save_embedding_layers is True, False or "auto", not {save_embedding_layers!r}'
-        )
+        raise ConfigError(f'save_embedding_layers is True, False or "auto", not {save_embedding_layers!r}')
     if save_embedding_layers is True or (save_embedding_layers == "auto" and _resized(root)):
         own = {f"{path}.weight": table for path, table in _tables(root).items()}
         adapter = dataclasses.replace(adapter, extras={**own, **adapter.extras})

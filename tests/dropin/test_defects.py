@@ -1,0 +1,132 @@
+"""What was measured to be wrong in PEFT 0.21.2 is right here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import Toy, bits, shake, tokens, transformer
+from torch import Tensor, nn
+
+from lorica.errors import TargetError
+from lorica.peft import LoraConfig, PeftModel, get_peft_model
+
+
+class Attends(nn.Module):
+    """One attention over its input."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def attends(dtype: torch.dtype = torch.float32) -> PeftModel:
+    model = get_peft_model(Attends(dtype), LoraConfig(r=2, target_modules=["attention"]))
+    shake(model)
+    return model
+
+
+def weights(model: nn.Module) -> dict[str, bytes]:
+    return {name: bits(p) for name, p in model.named_parameters() if "lora_" not in name}
+
+
+def requires_grad(model: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def adapters(model: PeftModel, *names: str) -> PeftModel:
+    """The model with more adapters, each shaken."""
+    for seed, name in enumerate(names):
+        model.add_adapter(name, LoraConfig(r=2, target_modules=["up"]))
+        model.set_adapter(name)
+        shake(model, seed + 1)
+    model.set_adapter("default")
+    return model
+
+
+def toy(**settings: Any) -> PeftModel:
+    model = get_peft_model(Toy(), LoraConfig(**{"r": 2, "target_modules": ["up"]} | settings))
+    shake(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_update_of_an_attentions_output_is_applied_once(training: bool) -> None:
+    model = attends().train(training)
+    x = torch.randn(2, 5, 8)
+    reference = Attends()
+    reference.load_state_dict(
+        {k: v for k, v in model.get_base_model().state_dict().items() if "lora_" not in k}
+    )
+    layers = {"": reference.attention.in_proj_weight, ".out_proj": reference.attention.out_proj.weight}
+    for path, weight in layers.items():
+        layer: Any = model.get_submodule(f"base_model.model.attention{path}")
+        delta = layer.lora_B.default.weight @ layer.lora_A.default.weight * layer.scaling["default"]
+        assert delta.abs().max() > 0.01
+        with torch.no_grad():
+            weight += delta
+    torch.testing.assert_close(model(x), reference(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_never_writes_to_the_base(dtype: torch.dtype) -> None:
+    model = attends(dtype)
+    before = weights(model)
+    for training in (True, False):
+        model.train(training)(torch.randn(2, 5, 8, dtype=dtype))
+    assert weights(model) == before
+
+
+def test_a_hundred_merges_in_bfloat16_leave_every_bit() -> None:
+    model = get_peft_model(
+        transformer("llama", dtype=torch.bfloat16), LoraConfig(r=2, target_modules=["q_proj"])
+    )
+    shake(model)
+    before = weights(model)
+    for _ in range(100):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert weights(model) == before
+
+
+def test_a_misspelt_target_beside_a_right_one_is_refused() -> None:
+    with pytest.raises(TargetError, match=r"'upp'.*did you mean 'up'"):
+        get_peft_model(Toy(), LoraConfig(target_modules=["up", "upp"]))
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_disabling_leaves_alone_what_trains(inference: bool) -> None:
+    model = toy(inference_mode=inference)
+    before = requires_grad(model)
+    with model.disable_adapter():
+        assert requires_grad(model) == before
+        model(tokens())
+    assert requires_grad(model) == before
+    assert any(before.values()) is not inference
+
+
+def test_loading_and_adding_leave_alone_what_trains(tmp_path: Any) -> None:
+    model = toy()
+    model.save_pretrained(tmp_path)
+    frozen = toy(inference_mode=True)
+    for each in (model, frozen):
+        before = requires_grad(each)
+        each.load_adapter(tmp_path, "second")
+        each.add_adapter("third", LoraConfig(r=2, target_modules=["down"]))
+        each.load_adapter(tmp_path, "default")
+        after = requires_grad(each)
+        assert {name: after[name] for name in before} == before
+        assert not any(trains for name, trains in after.items() if name not in before)
+
+
+def test_a_dilated_convolution_runs_and_merges() -> None:
+    base = nn.Sequential(nn.Conv1d(3, 4, 3, dilation=2, padding=2, padding_mode="circular"))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]))
+    shake(model)
+    x = torch.randn(2, 3, 9)
+    y = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), y, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,378 @@
+"""One script, run with `peft` and with `lorica.peft`: the same results, the same keys, the same text."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from tiny import batch, transformer
+from torch import Tensor, nn
+
+import lorica.peft
+
+peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'lorica[peers]'")
+
+# PEFT warns of its own future, and of what the scripts below do on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+Script = Callable[[Any, Path], dict[str, Any]]
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Give everything that trains values that follow from its name, so that both libraries have the same."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            seed = zlib.crc32(name.replace(".base_layer", "").encode())
+            draw = torch.Generator().manual_seed(seed)
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
+
+
+def build(p: Any, name: str, **settings: Any) -> Any:
+    """A tiny model with a filled adapter."""
+    model = p.get_peft_model(transformer(name), p.LoraConfig(**{"r": 3, "lora_alpha": 5} | settings))
+    fill(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any, name: str, **more: Any) -> Tensor:
+    result = model(**batch(name), **more)
+    return next(result[key] for key in ("logits", "start_logits", "last_hidden_state") if key in result)
+
+
+def trains(model: nn.Module) -> dict[str, bool]:
+    """What trains of the adapters, by name."""
+    return {
+        n: q.requires_grad for n, q in model.named_parameters() if "lora_" in n or "modules_to_save." in n
+    }
+
+
+CLASSIFIER: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
+CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
+
+
+def counting(p: Any, folder: Path) -> dict[str, Any]:
+    del folder
+    model = build(p, "bert-classifier", **CLASSIFIER)
+    model.print_trainable_parameters()
+    return {
+        "count": model.get_nb_trainable_parameters(),
+        "class": type(model).__name__,
+        "base": type(model.get_base_model()).__name__,
+        "same": model.base_model.model is model.get_base_model(),
+        "trains": sorted(n for n, q in model.named_parameters() if q.requires_grad),
+        "state": dict(p.get_peft_model_state_dict(model)),
+        "logits": logits(model, "bert-classifier"),
+        "forwarded": model.config.hidden_size,
+        "task": model.peft_config["default"].task_type == p.TaskType.SEQ_CLS,
+        "type": model.peft_type == p.PeftType.LORA,
+    }
+
+
+def saving(p: Any, folder: Path) -> dict[str, Any]:
+    model = build(p, "bert-classifier", bias="lora_only", **CLASSIFIER)
+    model.add_adapter("other", p.LoraConfig(r=2, target_modules=["value"]))
+    model.save_pretrained(folder)
+    model.save_pretrained(folder / "one", selected_adapters=["other"])
+    model.save_pretrained(folder / "pickle", safe_serialization=False, selected_adapters=["default"])
+    again = p.PeftModel.from_pretrained(transformer("bert-classifier"), folder)
+    pickled = p.PeftModel.from_pretrained(
+        transformer("bert-classifier"), folder / "pickle", is_trainable=True
+    )
+    config = p.PeftConfig.from_pretrained(folder)
+    files = {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix != ".md" and path.is_file()
+    }
+    return {
+        "files": sorted(files),
+        "tensors": safetensors.torch.load_file(folder / "adapter_model.safetensors"),
+        "class": type(again).__name__,
+        "logits": logits(again, "bert-classifier"),
+        "pickled": logits(pickled.eval(), "bert-classifier"),
+        "training": (again.training, trains(again), trains(pickled)),
+        "config": (type(config).__name__, config.r, config.lora_alpha, config.bias, config.inference_mode),
+        "json": {
+            key: value
+            for key, value in json.loads((folder / "adapter_config.json").read_text()).items()
+            if key in ("r", "lora_alpha", "bias", "task_type", "peft_type", "inference_mode", "auto_mapping")
+        },
+        "other": safetensors.torch.load_file(folder / "one" / "other" / "adapter_model.safetensors").keys(),
+    }
+
+
+def choosing(p: Any, folder: Path) -> dict[str, Any]:
+    name = "bert"
+    model = build(p, name, target_modules=["query", "value"])
+    results: dict[str, Any] = {}
+
+    def note(step: str) -> None:
+        results[step] = (model.active_adapters, trains(model), logits(model, name))
+
+    note("first")
+    model.add_adapter("other", p.LoraConfig(r=2, target_modules=["value", "dense"]))
+    note("added")
+    model.set_adapter("other")
+    fill(model)
+    note("chosen")
+    model.base_model.set_adapter(["default", "other"])
+    note("both")
+    model.set_adapter("default", inference_mode=True)
+    note("frozen")
+    model.set_requires_grad(["default", "other"])
+    note("thawed")
+    model.save_pretrained(folder)
+    model.load_adapter(folder / "other", "third")
+    note("loaded")
+    model.load_adapter(folder / "other", "fourth", is_trainable=True)
+    note("loaded to train")
+    model.delete_adapter("fourth")
+    results["deleted"] = (model.active_adapters, sorted(model.peft_config))
+    return results
+
+
+def disabling(p: Any, folder: Path) -> dict[str, Any]:
+    del folder
+    name = "llama"
+    model = build(p, name, **CAUSAL)
+    inside = []
+    with model.disable_adapter():
+        inside.append(logits(model, name))
+        with model.disable_adapter():
+            inside.append(logits(model, name))
+        inside.append(logits(model, name))
+    results = {"inside": inside, "after": logits(model, name)}
+    model.base_model.disable_adapter_layers()
+    results["off"] = (logits(model, name), model.active_adapters)
+    model.base_model.enable_adapter_layers()
+    return {**results, "on": logits(model, name)}
+
+
+def merging(p: Any, folder: Path) -> dict[str, Any]:
+    del folder
+    name = "llama"
+    model = build(p, name, **CAUSAL)
+    model.add_adapter("other", p.LoraConfig(r=2, target_modules=["o_proj"]))
+    model.set_adapter("other")
+    fill(model)
+    results: dict[str, Any] = {"before": logits(model, name)}
+    model.merge_adapter()
+    results["merged"] = logits(model, name)
+    model.merge_adapter(["default"])
+    results["both"] = logits(model, name)
+    results["state"] = dict(p.get_peft_model_state_dict(model, adapter_name="other"))
+    model.unmerge_adapter()
+    results["unmerged"] = logits(model, name)
+    base = model.merge_and_unload(safe_merge=True, adapter_names=["default"])
+    results["unloaded"] = (type(base).__name__, sorted(base.state_dict()), logits(base, name))
+    base = build(p, name, **CAUSAL).unload()
+    results["bare"] = (type(base).__name__, sorted(base.state_dict()), logits(base, name))
+    return results
+
+
+def rows(p: Any, folder: Path) -> dict[str, Any]:
+    del folder
+    results: dict[str, Any] = {}
+    for name, targets in {"llama": ["q_proj", "v_proj"], "t5": ["q", "v"]}.items():
+        model = build(
+            p, name, target_modules=targets, task_type="CAUSAL_LM" if name == "llama" else "SEQ_2_SEQ_LM"
+        )
+        model.add_adapter("other", p.LoraConfig(r=2, target_modules=targets))
+        model.set_adapter("other")
+        fill(model)
+        names = ["other", "__base__", "default"]
+        results[name] = logits(model, name, adapter_names=names)
+        inputs = {"input_ids": batch(name)["input_ids"], "max_new_tokens": 4, "min_new_tokens": 4}
+        results[f"{name} generates"] = model.generate(**inputs, adapter_names=names)
+        results[f"{name} searches"] = model.generate(**inputs, adapter_names=names, num_beams=2)
+        results[f"{name} alone"] = model.generate(**inputs)
+    return results
+
+
+def inspecting(p: Any, folder: Path) -> dict[str, Any]:
+    del folder
+    model = build(p, "bert-classifier", **CLASSIFIER)
+    model.add_adapter("other", p.LoraConfig(r=2, target_modules=["query"]))
+    results: dict[str, Any] = {
+        "layers": list(map(vars, model.get_layer_status())),
+        "model": vars(model.get_model_status()),
+    }
+    model.merge_adapter()
+    merged = vars(model.get_model_status())
+    results["merged"] = merged["active_adapters"], merged["num_adapter_layers"]
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        results["disabled"] = model.get_model_status().enabled
+    bare = p.inject_adapter_in_model(p.LoraConfig(target_modules=["query"]), transformer("bert"))
+    results["bare"] = (
+        [status.name for status in p.get_layer_status(bare)],
+        sorted(p.get_peft_model_state_dict(bare)),
+    )
+    return results
+
+
+def loading(p: Any, folder: Path) -> dict[str, Any]:
+    name = "bert-classifier"
+    model = build(p, name, **CLASSIFIER)
+    model.save_pretrained(folder)
+    weights = p.load_peft_weights(str(folder))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    result = p.set_peft_model_state_dict(model, weights | {"base_model.model.nothing.weight": torch.ones(1)})
+    other = p.get_peft_model(transformer(name), p.LoraConfig(r=3, lora_alpha=5, **CLASSIFIER))
+    other.load_adapter(folder, "default")
+    keys = {
+        key.removeprefix("base_model.model."): weight for key, weight in weights.items() if "lora_" in key
+    }
+    injected = p.inject_adapter_in_model(
+        p.LoraConfig(r=3, target_modules=["query"]), transformer(name), state_dict=keys
+    )
+    return {
+        "unexpected": len(result.unexpected_keys),
+        "set": logits(model, name),
+        "overwritten": logits(other.eval(), name),
+        "keys": sorted(weights),
+        "injected": sorted(n for n, _ in injected.named_parameters() if "lora_" in n),
+    }
+
+
+def training(p: Any, folder: Path) -> dict[str, Any]:
+    del folder
+    name = "bert-classifier"
+    model = build(p, name, **CLASSIFIER)
+    optimizer = importlib.import_module(f"{p.__name__}.optimizers").create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=4.0, loraplus_weight_decay=0.1
+    )
+    losses = []
+    for _ in range(3):
+        loss = model(**batch(name), labels=torch.tensor([0, 1, 0])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    groups = [(len(g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    return {"losses": losses, "groups": groups, "state": dict(p.get_peft_model_state_dict(model))}
+
+
+def automatic(p: Any, folder: Path) -> dict[str, Any]:
+    transformer("bert-classifier").save_pretrained(folder / "base")
+    transformers = pytest.importorskip("transformers")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base")
+    model = p.get_peft_model(base, p.LoraConfig(**CLASSIFIER))
+    fill(model)
+    model.save_pretrained(folder / "adapter")
+    again = p.AutoPeftModelForSequenceClassification.from_pretrained(folder / "adapter", adapter_name="mine")
+    plain = p.get_peft_model(
+        transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base"),
+        p.LoraConfig(target_modules=["query"]),
+    )
+    fill(plain)
+    plain.save_pretrained(folder / "plain")
+    unnamed = p.AutoPeftModel.from_pretrained(folder / "plain")
+    return {
+        "again": (type(again).__name__, again.active_adapters, logits(again, "bert-classifier")),
+        "mapping": json.loads((folder / "plain" / "adapter_config.json").read_text())["auto_mapping"],
+        "unnamed": (type(unnamed).__name__, type(unnamed.get_base_model()).__name__),
+        "plain": logits(unnamed, "bert-classifier"),
+        "named": again.peft_config["mine"].base_model_name_or_path == str(folder / "base"),
+    }
+
+
+def scaling(p: Any, folder: Path) -> dict[str, Any]:
+    del folder
+    name = "bert-classifier"
+    model = build(p, name, **CLASSIFIER)
+    with importlib.import_module(f"{p.__name__}.helpers").rescale_adapter_scale(model, 0.5):
+        half = logits(model, name)
+    return {"half": half, "whole": logits(model, name)}
+
+
+def casting(p: Any, folder: Path) -> dict[str, Any]:
+    results = {}
+    for cast in (True, False):
+        model = p.get_peft_model(
+            transformer("llama", dtype=torch.bfloat16), p.LoraConfig(**CAUSAL), autocast_adapter_dtype=cast
+        )
+        model.save_pretrained(folder / str(cast))
+        again = p.PeftModel.from_pretrained(
+            transformer("llama", dtype=torch.bfloat16), folder / str(cast), autocast_adapter_dtype=cast
+        )
+        results[str(cast)] = [
+            {str(q.dtype) for n, q in m.named_parameters() if "lora_" in n} for m in (model, again)
+        ]
+        results[f"{cast} runs"] = logits(model, "llama").dtype
+    return results
+
+
+SCRIPTS: list[Script] = [
+    counting,
+    saving,
+    choosing,
+    disabling,
+    merging,
+    rows,
+    inspecting,
+    loading,
+    training,
+    automatic,
+    scaling,
+    casting,
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_the_same_with_either(script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, texts = [], []
+    for p in (peft, lorica.peft):
+        folder = tmp_path / p.__name__
+        folder.mkdir()
+        torch.manual_seed(0)
+        results.append(script(p, folder))
+        texts.append(capsys.readouterr().out)
+    theirs, ours = results
+    assert ours.keys() == theirs.keys()
+    for key, expected in theirs.items():
+        same(ours[key], expected, key)
+    assert texts[0] == texts[1]
+
+
+def same(ours: Any, theirs: Any, where: str) -> None:
+    if isinstance(theirs, Tensor):
+        assert ours.shape == theirs.shape, where
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=2e-6, msg=lambda text: f"{where}: {text}")
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in theirs:
+            same(ours[key], theirs[key], f"{where}, {key}")
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs), f"{where}: {ours}, {theirs}"
+        for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            same(one, other, f"{where}[{i}]")
+    else:
+        assert ours == theirs, where
+
+
+def test_isinstance_says_yes_to_pefts_classes() -> None:
+    model = build(lorica.peft, "bert-classifier", **CLASSIFIER)
+    assert isinstance(model, peft.PeftModel)
+    assert isinstance(model, peft.PeftModelForSequenceClassification)
+    assert not isinstance(model, peft.PeftModelForCausalLM)
+    assert type(model) is lorica.peft.PeftModelForSequenceClassification
+    assert type(model).__name__ == model.__class__.__name__
+
+
+def test_a_configuration_of_pefts_own_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(lorica.LoricaError, match=r"lorica\.peft"):
+            lorica.peft.get_peft_model(transformer("bert"), peft.LoraConfig())
