@@ -149,7 +149,7 @@ def disabling(p: Any, folder: Path) -> dict[str, Any]:
         with model.disable_adapter():
             inside.append(logits(model, name))
         inside.append(logits(model, name))
-    results = {"inside": inside, "after": logits(model, name)}
+    results: dict[str, Any] = {"inside": inside, "after": logits(model, name)}
     model.base_model.disable_adapter_layers()
     results["off"] = (logits(model, name), model.active_adapters)
     model.base_model.enable_adapter_layers()
