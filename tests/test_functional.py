@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorica import functional
 from lorica.functional import drop_rate, dropout, keep_mask, lora_linear, low_rank
 
 NAMES = ("x", "weight", "bias", "A", "B")
@@ -242,6 +243,22 @@ class TestDropout:
         rate = drop_rate(p)
         deviation = math.sqrt(rate * (1 - rate) / (1 << 14))
         assert ((kept - (1 - rate)).abs() < 5 * deviation).all()
+
+    @pytest.mark.parametrize("with_numpy", [True, False])
+    def test_masks_follow_from_the_default_generator(
+        self, with_numpy: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not with_numpy:
+            monkeypatch.setattr(functional, "numpy", None)
+        like = torch.empty(64, 100)
+        masks = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            masks += [keep_mask(like, 0.25), keep_mask(like, 0.25)]
+        assert masks[0].equal(masks[2])
+        assert masks[1].equal(masks[3])
+        # Of two independent masks 0.75² + 0.25² of the elements agree.
+        assert abs((masks[0] == masks[1]).double().mean().item() - 0.625) < 0.04
 
     @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 0)])
     def test_a_mask_of_any_shape(self, shape: tuple[int, ...]) -> None:
