@@ -94,6 +94,7 @@ class TestRefused:
             ("init_lora_weights", "xavier"),
             ("init_lora_weights", 1),
             ("use_rslora", 1),
+            ("lora_bias", "none"),
             ("fan_in_fan_out", "yes"),
             ("inference_mode", None),
             ("target_modules", []),
@@ -245,7 +246,6 @@ class TestFromDict:
         ("key", "value"),
         [
             ("use_qalora", True),
-            ("lora_bias", True),
             ("trainable_token_indices", [3]),
             ("layer_replication", [[0, 2]]),
             ("target_parameters", ["experts.weight"]),

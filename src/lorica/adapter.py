@@ -26,6 +26,7 @@ class Factors:
         scale: α/r or α/√r.
         kind: what sort of layer they belong to.
         magnitude: (d_out,) with DoRA: the norm that each row of ``W0 + scale·B·A`` is brought to. Else None.
+        bias: (d_out,) with `lora_bias`: what is added to ``B·A·x`` before the scale. Else None.
     """
 
     A: Tensor
@@ -33,6 +34,7 @@ class Factors:
     scale: float
     kind: Kind = "linear"
     magnitude: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def r(self) -> int:
@@ -67,7 +69,7 @@ class Adapter:
         parts = {
             f"{path} ({part})": tensor
             for path, f in self.factors.items()
-            for part, tensor in (("A", f.A), ("B", f.B), ("magnitude", f.magnitude))
+            for part, tensor in (("A", f.A), ("B", f.B), ("magnitude", f.magnitude), ("bias", f.bias))
             if tensor is not None
         }
         return {**parts, **self.extras}

@@ -61,6 +61,12 @@ def start(
     return A, B
 
 
+def start_bias(d_out: int, r: int, init: bool | str, random: torch.Generator) -> Tensor:
+    """The bias on B (d_out,) at the start: zero, or uniform where `init` is False, as A and B then are."""
+    bias = torch.zeros(d_out)
+    return bias.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r), generator=random) if init is False else bias
+
+
 def _uniform(factor: Tensor, random: torch.Generator) -> None:
     # Kaiming's bound with a = √5 is 1/√fan_in: what torch's own linear and convolution layers start from.
     bound = 1 / math.sqrt(math.prod(factor.shape[1:]))

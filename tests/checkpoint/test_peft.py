@@ -317,7 +317,7 @@ class TestRefused:
             ({"use_qalora": True}, "use_qalora=True"),
             ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
             ({"layer_replication": [[0, 2]]}, "layer_replication"),
-            ({"lora_bias": True}, "lora_bias"),
+            ({"use_qalora": True}, "use_qalora"),
             ({"rank_patern": {"up": 4}}, "did you mean 'rank_pattern'"),
             ({"r": 0}, "r must be a whole number of at least 1, not 0"),
             ({"r": -2}, "not -2"),
@@ -431,7 +431,7 @@ class TestRefused:
         edit_weights(folder, lambda t: [t.pop(name) for name in list(t) if ".lora_" in name])
         assert "there is no lora_A or lora_B in it" in self.refusal(folder, AdapterError)
 
-    @pytest.mark.parametrize("key", ["lora_bias", "trainable_tokens_delta", "lora_diag", "lora_velora_embed"])
+    @pytest.mark.parametrize("key", ["trainable_tokens_delta", "lora_diag", "lora_velora_embed"])
     def test_tensors_of_other_methods(self, folder: Path, key: str) -> None:
         edit_weights(folder, lambda t: t.update({f"base_model.model.blocks.0.up.{key}": torch.zeros(2)}))
         assert "which lorica does not support here" in self.refusal(folder, AdapterError)

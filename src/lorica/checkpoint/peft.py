@@ -36,9 +36,9 @@ CARD_FILE = "README.md"
 
 _PREFIX = "base_model.model."
 _SIDE = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<leaf>\.weight)?$")
+_BIAS = ".lora_B.bias"
 _MAGNITUDE = "lora_magnitude_vector"
 _UNSUPPORTED = {
-    "lora_bias": "a bias on B",
     "trainable_tokens_delta": "trained tokens",
     "lora_diag": "KaSA",
     "lora_velora_embed": "VeLoRA",
@@ -143,6 +143,8 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
         )
         side = "lora_embedding_" if factors.kind == "embedding" else "lora_"
         named[f"{owner}.{side}A{leaf}"], named[f"{owner}.{side}B{leaf}"] = factors.A, factors.B
+        if factors.bias is not None:
+            named[f"{owner}{_BIAS}"] = factors.bias
         if factors.magnitude is not None:
             spatial = (1,) * (factors.A.dim() - 2)
             shape = (1, -1, *spatial) if spatial else (-1,)
@@ -162,6 +164,7 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
     """
     halves: dict[tuple[str, Kind], dict[str, Tensor]] = {}
     magnitudes: dict[str, Tensor] = {}
+    on_B: dict[str, Tensor] = {}
     extras: dict[str, Tensor] = {}
     problems: list[str] = []
     for key, tensor in tensors.items():
@@ -174,6 +177,8 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
             problems.append(f"{key}: does not start with {_PREFIX!r}")
         elif key.endswith(f".{_MAGNITUDE}"):
             magnitudes[_path(key.removesuffix(f".{_MAGNITUDE}"))] = tensor.flatten()
+        elif key.endswith(_BIAS):
+            on_B[_path(key.removesuffix(_BIAS))] = tensor
         elif (hit := _SIDE.match(key)) is None:
             extras[_path(key).replace(".modules_to_save.", ".")] = tensor
         elif bool(hit["embedding"]) == bool(hit["leaf"]):
@@ -190,17 +195,26 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
             problems.append(f"{path}: {problem}")
         else:
             magnitude = magnitudes.pop(path, None)
-            factors[path] = Factors(sides["A"], sides["B"], config.scale(path), kind, magnitude)
-            if config.use_dora and magnitude is None:
-                problems.append(f"{path}: {_MAGNITUDE} is missing, though use_dora is set")
-            elif magnitude is not None and not config.use_dora:
-                problems.append(f"{path}: has a {_MAGNITUDE}, though use_dora is not set")
+            bias = on_B.pop(path, None)
+            factors[path] = Factors(sides["A"], sides["B"], config.scale(path), kind, magnitude, bias)
+            problems += _disagreements(path, _MAGNITUDE, magnitude, "use_dora", config.use_dora)
+            problems += _disagreements(path, "lora_B.bias", bias, "lora_bias", config.lora_bias)
     problems += [f"{path}: {_MAGNITUDE} without lora_A and lora_B" for path in magnitudes]
+    problems += [f"{path}: lora_B.bias without lora_A and lora_B" for path in on_B]
     if not halves:
         problems.append("there is no lora_A or lora_B in it")
     if problems:
         raise AdapterError(f"the weights are not those of an adapter that lorica can use:\n{lines(problems)}")
     return Adapter(config, factors, extras)
+
+
+def _disagreements(path: str, part: str, tensor: Tensor | None, field: str, wanted: bool) -> list[str]:
+    """What is wrong where a module has a part that the configuration does not ask for, or lacks one."""
+    if wanted and tensor is None:
+        return [f"{path}: {part} is missing, though {field} is set"]
+    if tensor is not None and not wanted:
+        return [f"{path}: has a {part}, though {field} is not set"]
+    return []
 
 
 def _path(key: str) -> str:

@@ -75,7 +75,7 @@ def check(config: LoraConfig) -> None:
         all(_is_number(alpha) and alpha > 0 for alpha in config.alpha_pattern.values()),
         "a map to positive numbers",
     )
-    for name in ("use_dora", "use_rslora", "fan_in_fan_out", "inference_mode"):
+    for name in ("lora_bias", "use_dora", "use_rslora", "fan_in_fan_out", "inference_mode"):
         expect(name, isinstance(getattr(config, name), bool), "True or False")
     for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
         value = getattr(config, name)
@@ -87,6 +87,15 @@ def check(config: LoraConfig) -> None:
             "a list of names" if name == "modules_to_save" else "a string or a list of names",
         )
     expect("target_modules", config.target_modules not in ([], ""), "None or name at least one module")
+    if config.lora_bias and config.use_dora:
+        raise ConfigError(
+            "lora_bias and use_dora do not go together: DoRA has no place for a bias on B; set one of them"
+        )
+    if config.lora_bias and config.init_lora_weights not in (True, False):
+        raise ConfigError(
+            f"lora_bias goes with init_lora_weights=True or False, not {config.init_lora_weights!r}, which "
+            "says nothing of a bias"
+        )
     layers = config.layers_to_transform
     indices = [layers] if isinstance(layers, int) else layers
     expect(

@@ -48,6 +48,8 @@ class LoraConfig:
         exclude_modules: modules to leave out, matched like `target_modules`.
         bias: which of the base's biases train as well: ``"none"``, ``"all"``, or ``"lora_only"`` (those of
             the adapted layers).
+        lora_bias: train a bias b on B too: the update of an output is ``scale·(B·A·x + b)``. For linear
+            layers and convolutions, without `use_dora`.
         use_dora: train the magnitude of each output's weights too, and let B·A turn their direction (Liu et
             al., 2024).
         use_rslora: scale by α/√r, so that large ranks keep learning (Kalajdzievski, 2023).
@@ -77,6 +79,7 @@ class LoraConfig:
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     bias: str = "none"
+    lora_bias: bool = False
     use_dora: bool = False
     use_rslora: bool = False
     modules_to_save: list[str] | None = None

@@ -9,7 +9,7 @@ its hooks and its keys in `state_dict`, and gains A and B beside them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -23,11 +23,12 @@ from lorica.roster import Roster
 
 
 class Factor(nn.Module):
-    """One parameter, `weight`: live names are the ecosystem's own, ``query.lora_A.default.weight``."""
+    """A `weight`, maybe a `bias`: live names are the ecosystem's own, ``query.lora_A.default.weight``."""
 
-    def __init__(self, weight: Parameter) -> None:
+    def __init__(self, weight: Parameter, bias: Parameter | None = None) -> None:
         super().__init__()
         self.weight = weight
+        self.bias = bias
 
 
 class LayerState(NamedTuple):
@@ -152,6 +153,8 @@ class LoraLayer(SwappedModule):
     """Whether that parameter is stored (d_in, d_out)."""
     takes_dropout: ClassVar[bool] = True
     """Whether inputs can be dropped; not where the update is folded into the weight."""
+    takes_bias: ClassVar[bool] = True
+    """Whether B can have a bias."""
     rows_differ: ClassVar[bool] = True
     """Whether rows of one batch can have adapters of their own."""
 
@@ -190,6 +193,12 @@ class LoraLayer(SwappedModule):
         assert weight is not None
         return weight
 
+    def get_base(self, leaf: str) -> Parameter:
+        """A parameter of the base by its name."""
+        parameter = self._parameters[leaf]
+        assert parameter is not None
+        return parameter
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer returns, plus the active adapters' updates."""
         y = super().forward(x, *args, **kwargs)
@@ -203,6 +212,9 @@ class LoraLayer(SwappedModule):
     def effect(self, name: str, x: Tensor, base: Tensor) -> Tensor:
         """What one adapter adds to the output `base` that the base layer has for `x`."""
         update = self.update(name, x).to(base.dtype)
+        shift = self.shift(name)
+        if shift is not None:
+            return update + self.along_outputs(shift.to(base.dtype))
         ratio = self.ratio(name)
         if ratio is None:
             return update
@@ -236,6 +248,15 @@ class LoraLayer(SwappedModule):
         magnitudes = self.lora_magnitude_vector
         return magnitudes[name].weight if name in magnitudes else None  # type: ignore[return-value]
 
+    def bias_parameter(self, name: str) -> Parameter | None:
+        """The bias (d_out,) on the adapter's B, if it has one."""
+        return self.lora_B[name].bias if self.takes_bias and name in self.lora_B else None  # type: ignore
+
+    def shift(self, name: str) -> Tensor | None:
+        """What the bias on B adds to every output, ``scale·bias`` (d_out,); None without one."""
+        bias = self.bias_parameter(name)
+        return None if bias is None else self.scaling[name] * bias
+
     def ratio(self, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
         """Magnitude over norm, for each row of ``W0 + scale·B·A`` (d_out,); None without magnitudes."""
         magnitude = self.magnitude_parameter(name)
@@ -254,6 +275,10 @@ class LoraLayer(SwappedModule):
         """Take an adapter's magnitudes."""
         self.lora_magnitude_vector[name] = Factor(magnitude)
 
+    def add_bias(self, name: str, bias: Parameter) -> None:
+        """Take the bias on an adapter's B."""
+        self.lora_B[name].bias = bias
+
     def remove_factors(self, name: str) -> None:
         """Drop an adapter's factors and magnitudes."""
         for own in self.own_modules:
@@ -266,7 +291,9 @@ class LoraLayer(SwappedModule):
         A, B = self.factor_parameters(name)
         magnitude = self.magnitude_parameter(name)
         m = None if magnitude is None else magnitude.detach()
-        return Factors(A.detach(), B.detach(), self.scaling[name], self.kind, m)
+        bias = self.bias_parameter(name)
+        b = None if bias is None else bias.detach()
+        return Factors(A.detach(), B.detach(), self.scaling[name], self.kind, m, b)
 
     def check_mergeable(self) -> None:
         """Refuse a layer whose weight has no place for an update.
@@ -305,6 +332,39 @@ class LoraLayer(SwappedModule):
                 turned *= self.along_rows(ratio.detach().to(precision))
                 result = turned if len(present) == 1 else result + (turned - W0)
         return result.view(weight.shape)
+
+    def folded(self, names: Sequence[str], *, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What the base's parameters become when adapters are merged, by their names.
+
+        Args:
+            names: adapters to add.
+            out: tensors to write to, by the same names, as `fold` uses them.
+
+        Raises:
+            StateError: as `check_mergeable` and `check_bias`.
+        """
+        self.check_bias(names)
+        result = {self.weight_name: self.fold(names, out=(out or {}).get(self.weight_name))}
+        shifts = [shift.detach() for name in names if (shift := self.shift(name)) is not None]
+        if shifts:
+            bias = self._parameters["bias"]
+            assert bias is not None
+            precise = bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
+            result["bias"] = precise + torch.stack(shifts).sum(0)
+        return result
+
+    def check_bias(self, names: Sequence[str]) -> None:
+        """Refuse to merge a trained bias into a layer that has none.
+
+        Raises:
+            StateError: it has none.
+        """
+        trained = any(self.bias_parameter(name) is not None for name in names)
+        if trained and self._parameters.get("bias") is None:
+            raise StateError(
+                f"the bias on B (lora_bias) has no place in a {self.base_class.__name__} without a bias; use "
+                "the adapter unmerged"
+            )
 
     def along_outputs(self, vector: Tensor) -> Tensor:
         """One number for each output (d_out,), shaped to multiply the layer's output."""

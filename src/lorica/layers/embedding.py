@@ -23,6 +23,7 @@ class LoraEmbedding(LoraLayer):
     own_modules = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     kind: ClassVar[Kind] = "embedding"
     transposed: ClassVar[bool] = True
+    takes_bias: ClassVar[bool] = False
     padding_idx: int | None
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict

@@ -21,13 +21,13 @@ class LoraLinear(LoraLayer):
 
     def _base(self) -> tuple[Tensor, Tensor | None]:
         """W0 as (d_out, d_in), and the bias."""
-        return self.base_weight, self._parameters["bias"]
+        return self.as_matrix(self.base_weight), self._parameters["bias"]
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(..., d_in)``; returns ``(..., d_out)``."""
         rows = self.roster.rows
         if rows is not None:
-            if torch.is_grad_enabled() or len(self.lora_magnitude_vector):
+            if torch.is_grad_enabled() or self.is_more_than_factors():
                 return super().forward(x)
             y = F.linear(x, *self._base())
             return rows.add_stacked_(y, x, self, self.scaling.keys(), partial(self._stack, y.dtype))
@@ -38,7 +38,16 @@ class LoraLinear(LoraLayer):
         ratio = self.ratio(names[0])
         if ratio is not None:
             return functional.dora_linear(x, *self._base(), A, B, ratio, scale, p)
-        return functional.lora_linear(x, *self._base(), A, B, scale, p)
+        weight, bias = self._base()
+        shift = self.shift(names[0])
+        if shift is not None:
+            bias = shift.to(weight.dtype) if bias is None else bias + shift.to(bias.dtype)
+        return functional.lora_linear(x, weight, bias, A, B, scale, p)
+
+    def is_more_than_factors(self) -> bool:
+        """Whether an adapter has magnitudes or a bias beside A and B."""
+        biased = any(self.bias_parameter(name) is not None for name in self.scaling)
+        return biased or len(self.lora_magnitude_vector) > 0
 
     def update(self, name: str, x: Tensor) -> Tensor:  # noqa: D102
         return functional.low_rank(x, *self.update_of(name))
@@ -58,9 +67,6 @@ class LoraConv1D(LoraLinear):
     """transformers' Conv1D (GPT-2): a linear layer whose weight is stored (d_in, d_out)."""
 
     transposed: ClassVar[bool] = True
-
-    def _base(self) -> tuple[Tensor, Tensor | None]:
-        return self.base_weight.t(), self._parameters["bias"]
 
 
 def presented(layer: LoraLayer) -> Tensor:
@@ -89,6 +95,7 @@ class LoraReadLinear(LoraLinear):
     """
 
     rows_differ: ClassVar[bool] = False
+    takes_bias: ClassVar[bool] = False
 
     @property
     def weight(self) -> Tensor:
@@ -112,6 +119,7 @@ class LoraAttention(LoraLayer):
 
     weight_name: ClassVar[str] = "in_proj_weight"
     takes_dropout: ClassVar[bool] = False
+    takes_bias: ClassVar[bool] = False
     rows_differ: ClassVar[bool] = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

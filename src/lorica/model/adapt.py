@@ -150,15 +150,21 @@ def disabled(model: nn.Module) -> active:
 
 
 def _fresh(target: Target, config: LoraConfig, seed: int) -> Mount:
+    random = init.generator(seed, target.path)
     A, B = init.start(
         target.layer.factor_shapes(target.module, config.rank(target.path)),
         config.init_lora_weights,
-        init.generator(seed, target.path),
+        random,
         embedding=issubclass(target.layer, LoraEmbedding),
     )
     A, B = (parameter_for(target, factor, copy=False) for factor in (A, B))
     scale = config.scale(target.path)
-    return Mount(target, A, B, scale, _norms(target, A, B, scale) if config.use_dora else None)
+    magnitude = _norms(target, A, B, scale) if config.use_dora else None
+    bias = None
+    if config.lora_bias:
+        start = init.start_bias(B.shape[0], config.rank(target.path), config.init_lora_weights, random)
+        bias = parameter_for(target, start, copy=False)
+    return Mount(target, A, B, scale, magnitude, bias)
 
 
 def _norms(target: Target, A: Parameter, B: Parameter, scale: float) -> Parameter:

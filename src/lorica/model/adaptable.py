@@ -73,6 +73,19 @@ def check_magnitudes(place: Place, layer: type[LoraLayer]) -> None:
         )
 
 
+def check_bias(place: Place, layer: type[LoraLayer]) -> None:
+    """Refuse a bias on B where there is no place for it.
+
+    Raises:
+        TargetError: naming the module.
+    """
+    if not layer.takes_bias:
+        raise TargetError(
+            f"{place.path}: lora_bias is for linear layers and convolutions that are called, not for a "
+            f"{type(place.module).__name__} in this place; leave it out, or set lora_bias=False"
+        )
+
+
 def check_replaceable(path: str, module: nn.Module) -> None:
     """Refuse a module whose forward was replaced on the instance, where its class has no more say.
 

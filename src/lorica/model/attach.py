@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from lorica.adapter import Adapter
 from lorica.errors import AdapterError, TargetError, lines, nearest
 from lorica.layers import SavedModule, layer_class
-from lorica.model.adaptable import check_adaptable, check_magnitudes, check_replaceable
+from lorica.model.adaptable import check_adaptable, check_bias, check_magnitudes, check_replaceable
 from lorica.model.mount import Mount, mount, open_for, parameter_for
 from lorica.model.structure import Place, base_parameters, walk
 from lorica.model.targets import Target, biases, ends_with, resolve, within_any
@@ -64,7 +64,9 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
         A, B = (parameter_for(target, factor, copy=True) for factor in (factors.A, factors.B))
         m = factors.magnitude
         magnitude = None if m is None else parameter_for(target, m, copy=True)
-        mounts.append(Mount(target, A, B, factors.scale, magnitude))
+        b = factors.bias
+        bias = None if b is None else parameter_for(target, b, copy=True)
+        mounts.append(Mount(target, A, B, factors.scale, magnitude, bias))
     mount(root, roster, name, adapter.config, mounts, saved, slots, trainable=trainable)
     with torch.no_grad():
         for copy in trained_copies(root, name):
@@ -122,6 +124,8 @@ def _layer_problems(places: dict[str, Place], adapter: Adapter) -> Iterator[str]
             check_adaptable(place, layer)
             if factors.magnitude is not None:
                 check_magnitudes(place, layer)
+            if factors.bias is not None:
+                check_bias(place, layer)
             expected = layer.factor_shapes(place.module, factors.r)
         except TargetError as error:
             yield str(error)
@@ -132,11 +136,12 @@ def _layer_problems(places: dict[str, Place], adapter: Adapter) -> Iterator[str]
                 f"shape of {path}: A {came[0]} and B {came[1]} in the adapter, {expected[0]} and "
                 f"{expected[1]} in the model"
             )
-        elif factors.magnitude is not None and factors.magnitude.shape != expected[1][:1]:
-            yield (
-                f"shape of {path}: magnitude {tuple(factors.magnitude.shape)} in the adapter, "
-                f"{expected[1][:1]} in the model"
-            )
+        for part, vector in (("magnitude", factors.magnitude), ("bias", factors.bias)):
+            if came == expected and vector is not None and vector.shape != expected[1][:1]:
+                yield (
+                    f"shape of {path}: {part} {tuple(vector.shape)} in the adapter, {expected[1][:1]} in "
+                    "the model"
+                )
 
 
 def _extra_problems(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> Iterator[str]:

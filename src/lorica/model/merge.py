@@ -72,7 +72,7 @@ class _Aside:
     module: nn.Module
     state: LayerState
     originals: dict[str, Tensor]
-    merged: Parameter | None = None
+    merged: dict[str, Parameter] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -121,18 +121,23 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> MergeRe
             module.check_own_class()
         with one_thread():
             merged = {
-                path: _merged_parameter(path, layer, chosen)
+                path: _merged_parameters(path, layer, chosen)
                 for path, layer in layers.items()
                 if layer.acting()
             }
     except Exception:
         roster.activate(root, before)
         raise
-    losses = {path: rounding_loss(layers[path], chosen, parameter) for path, parameter in merged.items()}
+    losses = {
+        path: rounding_loss(layers[path], chosen, parameters[layers[path].weight_name])
+        for path, parameters in merged.items()
+    }
     swapped: dict[str, SwappedModule] = {**layers, **saved_modules(root)}
     ties = _ties(root)
     aside = _Merged(
-        before, [_set_aside(path, module, merged.get(path), chosen) for path, module in swapped.items()], ties
+        before,
+        [_set_aside(path, module, merged.get(path, {}), chosen) for path, module in swapped.items()],
+        ties,
     )
     untied = _untie(root, aside)
     pretrained.leave(root)
@@ -164,10 +169,11 @@ def switch(model: nn.Module, name: str) -> None:
     try:
         _check_mergeable(aside, roster.configs[name], name)
         _retie(root, aside)
+        for item in aside.modules:
+            _put_back(item)
         roster.activate(root, (name,))
         with one_thread():
             for item in aside.modules:
-                _put_back(item)
                 if isinstance(item.module, LoraLayer):
                     _refill(item, item.module, name)
                 else:
@@ -240,29 +246,29 @@ def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, row
     return (lost / total) ** 0.5 if total else 0.0
 
 
-def _merged_parameter(path: str, layer: LoraLayer, names: tuple[str, ...]) -> Parameter:
-    weight = layer.base_weight
+def _merged_parameters(path: str, layer: LoraLayer, names: tuple[str, ...]) -> dict[str, Parameter]:
     try:
-        result = layer.fold(names).to(weight.dtype)
+        parts = layer.folded(names)
     except StateError as error:
         raise StateError(f"{path}: {error}") from None
-    if not torch.isfinite(result).all():
-        raise AdapterError(
-            f"{path}: the merged weight would hold NaN or infinity in {weight.dtype}; the model "
-            "is left as it was"
-        )
-    return Parameter(result, requires_grad=False)
+    result = {leaf: part.to(layer.get_base(leaf).dtype) for leaf, part in parts.items()}
+    for leaf, part in result.items():
+        if not torch.isfinite(part).all():
+            raise AdapterError(
+                f"{path}: the merged {leaf} would hold NaN or infinity in {part.dtype}; the model "
+                "is left as it was"
+            )
+    return {leaf: Parameter(part, requires_grad=False) for leaf, part in result.items()}
 
 
-def _set_aside(path: str, module: SwappedModule, merged: Parameter | None, names: tuple[str, ...]) -> _Aside:
+def _set_aside(
+    path: str, module: SwappedModule, merged: dict[str, Parameter], names: tuple[str, ...]
+) -> _Aside:
     """Give a module its base form, holding what the adapters made of it."""
-    originals: dict[str, Tensor] = {}
-    item = _Aside(path, module, None, originals, merged)  # type: ignore[arg-type]
-    if isinstance(module, LoraLayer):
-        originals[module.weight_name] = module.base_weight
-        if merged is not None:
-            module._parameters[module.weight_name] = merged
-    elif isinstance(module, SavedModule):
+    item = _Aside(path, module, None, {}, merged)  # type: ignore[arg-type]
+    for leaf, parameter in merged.items():
+        item.originals[leaf] = _put(module, leaf, parameter)
+    if isinstance(module, SavedModule):
         _show_copy(item, module, names)
     item.state = module.leave()
     return item
@@ -272,14 +278,16 @@ def _refill(item: _Aside, layer: LoraLayer, name: str) -> None:
     """Make the layer hold W0 with the update of `name`, or W0 itself where there is none."""
     if name not in layer.scaling:
         return
-    weight = layer.base_weight
-    if item.merged is None:
-        item.merged = Parameter(torch.empty_like(weight), requires_grad=False)
-    target = item.merged.detach()
-    result = layer.fold((name,), out=target)
-    if result.data_ptr() != target.data_ptr():
-        target.copy_(result)
-    layer._parameters[layer.weight_name] = item.merged
+    targets = {leaf: parameter.detach() for leaf, parameter in item.merged.items()}
+    for leaf, result in layer.folded((name,), out=targets).items():
+        base = layer.get_base(leaf)
+        if leaf not in item.merged:
+            item.merged[leaf] = Parameter(torch.empty_like(base), requires_grad=False)
+        target = item.merged[leaf].detach()
+        if result.data_ptr() != target.data_ptr():
+            target.copy_(result)
+        item.originals[leaf] = base
+        _put(layer, leaf, item.merged[leaf])
 
 
 def _show_copy(item: _Aside, module: nn.Module, names: tuple[str, ...]) -> None:
@@ -315,6 +323,7 @@ def _check_mergeable(aside: _Merged, config: LoraConfig, name: str) -> None:
         if isinstance(module, LoraLayer) and name in module.scaling:
             try:
                 module.check_mergeable()
+                module.check_bias((name,))
             except StateError as error:
                 raise StateError(f"{path}: {error}") from None
             factors[path] = module.factors(name)

@@ -27,6 +27,7 @@ class Mount(NamedTuple):
     B: Parameter
     scale: float
     magnitude: Parameter | None = None
+    bias: Parameter | None = None
 
 
 def open_for(model: nn.Module, name: str) -> tuple[nn.Module, Roster]:
@@ -93,11 +94,13 @@ def mount(
         setattr(root, ROSTER, roster)
         pretrained.enter(root)
     roster.configs[name] = config
-    for (_, module, layer), A, B, scale, magnitude in mounts:
+    for (_, module, layer), A, B, scale, magnitude, bias in mounts:
         host = module if isinstance(module, LoraLayer) else layer.take(module, roster)
         host.add_factors(name, _train(A, trainable), _train(B, trainable), scale, config.lora_dropout)
         if magnitude is not None:
             host.add_magnitude(name, _train(magnitude, trainable))
+        if bias is not None:
+            host.add_bias(name, _train(bias, trainable))
     if saved:
         roster.whole[name] = tuple(saved)
     for module in saved.values():

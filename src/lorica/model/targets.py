@@ -21,7 +21,7 @@ from lorica.layers import (
     layer_class,
 )
 from lorica.layers.conv import LoraConv
-from lorica.model.adaptable import check_adaptable, check_magnitudes, check_replaceable
+from lorica.model.adaptable import check_adaptable, check_bias, check_magnitudes, check_replaceable
 from lorica.model.structure import Place, walk
 
 # Query and value projections as the architectures name them, most specific first: the usual choice where none
@@ -284,6 +284,8 @@ def _target(place: Place, config: LoraConfig) -> Target:
     check_adaptable(place, layer)
     if config.use_dora:
         check_magnitudes(place, layer)
+    if config.lora_bias:
+        check_bias(place, layer)
     if config.lora_dropout and not layer.takes_dropout:
         raise TargetError(
             f"{path}: the update of an attention's fused weight has no input of its own to drop; "

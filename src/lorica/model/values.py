@@ -46,7 +46,10 @@ def extract(
             magnitude = layer.magnitude_parameter(name)
             if magnitude is not None:
                 magnitude = value(f"{path}.lora_magnitude_vector.{name}.weight", magnitude)
-            factors[path] = Factors(A, B, layer.scaling[name], layer.kind, magnitude)
+            bias = layer.bias_parameter(name)
+            if bias is not None:
+                bias = value(f"{path}.lora_B.{name}.bias", bias)
+            factors[path] = Factors(A, B, layer.scaling[name], layer.kind, magnitude, bias)
     extras = {copy.base_name: value(copy.live_name, copy.tensor) for copy in trained_copies(root, name)}
     in_place = name in roster.active
     for path, parameter in roster.slots.get(name, {}).items():

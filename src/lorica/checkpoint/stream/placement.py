@@ -129,6 +129,8 @@ def _place_extra(
 def _place_factors(
     result: Placement, adapter: Adapter, base: Checkpoint, path: str, factors: Factors
 ) -> list[str]:
+    if factors.bias is not None:
+        return [f"{path}: the bias on its B (lora_bias) goes into another tensor; merge it in memory"]
     if factors.magnitude is not None:
         return [f"{path}: its magnitudes (DoRA) scale whole rows and columns; merge it in memory"]
     there, rows = result.names.to_file(path), factors.B.shape[0]
