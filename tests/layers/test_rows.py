@@ -82,6 +82,33 @@ def test_every_row_trains_its_own_adapter(model: Any) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_what_was_trained_meanwhile_is_seen(model: Any) -> None:
+    tokens = torch.randint(20, (6, 5))
+    with lorica.mixed(model, NAMES):
+        with torch.no_grad():
+            before = model(tokens)
+        model(tokens).sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.add_(torch.randn_like(parameter))
+            after = model(tokens)
+    assert not torch.allclose(before, after)
+    with torch.no_grad():
+        torch.testing.assert_close(after, one_by_one(model, tokens, NAMES))
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_one_token_or_several(length: int) -> None:
+    model, _ = oracle.adapted(nn.Sequential(nn.Linear(8, 6)), "0", name="a", r=2)
+    oracle.adapted(model, "0", name="b", r=3)
+    x = torch.randn(3, length, 8)
+    with torch.no_grad():
+        with lorica.mixed(model, ["b", "a", None]):
+            together = model(x)
+        torch.testing.assert_close(together, one_by_one(model, x, ("b", "a", None)))
+
+
 def test_rows_repeated_by_a_search_keep_their_adapter() -> None:
     model, _ = oracle.adapted(nn.Sequential(nn.Linear(8, 6)), "0", name="a")
     x = torch.randn(2, 8)

@@ -27,7 +27,10 @@ class LoraLinear(LoraLayer):
         """Apply the layer to ``(..., d_in)``; returns ``(..., d_out)``."""
         rows = self.roster.rows
         if rows is not None:
-            if torch.is_grad_enabled() or self.is_more_than_factors():
+            if torch.is_grad_enabled():
+                rows.forget()
+                return super().forward(x)
+            if rows.asked(self, self.is_more_than_factors):
                 return super().forward(x)
             y = F.linear(x, *self._base())
             return rows.add_stacked_(y, x, self, self.scaling.keys(), partial(self._stack, y.dtype))
@@ -54,13 +57,13 @@ class LoraLinear(LoraLayer):
 
     def _stack(self, dtype: torch.dtype, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The adapters' A (adapters, r, d_in) and scaled B (adapters, r, d_out), zeros up to one rank."""
-        updates = [self.update_of(name) for name in names]
-        r = max(A.shape[0] for A, *_ in updates)
-        A = torch.stack([F.pad(A.to(dtype), (0, 0, 0, r - A.shape[0])) for A, *_ in updates])
-        B = torch.stack(
-            [F.pad(B.t().to(dtype) * scale, (0, 0, 0, r - B.shape[1])) for _, B, scale, _ in updates]
-        )
-        return A, B
+        As, Bs, scales, _ = zip(*(self.update_of(name) for name in names), strict=True)
+        r = max(A.shape[0] for A in As)
+        A = torch.stack([A if A.shape[0] == r else F.pad(A, (0, 0, 0, r - A.shape[0])) for A in As])
+        B = torch.stack([B if B.shape[1] == r else F.pad(B, (0, r - B.shape[1])) for B in Bs]).mT
+        scaled = B.new_empty(B.shape, dtype=dtype)
+        torch.mul(B, B.new_tensor(scales).view(-1, 1, 1), out=scaled)
+        return A.to(dtype), scaled
 
 
 class LoraConv1D(LoraLinear):

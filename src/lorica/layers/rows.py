@@ -45,7 +45,7 @@ class Stacked(NamedTuple):
         gather: rows of the batch, each adapter's brought to one count by repeating; None where that is every
             row as it stands.
         keep: positions in `gather` that count; None where all do.
-        A: (adapters, d_in, r).
+        A: (adapters, r, d_in).
         B: (adapters, r, d_out), times the scale.
     """
 
@@ -66,6 +66,7 @@ class Rows:
 
     names: tuple[str | None, ...]
     _stacked: dict[tuple[Hashable, int], Stacked | None] = field(default_factory=dict, repr=False)
+    _answers: dict[Hashable, bool] = field(default_factory=dict, repr=False)
 
     def segments(self, x: Tensor, present: Collection[str]) -> Segments:
         """The rows of `x` whose adapter is among `present`.
@@ -126,7 +127,9 @@ class Rows:
             return y
         (names, _, order), gather, keep, A, B = plan
         rows = x if gather is None else x.index_select(0, gather)
-        u = torch.bmm(rows.reshape(len(names), -1, x.shape[-1]), A)
+        segments = rows.reshape(len(names), -1, x.shape[-1])
+        # On a CPU a product is faster with the skinny matrix on the left: A, unless there is but one token.
+        u = torch.bmm(A, segments.mT).mT if segments.shape[1] > 1 else torch.bmm(segments, A.mT)
         if order is None and gather is None:
             y.view(len(names), -1, y.shape[-1]).baddbmm_(u, B)
             return y
@@ -134,6 +137,17 @@ class Rows:
         if keep is not None:
             delta = delta.index_select(0, keep)
         return y.add_(delta) if order is None else y.index_add_(0, order, delta)
+
+    def forget(self) -> None:
+        """Drop the stacked factors: they may be trained from here on."""
+        self._stacked.clear()
+        self._answers.clear()
+
+    def asked(self, layer: Hashable, question: Callable[[], bool]) -> bool:
+        """A layer's answer, asked once: looking at each of many adapters costs as much as using them."""
+        if layer not in self._answers:
+            self._answers[layer] = question()
+        return self._answers[layer]
 
     def groups(self, x: Tensor, present: Collection[str]) -> Iterator[tuple[str | None, Tensor]]:
         """Each adapter among `present` with the indices of its rows of `x`; under None, the other rows."""
@@ -156,7 +170,7 @@ def _stacked(segments: Segments, x: Tensor, stack: Stack) -> Stacked | None:
     else:
         rows = list(range(x.shape[0])) if order is None else order.tolist()
         gather, keep = (torch.tensor(indices, device=x.device) for indices in _stretch(rows, counts))
-    return Stacked(segments, gather, keep, A.mT, B)
+    return Stacked(segments, gather, keep, A, B)
 
 
 def _stretch(order: list[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:

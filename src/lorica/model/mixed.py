@@ -15,8 +15,8 @@ class mixed:
     """Let each row of the batch have an adapter of its own, or none; the base runs once on all of them.
 
     Takes effect at once; as a context manager, undone on exit. Holds inside `generate` too, with beams. In
-    inference the adapters' factors are stacked once for each call of `mixed`; under gradients every row
-    trains its own adapter.
+    inference the adapters' factors are stacked once for each call of `mixed`, and anew after a pass under
+    gradients, in which every row trains its own adapter; factors changed in another way need another call.
 
     Args:
         model: adapted model.
