@@ -15,6 +15,8 @@ from lorica.errors import AdapterError, listing
 
 Kind = Literal["linear", "embedding", "conv"]
 
+_RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
+
 
 @dataclass(frozen=True, eq=False)
 class Factors:
@@ -112,7 +114,7 @@ def check_name(name: str) -> str:
             f"an adapter's name must be made of letters, digits, '_' and '-', not {name!r}; "
             "it becomes part of parameter and folder names"
         )
-    if any(hasattr(store, name) for store in (nn.ModuleDict(), nn.ParameterDict())):
+    if name in _RESERVED:
         raise AdapterError(
             f"{name!r} is an attribute of torch's ModuleDict or ParameterDict, which are keyed by adapter; "
             "choose another name"

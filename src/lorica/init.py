@@ -46,12 +46,13 @@ def start(
     Returns:
         A and B.
     """
-    A, B = torch.zeros(shapes[0], dtype=dtype), torch.zeros(shapes[1], dtype=dtype)
     if embedding:
+        A, B = torch.zeros(shapes[0], dtype=dtype), torch.empty(shapes[1], dtype=dtype)
         B.normal_(generator=random)
         if init is False:
             A.normal_(generator=random)
         return A, B
+    A, B = torch.empty(shapes[0], dtype=dtype), torch.zeros(shapes[1], dtype=dtype)
     if init == "gaussian":
         A.normal_(0.0, 1 / A.shape[0], generator=random)
         return A, B

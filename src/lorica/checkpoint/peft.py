@@ -44,6 +44,7 @@ _UNSUPPORTED = {
     "lora_velora_embed": "VeLoRA",
     "lora_monteclora_sampler": "MonteCLoRA",
 }
+_UNSUPPORTED_PART = re.compile("|".join(_UNSUPPORTED))
 
 
 def is_adapter(directory: str | Path) -> bool:
@@ -128,8 +129,11 @@ def read(directory: str | Path) -> Adapter:
         adapter = from_tensors(tensors, config)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
+    adapter = _as_trained(adapter, provenance)
     adapter.check_finite()
-    return as_trained(adapter, provenance)
+    adapter = as_trained(adapter, provenance)
+    adapter.check_finite()
+    return adapter
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -168,10 +172,11 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
     extras: dict[str, Tensor] = {}
     problems: list[str] = []
     for key, tensor in tensors.items():
-        feature = next((what for part, what in _UNSUPPORTED.items() if part in key), None)
+        unsupported = _UNSUPPORTED_PART.search(key)
         if ".original_module." in key:
             pass  # with bias="all" PEFT writes those of the frozen original too, and the trained ones twice
-        elif feature is not None:
+        elif unsupported is not None:
+            feature = _UNSUPPORTED[unsupported[0]]
             problems.append(f"{key}: belongs to {feature}, which lorica does not support here")
         elif not key.startswith(_PREFIX):
             problems.append(f"{key}: does not start with {_PREFIX!r}")

@@ -34,7 +34,7 @@ def layer_class(module: nn.Module, parent: nn.Module | None = None) -> type[Lora
         parent: the module that holds it, which may read its weight without calling it.
     """
     if isinstance(module, LoraLayer):
-        return next(cls for cls in type(module).__mro__[1:] if issubclass(cls, LoraLayer))
+        return module.swapped_by  # pyright: ignore[reportReturnType]
     if isinstance(module, nn.MultiheadAttention):
         return LoraAttention
     if isinstance(module, nn.Linear):

@@ -51,8 +51,6 @@ def adapt(model: M, config: LoraConfig | None = None, name: str = "default", *, 
     layers, saved, config = resolve(root, config or LoraConfig())
     seed = init.draw_seed() if seed is None else seed
     mounts = [_fresh(target, config, seed) for target in layers]
-    base = getattr(root, "name_or_path", None) or config.base_model_name_or_path
-    config = config.replace(base_model_name_or_path=base or None)
     slots = _slots(root, roster, biases(root, config, {target.path for target in layers}, saved))
     mount(root, roster, name, config, mounts, saved, slots, trainable=not config.inference_mode)
     roster.activate(root, (name,))

@@ -28,7 +28,7 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
             f"{path}: an nn.MultiheadAttention with kdim or vdim of its own has no single weight to adapt; "
             "target its out_proj"
         )
-    if any(type(parameter).__name__ == "DTensor" for parameter in module.parameters(recurse=False)):
+    if any(type(parameter).__name__ == "DTensor" for parameter in module._parameters.values()):
         raise TargetError(
             f"{path} is already sharded; adapt the model before fully_shard, so that A and B are sharded too"
         )

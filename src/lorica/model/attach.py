@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lorica.adapter import Adapter
+from lorica.adapter import Adapter, Factors
 from lorica.errors import AdapterError, TargetError, lines, nearest
 from lorica.layers import SavedModule, layer_class
 from lorica.model.adaptable import check_adaptable, check_bias, check_magnitudes, check_replaceable
 from lorica.model.mount import Mount, mount, open_for, parameter_for
 from lorica.model.structure import Place, base_parameters, walk
-from lorica.model.targets import Target, biases, ends_with, resolve, within_any
+from lorica.model.targets import (
+    Target,
+    as_target,
+    biases,
+    ending_in,
+    meant,
+    outermost,
+    outside,
+    trained_whole,
+    within_any,
+)
 from lorica.model.values import trained_copies
 from lorica.roster import Roster
 
@@ -41,26 +51,30 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
             untouched.
         StateError: an adapter is merged.
     """
-    root, roster = open_for(model, name)
     adapter.check_finite()
-    places = {place.path: place for place in walk(root)}
-    saved = _saved(places, adapter)
+    return attach_finite(model, adapter, name, trainable=trainable)
+
+
+def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> M:
+    """As `attach`, for an adapter that is known to be finite: one that was just read is."""
+    root, roster = open_for(model, name)
+    places = {place.path: place for place in walk(root) if place.path}
+    saved = outermost(ending_in(places.values(), adapter.config.modules_to_save or []))
     slots = _slots(root, roster, adapter, saved)
     for path, module in saved.items():
         check_replaceable(path, module)
-    problems = [
-        *_layer_problems(places, adapter),
-        *_extra_problems(root, adapter, saved),
-        *_missing(root, adapter, saved),
-    ]
+    targets: list[Target] = []
+    problems: list[str] = []
+    for path, factors in adapter.factors.items():
+        try:
+            targets.append(_target(places, path, factors))
+        except TargetError as error:
+            problems.append(str(error))
+    problems += [*_extra_problems(root, adapter, saved), *_missing(root, places, adapter, saved)]
     if problems:
         raise AdapterError(f"the adapter does not fit this {type(root).__name__}:\n{lines(problems)}")
     mounts = []
-    for path, factors in adapter.factors.items():
-        place = places[path]
-        layer = layer_class(place.module, place.parent)
-        assert layer is not None
-        target = Target(path, place.module, layer)
+    for target, factors in zip(targets, adapter.factors.values(), strict=True):
         A, B = (parameter_for(target, factor, copy=True) for factor in (factors.A, factors.B))
         m = factors.magnitude
         magnitude = None if m is None else parameter_for(target, m, copy=True)
@@ -69,20 +83,11 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
         mounts.append(Mount(target, A, B, factors.scale, magnitude, bias))
     mount(root, roster, name, adapter.config, mounts, saved, slots, trainable=trainable)
     with torch.no_grad():
-        for copy in trained_copies(root, name):
+        for copy in trained_copies(root, roster, name):
             copy.tensor.copy_(adapter.extras[copy.base_name])
     if not roster.active:
         roster.activate(root, (name,))
     return model
-
-
-def _saved(places: dict[str, Place], adapter: Adapter) -> dict[str, nn.Module]:
-    """The modules that the adapter means to replace whole."""
-    names = adapter.config.modules_to_save or []
-    found = {
-        path: place.module for path, place in places.items() if any(ends_with(path, name) for name in names)
-    }
-    return {path: module for path, module in found.items() if not within_any(path, found.keys() - {path})}
 
 
 def _slots(
@@ -108,40 +113,38 @@ def _slots(
     return slots
 
 
-def _layer_problems(places: dict[str, Place], adapter: Adapter) -> Iterator[str]:
-    for path, factors in adapter.factors.items():
-        place = places.get(path)
-        if place is None:
-            yield f"unexpected: {path} is not in the model{nearest(path, places, limit=1)}"
-            continue
-        layer = layer_class(place.module, place.parent)
-        if layer is None or layer.kind != factors.kind or isinstance(place.module, SavedModule):
-            yield (
-                f"kind of {path}: {factors.kind} in the adapter, {type(place.module).__name__} in the model"
+def _target(places: Mapping[str, Place], path: str, factors: Factors) -> Target:
+    """The module that an update is for.
+
+    Raises:
+        TargetError: there is none, or none that it fits.
+    """
+    place = places.get(path)
+    if place is None:
+        raise TargetError(f"unexpected: {path} is not in the model{nearest(path, places, limit=1)}")
+    layer = layer_class(place.module, place.parent)
+    if layer is None or layer.kind != factors.kind or isinstance(place.module, SavedModule):
+        raise TargetError(
+            f"kind of {path}: {factors.kind} in the adapter, {type(place.module).__name__} in the model"
+        )
+    check_adaptable(place, layer)
+    if factors.magnitude is not None:
+        check_magnitudes(place, layer)
+    if factors.bias is not None:
+        check_bias(place, layer)
+    expected = layer.factor_shapes(place.module, factors.r)
+    came = tuple(factors.A.shape), tuple(factors.B.shape)
+    if came != expected:
+        raise TargetError(
+            f"shape of {path}: A {came[0]} and B {came[1]} in the adapter, {expected[0]} and "
+            f"{expected[1]} in the model"
+        )
+    for part, vector in (("magnitude", factors.magnitude), ("bias", factors.bias)):
+        if vector is not None and vector.shape != expected[1][:1]:
+            raise TargetError(
+                f"shape of {path}: {part} {tuple(vector.shape)} in the adapter, {expected[1][:1]} in the model"
             )
-            continue
-        try:
-            check_adaptable(place, layer)
-            if factors.magnitude is not None:
-                check_magnitudes(place, layer)
-            if factors.bias is not None:
-                check_bias(place, layer)
-            expected = layer.factor_shapes(place.module, factors.r)
-        except TargetError as error:
-            yield str(error)
-            continue
-        came = tuple(factors.A.shape), tuple(factors.B.shape)
-        if came != expected:
-            yield (
-                f"shape of {path}: A {came[0]} and B {came[1]} in the adapter, {expected[0]} and "
-                f"{expected[1]} in the model"
-            )
-        for part, vector in (("magnitude", factors.magnitude), ("bias", factors.bias)):
-            if came == expected and vector is not None and vector.shape != expected[1][:1]:
-                yield (
-                    f"shape of {path}: {part} {tuple(vector.shape)} in the adapter, {expected[1][:1]} in "
-                    "the model"
-                )
+    return Target(path, place.module, layer)
 
 
 def _extra_problems(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> Iterator[str]:
@@ -157,23 +160,27 @@ def _extra_problems(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Modul
             yield f"shape of {path}: {tuple(tensor.shape)} in the adapter, {tuple(have.shape)} in the model"
 
 
-def _missing(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> Iterator[str]:
+def _missing(
+    root: nn.Module, places: Mapping[str, Place], adapter: Adapter, saved: dict[str, nn.Module]
+) -> Iterator[str]:
     """What the adapter's own configuration means in this model, and for which it brings nothing."""
+    config, every = adapter.config, list(places.values())
     for path, module in saved.items():
         names = (f"{path}.{leaf}" for leaf in _state(module))
         yield from (f"missing: {name}" for name in names if name not in adapter.extras)
-    trained = biases(root, adapter.config, adapter.factors, saved)
+    trained = biases(root, config, adapter.factors, saved)
     # PEFT leaves out an attention's in_proj_bias, and whatever else is not called just "bias".
     named = (path for path in trained if path.rpartition(".")[2] == "bias")
     yield from (f"missing: {path}" for path in named if path not in adapter.extras)
     # Another reader may have found other modules behind None, "all-linear" or a pattern; behind names there
     # is no doubt.
-    if isinstance(adapter.config.target_modules, list):
+    if isinstance(config.target_modules, list):
         try:
-            meant = resolve(root, adapter.config.replace(rank_pattern={}, alpha_pattern={})).layers
+            wanted = meant(root, outside(every, trained_whole(every, config)), config)
+            absent = [as_target(place, config) for place in wanted if place.path not in adapter.factors]
         except TargetError:
             return  # a name the model lacks shows in the factors that have no place
-        yield from (f"missing: {target.path}" for target in meant if target.path not in adapter.factors)
+        yield from (f"missing: {target.path}" for target in absent)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from lorica import checkpoint
-from lorica.model.attach import attach
+from lorica.model.attach import attach_finite
 from lorica.model.values import extract, overwrite
 
 M = TypeVar("M", bound=nn.Module)
@@ -56,7 +56,7 @@ def load(model: M, directory: str | Path, name: str = "default", *, trainable: b
         AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is
             untouched.
     """
-    return attach(model, checkpoint.read(directory), name, trainable=trainable)
+    return attach_finite(model, checkpoint.read(directory), name, trainable=trainable)
 
 
 def load_weights(model: nn.Module, directory: str | Path, name: str | None = None) -> None:

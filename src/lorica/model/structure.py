@@ -26,18 +26,22 @@ class Place(NamedTuple):
 def walk(root: nn.Module) -> Iterator[Place]:
     """Every module of the base once, in registration order, without what lorica added."""
     seen: set[nn.Module] = set()
-
-    def visit(path: str, module: nn.Module, parent: nn.Module | None) -> Iterator[Place]:
+    ahead = [Place("", root, None)]
+    while ahead:
+        place = ahead.pop()
+        path, module, _ = place
         if module in seen:
-            return
+            continue
         seen.add(module)
-        yield Place(path, module, parent)
-        added = module.own_modules if isinstance(module, SwappedModule) else ()
-        for name, child in module._modules.items():
-            if child is not None and name not in added:
-                yield from visit(f"{path}.{name}" if path else name, child, module)
-
-    return visit("", root, None)
+        yield place
+        if module._modules:
+            prefix = f"{path}." if path else ""
+            added = module.own_modules if isinstance(module, SwappedModule) else ()
+            ahead += [
+                Place(prefix + name, child, module)
+                for name, child in reversed(module._modules.items())
+                if child is not None and name not in added
+            ]
 
 
 def base_parameters(root: nn.Module) -> dict[str, nn.Parameter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -71,17 +71,16 @@ def resolve(root: nn.Module, config: LoraConfig) -> Targets:
         config: what to look for.
 
     Returns:
-        The modules, and the configuration with `target_modules`, `modules_to_save` and `fan_in_fan_out` as
-        they turned out.
+        The modules, and the configuration with `target_modules`, `modules_to_save`, `fan_in_fan_out` and
+        `base_model_name_or_path` as they turned out.
 
     Raises:
         TargetError: a name or pattern matches nothing, or something that cannot be adapted.
     """
     places = [place for place in walk(root) if place.path]
-    saved = _saved(places, config)
-    free = [place for place in places if not within_any(place.path, saved)]
-    chosen = _chosen(root, free, config)
-    targets = [_target(place, config) for place in chosen]
+    saved = trained_whole(places, config)
+    free = outside(places, saved)
+    targets = [as_target(place, config) for place in meant(root, free, config)]
     paths = [target.path for target in targets]
     for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
@@ -89,11 +88,15 @@ def resolve(root: nn.Module, config: LoraConfig) -> Targets:
                 raise TargetError(
                     f"{name} has {key!r}, which matches no adapted module{nearest(key, _tails(paths))}"
                 )
-    return Targets(targets, saved, _settled(config, [p.path for p in free], targets, saved))
+    return Targets(targets, saved, _settled(root, config, [p.path for p in free], targets, saved))
 
 
 def _settled(
-    config: LoraConfig, paths: list[str], targets: list[Target], saved: dict[str, nn.Module]
+    root: nn.Module,
+    config: LoraConfig,
+    paths: list[str],
+    targets: list[Target],
+    saved: dict[str, nn.Module],
 ) -> LoraConfig:
     """The configuration as a file should hold it: every reader finds the same modules by it."""
     names = config.target_modules
@@ -107,6 +110,7 @@ def _settled(
         target_modules=names,
         modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *(heads or [])])) or None,
         fan_in_fan_out=any(issubclass(t.layer, LoraConv1D) for t in targets),
+        base_model_name_or_path=getattr(root, "name_or_path", None) or config.base_model_name_or_path or None,
     )
 
 
@@ -132,9 +136,10 @@ def _means_all_linear(pattern: object) -> bool:
     return isinstance(pattern, str) and pattern.lower() == "all-linear"
 
 
-def ends_with(path: str, name: str) -> bool:
-    """Whether `name` is the path, or its end from a dot on."""
-    return path == name or path.endswith(f".{name}")
+def ending_in(places: Iterable[Place], names: Iterable[str]) -> list[Place]:
+    """The places of which a name is the path, or its end from a dot on."""
+    ends = tuple(f".{name}" for name in names)
+    return [place for place in places if f".{place.path}".endswith(ends)]
 
 
 def within_any(path: str, outer: Iterable[str]) -> bool:
@@ -142,19 +147,34 @@ def within_any(path: str, outer: Iterable[str]) -> bool:
     return any(path == o or path.startswith(f"{o}.") for o in outer)
 
 
-def _saved(places: list[Place], config: LoraConfig) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {}
-    for name in config.modules_to_save or []:
-        hits = {p.path: p.module for p in places if ends_with(p.path, name)}
+def outside(places: list[Place], outer: Collection[str]) -> list[Place]:
+    """The places that are none of the given paths and inside none."""
+    return [place for place in places if not within_any(place.path, outer)] if outer else places
+
+
+def outermost(places: Iterable[Place]) -> dict[str, nn.Module]:
+    """Path → module, without those that are inside another."""
+    found = {place.path: place.module for place in places}
+    return {path: module for path, module in found.items() if not within_any(path, found.keys() - {path})}
+
+
+def trained_whole(places: list[Place], config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules that `modules_to_save` and `task_type` mean, the outermost where they are nested.
+
+    Raises:
+        TargetError: a name that the model lacks, or a module that cannot be trained whole.
+    """
+    heads, names = _HEADS.get(config.task_type or "", ()), config.modules_to_save or []
+    found: list[Place] = []
+    for name in dict.fromkeys([*names, *heads]):
+        hits = ending_in(places, [name])
         # PEFT writes both "classifier" and "score" for a model that has one of them.
-        if not hits and name not in _HEADS.get(config.task_type or "", ()):
+        if not hits and name not in heads:
             raise TargetError(
                 f"modules_to_save names {name!r}, which the model does not have{_hint(name, places)}"
             )
-        found |= hits
-    for head in _HEADS.get(config.task_type or "", ()):
-        found |= {p.path: p.module for p in places if ends_with(p.path, head)}
-    for path, module in found.items():
+        found += hits
+    for path, module, _ in found:
         if isinstance(module, SavedModule):
             continue
         check_replaceable(path, module)
@@ -163,11 +183,15 @@ def _saved(places: list[Place], config: LoraConfig) -> dict[str, nn.Module]:
             raise TargetError(
                 f"{path} cannot be trained whole: another adapter has low-rank updates in {listing(adapted)}"
             )
-    return {path: module for path, module in found.items() if not within_any(path, found.keys() - {path})}
+    return outermost(found)
 
 
-def _chosen(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:
-    """The places that `target_modules` means, less those that other fields leave out."""
+def meant(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:
+    """The places that `target_modules` means, less those that other fields leave out.
+
+    Raises:
+        TargetError: a name or pattern matches nothing, or nothing is left.
+    """
     if config.target_modules is None:
         chosen = _usual(root, places)
     elif _means_all_linear(config.target_modules):
@@ -191,6 +215,8 @@ def _chosen(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Pl
 def _with_outputs(chosen: list[Place], places: list[Place]) -> list[Place]:
     """An attention's output projection is a module of its own; naming the attention means both."""
     outputs = {f"{p.path}.out_proj" for p in chosen if isinstance(p.module, nn.MultiheadAttention)}
+    if not outputs:
+        return chosen
     return [*chosen, *(p for p in places if p.path in outputs and p not in chosen)]
 
 
@@ -200,10 +226,11 @@ def _match(name: str, patterns: list[str] | str, places: list[Place]) -> list[Pl
         if not hits:
             raise TargetError(f"{name}={patterns!r} matches no module{_hint(patterns, places)}")
         return hits
+    hits = ending_in(places, patterns)
     for pattern in patterns:
-        if not any(ends_with(p.path, pattern) for p in places):
+        if not ending_in(hits, [pattern]):
             raise TargetError(f"{name} names {pattern!r}, which matches no module{_hint(pattern, places)}")
-    return [p for p in places if any(ends_with(p.path, pattern) for pattern in patterns)]
+    return hits
 
 
 def _hint(name: str, places: list[Place]) -> str:
@@ -268,7 +295,12 @@ def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:
     return [p for p in chosen if found.get(p) in wanted]
 
 
-def _target(place: Place, config: LoraConfig) -> Target:
+def as_target(place: Place, config: LoraConfig) -> Target:
+    """What the module at a place becomes.
+
+    Raises:
+        TargetError: it cannot be adapted so.
+    """
     path, module, parent = place
     if isinstance(module, SavedModule):
         raise TargetError(
@@ -305,6 +337,8 @@ def biases(
         adapted: paths of the modules with an update.
         saved: paths of the modules trained whole, whose biases train with them.
     """
+    if config.bias == "none":
+        return
     saved = list(saved)
     for path, module, _ in walk(root):
         chosen = config.bias == "all" or (config.bias == "lora_only" and path in adapted)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorica.adapter import Adapter, Factors
 from lorica.errors import AdapterError, lines
 from lorica.model.structure import adapted, lora_layers, saved_modules
+from lorica.roster import Roster
 
 
 def extract(
@@ -50,7 +51,9 @@ def extract(
             if bias is not None:
                 bias = value(f"{path}.lora_B.{name}.bias", bias)
             factors[path] = Factors(A, B, layer.scaling[name], layer.kind, magnitude, bias)
-    extras = {copy.base_name: value(copy.live_name, copy.tensor) for copy in trained_copies(root, name)}
+    extras = {
+        copy.base_name: value(copy.live_name, copy.tensor) for copy in trained_copies(root, roster, name)
+    }
     in_place = name in roster.active
     for path, parameter in roster.slots.get(name, {}).items():
         extras[path] = value(path, parameter) if in_place else parameter.detach()
@@ -96,8 +99,10 @@ class TrainedCopy(NamedTuple):
     tensor: Tensor
 
 
-def trained_copies(root: nn.Module, name: str) -> Iterator[TrainedCopy]:
+def trained_copies(root: nn.Module, roster: Roster, name: str) -> Iterator[TrainedCopy]:
     """All tensors, buffers too, of the copies that an adapter has of whole modules."""
+    if name not in roster.whole:
+        return
     for path, module in saved_modules(root).items():
         if name in module.modules_to_save:
             for leaf, tensor in module.modules_to_save[name].state_dict(keep_vars=True).items():
