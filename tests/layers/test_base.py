@@ -21,6 +21,7 @@ import lorica
 from lorica import LoraConfig
 from lorica.errors import AdapterError, StateError, TargetError
 from lorica.layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear, layer_class, swapped_class
+from lorica.layers.base import Factor, blank
 
 EVERYTHING = ("embed", "up", "down", "head")
 
@@ -48,6 +49,36 @@ def mixed() -> Any:
     model, _ = oracle.adapted(Mixed(), *KINDS, name="a", modules_to_save=["head"])
     oracle.adapted(model, *KINDS, name="b", r=2, bias="lora_only")
     return model.eval()
+
+
+class TestFactor:
+    """Made without `nn.Module`'s own start, and a module like any other."""
+
+    def test_it_is_in_the_state_that_torch_would_give_it(self) -> None:
+        weight = nn.Parameter(torch.ones(2, 3))
+        plain = nn.Module()
+        plain.register_parameter("weight", weight)
+        made, by_torch = vars(Factor.of(weight)), vars(plain)
+        assert {name: type(value) for name, value in made.items()} == {
+            name: type(value) for name, value in by_torch.items()
+        }
+        assert made == by_torch
+
+    @pytest.mark.parametrize("cls", [Factor, nn.ModuleDict])
+    def test_no_two_share_anything(self, cls: type[nn.Module]) -> None:
+        one, other = vars(blank(cls)), vars(blank(cls))
+        shared = [name for name, value in one.items() if value is other[name]]
+        assert shared == [name for name, value in one.items() if value is None or isinstance(value, bool)]
+
+    def test_hooks_of_one_are_not_anothers(self) -> None:
+        model, _ = oracle.adapted(Toy(), "up", name="a")
+        oracle.adapted(model, "up", name="b")
+        layer = model.get_submodule("blocks.0.up")
+        called = []
+        layer.lora_A["a"].register_state_dict_pre_hook(lambda *_: called.append("a"))
+        layer.lora_A.register_state_dict_pre_hook(lambda *_: called.append("all"))
+        model.state_dict()
+        assert called == ["all", "a"]
 
 
 class TestInPlace:

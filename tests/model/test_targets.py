@@ -12,6 +12,7 @@ from torch import nn
 
 import lorica
 from lorica.errors import TargetError
+from lorica.model.structure import walk
 from lorica.model.targets import resolve, shortest_suffixes
 
 
@@ -91,6 +92,58 @@ class TestNames:
             "self_attn",
             "self_attn.out_proj",
         }
+
+
+class TestChangedSince:
+    """A later adapter of an equal configuration sees the model as it has become."""
+
+    CONFIG = lorica.LoraConfig(r=2, target_modules=["up"])
+
+    def test_a_module_that_was_replaced(self) -> None:
+        model = lorica.adapt(Toy(dim=6), self.CONFIG, "a")
+        model.blocks[0]["up"] = fresh = nn.Linear(6, 20)
+        model.blocks[0]["down"] = nn.Linear(20, 6)
+        lorica.adapt(model, self.CONFIG, "b")
+        assert lorica.extract(model, "b").factors["blocks.0.up"].B.shape == (20, 2)
+        assert model.get_submodule("blocks.0.up") is fresh
+        lorica.detach(model)
+        assert type(fresh) is nn.Linear
+
+    def test_a_module_that_was_added_and_one_that_is_gone(self) -> None:
+        model = lorica.adapt(Toy(blocks=2), self.CONFIG, "a")
+        model.blocks.append(nn.ModuleDict({"up": nn.Linear(6, 12), "down": nn.Linear(12, 6)}))
+        del model.blocks[0]
+        lorica.adapt(model, self.CONFIG, "b")
+        assert list(lorica.extract(model, "b").factors) == ["blocks.0.up", "blocks.1.up"]
+        assert list(lorica.extract(model, "a").factors) == ["blocks.0.up"]
+
+
+class TestWalk:
+    """Every module of the base, as torch itself lists them."""
+
+    @pytest.mark.parametrize("name", ["bert-classifier", "gpt2", "t5"])
+    def test_the_order_is_torchs(self, name: str) -> None:
+        model = transformer(name)
+        expected = list(model.named_modules())
+        assert [(place.path, place.module) for place in walk(model)] == expected
+        lorica.adapt(model, lorica.LoraConfig(r=2, target_modules="all-linear"))
+        assert [(place.path, place.module) for place in walk(model)] == expected
+
+    def test_a_shared_module_stands_where_it_is_first_met(self) -> None:
+        shared = nn.Linear(2, 2)
+        model = nn.ModuleDict(
+            {"a": nn.Sequential(shared), "b": shared, "c": nn.Sequential(nn.ReLU(), shared)}
+        )
+        assert [(p.path, p.module) for p in walk(model)] == list(model.named_modules())
+
+    def test_a_place_knows_what_holds_it(self) -> None:
+        model = Toy()
+        assert next(iter(walk(model))) == ("", model, None)
+        assert all(
+            place.parent is model.get_submodule(place.path.rpartition(".")[0])
+            for place in walk(model)
+            if place.path
+        )
 
 
 class TestBlocks:

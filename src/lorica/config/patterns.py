@@ -9,7 +9,10 @@ from typing import Any
 
 def first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first key that speaks of the module at `path`; `default` if none does."""
-    return next((value for key, value in patterns.items() if matches_pattern(key, path)), default)
+    for key, value in patterns.items():
+        if matches_pattern(key, path):
+            return value
+    return default
 
 
 def matches_pattern(key: str, path: str) -> bool:

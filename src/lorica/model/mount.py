@@ -14,7 +14,7 @@ from lorica.config import LoraConfig
 from lorica.errors import AdapterError
 from lorica.layers import LoraLayer, SavedModule
 from lorica.model import pretrained
-from lorica.model.structure import ROSTER, find_adapted
+from lorica.model.structure import ROSTER, base_parameters, find_adapted
 from lorica.model.targets import Target
 from lorica.roster import Roster
 
@@ -88,7 +88,7 @@ def mount(
         trainable: whether all of these train.
     """
     if not roster.configs:
-        roster.frozen = [parameter for parameter in root.parameters() if parameter.requires_grad]
+        roster.frozen = [parameter for parameter in base_parameters(root).values() if parameter.requires_grad]
         for parameter in roster.frozen:
             parameter.requires_grad_(False)
         setattr(root, ROSTER, roster)

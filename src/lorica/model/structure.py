@@ -66,10 +66,10 @@ def saved_modules(root: nn.Module) -> dict[str, SavedModule]:
 
 def find_adapted(model: nn.Module) -> tuple[nn.Module, Roster] | None:
     """The adapted model in `model` and its roster: itself, or what a wrapper such as DDP holds."""
-    for module in model.modules():
-        roster = module.__dict__.get(ROSTER)
+    for place in walk(model):
+        roster = place.module.__dict__.get(ROSTER)
         if roster is not None:
-            return module, roster
+            return place.module, roster
     return None
 
 
