@@ -82,7 +82,8 @@ class SwappedModule(nn.Module):
     @classmethod
     def swap(cls, module: nn.Module) -> Self:
         """Change `module`'s class to this mixin joined with its own."""
-        module.__class__ = swapped_class(cls, type(module))
+        # nn.Module's own way to set an attribute first looks at length whether it is a parameter.
+        object.__setattr__(module, "__class__", swapped_class(cls, type(module)))
         assert isinstance(module, cls)
         return module
 
@@ -90,7 +91,7 @@ class SwappedModule(nn.Module):
     def take(cls, module: nn.Module, roster: Roster) -> Self:
         """Swap `module`'s class, and add what the mixin needs; it carries no adapter yet."""
         host = cls.swap(module)
-        host.roster = roster
+        host.__dict__["roster"] = roster
         host.prepare()
         return host
 
