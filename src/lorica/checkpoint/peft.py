@@ -129,8 +129,6 @@ def read(directory: str | Path) -> Adapter:
         adapter = from_tensors(tensors, config)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
-    adapter = _as_trained(adapter, provenance)
-    adapter.check_finite()
     adapter = as_trained(adapter, provenance)
     adapter.check_finite()
     return adapter
