@@ -101,8 +101,9 @@ class TestChangedSince:
 
     def test_a_module_that_was_replaced(self) -> None:
         model = lorica.adapt(Toy(dim=6), self.CONFIG, "a")
-        model.blocks[0]["up"] = fresh = nn.Linear(6, 20)
-        model.blocks[0]["down"] = nn.Linear(20, 6)
+        fresh = nn.Linear(6, 20)
+        model.set_submodule("blocks.0.up", fresh)
+        model.set_submodule("blocks.0.down", nn.Linear(20, 6))
         lorica.adapt(model, self.CONFIG, "b")
         assert lorica.extract(model, "b").factors["blocks.0.up"].B.shape == (20, 2)
         assert model.get_submodule("blocks.0.up") is fresh
