@@ -58,6 +58,7 @@ class TestFactor:
         weight = nn.Parameter(torch.ones(2, 3))
         plain = nn.Module()
         plain.register_parameter("weight", weight)
+        plain.register_parameter("bias", None)
         made, by_torch = vars(Factor.of(weight)), vars(plain)
         assert {name: type(value) for name, value in made.items()} == {
             name: type(value) for name, value in by_torch.items()

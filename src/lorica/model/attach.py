@@ -142,7 +142,8 @@ def _target(places: Mapping[str, Place], path: str, factors: Factors) -> Target:
     for part, vector in (("magnitude", factors.magnitude), ("bias", factors.bias)):
         if vector is not None and vector.shape != expected[1][:1]:
             raise TargetError(
-                f"shape of {path}: {part} {tuple(vector.shape)} in the adapter, {expected[1][:1]} in the model"
+                f"shape of {path}: {part} {tuple(vector.shape)} in the adapter, {expected[1][:1]} in "
+                "the model"
             )
     return Target(path, place.module, layer)
 
