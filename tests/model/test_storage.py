@@ -197,7 +197,7 @@ class TestSavePretrained:
 
     def test_what_is_not_done_is_said(self, tmp_path: Path) -> None:
         model = self.model("default")
-        with pytest.raises(ConfigError, match="huggingface_hub"):
+        with pytest.raises(ConfigError, match="push_to_hub"):
             model.save_pretrained(tmp_path, push_to_hub=True)
         with pytest.raises(ConfigError, match="safetensors only"):
             model.save_pretrained(tmp_path, safe_serialization=False)

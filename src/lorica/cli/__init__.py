@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": "score a trained adapter",
     "predict": "use a trained adapter on a text or a file of them",
     "merge": "fold an adapter into its base: a plain checkpoint, as fast as the base",
+    "push": "upload an adapter's files to the Hugging Face Hub",
     "convert": "a checkpoint of loralib's to an adapter in PEFT's format, or back",
     "info": "what is in an adapter: rank, targets, size, norm of each layer's update",
 }

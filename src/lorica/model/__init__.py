@@ -17,5 +17,6 @@ from lorica.model.merge import switch as switch
 from lorica.model.mixed import mixed as mixed
 from lorica.model.storage import load as load
 from lorica.model.storage import load_weights as load_weights
+from lorica.model.storage import push_to_hub as push_to_hub
 from lorica.model.storage import save as save
 from lorica.model.values import extract as extract

@@ -45,7 +45,7 @@ class Pretrained(SwappedModule):
             save_directory: folder; made if it is not there.
             is_main_process: other processes write nothing.
             state_dict: take the values from here, by their live names (sharded training gathers them so).
-            push_to_hub: not done here; push the folder.
+            push_to_hub: not done here; `lorica.push_to_hub` does it.
             kwargs: transformers' other arguments; those about the format of full weights have no meaning for
                 adapters.
 
@@ -54,8 +54,8 @@ class Pretrained(SwappedModule):
         """
         if push_to_hub:
             raise ConfigError(
-                "save_pretrained(push_to_hub=True) is not done for adapters; save, then upload "
-                "the folder with huggingface_hub"
+                "save_pretrained(push_to_hub=True) is not done for adapters; call "
+                "lorica.push_to_hub(model, 'user/name')"
             )
         if kwargs.get("safe_serialization") is False:
             raise ConfigError("lorica writes safetensors only; leave out safe_serialization=False")

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lorica.adapter import Adapter
+from lorica.checkpoint import hub as hub_files
 from lorica.checkpoint.peft import as_trained, from_tensors, read_settings, read_tensors
-from lorica.errors import ConfigError, FileError, LoricaWarning, listing, nearest
+from lorica.errors import ConfigError, LoricaWarning, listing, nearest
 
 if TYPE_CHECKING:
     from lorica.peft.config import LoraConfig
@@ -80,10 +81,7 @@ def locate(name: str | os.PathLike[str], *, subfolder: str | None = None, **hub:
     Raises:
         FileError: there is none.
     """
-    folder = Path(name) / (subfolder or "")
-    if folder.is_dir() or Path(name).is_absolute():
-        return folder
-    raise FileError(f"{name} is no folder here")
+    return hub_files.locate(os.fspath(name), subfolder=subfolder, **hub)
 
 
 def read(

@@ -1,0 +1,217 @@
+"""Adapters on the Hugging Face Hub: brought here by a repository's name, and taken there.
+
+Only an adapter's own files travel, and only when a name is given that is no folder here, or with `push`.
+huggingface_hub does the travelling: its cache, its token, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lorica.adapter import Adapter
+from lorica.checkpoint import peft
+from lorica.checkpoint.peft import CARD_FILE, CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
+from lorica.errors import ConfigError, FileError, LoricaError, LoricaWarning, MissingExtra, require
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TOKEN = "HF_TOKEN, `hf auth login` or token="
+
+
+def read(
+    directory: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+) -> Adapter:
+    """Read an adapter from a folder, or from the Hub.
+
+    Args:
+        directory: folder with `adapter_config.json` and `adapter_model.safetensors` (or an
+            `adapter_model.bin`, which is read without unpickling anything but tensors); or the name of a
+            repository on the Hub, ``"user/sentiment"``, if there is no such folder.
+        revision: branch, tag or commit of the repository.
+        subfolder: where in the folder or repository the adapter is.
+        token: for a private or gated repository; None takes the one of ``HF_TOKEN`` or ``hf auth login``.
+
+    Returns:
+        The adapter, on the CPU.
+
+    Raises:
+        FileError: a file is missing, truncated or damaged; or the Hub has no such adapter, or cannot be
+            reached.
+        ConfigError: the configuration is another method's, or asks for what lorica does not support.
+        AdapterError: the tensors are not what the configuration says.
+        MissingExtra: a repository is named, and huggingface_hub is not installed.
+    """
+    return peft.read(locate(directory, revision=revision, subfolder=subfolder, token=token))
+
+
+def locate(name: str | os.PathLike[str], *, subfolder: str | None = None, **options: Any) -> Path:
+    """The folder that holds an adapter: one here, or else what the Hub has under that name.
+
+    Args:
+        name: folder, or name of a repository such as ``"user/sentiment"``. A folder wins; a `Path` is never
+            the name of a repository.
+        subfolder: where in it the adapter is.
+        options: for `huggingface_hub.hf_hub_download`: revision, token, cache_dir, ... None counts as not
+            given.
+
+    Returns:
+        The folder; for a repository, in the cache, with the adapter's files of one commit.
+
+    Raises:
+        FileError: the repository, the revision or the adapter in it is not there, or cannot be had. What is
+            not there on disk is left to the reader to say.
+        MissingExtra: a repository is named, and huggingface_hub is not installed.
+    """
+    options = {key: value for key, value in options.items() if value is not None}
+    here = Path(name)
+    if here.exists() or not isinstance(name, str) or not _REPOSITORY.fullmatch(name):
+        if "revision" in options:
+            warnings.warn(
+                f"revision={options['revision']!r} says nothing about {name}, which is a folder here",
+                LoricaWarning,
+                stacklevel=3,
+            )
+        return here / (subfolder or "")
+    with _explained(f"{name!r} is no folder here, and", name, subfolder, options.get("revision")) as hub:
+        config = Path(hub.hf_hub_download(name, CONFIG_FILE, subfolder=subfolder, **options))
+        # The weights of the same commit, whatever is pushed meanwhile.
+        commit = config.parents[len(PurePosixPath(subfolder or "").parts)].name
+        if _COMMIT.fullmatch(commit):
+            options["revision"] = commit
+        _fetch_weights(hub, name, subfolder, options)
+    return config.parent
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload the files of an adapter, and no other, in one commit; the repository is made if need be.
+
+    Args:
+        folder: adapter, which is read first: a damaged one stays here.
+        repo_id: name of the repository, ``"user/sentiment"``.
+        subfolder: where in it the adapter goes; None for the top.
+        revision: branch; made if it is not there. None is the main one.
+        private: whether the repository is; None takes the account's default for a new one.
+        token: of the account; None takes the one of ``HF_TOKEN`` or ``hf auth login``.
+        commit_message: title of the commit.
+        create_pr: open a pull request in place of committing to the branch.
+
+    Returns:
+        URL of the commit, or of the pull request.
+
+    Raises:
+        FileError: the adapter is damaged, or the Hub cannot be reached or refuses.
+        ConfigError: the repository is there already, and public where private was asked, or the reverse.
+        MissingExtra: huggingface_hub is not installed.
+    """
+    folder = Path(folder)
+    peft.read(folder)
+    weights = WEIGHTS_FILE if (folder / WEIGHTS_FILE).is_file() else PICKLED_FILE
+    files = [file for name in (CARD_FILE, weights, CONFIG_FILE) if (file := folder / name).is_file()]
+    prefix = f"{subfolder}/" if subfolder else ""
+    with _explained(f"{folder} was not pushed:", repo_id, None, revision) as hub:
+        api = hub.HfApi(token=token)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private is not None and api.model_info(repository).private is not private:
+            visible = "public" if private else "private"
+            raise ConfigError(
+                f"{repository} is there already and is {visible}; private={private} is for a new repository. "
+                "Change it in the repository's settings, or leave private out"
+            )
+        if revision is not None and not create_pr:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        done = api.create_commit(
+            repository,
+            [hub.CommitOperationAdd(f"{prefix}{file.name}", file) for file in files],
+            revision=revision,
+            commit_message=commit_message or "Upload adapter",
+            create_pr=create_pr,
+        )
+    return done.pr_url or done.commit_url
+
+
+def _fetch_weights(hub: Any, name: str, subfolder: str | None, options: dict[str, Any]) -> None:
+    """Have the weights in the cache: safetensors, or else the pickled form."""
+    missing = []
+    for file in (WEIGHTS_FILE, PICKLED_FILE):
+        try:
+            hub.hf_hub_download(name, file, subfolder=subfolder, **options)
+            return
+        except hub.errors.EntryNotFoundError as error:
+            missing.append(error)
+    # Where one could not be looked up, it is not known to be missing.
+    raise next((e for e in missing if isinstance(e, hub.errors.LocalEntryNotFoundError)), missing[0])
+
+
+@contextlib.contextmanager
+def _explained(what: str, name: str, subfolder: str | None, revision: str | None) -> Iterator[Any]:
+    """Give huggingface_hub, and say in lorica's words what goes wrong in it."""
+    try:
+        errors = require("huggingface_hub.errors", extra="hub")
+        hub = require("huggingface_hub", extra="hub")
+    except MissingExtra as error:
+        raise MissingExtra(f"{what} to reach the Hub takes more: {error}") from error
+    place = f"{name}/{subfolder}" if subfolder else name
+    folder = "A folder with the adapter's files needs no network: give its path, such as './adapter'"
+    try:
+        yield hub
+    except LoricaError:
+        raise
+    except errors.GatedRepoError as error:
+        page = f"{hub.constants.ENDPOINT}/{name}"
+        raise FileError(
+            f"{what} on the Hub it is gated: ask for access at {page}, then log in with `hf auth login` or "
+            "give token="
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileError(
+            f"{what} the Hub has no repository {name!r}, or a private one that needs another token "
+            f"({_TOKEN}). {folder}"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileError(f"{what} on the Hub {name} has no revision {revision!r}") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise FileError(
+            f"{what} {_unreachable(hub, error)}, and the cache does not hold it. {folder}"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise FileError(
+            f"{what} on the Hub {place} is not an adapter: it should hold {CONFIG_FILE} and {WEIGHTS_FILE}; "
+            "subfolder= says where in the repository they are"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        hint = f"; a token that may is needed ({_TOKEN})" if error.response.status_code in (401, 403) else ""
+        raise FileError(f"{what} the Hub refused: {_first_line(error)}{hint}") from error
+    except (OSError, ValueError, getattr(errors, "HTTPError", OSError)) as error:
+        if isinstance(error, errors.HFValidationError):
+            raise FileError(f"{what} {name!r} cannot name a repository: {_first_line(error)}") from error
+        raise FileError(f"{what} {_unreachable(hub, error)}. {folder}") from error
+
+
+def _unreachable(hub: Any, error: BaseException) -> str:
+    if hub.constants.is_offline_mode():
+        return "the Hub is not asked, since HF_HUB_OFFLINE is set"
+    return f"the Hub ({hub.constants.ENDPOINT}) cannot be reached: {_first_line(error.__cause__ or error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
