@@ -48,8 +48,8 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
-    def add(self, name: str, files: dict[str, bytes], branch: str = "main", **settings: bool) -> str:
-        return self.repositories.setdefault(name, Repository(**settings)).commit(branch, files)
+    def add(self, name: str, files: dict[str, bytes], *, private: bool = False, gated: bool = False) -> str:
+        return self.repositories.setdefault(name, Repository(private, gated)).commit("main", files)
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -64,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Hub  # pyright: ignore[reportIncompatibleVariableOverride]
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
 
     def do_GET(self) -> None:

@@ -271,7 +271,10 @@ class TestMaking:
     def test_any_sequence_says_what_is_enabled(self) -> None:
         x = torch.randn(5, 6)
         states = lora.MergedLinear(6, 12, r=2, enable_lora=[True, False, True]).state_dict()
-        layers = [lora.MergedLinear(6, 12, r=2, enable_lora=e) for e in ((True, False, True), [1, 0, 1])]
+        layers = [
+            lora.MergedLinear(6, 12, r=2, enable_lora=e)
+            for e in ((True, False, True), torch.tensor([True, False, True]).tolist())
+        ]
         for layer in layers:
             layer.load_state_dict(states)
         assert torch.equal(layers[0](x), layers[1](x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -387,6 +388,12 @@ class TestRefused:
         self.check(
             lorica.extract(model), r"blocks.0.up: loralib has no place for DoRA's magnitudes", tmp_path
         )
+
+    def test_what_a_factor_may_have_beside(self, tmp_path: Path) -> None:
+        adapter = files.from_tensors(pair(), 2)
+        biased = {path: dataclasses.replace(f, bias=torch.ones(4)) for path, f in adapter.factors.items()}
+        beside = dataclasses.replace(adapter, factors=biased)
+        self.check(beside, "q: loralib has no place for its bias", tmp_path)
 
     def test_convolutions(self, tmp_path: Path) -> None:
         model = adapted(nn.Sequential(nn.Conv1d(2, 2, 3)), lorica.LoraConfig(r=2, target_modules=["0"]))
