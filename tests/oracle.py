@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import lorica
-from lorica import LoraConfig
+from lorica import Factors, LoraConfig
 from lorica.layers import LoraLayer
 
 
@@ -22,6 +22,17 @@ def lora_linear(
     dropped = x if keep is None else x * keep
     y = x @ W.T + scale * (dropped @ A.to(x.dtype).T @ B.to(x.dtype).T)
     return y if bias is None else y + bias
+
+
+def update(factors: Factors) -> Tensor:
+    """``scale·B·A`` of one module, in float64: (d_out, ...) with all of the inputs' dimensions."""
+    A, B = factors.A.double(), factors.B.double().flatten(1)
+    rows, shared = [], B.shape[1]
+    for i, row in enumerate(B):
+        group = i * (A.shape[0] // shared) // len(B)
+        own = A[group * shared : (group + 1) * shared]
+        rows.append(sum(row[j] * own[j] for j in range(shared)))
+    return factors.scale * torch.stack(rows)
 
 
 def delta(layer: LoraLayer, name: str) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import update
 from torch import Tensor
 
 import lorica
@@ -34,6 +35,13 @@ class TestNorm:
         A, B = torch.randn(2, 3, 5, 5), torch.randn(4, 2, 1, 1)
         update = torch.einsum("or,rikl->oikl", B[..., 0, 0], A)
         assert Factors(A, B, 0.5, "conv").norm() == pytest.approx(0.5 * update.norm().item(), rel=1e-5)
+
+    def test_of_a_convolution_in_groups(self) -> None:
+        factors = Factors(torch.randn(6, 4, 5), torch.randn(9, 2, 1), 0.5, "conv")
+        assert factors.groups == 3
+        assert factors.norm() == pytest.approx(float(update(factors).norm()))
+        B, A = factors.blocks()
+        assert (B.shape, A.shape) == ((3, 3, 2), (3, 2, 20))
 
     def test_zero_at_the_start(self) -> None:
         assert Factors(torch.randn(2, 5), torch.zeros(3, 2), 1.0).norm() == 0

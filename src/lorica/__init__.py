@@ -6,6 +6,7 @@ your own model, whose targeted layers changed class in place.
 
 from __future__ import annotations
 
+from lorica import algebra as algebra
 from lorica.adapter import Adapter as Adapter
 from lorica.adapter import Factors as Factors
 from lorica.checkpoint import is_adapter as is_adapter

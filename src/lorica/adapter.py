@@ -43,13 +43,24 @@ class Factors:
         """Rank of the update: rows of A."""
         return self.A.shape[0]
 
-    def norm(self) -> float:
-        """Frobenius norm of ``scale · B·A``, from two r × r products, without forming B·A.
+    @property
+    def groups(self) -> int:
+        """Groups of the convolution they belong to; 1 for every other layer."""
+        return self.r // self.B.shape[1]
 
-        For a grouped convolution, whose update is no single product, it is the norm of the ungrouped one.
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """B and A as matrices, whose products are the update before its scale.
+
+        Each group of a convolution has its own rows of A: B is (groups, d_out / groups, r / groups) and A
+        (groups, r / groups, d_in), with a kernel's places among d_in. Elsewhere there is one group.
         """
-        A, B = self.A.detach().flatten(1).double(), self.B.detach().flatten(1).double()
-        return abs(self.scale) * float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+        B, A = self.B.detach().flatten(1), self.A.detach().flatten(1)
+        return B.unflatten(0, (self.groups, -1)), A.unflatten(0, (self.groups, -1))
+
+    def norm(self) -> float:
+        """Frobenius norm of ``scale · B·A``, from r × r products, without forming B·A."""
+        B, A = (block.double() for block in self.blocks())
+        return abs(self.scale) * float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt())
 
 
 @dataclass(frozen=True, eq=False)

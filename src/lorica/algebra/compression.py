@@ -1,0 +1,79 @@
+"""Less rank for the same update, or nearly: the singular value decomposition, taken from the factors."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from lorica.adapter import Adapter, Factors
+from lorica.algebra.report import ErrorReport, error
+from lorica.algebra.settings import describing
+from lorica.algebra.spectrum import Spectrum, blocks_of_sum, spectrum
+from lorica.errors import ConfigError
+
+
+def compress(
+    adapter: Adapter, *, rank: int | None = None, energy: float | None = None
+) -> tuple[Adapter, ErrorReport]:
+    """Bring each layer's update to the rank it needs: no other of that rank is nearer to it.
+
+    The decomposition is taken from the factors, by QR of B and Aᵀ and the SVD of an r × r matrix, in float64;
+    B·A itself is never formed. Embeddings and convolutions go likewise, grouped ones group by group.
+
+    DoRA's magnitudes are kept. They are the norms to which the rows of ``W0 + scale·B·A`` are brought anew in
+    every forward pass, so they hold for the compressed update as for the whole one. What compression
+    changes, and the report measures, is the rows' direction.
+
+    Args:
+        adapter: what to compress; heads and biases stay as they are.
+        rank: the most that any layer may have, at least 1; a grouped convolution takes the next multiple of
+            its groups below. None sets no limit.
+        energy: share of ``‖ΔW‖²`` (Frobenius) to keep in each layer, in (0, 1]; each gets the smallest rank
+            that does, within `rank`. None (and 1) drops only what is zero to rounding.
+
+    Returns:
+        The compressed adapter, its scale 1 throughout, in the dtypes of the one given; and the relative error
+        of each layer, which is √(1 − kept energy) and what storing in that dtype adds.
+
+    Raises:
+        ConfigError: neither `rank` nor `energy` is given, or one is out of range.
+
+    Source: Eckart and Young, 1936: no matrix of a rank is nearer than the SVD cut to it.
+    """
+    if rank is None and energy is None:
+        raise ConfigError("give rank or energy: how far to compress")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank must be at least 1, not {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"energy must be a share in (0, 1], not {energy}")
+    factors = {}
+    for path, f in adapter.factors.items():
+        found = spectrum(*blocks_of_sum([(f, 1.0)]))
+        k = _needed(found, 1.0 if energy is None else energy)
+        limit = k if rank is None else per_group(rank, f, path)
+        factors[path] = dataclasses.replace(found.cut(min(k, limit)).factors(f), magnitude=f.magnitude)
+    result = Adapter(describing(adapter.config, factors), factors, adapter.extras)
+    return result, error(result, [adapter])
+
+
+def per_group(rank: int, factors: Factors, path: str) -> int:
+    """The rank of each group, where that of the whole update is to be `rank` at most.
+
+    Raises:
+        ConfigError: a convolution has more groups than that.
+    """
+    if rank < factors.groups:
+        raise ConfigError(
+            f"{path} is a convolution in {factors.groups} groups; its rank must be at least that, not {rank}"
+        )
+    return rank // factors.groups
+
+
+def _needed(found: Spectrum, energy: float) -> int:
+    """The smallest rank of each group with which all of them together keep this share of the energy."""
+    squares = found.S.square().sum(0)
+    # tail[k] is lost when k are kept; summed from the small end, or the smallest would vanish in the sum.
+    tail = squares.flip(0).cumsum(0).flip(0)
+    allowed = (1 - energy + torch.finfo(squares.dtype).eps) * squares.sum()
+    return max(1, int((tail > allowed).sum()))

@@ -1,0 +1,96 @@
+"""What can be done with adapters without losing anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from lorica.adapter import Adapter, Factors
+from lorica.algebra.spectrum import Term, blocks_of_sum, from_blocks
+from lorica.algebra.terms import Terms
+from lorica.errors import ConfigError
+
+
+def concatenate(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None = None, *, keep: int | None = None
+) -> Adapter:
+    """The weighted sum ``Σ weight·scale·B·A`` itself: every B side by side, every A one on the other.
+
+        w₁·s₁·B₁·A₁ + w₂·s₂·B₂·A₂  =  [w₁·s₁·B₁  w₂·s₂·B₂] · [A₁; A₂]
+
+    Exact up to rounding, whatever the ranks, scales and targets; ranks add up (`compress` brings them down
+    again). A layer that an adapter lacks counts as zero.
+
+    Args:
+        adapters: at least one, for one base.
+        weights: a number for each, of either sign; None takes 1 for each.
+        keep: index of the adapter whose head, biases and task the result has. They do not add up; None is
+            enough as long as no two adapters differ in them.
+
+    Returns:
+        The sum, in float32 or the higher precision of a term. Its scale is 1 throughout (``lora_alpha`` =
+        r, no `use_rslora`), with patterns where the rank differs, so its files mean the same to PEFT.
+
+    Raises:
+        AdapterError: kinds or shapes of layers differ, an adapter has magnitudes (DoRA), or heads, biases or
+            tasks differ and `keep` is None.
+        ConfigError: there are not as many finite weights as adapters, or `keep` is no index.
+
+    Warns:
+        LoricaWarning: the adapters name different bases.
+    """
+    return Terms.of(adapters, weights).join(side_by_side, keep)
+
+
+def add(*adapters: Adapter, keep: int | None = None) -> Adapter:
+    """The sum of adapters, exactly; `concatenate` with weights of 1.
+
+    A model that activates them all at once computes the same.
+    """
+    return concatenate(adapters, keep=keep)
+
+
+def subtract(adapter: Adapter, other: Adapter, *, keep: int | None = None) -> Adapter:
+    """One adapter less another, exactly; `concatenate` with weights of 1 and −1.
+
+    Source: Ilharco et al., 2022, "Editing Models with Task Arithmetic", for whole models.
+    """
+    return concatenate([adapter, other], [1.0, -1.0], keep=keep)
+
+
+def scale(adapter: Adapter, factor: float) -> Adapter:
+    """The adapter with its updates multiplied, exactly: by `lora_alpha`, so no tensor changes.
+
+    Heads and biases stay as they are.
+
+    Args:
+        adapter: any but DoRA's.
+        factor: of either sign. The sign goes into B, since α is positive; 0 makes B zero.
+
+    Returns:
+        The scaled adapter; it shares what memory it can with the one given.
+
+    Raises:
+        AdapterError: the adapter has magnitudes (DoRA), on which its scale acts otherwise.
+        ConfigError: the factor is not finite.
+    """
+    if not math.isfinite(factor):
+        raise ConfigError(f"factor must be a finite number, not {factor}")
+    Terms.of([adapter]).check_magnitudes()
+    size = abs(factor) or 1.0
+    sign = math.copysign(1.0, factor) if factor else 0.0
+    config = adapter.config.replace(
+        lora_alpha=adapter.config.lora_alpha * size,
+        alpha_pattern={name: alpha * size for name, alpha in adapter.config.alpha_pattern.items()},
+    )
+    factors = {
+        path: dataclasses.replace(f, B=f.B if sign == 1 else f.B * sign, scale=f.scale * size)
+        for path, f in adapter.factors.items()
+    }
+    return Adapter(config, factors, adapter.extras)
+
+
+def side_by_side(path: str, updates: Sequence[Term], like: Factors) -> Factors:
+    """The weighted sum of updates, at the sum of their ranks."""
+    return from_blocks(*blocks_of_sum(updates, like.A.dtype), like)

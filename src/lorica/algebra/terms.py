@@ -1,0 +1,119 @@
+"""The terms of a sum: adapters with their weights, layer by layer, and whether they have a sum."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from lorica.adapter import Adapter, Factors
+from lorica.algebra.settings import agreed, describing
+from lorica.algebra.spectrum import Term
+from lorica.errors import AdapterError, ConfigError, lines, listing
+
+Join = Callable[[str, list[Term], Factors], Factors]
+"""A layer's path, its updates with their weights, and what to lay the result out like → the result."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Adapters and their weights."""
+
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Self:
+        """Adapters with their weights; None gives each 1.
+
+        Raises:
+            ConfigError: there is no adapter, or not a finite weight for each.
+        """
+        if not adapters:
+            raise ConfigError("there is no adapter to work on; give at least one")
+        chosen = [1.0] * len(adapters) if weights is None else list(weights)
+        if len(chosen) != len(adapters) or not all(map(math.isfinite, chosen)):
+            raise ConfigError(f"expected {len(adapters)} finite weights, one for each adapter, not {chosen}")
+        return cls(tuple(adapters), tuple(chosen))
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of all layers that any of the adapters has, in order of appearance."""
+        return list(dict.fromkeys(path for adapter in self.adapters for path in adapter.factors))
+
+    @property
+    def rank(self) -> int:
+        """The highest rank of a layer."""
+        return max(f.r for adapter in self.adapters for f in adapter.factors.values())
+
+    def at(self, path: str) -> list[Term]:
+        """The updates there are at a path, with their weights."""
+        pairs = zip(self.adapters, self.weights, strict=True)
+        return [(adapter.factors[path], weight) for adapter, weight in pairs if path in adapter.factors]
+
+    def join(self, how: Join, keep: int | None) -> Adapter:
+        """One adapter of all: updates joined layer by layer, the rest as far as they agree.
+
+        Args:
+            how: joins the updates of a layer, to one of scale 1.
+            keep: index of the adapter whose head, biases and task are taken; None where they do not differ.
+
+        Raises:
+            AdapterError: the adapters have no sum, or their heads, biases or tasks differ and `keep` is None.
+            ConfigError: `keep` is no index.
+        """
+        self.check_magnitudes()
+        self.check_layers()
+        config, extras = agreed(self.adapters, self.paths, keep)
+        factors = {path: how(path, updates := self.at(path), _like(updates)) for path in self.paths}
+        return Adapter(describing(config, factors), factors, extras)
+
+    def check_magnitudes(self) -> None:
+        """Refuse DoRA.
+
+        Raises:
+            AdapterError: an adapter has magnitudes.
+        """
+        found = [path for path in self.paths if any(f.magnitude is not None for f, _ in self.at(path))]
+        if found:
+            raise AdapterError(
+                "DoRA brings the rows of W0 + B·A to trained magnitudes, so its updates neither add up nor "
+                f"scale: {listing(found, limit=3)}. Merge such an adapter into its base instead"
+            )
+
+    def check_layers(self) -> None:
+        """Refuse layers that differ.
+
+        Raises:
+            AdapterError: with the whole list of paths at which kinds or shapes differ.
+        """
+        forms = {
+            path: list(dict.fromkeys(_form(factors) for factors, _ in self.at(path))) for path in self.paths
+        }
+        problems = [f"{path}: {' and '.join(form)}" for path, form in forms.items() if len(form) > 1]
+        if problems:
+            raise AdapterError(
+                f"the adapters are not for the same base; these layers differ:\n{lines(problems)}"
+            )
+
+
+def _form(factors: Factors) -> str:
+    groups = f" in {factors.groups} groups" if factors.groups > 1 else ""
+    inputs = " × ".join(map(str, factors.A.shape[1:]))
+    return f"{factors.kind} {inputs} → {factors.B.shape[0]}{groups}"
+
+
+def _like(updates: Sequence[Term]) -> Factors:
+    """The first update, in the dtype of all, and float32 at least.
+
+    Half precision would round the weights that are folded into it.
+    """
+    dtype = torch.float32
+    for factors, _ in updates:
+        dtype = torch.promote_types(dtype, torch.promote_types(factors.A.dtype, factors.B.dtype))
+    first = updates[0][0]
+    return dataclasses.replace(first, A=first.A.detach().to(dtype), B=first.B.detach().to(dtype))
