@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from algebra.made import agree, made, updates, weighted
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import bits
 
@@ -23,6 +23,7 @@ class TestConcatenate:
         weights=st.lists(st.floats(-3, 3), min_size=3, max_size=3),
         rooted=st.lists(st.booleans(), min_size=3, max_size=3),
     )
+    @settings(max_examples=40)
     def test_the_weighted_sum(self, ranks: list[int], weights: list[float], rooted: list[bool]) -> None:
         adapters = [made(r, 3 + i, seed=i, use_rslora=rooted[i]) for i, r in enumerate(ranks)]
         weights = weights[: len(ranks)]
