@@ -30,7 +30,7 @@ CACHE = Path(__file__).resolve().parents[1] / "runs" / "compress_rotten_tomatoes
 ENERGIES = (0.999, 0.99, 0.95, 0.9, 0.8, 0.5)
 RANKS = (32, 16, 8, 4, 2, 1)
 TRAINING = TrainingConfig(
-    epochs=1, batch_size=16, max_length=64, learning_rate=1e-3, seed=0, load_best=False, report_to=[]
+    epochs=1, batch_size=16, max_length=64, learning_rate=3e-4, seed=0, load_best=False, report_to=[]
 )
 METHOD = lorica.LoraConfig(r=64, lora_alpha=128, target_modules="all-linear", task_type="SEQ_CLS")
 

@@ -42,7 +42,7 @@ def test_the_commands(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(elsewhere / "cache"))
     commands = [shlex.split(line) for line in _block("sh", "lorica train").splitlines()]
     assert [command[:2] for command in commands] == [
-        ["lorica", name] for name in ("train", "evaluate", "predict", "info", "merge")
+        ["lorica", name] for name in ("train", "evaluate", "predict", "info", "compress", "merge")
     ]
     for command in commands:
         assert main(command[1:]) == 0, command

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lorica
 from lorica import Adapter, LoraConfig, algebra
+from lorica.algebra import settings
 from lorica.errors import AdapterError, ConfigError, LoricaWarning
 
 HEAD = {"head.weight": torch.ones(3, 2)}
@@ -40,15 +41,15 @@ class TestTargets:
         assert algebra.add(one, other).config.target_modules == ["table", "a.linear"]
 
     @pytest.mark.parametrize(
-        "settings",
+        "selected",
         [
             {"target_modules": ".*up"},
             {"target_modules": ["up"], "layers_to_transform": [1]},
             {"target_modules": "all-linear"},
         ],
     )
-    def test_of_other_kinds_they_are_named_one_by_one(self, settings: dict[str, Any]) -> None:
-        one, other = trained(target_modules=["down"], layers_to_transform=[0]), trained(1, **settings)
+    def test_of_other_kinds_they_are_named_one_by_one(self, selected: dict[str, Any]) -> None:
+        one, other = trained(target_modules=["down"], layers_to_transform=[0]), trained(1, **selected)
         result = algebra.add(one, other)
         assert set(result.config.target_modules or ()) == one.factors.keys() | other.factors.keys()
         assert result.config.layers_to_transform is None
@@ -135,6 +136,11 @@ class TestSettings:
         with pytest.warns(LoricaWarning, match="different bases: 'org/one', 'org/other'"):
             assert algebra.add(one, made(), other).config.base_model_name_or_path == "org/one"
         assert algebra.add(made(), one).config.base_model_name_or_path == "org/one"
+
+    def test_a_setting_that_cannot_be_settled(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(settings, "_TRAINING", ())
+        with pytest.raises(AdapterError, match="differ in lora_dropout, and no one"):
+            algebra.add(made(), made(lora_dropout=0.2))
 
     def test_the_commonest_rank_is_r(self) -> None:
         one = made(2, paths=["a.linear", "b.linear", "table"])

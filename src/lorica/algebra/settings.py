@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections import Counter
@@ -18,6 +19,11 @@ from lorica.errors import AdapterError, ConfigError, LoricaWarning, lines, listi
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # What only training or its start looks at: where adapters differ, the default.
 _TRAINING = ("lora_dropout", "init_lora_weights", "inference_mode")
+# What follows from the updates, or is settled by what is trained whole or by the base.
+_SETTLED = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
+    *("task_type", "bias", "modules_to_save", "base_model_name_or_path", "revision"),
+)
 
 Extras = dict[str, Tensor]
 
@@ -45,13 +51,19 @@ def agreed(adapters: Sequence[Adapter], paths: Sequence[str], keep: int | None) 
         The configuration, all but its ranks, and the tensors trained whole.
 
     Raises:
-        AdapterError: with the whole list of what differs, where `keep` is None.
+        AdapterError: with the whole list of what differs, where `keep` is None or cannot choose.
         ConfigError: `keep` is no index of an adapter.
 
     Warns:
         LoricaWarning: they name different bases.
     """
     configs = [adapter.config for adapter in adapters]
+    settled = {*_TARGETS, *_TRAINING, *_SETTLED}
+    unlike = [
+        f.name for f in dataclasses.fields(LoraConfig) if f.name not in settled and not _same(configs, f.name)
+    ]
+    if unlike:
+        raise AdapterError(f"the adapters differ in {listing(unlike)}, and no one adapter can have both")
     extras, settings = _whole(adapters, paths, keep)
     defaults = LoraConfig()
     training = {name: getattr(defaults, name) for name in _TRAINING if not _same(configs, name)}

@@ -16,6 +16,8 @@ COMMANDS = {
     "merge": "fold an adapter into its base: a plain checkpoint, as fast as the base",
     "push": "upload an adapter's files to the Hugging Face Hub",
     "convert": "a checkpoint of loralib's to an adapter in PEFT's format, or back",
+    "combine": "several adapters into one: their weighted sum, TIES, DARE and others",
+    "compress": "an adapter at the rank it needs, with the error that makes",
     "info": "what is in an adapter: rank, targets, size, norm of each layer's update",
 }
 
