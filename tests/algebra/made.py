@@ -33,7 +33,8 @@ def made(
 ) -> Adapter:
     """An adapter with an update of rank `r` at each path."""
     draw = torch.Generator().manual_seed(seed)
-    config = LoraConfig(r=r, lora_alpha=alpha, **{"target_modules": list(paths), **settings})
+    targets: dict[str, Any] = {"target_modules": list(paths)}
+    config = LoraConfig(r=r, lora_alpha=alpha, **(targets | settings))
     factors = {}
     for path in paths:
         inputs, d_out, kind, groups = LAYERS[path]
