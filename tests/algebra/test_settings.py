@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import lorica
 from lorica import Adapter, LoraConfig, algebra
-from lorica.algebra import settings
 from lorica.errors import AdapterError, ConfigError, LoricaWarning
 
 HEAD = {"head.weight": torch.ones(3, 2)}
@@ -24,7 +23,11 @@ def toy() -> Toy:
 
 
 def trained(seed: int = 0, **settings: Any) -> Adapter:
-    return lorica.extract(adapted(toy(), LoraConfig(r=2, **settings), seed=seed))
+    return trained_by(LoraConfig(r=2, **settings), seed)
+
+
+def trained_by(config: LoraConfig, seed: int) -> Adapter:
+    return lorica.extract(adapted(toy(), config, seed=seed))
 
 
 class TestTargets:
@@ -137,10 +140,9 @@ class TestSettings:
             assert algebra.add(one, made(), other).config.base_model_name_or_path == "org/one"
         assert algebra.add(made(), one).config.base_model_name_or_path == "org/one"
 
-    def test_a_setting_that_cannot_be_settled(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(settings, "_TRAINING", ())
-        with pytest.raises(AdapterError, match="differ in lora_dropout, and no one"):
-            algebra.add(made(), made(lora_dropout=0.2))
+    def test_a_setting_that_cannot_be_settled(self) -> None:
+        with pytest.raises(AdapterError, match="differ in lora_bias, and no one"):
+            algebra.add(made(), made(lora_bias=True))
 
     def test_the_commonest_rank_is_r(self) -> None:
         one = made(2, paths=["a.linear", "b.linear", "table"])
@@ -176,3 +178,52 @@ def test_a_sum_acts_as_its_terms_together() -> None:
     shake(result)  # it trains on
     assert not torch.allclose(outputs(result), outputs(both))
     assert updates(lorica.extract(result)).keys() == one.factors.keys()
+
+
+class TestBiasesOnB:
+    """``scale·(B·A·x + b)``: linear in b, as it is in B."""
+
+    CONFIG = LoraConfig(r=4, lora_alpha=6, target_modules=["up", "down"], lora_bias=True)
+
+    def both(self, *signs: float) -> tuple[list[Adapter], Tensor]:
+        """Two adapters, and what a model computes with both of them scaled so."""
+        terms = [
+            trained_by(config, seed) for seed, config in enumerate((self.CONFIG, self.CONFIG.replace(r=2)))
+        ]
+        model = toy()
+        for i, (term, sign) in enumerate(zip(terms, signs, strict=True)):
+            lorica.attach(model, algebra.scale(term, sign), f"a{i}")
+        lorica.active(model, ["a0", "a1"])
+        return terms, outputs(model)
+
+    def test_a_multiple_moves_the_output_as_far(self) -> None:
+        one = trained_by(self.CONFIG.replace(target_modules=["head"]), 0)
+        base, at_one = outputs(toy()), outputs(lorica.attach(toy(), one))
+        for factor in (0.3, -2.0, 0.0):
+            moved = outputs(lorica.attach(toy(), algebra.scale(one, factor)))
+            torch.testing.assert_close(moved - base, factor * (at_one - base), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, -2.0)])
+    def test_a_sum(self, weights: tuple[float, float]) -> None:
+        terms, expected = self.both(*weights)
+        for method in ("cat", "svd"):
+            told = {"svd_rank": 20} if method == "svd" else {}
+            result = algebra.combine(terms, weights, method, **told)  # type: ignore[arg-type]
+            torch.testing.assert_close(outputs(lorica.attach(toy(), result)), expected)
+
+    def test_every_method_adds_them_up(self) -> None:
+        terms = [trained_by(self.CONFIG, seed) for seed in range(2)]
+        sums = {f: [term.factors[f] for term in terms] for f in terms[0].factors}
+        for method, options in algebra.METHODS.items():
+            result = algebra.combine(
+                terms, [1, -1], method, **{"density": 0.5} if "density" in options else {}
+            )
+            for path, (f, g) in sums.items():
+                assert f.bias is not None
+                assert g.bias is not None
+                torch.testing.assert_close(result.factors[path].bias, f.scale * f.bias - g.scale * g.bias)
+
+    def test_compressed(self) -> None:
+        one = trained_by(self.CONFIG, 0)
+        result, _ = algebra.compress(one, energy=1)
+        torch.testing.assert_close(outputs(lorica.attach(toy(), result)), outputs(lorica.attach(toy(), one)))

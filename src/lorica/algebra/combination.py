@@ -82,7 +82,7 @@ def combine(
     - ``ties_svd`` and so on: the same with each ``s·B·A`` itself in place of A and B, cut to `svd_rank`. Here
       (and with `svd_clamp`) that d_out × d_in product is formed, one layer at a time.
 
-    How far each is from the sum is what `error` tells.
+    Biases on B (`lora_bias`) are added up by all of them. How far each is from the sum is what `error` tells.
 
     Two things differ from PEFT 0.21. The result has a scale of 1 with `use_rslora` too, where PEFT's is √r
     too large; and a rank above what a layer can have is brought down to that, where PEFT's adapter fails.

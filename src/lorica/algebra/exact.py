@@ -85,7 +85,12 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
         alpha_pattern={name: alpha * size for name, alpha in adapter.config.alpha_pattern.items()},
     )
     factors = {
-        path: dataclasses.replace(f, B=f.B if sign == 1 else f.B * sign, scale=f.scale * size)
+        path: dataclasses.replace(
+            f,
+            B=f.B if sign == 1 else f.B * sign,
+            bias=f.bias if f.bias is None or sign == 1 else f.bias * sign,
+            scale=f.scale * size,
+        )
         for path, f in adapter.factors.items()
     }
     return Adapter(config, factors, adapter.extras)

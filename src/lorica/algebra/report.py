@@ -69,7 +69,7 @@ def error(
 ) -> ErrorReport:
     """How far an adapter is from a weighted sum of others, without forming an update.
 
-    Magnitudes (DoRA), heads and biases are not looked at.
+    Only B·A is looked at: not magnitudes (DoRA), biases on B, heads or the base's biases.
 
     Args:
         adapter: the adapter to measure.

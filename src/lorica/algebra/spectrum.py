@@ -50,11 +50,13 @@ def blocks_of_sum(
 def from_blocks(
     left: Float[Tensor, "groups d_out r"], right: Float[Tensor, "groups r d_in"], like: Factors
 ) -> Factors:
-    """The update ``left · right``, of scale 1, laid out and stored as `like`."""
+    """The update ``left · right``, of scale 1, laid out and stored as `like`, with the bias it has."""
     point = (1,) * (like.B.dim() - 2)
     A = right.flatten(0, 1).unflatten(1, like.A.shape[1:])
     B = left.flatten(0, 1).unflatten(1, (left.shape[2], *point)) if point else left.flatten(0, 1)
-    return replace(like, A=A.to(like.A.dtype).contiguous(), B=B.to(like.B.dtype).contiguous(), scale=1.0)
+    A, B = A.to(like.A.dtype).contiguous(), B.to(like.B.dtype).contiguous()
+    bias = None if like.bias is None else (like.bias.double() * like.scale).to(like.bias.dtype)
+    return replace(like, A=A, B=B, scale=1.0, bias=bias)
 
 
 def spectrum(left: Float[Tensor, "groups d_out r"], right: Float[Tensor, "groups r d_in"]) -> Spectrum:

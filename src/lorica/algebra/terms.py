@@ -59,7 +59,7 @@ class Terms:
         """One adapter of all: updates joined layer by layer, the rest as far as they agree.
 
         Args:
-            how: joins the updates of a layer, to one of scale 1.
+            how: joins the updates of a layer, to one of scale 1; biases (`lora_bias`) are added up.
             keep: index of the adapter whose head, biases and task are taken; None where they do not differ.
 
         Raises:
@@ -69,7 +69,7 @@ class Terms:
         self.check_magnitudes()
         self.check_layers()
         config, extras = agreed(self.adapters, self.paths, keep)
-        factors = {path: how(path, updates := self.at(path), _like(updates)) for path in self.paths}
+        factors = {path: _join(how, path, self.at(path)) for path in self.paths}
         return Adapter(describing(config, factors), factors, extras)
 
     def check_magnitudes(self) -> None:
@@ -107,6 +107,14 @@ def _form(factors: Factors) -> str:
     return f"{factors.kind} {inputs} → {factors.B.shape[0]}{groups}"
 
 
+def _join(how: Join, path: str, updates: list[Term]) -> Factors:
+    """A layer's updates joined; their biases (`lora_bias`) have a sum whichever way."""
+    like = _like(updates)
+    biases = [f.bias.detach().double() * (w * f.scale) for f, w in updates if f.bias is not None]
+    bias = torch.stack(biases).sum(0).to(like.B.dtype) if biases else None
+    return dataclasses.replace(how(path, updates, like), bias=bias)
+
+
 def _like(updates: Sequence[Term]) -> Factors:
     """The first update, in the dtype of all, and float32 at least.
 
@@ -116,4 +124,4 @@ def _like(updates: Sequence[Term]) -> Factors:
     for factors, _ in updates:
         dtype = torch.promote_types(dtype, torch.promote_types(factors.A.dtype, factors.B.dtype))
     first = updates[0][0]
-    return dataclasses.replace(first, A=first.A.detach().to(dtype), B=first.B.detach().to(dtype))
+    return dataclasses.replace(first, A=first.A.detach().to(dtype), B=first.B.detach().to(dtype), bias=None)
