@@ -207,8 +207,7 @@ class TestBiasesOnB:
     def test_a_sum(self, weights: tuple[float, float]) -> None:
         terms, expected = self.both(*weights)
         for method in ("cat", "svd"):
-            told = {"svd_rank": 20} if method == "svd" else {}
-            result = algebra.combine(terms, weights, method, **told)  # type: ignore[arg-type]
+            result = algebra.combine(terms, weights, method, svd_rank=20 if method == "svd" else None)
             torch.testing.assert_close(outputs(lorica.attach(toy(), result)), expected)
 
     def test_every_method_adds_them_up(self) -> None:
