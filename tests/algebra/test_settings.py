@@ -214,9 +214,8 @@ class TestBiasesOnB:
         terms = [trained_by(self.CONFIG, seed) for seed in range(2)]
         sums = {f: [term.factors[f] for term in terms] for f in terms[0].factors}
         for method, options in algebra.METHODS.items():
-            result = algebra.combine(
-                terms, [1, -1], method, **{"density": 0.5} if "density" in options else {}
-            )
+            density = 0.5 if "density" in options else None
+            result = algebra.combine(terms, [1, -1], method, density=density)
             for path, (f, g) in sums.items():
                 assert f.bias is not None
                 assert g.bias is not None
