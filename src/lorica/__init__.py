@@ -27,6 +27,7 @@ from lorica.model import load as load
 from lorica.model import load_weights as load_weights
 from lorica.model import merge as merge
 from lorica.model import mixed as mixed
+from lorica.model import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from lorica.model import push_to_hub as push_to_hub
 from lorica.model import restore as restore
 from lorica.model import save as save

@@ -13,7 +13,7 @@ one byte per element for the dropout mask, and A·x (tokens × r).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -278,3 +278,109 @@ class _LoraLinear(torch.autograd.Function):
         if wants_bias:
             dbias = dy.sum(0)
         return dx, dweight, dbias, dA, dB, None, None
+
+
+def packed_linear(
+    x: Float[Tensor, "... d_in"],
+    multiply: Callable[[Tensor], Tensor],
+    unpack: Callable[[], Tensor],
+    bias: Float[Tensor, " d_out"] | None,
+    A: Float[Tensor, "r d_in"] | None = None,
+    B: Float[Tensor, "d_out r"] | None = None,
+    scale: float = 0.0,
+    p: float = 0.0,
+) -> Float[Tensor, "... d_out"]:
+    """`lora_linear` beside a weight that is packed into a few bits, and not kept unpacked.
+
+    Gradients pass through the unpacked weight, whatever the packed product rounded (Dettmers et al., 2023,
+    eq. 5 and 6): where it rounds its input too, the rounding counts as the identity.
+
+    Args:
+        x: input, any number of leading dimensions.
+        multiply: x → ``W0·x + bias`` from the packed weight, in memory of its own.
+        unpack: gives W0 (d_out, d_in), in the dtype to multiply gradients in; called in the backward pass.
+        bias: what `multiply` adds; its gradient is formed where it is asked for.
+        A: down-projection; None for the product with W0 alone.
+        B: up-projection.
+        scale: α/r or α/√r.
+        p: dropout probability on A's input, as in `lora_linear`.
+
+    Returns:
+        The output, in the dtype that `multiply` returns. The update is computed in x's dtype, or autocast's.
+    """
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        y = multiply(x)
+        return y if A is None or B is None else y + low_rank(x.to(dtype), A, B, scale, p).to(y.dtype)
+    return _PackedLinear.apply(x, bias, A, B, scale, p, dtype, multiply, unpack)  # type: ignore[no-any-return]
+
+
+class _PackedLinear(torch.autograd.Function):
+    """`packed_linear` by hand; names as in `_LoraLinear`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        A: Tensor | None,
+        B: Tensor | None,
+        scale: float,
+        p: float,
+        dtype: torch.dtype,
+        multiply: Callable[[Tensor], Tensor],
+        unpack: Callable[[], Tensor],
+    ) -> Tensor:
+        y = multiply(x)
+        ctx.unpack, ctx.shape, ctx.x_dtype, ctx.dtype = unpack, x.shape, x.dtype, dtype
+        if A is None or B is None:
+            ctx.save_for_backward(None, None, None, None, None)
+            return y
+        mask = None
+        with torch.autocast(x.device.type, enabled=False):
+            kept = rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            if p > 0:
+                mask = keep_mask(rows, p)
+                kept = mask.to(dtype).mul_(rows)
+                scale /= 1 - drop_rate(p)
+            u = _down(kept, A.to(dtype))
+            out = y.reshape(-1, y.shape[-1])
+            if out.dtype == dtype:
+                out.addmm_(u, B.to(dtype).t(), alpha=scale)
+            else:
+                out.add_(u @ B.to(dtype).t(), alpha=scale)
+        wants_A, wants_B = ctx.needs_input_grad[2:4]
+        ctx.save_for_backward(rows if wants_A else None, A, B, mask, u if wants_B else None)
+        ctx.scale = scale
+        # Not a view to autograd, as in `_LoraLinear`.
+        return torch.ops.aten._unsafe_view.default(out, y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows, A, B, mask, u = ctx.saved_tensors
+        wants_x, wants_bias, wants_A, wants_B = ctx.needs_input_grad[:4]
+        dx = dbias = dA = dB = None
+        with torch.autocast(dy.device.type, enabled=False):
+            dy = dy.reshape(-1, dy.shape[-1])
+            if wants_x:
+                weight = ctx.unpack()
+                dx = (dy.to(weight.dtype) @ weight).to(ctx.x_dtype)
+                del weight
+            if wants_bias:
+                dbias = dy.sum(0)
+            if A is not None:
+                dy = dy.to(ctx.dtype)
+                g = dy @ B.to(ctx.dtype).mul(ctx.scale)
+                kept = None if mask is None else mask.to(ctx.dtype)
+                if dx is not None:
+                    through = g @ A.to(ctx.dtype)
+                    dx += through if kept is None else through.mul_(kept)
+                if wants_A:
+                    dA = (g.t() @ (rows if kept is None else kept.mul_(rows))).to(A.dtype)
+                if wants_B:
+                    dB = (u.t() @ dy).t().to(B.dtype).mul_(ctx.scale)
+            dx = dx if dx is None else dx.view(ctx.shape)
+        return dx, dbias, dA, dB, None, None, None, None, None

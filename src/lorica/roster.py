@@ -29,6 +29,7 @@ class Roster:
         originals: parameters whose place is taken at the moment.
         rows: which adapter acts on which row of the batch, in place of `active`.
         frozen: parameters that `adapt` froze and `detach` thaws.
+        layouts: quantized layers that `adapt` keeps from repacking their weights, until `detach`.
         merged: names of the adapters that are merged into the weights at the moment.
         aside: what merging took off the model and `restore` puts back.
     """
@@ -40,6 +41,7 @@ class Roster:
     originals: dict[str, Parameter] = field(default_factory=dict)
     rows: Any = None
     frozen: list[Parameter] = field(default_factory=list)
+    layouts: list[nn.Module] = field(default_factory=list)
     merged: tuple[str, ...] = ()
     aside: Any = None
 

@@ -19,10 +19,14 @@ from lorica.layers.linear import LoraConv1D as LoraConv1D
 from lorica.layers.linear import LoraLinear as LoraLinear
 from lorica.layers.linear import LoraReadLinear as LoraReadLinear
 from lorica.layers.opaque import LoraOpaque as LoraOpaque
+from lorica.layers.opaque import is_linear_like
+from lorica.layers.quantized import LoraQuantized as LoraQuantized
+from lorica.layers.quantized import quantizer_of
 from lorica.layers.saved import SavedModule as SavedModule
 
 ADAPTABLE = (
-    "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d, nn.MultiheadAttention"
+    "nn.Linear and its subclasses, quantized layers, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d, "
+    "nn.MultiheadAttention"
 )
 
 
@@ -37,6 +41,8 @@ def layer_class(module: nn.Module, parent: nn.Module | None = None) -> type[Lora
         return module.swapped_by  # pyright: ignore[reportReturnType]
     if isinstance(module, nn.MultiheadAttention):
         return LoraAttention
+    if quantizer_of(module) is not None and not isinstance(module, nn.Embedding):
+        return LoraQuantized
     if isinstance(module, nn.Linear):
         plain = type(module).forward is nn.Linear.forward and _is_plain(module.weight)
         if not plain:
@@ -54,7 +60,7 @@ def layer_class(module: nn.Module, parent: nn.Module | None = None) -> type[Lora
     if pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D):
         own_forward = type(module).forward is not pytorch_utils.Conv1D.forward
         return None if own_forward else LoraConv1D
-    return None
+    return LoraOpaque if is_linear_like(module) else None
 
 
 def _is_plain(weight: torch.Tensor) -> bool:

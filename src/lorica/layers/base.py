@@ -205,6 +205,11 @@ class LoraLayer(SwappedModule):
         return (r, d_in), (d_out, r)
 
     @classmethod
+    def anchor(cls, module: nn.Module) -> Tensor | None:
+        """The tensor that says on which device a module computes, and how precisely: W0."""
+        return module._parameters[cls.weight_name]
+
+    @classmethod
     def as_matrix(cls, weight: Tensor) -> Tensor:
         """A weight stored as this kind of layer stores it, as (d_out, d_in)."""
         return weight.t() if cls.transposed else weight.flatten(1)
@@ -222,15 +227,33 @@ class LoraLayer(SwappedModule):
         assert parameter is not None
         return parameter
 
+    @property
+    def base_shape(self) -> torch.Size:
+        """Shape of W0."""
+        return self.base_weight.shape
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What sums with W0 are computed in: float32, or W0's higher precision."""
+        return torch.promote_types(self.base_weight.dtype, torch.float32)
+
+    def base_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of W0 as it is laid out, as a matrix; not to be written to."""
+        return self.base_weight.detach()[rows].flatten(1).to(dtype)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer returns, plus the active adapters' updates."""
-        y = super().forward(x, *args, **kwargs)
+        y = self.base_forward(x, *args, **kwargs)
         if self.roster.rows is not None:
             return self.roster.rows.add(y, x, self.scaling.keys(), self.effect)
         base = y
         for name in self.acting():
             y = y + self.effect(name, x, base)
         return y
+
+    def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base layer returns."""
+        return super().forward(x, *args, **kwargs)
 
     def effect(self, name: str, x: Tensor, base: Tensor) -> Tensor:
         """What one adapter adds to the output `base` that the base layer has for `x`."""
@@ -241,7 +264,7 @@ class LoraLayer(SwappedModule):
         ratio = self.ratio(name)
         if ratio is None:
             return update
-        ratio, bias = self.along_outputs(ratio.to(base.dtype)), self._parameters.get("bias")
+        ratio, bias = self.along_outputs(ratio.to(base.dtype)), getattr(self, "bias", None)
         without_bias = base if bias is None else base - self.along_outputs(bias)
         return ratio * update + (ratio - 1) * without_bias
 
@@ -286,8 +309,23 @@ class LoraLayer(SwappedModule):
         if magnitude is None:
             return None
         A, B = (factor.flatten(1).to(dtype or factor.dtype) for factor in self.factor_parameters(name))
-        weight = self.as_matrix(self.base_weight)
-        return magnitude / functional.row_norm(weight.to(dtype or weight.dtype), A, B, self.scaling[name])
+        return magnitude / self.row_norm(self, A, B, self.scaling[name])
+
+    @classmethod
+    def row_norm(cls, module: nn.Module, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """Euclidean norm of each row of ``W0 + scale·B·A`` (d_out,), in A's dtype.
+
+        Args:
+            module: a module that is, or may become, this kind of layer.
+            A: (r, d_in).
+            B: (d_out, r).
+            scale: factor of the product.
+        """
+        weight = module._parameters[cls.weight_name]
+        assert weight is not None
+        # float64 is asked for where rounding is measured; else the product with W0 stays in W0's dtype.
+        weight = weight.to(A.dtype) if A.dtype == torch.float64 else weight
+        return functional.row_norm(cls.as_matrix(weight), A, B, scale)
 
     def add_factors(self, name: str, A: Parameter, B: Parameter, scale: float, dropout: float) -> None:
         """Take an adapter's factors, replacing those of the same name."""
@@ -340,9 +378,8 @@ class LoraLayer(SwappedModule):
             StateError: as `check_mergeable`.
         """
         self.check_mergeable()
-        weight = self.base_weight.detach()
-        precision = torch.promote_types(weight.dtype, torch.float32)
-        W0 = result = weight.to(precision).flatten(1)
+        precision = self.precision
+        W0 = result = self.base_rows(slice(None), precision)
         present = [name for name in names if name in self.scaling]
         target = out.flatten(1) if out is not None and out.dtype == precision and len(present) == 1 else None
         for name in present:
@@ -354,7 +391,15 @@ class LoraLayer(SwappedModule):
                 turned = functional.fold(W0, left, right, self.scaling[name], out=target)
                 turned *= self.along_rows(ratio.detach().to(precision))
                 result = turned if len(present) == 1 else result + (turned - W0)
-        return result.view(weight.shape)
+        return result.view(self.base_shape)
+
+    def storing(self, leaf: str, value: Tensor) -> dict[str, Any]:
+        """The base's attributes that make it hold, under the name `leaf`, what `folded` returned for it.
+
+        Raises:
+            StateError: the weight is packed in a way that can only be read.
+        """
+        return {leaf: Parameter(value.to(self.get_base(leaf).dtype), requires_grad=False)}
 
     def folded(self, names: Sequence[str], *, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What the base's parameters become when adapters are merged, by their names.

@@ -1,6 +1,8 @@
-"""Linear layers that lorica knows nothing about: a forward of their own, quantized weights."""
+"""Linear layers that lorica knows nothing about: a forward of their own, weights packed in unknown ways."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +15,23 @@ from lorica.layers.probe import check_multiplies, has_own_forward
 
 
 class LoraOpaque(LoraLayer):
-    """Any other subclass of `nn.Linear`; the update is added to what its own forward returns."""
+    """Any other linear layer; the update is added to what its own forward returns.
+
+    That is a subclass of `nn.Linear`, or a module that says as much by `in_features` and `out_features`: the
+    layers of GPTQ, AWQ, HQQ and their like.
+    """
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B, from what the module says of itself: its weight may be packed."""
-        assert isinstance(module, nn.Linear)
-        return (r, module.in_features), (module.out_features, r)
+        return (r, int(module.in_features)), (int(module.out_features), r)  # type: ignore[arg-type]
+
+    @classmethod
+    def anchor(cls, module: nn.Module) -> Tensor | None:
+        """W0, or else whatever the module holds."""
+        weight = module._parameters.get(cls.weight_name)
+        held = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
+        return next(held, None) if weight is None else weight
 
     def update(self, name: str, x: Tensor) -> Tensor:  # noqa: D102
         return functional.low_rank(x, *self.update_of(name))
@@ -30,11 +42,19 @@ class LoraOpaque(LoraLayer):
         Raises:
             StateError: the weight is packed, or the forward does more than multiply by it.
         """
-        if not self.base_weight.is_floating_point():
+        weight = self._parameters.get(self.weight_name)
+        if weight is None or not weight.is_floating_point():
             raise StateError(
-                f"a quantized {self.base_class.__name__}, whose weight cannot take an update; merge into the "
-                "original base"
+                f"a quantized {self.base_class.__name__}, packed in a way that lorica can neither read nor "
+                "write; merge into the original base (`lorica merge BASE ADAPTER OUT`), or teach lorica the "
+                "format with lorica.layers.quantized.register"
             )
         if has_own_forward(self.base_class):
-            x = torch.randn(4, self.factor_shapes(self, 1)[0][1], dtype=self.base_weight.dtype)
-            check_multiplies(self, x.to(self.base_weight.device), F.linear)
+            x = torch.randn(4, self.factor_shapes(self, 1)[0][1], dtype=weight.dtype)
+            check_multiplies(self, x.to(weight.device), F.linear)
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether a module that is no `nn.Linear` says that it is linear, and holds no other modules."""
+    widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(width, int) and width > 0 for width in widths) and not module._modules

@@ -12,9 +12,10 @@ from typing import TypeVar
 from torch import nn
 from torch.nn import Parameter
 
-from lorica import functional, init
+from lorica import init
 from lorica.config import LoraConfig
 from lorica.layers import LoraEmbedding
+from lorica.layers.quantized import release_layout
 from lorica.model import pretrained
 from lorica.model.mount import Mount, mount, open_for, parameter_for
 from lorica.model.structure import ROSTER, adapted, find_adapted, lora_layers, saved_modules
@@ -98,6 +99,7 @@ def detach(model: M, name: str | None = None) -> M:
     if not roster.configs:
         for parameter in roster.frozen:
             parameter.requires_grad_(True)
+        release_layout(roster.layouts)
         pretrained.leave(root)
         delattr(root, ROSTER)
     return model
@@ -167,9 +169,7 @@ def _fresh(target: Target, config: LoraConfig, seed: int) -> Mount:
 
 def _norms(target: Target, A: Parameter, B: Parameter, scale: float) -> Parameter:
     """DoRA's magnitudes at the start: what leaves the weight as it is."""
-    weight = target.module._parameters[target.layer.weight_name]
-    assert weight is not None
-    return Parameter(functional.row_norm(target.layer.as_matrix(weight), A.flatten(1), B.flatten(1), scale))
+    return Parameter(target.layer.row_norm(target.module, A.flatten(1), B.flatten(1), scale))
 
 
 def _slots(root: nn.Module, roster: Roster, paths: Iterable[str]) -> dict[str, Parameter]:

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lorica.errors import TargetError
-from lorica.layers import LoraAttention, LoraEmbedding, LoraLayer, LoraOpaque
+from lorica.layers import LoraAttention, LoraEmbedding, LoraLayer, LoraOpaque, LoraQuantized
+from lorica.layers.quantized import is_unfinished, quantizer_of
 from lorica.model.structure import Place
 
 
@@ -33,7 +34,7 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
             f"{path} is already sharded; adapt the model before fully_shard, so that A and B are sharded too"
         )
     weight = module._parameters.get(layer.weight_name)
-    if weight is None:
+    if weight is None and (isinstance(module, nn.Linear) or not issubclass(layer, LoraOpaque)):
         raise TargetError(
             f"{path}: its {layer.weight_name} is computed (weight_norm, parametrize), so an update "
             "has none to stand beside; remove the parametrization first"
@@ -42,7 +43,12 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
         raise TargetError(
             f"{path} is a {kind} whose shape is not known yet; run the model once, then adapt it"
         )
-    if layer is LoraOpaque and _read_past_its_forward(parent):
+    if is_unfinished(module):
+        raise TargetError(
+            f"{path} is a {kind} that packs its weight when it is moved to its device; move the model there "
+            "first (model.to(...)), then adapt it"
+        )
+    if issubclass(layer, LoraOpaque) and _read_past_its_forward(parent):
         raise TargetError(
             f"{path} is a {kind} with a forward of its own, but {type(parent).__name__} reads its weight "
             "without calling it, so the update would not act"
@@ -61,10 +67,13 @@ def check_magnitudes(place: Place, layer: type[LoraLayer]) -> None:
         TargetError: naming the module.
     """
     path, module, _ = place
-    weight = module._parameters[layer.weight_name]
-    if weight is None or not weight.is_floating_point():
+    weight = module._parameters.get(layer.weight_name)
+    readable = weight is not None and weight.is_floating_point()
+    if not readable and not issubclass(layer, LoraQuantized):
         raise TargetError(
-            f"{path}: DoRA needs the norms of W0's rows, and this {type(module).__name__} packs its weight"
+            f"{path}: DoRA needs the norms of W0's rows, and this {type(module).__name__} packs its weight "
+            "in a way that lorica cannot read; set use_dora=False, or teach lorica the format with "
+            "lorica.layers.quantized.register"
         )
     if getattr(module, "groups", 1) > 1:
         raise TargetError(
@@ -96,6 +105,21 @@ def check_replaceable(path: str, module: nn.Module) -> None:
         raise TargetError(
             f"{path}: its forward was replaced on the module itself (as accelerate does to spread a model "
             "over devices), so an adapted class would be bypassed; adapt the model before that"
+        )
+
+
+def check_whole(path: str, module: nn.Module) -> None:
+    """Refuse a module that cannot be trained whole.
+
+    Raises:
+        TargetError: naming the module.
+    """
+    check_replaceable(path, module)
+    packed = [name for name, part in module.named_modules(prefix=path) if quantizer_of(part) is not None]
+    if packed:
+        raise TargetError(
+            f"{path} cannot be trained whole, for the weight of {packed[0]} is quantized; leave it out when "
+            f"the model is quantized (transformers: llm_int8_skip_modules=[{path!r}])"
         )
 
 

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from lorica.adapter import Adapter, Factors
 from lorica.errors import AdapterError, TargetError, lines, nearest
 from lorica.layers import SavedModule, layer_class
-from lorica.model.adaptable import check_adaptable, check_bias, check_magnitudes, check_replaceable
+from lorica.model.adaptable import check_adaptable, check_bias, check_magnitudes, check_whole
 from lorica.model.mount import Mount, mount, open_for, parameter_for
 from lorica.model.structure import Place, base_parameters, walk
 from lorica.model.targets import (
@@ -62,7 +62,7 @@ def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> 
     saved = outermost(ending_in(places.values(), adapter.config.modules_to_save or []))
     slots = _slots(root, roster, adapter, saved)
     for path, module in saved.items():
-        check_replaceable(path, module)
+        check_whole(path, module)
     targets: list[Target] = []
     problems: list[str] = []
     for path, factors in adapter.factors.items():

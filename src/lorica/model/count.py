@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lorica.layers.quantized import numel
 from lorica.model.structure import saved_modules, walk
 
 
@@ -51,9 +52,9 @@ def trainable_parameters(model: nn.Module) -> ParameterCount:
         for place in walk(module)
         for p in place.module.parameters(recurse=False)
     }
-    total = sum(p.numel() for p in parameters.values())
+    total = sum(numel(p) for p in parameters.values())
     return ParameterCount(
         trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
         total=total,
-        deployed=total - sum(p.numel() for p in originals.values()),
+        deployed=total - sum(numel(p) for p in originals.values()),
     )

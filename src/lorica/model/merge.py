@@ -23,7 +23,18 @@ from lorica.config import LoraConfig
 from lorica.errors import AdapterError, StateError, listing
 from lorica.functional import one_thread
 from lorica.layers import LayerState, LoraLayer, SavedModule, SwappedModule
+from lorica.layers.quantized import holding, set_attribute
 from lorica.model import pretrained
+from lorica.model.packed import (
+    Into,
+    Unpacked,
+    check_into,
+    packed_layers,
+    plain_dtype,
+    plain_weights,
+    repack,
+    unpack,
+)
 from lorica.model.structure import adapted, lora_layers, saved_modules
 from lorica.roster import place
 
@@ -66,13 +77,13 @@ class MergeReport:
 
 @dataclass(eq=False)
 class _Aside:
-    """A module in its base form: what `SwappedModule.enter` needs, and the tensors that were replaced."""
+    """A module in its base form: what `SwappedModule.enter` needs, and what was replaced in it."""
 
     path: str
     module: nn.Module
     state: LayerState
-    originals: dict[str, Tensor]
-    merged: dict[str, Parameter] = field(default_factory=dict)
+    originals: dict[str, Any]
+    merged: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -80,7 +91,7 @@ class _Merged:
     """All that `restore` undoes.
 
     `ties` holds the names that share one parameter in the base; `copies` those that got a copy, and their
-    original.
+    original; `into` what became of packed weights, and `unpacked` the layers made plain for it.
     """
 
     before: tuple[str, ...]
@@ -88,21 +99,31 @@ class _Merged:
     ties: list[list[str]]
     copies: dict[str, Parameter] = field(default_factory=dict)
     tie_config: Any = None
+    into: Into | None = None
+    unpacked: Unpacked | None = None
 
 
-def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> MergeReport:
+def merge(
+    model: nn.Module, names: str | Iterable[str] | None = None, *, into: Into | None = None
+) -> MergeReport:
     """Fold adapters into the weights, in place; the model then runs at the base's own speed.
 
     Args:
         model: adapted model.
         names: an adapter's name, or several, whose updates add up; None takes the active ones.
+        into: what quantized layers become. ``"quantized"``: their weight is unpacked, updated and packed
+            again with the same settings, which rounds much of the update away. ``"dequantized"``: every
+            quantized layer of the model, adapted or not, becomes a plain `nn.Linear` in the dtype of the
+            model's other parameters. Must be said where an update goes into a quantized layer; means nothing
+            elsewhere.
 
     Returns:
         The loss to rounding, layer by layer.
 
     Raises:
-        StateError: an adapter is merged already, none is active, or a layer cannot take its update. The model
-            is untouched.
+        StateError: an adapter is merged already, none is active, a layer cannot take its update, or `into` is
+            not said and must be. The model is untouched.
+        ConfigError: `into` is neither of the two.
         AdapterError: no such adapter, or a merged weight would hold NaN or infinity. The model is untouched.
 
     Source: Hu et al., 2021, §4.1, "No additional inference latency".
@@ -119,26 +140,34 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None) -> MergeRe
     try:
         for module in (*layers.values(), *saved_modules(root).values()):
             module.check_own_class()
+        acting = {path: layer for path, layer in layers.items() if layer.acting()}
+        packed = packed_layers(root)
+        check_into(into, [path for path in acting if path in packed])
+        plain = plain_dtype(root) if packed and into == "dequantized" else None
         with one_thread():
             merged = {
-                path: _merged_parameters(path, layer, chosen)
-                for path, layer in layers.items()
-                if layer.acting()
+                path: _merged_state(path, layer, chosen, plain if path in packed else None)
+                for path, layer in acting.items()
             }
+        weights = plain_weights(packed, merged, plain) if plain is not None else {}
+        losses = {path: _loss(layers[path], chosen, state) for path, state in merged.items()}
     except Exception:
         roster.activate(root, before)
         raise
-    losses = {
-        path: rounding_loss(layers[path], chosen, parameters[layers[path].weight_name])
-        for path, parameters in merged.items()
-    }
     swapped: dict[str, SwappedModule] = {**layers, **saved_modules(root)}
     ties = _ties(root)
+    states = {  # plain weights wait until the layers are in their base form
+        path: {leaf: value for leaf, value in state.items() if path not in weights or leaf != "weight"}
+        for path, state in merged.items()
+    }
     aside = _Merged(
         before,
-        [_set_aside(path, module, merged.get(path, {}), chosen) for path, module in swapped.items()],
+        [_set_aside(path, module, states.get(path, {}), chosen) for path, module in swapped.items()],
         ties,
+        into=into if packed else None,
     )
+    if weights:
+        aside.unpacked = unpack(root, weights)
     untied = _untie(root, aside)
     pretrained.leave(root)
     roster.merged, roster.aside = chosen, aside
@@ -164,6 +193,9 @@ def switch(model: nn.Module, name: str) -> None:
         merge(model, name)
         return
     aside: _Merged = roster.aside
+    if aside.into is not None:
+        _exchange(model, name, roster.merged, aside.into)
+        return
     for item in aside.modules:
         SwappedModule.enter(item.module, item.state)
     try:
@@ -204,6 +236,8 @@ def restore(model: M) -> M:
     if not roster.merged:
         raise StateError("nothing is merged, so there is nothing to restore")
     aside: _Merged = roster.aside
+    if aside.unpacked is not None:
+        repack(root, aside.unpacked)
     for item in aside.modules:
         SwappedModule.enter(item.module, item.state)
         _put_back(item)
@@ -223,16 +257,16 @@ def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, row
         stored: what is to take W0's place, of W0's shape.
         rows: of a block; bounds the memory.
     """
-    W0, W = layer.base_weight.detach().flatten(1), stored.detach().flatten(1)
+    W = stored.detach().flatten(1)
     products = [
         (*layer.product(name, torch.float64), layer.scaling[name], layer.ratio(name, torch.float64))
         for name in names
         if name in layer.scaling
     ]
     lost = total = 0.0
-    for i in range(0, W0.shape[0], rows):
+    for i in range(0, W.shape[0], rows):
         part = slice(i, i + rows)
-        base = W0[part].double()
+        base = layer.base_rows(part, torch.float64)
         delta = torch.zeros_like(base)
         for left, right, scale, ratio in products:
             update = scale * (left[part] @ right)
@@ -246,28 +280,52 @@ def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, row
     return (lost / total) ** 0.5 if total else 0.0
 
 
-def _merged_parameters(path: str, layer: LoraLayer, names: tuple[str, ...]) -> dict[str, Parameter]:
+def _exchange(model: nn.Module, name: str, before: tuple[str, ...], into: Into) -> None:
+    """`switch` where weights are packed: packing afresh leaves nothing of the old ones to fill again."""
+    restore(model)
     try:
-        parts = layer.folded(names)
+        merge(model, name, into=into)
+    except Exception:
+        merge(model, before, into=into)
+        raise
+
+
+def _merged_state(
+    path: str, layer: LoraLayer, names: tuple[str, ...], plain: torch.dtype | None
+) -> dict[str, Any]:
+    """What the layer's base is to hold, by name; its weight unpacked, if a dtype for that is given."""
+    state: dict[str, Any] = {}
+    try:
+        for leaf, part in layer.folded(names).items():
+            if plain is not None and leaf == layer.weight_name:
+                state[leaf] = Parameter(part.to(plain), requires_grad=False)
+            else:
+                state |= layer.storing(leaf, part)
+            held = state[leaf] if type(state[leaf]) is Parameter else part
+            if not torch.isfinite(held).all():
+                raise AdapterError(
+                    f"{path}: the merged {leaf} would hold NaN or infinity in {held.dtype}; the model "
+                    "is left as it was"
+                )
     except StateError as error:
         raise StateError(f"{path}: {error}") from None
-    result = {leaf: part.to(layer.get_base(leaf).dtype) for leaf, part in parts.items()}
-    for leaf, part in result.items():
-        if not torch.isfinite(part).all():
-            raise AdapterError(
-                f"{path}: the merged {leaf} would hold NaN or infinity in {part.dtype}; the model "
-                "is left as it was"
-            )
-    return {leaf: Parameter(part, requires_grad=False) for leaf, part in result.items()}
+    return state
 
 
-def _set_aside(
-    path: str, module: SwappedModule, merged: dict[str, Parameter], names: tuple[str, ...]
-) -> _Aside:
+def _loss(layer: LoraLayer, names: tuple[str, ...], state: dict[str, Any]) -> float:
+    """`rounding_loss` of what `_merged_state` returned."""
+    weight = state[layer.weight_name]
+    if type(weight) is not Parameter:
+        with holding(layer, state):
+            weight = layer.base_rows(slice(None), layer.precision)
+    return rounding_loss(layer, names, weight)
+
+
+def _set_aside(path: str, module: SwappedModule, merged: dict[str, Any], names: tuple[str, ...]) -> _Aside:
     """Give a module its base form, holding what the adapters made of it."""
     item = _Aside(path, module, None, {}, merged)  # type: ignore[arg-type]
-    for leaf, parameter in merged.items():
-        item.originals[leaf] = _put(module, leaf, parameter)
+    for leaf, value in merged.items():
+        item.originals[leaf] = _put(module, leaf, value)
     if isinstance(module, SavedModule):
         _show_copy(item, module, names)
     item.state = module.leave()
@@ -304,8 +362,10 @@ def _put_back(item: _Aside) -> None:
         _put(item.module, path, tensor)
 
 
-def _put(module: nn.Module, path: str, tensor: Tensor) -> Tensor:
-    """Put a parameter or buffer into a module; returns the one that was there."""
+def _put(module: nn.Module, path: str, tensor: Any) -> Any:
+    """Put a parameter, buffer or attribute into a module; returns the one that was there."""
+    if not isinstance(tensor, Tensor):
+        return set_attribute(module, path, tensor)
     if isinstance(tensor, Parameter):
         return place(module, path, tensor)
     owner, _, leaf = path.rpartition(".")

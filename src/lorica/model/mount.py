@@ -13,6 +13,7 @@ from lorica.adapter import check_name
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError
 from lorica.layers import LoraLayer, SavedModule
+from lorica.layers.quantized import hold_layout
 from lorica.model import pretrained
 from lorica.model.structure import ROSTER, base_parameters, find_adapted
 from lorica.model.targets import Target
@@ -56,12 +57,11 @@ def parameter_for(target: Target, factor: Tensor, *, copy: bool) -> Parameter:
         factor: its values.
         copy: whether it must have memory of its own.
     """
-    weight = target.module._parameters[target.layer.weight_name]
-    assert weight is not None
-    precision = (
-        torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-    )
-    return Parameter(factor.detach().to(device=weight.device, dtype=precision, copy=copy).contiguous())
+    anchor = target.layer.anchor(target.module)
+    held = anchor is not None and anchor.is_floating_point()
+    precision = torch.promote_types(anchor.dtype, torch.float32) if held else torch.float32
+    device = None if anchor is None else anchor.device
+    return Parameter(factor.detach().to(device=device, dtype=precision, copy=copy).contiguous())
 
 
 def mount(
@@ -91,6 +91,7 @@ def mount(
         roster.frozen = [parameter for parameter in base_parameters(root).values() if parameter.requires_grad]
         for parameter in roster.frozen:
             parameter.requires_grad_(False)
+        roster.layouts = hold_layout(root)
         setattr(root, ROSTER, roster)
         pretrained.enter(root)
     roster.configs[name] = config

@@ -27,6 +27,15 @@ class Pretrained(SwappedModule):
     label: ClassVar[str] = ""
     own_attributes: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """Whether adapters stand on a quantized model: transformers' Trainer asks before it trains one."""
+        return self.__dict__.get("_hf_peft_config_loaded", getattr(self, "is_quantized", False))
+
+    @_hf_peft_config_loaded.setter
+    def _hf_peft_config_loaded(self, value: bool) -> None:
+        self.__dict__["_hf_peft_config_loaded"] = value
+
     def save_pretrained(
         self,
         save_directory: str | Path,

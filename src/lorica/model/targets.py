@@ -21,7 +21,7 @@ from lorica.layers import (
     layer_class,
 )
 from lorica.layers.conv import LoraConv
-from lorica.model.adaptable import check_adaptable, check_bias, check_magnitudes, check_replaceable
+from lorica.model.adaptable import check_adaptable, check_bias, check_magnitudes, check_whole
 from lorica.model.structure import Place, walk
 
 # Query and value projections as the architectures name them, most specific first: the usual choice where none
@@ -40,7 +40,7 @@ _QUERY_VALUE: tuple[tuple[str, ...], ...] = (
     ("qkv",),
 )
 # The heads that a task puts on a pretrained model, new and so to be trained whole.
-_HEADS = {
+HEADS = {
     "SEQ_CLS": ("pre_classifier", "classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
@@ -105,7 +105,7 @@ def _settled(
         # time.
         outputs = {f"{t.path}.out_proj" for t in targets if issubclass(t.layer, LoraAttention)}
         names = shortest_suffixes([t.path for t in targets if t.path not in outputs], paths)
-    heads = sorted({path.rpartition(".")[2] for path in saved}) if config.task_type in _HEADS else None
+    heads = sorted({path.rpartition(".")[2] for path in saved}) if config.task_type in HEADS else None
     return config.replace(
         target_modules=names,
         modules_to_save=list(dict.fromkeys([*(config.modules_to_save or []), *(heads or [])])) or None,
@@ -164,7 +164,7 @@ def trained_whole(places: list[Place], config: LoraConfig) -> dict[str, nn.Modul
     Raises:
         TargetError: a name that the model lacks, or a module that cannot be trained whole.
     """
-    heads, names = _HEADS.get(config.task_type or "", ()), config.modules_to_save or []
+    heads, names = HEADS.get(config.task_type or "", ()), config.modules_to_save or []
     found: list[Place] = []
     for name in dict.fromkeys([*names, *heads]):
         hits = ending_in(places, [name])
@@ -177,7 +177,7 @@ def trained_whole(places: list[Place], config: LoraConfig) -> dict[str, nn.Modul
     for path, module, _ in found:
         if isinstance(module, SavedModule):
             continue
-        check_replaceable(path, module)
+        check_whole(path, module)
         adapted = [p.path for p in places if isinstance(p.module, LoraLayer) and within_any(p.path, [path])]
         if adapted:
             raise TargetError(

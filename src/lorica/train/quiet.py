@@ -17,12 +17,13 @@ def quiet() -> Iterator[None]:
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     data_bars = datasets.utils.is_progress_bar_enabled()
-    accelerate = logging.getLogger("accelerate")
-    accelerate_level = accelerate.level
+    others = {name: logging.getLogger(name) for name in ("accelerate", "bitsandbytes")}
+    levels = {name: logger.level for name, logger in others.items()}
     log.set_verbosity_error()
     log.disable_progress_bar()
     datasets.disable_progress_bars()
-    accelerate.setLevel(logging.ERROR)
+    for logger in others.values():
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             # Loaders pin memory where it helps; on a machine without a GPU torch remarks on it at every one.
@@ -30,7 +31,8 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         log.set_verbosity(level)
-        accelerate.setLevel(accelerate_level)
+        for name, logger in others.items():
+            logger.setLevel(levels[name])
         if bars:
             log.enable_progress_bar()
         if data_bars:

@@ -17,6 +17,7 @@ from lorica.train.files import write_atomically
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+QUANTIZATIONS = ("nf4", "fp4", "int8")
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 
@@ -164,6 +165,8 @@ class Recipe:
         task: what is learned; "sequence-classification", or a task registered by the user.
         model: the pretrained model: a folder or a name on the Hugging Face Hub. The default is installed with
             lorica[demo] and needs no download.
+        quantization: load the model packed by bitsandbytes: "nf4" or "fp4" (QLoRA's four bits a weight) or
+            "int8". None loads it as it is. Needs lorica[quantized].
         data: where the rows come from.
         method: what trains.
         training: how it trains.
@@ -173,10 +176,20 @@ class Recipe:
 
     task: str = "sequence-classification"
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    quantization: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     method: LoraConfig = field(default_factory=_default_method)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: str = "runs/train"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _expect(
+            self,
+            "quantization",
+            self.quantization in (None, *QUANTIZATIONS),
+            f"None or one of {QUANTIZATIONS}",
+        )
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; ``replace(training={"seed": 1})`` reaches into a part."""

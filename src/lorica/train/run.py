@@ -25,6 +25,7 @@ from lorica.train.arguments import check_device
 from lorica.train.console import make_console
 from lorica.train.files import bytes_of, writable_directory, write_atomically
 from lorica.train.fitting import fit
+from lorica.train.quantization import quantized_loading
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
 from lorica.train.tasks import Encoded, Task
@@ -176,7 +177,7 @@ def prepare(recipe: Recipe) -> Prepared:
             for name, rows in splits.items()
         }
         transformers.set_seed(recipe.training.seed)
-        model = task.model(recipe.model, recipe.data)
+        model = task.model(recipe.model, recipe.data, **quantized_loading(recipe, task))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return Prepared(recipe, task, tokenizer, model, encoded)

@@ -19,6 +19,7 @@ from lorica.train import data as sources
 from lorica.train import tasks
 from lorica.train.checkpoints import last_checkpoint
 from lorica.train.fitting import score
+from lorica.train.quantization import quantized_loading
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
 from lorica.train.run import RECIPE
@@ -62,7 +63,8 @@ def open_run(directory: str | Path) -> Trained:
     with quiet():
         tokenizer = task.tokenizer(str(directory))
         if is_adapter(directory):
-            model = load(task.model(recipe.model, recipe.data), directory)
+            base = task.model(recipe.model, recipe.data, **quantized_loading(recipe, task))
+            model = load(base, directory)
         elif (directory / "config.json").is_file():
             model = task.model(str(directory), recipe.data)
         else:

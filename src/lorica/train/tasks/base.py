@@ -111,11 +111,17 @@ class Task(ABC):
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def model(self, name: str, data: DataConfig) -> PreTrainedModel:
-        """Load a pretrained model with this task's head, new unless the model has one of that shape."""
+    def model(self, name: str, data: DataConfig, **options: Any) -> PreTrainedModel:
+        """Load a pretrained model with this task's head, new unless the model has one of that shape.
+
+        Args:
+            name: folder or Hub name.
+            data: columns and labels, resolved.
+            options: more arguments of `from_pretrained`.
+        """
         try:
             model = getattr(transformers, self.auto_class).from_pretrained(
-                resolve_model(name), ignore_mismatched_sizes=True, **self.head(data)
+                resolve_model(name), ignore_mismatched_sizes=True, **self.head(data), **options
             )
         except (OSError, ValueError) as error:
             raise FileError(

@@ -1,0 +1,111 @@
+"""A quantized linear layer with updates beside its packed weight.
+
+        x ──────── W0, packed ────────┐ what the layer itself returns: its own kernels, its own rounding
+        │                             + ──▶ y
+        └─ dropout ─ A ─ B ·s ────────┘ in the activation's dtype, from float32 masters
+
+The weight is unpacked for one product at a time, forward by the layer itself and backward here, and never
+kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica import functional
+from lorica.errors import StateError
+from lorica.layers.opaque import LoraOpaque
+from lorica.layers.quantized import registry
+
+_BLOCK = 1 << 22  # elements of W0 that are unpacked at once to measure its rows: 16 MB of float32
+
+
+class LoraQuantized(LoraOpaque):
+    """A linear layer whose weight is packed in a way that a `Quantizer` reads and writes."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer to ``(..., d_in)``; returns ``(..., d_out)``."""
+        names = self.acting()
+        if self.roster.rows is not None or len(names) != 1 or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        y = self._product(x, *self.update_of(names[0]))
+        ratio = self.ratio(names[0])
+        if ratio is None:
+            shift = self.shift(names[0])
+            return y if shift is None else y + shift.to(y.dtype)
+        ratio, bias = ratio.to(y.dtype), getattr(self, "bias", None)
+        return y * ratio if bias is None else torch.addcmul(bias.to(y.dtype) * (1 - ratio), y, ratio)
+
+    def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the quantized layer returns; its gradient is that of a product with the unpacked weight."""
+        return super().base_forward(x, *args, **kwargs) if args or kwargs else self._product(x)
+
+    def _product(
+        self, x: Tensor, A: Tensor | None = None, B: Tensor | None = None, scale: float = 0.0, p: float = 0.0
+    ) -> Tensor:
+        quantizer = registry.quantizer_of(self)
+        if quantizer is None:
+            raise StateError(
+                f"this {self.base_class.__name__} no longer packs its weight as it did when it was adapted"
+            )
+        return functional.packed_linear(
+            x,
+            super().base_forward,
+            _Unpacker(self, quantizer.compute_dtype(self, x)),
+            getattr(self, "bias", None),
+            A,
+            B,
+            scale,
+            p,
+        )
+
+    @classmethod
+    def row_norm(cls, module: nn.Module, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """As `LoraLayer.row_norm`, with a block of W0's rows unpacked at a time."""
+        parts = [
+            functional.row_norm(registry.dequantize(module, rows, A.dtype), A, B[rows], scale)
+            for rows in blocks(module)
+        ]
+        return torch.cat(parts)
+
+    @property
+    def base_shape(self) -> torch.Size:
+        """Shape of W0 as plain numbers."""
+        return torch.Size((self.out_features, self.in_features))  # type: ignore[arg-type]
+
+    @property
+    def precision(self) -> torch.dtype:  # noqa: D102
+        return torch.float32
+
+    def base_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of W0, unpacked."""
+        return registry.dequantize(self, rows, dtype)
+
+    def storing(self, leaf: str, value: Tensor) -> dict[str, Any]:
+        """As `LoraLayer.storing`, with the weight packed as W0 is."""
+        return registry.requantize(self, value) if leaf == self.weight_name else super().storing(leaf, value)
+
+    def check_mergeable(self) -> None:
+        """Nothing is refused: a packed weight takes an update unpacked."""
+
+
+class _Unpacker:
+    """Unpacks a layer's weight in the dtype that it computes in."""
+
+    def __init__(self, layer: LoraQuantized, dtype: torch.dtype) -> None:
+        self._layer, self._dtype = layer, dtype
+
+    def __call__(self) -> Tensor:
+        return registry.dequantize(self._layer, dtype=self._dtype)
+
+
+def blocks(module: nn.Module) -> Iterator[slice]:
+    """Slices of a quantized layer's rows, small enough to be unpacked together."""
+    height, width = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    step = max(_BLOCK // max(width, 1), 1)
+    for start in range(0, height, step):
+        yield slice(start, min(start + step, height))

@@ -1,0 +1,149 @@
+"""Merging where weights are packed: into the packed weight again, or into plain layers in its place.
+
+    quantized      unpack W0 ─▶ W0 + s·B·A ─▶ pack with the same settings      as small as before; loses much
+    dequantized    unpack W0 ─▶ W0 + s·B·A ─▶ a plain nn.Linear                exact; as large as the original
+
+Neither gives what merging into the original, never quantized weights gives: the adapter was trained beside W0
+as it was quantized, and makes up for some of what that lost.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from lorica.errors import ConfigError, StateError, listing
+from lorica.layers.quantized import dequantize, quantizer_of
+from lorica.model.adaptable import check_replaceable
+from lorica.model.structure import base_parameters, walk
+
+Into = Literal["quantized", "dequantized"]
+
+# What transformers notes on a quantized model, and would save a plain one by.
+_NOTES = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+def packed_layers(root: nn.Module) -> dict[str, nn.Module]:
+    """Path → module whose weight is packed in a way that lorica reads, adapted or not."""
+    return {place.path: place.module for place in walk(root) if quantizer_of(place.module) is not None}
+
+
+def check_into(into: Into | None, merging: Iterable[str]) -> None:
+    """Refuse to guess what becomes of packed weights.
+
+    Args:
+        into: the caller's choice.
+        merging: paths of the packed layers that an update goes into.
+
+    Raises:
+        ConfigError: the choice is none of the two.
+        StateError: there is a choice to make, and it was not made.
+    """
+    if into not in (None, "quantized", "dequantized"):
+        raise ConfigError(f'into must be "quantized" or "dequantized", not {into!r}')
+    paths = list(merging)
+    if paths and into is None:
+        raise StateError(
+            f"the weights of {listing(paths, limit=3)} are quantized; say what to merge into: "
+            'into="quantized" packs W0 + scale·B·A again, which rounds much of the update away, and '
+            'into="dequantized" makes them plain layers, exact and as large as before they were quantized. '
+            "To merge into the original weights, use `lorica merge BASE ADAPTER OUT`"
+        )
+
+
+def plain_dtype(root: nn.Module) -> torch.dtype:
+    """The dtype of activations in a quantized model: what most of its plain parameters have."""
+    sizes: Counter[torch.dtype] = Counter()
+    packed = packed_layers(root)
+    for name, parameter in base_parameters(root).items():
+        if name.rpartition(".")[0] not in packed and parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+@dataclass(eq=False)
+class _Layer:
+    """What a packed layer was: its class, its parameters, and attributes that hid them."""
+
+    module: nn.Module
+    cls: type[nn.Module]
+    parameters: dict[str, Parameter | None]
+    hiding: dict[str, Any]
+
+
+@dataclass(eq=False)
+class Unpacked:
+    """What `repack` undoes.
+
+    Args:
+        layers: those made plain.
+        notes: what transformers had noted on the model.
+        declared: its configuration's `quantization_config`.
+    """
+
+    layers: list[_Layer]
+    notes: dict[str, Any]
+    declared: Any
+
+
+def plain_weights(
+    packed: Mapping[str, nn.Module], merged: Mapping[str, Mapping[str, Any]], dtype: torch.dtype
+) -> dict[str, Parameter]:
+    """A plain weight for every packed layer: for those in `merged` that, for others W0.
+
+    Args:
+        packed: path → packed layer; left as it is.
+        merged: path → ``weight``, and it holds W0 + ΔW.
+        dtype: of what is unpacked here.
+
+    Raises:
+        TargetError: a layer's forward was replaced on the module itself.
+    """
+    for path, module in packed.items():
+        check_replaceable(path, module)
+    return {
+        path: merged[path]["weight"]
+        if path in merged
+        else Parameter(dequantize(module).to(dtype), requires_grad=False)
+        for path, module in packed.items()
+    }
+
+
+def unpack(root: nn.Module, weights: Mapping[str, Parameter]) -> Unpacked:
+    """Make packed layers plain `nn.Linear`s in place; a transformers model forgets that it was quantized.
+
+    Args:
+        root: the model, its layers in their base form.
+        weights: path → what the layer is to hold.
+    """
+    layers = []
+    for path, weight in weights.items():
+        module = root.get_submodule(path)
+        bias = getattr(module, "bias", None)
+        hiding = {name: module.__dict__.pop(name) for name in ("weight", "bias") if name in module.__dict__}
+        layers.append(_Layer(module, type(module), dict(module._parameters), hiding))
+        module.__class__ = nn.Linear
+        if bias is not None and (bias.dtype != weight.dtype or not isinstance(bias, Parameter)):
+            bias = Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+        module._parameters.update(weight=weight, bias=bias)
+    notes = {name: root.__dict__.pop(name) for name in _NOTES if name in root.__dict__}
+    config = getattr(getattr(root, "config", None), "__dict__", {})
+    return Unpacked(layers, notes, config.pop("quantization_config", None))
+
+
+def repack(root: nn.Module, unpacked: Unpacked) -> None:
+    """Undo `unpack`: the packed weights are the same memory as before."""
+    for layer in unpacked.layers:
+        layer.module.__class__ = layer.cls
+        layer.module._parameters.clear()
+        layer.module._parameters.update(layer.parameters)
+        layer.module.__dict__.update(layer.hiding)
+    root.__dict__.update(unpacked.notes)
+    if unpacked.declared is not None:
+        root.config.quantization_config = unpacked.declared  # type: ignore[union-attr]
