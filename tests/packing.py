@@ -21,7 +21,7 @@ def quantized(linear: nn.Linear, kind: str) -> nn.Linear:
     if kind in TORCHAO:
         return _by_torchao(linear, kind)
     bnb = pytest.importorskip("bitsandbytes", reason=NEEDED).nn
-    shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    shape, bias = (linear.in_features, linear.out_features), linear._parameters["bias"] is not None
     layer: nn.Linear
     if kind == "int8":
         layer = bnb.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)

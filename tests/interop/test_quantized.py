@@ -19,7 +19,7 @@ peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'lorica[peers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SETTINGS = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+SETTINGS: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 KINDS = ["nf4", "fp4", "int8"]
 
 

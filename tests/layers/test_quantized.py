@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorica
+from lorica import functional
 from lorica.errors import LoricaWarning, StateError, TargetError
 from lorica.layers import LoraOpaque, LoraQuantized
 from lorica.layers.quantized import Quantizer, dequantize, holding, register, registry, requantize
@@ -29,7 +30,8 @@ def linear(kind: str = "", d_in: int = 64, d_out: int = 48) -> nn.Linear:
 def adapted(layer: nn.Module, name: str = "default", **settings: Any) -> tuple[nn.Sequential, Any]:
     """A model of that layer, with a trained adapter on it, in training mode."""
     model = layer if isinstance(layer, nn.Sequential) else nn.Sequential(layer)
-    config = lorica.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["0"]} | settings)
+    usual: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["0"]}
+    config = lorica.LoraConfig(**usual | settings)
     lorica.adapt(model, config, name, seed=3)
     draw = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
@@ -125,7 +127,7 @@ class TestAgainstTheUnpackedWeight:
         torch.manual_seed(5)
         y = model(x)
         torch.manual_seed(5)
-        expected = own + layer.scaling["default"] * lorica.functional.dropout(x, 0.5) @ A.T @ B.T
+        expected = own + layer.scaling["default"] * functional.dropout(x, 0.5) @ A.T @ B.T
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
         got, want = (torch.autograd.grad(out.square().sum(), [x, A, B]) for out in (y, expected))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
@@ -267,7 +269,6 @@ class TestOtherLibraries:
             torch.testing.assert_close(y, reference(layer, x, W0, "default"), rtol=1e-5, atol=1e-4)
             report = lorica.merge(model, into="quantized")
             assert report.worst[1] > 0.1  # steps of a half swallow most of it
-            assert (model(x) * 2 - model[0].bias * 2).round().dtype == torch.float32
             lorica.restore(model)
             lorica.merge(model, into="dequantized")
             assert type(model[0]) is nn.Linear
@@ -280,17 +281,17 @@ class TestOtherLibraries:
             def __init__(self) -> None:
                 super().__init__()
                 self.in_features, self.out_features, self.bias = 4, 3, None
-                self.register_buffer("qweight", torch.randint(-3, 3, (3, 4), dtype=torch.int32))
+                self.qweight = nn.Buffer(torch.randint(-3, 3, (3, 4), dtype=torch.int32))
 
             def forward(self, x: Tensor) -> Tensor:
-                return x @ self.qweight.to(x.dtype).T  # pyright: ignore[reportCallIssue]
+                return x @ self.qweight.to(x.dtype).T
 
         base = Packed()
         model, layer = adapted(base)
         assert isinstance(layer, LoraOpaque)
         x = torch.randn(5, 4, requires_grad=True)
         A, B = trained(layer)
-        expected = x @ base.qweight.float().T + layer.scaling["default"] * x @ A.T @ B.T  # pyright: ignore
+        expected = x @ base.qweight.float().T + layer.scaling["default"] * x @ A.T @ B.T
         torch.testing.assert_close(model(x), expected)
         got, want = (torch.autograd.grad(y.sum(), [x, A, B]) for y in (model(x), expected))
         torch.testing.assert_close(got, want)

@@ -170,7 +170,7 @@ class TestRefusals:
             lorica.merge(model, into="dequantized")
 
 
-TRANSFORMERS = {
+TRANSFORMERS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
@@ -211,7 +211,7 @@ class TestTransformers:
         import transformers
 
         model = lorica.adapt(self.load(folder, kind), lorica.LoraConfig(target_modules="all-linear"), seed=0)
-        rows = [{"input_ids": row, "labels": row} for row in tokens(4)]
+        rows: Any = [{"input_ids": row, "labels": row} for row in tokens(4)]
         arguments = transformers.TrainingArguments(
             str(tmp_path / "run"),
             max_steps=6,

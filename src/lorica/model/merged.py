@@ -10,6 +10,7 @@ from torch import nn
 
 from lorica.errors import StateError
 from lorica.layers import SwappedModule
+from lorica.layers.quantized import release_layout
 from lorica.model.structure import ROSTER, adapted
 
 M = TypeVar("M", bound=nn.Module)
@@ -68,5 +69,6 @@ def settle(model: M) -> M:
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if id(parameter) in thawed or name in replaced | taken:
             parameter.requires_grad_(True)
+    release_layout(roster.layouts)
     delattr(root, ROSTER)
     return model

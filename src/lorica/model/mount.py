@@ -58,9 +58,11 @@ def parameter_for(target: Target, factor: Tensor, *, copy: bool) -> Parameter:
         copy: whether it must have memory of its own.
     """
     anchor = target.layer.anchor(target.module)
-    held = anchor is not None and anchor.is_floating_point()
-    precision = torch.promote_types(anchor.dtype, torch.float32) if held else torch.float32
-    device = None if anchor is None else anchor.device
+    precision, device = torch.float32, None
+    if anchor is not None:
+        device = anchor.device
+        if anchor.is_floating_point():
+            precision = torch.promote_types(anchor.dtype, torch.float32)
     return Parameter(factor.detach().to(device=device, dtype=precision, copy=copy).contiguous())
 
 

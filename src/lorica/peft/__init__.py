@@ -6,6 +6,7 @@ what it says.
 
 from __future__ import annotations
 
+from lorica.model import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from lorica.peft.auto import AutoPeftModel as AutoPeftModel
 from lorica.peft.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from lorica.peft.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction

@@ -178,6 +178,8 @@ class LoraModel(nn.Module):
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Put adapters into the weights; `unmerge_adapter` brings W0 back bit for bit.
 
+        A quantized layer's weight is packed again, as PEFT does it; `lorica.merge` can also unpack it for good.
+
         Args:
             adapter_names: which; None takes those that act. Those merged already stay so.
             safe_merge: accepted; a weight that would hold NaN is always refused.
@@ -198,7 +200,7 @@ class LoraModel(nn.Module):
             lorica.restore(self.model)
         elif resting is not None:
             lorica.active(self.model, resting)
-        lorica.merge(self.model, [*merged, *new])
+        lorica.merge(self.model, [*merged, *new], into="quantized")
 
     def unmerge_adapter(self) -> None:
         """Take what is merged out again: W0 is back bit for bit."""

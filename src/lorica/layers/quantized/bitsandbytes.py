@@ -111,7 +111,7 @@ class LLMInt8(Quantizer):
         parameter = library.nn.Int8Params(
             packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=scale
         )
-        state = copy.copy(module.state)
+        state: Any = copy.copy(module.state)
         state.CB = state.SCB = None  # the layer's next forward takes them from the parameter
         return {"weight": parameter, "state": state}
 
