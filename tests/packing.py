@@ -38,7 +38,8 @@ def _by_torchao(linear: nn.Linear, kind: str) -> nn.Linear:
         "ao int8": ao.Int8WeightOnlyConfig,
         "ao float8": ao.Float8WeightOnlyConfig,
         "ao int4": lambda: ao.IntxWeightOnlyConfig(
-            weight_dtype=torch.int4, granularity=ao.granularity.PerGroup(32)
+            weight_dtype=torch.int4,  # pyright: ignore[reportAttributeAccessIssue]
+            granularity=ao.granularity.PerGroup(32),
         ),
     }[kind]
     model = nn.Sequential(linear)

@@ -178,7 +178,7 @@ class LoraModel(nn.Module):
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Put adapters into the weights; `unmerge_adapter` brings W0 back bit for bit.
 
-        A quantized layer's weight is packed again, as PEFT does it; `lorica.merge` can also unpack it for good.
+        A quantized layer's weight is packed again, as PEFT does it; `lorica.merge` can also unpack it.
 
         Args:
             adapter_names: which; None takes those that act. Those merged already stay so.
