@@ -12,8 +12,7 @@ one byte per element for the dropout mask, and A·x (tokens × r).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ except ModuleNotFoundError:  # torch runs without it, and so does lorica
 
 _LEVELS = 256  # a mask element is drawn from eight random bits
 _NARROW = 1024  # widths up to which `A·xᵀ` beats `x·Aᵀ` on a CPU, by a third
-_FOLDED = 1 << 18  # elements that `fold` takes at once
 
 
 def drop_rate(p: float) -> float:
@@ -93,47 +91,6 @@ def low_rank(
 ) -> Float[Tensor, "... d_out"]:
     """The update alone, ``scale · B·A·dropout(x)``, in x's dtype, by plain differentiable operations."""
     return F.linear(F.linear(dropout(x, p), A.to(x.dtype)), B.to(x.dtype)).mul(scale)
-
-
-def fold(weight: Tensor, left: Tensor, right: Tensor, scale: float, *, out: Tensor | None = None) -> Tensor:
-    """``weight + scale · left·right``, on the CPU by blocks of rows.
-
-    What BLAS rounds to depends on how many rows it is given, and on its threads. Blocks that follow from the
-    shape alone, inside `one_thread`, give the same bits to whoever holds only a few rows at a time.
-
-    Args:
-        weight: (rows, columns).
-        left: (rows, r).
-        right: (r, columns).
-        scale: factor of the product.
-        out: (rows, columns) tensor to write to; may be `weight` itself.
-
-    Returns:
-        The sum; `out` if it was given. No gradient passes through.
-    """
-    result = torch.empty_like(weight) if out is None else out
-    rows = fold_rows(weight.shape[1]) if weight.device.type == "cpu" else max(weight.shape[0], 1)
-    with torch.no_grad():
-        for i in range(0, weight.shape[0], rows):
-            part = slice(i, i + rows)
-            torch.addmm(weight[part], left[part], right, alpha=scale, out=result[part])
-    return result
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Have torch compute on one CPU thread; for sums that must come out the same on any number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def fold_rows(columns: int) -> int:
-    """Rows of a block of `fold`: a megabyte of float32, for a core's cache; a multiple of sixteen."""
-    return max(_FOLDED // max(columns, 1) // 16 * 16, 16)
 
 
 def row_norm(

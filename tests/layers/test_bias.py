@@ -123,22 +123,26 @@ def test_switching_keeps_trained_biases_of_the_base_apart() -> None:
     """`bias="lora_only"` replaces the base's bias, `lora_bias` adds to it; both land in one parameter."""
     base: Any = nn.Sequential(nn.Linear(5, 4))
     model: Any = copy.deepcopy(base)
-    for name in ("one", "two"):
-        lorica.adapt(model, config(bias="lora_only"), name)
+    both: dict[str, Any] = {"bias": "lora_only"}
+    for name, more in (("one", both), ("two", both), ("neither", {"lora_bias": False})):
+        lorica.adapt(model, config(**more), name)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.normal_()
-    lorica.active(model, "one")
-    before, x, results = record(model), torch.randn(3, 5), {}
+    x, results = torch.randn(3, 5), {}
     with torch.no_grad():
-        for name in ("one", "two"):
+        for name in ("one", "two", "neither"):
             with lorica.active(model, name):
                 results[name] = model(x)
-        for name in ("one", "two", "one"):
-            lorica.switch(model, name)
-            torch.testing.assert_close(model(x), results[name])
-    assert record(lorica.restore(model)) == before
+        for first, *others in (("one", "two", "one"), ("one", "neither"), ("neither", "one", "neither")):
+            for acting in ("one", "neither"):
+                lorica.active(model, acting)
+                before = record(model)
+                for name in (first, *others):
+                    lorica.switch(model, name)
+                    torch.testing.assert_close(model(x), results[name])
+                assert record(lorica.restore(model)) == before
     assert torch.equal(lorica.detach(model)(x), base(x))
 
 

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from lorica import functional
 from lorica.adapter import Factors, Kind
 from lorica.errors import StateError
+from lorica.folding import fold
 from lorica.roster import Roster
 
 M = TypeVar("M", bound=nn.Module)
@@ -237,9 +238,10 @@ class LoraLayer(SwappedModule):
         """What sums with W0 are computed in: float32, or W0's higher precision."""
         return torch.promote_types(self.base_weight.dtype, torch.float32)
 
-    def base_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Rows of W0 as it is laid out, as a matrix; not to be written to."""
-        return self.base_weight.detach()[rows].flatten(1).to(dtype)
+    def base_rows(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows of W0 as it is laid out, as a matrix, in its own dtype or another; not to be written to."""
+        weight = self.base_weight.detach()[rows].flatten(1)
+        return weight if dtype is None else weight.to(dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer returns, plus the active adapters' updates."""
@@ -363,36 +365,6 @@ class LoraLayer(SwappedModule):
             StateError: it is packed, or the update reaches further than it does.
         """
 
-    def fold(self, names: Sequence[str], *, out: Tensor | None = None) -> Tensor:
-        """``W0 + Σ scale·B·A`` over the named adapters, in float32 or W0's higher precision.
-
-        Args:
-            names: adapters to add; those without an update here add nothing.
-            out: tensor of W0's shape to write to, used only where it has the precision computed in and one
-                update is added.
-
-        Returns:
-            The sum in the layout of W0; `out` if it was used.
-
-        Raises:
-            StateError: as `check_mergeable`.
-        """
-        self.check_mergeable()
-        precision = self.precision
-        W0 = result = self.base_rows(slice(None), precision)
-        present = [name for name in names if name in self.scaling]
-        target = out.flatten(1) if out is not None and out.dtype == precision and len(present) == 1 else None
-        for name in present:
-            left, right = self.product(name, precision)
-            ratio = self.ratio(name)
-            if ratio is None:
-                result = functional.fold(result, left, right, self.scaling[name], out=target)
-            else:
-                turned = functional.fold(W0, left, right, self.scaling[name], out=target)
-                turned *= self.along_rows(ratio.detach().to(precision))
-                result = turned if len(present) == 1 else result + (turned - W0)
-        return result.view(self.base_shape)
-
     def storing(self, leaf: str, value: Tensor) -> dict[str, Any]:
         """The base's attributes that make it hold, under the name `leaf`, what `folded` returned for it.
 
@@ -400,26 +372,6 @@ class LoraLayer(SwappedModule):
             StateError: the weight is packed in a way that can only be read.
         """
         return {leaf: Parameter(value.to(self.get_base(leaf).dtype), requires_grad=False)}
-
-    def folded(self, names: Sequence[str], *, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """What the base's parameters become when adapters are merged, by their names.
-
-        Args:
-            names: adapters to add.
-            out: tensors to write to, by the same names, as `fold` uses them.
-
-        Raises:
-            StateError: as `check_mergeable` and `check_bias`.
-        """
-        self.check_bias(names)
-        result = {self.weight_name: self.fold(names, out=(out or {}).get(self.weight_name))}
-        shifts = [shift.detach() for name in names if (shift := self.shift(name)) is not None]
-        if shifts:
-            bias = self._parameters["bias"]
-            assert bias is not None
-            precise = bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
-            result["bias"] = precise + torch.stack(shifts).sum(0)
-        return result
 
     def check_bias(self, names: Sequence[str]) -> None:
         """Refuse to merge a trained bias into a layer that has none.
@@ -433,6 +385,66 @@ class LoraLayer(SwappedModule):
                 f"the bias on B (lora_bias) has no place in a {self.base_class.__name__} without a bias; use "
                 "the adapter unmerged"
             )
+
+    def changed(self, names: Sequence[str]) -> list[str]:
+        """Names of the base's parameters that merging these adapters changes."""
+        shifted = any(self.bias_parameter(name) is not None for name in names)
+        return [self.weight_name, "bias"] if shifted else [self.weight_name]
+
+    def folded(self, names: Sequence[str], *, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What the base's parameters become when adapters are merged, by their names as in `changed`.
+
+        Args:
+            names: adapters to add; those without an update here add nothing.
+            out: tensors to write to, by the same names; each value is rounded once to its tensor's dtype.
+
+        Returns:
+            Those tensors; without `out`, values in float32 or the parameter's higher precision.
+        """
+        into = out or {}
+        result = {self.weight_name: self.fold(names, out=into.get(self.weight_name))}
+        shifts = [shift.detach() for name in names if (shift := self.shift(name)) is not None]
+        if shifts:
+            bias = self.get_base("bias").detach()
+            total = bias.to(torch.promote_types(bias.dtype, torch.float32)) + torch.stack(shifts).sum(0)
+            result["bias"] = into["bias"].copy_(total) if "bias" in into else total
+        return result
+
+    def fold(self, names: Sequence[str], *, out: Tensor | None = None) -> Tensor:
+        """``W0 + Σ scale·B·A`` over the named adapters, computed in float32 or W0's higher precision.
+
+        Args:
+            names: adapters to add; those without an update here add nothing.
+            out: tensor of W0's shape to write to; the sum is rounded once to its dtype.
+
+        Returns:
+            The sum in the layout of W0: `out`, or a new tensor in the precision computed in.
+        """
+        W0, precision = self.base_rows(slice(None)), self.precision
+        out = W0.new_empty(self.base_shape, dtype=precision) if out is None else out
+        result = out.flatten(1)
+        present = [name for name in names if name in self.scaling]
+        if len(present) == 1 and self.magnitude_parameter(present[0]) is None:
+            fold(W0, *self.product(present[0], precision), self.scaling[present[0]], out=result)
+        else:
+            result.copy_(self._sum(present, W0.to(precision)))
+        if result.data_ptr() != out.data_ptr():  # a layout that cannot be flattened in place
+            out.copy_(result.view(out.shape))
+        return out
+
+    def _sum(self, names: Sequence[str], W0: Tensor) -> Tensor:
+        """W0 and what each adapter makes of it, in W0's dtype."""
+        result = W0
+        for name in names:
+            left, right = self.product(name, W0.dtype)
+            ratio = self.ratio(name)
+            if ratio is None:
+                result = fold(result, left, right, self.scaling[name])
+            else:
+                turned = fold(W0, left, right, self.scaling[name])
+                turned *= self.along_rows(ratio.detach().to(W0.dtype))
+                result = turned if len(names) == 1 else result + (turned - W0)
+        return result
 
     def along_outputs(self, vector: Tensor) -> Tensor:
         """One number for each output (d_out,), shaped to multiply the layer's output."""

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lorica import functional
 from lorica.errors import ConfigError
+from lorica.folding import fold
 
 
 class LoRALayer:
@@ -89,8 +89,8 @@ class MergingLayer(LoRALayer, nn.Module):
         W0 = (self._aside[0] if self.merged else self._weight).detach()
         precision = torch.promote_types(W0.dtype, torch.float32)
         left, right = (factor.detach().to(precision) for factor in self.product())
-        matrix = W0.to(precision).reshape(left.shape[0], right.shape[1])
-        return functional.fold(matrix, left, right, self.scaling).view(W0.shape).to(W0.dtype)
+        matrix = W0.reshape(left.shape[0], right.shape[1])
+        return fold(matrix, left, right, self.scaling, out=torch.empty_like(matrix)).view(W0.shape)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; evaluation merges the update into the weight, training takes it out again."""

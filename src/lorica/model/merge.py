@@ -10,7 +10,8 @@ runs, saves and compiles as the base does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.adapter import Adapter
-from lorica.config import LoraConfig
 from lorica.errors import AdapterError, StateError, listing
-from lorica.functional import one_thread
+from lorica.folding import each_on_one_thread, one_thread
 from lorica.layers import LayerState, LoraLayer, SavedModule, SwappedModule
 from lorica.layers.quantized import holding, set_attribute
 from lorica.model import pretrained
@@ -36,6 +36,7 @@ from lorica.model.packed import (
     unpack,
 )
 from lorica.model.structure import adapted, lora_layers, saved_modules
+from lorica.model.ties import Ties
 from lorica.roster import place
 
 M = TypeVar("M", bound=nn.Module)
@@ -90,15 +91,12 @@ class _Aside:
 class _Merged:
     """All that `restore` undoes.
 
-    `ties` holds the names that share one parameter in the base; `copies` those that got a copy, and their
-    original; `into` what became of packed weights, and `unpacked` the layers made plain for it.
+    `into` says what became of packed weights; `unpacked` holds the layers made plain for it.
     """
 
     before: tuple[str, ...]
     modules: list[_Aside]
-    ties: list[list[str]]
-    copies: dict[str, Parameter] = field(default_factory=dict)
-    tie_config: Any = None
+    ties: Ties
     into: Into | None = None
     unpacked: Unpacked | None = None
 
@@ -143,19 +141,16 @@ def merge(
         acting = {path: layer for path, layer in layers.items() if layer.acting()}
         packed = packed_layers(root)
         check_into(into, [path for path in acting if path in packed])
+        _check_mergeable(acting, chosen)
         plain = plain_dtype(root) if packed and into == "dequantized" else None
-        with one_thread():
-            merged = {
-                path: _merged_state(path, layer, chosen, plain if path in packed else None)
-                for path, layer in acting.items()
-            }
+        merged = _merged_states(acting, packed, chosen, plain)
         weights = plain_weights(packed, merged, plain) if plain is not None else {}
         losses = {path: _loss(layers[path], chosen, state) for path, state in merged.items()}
     except Exception:
         roster.activate(root, before)
         raise
     swapped: dict[str, SwappedModule] = {**layers, **saved_modules(root)}
-    ties = _ties(root)
+    ties = Ties.of(root)
     states = {  # plain weights wait until the layers are in their base form
         path: {leaf: value for leaf, value in state.items() if path not in weights or leaf != "weight"}
         for path, state in merged.items()
@@ -168,7 +163,7 @@ def merge(
     )
     if weights:
         aside.unpacked = unpack(root, weights)
-    untied = _untie(root, aside)
+    untied = ties.undo(root)
     pretrained.leave(root)
     roster.merged, roster.aside = chosen, aside
     return MergeReport(chosen, losses, untied)
@@ -199,22 +194,24 @@ def switch(model: nn.Module, name: str) -> None:
     for item in aside.modules:
         SwappedModule.enter(item.module, item.state)
     try:
-        _check_mergeable(aside, roster.configs[name], name)
-        _retie(root, aside)
+        layers = {
+            item.path: item.module
+            for item in aside.modules
+            if isinstance(item.module, LoraLayer) and name in item.module.scaling
+        }
+        _check_mergeable(layers, (name,))
+        factors = {path: layer.factors(name) for path, layer in layers.items()}
+        Adapter(roster.configs[name], factors).check_finite()
+        aside.ties.redo(root)
         for item in aside.modules:
             _put_back(item)
         roster.activate(root, (name,))
-        with one_thread():
-            for item in aside.modules:
-                if isinstance(item.module, LoraLayer):
-                    _refill(item, item.module, name)
-                else:
-                    _show_copy(item, item.module, (name,))
+        _refill(aside, layers, name)
     finally:
         for item in aside.modules:
             assert isinstance(item.module, SwappedModule)
             item.module.leave()
-    _untie(root, aside)
+    aside.ties.undo(root)
     roster.merged = (name,)
 
 
@@ -241,7 +238,7 @@ def restore(model: M) -> M:
     for item in aside.modules:
         SwappedModule.enter(item.module, item.state)
         _put_back(item)
-    _retie(root, aside)
+    aside.ties.redo(root)
     pretrained.enter(root)
     roster.merged, roster.aside = (), None
     roster.activate(root, aside.before)
@@ -290,10 +287,38 @@ def _exchange(model: nn.Module, name: str, before: tuple[str, ...], into: Into) 
         raise
 
 
-def _merged_state(
+def _check_mergeable(layers: Mapping[str, LoraLayer], names: tuple[str, ...]) -> None:
+    """Refuse layers whose parameters have no place for an update; they are in their adapted form."""
+    for path, layer in layers.items():
+        try:
+            layer.check_mergeable()
+            layer.check_bias(names)
+        except StateError as error:
+            raise StateError(f"{path}: {error}") from None
+
+
+def _merged_states(
+    layers: Mapping[str, LoraLayer],
+    packed: Container[str],
+    names: tuple[str, ...],
+    plain: torch.dtype | None,
+) -> dict[str, dict[str, Any]]:
+    """Path → what the layer's base is to hold, by name; packed weights unpacked, if a dtype is given."""
+    parameters = {path: _room(layer, names, {}) for path, layer in layers.items() if path not in packed}
+    _fold(layers, parameters, names)
+    for path, own in parameters.items():
+        for leaf, parameter in own.items():
+            _check_finite(path, leaf, parameter)
+    with one_thread():
+        return {
+            path: parameters[path] if path in parameters else _packed_state(path, layer, names, plain)
+            for path, layer in layers.items()
+        }
+
+
+def _packed_state(
     path: str, layer: LoraLayer, names: tuple[str, ...], plain: torch.dtype | None
 ) -> dict[str, Any]:
-    """What the layer's base is to hold, by name; its weight unpacked, if a dtype for that is given."""
     state: dict[str, Any] = {}
     try:
         for leaf, part in layer.folded(names).items():
@@ -301,19 +326,45 @@ def _merged_state(
                 state[leaf] = Parameter(part.to(plain), requires_grad=False)
             else:
                 state |= layer.storing(leaf, part)
-            held = state[leaf] if type(state[leaf]) is Parameter else part
-            if not torch.isfinite(held).all():
-                raise AdapterError(
-                    f"{path}: the merged {leaf} would hold NaN or infinity in {held.dtype}; the model "
-                    "is left as it was"
-                )
+            _check_finite(path, leaf, state[leaf] if type(state[leaf]) is Parameter else part)
     except StateError as error:
         raise StateError(f"{path}: {error}") from None
     return state
 
 
+def _check_finite(path: str, leaf: str, merged: Tensor) -> None:
+    # A sum is finite only if all its terms are, and much cheaper than a look at each.
+    if not math.isfinite(merged.detach().sum().item()) and not merged.isfinite().all():
+        raise AdapterError(
+            f"{path}: the merged {leaf} would hold NaN or infinity in {merged.dtype}; the model "
+            "is left as it was"
+        )
+
+
+def _room(layer: LoraLayer, names: tuple[str, ...], held: dict[str, Parameter]) -> dict[str, Parameter]:
+    """Parameters for what takes the base's place, by their names; those that are `held`, or new ones."""
+    return {
+        leaf: held[leaf]
+        if leaf in held
+        else Parameter(torch.empty_like(layer.get_base(leaf)), requires_grad=False)
+        for leaf in layer.changed(names)
+    }
+
+
+def _fold(
+    layers: Mapping[str, LoraLayer], merged: Mapping[str, Mapping[str, Parameter]], names: tuple[str, ...]
+) -> None:
+    """Write into the merged parameters of each layer its own with the updates of the named adapters."""
+    targets = {path: {leaf: p.detach() for leaf, p in own.items()} for path, own in merged.items()}
+    each_on_one_thread(
+        lambda path: layers[path].folded(names, out=targets[path]),
+        targets,
+        at_once=all(tensor.device.type == "cpu" for own in targets.values() for tensor in own.values()),
+    )
+
+
 def _loss(layer: LoraLayer, names: tuple[str, ...], state: dict[str, Any]) -> float:
-    """`rounding_loss` of what `_merged_state` returned."""
+    """`rounding_loss` of what `_merged_states` returned."""
     weight = state[layer.weight_name]
     if type(weight) is not Parameter:
         with holding(layer, state):
@@ -332,20 +383,20 @@ def _set_aside(path: str, module: SwappedModule, merged: dict[str, Any], names: 
     return item
 
 
-def _refill(item: _Aside, layer: LoraLayer, name: str) -> None:
-    """Make the layer hold W0 with the update of `name`, or W0 itself where there is none."""
-    if name not in layer.scaling:
-        return
-    targets = {leaf: parameter.detach() for leaf, parameter in item.merged.items()}
-    for leaf, result in layer.folded((name,), out=targets).items():
-        base = layer.get_base(leaf)
-        if leaf not in item.merged:
-            item.merged[leaf] = Parameter(torch.empty_like(base), requires_grad=False)
-        target = item.merged[leaf].detach()
-        if result.data_ptr() != target.data_ptr():
-            target.copy_(result)
-        item.originals[leaf] = base
-        _put(layer, leaf, item.merged[leaf])
+def _refill(aside: _Merged, layers: Mapping[str, LoraLayer], name: str) -> None:
+    """Make the modules hold what the adapter makes of them, or what the base has where it does nothing."""
+    merged: dict[str, dict[str, Parameter]] = {}
+    for item in aside.modules:
+        if isinstance(item.module, SavedModule):
+            _show_copy(item, item.module, (name,))
+        elif item.path in layers:
+            merged[item.path] = _room(layers[item.path], (name,), item.merged)
+            item.merged |= merged[item.path]
+    _fold(layers, merged, (name,))
+    for item in aside.modules:
+        for leaf, parameter in merged.get(item.path, {}).items():
+            item.originals[leaf] = layers[item.path].get_base(leaf)
+            _put(item.module, leaf, parameter)
 
 
 def _show_copy(item: _Aside, module: nn.Module, names: tuple[str, ...]) -> None:
@@ -360,6 +411,7 @@ def _show_copy(item: _Aside, module: nn.Module, names: tuple[str, ...]) -> None:
 def _put_back(item: _Aside) -> None:
     for path, tensor in item.originals.items():
         _put(item.module, path, tensor)
+    item.originals.clear()  # what is replaced next may be another adapter's own bias
 
 
 def _put(module: nn.Module, path: str, tensor: Any) -> Any:
@@ -374,55 +426,3 @@ def _put(module: nn.Module, path: str, tensor: Any) -> Any:
     assert before is not None
     buffers[leaf] = tensor
     return before
-
-
-def _check_mergeable(aside: _Merged, config: LoraConfig, name: str) -> None:
-    """Refuse an adapter that cannot be merged; the layers are in their adapted form."""
-    factors = {}
-    for path, module in ((item.path, item.module) for item in aside.modules):
-        if isinstance(module, LoraLayer) and name in module.scaling:
-            try:
-                module.check_mergeable()
-                module.check_bias((name,))
-            except StateError as error:
-                raise StateError(f"{path}: {error}") from None
-            factors[path] = module.factors(name)
-    Adapter(config, factors).check_finite()
-
-
-def _ties(root: nn.Module) -> list[list[str]]:
-    """The names under which one parameter stands, where there are several."""
-    names: dict[Parameter, list[str]] = {}
-    for name, parameter in root.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return [group for group in names.values() if len(group) > 1]
-
-
-def _untie(root: nn.Module, aside: _Merged) -> list[str]:
-    """Let a transformers model keep, when it is saved, what no longer is the same; returns those modules.
-
-    A file that says "tied" would lose one of the weights that now differ, so it must not say that. And what
-    is still the same must then be written under each of its names, for the reader will not tie it.
-    """
-    apart = [names for names in aside.ties if len({root.get_parameter(name) for name in names}) > 1]
-    config = getattr(root, "config", None)
-    if apart and getattr(config, "tie_word_embeddings", False):
-        aside.tie_config, config.tie_word_embeddings = config, False  # type: ignore[union-attr]
-        for names in aside.ties:
-            held: set[Parameter] = set()
-            for name in names:
-                parameter = root.get_parameter(name)
-                if parameter in held:
-                    copy = Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-                    aside.copies[name] = place(root, name, copy)
-                held.add(parameter)
-    return list(dict.fromkeys(name.rpartition(".")[0] for names in apart for name in names))
-
-
-def _retie(root: nn.Module, aside: _Merged) -> None:
-    """Undo `_untie`."""
-    for name, parameter in aside.copies.items():
-        place(root, name, parameter)
-    aside.copies.clear()
-    if aside.tie_config is not None:
-        aside.tie_config.tie_word_embeddings, aside.tie_config = True, None

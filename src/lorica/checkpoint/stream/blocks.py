@@ -19,7 +19,7 @@ from lorica.checkpoint.stream.placement import Update
 from lorica.checkpoint.stream.plan import Piece, ShardPlan
 from lorica.checkpoint.stream.shards import DTYPES, Entry, as_bytes, read_into
 from lorica.errors import AdapterError, FileError
-from lorica.functional import fold, fold_rows
+from lorica.folding import fold, fold_rows
 
 _BLOCK = 1 << 20  # elements, of tensors that are only converted
 _FOLDED = 4  # blocks of `fold` that are read and written together

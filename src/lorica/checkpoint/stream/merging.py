@@ -28,7 +28,7 @@ from lorica.checkpoint.stream.rounding import warn_of_rounding
 from lorica.checkpoint.stream.shards import CODES, as_bytes, open_checkpoint, short
 from lorica.checkpoint.stream.staging import Staging
 from lorica.errors import AdapterError, ConfigError, FileError, listing
-from lorica.functional import one_thread
+from lorica.folding import one_thread
 
 Progress = Callable[[int, int], None]
 

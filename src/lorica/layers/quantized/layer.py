@@ -81,9 +81,9 @@ class LoraQuantized(LoraOpaque):
     def precision(self) -> torch.dtype:  # noqa: D102
         return torch.float32
 
-    def base_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def base_rows(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
         """Rows of W0, unpacked."""
-        return registry.dequantize(self, rows, dtype)
+        return registry.dequantize(self, rows, dtype or self.precision)
 
     def storing(self, leaf: str, value: Tensor) -> dict[str, Any]:
         """As `LoraLayer.storing`, with the weight packed as W0 is."""
