@@ -1,0 +1,278 @@
+"""What rank would have done, by the energy that each layer's update has where; and how far to trust that."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lorica.adapter import Adapter
+from lorica.algebra import compress
+from lorica.config import LoraConfig
+from lorica.errors import ConfigError, listing
+from lorica.study.places import spots
+from lorica.study.results import Result
+from lorica.study.spectra import Spectrum, SpectrumReport, spectrum
+
+_FEW = 4  # below this rank a spectrum has hardly room to fall off
+_SEEDS_APART = 0.25  # relative difference of effective ranks from which on two adapters disagree
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAdvice(Result):
+    """What one layer's spectrum says.
+
+    Args:
+        r: rank that it was given.
+        used: its effective rank.
+        needed: the smallest rank that keeps the energy asked for.
+        rank: what is proposed; 0 leaves the layer out.
+        kept: share of its energy that the proposed rank keeps.
+        text: the same in a sentence.
+    """
+
+    r: int
+    used: float
+    needed: int
+    rank: int
+    kept: float
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Advice(Result):
+    """What to try next, and on what evidence.
+
+    Args:
+        layers: module path → what its spectrum says.
+        energy: share of each layer's energy that `needed` is for.
+        budget: parameters that the proposal may have; None for as many as `needed` takes.
+        parameters: that the proposed A and B have.
+        before: that they have now.
+        kept: share of the energy of all updates together that the proposal keeps.
+        config: the proposal: `r`, `rank_pattern`, `target_modules`, and alphas that keep every scale.
+        evidence: what the proposal rests on, and what it does not.
+        thin: whether that is too little to act on without a check.
+    """
+
+    layers: dict[str, LayerAdvice]
+    energy: float
+    budget: int | None
+    parameters: int
+    before: int
+    kept: float
+    config: LoraConfig
+    evidence: tuple[str, ...]
+    thin: bool
+
+    def __str__(self) -> str:
+        """A line for each layer, then the proposal and its evidence."""
+        rows = [f"  {layer.text}" for layer in self.layers.values()]
+        config = self.config
+        proposal = f"r={config.r}, target_modules={config.target_modules}, rank_pattern={config.rank_pattern}"
+        return "\n".join(
+            [
+                "what each layer used:",
+                *rows,
+                f"proposal: {proposal}",
+                f"  {self.parameters:,} parameters instead of {self.before:,}, {self.kept:.2%} of the energy",
+                "evidence:",
+                *(f"  {line}" for line in self.evidence),
+            ]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Check(Result):
+    """A score before and after an adapter was cut to less rank.
+
+    Args:
+        before: score of the adapter.
+        after: score of the one that was cut.
+        parameters: of all its tensors, before and after.
+        energy: share of the energy of all updates that was kept.
+    """
+
+    before: float
+    after: float
+    parameters: tuple[int, int]
+    energy: float
+
+
+def advise(
+    adapter: Adapter,
+    *,
+    energy: float = 0.99,
+    budget: int | None = None,
+    others: Mapping[str, Adapter] | None = None,
+) -> Advice:
+    """Propose ranks and targets for the next run from what this one used.
+
+    Without a budget each layer gets the smallest rank that keeps the energy. With one, ranks go where a
+    parameter buys most energy: first the direction with most of it for its d_out + d_in parameters, and so on
+    until nothing fits; a layer that gets none leaves the targets.
+
+    Args:
+        adapter: a trained adapter.
+        energy: share of each layer's ‖ΔW‖² to keep, in (0, 1].
+        budget: the most parameters of A and B that the proposal may have; None sets no limit.
+        others: adapters of the same task with other seeds, by name: they make the evidence less thin.
+
+    Raises:
+        ConfigError: the energy is no share, or the budget buys not even one direction.
+    """
+    found = spectrum(adapter)
+    needed = {path: s.needed(energy) for path, s in found.layers.items()}
+    costs = {path: sum(s.shape) for path, s in found.layers.items()}
+    ranks = needed if budget is None else _bought(found, needed, costs, budget)
+    places = spots(adapter.factors)
+    layers = {}
+    for path, s in found.layers.items():
+        where = places[path]
+        name = path if where.layer is None else f"{where.projection} of layer {where.layer}"
+        kept = s.energy[ranks[path] - 1] if ranks[path] else 0.0
+        layers[path] = LayerAdvice(
+            s.r, s.effective_rank, needed[path], ranks[path], kept, _sentence(name, s, needed[path], energy)
+        )
+    total = sum(s.norm**2 for s in found.layers.values())
+    kept = sum(s.norm**2 * layers[path].kept for path, s in found.layers.items())
+    evidence, thin = _evidence(found, needed, adapter, others or {})
+    return Advice(
+        layers=layers,
+        energy=energy,
+        budget=budget,
+        parameters=sum(ranks[path] * costs[path] for path in ranks),
+        before=sum(s.r * costs[path] for path, s in found.layers.items()),
+        kept=kept / total if total else 0.0,
+        config=proposed(adapter, ranks),
+        evidence=evidence,
+        thin=thin,
+    )
+
+
+def proposed(adapter: Adapter, ranks: Mapping[str, int]) -> LoraConfig:
+    """The adapter's configuration with other ranks, each layer's scale left as it was.
+
+    Args:
+        adapter: whose configuration to start from.
+        ranks: module path → rank; 0 leaves it out.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+    chosen = {path: rank for path, rank in ranks.items() if rank}
+    if not chosen:
+        raise ConfigError("no layer's update has any energy: the adapter has not been trained")
+    r = Counter(chosen.values()).most_common(1)[0][0]
+
+    def alpha(path: str) -> float:
+        return adapter.factors[path].scale * (
+            chosen[path] ** 0.5 if adapter.config.use_rslora else chosen[path]
+        )
+
+    usual = Counter(alpha(path) for path, rank in chosen.items() if rank == r).most_common(1)[0][0]
+    whole = len(chosen) == len(ranks)
+    return adapter.config.replace(
+        r=r,
+        lora_alpha=usual,
+        rank_pattern={path: rank for path, rank in chosen.items() if rank != r},
+        alpha_pattern={path: alpha(path) for path in chosen if alpha(path) != usual},
+        target_modules=adapter.config.target_modules if whole else sorted(chosen),
+        layers_to_transform=adapter.config.layers_to_transform if whole else None,
+        layers_pattern=adapter.config.layers_pattern if whole else None,
+        exclude_modules=adapter.config.exclude_modules if whole else None,
+    )
+
+
+def _bought(
+    found: SpectrumReport, needed: Mapping[str, int], costs: Mapping[str, int], budget: int
+) -> dict[str, int]:
+    """Ranks within a budget: the most energy for a parameter first."""
+    ranks, left = dict.fromkeys(needed, 0), budget
+    # Within a layer values only fall, so its next direction enters when the one before is taken.
+    offers = [(-(s.values[0] ** 2) / costs[path], path) for path, s in found.layers.items() if needed[path]]
+    heapq.heapify(offers)
+    while offers:
+        _, path = heapq.heappop(offers)
+        if costs[path] > left:
+            continue
+        left -= costs[path]
+        ranks[path] += 1
+        if ranks[path] < needed[path]:
+            heapq.heappush(offers, (-(found.layers[path].values[ranks[path]] ** 2) / costs[path], path))
+    if not any(ranks.values()):
+        raise ConfigError(
+            f"a budget of {budget:,} parameters buys no direction; the cheapest has {min(costs.values()):,}"
+        )
+    return ranks
+
+
+def _sentence(name: str, s: Spectrum, needed: int, energy: float) -> str:
+    if not s.norm:
+        return f"{name}: its update is zero; it learned nothing"
+    used = f"used {s.effective_rank:.1f} of its {s.r} ranks"
+    return f"{name}: this adapter {used}; {needed} keep {energy:.0%} of the energy"
+
+
+def _evidence(
+    found: SpectrumReport, needed: Mapping[str, int], adapter: Adapter, others: Mapping[str, Adapter]
+) -> tuple[tuple[str, ...], bool]:
+    """What the proposal rests on, and whether that is little."""
+    lines = [
+        "energy is not quality: what a direction does to the task is known only when it is scored without it"
+    ]
+    full = [path for path, s in found.layers.items() if needed[path] == s.r]
+    small = [path for path, s in found.layers.items() if s.r < _FEW]
+    zero = [path for path, s in found.layers.items() if not s.norm]
+    if full:
+        lines.append(
+            f"{len(full)} of {len(found.layers)} layers use every rank they have, so the spectrum cannot say "
+            "whether more would help them"
+        )
+    if small:
+        lines.append(f"{len(small)} layers have a rank below {_FEW}, too few for a spectrum to fall off")
+    if zero:
+        lines.append(f"the update is zero in {listing(zero, limit=3)}")
+    if extras := list(adapter.extras):
+        lines.append(
+            f"{len(extras)} tensors were trained whole ({listing(extras, limit=3)}) and share in the work"
+        )
+    apart = 0.0
+    for name, other in others.items():
+        again = spectrum(other).layers
+        pairs = [
+            (s.effective_rank, again[p].effective_rank)
+            for p, s in found.layers.items()
+            if p in again and s.norm
+        ]
+        if not pairs:
+            lines.append(f"{name} adapts other layers, and says nothing of these")
+            continue
+        off = sum(abs(a - b) / max(a, b) for a, b in pairs) / len(pairs)
+        apart = max(apart, off)
+        lines.append(f"beside {name}, effective ranks differ by {off:.0%} on average ({len(pairs)} layers)")
+    if not others:
+        lines.append("one adapter, so one seed: give another of the same task to see what is chance")
+    thin = not others or apart > _SEEDS_APART or len(full) + len(small) > len(found.layers) / 2
+    lines.append(
+        "the evidence is thin: cut the adapter to these ranks and score it again before acting on it"
+        if thin
+        else "cut the adapter to these ranks and score it again to be sure"
+    )
+    return tuple(lines), thin
+
+
+def check(adapter: Adapter, score: Callable[[Adapter], float], *, energy: float = 0.99) -> Check:
+    """Cut each layer to the rank that keeps the energy, and score the adapter again.
+
+    Args:
+        adapter: the trained adapter.
+        score: what an adapter scores on the task; called twice.
+        energy: share of each layer's ‖ΔW‖² to keep, in (0, 1].
+
+    Raises:
+        ConfigError: the energy is no share.
+    """
+    smaller, report = compress(adapter, energy=energy)
+    return Check(score(adapter), score(smaller), (adapter.numel, smaller.numel), report.energy)

@@ -1,0 +1,70 @@
+"""The base's weights that an adapter's updates belong to, read from its checkpoint one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorica._shapes import Float
+from lorica.adapter import Adapter, Factors
+from lorica.checkpoint.stream.placement import Update, place
+from lorica.checkpoint.stream.shards import DTYPES, Checkpoint, open_checkpoint, read_into
+from lorica.errors import AdapterError
+
+
+class Weight(NamedTuple):
+    """One W0 and its update.
+
+    Args:
+        path: the module; where the base keeps in parts what the adapter has in one, the part.
+        factors: the update.
+        W: in the update's layout, d_out × d_in, in float32.
+        stored: the dtype it has in the checkpoint.
+    """
+
+    path: str
+    factors: Factors
+    W: Float[Tensor, "d_out d_in"]
+    stored: torch.dtype
+
+
+def base_weights(adapter: Adapter, base: str | Path) -> Iterator[Weight]:
+    """The weights that an adapter updates, each read when it is asked for and forgotten after.
+
+    Args:
+        adapter: whose updates to look for.
+        base: folder with `config.json` and safetensors.
+
+    Raises:
+        FileError: the base cannot be read.
+        AdapterError: with the whole list of updates that have no place in it, or another shape.
+    """
+    checkpoint = open_checkpoint(base)
+    placement = place(_updates_alone(adapter), checkpoint)
+    found = [(name, update) for name, updates in placement.updates.items() for update in updates]
+    if placement.head and placement.untied and placement.untied.table:
+        found.append((placement.untied.table, placement.head))
+    if not found:
+        raise AdapterError(f"{base} has no weight of which the adapter has an update")
+    return (_read(checkpoint, name, update) for name, update in found)
+
+
+def _updates_alone(adapter: Adapter) -> Adapter:
+    """Only ``scale·B·A`` is laid beside W0: what else an adapter has need not fit the checkpoint."""
+    factors = {path: dataclasses.replace(f, magnitude=None, bias=None) for path, f in adapter.factors.items()}
+    return Adapter(adapter.config.replace(modules_to_save=None), factors)
+
+
+def _read(checkpoint: Checkpoint, name: str, update: Update) -> Weight:
+    entry = checkpoint.entry(name)
+    dtype, row = DTYPES[entry.dtype], torch.Size(entry.shape[1:])
+    raw = torch.empty((update.stop - update.start, *row), dtype=dtype)
+    with (checkpoint.folder / checkpoint.home[name]).open("rb", buffering=0) as file:
+        read_into(file, entry.offset + update.start * row.numel() * dtype.itemsize, raw)
+    W = raw.float().flatten(1)
+    return Weight(update.label, update.factors, W.t() if update.transposed else W, dtype)

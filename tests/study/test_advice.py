@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from study import made
+
+import lorica
+from lorica import Factors, study
+from lorica.errors import ConfigError
+from lorica.study.places import spots
+
+
+def layer(values: list[float], seed: int, d: int = 20) -> Factors:
+    U, V = made.columns(d, len(values), seed), made.columns(d, len(values), seed + 100)
+    return made.planted(U, values, V, scale=0.5)
+
+
+@pytest.fixture
+def adapter() -> lorica.Adapter:
+    return made.adapter(
+        {
+            "h.0.q": layer([10, 0.1, 0.1, 0.1], 0),
+            "h.0.v": layer([3, 2, 0.01, 0], 1),
+            "h.1.q": layer([1, 1, 1, 1], 2),
+            "h.1.v": layer([0.2, 0, 0, 0], 3, d=40),
+        },
+        lora_alpha=2,
+    )
+
+
+def test_smallest_ranks(adapter: lorica.Adapter) -> None:
+    advice = study.advise(adapter)
+    assert {path: found.rank for path, found in advice.layers.items()} == {
+        "h.0.q": 1,
+        "h.0.v": 2,
+        "h.1.q": 4,
+        "h.1.v": 1,
+    }
+    assert advice.parameters == (1 + 2 + 4) * 40 + 80
+    assert advice.before == 4 * (3 * 40 + 80)
+    assert advice.kept > 0.99
+    assert "q of layer 0: this adapter used 1.0 of its 4 ranks; 1 keep 99% of the energy" in str(advice)
+    assert json.loads(json.dumps(advice.to_dict()))["config"]["r"] == 1
+
+
+def test_the_proposal_keeps_every_scale(adapter: lorica.Adapter) -> None:
+    config = study.advise(adapter).config
+    for path, rank in {"h.0.q": 1, "h.0.v": 2, "h.1.q": 4, "h.1.v": 1}.items():
+        assert config.rank(path) == rank
+        assert config.scale(path) == pytest.approx(0.5)
+    assert config.target_modules == ["q", "v"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "ranks"),
+    [
+        (40, {"h.0.q": 1}),
+        (120, {"h.0.q": 1, "h.0.v": 2}),
+        (160, {"h.0.q": 1, "h.0.v": 2, "h.1.q": 1}),
+        (10_000, {"h.0.q": 1, "h.0.v": 2, "h.1.q": 4, "h.1.v": 1}),
+    ],
+)
+def test_a_budget_goes_where_the_energy_is(
+    adapter: lorica.Adapter, budget: int, ranks: dict[str, int]
+) -> None:
+    advice = study.advise(adapter, budget=budget)
+    assert {path: found.rank for path, found in advice.layers.items() if found.rank} == ranks
+    assert advice.parameters <= budget
+    if len(ranks) < 4:
+        assert advice.config.target_modules == sorted(ranks)
+    assert {path: advice.config.rank(path) for path in ranks} == ranks
+
+
+def test_evidence(adapter: lorica.Adapter) -> None:
+    alone = study.advise(adapter)
+    assert alone.thin
+    assert any("one adapter, so one seed" in line for line in alone.evidence)
+    assert any("1 of 4 layers use every rank they have" in line for line in alone.evidence)
+    again = study.advise(adapter, others={"seed 1": adapter})
+    assert not again.thin
+    assert any("beside seed 1, effective ranks differ by 0%" in line for line in again.evidence)
+    flat = made.adapter({path: layer([1, 1, 1, 1], 5, f.A.shape[1]) for path, f in adapter.factors.items()})
+    assert study.advise(adapter, others={"other": flat}).thin
+    elsewhere = made.adapter({"up": layer([1, 1], 0)})
+    assert any(
+        "adapts other layers" in line for line in study.advise(adapter, others={"x": elsewhere}).evidence
+    )
+
+
+def test_check_cuts_and_scores_again(adapter: lorica.Adapter) -> None:
+    seen = []
+
+    def score(value: lorica.Adapter) -> float:
+        seen.append(value)
+        return float(sum(f.r for f in value.factors.values()))
+
+    found = study.check(adapter, score)
+    assert (found.before, found.after) == (16, 8)
+    assert found.energy > 0.99
+    assert found.parameters == (adapter.numel, seen[1].numel)
+
+
+def test_nothing_to_advise() -> None:
+    zero = made.adapter({"q": Factors(made.columns(5, 2, 0).mT, 0 * made.columns(6, 2, 1), 1.0)})
+    with pytest.raises(ConfigError, match="has not been trained"):
+        study.advise(zero)
+    with pytest.raises(ConfigError, match="buys no direction; the cheapest has 40"):
+        study.advise(made.adapter({"q": layer([1, 1], 0)}), budget=39)
+
+
+def test_where_modules_stand() -> None:
+    found = spots(
+        [
+            "bert.encoder.layer.3.attention.self.query",
+            "bert.encoder.layer.3.attention.output.dense",
+            "bert.encoder.layer.3.intermediate.dense",
+            "embeddings.word",
+        ]
+    )
+    assert [tuple(spot) for spot in found.values()] == [
+        (3, "query"),
+        (3, "output.dense"),
+        (3, "intermediate.dense"),
+        (None, "word"),
+    ]
