@@ -1,0 +1,85 @@
+"""transformers' Trainer and TRL's, unchanged, with wrapped models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dropin import training
+from tiny import transformer
+from train import tiny
+
+from lorica.errors import StateError
+from lorica.peft import LoraConfig, get_peft_model
+
+# transformers and TRL warn of their own future.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_transformers_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
+    training.check_resumes(training.trainer, tmp_path)
+
+
+def test_transformers_trainer_ends_with_the_best(tmp_path: Path) -> None:
+    training.check_ends_with_the_best(training.trainer, tmp_path)
+
+
+def test_both_hold_where_peft_is_not_installed(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("without_peft.py")
+    hide = f"import runpy, sys; sys.modules['peft'] = None; runpy.run_path({str(program)!r}, run_name='__main__')"
+    command = [sys.executable, "-c", hide, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def sft(folder: Path, model: Any = None, **more: Any) -> Any:
+    trl = pytest.importorskip("trl", reason="needs TRL: pip install 'lorica[peers]'")
+    values = training.options(folder, **more) | {"max_length": 8, "bf16": False}
+    return trl.SFTTrainer(
+        model=training.model() if model is None else model,
+        args=trl.SFTConfig(**values),
+        train_dataset=training.rows(),
+        eval_dataset=training.rows(8),
+        processing_class=tiny.tokenizer(),
+    )
+
+
+def test_trls_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
+    training.check_resumes(sft, tmp_path)
+
+
+def test_trls_trainer_ends_with_the_best(tmp_path: Path) -> None:
+    training.check_ends_with_the_best(sft, tmp_path)
+
+
+def test_an_adapted_head_that_trl_would_read_past_is_refused(tmp_path: Path) -> None:
+    model = training.model(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(StateError, match=r"lm_head.*leave 'lm_head' out of target_modules"):
+        sft(tmp_path, model).train()
+
+
+def test_transformers_trainer_trains_an_adapted_head(tmp_path: Path) -> None:
+    run = training.trainer(tmp_path, max_steps=1)
+    run.model = run.model_wrapped = model = training.model(target_modules=["lm_head"])
+    run.train()
+    assert model.get_submodule("base_model.model.lm_head").lora_B.default.weight.abs().sum() > 0
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    def gradients(recompute: bool) -> list[torch.Tensor]:
+        base = transformer("llama").train()
+        if recompute:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        torch.manual_seed(0)
+        model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        model(input_ids=torch.arange(3, 11)[None], labels=torch.arange(3, 11)[None]).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert len(plain) == len(recomputed) > 0
+    for one, other in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(one, other)

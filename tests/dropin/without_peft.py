@@ -1,0 +1,23 @@
+"""The same where PEFT is not installed. Run as a program by test_trainers.py: ``python without_peft.py FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dropin import training
+from transformers import PreTrainedModel, trainer_utils
+
+from lorica.peft import PeftModelForCausalLM
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    model = training.model()
+    assert type(model) is PeftModelForCausalLM
+    assert isinstance(model, PreTrainedModel)
+    assert trainer_utils._is_peft_model(model)
+    assert not trainer_utils._is_peft_model(model.get_base_model())
+    training.check_resumes(training.trainer, folder / "resume")
+    training.check_ends_with_the_best(training.trainer, folder / "best")
