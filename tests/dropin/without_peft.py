@@ -1,4 +1,4 @@
-"""The same where PEFT is not installed. Run as a program by test_trainers.py: ``python without_peft.py FOLDER``."""
+"""The same where PEFT is not installed; test_trainers.py runs it in a process that cannot import it."""
 
 from __future__ import annotations
 
