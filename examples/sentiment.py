@@ -58,10 +58,10 @@ def load(model: str | None, data: str | None, rows: int, share: float) -> tuple[
         tokenizer = AutoTokenizer.from_pretrained(model)
         base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2, **names)
     if data is None:
-        splits = DatasetDict(train=reviews(rows, 0), validation=reviews(max(rows // 8, 16), 1))
+        splits = DatasetDict({"train": reviews(rows, 0), "validation": reviews(max(rows // 8, 16), 1)})
     else:
         found: Any = load_dataset(data)
-        splits = DatasetDict(train=found["train"], validation=found["validation"])
+        splits = DatasetDict({"train": found["train"], "validation": found["validation"]})
     splits = splits.shuffle(seed=0)
     splits = DatasetDict({name: part.select(range(int(share * len(part)))) for name, part in splits.items()})
 
@@ -75,7 +75,10 @@ def load(model: str | None, data: str | None, rows: int, share: float) -> tuple[
 def metrics(labels: Any, predicted: Any) -> dict[str, float]:
     """Weighted F1, precision and recall, and accuracy, over the whole split."""
     precision, recall, f1, _ = precision_recall_fscore_support(
-        labels, predicted, average="weighted", zero_division=0
+        labels,
+        predicted,
+        average="weighted",
+        zero_division=0,  # pyright: ignore[reportArgumentType]
     )
     names = ("F1 Score", "Precision", "Recall", "Accuracy")
     return dict(

@@ -41,12 +41,9 @@ def load(model: str | None, data: Path | None, rows: int) -> tuple[Any, Any, Dat
     """The base, its tokenizer and the tokenized rows."""
     if model is None:
         tokenizer: Any = words_tokenizer(WORDS)
-        base: Any = T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-                decoder_start_token_id=0, pad_token_id=0, eos_token_id=3,
-            )
-        )  # fmt: skip
+        tiny: dict[str, Any] = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+        special: dict[str, Any] = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 3}
+        base: Any = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), **tiny, **special))
     else:
         tokenizer = AutoTokenizer.from_pretrained(model)
         base = AutoModelForSeq2SeqLM.from_pretrained(model)
@@ -59,7 +56,7 @@ def load(model: str | None, data: Path | None, rows: int) -> tuple[Any, Any, Dat
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
         return tokenizer(batch["source"], text_target=batch["target"], truncation=True)
 
-    splits = DatasetDict(train=Dataset.from_list(train), test=Dataset.from_list(test))
+    splits = DatasetDict({"train": Dataset.from_list(train), "test": Dataset.from_list(test)})
     return base, tokenizer, splits.map(tokenize, batched=True, remove_columns=["source", "target"])
 
 
@@ -89,7 +86,7 @@ def train_in_trainer(model: PeftModel, tokenizer: Any, rows: DatasetDict, output
             report_to="none",
         ),
         train_dataset=rows["train"],
-        eval_dataset=rows["test"],
+        eval_dataset=rows["test"],  # pyright: ignore[reportArgumentType]
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
         compute_metrics=accuracy,

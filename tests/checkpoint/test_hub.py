@@ -231,6 +231,24 @@ class TestLoading:
 class TestPushing:
     """From a model, a value or a folder."""
 
+    def test_peft_models_push_and_load_by_name(self, hub: Hub) -> None:
+        from lorica import peft
+
+        model = peft.get_peft_model(Toy(), peft.LoraConfig(r=2, target_modules=["up"]))
+        model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["down"]))
+        url = model.push_to_hub("user/toy", token=TOKEN, commit_message="Both", revision="mine")
+        repository = hub.repositories["user/toy"]
+        sha = repository.branches["mine"]
+        assert url == f"{hub.url}/user/toy/commit/{sha}"
+        assert repository.commits[sha].keys() == NAMES | {f"other/{name}" for name in NAMES}
+        again = peft.PeftModel.from_pretrained(Toy(), "user/toy", revision="mine", token=TOKEN)
+        again.load_adapter("user/toy", "second", subfolder="other", revision="mine")
+        for name, source in (("default", "default"), ("second", "other")):
+            one = lorica.extract(again.get_base_model(), name)
+            assert same(one, lorica.extract(model.get_base_model(), source))
+        config = peft.PeftConfig.from_pretrained("user/toy", subfolder="other", revision="mine")
+        assert config.r == 3
+
     def test_and_back(self, hub: Hub, adapter: lorica.Adapter) -> None:
         url = lorica.push_to_hub(adapted(Toy(), CONFIG), "user/toy", token=TOKEN)
         repository = hub.repositories["user/toy"]

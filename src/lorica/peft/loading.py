@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lorica.adapter import Adapter
-from lorica.checkpoint import hub as hub_files
+from lorica.checkpoint.hub import locate as locate
 from lorica.checkpoint.peft import as_trained, from_tensors, read_settings, read_tensors
-from lorica.errors import ConfigError, LoricaWarning, listing, nearest
+from lorica.errors import AdapterError, ConfigError, LoricaWarning, listing, nearest
 
 if TYPE_CHECKING:
     from lorica.peft.config import LoraConfig
@@ -70,20 +69,6 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ConfigError(f"loading an adapter takes no {listing(unknown)}")
 
 
-def locate(name: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any) -> Path:
-    """The folder that holds an adapter: here, or brought here from the Hub.
-
-    Args:
-        name: folder, or name of a repository.
-        subfolder: inside it.
-        hub: revision, token and the rest.
-
-    Raises:
-        FileError: there is none.
-    """
-    return hub_files.locate(os.fspath(name), subfolder=subfolder, **hub)
-
-
 def read(
     folder: Path, config: LoraConfig | None = None, key_mapping: Mapping[str, str] | None = None
 ) -> Adapter:
@@ -105,9 +90,12 @@ def read(
     settings = read_settings(folder)
     config = LoraConfig.from_dict(settings) if config is None else config
     tensors = renamed(read_tensors(folder), key_mapping or {})
-    adapter = from_tensors(tensors, config)
+    try:
+        adapter = as_trained(from_tensors(tensors, config), settings)
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: {error}") from None
     adapter.check_finite()
-    return as_trained(adapter, settings)
+    return adapter
 
 
 def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import lorica
 from lorica import checkpoint
 from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import ConfigError, listing
+from lorica.model.attach import attach_finite
 from lorica.model.merged import behind_merge
 from lorica.model.values import overwrite
 from lorica.peft import loading, saving
@@ -311,7 +312,7 @@ class PeftModel(nn.Module):
         if adapter_name in self.peft_config:
             overwrite(model, adapter, adapter_name)
         else:
-            lorica.attach(
+            attach_finite(
                 model, loading.as_trainable(adapter, is_trainable), adapter_name, trainable=is_trainable
             )
             if self.base_model._resting is not None:
@@ -374,7 +375,7 @@ class PeftModel(nn.Module):
         adapter = loading.read(loading.locate(model_id, **found), chosen, key_mapping)
         if options.get("ignore_mismatched_sizes"):
             adapter = loading.fitting(adapter, model.state_dict())
-        lorica.attach(
+        attach_finite(
             model, loading.as_trainable(adapter, is_trainable), adapter_name, trainable=is_trainable
         )
         task = adapter.config.task_type
@@ -426,6 +427,50 @@ class PeftModel(nn.Module):
                 checkpoint.write(adapter, folder, pickled=not safe_serialization)
         if kwargs:
             raise ConfigError(f"save_pretrained of an adapter takes no {listing(kwargs)}")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        selected_adapters: Sequence[str] | None = None,
+    ) -> str:
+        """Upload adapters, a commit for each: "default" to the top, others to folders of their names.
+
+        Args:
+            repo_id: name of the repository, ``"user/sentiment"``; made if need be.
+            commit_message: title of the commit.
+            private: whether a new repository is; None takes the account's default.
+            token: of the account; None takes the one of ``HF_TOKEN`` or ``hf auth login``.
+            revision: branch; made if it is not there.
+            create_pr: open a pull request in place of committing.
+            selected_adapters: names; None takes all.
+
+        Returns:
+            URL of the last commit, or of the pull request.
+
+        Raises:
+            AdapterError: no such adapter.
+            FileError: the Hub cannot be reached or refuses.
+            MissingExtra: huggingface_hub is not installed.
+        """
+        url = ""
+        for name in list(self.peft_config) if selected_adapters is None else selected_adapters:
+            url = lorica.push_to_hub(
+                saving.outgoing(self, name),
+                repo_id,
+                subfolder=None if name == "default" else name,
+                revision=revision,
+                private=private,
+                token=token,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+        return url
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write the model card of the adapter that acts; one that somebody edited stays."""
