@@ -1,0 +1,218 @@
+"""One adapter in place of another under the same name, without compiling anew.
+
+Compiled code knows shapes, addresses and scales. So the new values are written where the old ones are: a
+lower rank is filled up with zeros, and the ratio of the scales goes into B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lorica
+from lorica.adapter import Adapter, Factors
+from lorica.checkpoint.peft import from_tensors
+from lorica.config import LoraConfig as CoreConfig
+from lorica.errors import AdapterError, ConfigError, StateError, lines
+from lorica.model.attach import attach_finite
+from lorica.model.structure import adapted, lora_layers
+from lorica.peft import loading
+from lorica.peft.config import as_peft_config
+
+_PREFIX = "base_model.model."
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str | os.PathLike[str],
+    adapter_name: str,
+    torch_device: str | torch.device | None = None,
+    **kwargs: Any,
+) -> None:
+    """Put a saved adapter in the place of one that is on the model.
+
+    Args:
+        model: wrapped or not, compiled or not.
+        model_name_or_path: folder, or name on the Hub.
+        adapter_name: of the adapter that goes; the new one takes its name, and acts and trains as it did.
+        torch_device: accepted; the values go where the old ones are.
+        kwargs: ``subfolder``, ``revision``, ``token`` and whatever else downloads take.
+
+    Raises:
+        FileError: a file is missing or damaged.
+        AdapterError: no adapter of that name, or the new one does not fit the model; nothing has changed.
+        StateError: an adapter is merged.
+    """
+    hub, rest = loading.split_hub(kwargs)
+    loading.check_options(rest)
+    _exchange(model, loading.read(loading.locate(model_name_or_path, **hub)), adapter_name)
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    config: CoreConfig,
+    parameter_prefix: str = "lora_",
+) -> None:
+    """As `hotswap_adapter`, from tensors.
+
+    Args:
+        model: wrapped or not, compiled or not.
+        state_dict: tensors by their names in PEFT's file or on the live model.
+        adapter_name: of the adapter that goes.
+        config: of the new one.
+        parameter_prefix: accepted; there is LoRA alone.
+
+    Raises:
+        AdapterError: no adapter of that name, or the new one does not fit; nothing has changed.
+        StateError: an adapter is merged.
+    """
+    tensors = {
+        _PREFIX
+        + key.removeprefix(_PREFIX).replace(f".{adapter_name}.", ".").removesuffix(f".{adapter_name}"): tensor
+        for key, tensor in state_dict.items()
+    }
+    adapter = from_tensors(tensors, as_peft_config(config))
+    adapter.check_finite()
+    _exchange(model, adapter, adapter_name)
+
+
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: CoreConfig | Mapping[str, CoreConfig] | None = None,
+    check_compiled: str = "error",
+) -> None:
+    """Fill the adapters' factors up to a rank, before compiling, so that adapters up to that rank fit in.
+
+    Args:
+        model: wrapped or not; it computes what it did.
+        target_rank: the highest rank of the adapters to come; None leaves the ranks.
+        config: accepted; scales are never compiled in, since their ratios go into B.
+        check_compiled: what to do if the model is compiled already: ``"error"``; ``"warn"`` and ``"ignore"``
+            go on.
+
+    Raises:
+        StateError: the model is compiled already, or carries no adapter.
+        ConfigError: the rank is none, or lower than an adapter's.
+        AdapterError: a grouped convolution, whose factors cannot be filled up.
+    """
+    if hasattr(model, "_orig_mod") and check_compiled == "error":
+        raise StateError("the model is compiled already; prepare it first, then call torch.compile")
+    if target_rank is None:
+        return
+    root, roster = adapted(model)
+    roster.check_unmerged("change the rank of adapters")
+    found = {name: lorica.extract(root, name) for name in roster.configs}
+    highest = max(f.r for adapter in found.values() for f in adapter.factors.values())
+    if target_rank < highest:
+        raise ConfigError(f"target_rank={target_rank} is lower than the highest rank on the model, {highest}")
+    wider = {name: _at_rank(adapter, target_rank) for name, adapter in found.items()}
+    for name, adapter in wider.items():
+        _replace(model, adapter, name)
+
+
+def _exchange(model: nn.Module, new: Adapter, name: str) -> None:
+    root, roster = adapted(model)
+    roster.known(name)
+    roster.check_unmerged("swap an adapter")
+    live = lorica.extract(root, name)
+    if not _fits_in(new, live):
+        _replace(model, new, name)
+        return
+    with torch.no_grad():
+        for path, old in live.factors.items():
+            given = new.factors.get(path)
+            if given is None:
+                old.A.zero_()
+                old.B.zero_()
+                continue
+            old.A.copy_(_padded(given.A, 0, old.r))
+            old.B.copy_(_padded(given.B, 1, old.B.shape[1]) * (given.scale / old.scale))
+            for ours, theirs in ((old.magnitude, given.magnitude), (old.bias, given.bias)):
+                if ours is not None and theirs is not None:
+                    ours.copy_(theirs if ours is old.magnitude else theirs * (given.scale / old.scale))
+        for key, tensor in live.extras.items():
+            tensor.copy_(new.extras[key])
+
+
+def _fits_in(new: Adapter, live: Adapter) -> bool:
+    """Whether the new values have room where the live ones are."""
+    if new.extras.keys() != live.extras.keys() or not new.factors.keys() <= live.factors.keys():
+        return False
+    if new.config.lora_dropout != live.config.lora_dropout:
+        return False
+    plain = all(f.magnitude is None and f.bias is None for f in live.factors.values())
+    if not plain and new.factors.keys() != live.factors.keys():
+        return False
+    return all(_has_room(f, live.factors[path]) for path, f in new.factors.items()) and all(
+        tensor.shape == live.extras[key].shape for key, tensor in new.extras.items()
+    )
+
+
+def _has_room(new: Factors, live: Factors) -> bool:
+    grouped = live.B.shape[1] != live.r
+    return (
+        new.kind == live.kind
+        and (new.r == live.r if grouped else new.r <= live.r)
+        and new.A.shape[1:] == live.A.shape[1:]
+        and new.B.shape[0] == live.B.shape[0]
+        and (new.B.shape[1] != new.r) == grouped
+        and (new.magnitude is None) == (live.magnitude is None)
+        and (new.bias is None) == (live.bias is None)
+    )
+
+
+def _replace(model: nn.Module, new: Adapter, name: str) -> None:
+    """Take the old adapter off and put the new one on; if that cannot be, the old one comes back."""
+    root, roster = adapted(model)
+    active, old = roster.active, lorica.extract(root, name)
+    trains = any(parameter.requires_grad for parameter in _parameters(root, name))
+    lorica.detach(root, name)
+    try:
+        attach_finite(root, new, name, trainable=trains)
+    except Exception:
+        attach_finite(root, old, name, trainable=trains)
+        raise
+    finally:
+        lorica.active(root, active)
+
+
+def _parameters(root: nn.Module, name: str) -> list[nn.Parameter]:
+    layers = (layer for layer in lora_layers(root).values() if name in layer.scaling)
+    return [parameter for layer in layers for parameter in layer.factor_parameters(name)]
+
+
+def _at_rank(adapter: Adapter, rank: int) -> Adapter:
+    """The same adapter with zeros up to a rank; its scale is what it was."""
+    grouped = [path for path, f in adapter.factors.items() if f.B.shape[1] != f.r]
+    if grouped:
+        raise AdapterError(f"grouped convolutions cannot be filled up to a rank:\n{lines(grouped)}")
+    config = adapter.config
+    factors = {
+        path: dataclasses.replace(f, A=_padded(f.A, 0, rank), B=_padded(f.B, 1, rank))
+        for path, f in adapter.factors.items()
+    }
+    scales = {path: config.scale(path) for path in factors}
+    power = 0.5 if config.use_rslora else 1.0
+    alphas = {path: scale * rank**power for path, scale in scales.items()}
+    common = max(alphas.values(), key=list(alphas.values()).count)
+    patterns = {path.replace(".", r"\."): alpha for path, alpha in alphas.items() if alpha != common}
+    config = config.replace(r=rank, lora_alpha=common, rank_pattern={}, alpha_pattern=patterns)
+    return Adapter(config, factors, adapter.extras)
+
+
+def _padded(factor: Tensor, dim: int, size: int) -> Tensor:
+    missing = size - factor.shape[dim]
+    if missing == 0:
+        return factor
+    shape = list(factor.shape)
+    shape[dim] = missing
+    return torch.cat([factor, factor.new_zeros(shape)], dim)

@@ -1,0 +1,122 @@
+"""Another adapter under the same name, without compiling anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import Toy, shake, tokens
+from torch import Tensor
+
+from lorica.errors import AdapterError, ConfigError
+from lorica.peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights
+from lorica.peft.utils.hotswap import (
+    hotswap_adapter,
+    hotswap_adapter_from_state_dict,
+    prepare_model_for_compiled_hotswap,
+)
+
+
+def toy() -> Toy:
+    torch.manual_seed(0)
+    return Toy()
+
+
+def wrapped(seed: int, **settings: Any) -> PeftModel:
+    model = get_peft_model(
+        toy(), LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["up", "down"]} | settings)
+    )
+    shake(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def outputs(model: Any) -> Tensor:
+    return model(tokens())
+
+
+OTHERS: list[dict[str, Any]] = [
+    {},
+    {"r": 2},
+    {"r": 2, "lora_alpha": 16},
+    {"r": 7},
+    {"use_rslora": True},
+    {"target_modules": ["up"]},
+    {"target_modules": ["up", "head"]},
+    {"rank_pattern": {"down": 1}, "alpha_pattern": {"up": 3}},
+    {"modules_to_save": ["norm"]},
+    {"use_dora": True},
+    {"bias": "lora_only"},
+]
+
+
+@pytest.mark.parametrize("settings", OTHERS, ids=str)
+def test_the_other_adapter_acts_as_on_a_model_of_its_own(settings: dict[str, Any], tmp_path: Path) -> None:
+    other = wrapped(2, **settings)
+    other.save_pretrained(tmp_path)
+    model = wrapped(1)
+    assert not torch.allclose(outputs(model), outputs(other), atol=1e-3)
+    hotswap_adapter(model, tmp_path, "default", torch_device="cpu")
+    torch.testing.assert_close(outputs(model), outputs(other))
+    assert list(model.peft_config) == ["default"]
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(outputs(PeftModel.from_pretrained(toy(), tmp_path / "again")), outputs(other))
+
+
+def test_from_tensors() -> None:
+    other = wrapped(2, r=3)
+    model = wrapped(1)
+    tensors = {name: p.detach() for name, p in other.named_parameters() if "lora_" in name}
+    hotswap_adapter_from_state_dict(model, tensors, "default", LoraConfig(r=3, lora_alpha=6))
+    torch.testing.assert_close(outputs(model), outputs(other))
+
+
+def test_what_acts_and_trains_stays_so(tmp_path: Path) -> None:
+    wrapped(2, r=6).save_pretrained(tmp_path)
+    model = wrapped(1, inference_mode=True)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["up"]))
+    hotswap_adapter(model, tmp_path, "second")
+    assert model.active_adapters == ["default"]
+    assert not any(p.requires_grad for p in model.parameters())
+    hotswap_adapter(model, tmp_path, "default")
+    assert model.active_adapters == ["default"]
+
+
+def test_compiled_code_stays_valid(tmp_path: Path, unchecked_shapes: None) -> None:
+    del unchecked_shapes
+    others = [
+        wrapped(2, r=2, lora_alpha=3),
+        wrapped(3, r=8, lora_alpha=1),
+        wrapped(4, target_modules=["down"]),
+    ]
+    for i, other in enumerate(others):
+        other.save_pretrained(tmp_path / str(i))
+    model = wrapped(1)
+    before = outputs(model)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch.testing.assert_close(outputs(model), before)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=False)
+    torch.testing.assert_close(outputs(compiled), before)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for i, other in enumerate(others):
+            hotswap_adapter(compiled, tmp_path / str(i), "default")
+            torch.testing.assert_close(outputs(compiled), outputs(other))
+
+
+def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    wide = get_peft_model(Toy(dim=8), LoraConfig(r=4, target_modules=["up", "down"]))
+    shake(wide)
+    wide.save_pretrained(tmp_path)
+    model = wrapped(1)
+    before = outputs(model)
+    with pytest.raises(AdapterError, match="shape of"):
+        hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
+    with pytest.raises(AdapterError, match="no adapter is named 'defualt'"):
+        hotswap_adapter(model, tmp_path, "defualt")
+    with pytest.raises(ConfigError, match="target_rank=2 is lower"):
+        prepare_model_for_compiled_hotswap(model, target_rank=2)
+    assert load_peft_weights(tmp_path).keys()
