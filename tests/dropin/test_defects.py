@@ -9,7 +9,7 @@ import torch
 from tiny import Toy, bits, shake, tokens, transformer
 from torch import Tensor, nn
 
-from lorica.errors import TargetError
+from lorica.errors import AdapterError, TargetError
 from lorica.peft import LoraConfig, PeftModel, get_peft_model
 
 
@@ -121,6 +121,43 @@ def test_loading_and_adding_leave_alone_what_trains(tmp_path: Any) -> None:
         after = requires_grad(each)
         assert {name: after[name] for name in before} == before
         assert not any(trains for name, trains in after.items() if name not in before)
+
+
+def update(model: PeftModel, name: str) -> Tensor:
+    """What an adapter adds to the first layer's weight."""
+    layer: Any = model.get_submodule("base_model.model.blocks.0.up")
+    return layer.lora_B[name].weight @ layer.lora_A[name].weight * layer.scaling[name]
+
+
+@pytest.mark.parametrize("combination", ["cat", "linear", "svd"])
+def test_combining_with_rslora_keeps_the_scale(combination: str) -> None:
+    model = get_peft_model(Toy(), LoraConfig(r=4, use_rslora=True, target_modules=["up"]))
+    shake(model)
+    model.add_adapter("other", LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["up"]))
+    model.add_weighted_adapter(["default"], [0.5], "half", combination_type=combination)
+    torch.testing.assert_close(update(model, "half"), 0.5 * update(model, "default"))
+    model.set_adapter("other")
+    shake(model, 1)
+    if combination != "linear":
+        model.add_weighted_adapter(["default", "other"], [1.0, -2.0], "both", combination, svd_rank=None)
+        if combination == "cat":
+            torch.testing.assert_close(
+                update(model, "both"), update(model, "default") - 2 * update(model, "other")
+            )
+
+
+def test_a_combination_of_more_rank_than_the_layer_has_still_runs() -> None:
+    model = adapters(toy(), "other")
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum", "svd", svd_rank=64)
+    torch.testing.assert_close(update(model, "sum"), update(model, "default") + update(model, "other"))
+    model.set_adapter("sum")
+    assert model(tokens()).isfinite().all()
+
+
+def test_a_name_that_is_taken_is_refused() -> None:
+    model = adapters(toy(), "other")
+    with pytest.raises(AdapterError, match="already has an adapter named 'other'"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "other")
 
 
 def test_a_dilated_convolution_runs_and_merges() -> None:

@@ -297,6 +297,45 @@ def scaling(p: Any, folder: Path) -> dict[str, Any]:
     return {"half": half, "whole": logits(model, name)}
 
 
+COMBINATIONS: list[dict[str, Any]] = [
+    {},
+    {"svd_rank": 2},
+    {"combination_type": "linear"},
+    {"combination_type": "cat"},
+    {"combination_type": "ties", "density": 0.5},
+    {"combination_type": "ties", "density": 0.7, "majority_sign_method": "frequency"},
+    {"combination_type": "ties_svd", "density": 0.5},
+    {"combination_type": "magnitude_prune", "density": 0.5},
+    {"combination_type": "magnitude_prune_svd", "density": 0.5, "svd_rank": 4},
+    # At a density of 1 DARE drops nothing, and nothing is left to chance.
+    {"combination_type": "dare_linear", "density": 1.0},
+    {"combination_type": "dare_ties", "density": 1.0},
+    {"combination_type": "dare_linear_svd", "density": 1.0},
+    {"combination_type": "dare_ties_svd", "density": 1.0},
+]
+
+
+def combining(p: Any, folder: Path) -> dict[str, Any]:
+    del folder
+    name = "llama"
+    model = build(p, name, **CAUSAL)
+    model.add_adapter("other", p.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj"]))
+    model.set_adapter("other")
+    fill(model)
+    results: dict[str, Any] = {}
+    for i, options in enumerate(COMBINATIONS):
+        model.add_weighted_adapter(["default", "other"], [0.7, -0.4], f"c{i}", **options)
+        results[f"{options} left alone"] = model.active_adapters, trains(model)
+        config = model.peft_config[f"c{i}"]
+        results[f"{options} config"] = config.r, config.lora_alpha
+        model.set_adapter(f"c{i}", inference_mode=True)
+        results[str(options)] = logits(model, name)
+        model.set_adapter("other")
+    model.add_weighted_adapter(["default"], [2.0], "alone")
+    model.set_adapter("alone")
+    return {**results, "alone": logits(model, name)}
+
+
 def casting(p: Any, folder: Path) -> dict[str, Any]:
     results = {}
     for cast in (True, False):
@@ -326,6 +365,7 @@ SCRIPTS: list[Script] = [
     training,
     automatic,
     scaling,
+    combining,
     casting,
 ]
 

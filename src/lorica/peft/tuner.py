@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn import Parameter
 
 import lorica
+from lorica.algebra import combine
 from lorica.config import LoraConfig
 from lorica.errors import LoricaWarning, StateError, listing
 from lorica.layers import LoraLayer, SwappedModule
+from lorica.model.attach import attach_finite
 from lorica.model.merged import behind_merge, settle
+from lorica.model.mount import open_for
 from lorica.model.structure import find_adapted, walk
 from lorica.roster import Roster
 
@@ -260,6 +263,55 @@ class LoraModel(nn.Module):
         lorica.adapt(self.model, config, adapter_name)
         lorica.active(self.model, before)
         self.set_requires_grad(adapter_name, False)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+    ) -> None:
+        """Add an adapter made of others; it neither acts nor trains.
+
+        Args:
+            adapters: names to combine.
+            weights: of each; may be negative.
+            adapter_name: of the result.
+            combination_type: see `lorica.algebra.combine`; one adapter alone is just scaled.
+            svd_rank: of the result, for the types that end in "svd"; None takes the largest of the parts.
+            svd_clamp: quantile at which the factors of an SVD are cut off.
+            svd_full_matrices: accepted; the matrices it would add are cut off again.
+            svd_driver: for torch.linalg.svd on CUDA.
+            density: share of entries that pruning keeps.
+            majority_sign_method: how TIES elects a sign: "total" or "frequency".
+
+        Raises:
+            AdapterError: the name is taken, or the parts cannot be combined so.
+            ConfigError: there is no such type, or it does not take an option that is given.
+            StateError: an adapter is merged.
+        """
+        open_for(self.model, adapter_name)  # the name must be free; better known before the work than after
+        with behind_merge(self.model):
+            parts = [lorica.extract(self.model, self.roster.known(name)) for name in adapters]
+        combined = combine(
+            parts,
+            list(weights),
+            "linear" if len(parts) == 1 else combination_type,
+            density=density,
+            majority_sign_method=None if majority_sign_method == "total" else majority_sign_method,
+            svd_rank=svd_rank,
+            svd_clamp=svd_clamp,
+            svd_driver=svd_driver,
+        )
+        before = self.roster.active
+        attach_finite(self.model, combined, adapter_name)
+        lorica.active(self.model, before)
 
     def get_model_config(self, model: nn.Module) -> dict[str, Any]:
         """The base's configuration as a dict."""
