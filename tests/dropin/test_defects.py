@@ -134,8 +134,8 @@ def test_combining_with_rslora_keeps_the_scale(combination: str) -> None:
     model = get_peft_model(Toy(), LoraConfig(r=4, use_rslora=True, target_modules=["up"]))
     shake(model)
     model.add_adapter("other", LoraConfig(r=4, lora_alpha=3, use_rslora=True, target_modules=["up"]))
-    model.add_weighted_adapter(["default"], [0.5], "half", combination_type=combination)
-    torch.testing.assert_close(update(model, "half"), 0.5 * update(model, "default"))
+    model.add_weighted_adapter(["default"], [0.5], "halved", combination_type=combination)
+    torch.testing.assert_close(update(model, "halved"), 0.5 * update(model, "default"))
     model.set_adapter("other")
     shake(model, 1)
     if combination != "linear":

@@ -310,7 +310,7 @@ class LoraModel(nn.Module):
             svd_driver=svd_driver,
         )
         before = self.roster.active
-        attach_finite(self.model, combined, adapter_name)
+        attach_finite(self.model, combined, adapter_name, trainable=False)
         lorica.active(self.model, before)
 
     def get_model_config(self, model: nn.Module) -> dict[str, Any]:
