@@ -103,6 +103,8 @@ class TestRefused:
             ("target_modules", [1]),
             ("target_modules", 3),
             ("exclude_modules", [None]),
+            ("target_parameters", "experts.weight"),
+            ("target_parameters", [""]),
             ("modules_to_save", "classifier"),
             ("modules_to_save", [1]),
             ("rank_pattern", {"query": 0}),
@@ -248,7 +250,6 @@ class TestFromDict:
             ("use_qalora", True),
             ("trainable_token_indices", [3]),
             ("layer_replication", [[0, 2]]),
-            ("target_parameters", ["experts.weight"]),
             ("something_of_tomorrow", 1),
         ],
     )

@@ -70,6 +70,35 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
         | _TEXT,
     ),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        _SMALL | _TEXT | {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        _SMALL
+        | _TEXT
+        | {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "moe_intermediate_size": 12}
+        | {"num_experts_per_tok": 2},
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        _SMALL
+        | _TEXT
+        | {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"layer_types": ["full_attention"] * 2},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        _SMALL
+        | _TEXT
+        | {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"intermediate_size_mlp": 24, "interleave_moe_layer_step": 1},
+    ),
     "vit": ("ViTConfig", "ViTForImageClassification", _SMALL | {"image_size": 8, "patch_size": 4}),
     "opt": (
         "OPTConfig",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, listing
 
-Kind = Literal["linear", "embedding", "conv"]
+Kind = Literal["linear", "embedding", "conv", "parameter"]
 
 _RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 
@@ -23,8 +23,10 @@ class Factors:
     """One module's update, ``scale · B·A``.
 
     Args:
-        A: (r, d_in); for an embedding (r, vocabulary); for a convolution (r, channels_in, *kernel).
-        B: (d_out, r); for an embedding (dim, r); for a convolution (channels_out, r / groups, 1, ...).
+        A: (r, d_in); for an embedding (r, vocabulary); for a convolution (r, channels_in, *kernel); for a
+            parameter that stacks experts (experts·r, d_in), expert after expert.
+        B: (d_out, r); for an embedding (dim, r); for a convolution (channels_out, r / groups, 1, ...); for a
+            parameter that stacks experts (d_out, r·experts), an expert's columns `experts` apart.
         scale: α/r or α/√r.
         kind: what sort of layer they belong to.
         magnitude: (d_out,) with DoRA: the norm that each row of ``W0 + scale·B·A`` is brought to. Else None.
@@ -69,7 +71,9 @@ class Adapter:
 
     Args:
         config: how it was made.
-        factors: module path in the base model → its update.
+        factors: module path in the base model → its update. Of several parameters of one module
+            (`target_parameters`) the one that it registered last has the module's path, and each before it
+            one more ``.base_layer`` at its end, as in PEFT's files.
         extras: parameter name in the base model → tensor trained whole (a new head, biases).
     """
 

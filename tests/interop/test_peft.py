@@ -86,6 +86,20 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("zoo", {"target_modules": ["linear", "conv1", "conv2", "conv3"], "lora_bias": True}),
     ("llama", {"target_modules": ["q_proj"], "lora_bias": True}),
     ("gpt2", {"target_modules": ["c_attn"], "lora_bias": True, "bias": "lora_only", "fan_in_fan_out": True}),
+    (
+        "mixtral",
+        {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "experts.down_proj"]},
+    ),
+    ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj", "gate.weight"]}),
+    ("qwen3-moe", {"target_modules": [], "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]}),
+    (
+        "gpt-oss",
+        {
+            "target_modules": ["v_proj"],
+            "target_parameters": ["experts.down_proj_bias", "experts.gate_up_proj", "experts.down_proj"],
+        },
+    ),
+    ("llama4", {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
     ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     ("gpt2", {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
     ("gpt2", {"target_modules": None}),

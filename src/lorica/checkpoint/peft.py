@@ -14,6 +14,7 @@ import dataclasses
 import json
 import pickle
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -137,12 +138,11 @@ def read(directory: str | Path) -> Adapter:
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """An adapter's tensors by the names they have in PEFT's file."""
     named: dict[str, Tensor] = {}
-    wrapped = set(adapter.factors)
+    wrapped = Counter(_host(path)[0] for path in adapter.factors)
     for path, factors in adapter.factors.items():
-        owner, leaf = (
-            _PREFIX + _wrap(path, wrapped, whole=False),
-            "" if factors.kind == "embedding" else ".weight",
-        )
+        host, inside = _host(path)
+        owner = _PREFIX + _wrap(host, wrapped, whole=False) + inside
+        leaf = "" if factors.kind == "embedding" else ".weight"
         side = "lora_embedding_" if factors.kind == "embedding" else "lora_"
         named[f"{owner}.{side}A{leaf}"], named[f"{owner}.{side}B{leaf}"] = factors.A, factors.B
         if factors.bias is not None:
@@ -194,6 +194,18 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
     for (path, kind), sides in halves.items():
         if missing := {"A", "B"} - sides.keys():
             problems.append(f"{path}: lora_{missing.pop()} is missing")
+        elif names := _parameter_names(_host(path)[0], config):
+            meant = {(config.rank(name), config.scale(name)) for name in names}
+            r, scale = min(meant)
+            if len(meant) > 1:
+                problems.append(
+                    f"{path}: rank_pattern and alpha_pattern differ for {names}, and the file does not say "
+                    "which of them is which; give them one rank and alpha"
+                )
+            elif problem := _stack_mismatch(sides["A"], sides["B"], r):
+                problems.append(f"{path}: {problem}")
+            else:
+                factors[path] = Factors(sides["A"], sides["B"], scale, "parameter")
         elif problem := _mismatch(sides["A"], sides["B"], config.rank(path), kind):
             problems.append(f"{path}: {problem}")
         else:
@@ -220,9 +232,27 @@ def _disagreements(path: str, part: str, tensor: Tensor | None, field: str, want
     return []
 
 
+def _host(path: str) -> tuple[str, str]:
+    """A module's path without the ``.base_layer`` that tell its parameters apart, and those."""
+    host = re.sub(r"(\.base_layer)+$", "", path)
+    return host, path[len(host) :]
+
+
+def _parameter_names(host: str, config: LoraConfig) -> list[str]:
+    """The names that `target_parameters` may mean at a module; none where it is a target itself."""
+    modules = config.target_modules
+    if isinstance(modules, str):
+        is_target = re.fullmatch(modules, host) is not None
+    else:
+        is_target = any(f".{host}".endswith(f".{name}") for name in modules or [])
+    parts = [] if is_target else [name.rpartition(".") for name in config.target_parameters or []]
+    return [f"{host}.{leaf}" for owner, _, leaf in parts if not owner or f".{host}".endswith(f".{owner}")]
+
+
 def _path(key: str) -> str:
     """A module's path in the base, from PEFT's key for it."""
-    return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    host, inside = _host(key.removeprefix(_PREFIX))
+    return re.sub(r"(\.base_layer)+\.", ".", host) + inside
 
 
 def _mismatch(A: Tensor, B: Tensor, r: int, kind: Kind) -> str | None:
@@ -236,14 +266,23 @@ def _mismatch(A: Tensor, B: Tensor, r: int, kind: Kind) -> str | None:
     return None
 
 
-def _wrap(path: str, wrapped: set[str], *, whole: bool) -> str:
+def _stack_mismatch(A: Tensor, B: Tensor, r: int) -> str | None:
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] % r:
+        return (
+            f"A {tuple(A.shape)} and B {tuple(B.shape)} are not the two halves of updates of rank {r}, one "
+            "for each expert"
+        )
+    return None
+
+
+def _wrap(path: str, wrapped: Mapping[str, int], *, whole: bool) -> str:
     """Insert the `base_layer` that PEFT's wrappers put between an adapted module and what it holds."""
     parts = path.split(".")
     result = []
     for i, part in enumerate(parts):
         result.append(part)
-        if ".".join(parts[: i + 1]) in wrapped and (whole or i + 1 < len(parts)):
-            result.append("base_layer")
+        if whole or i + 1 < len(parts):
+            result += ["base_layer"] * wrapped.get(".".join(parts[: i + 1]), 0)
     return ".".join(result)
 
 

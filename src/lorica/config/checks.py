@@ -77,16 +77,24 @@ def check(config: LoraConfig) -> None:
     )
     for name in ("lora_bias", "use_dora", "use_rslora", "fan_in_fan_out", "inference_mode"):
         expect(name, isinstance(getattr(config, name), bool), "True or False")
-    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+    lists = ("target_parameters", "modules_to_save")
+    for name in ("target_modules", "exclude_modules", "layers_pattern", *lists):
         value = getattr(config, name)
-        text = isinstance(value, str) and name != "modules_to_save"
+        text = isinstance(value, str) and name not in lists
         names = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
         expect(
             name,
             value is None or text or names,
-            "a list of names" if name == "modules_to_save" else "a string or a list of names",
+            "a list of names" if name in lists else "a string or a list of names",
         )
-    expect("target_modules", config.target_modules not in ([], ""), "None or name at least one module")
+    nothing = config.target_modules == [] and not config.target_parameters
+    expect("target_modules", config.target_modules != "" and not nothing, "None or name at least one module")
+    for name in ("lora_dropout", "use_dora", "lora_bias"):
+        if config.target_parameters and getattr(config, name):
+            raise ConfigError(
+                f"{name} does not go with target_parameters: a parameter's update is folded into what "
+                f"its module reads, so it has no input or output of its own; leave {name} out"
+            )
     if config.lora_bias and config.use_dora:
         raise ConfigError(
             "lora_bias and use_dora do not go together: DoRA has no place for a bias on B; set one of them"

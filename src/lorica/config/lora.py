@@ -45,6 +45,10 @@ class LoraConfig:
             every ``….query``); a string is a regular expression over the full name; ``"all-linear"`` takes
             every linear layer but the output head; None takes the architecture's attention query and value
             projections.
+        target_parameters: parameters to adapt that are no layer's weight, such as the stacked weights of a
+            mixture of experts: ``["mlp.experts.gate_up_proj"]``. Whole names or dotted suffixes; each a
+            matrix (d_out, d_in) or a stack of them, of which every expert has an update of rank `r`. Not with
+            dropout, `use_dora` or `lora_bias`. With ``target_modules=[]`` nothing else is adapted.
         exclude_modules: modules to leave out, matched like `target_modules`.
         bias: which of the base's biases train as well: ``"none"``, ``"all"``, or ``"lora_only"`` (those of
             the adapted layers).
@@ -77,6 +81,7 @@ class LoraConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     bias: str = "none"
     lora_bias: bool = False
@@ -98,6 +103,7 @@ class LoraConfig:
         """Normalise lists and check every value."""
         for name in (
             "target_modules",
+            "target_parameters",
             "exclude_modules",
             "modules_to_save",
             "layers_to_transform",

@@ -13,6 +13,7 @@ from lorica.layers.base import SwappedModule as SwappedModule
 from lorica.layers.base import swapped_class as swapped_class
 from lorica.layers.conv import LoraConv as LoraConv
 from lorica.layers.embedding import LoraEmbedding as LoraEmbedding
+from lorica.layers.experts import LoraParameters as LoraParameters
 from lorica.layers.linear import LoraAttention as LoraAttention
 from lorica.layers.linear import LoraAttentionOutput as LoraAttentionOutput
 from lorica.layers.linear import LoraConv1D as LoraConv1D

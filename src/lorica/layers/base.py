@@ -329,6 +329,10 @@ class LoraLayer(SwappedModule):
         weight = weight.to(A.dtype) if A.dtype == torch.float64 else weight
         return functional.row_norm(cls.as_matrix(weight), A, B, scale)
 
+    def holders(self, name: str) -> list[tuple[str, str, Any]]:
+        """What holds factors of an adapter: its key and live name after this module's path, and itself."""
+        return [("", "", self)]
+
     def add_factors(self, name: str, A: Parameter, B: Parameter, scale: float, dropout: float) -> None:
         """Take an adapter's factors, replacing those of the same name."""
         self.lora_A._modules[name], self.lora_B._modules[name] = Factor.of(A), Factor.of(B)

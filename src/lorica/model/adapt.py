@@ -150,19 +150,21 @@ def disabled(model: nn.Module) -> active:
 
 
 def _fresh(target: Target, config: LoraConfig, seed: int) -> Mount:
-    random = init.generator(seed, target.path)
+    random, r = init.generator(seed, target.pattern_path), config.rank(target.pattern_path)
     A, B = init.start(
-        target.layer.factor_shapes(target.module, config.rank(target.path)),
+        target.factor_shapes(r),
         config.init_lora_weights,
         random,
         embedding=issubclass(target.layer, LoraEmbedding),
     )
+    if config.init_lora_weights == "gaussian":
+        A *= A.shape[0] / r  # its deviation is that of one expert's rank
     A, B = (parameter_for(target, factor, copy=False) for factor in (A, B))
-    scale = config.scale(target.path)
+    scale = config.scale(target.pattern_path)
     magnitude = _norms(target, A, B, scale) if config.use_dora else None
     bias = None
     if config.lora_bias:
-        start = init.start_bias(B.shape[0], config.rank(target.path), config.init_lora_weights, random)
+        start = init.start_bias(B.shape[0], r, config.init_lora_weights, random)
         bias = parameter_for(target, start, copy=False)
     return Mount(target, A, B, scale, magnitude, bias)
 

@@ -6,7 +6,15 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from lorica.errors import TargetError
-from lorica.layers import LoraAttention, LoraEmbedding, LoraLayer, LoraOpaque, LoraQuantized
+from lorica.layers import (
+    LoraAttention,
+    LoraEmbedding,
+    LoraLayer,
+    LoraOpaque,
+    LoraParameters,
+    LoraQuantized,
+    SwappedModule,
+)
 from lorica.layers.quantized import is_unfinished, quantizer_of
 from lorica.model.structure import Place
 
@@ -92,6 +100,32 @@ def check_bias(place: Place, layer: type[LoraLayer]) -> None:
         raise TargetError(
             f"{place.path}: lora_bias is for linear layers and convolutions that are called, not for a "
             f"{type(place.module).__name__} in this place; leave it out, or set lora_bias=False"
+        )
+
+
+def check_parameter(place: Place, leaf: str) -> None:
+    """Refuse a parameter on which an update would not act, or has no shape.
+
+    Raises:
+        TargetError: naming it.
+    """
+    name, module = f"{place.path}.{leaf}", place.module
+    check_replaceable(place.path, module)
+    if isinstance(module, SwappedModule) and not isinstance(module, LoraParameters):
+        raise TargetError(
+            f"{name}: another adapter has made {place.path} a {type(module).__name__}; adapt it as a module, "
+            "or leave it out of target_parameters"
+        )
+    weight = module._parameters[leaf]
+    if type(weight).__name__ == "DTensor":
+        raise TargetError(
+            f"{name} is already sharded; adapt the model before fully_shard, so that A and B are sharded too"
+        )
+    if weight is None or not weight.is_floating_point() or weight.dim() not in (2, 3):
+        what = "None" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}"
+        raise TargetError(
+            f"{name} is {what}; target_parameters takes floating-point matrices (d_out, d_in) and stacks of "
+            "them (experts, ...)"
         )
 
 

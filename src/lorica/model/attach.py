@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.adapter import Adapter, Factors
+from lorica.config import LoraConfig
 from lorica.errors import AdapterError, TargetError, lines, nearest
 from lorica.layers import SavedModule, layer_class
 from lorica.model.adaptable import check_adaptable, check_bias, check_magnitudes, check_whole
@@ -23,6 +24,7 @@ from lorica.model.targets import (
     meant,
     outermost,
     outside,
+    parameter_targets,
     trained_whole,
     within_any,
 )
@@ -65,11 +67,21 @@ def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> 
         check_whole(path, module)
     targets: list[Target] = []
     problems: list[str] = []
+    try:
+        parameters = {target.key: target for target in parameter_targets(places.values(), adapter.config)}
+    except TargetError as error:
+        raise AdapterError(f"the adapter does not fit this {type(root).__name__}:\n  {error}") from None
     for path, factors in adapter.factors.items():
         try:
-            targets.append(_target(places, path, factors))
+            if factors.kind == "parameter":
+                targets.append(_parameter_target(parameters, path, factors, adapter.config))
+            else:
+                targets.append(_target(places, path, factors))
         except TargetError as error:
             problems.append(str(error))
+    problems += [
+        f"missing: {parameters[key].pattern_path}" for key in parameters if key not in adapter.factors
+    ]
     problems += [*_extra_problems(root, adapter, saved), *_missing(root, places, adapter, saved)]
     if problems:
         raise AdapterError(f"the adapter does not fit this {type(root).__name__}:\n{lines(problems)}")
@@ -88,6 +100,27 @@ def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> 
     if not roster.active:
         roster.activate(root, (name,))
     return model
+
+
+def _parameter_target(
+    parameters: Mapping[str, Target], key: str, factors: Factors, config: LoraConfig
+) -> Target:
+    """The parameter that an update is for.
+
+    Raises:
+        TargetError: there is none, or none that it fits.
+    """
+    target = parameters.get(key)
+    if target is None:
+        raise TargetError(f"unexpected: {key} is no parameter that target_parameters names in this model")
+    expected = target.factor_shapes(config.rank(target.pattern_path))
+    came = tuple(factors.A.shape), tuple(factors.B.shape)
+    if came != expected:
+        raise TargetError(
+            f"shape of {target.pattern_path}: A {came[0]} and B {came[1]} in the adapter, {expected[0]} and "
+            f"{expected[1]} in the model"
+        )
+    return target
 
 
 def _slots(

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from lorica.adapter import Adapter
 from lorica.errors import AdapterError, StateError, listing
 from lorica.folding import each_on_one_thread, one_thread
-from lorica.layers import LayerState, LoraLayer, SavedModule, SwappedModule
+from lorica.layers import LayerState, LoraLayer, LoraParameters, SavedModule, SwappedModule
 from lorica.layers.quantized import holding, set_attribute
 from lorica.model import pretrained
 from lorica.model.packed import (
@@ -200,7 +200,11 @@ def switch(model: nn.Module, name: str) -> None:
             if isinstance(item.module, LoraLayer) and name in item.module.scaling
         }
         _check_mergeable(layers, (name,))
-        factors = {path: layer.factors(name) for path, layer in layers.items()}
+        factors = {
+            path + key: holder.factors(name)
+            for path, layer in layers.items()
+            for key, _, holder in layer.holders(name)
+        }
         Adapter(roster.configs[name], factors).check_finite()
         aside.ties.redo(root)
         for item in aside.modules:
@@ -365,6 +369,9 @@ def _fold(
 
 def _loss(layer: LoraLayer, names: tuple[str, ...], state: dict[str, Any]) -> float:
     """`rounding_loss` of what `_merged_states` returned."""
+    if isinstance(layer, LoraParameters):
+        lost, total = layer.lost(names, state)
+        return (lost / total) ** 0.5 if total else 0.0
     weight = state[layer.weight_name]
     if type(weight) is not Parameter:
         with holding(layer, state):

@@ -45,7 +45,7 @@ class mixed:
         for path, layer in lora_layers(root).items():
             if not layer.rows_differ and any(name in layer.scaling for name in used):
                 raise StateError(
-                    f"{path} is read by a fused kernel, which has one weight for all rows; "
+                    f"{path} is read past its layer, as one weight for all rows; "
                     "adapters on it cannot be mixed in a batch"
                 )
         self._before = self._roster.rows

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from lorica.adapter import check_name
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError
-from lorica.layers import LoraLayer, SavedModule
+from lorica.layers import LoraLayer, LoraParameters, SavedModule
 from lorica.layers.quantized import hold_layout
 from lorica.model import pretrained
 from lorica.model.structure import ROSTER, base_parameters, find_adapted
@@ -57,7 +57,7 @@ def parameter_for(target: Target, factor: Tensor, *, copy: bool) -> Parameter:
         factor: its values.
         copy: whether it must have memory of its own.
     """
-    anchor = target.layer.anchor(target.module)
+    anchor = target.anchor
     precision, device = torch.float32, None
     if anchor is not None:
         device = anchor.device
@@ -97,8 +97,13 @@ def mount(
         setattr(root, ROSTER, roster)
         pretrained.enter(root)
     roster.configs[name] = config
-    for (_, module, layer), A, B, scale, magnitude, bias in mounts:
-        host = module if isinstance(module, LoraLayer) else layer.take(module, roster)
+    for target, A, B, scale, magnitude, bias in mounts:
+        module = target.module
+        host = module if isinstance(module, LoraLayer) else target.layer.take(module, roster)
+        if isinstance(host, LoraParameters):
+            assert target.parameter is not None
+            host.add_parameter(name, target.parameter, _train(A, trainable), _train(B, trainable), scale)
+            continue
         host.add_factors(name, _train(A, trainable), _train(B, trainable), scale, config.lora_dropout)
         if magnitude is not None:
             host.add_magnitude(name, _train(magnitude, trainable))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Container, Iterable, Iterator
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorica.config import LoraConfig, matches_pattern
 from lorica.errors import TargetError, listing, nearest
@@ -17,11 +17,18 @@ from lorica.layers import (
     LoraConv1D,
     LoraEmbedding,
     LoraLayer,
+    LoraParameters,
     SavedModule,
     layer_class,
 )
 from lorica.layers.conv import LoraConv
-from lorica.model.adaptable import check_adaptable, check_bias, check_magnitudes, check_whole
+from lorica.model.adaptable import (
+    check_adaptable,
+    check_bias,
+    check_magnitudes,
+    check_parameter,
+    check_whole,
+)
 from lorica.model.structure import Place, walk
 
 # Query and value projections as the architectures name them, most specific first: the usual choice where none
@@ -48,11 +55,48 @@ HEADS = {
 
 
 class Target(NamedTuple):
-    """A module to adapt, and the kind of layer it becomes."""
+    """A module to adapt, and the kind of layer it becomes.
+
+    Args:
+        path: of the module.
+        module: itself.
+        layer: what it becomes.
+        parameter: which of its parameters, where that is not the kind's own.
+        depth: how many parameters of the module that are adapted too it registered later.
+    """
 
     path: str
     module: nn.Module
     layer: type[LoraLayer]
+    parameter: str | None = None
+    depth: int = 0
+
+    @property
+    def key(self) -> str:
+        """Its name in an adapter."""
+        return self.path + ".base_layer" * self.depth
+
+    @property
+    def pattern_path(self) -> str:
+        """What `rank_pattern` and `alpha_pattern` are matched against."""
+        return self.path if self.parameter is None else f"{self.path}.{self.parameter}"
+
+    @property
+    def anchor(self) -> Tensor | None:
+        """The tensor that says on which device the update computes, and how precisely."""
+        if self.parameter is not None:
+            return self.module._parameters[self.parameter]
+        return self.layer.anchor(self.module)
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B at rank `r`.
+
+        Raises:
+            TargetError: the module cannot carry such an update.
+        """
+        if self.parameter is not None:
+            return LoraParameters.shapes(self.module, self.parameter, r)
+        return self.layer.factor_shapes(self.module, r)
 
 
 class Targets(NamedTuple):
@@ -81,7 +125,14 @@ def resolve(root: nn.Module, config: LoraConfig) -> Targets:
     saved = trained_whole(places, config)
     free = outside(places, saved)
     targets = [as_target(place, config) for place in meant(root, free, config)]
-    paths = [target.path for target in targets]
+    targets += parameter_targets(free, config)
+    both = {t.path for t in targets if t.parameter is None} & {t.path for t in targets if t.parameter}
+    if both:
+        raise TargetError(
+            f"{listing(sorted(both))}: targeted as a module and by a parameter of it; leave one of the two "
+            "out of target_modules and target_parameters"
+        )
+    paths = [target.pattern_path for target in targets]
     for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
             if not any(matches_pattern(key, path) for path in paths):
@@ -104,7 +155,8 @@ def _settled(
         # The attention's name means its output too; PEFT would adapt one that is named beside it a second
         # time.
         outputs = {f"{t.path}.out_proj" for t in targets if issubclass(t.layer, LoraAttention)}
-        names = shortest_suffixes([t.path for t in targets if t.path not in outputs], paths)
+        modules = [t.path for t in targets if t.parameter is None and t.path not in outputs]
+        names = shortest_suffixes(modules, paths)
     heads = sorted({path.rpartition(".")[2] for path in saved}) if config.task_type in HEADS else None
     return config.replace(
         target_modules=names,
@@ -130,6 +182,44 @@ def _suffixes(path: str) -> list[str]:
 
 def _tails(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
+
+def parameter_targets(places: Iterable[Place], config: LoraConfig) -> list[Target]:
+    """The parameters that `target_parameters` means.
+
+    Raises:
+        TargetError: a name matches none, or one that cannot be adapted.
+    """
+    wanted = config.target_parameters or []
+    if not wanted:
+        return []
+    places = list(places)
+    everything = [f"{p.path}.{leaf}" for p in places for leaf in p.module._parameters]
+    for name in wanted:
+        if not any(ends_with(path, name) for path in everything):
+            near = nearest(name, [*_tails(everything), *everything])
+            raise TargetError(f"target_parameters names {name!r}, which matches no parameter{near}")
+    if config.layers_to_transform is not None:
+        raise TargetError(
+            "layers_to_transform chooses among target_modules only; put the blocks into the names of "
+            'target_parameters instead: "layers.0.mlp.experts.down_proj"'
+        )
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise TargetError(
+            f"init_lora_weights={config.init_lora_weights!r} is for layers; with target_parameters it must "
+            'be True, False or "gaussian"'
+        )
+    targets = []
+    for place in places:
+        leaves = [
+            leaf
+            for leaf in place.module._parameters
+            if any(ends_with(f"{place.path}.{leaf}", name) for name in wanted)
+        ]
+        for i, leaf in enumerate(leaves):
+            check_parameter(place, leaf)
+            targets.append(Target(place.path, place.module, LoraParameters, leaf, len(leaves) - 1 - i))
+    return targets
 
 
 def _means_all_linear(pattern: object) -> bool:
@@ -192,6 +282,8 @@ def meant(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Plac
     Raises:
         TargetError: a name or pattern matches nothing, or nothing is left.
     """
+    if config.target_modules == []:
+        return []
     if config.target_modules is None:
         chosen = _usual(root, places)
     elif _means_all_linear(config.target_modules):
@@ -312,6 +404,11 @@ def as_target(place: Place, config: LoraConfig) -> Target:
         raise TargetError(
             f"{path} is a {type(module).__name__}, which cannot be adapted (lorica adapts "
             f"{ADAPTABLE}){_inside(path, module)}"
+        )
+    if layer is LoraParameters:
+        raise TargetError(
+            f"{path}: another adapter adapts parameters of it (target_parameters), so it cannot take an "
+            "update of its own weight beside that; target its parameter"
         )
     check_adaptable(place, layer)
     if config.use_dora:

@@ -40,17 +40,22 @@ def extract(
         return gathered.get(path, tensor).detach()
 
     factors = {}
-    for path, layer in lora_layers(root).items():
-        if name in layer.scaling:
-            named = zip(layer.factor_names(name), layer.factor_parameters(name), strict=True)
-            A, B = (value(f"{path}.{leaf}", parameter) for leaf, parameter in named)
-            magnitude = layer.magnitude_parameter(name)
-            if magnitude is not None:
-                magnitude = value(f"{path}.lora_magnitude_vector.{name}.weight", magnitude)
-            bias = layer.bias_parameter(name)
-            if bias is not None:
-                bias = value(f"{path}.lora_B.{name}.bias", bias)
-            factors[path] = Factors(A, B, layer.scaling[name], layer.kind, magnitude, bias)
+    held = (
+        (f"{path}{key}", f"{path}{live}", holder)
+        for path, layer in lora_layers(root).items()
+        if name in layer.scaling
+        for key, live, holder in layer.holders(name)
+    )
+    for key, path, layer in held:
+        named = zip(layer.factor_names(name), layer.factor_parameters(name), strict=True)
+        A, B = (value(f"{path}.{leaf}", parameter) for leaf, parameter in named)
+        magnitude = layer.magnitude_parameter(name)
+        if magnitude is not None:
+            magnitude = value(f"{path}.lora_magnitude_vector.{name}.weight", magnitude)
+        bias = layer.bias_parameter(name)
+        if bias is not None:
+            bias = value(f"{path}.lora_B.{name}.bias", bias)
+        factors[key] = Factors(A, B, layer.scaling[name], layer.kind, magnitude, bias)
     extras = {
         copy.base_name: value(copy.live_name, copy.tensor) for copy in trained_copies(root, roster, name)
     }

@@ -129,6 +129,10 @@ def _place_extra(
 def _place_factors(
     result: Placement, adapter: Adapter, base: Checkpoint, path: str, factors: Factors
 ) -> list[str]:
+    if factors.kind == "parameter":
+        return [
+            f"{path}: updates of parameters (target_parameters) are not merged on disk; merge it in memory"
+        ]
     if factors.bias is not None:
         return [f"{path}: the bias on its B (lora_bias) goes into another tensor; merge it in memory"]
     if factors.magnitude is not None:
