@@ -145,7 +145,7 @@ class LoraParameters(LoraLayer):
             # A ModuleDict refuses names that are the module's own attributes; a parameter's may be "keys".
             self.lora_parameters.add_module(parameter, ParameterUpdate(experts, is_transposed(self)))
         update: Any = self.lora_parameters[parameter]
-        update.lora_A[name], update.lora_B[name] = Factor(A), Factor(B)
+        update.lora_A[name], update.lora_B[name] = Factor.of(A), Factor.of(B)
         update.scaling[name] = self.scaling[name] = scale
         self.lora_dropout[name] = 0.0
 

@@ -196,7 +196,7 @@ def parameter_targets(places: Iterable[Place], config: LoraConfig) -> list[Targe
     places = list(places)
     everything = [f"{p.path}.{leaf}" for p in places for leaf in p.module._parameters]
     for name in wanted:
-        if not any(ends_with(path, name) for path in everything):
+        if not any(f".{path}".endswith(f".{name}") for path in everything):
             near = nearest(name, [*_tails(everything), *everything])
             raise TargetError(f"target_parameters names {name!r}, which matches no parameter{near}")
     if config.layers_to_transform is not None:
@@ -210,12 +210,9 @@ def parameter_targets(places: Iterable[Place], config: LoraConfig) -> list[Targe
             'be True, False or "gaussian"'
         )
     targets = []
+    ends = tuple(f".{name}" for name in wanted)
     for place in places:
-        leaves = [
-            leaf
-            for leaf in place.module._parameters
-            if any(ends_with(f"{place.path}.{leaf}", name) for name in wanted)
-        ]
+        leaves = [leaf for leaf in place.module._parameters if f".{place.path}.{leaf}".endswith(ends)]
         for i, leaf in enumerate(leaves):
             check_parameter(place, leaf)
             targets.append(Target(place.path, place.module, LoraParameters, leaf, len(leaves) - 1 - i))
