@@ -60,7 +60,10 @@ class Factors:
         return B.unflatten(0, (self.groups, -1)), A.unflatten(0, (self.groups, -1))
 
     def norm(self) -> float:
-        """Frobenius norm of ``scale · B·A``, from r × r products, without forming B·A."""
+        """Frobenius norm of ``scale · B·A``, from r × r products, without forming B·A.
+
+        For a stack of experts, whose update is no single product, that of the factors as they stand.
+        """
         B, A = (block.double() for block in self.blocks())
         return abs(self.scale) * float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt())
 

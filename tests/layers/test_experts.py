@@ -13,6 +13,7 @@ from tiny import record, shake
 from torch import Tensor, nn
 
 import lorica
+import lorica.algebra
 from lorica.errors import AdapterError, ConfigError, StateError, TargetError
 from lorica.layers import LoraParameters
 
@@ -259,3 +260,14 @@ def test_a_linear_layers_weight_read_as_a_parameter() -> None:
     update = model.first.lora_parameters["weight"]
     W = before.first.weight + 1.5 * update.lora_B["one"].weight @ update.lora_A["one"].weight
     torch.testing.assert_close(model(x), before.experts(x @ W.T + before.first.bias))
+
+
+@pytest.mark.parametrize(
+    "work", [lorica.algebra.add, lambda adapter: lorica.algebra.compress(adapter, rank=1)]
+)
+def test_no_algebra_of_stacks(work: Any) -> None:
+    model, _, _ = make("one")
+    with pytest.raises(
+        AdapterError, match=r"updates of parameters .* are not combined or compressed: experts"
+    ):
+        work(lorica.extract(model))

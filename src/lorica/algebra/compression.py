@@ -10,6 +10,7 @@ from lorica.adapter import Adapter, Factors
 from lorica.algebra.report import ErrorReport, error
 from lorica.algebra.settings import describing
 from lorica.algebra.spectrum import Spectrum, blocks_of_sum, spectrum
+from lorica.algebra.terms import check_no_parameters
 from lorica.errors import ConfigError
 
 
@@ -38,6 +39,7 @@ def compress(
 
     Raises:
         ConfigError: neither `rank` nor `energy` is given, or one is out of range.
+        AdapterError: it has updates of parameters (`target_parameters`).
 
     Source: Eckart and Young, 1936: no matrix of a rank is nearer than the SVD cut to it.
     """
@@ -47,6 +49,7 @@ def compress(
         raise ConfigError(f"rank must be at least 1, not {rank}")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"energy must be a share in (0, 1], not {energy}")
+    check_no_parameters(adapter)
     factors = {}
     for path, f in adapter.factors.items():
         found = spectrum(*blocks_of_sum([(f, 1.0)]))

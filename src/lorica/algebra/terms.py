@@ -32,9 +32,12 @@ class Terms:
 
         Raises:
             ConfigError: there is no adapter, or not a finite weight for each.
+            AdapterError: one has updates of parameters.
         """
         if not adapters:
             raise ConfigError("there is no adapter to work on; give at least one")
+        for adapter in adapters:
+            check_no_parameters(adapter)
         chosen = [1.0] * len(adapters) if weights is None else list(weights)
         if len(chosen) != len(adapters) or not all(map(math.isfinite, chosen)):
             raise ConfigError(f"expected {len(adapters)} finite weights, one for each adapter, not {chosen}")
@@ -99,6 +102,20 @@ class Terms:
             raise AdapterError(
                 f"the adapters are not for the same base; these layers differ:\n{lines(problems)}"
             )
+
+
+def check_no_parameters(adapter: Adapter) -> None:
+    """Refuse updates of parameters, whose factors interleave those of several experts.
+
+    Raises:
+        AdapterError: naming them.
+    """
+    found = [path for path, factors in adapter.factors.items() if factors.kind == "parameter"]
+    if found:
+        raise AdapterError(
+            f"updates of parameters (target_parameters) are not combined or compressed: "
+            f"{listing(found, limit=3)}; merge such an adapter into its base instead"
+        )
 
 
 def _form(factors: Factors) -> str:
