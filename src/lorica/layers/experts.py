@@ -69,7 +69,9 @@ class ParameterUpdate(nn.Module):
         products = [(*self.product(name, precision), self.scaling[name]) for name in present]
         single = self.experts is None
         stacks = [(left[None], right[None], s) if single else (left, right, s) for left, right, s in products]
-        for i, (matrix, stored) in enumerate(zip(*((t[None] if single else t for t in (W0, out))), strict=True)):
+        for i, (matrix, stored) in enumerate(
+            zip(*(t[None] if single else t for t in (W0, out)), strict=True)
+        ):
             total = matrix
             for left, right, scale in stacks[:-1]:
                 total = fold(total, left[i], right[i], scale)
