@@ -177,7 +177,8 @@ class LoraParameters(LoraLayer):
             W0: Tensor = self.get_base(leaf).detach()
             precision = torch.promote_types(W0.dtype, torch.float32)
             result[leaf] = torch.empty_like(W0, dtype=precision) if out is None else out[leaf]
-            self.lora_parameters[leaf].fold(W0, names, precision, out=result[leaf])
+            update: Any = self.lora_parameters[leaf]
+            update.fold(W0, names, precision, out=result[leaf])
         return result
 
     def lost(self, names: Sequence[str], stored: Mapping[str, Tensor]) -> tuple[float, float]:
