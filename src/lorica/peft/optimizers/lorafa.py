@@ -51,6 +51,20 @@ class LoraFAOptimizer(Optimizer):
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**settings, "correct_bias": correct_bias, "downs": None, "scales": None})
 
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, without A and the scales: those are the model's."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.update(downs=None, scales=None)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a saved state; A and the scales stay the model's."""
+        own = [(group["downs"], group["scales"]) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, (downs, scales) in zip(self.param_groups, own, strict=True):
+            group.update(downs=downs, scales=scales)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step.
