@@ -154,6 +154,39 @@ def test_a_combination_of_more_rank_than_the_layer_has_still_runs() -> None:
     assert model(tokens()).isfinite().all()
 
 
+class Experts(nn.Module):
+    """Three matrices in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eoi->beo", x, self.weight).sum(1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_update_of_stacked_weights_is_the_same_in_every_forward(training: bool) -> None:
+    base = nn.ModuleDict({"experts": Experts()})
+    model: Any = get_peft_model(
+        base, LoraConfig(r=2, target_modules=[], target_parameters=["experts.weight"])
+    )
+    shake(model)
+    before = weights(model)
+    trained = requires_grad(model)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=[], target_parameters=["experts.weight"]))
+    assert {name: p.requires_grad for name, p in model.named_parameters() if name in trained} == trained
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name not in trained)
+    experts = model.train(training).get_base_model()["experts"]
+    x = torch.randn(2, 5)
+    first = experts(x)
+    for _ in range(3):
+        assert torch.equal(experts(x), first)
+    assert weights(model) == before
+    with model.disable_adapter():
+        assert not torch.allclose(experts(x), first)
+
+
 def test_a_name_that_is_taken_is_refused() -> None:
     model = adapters(toy(), "other")
     with pytest.raises(AdapterError, match="already has an adapter named 'other'"):

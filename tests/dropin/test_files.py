@@ -45,7 +45,7 @@ def outputs(model: Any) -> Tensor:
 
 class TestConfiguration:
     def test_a_field_is_checked_when_it_is_assigned(self) -> None:
-        config = LoraConfig(r=4, task_type=TaskType.SEQ_CLS)
+        config: Any = LoraConfig(r=4, task_type=TaskType.SEQ_CLS)
         config.r = 8
         config.target_modules = {"v", "q"}
         assert (config.r, config.target_modules, config.task_type) == (8, ["q", "v"], "SEQ_CLS")

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Iterator
 
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lorica.layers import SwappedModule
 from lorica.model.structure import lora_layers
+
+
+def brought(module: SwappedModule) -> Iterator[tuple[str, Parameter]]:
+    """The parameters that adapters brought to a module, each with its adapter's name."""
+    for own in module.own_modules:
+        # The adapter comes first; below a module with adapted parameters, after parameter and factor.
+        place = 2 if own == "lora_parameters" else 0
+        for path, parameter in getattr(module, own).named_parameters():
+            yield path.split(".")[place], parameter
 
 
 def recomputes(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from lorica.layers import (
 )
 from lorica.model.merged import behind_merge
 from lorica.model.structure import find_adapted, walk
+from lorica.peft.base import brought
 from lorica.roster import Roster
 
 Irregular = Literal["irregular"]
@@ -156,10 +157,8 @@ def _layer(
     name: str, module: SwappedModule, active: list[str], enabled: bool, merged: Iterable[str]
 ) -> TunerLayerStatus:
     parts: dict[str, list[Parameter]] = {}
-    for own in module.own_modules:
-        entries: Any = getattr(module, own)
-        for key, entry in entries.items():
-            parts.setdefault(key, []).extend([entry] if isinstance(entry, Parameter) else entry.parameters())
+    for adapter, parameter in brought(module):
+        parts.setdefault(adapter, []).append(parameter)
     return TunerLayerStatus(
         name=name,
         module_type=module_type(module),

@@ -24,6 +24,7 @@ from lorica.model.attach import attach_finite
 from lorica.model.merged import behind_merge, settle
 from lorica.model.mount import open_for
 from lorica.model.structure import find_adapted, walk
+from lorica.peft.base import brought
 from lorica.roster import Roster
 
 
@@ -323,9 +324,5 @@ def parameters_of(root: nn.Module, roster: Roster, name: str) -> Iterator[Parame
     """All parameters that an adapter brought: factors, copies of whole modules, biases."""
     for place in walk(root):
         if isinstance(place.module, SwappedModule):
-            for own in place.module.own_modules:
-                entries: Any = getattr(place.module, own)
-                if name in entries:
-                    entry = entries[name]
-                    yield from (entry,) if isinstance(entry, Parameter) else entry.parameters()
+            yield from (parameter for adapter, parameter in brought(place.module) if adapter == name)
     yield from roster.slots.get(name, {}).values()
