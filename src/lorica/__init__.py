@@ -20,6 +20,7 @@ from lorica.model import active as active
 from lorica.model import adapt as adapt
 from lorica.model import adapters as adapters
 from lorica.model import attach as attach
+from lorica.model import count as count
 from lorica.model import detach as detach
 from lorica.model import disabled as disabled
 from lorica.model import extract as extract
@@ -33,5 +34,6 @@ from lorica.model import restore as restore
 from lorica.model import save as save
 from lorica.model import switch as switch
 from lorica.model import trainable_parameters as trainable_parameters
+from lorica.study.planning import plan as plan
 
 __version__ = "0.1.0"

@@ -18,6 +18,8 @@ COMMANDS = {
     "convert": "a checkpoint of loralib's to an adapter in PEFT's format, or back",
     "combine": "several adapters into one: their weighted sum, TIES, DARE and others",
     "compress": "an adapter at the rank it needs, with the error that makes",
+    "plan": "what training will cost: parameters, file, memory, arithmetic, the largest batch that fits",
+    "study": "what an adapter learned: a report with figures and advice on its ranks",
     "info": "what is in an adapter: rank, targets, size, norm of each layer's update",
 }
 

@@ -9,6 +9,7 @@ from lorica.model.adapt import detach as detach
 from lorica.model.adapt import disabled as disabled
 from lorica.model.attach import attach as attach
 from lorica.model.count import ParameterCount as ParameterCount
+from lorica.model.count import count as count
 from lorica.model.count import trainable_parameters as trainable_parameters
 from lorica.model.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from lorica.model.merge import MergeReport as MergeReport

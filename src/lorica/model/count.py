@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from lorica.config import LoraConfig
 from lorica.layers.quantized import numel
+from lorica.model.adapt import adapt
+from lorica.model.skeleton import skeleton
 from lorica.model.structure import saved_modules, walk
 
 
@@ -58,3 +62,19 @@ def trainable_parameters(model: nn.Module) -> ParameterCount:
         total=total,
         deployed=total - sum(numel(p) for p in originals.values()),
     )
+
+
+def count(config: LoraConfig, model: Any) -> ParameterCount:
+    """Count what a configuration would train on an architecture, without a weight of it.
+
+    Args:
+        config: what to train.
+        model: transformers' configuration of the model, its fields with ``"model_type"``, or the folder or
+            Hub name that it is loaded from.
+
+    Raises:
+        ConfigError: no model configuration can be had from that.
+        TargetError: the configuration names what the model does not have.
+        MissingExtra: transformers is not installed.
+    """
+    return trainable_parameters(adapt(skeleton(model, config.task_type), config))

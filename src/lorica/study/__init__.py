@@ -6,6 +6,7 @@ projection    what does the update do to directions that W0 has?
 sizes         norms, and what a merge in few bits loses
 adding        do adapters that one means to add get into each other's way?
 advice        what rank would have done, and on what evidence
+planning      what will training cost?
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from lorica.study.advice import advise as advise
 from lorica.study.advice import check as check
 from lorica.study.directions import Side as Side
 from lorica.study.directions import directions as directions
+from lorica.study.planning import Plan as Plan
+from lorica.study.planning import largest_batch as largest_batch
+from lorica.study.planning import plan as plan
 from lorica.study.projection import Amplification as Amplification
 from lorica.study.projection import AmplificationReport as AmplificationReport
 from lorica.study.projection import Overlap as Overlap

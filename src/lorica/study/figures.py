@@ -1,0 +1,119 @@
+"""The report's figures as files, in the paper's layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lorica.checkpoint.atomic import Writer
+from lorica.errors import require
+from lorica.study.page import chosen, similarity_title
+from lorica.study.report import Report
+from lorica.study.subspaces import random_phi
+
+_WIDE = 4  # panels in a row
+
+
+def drawn(report: Report) -> dict[str, Writer]:
+    """File name → what writes it: each figure as PNG and SVG.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    require("matplotlib", extra="study")
+    figures: dict[str, Callable[[], Any]] = {"spectra": lambda: _spectra(report)}
+    if report.similarity:
+        figures["similarity"] = lambda: _similarity(report)
+    if report.correlation:
+        figures["layers"] = lambda: _correlation(report)
+    if report.overlap:
+        figures["overlap"] = lambda: _overlap(report)
+    return {
+        f"{name}.{suffix}": lambda path, draw=draw: _save(draw, path)
+        for name, draw in figures.items()
+        for suffix in ("png", "svg")
+    }
+
+
+def _save(draw: Callable[[], Any], path: Path) -> None:
+    figure = draw()
+    # Without a date and with names that follow from the content, the same report is the same file.
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "lorica"}):
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _sheet(count: int, title: str) -> tuple[Any, list[Any]]:
+    """A figure of its own, which no display and no global state knows of."""
+    from matplotlib.figure import Figure
+
+    columns = min(count, _WIDE)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(max(3 * columns, 5), 2.6 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for spare in axes[count:]:
+        spare.set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    return figure, axes[:count]
+
+
+def _title(report: Report, path: str) -> str:
+    spot = report.spots[path]
+    return path if spot.layer is None else f"{spot.projection}, layer {spot.layer}"
+
+
+def _spectra(report: Report) -> Any:
+    names = list(dict.fromkeys(report.spots[path].projection for path in report.spectrum.layers))
+    figure, axes = _sheet(len(names), f"Singular values of the updates of {report.name}")
+    for axis, name in zip(axes, names, strict=True):
+        found = [(p, s) for p, s in report.spectrum.layers.items() if report.spots[p].projection == name]
+        for i, (_, s) in enumerate(found):
+            shade = 0.15 + 0.7 * i / max(len(found) - 1, 1)
+            if s.norm:
+                axis.semilogy(range(1, len(s.values) + 1), s.values, color=str(shade), marker=".")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("direction", fontsize=8)
+    return figure
+
+
+def _heat(figure: Any, axes: list[Any], panels: list[tuple[str, Any, str, str]]) -> None:
+    image = None
+    for axis, (title, phi, one, other) in zip(axes, panels, strict=True):
+        image = axis.imshow(phi.tolist(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel(other, fontsize=8)
+        axis.set_ylabel(one, fontsize=8)
+        axis.tick_params(labelsize=6)
+    figure.colorbar(image, ax=axes, shrink=0.8)
+
+
+def _similarity(report: Report) -> Any:
+    found = report.similarity
+    assert found is not None
+    paths = chosen(report, list(found.layers))
+    panels = [(_title(report, p), found.layers[p].phi, "i", "j") for p in paths]
+    one = found.layers[paths[0]]
+    panels.append(("random Gaussian", random_phi(one.d, *one.phi.shape), "i", "j"))
+    figure, axes = _sheet(len(panels), similarity_title(report))
+    _heat(figure, axes, panels)
+    return figure
+
+
+def _correlation(report: Report) -> Any:
+    found = report.correlation
+    assert found is not None
+    figure, axes = _sheet(1, f"A's first {found.rank} directions, each layer with each (appendix H.1)")
+    _heat(figure, axes, [("", found.phi, "layer", "layer")])
+    return figure
+
+
+def _overlap(report: Report) -> Any:
+    paths = chosen(report, list(report.overlap))
+    panels = [(_title(report, p), report.overlap[p].phi, "i of W", "j of ΔW") for p in paths]
+    panels.append(("random", report.overlap[paths[0]].random, "i of W", "j, random"))
+    figure, axes = _sheet(len(panels), "Directions of ΔW among W's strongest (figure 8)")
+    _heat(figure, axes, panels)
+    return figure

@@ -1,0 +1,286 @@
+"""What will training cost? Parameters, files, memory and arithmetic, from a model's configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lorica.config import LoraConfig
+from lorica.errors import ConfigError, listing
+from lorica.model.adapt import adapt
+from lorica.model.skeleton import skeleton
+from lorica.study.results import Result
+from lorica.study.tracing import trace
+
+Method = Literal["lora", "full", "qlora"]
+
+GPT3 = {
+    "model_type": "opt",
+    "vocab_size": 50257,
+    "hidden_size": 12288,
+    "word_embed_proj_dim": 12288,
+    "ffn_dim": 4 * 12288,
+    "num_hidden_layers": 96,
+    "num_attention_heads": 96,
+    "max_position_embeddings": 2048,
+}
+"""GPT-3 175B's shape, as an OPT: the same layers, with a module each for the query and the value."""
+
+OPTIMIZERS = {"adamw": 2, "sgd": 0, "momentum": 1}
+"""Copies of what trains that an optimizer keeps."""
+
+_NF4 = (
+    4 + 8 / 64 + 32 / (64 * 256)
+)  # bits a weight: blocks of 64 with an 8-bit scale, and theirs in blocks of 256
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(Result):
+    """What one step of training takes; all memory in bytes.
+
+    Args:
+        method: how it is trained.
+        batch: rows of a step.
+        length: tokens of a row.
+        parameters: of the model, adapters included.
+        trainable: of these, that train.
+        checkpoint: of the file that training makes.
+        full_checkpoint: of the whole model's file.
+        weights: of the model as it stands in memory.
+        gradients: of what trains.
+        optimizer: of the optimizer's state.
+        activations: of all else at the fullest moment of the step.
+        flops: of the matrix products of a step, forward and backward.
+        assumptions: what all this rests on.
+    """
+
+    method: str
+    batch: int
+    length: int
+    parameters: int
+    trainable: int
+    checkpoint: int
+    full_checkpoint: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    flops: int
+    assumptions: tuple[str, ...]
+
+    @property
+    def states(self) -> int:
+        """Bytes of weights, gradients and optimizer: what does not depend on the batch."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def memory(self) -> int:
+        """Bytes of everything at the fullest moment."""
+        return self.states + self.activations
+
+    def __str__(self) -> str:
+        """A line for each figure, then the assumptions."""
+        share = 100 * self.trainable / self.parameters
+        rows = [
+            ("trains", f"{self.trainable:,} of {self.parameters:,} parameters ({share:.4g} %)"),
+            ("checkpoint", f"{_size(self.checkpoint)} (the whole model: {_size(self.full_checkpoint)})"),
+            ("weights", _size(self.weights)),
+            ("gradients", _size(self.gradients)),
+            ("optimizer", _size(self.optimizer)),
+            ("activations", f"{_size(self.activations)} ({self.batch} x {self.length} tokens)"),
+            ("memory", _size(self.memory)),
+            ("arithmetic", f"{self.flops:.3g} FLOPs a step"),
+        ]
+        lines = [f"{name:<12} {value}" for name, value in rows]
+        return "\n".join([*lines, "assumed:", *(f"  {line}" for line in self.assumptions)])
+
+
+def plan(
+    model: Any,
+    config: LoraConfig | None = None,
+    *,
+    method: Method = "lora",
+    batch: int = 8,
+    length: int = 128,
+    dtype: torch.dtype = torch.float32,
+    optimizer: str = "adamw",
+    checkpointing: bool = False,
+) -> Plan:
+    """What a step of training would take, without a weight of the model.
+
+    The model is made on the meta device and taken through a forward and a backward pass there, so the
+    activations are those that its own code holds, not a formula's.
+
+    Args:
+        model: transformers' configuration of it, its fields with ``"model_type"``, the folder or Hub name
+            that it is loaded from, or ``"gpt3"``.
+        config: what LoRA trains; its `task_type` gives the model its head. None is the usual one.
+        method: ``"lora"``; ``"full"``, everything trains; ``"qlora"``, LoRA on weights in 4 bits.
+        batch: rows of a step.
+        length: tokens of a row.
+        dtype: of the model's weights and activations; with full fine-tuning of gradients and optimizer too.
+            What LoRA trains is in float32.
+        optimizer: one of `OPTIMIZERS`.
+        checkpointing: whether each block keeps its input alone and is computed again.
+
+    Raises:
+        ConfigError: a value is out of range, or no model configuration can be had from `model`.
+        TargetError: the configuration names what the model does not have.
+        MissingExtra: transformers is not installed.
+    """
+    return Planner(model, config, method, dtype, optimizer, checkpointing).plan(batch, length)
+
+
+def largest_batch(
+    model: Any,
+    gigabytes: float,
+    config: LoraConfig | None = None,
+    *,
+    method: Method = "lora",
+    length: int = 128,
+    dtype: torch.dtype = torch.float32,
+    optimizer: str = "adamw",
+    checkpointing: bool = False,
+) -> Plan:
+    """The plan with the largest batch that fits into so much memory; arguments as of `plan`.
+
+    Args:
+        model: as of `plan`.
+        gigabytes: memory there is, in units of 10⁹ bytes.
+        config: as of `plan`.
+        method: as of `plan`.
+        length: as of `plan`.
+        dtype: as of `plan`.
+        optimizer: as of `plan`.
+        checkpointing: as of `plan`.
+
+    Raises:
+        ConfigError: not even one row fits, or as of `plan`.
+    """
+    planner = Planner(model, config, method, dtype, optimizer, checkpointing)
+    one, two = planner.plan(1, length), planner.plan(2, length)
+    room = gigabytes * 1e9
+    if one.memory > room:
+        raise ConfigError(
+            f"not even one row of {length} tokens fits into {gigabytes:g} GB: it takes {_size(one.memory)}, "
+            f"of which {_size(one.states)} whatever the batch"
+        )
+    # Activations grow by the same with every row, once they outweigh what a layer needs in passing.
+    batch = 1 + int((room - one.memory) // max(two.memory - one.memory, 1))
+    found = planner.plan(batch, length)
+    while found.memory > room and batch > 1:
+        batch = max(1, min(batch - 1, int(batch * room / found.memory)))
+        found = planner.plan(batch, length)
+    return found
+
+
+class Planner:
+    """A model on the meta device, ready to be asked for several batches."""
+
+    def __init__(
+        self,
+        model: Any,
+        config: LoraConfig | None,
+        method: Method,
+        dtype: torch.dtype,
+        optimizer: str,
+        checkpointing: bool,
+    ) -> None:
+        if method not in get_args(Method):
+            raise ConfigError(f"method must be one of {listing(get_args(Method))}, not {method!r}")
+        if optimizer not in OPTIMIZERS:
+            raise ConfigError(f"optimizer must be one of {listing(OPTIMIZERS)}, not {optimizer!r}")
+        self.method, self.dtype, self.checkpointing = method, dtype, checkpointing
+        self.optimizer = optimizer
+        config = config or LoraConfig(task_type="CAUSAL_LM" if model == "gpt3" else None)
+        self.task = config.task_type
+        self.model = skeleton(GPT3 if model == "gpt3" else model, self.task, dtype=dtype).train()
+        self.full_checkpoint = _bytes(self.model.parameters())
+        self.dense = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        outputs: Any = getattr(self.model, "get_output_embeddings", None)
+        self.head = outputs() if outputs else None
+        if method != "full":
+            adapt(self.model, config)
+
+    def plan(self, batch: int, length: int) -> Plan:
+        """The plan for a batch."""
+        if batch < 1 or length < 1:
+            raise ConfigError(f"batch and length must be at least 1, not {batch} and {length}")
+        parameters = list(self.model.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        step = trace(self.model, self._inputs(batch, length))
+        gradients, weights = _bytes(trained), _bytes(parameters)
+        passing = 0
+        if self.method == "qlora":
+            packed = [m.weight for m in self.dense if m is not self.head and not m.weight.requires_grad]
+            weights -= _bytes(packed) - round(sum(w.numel() for w in packed) * _NF4 / 8)
+            passing = max(map(_bytes, ([w] for w in packed)), default=0)
+        # Where all gradients are there, only the last block is still held.
+        held = max(step.held_checkpointed, gradients + step.block) if self.checkpointing else step.held
+        return Plan(
+            method=self.method,
+            batch=batch,
+            length=length,
+            parameters=sum(p.numel() for p in parameters),
+            trainable=sum(p.numel() for p in trained),
+            checkpoint=self.full_checkpoint if self.method == "full" else gradients,
+            full_checkpoint=self.full_checkpoint,
+            weights=weights,
+            gradients=gradients,
+            optimizer=OPTIMIZERS[self.optimizer] * gradients,
+            activations=max(held - gradients, 0) + passing,
+            flops=step.flops_checkpointed if self.checkpointing else step.flops,
+            assumptions=self._assumptions(),
+        )
+
+    def _inputs(self, batch: int, length: int) -> dict[str, Tensor]:
+        config: Any = self.model.config
+        if hasattr(config, "image_size") and not hasattr(config, "vocab_size"):
+            size = (
+                config.image_size if isinstance(config.image_size, (tuple, list)) else [config.image_size] * 2
+            )
+            return {
+                "pixel_values": torch.empty(
+                    batch, config.num_channels, *size, dtype=self.dtype, device="meta"
+                )
+            }
+        ids = torch.empty(batch, length, dtype=torch.long, device="meta")
+        if self.task == "SEQ_CLS":
+            config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
+            return {"input_ids": ids, "labels": ids[:, 0]}
+        if self.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS"):
+            return {"input_ids": ids, "labels": ids}
+        return {"input_ids": ids}
+
+    def _assumptions(self) -> tuple[str, ...]:
+        name = str(self.dtype).removeprefix("torch.")
+        states = f"gradients and {self.optimizer}'s {OPTIMIZERS[self.optimizer]} copies of what trains"
+        of = f"{states} too" if self.method == "full" else f"{states} in the dtypes of A, B and the head"
+        lines = [
+            f"weights and activations in {name}; {of}",
+            "activations: what the model's own code holds at the fullest moment of a step, every row full; "
+            "memory that an allocator keeps back is not counted",
+        ]
+        if self.checkpointing:
+            lines.append("each block keeps its input alone and is computed again in the backward pass")
+        if self.method == "qlora":
+            lines.append(
+                f"linear layers but the output head in {_NF4:.3f} bits a weight (NF4, double quantization); "
+                f"one layer at a time stands beside that in {name}"
+            )
+        return tuple(lines)
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.4g} {unit}"

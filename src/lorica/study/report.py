@@ -1,0 +1,158 @@
+"""Everything about one adapter at once, and the folder it is written to."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorica.adapter import Adapter
+from lorica.checkpoint.atomic import Writer, replace_files
+from lorica.study.advice import Advice, advise
+from lorica.study.base import base_weights
+from lorica.study.places import Spot, spots
+from lorica.study.projection import Amplification, Overlap, amplified, overlapped
+from lorica.study.results import Result
+from lorica.study.sizes import Drift, Norms, drifted, normed
+from lorica.study.spectra import SpectrumReport, spectrum
+from lorica.study.subspaces import LayerCorrelation, SimilarityReport, correlation, similarity
+
+
+@dataclass(frozen=True, eq=False)
+class Report(Result):
+    """All that can be said of an adapter.
+
+    Args:
+        name: of the adapter.
+        spots: module path → block and projection.
+        spectrum: what each layer's update is made of.
+        advice: what rank would have done.
+        norms: module path → norms.
+        correlation: A's directions of each layer with each; None where an update has none.
+        against: name of another adapter, if one was given.
+        similarity: with that one, by A's directions.
+        amplification: module path → table 7, with a base.
+        overlap: module path → figure 8, with a base.
+        drift: module path → loss to a merge in bfloat16, with a base.
+        notes: what could not be had, and why.
+    """
+
+    name: str
+    spots: dict[str, Spot]
+    spectrum: SpectrumReport
+    advice: Advice | None
+    norms: dict[str, Norms]
+    correlation: LayerCorrelation | None
+    against: str | None
+    similarity: SimilarityReport | None
+    amplification: dict[str, Amplification]
+    overlap: dict[str, Overlap]
+    drift: dict[str, Drift]
+    notes: tuple[str, ...]
+
+
+def gather(
+    adapter: Adapter,
+    *,
+    name: str = "adapter",
+    base: str | Path | None = None,
+    against: Adapter | None = None,
+    against_name: str = "the other adapter",
+    energy: float = 0.99,
+    budget: int | None = None,
+) -> Report:
+    """Study an adapter; the base's weights are read once, one at a time.
+
+    Args:
+        adapter: what to study.
+        name: its name in the report.
+        base: folder of the base's checkpoint; None leaves out what needs it.
+        against: another adapter to compare with: another seed, rank or task.
+        against_name: its name in the report.
+        energy: share of each layer's energy that the advice keeps.
+        budget: the most parameters that the advice may propose.
+
+    Raises:
+        AdapterError: the base does not fit the adapter, or nothing in the other adapter can be compared.
+        ConfigError: `energy` or `budget` is out of range.
+        FileError: the base cannot be read.
+    """
+    notes: list[str] = []
+    found = spectrum(adapter)
+    trained = {path: f for path, f in adapter.factors.items() if found.layers[path].norm}
+    if len(trained) < len(adapter.factors):
+        notes.append(f"{len(adapter.factors) - len(trained)} of {len(adapter.factors)} updates are zero")
+    single = {path: f for path, f in trained.items() if f.groups == 1}
+    if len(single) < len(trained):
+        notes.append("convolutions in groups have a spectrum, and no common directions to compare")
+    rest = Adapter(adapter.config, single, adapter.extras)
+    rows: dict[str, tuple[Norms, Amplification, Overlap, Drift]] = {}
+    if base is not None and single:
+        for w in base_weights(rest, base):
+            rows[w.path] = (normed(w.factors, w), amplified(w), overlapped(w), drifted(w, torch.bfloat16))
+    compared = None if against is None else similarity(adapter, against)
+    return Report(
+        name=name,
+        spots=spots([*adapter.factors, *rows]),
+        spectrum=found,
+        advice=advise(adapter, energy=energy, budget=budget) if trained else None,
+        norms={path: normed(f) for path, f in adapter.factors.items()}
+        | {path: r[0] for path, r in rows.items()},
+        correlation=correlation(rest) if len(single) > 1 else None,
+        against=None if against is None else against_name,
+        similarity=compared,
+        amplification={path: row[1] for path, row in rows.items()},
+        overlap={path: row[2] for path, row in rows.items()},
+        drift={path: row[3] for path, row in rows.items()},
+        notes=(*notes, *(compared.notes if compared else ())),
+    )
+
+
+def write_report(report: Report, out: str | Path) -> Path:
+    """Write a report: `index.html`, which needs nothing else, `study.json`, and each figure as PNG and SVG.
+
+    Args:
+        report: what `gather` returned.
+        out: folder, made if it is not there.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileError: the folder cannot be written.
+        MissingExtra: matplotlib is not installed.
+    """
+    from lorica.study.figures import drawn
+    from lorica.study.page import page
+
+    data = json.dumps(finite(report.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
+    writers: dict[str, Writer] = {**drawn(report)}
+    writers["study.json"] = lambda path: _text(path, data + "\n")
+    writers["index.html"] = lambda path: _text(path, page(report))
+    replace_files(Path(out), writers)
+    return Path(out) / "index.html"
+
+
+def finite(value: Any) -> Any:
+    """Plain values with None in the place of NaN and infinity, which JSON has no way to write."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def spread(paths: list[str], count: int) -> list[str]:
+    """At most so many of a list, evenly from the first to the last."""
+    if len(paths) <= count:
+        return paths
+    return [paths[round(i * (len(paths) - 1) / (count - 1))] for i in range(count)]
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
