@@ -13,6 +13,7 @@ import torch
 from study import made
 
 import lorica
+from lorica.checkpoint import loralib
 from lorica.cli import main
 from lorica.errors import AdapterError, FileError
 from lorica.study.report import gather, spread, write_report
@@ -148,7 +149,7 @@ def test_the_command(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_loralib_file_needs_its_alpha(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lorica.checkpoint.loralib.write(trained(0), tmp_path / "lora.pt")
+    loralib.write(trained(0), tmp_path / "lora.pt")
     argv = ["study", str(tmp_path / "lora.pt"), "--out", str(tmp_path / "out")]
     assert main(argv) == 1
     assert "does not hold lora_alpha" in capsys.readouterr().err

@@ -18,7 +18,7 @@ _PANELS = 6  # layers of each projection that have a heat-map
 def page(report: Report) -> str:
     """The page's text; everything is inside it."""
     template = resources.files("lorica.study").joinpath("page.html").read_text(encoding="utf-8")
-    data = json.dumps(finite(sections(report)), ensure_ascii=False, allow_nan=False).replace("</", "<\\/")
+    data = json.dumps(finite(sections(report)), ensure_ascii=False, allow_nan=False).replace("<", r"\u003c")
     return template.replace("{{title}}", html.escape(report.name)).replace("{{data}}", data)
 
 
