@@ -43,7 +43,7 @@ def main() -> None:
         title="Spectrum of a Llama-7B-shaped adapter",
         claim=(
             f"{len(adapter.factors)} matrices of rank {R} take {whole:.1f} s from their factors, with "
-            f"{peak / 1e9:.2f} GB in memory; one dense 4096 × 4096 product takes {dense:.1f} s, so as many take "
+            f"{peak / 1e9:.2f} GB; one dense 4096 × 4096 product takes {dense:.1f} s, so as many take "
             f"{extrapolated / whole:.0f} times as long at least."
         ),
         tables=[
