@@ -7,12 +7,24 @@ your own model, whose targeted layers changed class in place.
 from __future__ import annotations
 
 from lorica import algebra as algebra
+from lorica import baselines as baselines
 from lorica.adapter import Adapter as Adapter
 from lorica.adapter import Factors as Factors
+from lorica.baselines import AdapterDConfig as AdapterDConfig
+from lorica.baselines import AdapterHConfig as AdapterHConfig
+from lorica.baselines import AdapterLConfig as AdapterLConfig
+from lorica.baselines import AdapterPConfig as AdapterPConfig
+from lorica.baselines import BitFitConfig as BitFitConfig
+from lorica.baselines import FullConfig as FullConfig
+from lorica.baselines import PreEmbedConfig as PreEmbedConfig
+from lorica.baselines import PreLayerConfig as PreLayerConfig
+from lorica.baselines import TopConfig as TopConfig
 from lorica.checkpoint import is_adapter as is_adapter
 from lorica.checkpoint import read as read
 from lorica.checkpoint import write as write
+from lorica.config import AdapterConfig as AdapterConfig
 from lorica.config import LoraConfig as LoraConfig
+from lorica.config import MethodConfig as MethodConfig
 from lorica.errors import LoricaError as LoricaError
 from lorica.model import MergeReport as MergeReport
 from lorica.model import ParameterCount as ParameterCount

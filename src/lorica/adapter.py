@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lorica.config import LoraConfig
+from lorica.config import AdapterConfig, LoraConfig, method_of
 from lorica.errors import AdapterError, listing
 
 Kind = Literal["linear", "embedding", "conv", "parameter"]
@@ -78,11 +78,27 @@ class Adapter:
             (`target_parameters`) the one that it registered last has the module's path, and each before it
             one more ``.base_layer`` at its end, as in PEFT's files.
         extras: parameter name in the base model → tensor trained whole (a new head, biases).
+        added: name → tensor of what a method added to the model (bottlenecks, a prefix).
     """
 
-    config: LoraConfig
+    config: AdapterConfig
     factors: Mapping[str, Factors]
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The configuration of an adapter that is LoRA's alone.
+
+        Raises:
+            AdapterError: it is another method's, which has no updates of rank r to work on.
+        """
+        if not isinstance(self.config, LoraConfig):
+            raise AdapterError(
+                f"this is for LoRA adapters, whose updates are products B·A; the adapter's method is "
+                f"{method_of(self.config)}"
+            )
+        return self.config
 
     def named_tensors(self) -> dict[str, Tensor]:
         """All tensors by a name for messages: what each module has, then the extras."""
@@ -92,7 +108,7 @@ class Adapter:
             for part, tensor in (("A", f.A), ("B", f.B), ("magnitude", f.magnitude), ("bias", f.bias))
             if tensor is not None
         }
-        return {**parts, **self.extras}
+        return {**parts, **self.extras, **self.added}
 
     @property
     def numel(self) -> int:

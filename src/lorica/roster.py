@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn import Parameter
 
-from lorica.config import LoraConfig
+from lorica.config import AdapterConfig
 from lorica.errors import AdapterError, StateError, listing, nearest
 
 
@@ -26,22 +26,28 @@ class Roster:
         slots: adapter name → parameter name in the base → the parameter that takes its place while the
             adapter acts (trained biases).
         whole: adapter name → paths of the modules of which it has a trained copy.
+        parts: adapter name → places of what it adds to the model.
         originals: parameters whose place is taken at the moment.
         rows: which adapter acts on which row of the batch, in place of `active`.
         frozen: parameters that `adapt` froze and `detach` thaws.
         layouts: quantized layers that `adapt` keeps from repacking their weights, until `detach`.
+        labels: of the call that is running, where a prefix needs them.
+        layout: where a prefix stands in the call that is running.
         merged: names of the adapters that are merged into the weights at the moment.
         aside: what merging took off the model and `restore` puts back.
     """
 
-    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    configs: dict[str, AdapterConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     slots: dict[str, dict[str, Parameter]] = field(default_factory=dict)
     whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     originals: dict[str, Parameter] = field(default_factory=dict)
     rows: Any = None
     frozen: list[Parameter] = field(default_factory=list)
     layouts: list[nn.Module] = field(default_factory=list)
+    labels: Any = None
+    layout: Any = None
     merged: tuple[str, ...] = ()
     aside: Any = None
 
@@ -94,7 +100,11 @@ class Roster:
         names = tuple(dict.fromkeys(names))
         taken: set[str] = set()
         for name in names:
-            own = {*self.slots.get(self.known(name), ()), *self.whole.get(name, ())}
+            own = {
+                *self.slots.get(self.known(name), ()),
+                *self.whole.get(name, ()),
+                *self.parts.get(name, ()),
+            }
             for path in own:
                 if any(_overlap(path, other) for other in taken):
                     raise AdapterError(

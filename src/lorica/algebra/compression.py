@@ -56,7 +56,7 @@ def compress(
         k = _needed(found, 1.0 if energy is None else energy)
         limit = k if rank is None else per_group(rank, f, path)
         factors[path] = dataclasses.replace(found.cut(min(k, limit)).factors(f), magnitude=f.magnitude)
-    result = Adapter(describing(adapter.config, factors), factors, adapter.extras)
+    result = Adapter(describing(adapter.lora, factors), factors, adapter.extras)
     return result, error(result, [adapter])
 
 

@@ -80,9 +80,9 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
     Terms.of([adapter]).check_magnitudes()
     size = abs(factor) or 1.0
     sign = math.copysign(1.0, factor) if factor else 0.0
-    config = adapter.config.replace(
-        lora_alpha=adapter.config.lora_alpha * size,
-        alpha_pattern={name: alpha * size for name, alpha in adapter.config.alpha_pattern.items()},
+    config = adapter.lora.replace(
+        lora_alpha=adapter.lora.lora_alpha * size,
+        alpha_pattern={name: alpha * size for name, alpha in adapter.lora.alpha_pattern.items()},
     )
     factors = {
         path: dataclasses.replace(

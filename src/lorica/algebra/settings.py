@@ -57,7 +57,7 @@ def agreed(adapters: Sequence[Adapter], paths: Sequence[str], keep: int | None) 
     Warns:
         LoricaWarning: they name different bases.
     """
-    configs = [adapter.config for adapter in adapters]
+    configs = [adapter.lora for adapter in adapters]
     settled = {*_TARGETS, *_TRAINING, *_SETTLED}
     unlike = [
         f.name for f in dataclasses.fields(LoraConfig) if f.name not in settled and not _same(configs, f.name)
@@ -101,7 +101,7 @@ def _whole(
             f"{lines(f'{name}: {how}' for name, how in differing.items())}\n"
             "Say whose head, biases and task to keep; keep=0 keeps the first adapter's"
         )
-    saved = list(dict.fromkeys(name for a in adapters for name in a.config.modules_to_save or ()))
+    saved = list(dict.fromkeys(name for a in adapters for name in a.lora.modules_to_save or ()))
     both = [path for path in paths if any(f".{name}." in f".{path}." for name in saved)]
     if both:
         raise AdapterError(
@@ -116,7 +116,7 @@ def _whole(
 
 
 def _given(adapters: Sequence[Adapter], name: str) -> list[Any]:
-    values = dict.fromkeys(getattr(adapter.config, name) for adapter in adapters)
+    values = dict.fromkeys(getattr(adapter.lora, name) for adapter in adapters)
     return [value for value in values if value not in (None, "none")]
 
 

@@ -4,6 +4,9 @@
     adapter_model.safetensors   base_model.model.<module path>.lora_A.weight ...
     README.md                   a model card
 
+Another method's configuration names it under ``method``, where PEFT has its ``peft_type``; what it added to
+the model stands in the weights under ``added.``.
+
 What is read is checked against the configuration before anyone sees it; pickled files are read without
 running what is in them.
 """
@@ -27,7 +30,7 @@ from torch import Tensor
 from lorica.adapter import Adapter, Factors, Kind
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.card import model_card
-from lorica.config import LoraConfig
+from lorica.config import AdapterConfig, members, read_config
 from lorica.errors import AdapterError, ConfigError, FileError, lines
 
 CONFIG_FILE = "adapter_config.json"
@@ -36,6 +39,7 @@ PICKLED_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 
 _PREFIX = "base_model.model."
+_ADDED = "added."
 _SIDE = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<leaf>\.weight)?$")
 _BIAS = ".lora_B.bias"
 _MAGNITUDE = "lora_magnitude_vector"
@@ -154,10 +158,11 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     for name, tensor in adapter.extras.items():
         path, _, leaf = name.rpartition(".")
         named[f"{_PREFIX}{_wrap(path, wrapped, whole=True)}.{leaf}" if path else _PREFIX + leaf] = tensor
+    named.update({_ADDED + name: tensor for name, tensor in adapter.added.items()})
     return named
 
 
-def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
+def from_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> Adapter:
     """An adapter from tensors by the names they have in PEFT's file.
 
     Raises:
@@ -168,7 +173,9 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
     magnitudes: dict[str, Tensor] = {}
     on_B: dict[str, Tensor] = {}
     extras: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
     problems: list[str] = []
+    lora, others = members(config)
     for key, tensor in tensors.items():
         unsupported = _UNSUPPORTED_PART.search(key)
         if ".original_module." in key:
@@ -176,6 +183,8 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
         elif unsupported is not None:
             feature = _UNSUPPORTED[unsupported[0]]
             problems.append(f"{key}: belongs to {feature}, which lorica does not support here")
+        elif key.startswith(_ADDED) and others:
+            added[key.removeprefix(_ADDED)] = tensor
         elif not key.startswith(_PREFIX):
             problems.append(f"{key}: does not start with {_PREFIX!r}")
         elif key.endswith(f".{_MAGNITUDE}"):
@@ -194,8 +203,10 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
     for (path, kind), sides in halves.items():
         if missing := {"A", "B"} - sides.keys():
             problems.append(f"{path}: lora_{missing.pop()} is missing")
-        elif names := _parameter_names(_host(path)[0], config):
-            meant = {(config.rank(name), config.scale(name)) for name in names}
+        elif lora is None:
+            problems.append(f"{path}: has a low-rank update, which the configuration says nothing of")
+        elif names := _parameter_names(_host(path)[0], lora):
+            meant = {(lora.rank(name), lora.scale(name)) for name in names}
             r, scale = min(meant)
             if len(meant) > 1:
                 problems.append(
@@ -206,21 +217,21 @@ def from_tensors(tensors: Mapping[str, Tensor], config: LoraConfig) -> Adapter:
                 problems.append(f"{path}: {problem}")
             else:
                 factors[path] = Factors(sides["A"], sides["B"], scale, "parameter")
-        elif problem := _mismatch(sides["A"], sides["B"], config.rank(path), kind):
+        elif problem := _mismatch(sides["A"], sides["B"], lora.rank(path), kind):
             problems.append(f"{path}: {problem}")
         else:
             magnitude = magnitudes.pop(path, None)
             bias = on_B.pop(path, None)
-            factors[path] = Factors(sides["A"], sides["B"], config.scale(path), kind, magnitude, bias)
-            problems += _disagreements(path, _MAGNITUDE, magnitude, "use_dora", config.use_dora)
-            problems += _disagreements(path, "lora_B.bias", bias, "lora_bias", config.lora_bias)
+            factors[path] = Factors(sides["A"], sides["B"], lora.scale(path), kind, magnitude, bias)
+            problems += _disagreements(path, _MAGNITUDE, magnitude, "use_dora", lora.use_dora)
+            problems += _disagreements(path, "lora_B.bias", bias, "lora_bias", lora.lora_bias)
     problems += [f"{path}: {_MAGNITUDE} without lora_A and lora_B" for path in magnitudes]
     problems += [f"{path}: lora_B.bias without lora_A and lora_B" for path in on_B]
-    if not halves:
+    if lora is not None and not halves:
         problems.append("there is no lora_A or lora_B in it")
     if problems:
         raise AdapterError(f"the weights are not those of an adapter that lorica can use:\n{lines(problems)}")
-    return Adapter(config, factors, extras)
+    return Adapter(config, factors, extras, added)
 
 
 def _disagreements(path: str, part: str, tensor: Tensor | None, field: str, wanted: bool) -> list[str]:
@@ -306,13 +317,13 @@ def as_trained(adapter: Adapter, provenance: Mapping[str, Any]) -> Adapter:
     doubled = {
         path: dataclasses.replace(f, B=2 * f.B) for path, f in adapter.factors.items() if path in attention
     }
-    return Adapter(adapter.config, {**adapter.factors, **doubled}, adapter.extras)
+    return dataclasses.replace(adapter, factors={**adapter.factors, **doubled})
 
 
-def _read_config(folder: Path) -> tuple[LoraConfig, Mapping[str, Any]]:
+def _read_config(folder: Path) -> tuple[AdapterConfig, Mapping[str, Any]]:
     data = read_settings(folder)
     try:
-        return LoraConfig.from_dict(data), data
+        return read_config(data), data
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error
 

@@ -88,7 +88,7 @@ def run(argv: list[str]) -> int:
         **{name: value for name, value in settings.items() if value},
     )
     checkpoint.write(adapter, Path(parsed.out))
-    config = adapter.config
+    config = adapter.lora
     print(f"wrote {_contents(adapter)} to {parsed.out}")
     print(f"r={config.r}, lora_alpha={config.lora_alpha:g}, target_modules={config.target_modules}")
     if config.modules_to_save:

@@ -21,17 +21,18 @@ def parser() -> Parser:
 def describe(directory: str) -> dict[str, Any]:
     """An adapter's settings, counts and norms, as plain values."""
     from lorica.checkpoint import read
+    from lorica.config import family_of, members
 
     adapter = read(directory)
     config = adapter.config
+    lora, others = members(config)
+    own = () if lora is None else ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
     return {
+        "methods": ["lora"] * (lora is not None) + [other.method for other in others],
+        "class": family_of(config),
         "base_model": config.base_model_name_or_path,
         "task_type": config.task_type,
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "target_modules": config.target_modules,
+        **{name: getattr(lora, name) for name in own},
         "modules_to_save": config.modules_to_save,
         "parameters": adapter.numel,
         "bytes": adapter.nbytes,
@@ -45,6 +46,7 @@ def describe(directory: str) -> dict[str, Any]:
             for path, factors in adapter.factors.items()
         },
         "whole": {name: list(tensor.shape) for name, tensor in adapter.extras.items()},
+        "added": {name: list(tensor.shape) for name, tensor in adapter.added.items()},
     }
 
 
@@ -59,14 +61,20 @@ def run(argv: list[str]) -> int:
     from lorica.train.console import make_console, print_table, size
 
     console = make_console()
-    targets = found["target_modules"]
     summary = [
+        ["method", f"{', '.join(found['methods'])} ({found['class']})"],
         ["base model", found["base_model"] or "not recorded"],
         ["task", found["task_type"] or "not recorded"],
-        ["rank", str(found["r"])],
-        ["alpha", f"{found['lora_alpha']:g}{' / sqrt(r)' if found['use_rslora'] else ''}"],
-        ["dropout", f"{found['lora_dropout']:g}"],
-        ["targets", ", ".join(targets) if isinstance(targets, list) else str(targets)],
+    ]
+    if "lora" in found["methods"]:
+        targets = found["target_modules"]
+        summary += [
+            ["rank", str(found["r"])],
+            ["alpha", f"{found['lora_alpha']:g}{' / sqrt(r)' if found['use_rslora'] else ''}"],
+            ["dropout", f"{found['lora_dropout']:g}"],
+            ["targets", ", ".join(targets) if isinstance(targets, list) else str(targets)],
+        ]
+    summary += [
         ["parameters", f"{found['parameters']:,}"],
         ["size", size(found["bytes"])],
     ]
@@ -82,13 +90,15 @@ def run(argv: list[str]) -> int:
         ]
         for path, layer in found["layers"].items()
     ]
-    print_table(
-        console,
-        "updates, and their Frobenius norm ‖s·B·A‖",
-        ["layer", "rank", "shape", "scale", "norm"],
-        layers,
-    )
-    if found["whole"]:
-        whole = [[name, " x ".join(map(str, shape))] for name, shape in found["whole"].items()]
-        print_table(console, "trained whole", ["tensor", "shape"], whole)
+    if layers:
+        print_table(
+            console,
+            "updates, and their Frobenius norm ‖s·B·A‖",
+            ["layer", "rank", "shape", "scale", "norm"],
+            layers,
+        )
+    for key, title in (("whole", "trained whole"), ("added", "added to the model")):
+        if found[key]:
+            rows = [[name, " x ".join(map(str, shape))] for name, shape in found[key].items()]
+            print_table(console, title, ["tensor", "shape"], rows)
     return 0

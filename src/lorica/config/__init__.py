@@ -6,4 +6,12 @@ from lorica.config.checks import BIASES as BIASES
 from lorica.config.checks import INITS as INITS
 from lorica.config.checks import TASK_TYPES as TASK_TYPES
 from lorica.config.lora import LoraConfig as LoraConfig
+from lorica.config.method import AdapterConfig as AdapterConfig
+from lorica.config.method import Combination as Combination
+from lorica.config.method import MethodConfig as MethodConfig
+from lorica.config.method import as_config as as_config
+from lorica.config.method import family_of as family_of
+from lorica.config.method import members as members
+from lorica.config.method import method_of as method_of
+from lorica.config.method import read_config as read_config
 from lorica.config.patterns import matches_pattern as matches_pattern

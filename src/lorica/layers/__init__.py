@@ -7,6 +7,9 @@ import sys
 import torch
 from torch import nn
 
+from lorica.layers.added import AddedModule as AddedModule
+from lorica.layers.added import Part as Part
+from lorica.layers.added import Plan as Plan
 from lorica.layers.base import LayerState as LayerState
 from lorica.layers.base import LoraLayer as LoraLayer
 from lorica.layers.base import SwappedModule as SwappedModule

@@ -9,7 +9,7 @@ its hooks and its keys in `state_dict`, and gains A and B beside them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
@@ -134,7 +134,7 @@ class SwappedModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by mixin and original class: the joined class has no name that could be imported."""
-        return rebuild, (self.mixin(), self.base_class), self.__getstate__()
+        return rebuild, (*_unjoined(type(self)),), self.__getstate__()
 
     @classmethod
     def mixin(cls) -> type[SwappedModule]:
@@ -152,10 +152,20 @@ def swapped_class(mixin: type[SwappedModule], base: type[nn.Module]) -> type[Swa
     )
 
 
-def rebuild(mixin: type[SwappedModule], base: type[nn.Module]) -> nn.Module:
-    """An empty instance of the joined class, for unpickling."""
-    cls = swapped_class(mixin, base)
+def rebuild(*mixins_and_base: type[nn.Module]) -> nn.Module:
+    """An empty instance of the joined class, for unpickling; the last joined comes first."""
+    *mixins, cls = mixins_and_base
+    for mixin in reversed(mixins):
+        cls = swapped_class(mixin, cls)  # type: ignore[arg-type]
     return cls.__new__(cls)
+
+
+def _unjoined(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
+    """The mixins of a joined class, the last joined first, and then the module's own class."""
+    while issubclass(cls, SwappedModule):
+        yield cls.swapped_by
+        cls = cls.base_class
+    yield cls
 
 
 class LoraLayer(SwappedModule):

@@ -13,27 +13,37 @@ from torch import nn
 from torch.nn import Parameter
 
 from lorica import init
-from lorica.config import LoraConfig
+from lorica.config import AdapterConfig, LoraConfig, as_config
 from lorica.layers import LoraEmbedding
 from lorica.layers.quantized import release_layout
 from lorica.model import pretrained
-from lorica.model.mount import Mount, mount, open_for, parameter_for
-from lorica.model.structure import ROSTER, adapted, find_adapted, lora_layers, saved_modules
-from lorica.model.targets import Target, biases, resolve
+from lorica.model.methods import resolve_methods
+from lorica.model.mount import Mount, mount, open_for, parameter_for, remove_parts
+from lorica.model.structure import ROSTER, adapted, added_modules, find_adapted, lora_layers, saved_modules
+from lorica.model.targets import Target
 from lorica.roster import Roster
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def adapt(model: M, config: LoraConfig | None = None, name: str = "default", *, seed: int | None = None) -> M:
+def adapt(
+    model: M,
+    config: AdapterConfig | Iterable[AdapterConfig] | None = None,
+    name: str = "default",
+    *,
+    seed: int | None = None,
+) -> M:
     """Put a new adapter on a model, in place; it acts at once, and trains.
 
     Targeted layers change class where they stand (`nn.Linear` → `LoraLinear`) and gain A and B; the base is
-    frozen. At the start B is zero, so the model computes what it did.
+    frozen. At the start B is zero, so the model computes what it did. Another method's configuration puts
+    that method on the model in the same way: a copy of what it trains of the base, or a part added to its
+    modules.
 
     Args:
         model: any model. Its own parameters keep their names, values and memory.
-        config: what to train; the defaults of `LoraConfig` if None.
+        config: what to train; the defaults of `LoraConfig` if None. Several make up one adapter, such as LoRA
+            with a prefix.
         name: of the adapter; letters, digits, ``_`` and ``-``.
         seed: fixes how A starts. None draws one from torch's global generator, so that `torch.manual_seed`
             fixes it. A's start depends on the seed and the module's path alone.
@@ -42,18 +52,21 @@ def adapt(model: M, config: LoraConfig | None = None, name: str = "default", *, 
         The same model.
 
     Raises:
-        TargetError: a pattern matches nothing, or something that cannot be adapted.
+        ConfigError: several configurations that cannot be combined.
+        TargetError: a pattern matches nothing, or something that cannot be adapted; the architecture cannot
+            take the method; or two methods own the same parameter.
         AdapterError: the name is taken or cannot be one.
         StateError: an adapter is merged.
 
     Source: Hu et al., 2021, §4.1.
     """
     root, roster = open_for(model, name)
-    layers, saved, config = resolve(root, config or LoraConfig())
     seed = init.draw_seed() if seed is None else seed
-    mounts = [_fresh(target, config, seed) for target in layers]
-    slots = _slots(root, roster, biases(root, config, {target.path for target in layers}, saved))
-    mount(root, roster, name, config, mounts, saved, slots, trainable=not config.inference_mode)
+    found = resolve_methods(root, as_config(config), seed)
+    mounts = [_fresh(target, found.lora, seed) for target in found.layers] if found.lora else []
+    slots = _slots(root, roster, found.trained)
+    trainable = not found.config.inference_mode
+    mount(root, roster, name, found.config, mounts, found.saved, slots, found.parts, trainable=trainable)
     roster.activate(root, (name,))
     return model
 
@@ -77,8 +90,9 @@ def detach(model: M, name: str | None = None) -> M:
     root, roster = adapted(model)
     roster.check_unmerged("detach an adapter")
     gone = tuple(roster.configs) if name is None else (roster.known(name),)
-    for swapped in (*lora_layers(root).values(), *saved_modules(root).values()):
-        swapped.check_own_class()
+    swapped = (*lora_layers(root).values(), *saved_modules(root).values(), *added_modules(root).values())
+    for module in swapped:
+        module.check_own_class()
     roster.activate(root, tuple(n for n in roster.active if n not in gone))
     for layer in lora_layers(root).values():
         for n in gone:
@@ -93,8 +107,10 @@ def detach(model: M, name: str | None = None) -> M:
         if not module.modules_to_save:
             module.leave()
     for n in gone:
+        remove_parts(root, n)
         roster.slots.pop(n, None)
         roster.whole.pop(n, None)
+        roster.parts.pop(n, None)
         del roster.configs[n]
     if not roster.configs:
         for parameter in roster.frozen:
@@ -105,7 +121,7 @@ def detach(model: M, name: str | None = None) -> M:
     return model
 
 
-def adapters(model: nn.Module) -> dict[str, LoraConfig]:
+def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
     """The adapters a model carries, by name, in the order of arrival; empty if it carries none."""
     found = find_adapted(model)
     return dict(found[1].configs) if found else {}
@@ -166,7 +182,7 @@ def _fresh(target: Target, config: LoraConfig, seed: int) -> Mount:
     if config.lora_bias:
         start = init.start_bias(B.shape[0], r, config.init_lora_weights, random)
         bias = parameter_for(target, start, copy=False)
-    return Mount(target, A, B, scale, magnitude, bias)
+    return Mount(target, A, B, scale, config.lora_dropout, magnitude, bias)
 
 
 def _norms(target: Target, A: Parameter, B: Parameter, scale: float) -> Parameter:

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.adapter import Adapter, Factors
-from lorica.config import LoraConfig
+from lorica.config import LoraConfig, members
 from lorica.errors import AdapterError, TargetError, lines, nearest
-from lorica.layers import SavedModule, layer_class
+from lorica.layers import AddedModule, Plan, SavedModule, layer_class
 from lorica.model.adaptable import check_adaptable, check_bias, check_magnitudes, check_whole
+from lorica.model.methods import plan_methods, trained_by
 from lorica.model.mount import Mount, mount, open_for, parameter_for
 from lorica.model.structure import Place, base_parameters, walk
 from lorica.model.targets import (
     Target,
     as_target,
-    biases,
     ending_in,
     meant,
     outermost,
@@ -62,19 +62,22 @@ def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> 
     root, roster = open_for(model, name)
     places = {place.path: place for place in walk(root) if place.path}
     saved = outermost(ending_in(places.values(), adapter.config.modules_to_save or []))
+    plan = plan_methods(root, adapter.config, saved)
     slots = _slots(root, roster, adapter, saved)
     for path, module in saved.items():
         check_whole(path, module)
+    lora, _ = members(adapter.config)
     targets: list[Target] = []
     problems: list[str] = []
     try:
-        parameters = {target.key: target for target in parameter_targets(places.values(), adapter.config)}
+        named = parameter_targets(places.values(), lora) if lora else []
+        parameters = {target.key: target for target in named}
     except TargetError as error:
         raise AdapterError(f"the adapter does not fit this {type(root).__name__}:\n  {error}") from None
     for path, factors in adapter.factors.items():
         try:
-            if factors.kind == "parameter":
-                targets.append(_parameter_target(parameters, path, factors, adapter.config))
+            if factors.kind == "parameter" and lora is not None:
+                targets.append(_parameter_target(parameters, path, factors, lora))
             else:
                 targets.append(_target(places, path, factors))
         except TargetError as error:
@@ -83,20 +86,25 @@ def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> 
         f"missing: {parameters[key].pattern_path}" for key in parameters if key not in adapter.factors
     ]
     problems += [*_extra_problems(root, adapter, saved), *_missing(root, places, adapter, saved)]
+    problems += _added_problems(plan, adapter)
     if problems:
         raise AdapterError(f"the adapter does not fit this {type(root).__name__}:\n{lines(problems)}")
     mounts = []
+    dropout = lora.lora_dropout if lora else 0.0
     for target, factors in zip(targets, adapter.factors.values(), strict=True):
         A, B = (parameter_for(target, factor, copy=True) for factor in (factors.A, factors.B))
         m = factors.magnitude
         magnitude = None if m is None else parameter_for(target, m, copy=True)
         b = factors.bias
         bias = None if b is None else parameter_for(target, b, copy=True)
-        mounts.append(Mount(target, A, B, factors.scale, magnitude, bias))
-    mount(root, roster, name, adapter.config, mounts, saved, slots, trainable=trainable)
+        mounts.append(Mount(target, A, B, factors.scale, dropout, magnitude, bias))
+    mount(root, roster, name, adapter.config, mounts, saved, slots, plan.parts, trainable=trainable)
     with torch.no_grad():
         for copy in trained_copies(root, roster, name):
             copy.tensor.copy_(adapter.extras[copy.base_name])
+        for part in plan.parts:
+            for key, tensor in part.tensors():
+                tensor.copy_(adapter.added[key])
     if not roster.active:
         roster.activate(root, (name,))
     return model
@@ -134,7 +142,7 @@ def _slots(
     if not adapter.extras:
         return {}
     have = base_parameters(root)
-    trained = set(biases(root, adapter.config, adapter.factors, saved))
+    trained = set(trained_by(root, adapter.config, adapter.factors, saved))
     own: dict[Parameter, Parameter] = {}
     slots = {}
     for path, tensor in adapter.extras.items():
@@ -143,6 +151,10 @@ def _slots(
             copy = tensor.to(base, copy=True)
             if path in trained or not torch.equal(copy, base):
                 slots[path] = own.setdefault(base, Parameter(copy))  # what is tied in the base stays tied
+    for path in trained:
+        base = roster.originals.get(path, have[path])
+        if base in own:
+            slots.setdefault(path, own[base])
     return slots
 
 
@@ -156,7 +168,7 @@ def _target(places: Mapping[str, Place], path: str, factors: Factors) -> Target:
     if place is None:
         raise TargetError(f"unexpected: {path} is not in the model{nearest(path, places, limit=1)}")
     layer = layer_class(place.module, place.parent)
-    if layer is None or layer.kind != factors.kind or isinstance(place.module, SavedModule):
+    if layer is None or layer.kind != factors.kind or isinstance(place.module, SavedModule | AddedModule):
         raise TargetError(
             f"kind of {path}: {factors.kind} in the adapter, {type(place.module).__name__} in the model"
         )
@@ -199,22 +211,35 @@ def _missing(
 ) -> Iterator[str]:
     """What the adapter's own configuration means in this model, and for which it brings nothing."""
     config, every = adapter.config, list(places.values())
+    lora, _ = members(config)
     for path, module in saved.items():
         names = (f"{path}.{leaf}" for leaf in _state(module))
         yield from (f"missing: {name}" for name in names if name not in adapter.extras)
-    trained = biases(root, config, adapter.factors, saved)
+    trained = trained_by(root, config, adapter.factors, saved)
     # PEFT leaves out an attention's in_proj_bias, and whatever else is not called just "bias".
-    named = (path for path in trained if path.rpartition(".")[2] == "bias")
-    yield from (f"missing: {path}" for path in named if path not in adapter.extras)
+    have = base_parameters(root)
+    given = {id(have[path]) for path in adapter.extras if path in have}
+    named = (path for path in trained if not lora or path.rpartition(".")[2] == "bias")
+    yield from (f"missing: {path}" for path in named if id(have[path]) not in given)
     # Another reader may have found other modules behind None, "all-linear" or a pattern; behind names there
     # is no doubt.
-    if isinstance(config.target_modules, list):
+    if lora is not None and isinstance(lora.target_modules, list):
         try:
-            wanted = meant(root, outside(every, trained_whole(every, config)), config)
-            absent = [as_target(place, config) for place in wanted if place.path not in adapter.factors]
+            wanted = meant(root, outside(every, trained_whole(every, lora)), lora)
+            absent = [as_target(place, lora) for place in wanted if place.path not in adapter.factors]
         except TargetError:
             return  # a name the model lacks shows in the factors that have no place
         yield from (f"missing: {target.path}" for target in absent)
+
+
+def _added_problems(plan: Plan, adapter: Adapter) -> Iterator[str]:
+    expected = {key: tensor for part in plan.parts for key, tensor in part.tensors()}
+    yield from (f"missing: {key}" for key in expected if key not in adapter.added)
+    for key, tensor in adapter.added.items():
+        if key not in expected:
+            yield f"unexpected: {key}{nearest(key, expected, limit=1)}"
+        elif expected[key].shape != tensor.shape:
+            yield f"shape of {key}: {tuple(tensor.shape)} in the adapter, {tuple(expected[key].shape)} here"
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from lorica.folding import each_on_one_thread, one_thread
 from lorica.layers import LayerState, LoraLayer, LoraParameters, SavedModule, SwappedModule
 from lorica.layers.quantized import holding, set_attribute
 from lorica.model import pretrained
+from lorica.model.methods import check_merges
 from lorica.model.packed import (
     Into,
     Unpacked,
@@ -35,7 +36,7 @@ from lorica.model.packed import (
     repack,
     unpack,
 )
-from lorica.model.structure import adapted, lora_layers, saved_modules
+from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules
 from lorica.model.ties import Ties
 from lorica.roster import place
 
@@ -131,12 +132,14 @@ def merge(
     chosen = roster.active if names is None else (names,) if isinstance(names, str) else tuple(names)
     if not chosen:
         raise StateError("no adapter is active; say which to merge")
+    check_merges(roster, chosen)
     before = roster.active
     roster.activate(root, chosen)
     chosen = roster.active
     layers = lora_layers(root)
+    swapped: dict[str, SwappedModule] = {**layers, **saved_modules(root), **added_modules(root)}
     try:
-        for module in (*layers.values(), *saved_modules(root).values()):
+        for module in swapped.values():
             module.check_own_class()
         acting = {path: layer for path, layer in layers.items() if layer.acting()}
         packed = packed_layers(root)
@@ -149,8 +152,8 @@ def merge(
     except Exception:
         roster.activate(root, before)
         raise
-    swapped: dict[str, SwappedModule] = {**layers, **saved_modules(root)}
     ties = Ties.of(root)
+    pretrained.leave(root)
     states = {  # plain weights wait until the layers are in their base form
         path: {leaf: value for leaf, value in state.items() if path not in weights or leaf != "weight"}
         for path, state in merged.items()
@@ -164,7 +167,6 @@ def merge(
     if weights:
         aside.unpacked = unpack(root, weights)
     untied = ties.undo(root)
-    pretrained.leave(root)
     roster.merged, roster.aside = chosen, aside
     return MergeReport(chosen, losses, untied)
 
@@ -183,7 +185,7 @@ def switch(model: nn.Module, name: str) -> None:
         AdapterError: no such adapter, or it holds NaN or infinity. What was merged stays so.
     """
     root, roster = adapted(model)
-    roster.known(name)
+    check_merges(roster, (name,))
     if not roster.merged:
         merge(model, name)
         return

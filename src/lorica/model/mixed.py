@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lorica.config import method_of
 from lorica.errors import AdapterError, StateError, listing
 from lorica.layers.rows import Rows
 from lorica.model.structure import adapted, lora_layers
@@ -37,6 +38,11 @@ class mixed:
             raise AdapterError("mixed needs a name (or None) for each row of the batch, and got none")
         used = [self._roster.known(name) for name in dict.fromkeys(rows.names) if name is not None]
         for name in used:
+            if self._roster.parts.get(name):
+                raise AdapterError(
+                    f"{name!r} ({method_of(self._roster.configs[name])}) adds parts to the model, which "
+                    "cannot differ by row; only LoRA's updates and heads can"
+                )
             if self._roster.slots.get(name):
                 raise AdapterError(
                     f"{name!r} trains parameters of the base "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.adapter import check_name
-from lorica.config import LoraConfig
+from lorica.config import AdapterConfig
 from lorica.errors import AdapterError
-from lorica.layers import LoraLayer, LoraParameters, SavedModule
+from lorica.layers import LoraLayer, LoraParameters, Part, SavedModule
 from lorica.layers.quantized import hold_layout
 from lorica.model import pretrained
-from lorica.model.structure import ROSTER, base_parameters, find_adapted
+from lorica.model.structure import ROSTER, added_modules, base_parameters, find_adapted
 from lorica.model.targets import Target
 from lorica.roster import Roster
 
@@ -27,6 +27,7 @@ class Mount(NamedTuple):
     A: Parameter
     B: Parameter
     scale: float
+    dropout: float
     magnitude: Parameter | None = None
     bias: Parameter | None = None
 
@@ -70,10 +71,11 @@ def mount(
     root: nn.Module,
     roster: Roster,
     name: str,
-    config: LoraConfig,
+    config: AdapterConfig,
     mounts: list[Mount],
     saved: Mapping[str, nn.Module],
     slots: Mapping[str, Parameter],
+    parts: Sequence[Part] = (),
     *,
     trainable: bool,
 ) -> None:
@@ -87,6 +89,7 @@ def mount(
         mounts: targets with their factors.
         saved: path → module to give a copy that is trained whole.
         slots: parameter name → parameter that takes its place while the adapter acts.
+        parts: what is added to modules.
         trainable: whether all of these train.
     """
     if not roster.configs:
@@ -97,14 +100,14 @@ def mount(
         setattr(root, ROSTER, roster)
         pretrained.enter(root)
     roster.configs[name] = config
-    for target, A, B, scale, magnitude, bias in mounts:
+    for target, A, B, scale, dropout, magnitude, bias in mounts:
         module = target.module
         host = module if isinstance(module, LoraLayer) else target.layer.take(module, roster)
         if isinstance(host, LoraParameters):
             assert target.parameter is not None
             host.add_parameter(name, target.parameter, _train(A, trainable), _train(B, trainable), scale)
             continue
-        host.add_factors(name, _train(A, trainable), _train(B, trainable), scale, config.lora_dropout)
+        host.add_factors(name, _train(A, trainable), _train(B, trainable), scale, dropout)
         if magnitude is not None:
             host.add_magnitude(name, _train(magnitude, trainable))
         if bias is not None:
@@ -114,8 +117,36 @@ def mount(
     for module in saved.values():
         host = module if isinstance(module, SavedModule) else SavedModule.take(module, roster)
         host.add_copy(name, trainable=trainable)
+    if parts:
+        roster.parts[name] = tuple(part.place for part in parts)
+    for part in parts:
+        add_part(root, roster, name, part, trainable=trainable)
     if slots:
         roster.slots[name] = {path: _train(parameter, trainable) for path, parameter in slots.items()}
+
+
+def add_part(root: nn.Module, roster: Roster, name: str, part: Part, *, trainable: bool) -> None:
+    """Add an adapter's part to a module of the base, which becomes its host if it is none yet."""
+    host = part.module
+    if not isinstance(host, part.host):
+        # A root that writes adapters does so whatever else it hosts: that class stays the outermost.
+        pretrained.leave(host)
+        host = part.host.take(host, roster)
+        if host is root:
+            pretrained.enter(root)
+    host.add_part(name, part.part.requires_grad_(trainable))
+
+
+def remove_parts(root: nn.Module, name: str) -> None:
+    """Take an adapter's parts off; a module that hosts no other is its own class again."""
+    for host in added_modules(root).values():
+        if name in host.parts:
+            host.remove_part(name)
+        if not host.parts:
+            pretrained.leave(host)
+            host.leave()
+            if host is root:
+                pretrained.enter(root)
 
 
 def _train(parameter: Parameter, trainable: bool) -> Parameter:

@@ -89,6 +89,7 @@ def enter(root: nn.Module) -> None:
 
 
 def leave(root: nn.Module) -> None:
-    """Give the root its own class back."""
+    """Give the root its own class back, or that of what else it hosts."""
     if isinstance(root, Pretrained):
-        root.leave()
+        # Not `root.leave()`: what it would take off is that other host's.
+        root.__class__ = root.base_class  # pyright: ignore[reportAttributeAccessIssue]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lorica.errors import StateError
-from lorica.layers import LoraLayer, SavedModule, SwappedModule
+from lorica.layers import AddedModule, LoraLayer, SavedModule, SwappedModule
 from lorica.roster import Roster
 
 ROSTER = "lorica_roster"
@@ -62,6 +62,11 @@ def lora_layers(root: nn.Module) -> dict[str, LoraLayer]:
 def saved_modules(root: nn.Module) -> dict[str, SavedModule]:
     """Path → module with a copy trained whole."""
     return {place.path: place.module for place in walk(root) if isinstance(place.module, SavedModule)}
+
+
+def added_modules(root: nn.Module) -> dict[str, AddedModule]:
+    """Path → module to which adapters add parts of their own."""
+    return {place.path: place.module for place in walk(root) if isinstance(place.module, AddedModule)}
 
 
 def find_adapted(model: nn.Module) -> tuple[nn.Module, Roster] | None:

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lorica.config import LoraConfig, matches_pattern
+from lorica.config import AdapterConfig, LoraConfig, matches_pattern
 from lorica.errors import TargetError, listing, nearest
 from lorica.layers import (
     ADAPTABLE,
+    AddedModule,
     LoraAttention,
     LoraConv1D,
     LoraEmbedding,
@@ -29,7 +30,7 @@ from lorica.model.adaptable import (
     check_parameter,
     check_whole,
 )
-from lorica.model.structure import Place, walk
+from lorica.model.structure import Place, base_parameters, walk
 
 # Query and value projections as the architectures name them, most specific first: the usual choice where none
 # is given.
@@ -245,7 +246,7 @@ def outermost(places: Iterable[Place]) -> dict[str, nn.Module]:
     return {path: module for path, module in found.items() if not within_any(path, found.keys() - {path})}
 
 
-def trained_whole(places: list[Place], config: LoraConfig) -> dict[str, nn.Module]:
+def trained_whole(places: list[Place], config: AdapterConfig) -> dict[str, nn.Module]:
     """The modules that `modules_to_save` and `task_type` mean, the outermost where they are nested.
 
     Raises:
@@ -265,10 +266,11 @@ def trained_whole(places: list[Place], config: LoraConfig) -> dict[str, nn.Modul
         if isinstance(module, SavedModule):
             continue
         check_whole(path, module)
-        adapted = [p.path for p in places if isinstance(p.module, LoraLayer) and within_any(p.path, [path])]
+        inside = [p for p in places if within_any(p.path, [path])]
+        adapted = [p.path for p in inside if isinstance(p.module, LoraLayer | AddedModule)]
         if adapted:
             raise TargetError(
-                f"{path} cannot be trained whole: another adapter has low-rank updates in {listing(adapted)}"
+                f"{path} cannot be trained whole: another adapter has its updates in {listing(adapted)}"
             )
     return outermost(found)
 
@@ -391,6 +393,11 @@ def as_target(place: Place, config: LoraConfig) -> Target:
         TargetError: it cannot be adapted so.
     """
     path, module, parent = place
+    if isinstance(module, AddedModule):
+        raise TargetError(
+            f"{path} carries a part that another method added ({type(module).swapped_by.__name__}) and "
+            "cannot take a low-rank update beside that; leave it out"
+        )
     if isinstance(module, SavedModule):
         raise TargetError(
             f"{path} is trained whole by another adapter (modules_to_save) and cannot take a "
@@ -423,7 +430,7 @@ def as_target(place: Place, config: LoraConfig) -> Target:
 def biases(
     root: nn.Module, config: LoraConfig, adapted: Container[str], saved: Iterable[str]
 ) -> Iterator[str]:
-    """Names of the base's biases that a configuration trains.
+    """Names of the base's biases that a LoRA configuration trains.
 
     Args:
         root: the model.
@@ -433,13 +440,18 @@ def biases(
     """
     if config.bias == "none":
         return
+    for name in all_biases(root, saved):
+        if config.bias == "all" or name.rpartition(".")[0] in adapted:
+            yield name
+
+
+def all_biases(root: nn.Module, saved: Iterable[str]) -> Iterator[str]:
+    """Names of the base's biases outside the modules trained whole."""
     saved = list(saved)
-    for path, module, _ in walk(root):
-        chosen = config.bias == "all" or (config.bias == "lora_only" and path in adapted)
-        if chosen and not within_any(path, saved):
-            for leaf, parameter in module._parameters.items():
-                if parameter is not None and (leaf == "bias" or leaf.endswith("_bias")):
-                    yield f"{path}.{leaf}" if path else leaf
+    for name in base_parameters(root):
+        leaf = name.rpartition(".")[2]
+        if (leaf == "bias" or leaf.endswith("_bias")) and not within_any(name, saved):
+            yield name
 
 
 def _inside(path: str, module: nn.Module) -> str:

@@ -7,10 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from lorica.adapter import Adapter, Factors
+from lorica.config import LoraConfig
 from lorica.errors import AdapterError, lines
-from lorica.model.structure import adapted, lora_layers, saved_modules
+from lorica.layers.added import join
+from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules
 from lorica.roster import Roster
 
 
@@ -59,10 +62,20 @@ def extract(
     extras = {
         copy.base_name: value(copy.live_name, copy.tensor) for copy in trained_copies(root, roster, name)
     }
-    in_place = name in roster.active
+    in_place, config = name in roster.active, roster.configs[name]
+    held: set[Parameter] = set()
     for path, parameter in roster.slots.get(name, {}).items():
-        extras[path] = value(path, parameter) if in_place else parameter.detach()
-    return Adapter(roster.configs[name], factors, extras)
+        # PEFT looks for what is tied under each of its names; elsewhere one is enough.
+        if isinstance(config, LoraConfig) or parameter not in held:
+            extras[path] = value(path, parameter) if in_place else parameter.detach()
+        held.add(parameter)
+    added = {}
+    for path, host in added_modules(root).items():
+        if name in host.parts:
+            place = join(path, host.own_modules[0])
+            for leaf, parameter in host.parts[name].named_parameters():
+                added[f"{place}.{leaf}"] = value(f"{place}.{name}.{leaf}", parameter)
+    return Adapter(config, factors, extras, added)
 
 
 def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None) -> None:

@@ -51,7 +51,7 @@ def outgoing(
     if save_embedding_layers is True or (save_embedding_layers == "auto" and _resized(root)):
         own = {f"{path}.weight": table for path, table in _tables(root).items()}
         adapter = dataclasses.replace(adapter, extras={**own, **adapter.extras})
-    return dataclasses.replace(adapter, config=_telling_base(adapter.config, root))
+    return dataclasses.replace(adapter, config=_telling_base(adapter.lora, root))
 
 
 def _telling_base(config: LoraConfig, root: nn.Module) -> LoraConfig:
@@ -121,7 +121,7 @@ def on_untouched_base(adapter: Adapter, before: str | os.PathLike[str]) -> Adapt
         )
         for path, f in adapter.factors.items()
     }
-    config = adapter.config
+    config = adapter.lora
     larger = math.sqrt(2) if config.use_rslora else 2
     config = config.replace(
         init_lora_weights=True,

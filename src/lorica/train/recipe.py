@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
-from lorica.config import LoraConfig
+from lorica.config import AdapterConfig, LoraConfig, as_config, read_config
 from lorica.errors import ConfigError, FileError, nearest
 from lorica.train.files import write_atomically
 
@@ -169,6 +169,9 @@ class Recipe:
             "int8". None loads it as it is. Needs lorica[quantized].
         data: where the rows come from.
         method: what trains.
+        baseline: what trains instead of that: another of the paper's methods by its name and fields, such as
+            ``{method: bitfit}``, or several to combine (LoRA is ``{method: lora, r: 8}`` there). None trains
+            `method`.
         training: how it trains.
         output: folder for the adapter, the tokenizer, this recipe, results.json, checkpoints and
             TensorBoard's logs.
@@ -179,11 +182,13 @@ class Recipe:
     quantization: str | None = None
     data: DataConfig = field(default_factory=DataConfig)
     method: LoraConfig = field(default_factory=_default_method)
+    baseline: dict[str, Any] | list[dict[str, Any]] | None = None
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: str = "runs/train"
 
     def __post_init__(self) -> None:
         """Check the values."""
+        self.configuration()
         _expect(
             self,
             "quantization",
@@ -191,10 +196,25 @@ class Recipe:
             f"None or one of {QUANTIZATIONS}",
         )
 
+    def configuration(self) -> AdapterConfig:
+        """What to train: `baseline`, or else `method`.
+
+        Raises:
+            ConfigError: the baseline names no method, or a value that it cannot use.
+        """
+        if self.baseline is None:
+            return self.method
+        given = [self.baseline] if isinstance(self.baseline, Mapping) else self.baseline
+        if not given or not all("method" in each for each in given):
+            raise ConfigError(
+                f"baseline must name a method, such as {{method: bitfit}}, not {self.baseline!r}"
+            )
+        return as_config([read_config(each) for each in given])
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; ``replace(training={"seed": 1})`` reaches into a part."""
         for name, change in changes.items():
-            if isinstance(change, Mapping):
+            if isinstance(change, Mapping) and dataclasses.is_dataclass(getattr(self, name)):
                 changes[name] = dataclasses.replace(getattr(self, name), **change)
         return dataclasses.replace(self, **changes)
 

@@ -120,7 +120,8 @@ def train(
             shutil.rmtree(output / old, ignore_errors=True)
     _report(prepared, console)
 
-    method = recipe.method if recipe.method.task_type else recipe.method.replace(task_type=task.task_type)
+    method = recipe.configuration()
+    method = method if method.task_type else method.replace(task_type=task.task_type)
     model = adapt(prepared.model, method, seed=recipe.training.seed)
     count = trainable_parameters(model)
     console.print(str(count))

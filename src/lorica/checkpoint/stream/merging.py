@@ -139,6 +139,7 @@ def _merge(
     start = time.perf_counter()
     folder = None if isinstance(adapter, Adapter) else Path(adapter)
     value = adapter if isinstance(adapter, Adapter) else read(adapter)
+    _ = value.lora  # another method's has nothing that could be merged here
     value.check_finite()
     plan = make_plan(value, open_checkpoint(base), folder, dtype, config)
     warn_of_rounding(plan)
@@ -227,7 +228,7 @@ def _check_room(plan: Plan, stage: Staging, needed: int) -> None:
 def _fingerprint(adapter: Adapter) -> str:
     """A hash of everything in an adapter that decides what a merge gives."""
     digest = hashlib.sha256()
-    config = adapter.config
+    config = adapter.lora
     facts: list[Any] = [config.task_type, config.modules_to_save, config.fan_in_fan_out]
     digest.update(
         json.dumps([facts, [(path, f.scale, f.kind) for path, f in adapter.factors.items()]]).encode()

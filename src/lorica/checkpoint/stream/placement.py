@@ -188,7 +188,7 @@ def _is_transposed(adapter: Adapter, base: Checkpoint, path: str, factors: Facto
         return entry.shape == (d_in, d_out)
     model = base.config.get("model_type")
     if model is None:
-        return adapter.config.fan_in_fan_out
+        return adapter.lora.fan_in_fan_out
     return path.rpartition(".")[2] in _CONV1D.get(str(model), ())
 
 

@@ -1,0 +1,248 @@
+"""`MethodConfig`: what the other methods' configurations share, and how they are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
+
+from lorica.config.checks import TASK_TYPES
+from lorica.config.lora import LoraConfig
+from lorica.errors import ConfigError, listing, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorica.layers.added import Plan
+
+Family = Literal["selective", "reparametrisation", "additive"]
+_METHODS: dict[str, type[MethodConfig]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(ABC):
+    """What to train, by another method than LoRA.
+
+    A subclass that has a `method` of its own can be read from files by that name.
+
+    Args:
+        modules_to_save: modules trained and saved whole, such as a new classification head.
+        task_type: as `LoraConfig.task_type`; ``"SEQ_CLS"``, ``"TOKEN_CLS"`` and ``"QUESTION_ANS"`` train the
+            model's new head too.
+        inference_mode: attach frozen.
+        base_model_name_or_path: the base it belongs to. Filled in by `adapt`.
+        revision: revision of that base.
+
+    Attributes:
+        method: its name in `adapter_config.json`.
+        family: ``"selective"`` (trains some of the base's own parameters), ``"reparametrisation"`` (trains an
+            update of them in another form) or ``"additive"`` (adds to what the model computes).
+    """
+
+    method: ClassVar[str]
+    family: ClassVar[Family]
+
+    modules_to_save: list[str] | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def __init_subclass__(cls) -> None:
+        """Let files name the method."""
+        super().__init_subclass__()
+        if "method" in cls.__dict__:
+            _METHODS[cls.method] = cls
+
+    def __post_init__(self) -> None:
+        """Normalise lists and check every value."""
+        names = self.modules_to_save
+        if isinstance(names, Iterable) and not isinstance(names, str):
+            object.__setattr__(self, "modules_to_save", list(names))
+        self._expect(
+            "modules_to_save",
+            names is None or (not isinstance(names, str) and all(isinstance(n, str) and n for n in names)),
+            "None or a list of names",
+        )
+        if self.task_type is not None:
+            object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))
+        self._expect(
+            "task_type",
+            self.task_type is None or self.task_type in TASK_TYPES,
+            f"None or one of {TASK_TYPES}",
+        )
+        self._expect("inference_mode", isinstance(self.inference_mode, bool), "True or False")
+
+    @abstractmethod
+    def plan(self, root: nn.Module, saved: Collection[str], seed: int) -> Plan:
+        """What the method trains of a model, and what it adds to it; the model stays as it is.
+
+        Args:
+            root: the model.
+            saved: paths of the modules trained whole, which are somebody else's to train.
+            seed: fixes how what it adds starts.
+
+        Raises:
+            TargetError: the architecture cannot take the method.
+        """
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as `adapter_config.json` holds them, with the name of the method."""
+        return {"method": self.method, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ConfigError: a field that the method does not have, or a value that it cannot use.
+        """
+        known = [item.name for item in dataclasses.fields(cls)]
+        for name in data:
+            if name not in known and name != "method":
+                raise ConfigError(f"{cls.method} has no field {name!r}{nearest(name, known)}")
+        return cls(**{name: value for name, value in data.items() if name != "method"})
+
+    def _expect(self, name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise ConfigError(f"{name} must be {expected}, not {getattr(self, name)!r}")
+
+    def _expect_count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        self._expect(name, ok, f"a whole number of at least {least}")
+
+
+AdapterConfig: TypeAlias = LoraConfig | MethodConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination(MethodConfig):
+    """Several methods that make up one adapter, trained and saved together.
+
+    `adapt` makes one from a list of configurations. What they say of heads, of the base and of inference is
+    the combination's.
+
+    Args:
+        configs: one configuration a method; of LoRA one at most.
+    """
+
+    method: ClassVar[str] = "combination"
+    configs: tuple[AdapterConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the methods, and take over what is common to them."""
+        object.__setattr__(self, "configs", tuple(self.configs))
+        if not self.configs:
+            raise ConfigError("configs must hold at least one configuration")
+        for config in self.configs:
+            if not isinstance(config, LoraConfig | MethodConfig) or isinstance(config, Combination):
+                raise ConfigError(
+                    f"configs must hold configurations of single methods, not a {type(config).__name__}"
+                )
+        twice = [name for name in self.methods if self.methods.count(name) > 1]
+        if twice:
+            raise ConfigError(
+                f"{twice[0]} is given twice, and two of one method own the same parameters; give it once, or "
+                "make two adapters, each with a name of its own"
+            )
+        heads = [name for part in (self, *self.configs) for name in part.modules_to_save or ()]
+        object.__setattr__(self, "modules_to_save", list(dict.fromkeys(heads)) or None)
+        for field in ("task_type", "base_model_name_or_path", "revision"):
+            values = {value for part in (self, *self.configs) if (value := getattr(part, field)) is not None}
+            if len(values) > 1:
+                raise ConfigError(
+                    f"the methods of one adapter must agree on {field}, not {listing(map(repr, values))}"
+                )
+            object.__setattr__(self, field, values.pop() if values else None)
+        frozen = any(part.inference_mode for part in (self, *self.configs))
+        object.__setattr__(self, "inference_mode", frozen)
+        super().__post_init__()
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods."""
+        return [method_of(config) for config in self.configs]
+
+    @property
+    def family(self) -> str:  # type: ignore[override]
+        """The families of its methods, joined by " + "."""
+        return " + ".join(dict.fromkeys(family_of(config) for config in self.configs))
+
+    def plan(self, root: nn.Module, saved: Collection[str], seed: int) -> Plan:
+        """Not asked of a combination; its methods are asked one by one."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `MethodConfig.to_dict`; each method as a file of its own would have it."""
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {"method": self.method, **fields, "configs": [config.to_dict() for config in self.configs]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """As `MethodConfig.from_dict`."""
+        configs = data.get("configs")
+        if not isinstance(configs, list) or not all(isinstance(item, Mapping) for item in configs):
+            raise ConfigError(f"configs must be a list of configurations, not {configs!r}")
+        return super().from_dict({**data, "configs": tuple(map(read_config, configs))})
+
+
+def as_config(config: AdapterConfig | Iterable[AdapterConfig] | None) -> AdapterConfig:
+    """One configuration from what `adapt` takes: one, several to combine, or None for LoRA's defaults.
+
+    Raises:
+        ConfigError: the several cannot be combined.
+    """
+    if config is None:
+        return LoraConfig()
+    if isinstance(config, LoraConfig | MethodConfig):
+        return config
+    configs = tuple(config)
+    return configs[0] if len(configs) == 1 else Combination(configs=configs)
+
+
+def members(config: AdapterConfig) -> tuple[LoraConfig | None, list[MethodConfig]]:
+    """The LoRA among a configuration's methods, if it is one, and the other methods.
+
+    What a combination says of heads holds for its LoRA.
+    """
+    if isinstance(config, LoraConfig):
+        return config, []
+    if not isinstance(config, Combination):
+        return None, [config]
+    lora = next((part for part in config.configs if isinstance(part, LoraConfig)), None)
+    if lora is not None:
+        lora = lora.replace(modules_to_save=config.modules_to_save, task_type=config.task_type)
+    return lora, [part for part in config.configs if isinstance(part, MethodConfig)]
+
+
+def method_of(config: AdapterConfig) -> str:
+    """Name of a configuration's method."""
+    return "lora" if isinstance(config, LoraConfig) else config.method
+
+
+def family_of(config: AdapterConfig) -> str:
+    """Class of a configuration's method: selective, reparametrisation or additive."""
+    return "reparametrisation" if isinstance(config, LoraConfig) else config.family
+
+
+def read_config(data: Mapping[str, Any]) -> AdapterConfig:
+    """The configuration in an `adapter_config.json`: the method that it names, or PEFT's LoRA.
+
+    Raises:
+        ConfigError: a method or a field that lorica does not know, or a value that cannot be used.
+    """
+    method = data.get("method", "lora")
+    if method == "lora":
+        return LoraConfig.from_dict({name: value for name, value in data.items() if name != "method"})
+    if not isinstance(method, str) or method not in _METHODS:
+        known = ["lora", *_METHODS]
+        hint = nearest(method, known) if isinstance(method, str) else ""
+        raise ConfigError(f"there is no method {method!r}{hint}; there are {listing(known)}")
+    return _METHODS[method].from_dict(data)

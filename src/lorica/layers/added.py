@@ -1,0 +1,111 @@
+"""Modules beside which an adapter has a part of its own: a bottleneck, a prefix.
+
+module ──take──▶ module + {adapter name: part}         the part changes what goes in, or what comes out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lorica.layers.base import SwappedModule, blank
+
+P = TypeVar("P", bound=nn.Module)
+
+
+class AddedModule(SwappedModule):
+    """A module with a part for each adapter; the active adapter's acts.
+
+    Subclasses name the one container of parts in `own_modules`, and act by `acting_part`.
+    """
+
+    # Libraries look up what a block or a model is by its class's name.
+    label: ClassVar[str] = ""
+
+    def prepare(self) -> None:  # noqa: D102
+        self._modules[self.own_modules[0]] = blank(nn.ModuleDict)
+
+    @property
+    def parts(self) -> nn.ModuleDict:
+        """Adapter name → what it adds."""
+        parts = self._modules[self.own_modules[0]]
+        assert isinstance(parts, nn.ModuleDict)
+        return parts
+
+    def acting_part(self, kind: type[P]) -> P | None:
+        """The active adapter's part, or None where the module acts alone."""
+        # There is one at most: the roster lets no two act that bring the same part.
+        if self.roster.rows is not None:
+            return None
+        for name in self.roster.active:
+            if name in self.parts:
+                part = self.parts[name]
+                assert isinstance(part, kind)
+                return part
+        return None
+
+    def add_part(self, name: str, part: nn.Module) -> None:
+        """Take an adapter's part."""
+        self.parts[name] = part
+
+    def remove_part(self, name: str) -> None:
+        """Drop an adapter's part."""
+        del self.parts[name]
+
+
+class Part(NamedTuple):
+    """What an adapter adds to one module of the base.
+
+    Args:
+        path: of the module.
+        module: the module.
+        host: what it becomes.
+        part: what is added, at its start.
+    """
+
+    path: str
+    module: nn.Module
+    host: type[AddedModule]
+    part: nn.Module
+
+    @property
+    def place(self) -> str:
+        """The part's path in the model, but for the adapter's name."""
+        return join(self.path, self.host.own_modules[0])
+
+    def tensors(self) -> Iterator[tuple[str, Parameter]]:
+        """The part's parameters, by their names in an adapter."""
+        for leaf, parameter in self.part.named_parameters():
+            yield join(self.place, leaf), parameter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method does to a model.
+
+    Args:
+        trained: names of the base's own parameters that it trains.
+        parts: what it adds.
+    """
+
+    trained: Iterable[str] = ()
+    parts: list[Part] = field(default_factory=list)
+
+
+def join(*parts: str) -> str:
+    """A dotted path from its non-empty parts."""
+    return ".".join(part for part in parts if part)
+
+
+def like(module: nn.Module, tensor: Tensor) -> Parameter:
+    """A tensor as a parameter on a module's device, in float32 or the module's higher precision."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            precision = torch.promote_types(parameter.dtype, torch.float32)
+            return Parameter(tensor.to(device=parameter.device, dtype=precision))
+    return Parameter(tensor)
