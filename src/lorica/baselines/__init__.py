@@ -1,8 +1,8 @@
 """The LoRA paper's other methods, each a configuration that `lorica.adapt` takes.
 
 selective (trains some of the base)     `FullConfig`, `TopConfig`, `BitFitConfig`
-additive (adds parts to the model)      `AdapterHConfig`, `AdapterLConfig`, `AdapterPConfig`, `AdapterDConfig`,
-                                        `PreEmbedConfig`, `PreLayerConfig`
+additive (adds parts to the model)      `AdapterHConfig`, `AdapterLConfig`, `AdapterPConfig`,
+                                        `AdapterDConfig`, `PreEmbedConfig`, `PreLayerConfig`
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Layout(NamedTuple):
 
 
 class Inserted(nn.Module):
-    """What is inserted: as many positions before and behind the prompt, and their vectors if they have any."""
+    """Positions inserted before and behind the prompt, and their vectors if they have any."""
 
     prefix: Parameter | None
     infix: Parameter | None
@@ -76,6 +76,7 @@ class NoteLabels:
         self.roster = roster
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note them."""
         self.roster.labels = kwargs.get("labels")
 
 
@@ -152,7 +153,7 @@ class PrefixedModel(AddedModule):
         given = call.get("attention_mask")
         if given is not None and (not isinstance(given, Tensor) or given.dim() != 2):
             raise StateError(
-                f"a {'prefix' if part.lengths[0] else 'infix'} needs an attention mask of shape (batch, tokens), "
+                f"a {'prefix' if part.lengths[0] else 'infix'} needs an attention mask of (batch, tokens), "
                 "and this one has another; leave out a compiled or static cache"
             )
         mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if given is None else given.long()
@@ -160,8 +161,8 @@ class PrefixedModel(AddedModule):
         positions = call.get("position_ids")
         if given is None and positions is not None and bool((positions.diff(dim=-1) <= 0).any()):
             raise StateError(
-                "position_ids start again inside a row: rows are packed, and a prefix can stand only before the "
-                "first of them; turn packing off"
+                "position_ids start again inside a row: rows are packed, and a prefix can stand only before "
+                "the first of them; turn packing off"
             )
         layout = _layout(mask, labels, part.lengths, causal=_is_causal(self))
         rows, columns = mask.shape[0], mask.shape[1] + sum(part.lengths)
@@ -183,7 +184,7 @@ class PrefixedModel(AddedModule):
         mask = getattr(call["past_key_values"], _NOTE, None)
         if mask is None:
             raise StateError(
-                "the key-value cache was filled without the prefix; start generation again with the adapter acting"
+                "the key-value cache was filled without the prefix; start again with the adapter acting"
             )
         x = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
         new = cached + x.shape[1] - mask.shape[1]
@@ -265,8 +266,8 @@ class _PrefixConfig(MethodConfig):
         limit = _limit(found.module)
         if limit is not None and sum(self.lengths) >= limit:
             raise TargetError(
-                f"prefix={self.prefix} and infix={self.infix} leave no room for an input: {type(root).__name__} "
-                f"has {limit} positions"
+                f"prefix={self.prefix} and infix={self.infix} leave no room for an input: "
+                f"{type(root).__name__} has {limit} positions"
             )
         return found
 
@@ -358,7 +359,7 @@ def _inner(root: nn.Module) -> Place:
     found = stacks(root)
     if len(found) > 1 and not getattr(getattr(root, "config", None), "is_encoder_decoder", False):
         raise TargetError(
-            f"{type(root).__name__} has {len(found)} stacks of blocks, and it is not known which of them is to "
+            f"{type(root).__name__} has {len(found)} stacks of blocks, and it is not known which is to "
             "see a prefix; adapt the part that holds one"
         )
     first = found[0][0].path
@@ -435,6 +436,7 @@ def _check_room(model: nn.Module, tokens: int, part: Inserted) -> None:
     limit, taken = _limit(model), sum(part.lengths)
     if limit is not None and tokens + taken > limit:
         raise AdapterError(
-            f"the input has {tokens} tokens, and prefix and infix take {taken} of the model's {limit} positions, "
+            f"the input has {tokens} tokens, and prefix and infix take {taken} of the model's {limit} "
+            "positions, "
             f"so {limit - taken} remain; shorten the input"
         )
