@@ -30,7 +30,7 @@ from torch import Tensor
 from lorica.adapter import Adapter, Factors, Kind
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.card import model_card
-from lorica.config import AdapterConfig, members, read_config
+from lorica.config import AdapterConfig, LoraConfig, members, read_config
 from lorica.errors import AdapterError, ConfigError, FileError, lines
 
 CONFIG_FILE = "adapter_config.json"

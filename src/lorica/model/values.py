@@ -63,12 +63,12 @@ def extract(
         copy.base_name: value(copy.live_name, copy.tensor) for copy in trained_copies(root, roster, name)
     }
     in_place, config = name in roster.active, roster.configs[name]
-    held: set[Parameter] = set()
+    written: set[Parameter] = set()
     for path, parameter in roster.slots.get(name, {}).items():
         # PEFT looks for what is tied under each of its names; elsewhere one is enough.
-        if isinstance(config, LoraConfig) or parameter not in held:
+        if isinstance(config, LoraConfig) or parameter not in written:
             extras[path] = value(path, parameter) if in_place else parameter.detach()
-        held.add(parameter)
+        written.add(parameter)
     added = {}
     for path, host in added_modules(root).items():
         if name in host.parts:
