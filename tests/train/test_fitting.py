@@ -47,7 +47,7 @@ def test_one_function_trains_an_adapter_a_head_or_everything(
         if name in before and not parameter.requires_grad:
             assert torch.equal(parameter, before[name]), name
     scores = done.evaluate(prepare(recipe).splits["test"].features)
-    assert set(scores) == {"loss", "accuracy", "f1", "f1_macro", "precision", "recall"}
+    assert set(scores) == {"loss", "accuracy", "f1", "f1_macro", "precision", "recall", "matthews", "roc_auc"}
 
 
 def test_full_training_resumes_to_the_same_weights(

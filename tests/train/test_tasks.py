@@ -15,6 +15,7 @@ from lorica.train.data import Splits
 from lorica.train.tasks import SequenceClassification
 
 TASK = SequenceClassification()
+NONE = Dataset.from_dict({})
 
 
 def splits(**columns: list[Any]) -> Splits:
@@ -107,7 +108,7 @@ def test_encode_names_a_missing_label_column() -> None:
 
 
 def test_read_gives_names_and_probabilities() -> None:
-    (said,) = TASK.read(np.array([[0.0, np.log(3.0)]]), DataConfig(labels=["bad", "good"]))
+    (said,) = TASK.read(np.array([[0.0, np.log(3.0)]]), NONE, DataConfig(labels=["bad", "good"]))
     assert said["label"] == "good"
     assert said["probability"] == pytest.approx(0.75)
     assert said["probabilities"] == pytest.approx({"bad": 0.25, "good": 0.75})
@@ -117,7 +118,7 @@ def test_metrics_take_the_logits_of_models_that_return_more() -> None:
     logits = np.array([[0.0, 1.0], [1.0, 0.0]])
     outputs: Any = (logits, np.zeros((2, 3)))
     outcome = EvalPrediction(predictions=outputs, label_ids=np.array([1, 1]))
-    assert TASK.metrics(outcome)["accuracy"] == 0.5
+    assert TASK.metrics(outcome, NONE)["accuracy"] == 0.5
 
 
 def test_rows_of_texts() -> None:

@@ -66,7 +66,7 @@ def show(console: Any, recipe: Recipe, result: Any) -> None:
     names = list(dict.fromkeys(name for metrics in result.metrics.values() for name in metrics))
     if names:
         rows = [
-            [split, f"{result.rows[split]:,}", *(dict(scores(metrics))[name] for name in names)]
+            [split, f"{result.rows[split]:,}", *(dict(scores(metrics)).get(name, "") for name in names)]
             for split, metrics in result.metrics.items()
         ]
         print_table(console, "scores", ["split", "rows", *names], rows)

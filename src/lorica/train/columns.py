@@ -84,8 +84,14 @@ def find_texts(rows: Dataset, text: str | None, text_pair: str | None) -> tuple[
     )
 
 
-def find_label(rows: Dataset, label: str | None) -> str:
+def find_label(rows: Dataset, label: str | None, usual: Sequence[str] = LABELS, what: str = "label") -> str:
     """Find the label column.
+
+    Args:
+        rows: the rows.
+        label: the column the user named, if any.
+        usual: names to look for, the first found wins.
+        what: what to call it in an error.
 
     Raises:
         ConfigError: the named column does not exist, or no usual name is there.
@@ -94,11 +100,11 @@ def find_label(rows: Dataset, label: str | None) -> str:
     if label is not None:
         return label
     columns = {name.lower(): name for name in rows.column_names}
-    for name in LABELS:
+    for name in usual:
         if name in columns:
             return columns[name]
     raise ConfigError(
-        "cannot tell which column holds the label; name it with --data.label. The columns are: "
+        f"cannot tell which column holds the {what}; name it with --data.label. The columns are: "
         f"{listing(rows.column_names)}"
     )
 
@@ -141,21 +147,60 @@ def label_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> l
     """
     feature = rows.features[column]
     ids = {name: i for i, name in enumerate(names)}
+    return [_id(raw, feature, ids, row, column, where) for row, raw in enumerate(rows[column])]
+
+
+def label_list_names(rows: Dataset, column: str, where: str = "the training rows") -> list[str]:
+    """Names of the classes of a column of lists; see `label_names`.
+
+    Raises:
+        FileError: a row has no list.
+        ConfigError: no row has a label.
+    """
+    inner = _inner(rows, column)
+    if isinstance(inner, ClassLabel):
+        return list(inner.names)
+    values = {
+        _value(value, row, column, where)
+        for row, items in enumerate(rows[column])
+        for value in _items(items, row, column, where)
+    }
+    if not values:
+        raise ConfigError(f"no row of {where} has a label in column {column!r}")
+    numeric = all(isinstance(value, int) for value in values)
+    return [str(value) for value in (sorted(values) if numeric else sorted(map(str, values)))]
+
+
+def label_list_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> list[list[int]]:
+    """Ids of each row's labels, for a column of lists; see `label_ids`.
+
+    Raises:
+        FileError: a row has no list, or a list has a gap.
+        ConfigError: a label is none of the names.
+    """
+    inner = _inner(rows, column)
+    ids = {name: i for i, name in enumerate(names)}
+    return [
+        [_id(value, inner, ids, row, column, where) for value in _items(items, row, column, where)]
+        for row, items in enumerate(rows[column])
+    ]
+
+
+def numbers(rows: Dataset, column: str, where: str) -> list[float]:
+    """The numbers of a column.
+
+    Raises:
+        ConfigError: there is no such column.
+        FileError: a row has none, naming the first.
+    """
+    if column not in rows.column_names:
+        raise ConfigError(f"{where} have no column {column!r}; they have: {listing(rows.column_names)}")
     result = []
-    for row, raw in enumerate(rows[column]):
-        if isinstance(feature, ClassLabel) and isinstance(raw, int) and 0 <= raw < len(feature.names):
-            raw = feature.names[raw]
-        value = _value(raw, row, column, where)
-        if str(value) in ids:
-            result.append(ids[str(value)])
-        elif isinstance(value, int) and 0 <= value < len(names):
-            result.append(value)
-        else:
-            hint = nearest(str(value), names)
-            raise ConfigError(
-                f"row {row + 1} of {where} has the label {value!r}, which the training rows do not "
-                f"have{hint or '; they have ' + listing(names)}"
-            )
+    for row, value in enumerate(rows[column]):
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            got = "nothing" if value in (None, "") else repr(value)
+            raise FileError(f"row {row + 1} of {where} has {got} in column {column!r}, where a number is due")
+        result.append(float(value))
     return result
 
 
@@ -189,6 +234,33 @@ def _is_text(rows: Dataset, column: str) -> bool:
     return getattr(rows.features[column], "dtype", None) in ("string", "large_string")
 
 
+def _inner(rows: Dataset, column: str) -> Any:
+    feature = rows.features[column]
+    return getattr(feature, "feature", feature)
+
+
+def _items(value: Any, row: int, column: str, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        got = "nothing" if value is None else repr(value)
+        raise FileError(f"row {row + 1} of {where} has {got} in column {column!r}, where a list is due")
+    return value
+
+
+def _id(raw: Any, feature: Any, ids: dict[str, int], row: int, column: str, where: str) -> int:
+    if isinstance(feature, ClassLabel) and isinstance(raw, int) and 0 <= raw < len(feature.names):
+        raw = feature.names[raw]
+    value = _value(raw, row, column, where)
+    if str(value) in ids:
+        return ids[str(value)]
+    if isinstance(value, int) and 0 <= value < len(ids):
+        return value
+    hint = nearest(str(value), ids)
+    raise ConfigError(
+        f"row {row + 1} of {where} has the label {value!r}, which the training rows do not "
+        f"have{hint or '; they have ' + listing(ids)}"
+    )
+
+
 def _value(value: Any, row: int, column: str, where: str) -> int | str:
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         raise FileError(f"row {row + 1} of {where} has no label in column {column!r}")
@@ -197,11 +269,13 @@ def _value(value: Any, row: int, column: str, where: str) -> int | str:
     if isinstance(value, float):
         if not value.is_integer():
             raise ConfigError(
-                f"row {row + 1} of {where} has the label {value}; classes must be names or whole numbers"
+                f"row {row + 1} of {where} has the label {value}; classes must be names or whole numbers. "
+                "Numbers to predict are a task of their own: --task regression"
             )
         return int(value)
     if isinstance(value, (int, str)):
         return value
     raise ConfigError(
         f"row {row + 1} of {where} has {type(value).__name__} as its label; expected one name or whole number"
+        + (". Several labels a row are --task multi-label-classification" if isinstance(value, list) else "")
     )

@@ -116,6 +116,7 @@ def fit(
     checkpoints = (directory / "checkpoints").resolve()
     progress, saving = ProgressCallback(console, title), CheckpointCallback(training.save_steps)
     args = training_arguments(training, checkpoints, task.best_metric, validated=validation is not None)
+    args.prediction_loss_only = args.prediction_loss_only or not task.reads_outputs
     with quiet():
         extra: list[TrainerCallback] = [saving, progress, *(callbacks or [])]
         if training.early_stopping_patience is not None:
@@ -129,7 +130,7 @@ def fit(
             eval_dataset=validation,
             processing_class=tokenizer,
             data_collator=task.collator(tokenizer),
-            compute_metrics=task.metrics,
+            score=task.metrics,
             callbacks=extra,
             loraplus_lr_ratio=training.loraplus_lr_ratio,
             chunked_loss=training.chunked_loss,

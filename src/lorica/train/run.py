@@ -179,8 +179,7 @@ def prepare(recipe: Recipe) -> Prepared:
         }
         transformers.set_seed(recipe.training.seed)
         model = task.model(recipe.model, recipe.data, **quantized_loading(recipe, task))
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    task.pad(model, tokenizer)
     return Prepared(recipe, task, tokenizer, model, encoded)
 
 
@@ -245,10 +244,11 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _report(prepared: Prepared, console: Console) -> None:
     data = prepared.recipe.data
-    columns = " + ".join(name for name in (data.text, data.text_pair) if name)
+    columns = " + ".join(prepared.task.inputs(data))
     rows = ", ".join(f"{len(rows):,} {split}" for split, rows in prepared.splits.items())
     classes = f" ({listing(data.labels, limit=6)})" if data.labels else ""
-    console.print(f"{prepared.recipe.model}: {columns} → {data.label}{classes}; {rows} rows")
+    target = f" → {data.label}{classes}" if data.label else f" →{classes}" if classes else ""
+    console.print(f"{prepared.recipe.model}: {columns}{target}; {rows} rows")
     for split, encoded in prepared.splits.items():
         if encoded.truncated:
             console.print(

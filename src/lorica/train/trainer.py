@@ -20,6 +20,7 @@ from torch import nn
 from lorica.checkpoint import is_adapter
 from lorica.errors import LoricaError
 from lorica.model import adapters, load_weights
+from lorica.train.evaluation import EvaluationMixin
 from lorica.train.optimizer import parameter_groups
 from lorica.train.sampler import LengthGroupedSampler
 from lorica.train.token_loss import TokenLossMixin
@@ -87,17 +88,18 @@ class LoraTrainerMixin(_Base):
         return True
 
 
-class Trainer(LoraTrainerMixin, TokenLossMixin, transformers.Trainer):
+class Trainer(LoraTrainerMixin, EvaluationMixin, TokenLossMixin, transformers.Trainer):
     """transformers' Trainer, with adapter checkpoints, LoRA+ and an order of rows that a resume keeps.
 
-    The loss of a language model is averaged over the target tokens of all the batches of a step, and
-    computed without the matrix of logits.
+    The loss of a language model is averaged over the target tokens of all the batches of a step, or of all
+    rows in evaluation, and computed without the matrix of logits.
 
     Args:
         *args: as transformers' Trainer takes them.
         loraplus_lr_ratio: learning rate of B over that of A; see `parameter_groups`. None trains both at one
             rate.
-        **options: as transformers' Trainer takes them, and `chunked_loss` (see `TokenLossMixin`).
+        **options: as transformers' Trainer takes them, `chunked_loss` (see `TokenLossMixin`) and `score`
+            (see `EvaluationMixin`).
     """
 
     def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **options: Any) -> None:

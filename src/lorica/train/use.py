@@ -74,8 +74,7 @@ def open_run(directory: str | Path) -> Trained:
                 else ""
             )
             raise FileError(f"{directory} holds neither an adapter nor a model{hint}")
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    task.pad(model, tokenizer)
     return Trained(recipe, task, tokenizer, model.eval())
 
 
@@ -149,11 +148,12 @@ def predict(directory: str | Path, texts: Sequence[str] | str | Path) -> list[di
         )
         with _trainer(trained) as trainer:
             outputs = trainer.predict(encoded.features).predictions  # type: ignore[arg-type]
-    columns = [name for name in (recipe.data.text, recipe.data.text_pair) if name is not None]
+    columns = task.inputs(recipe.data)
     given = [
         dict(zip(columns, row, strict=True)) for row in zip(*(rows[name] for name in columns), strict=True)
     ]
-    return [{**row, **said} for row, said in zip(given, task.read(outputs, recipe.data), strict=True)]
+    answers = task.read(outputs, encoded.features, recipe.data)
+    return [{**row, **said} for row, said in zip(given, answers, strict=True)]
 
 
 class _trainer:
@@ -170,6 +170,7 @@ class _trainer:
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=torch.cuda.is_available(),
+            prediction_loss_only=not self._trained.task.reads_outputs,
         )
         trained = self._trained
         trainer = Trainer(
@@ -177,7 +178,7 @@ class _trainer:
             args=args,
             processing_class=trained.tokenizer,
             data_collator=trained.task.collator(trained.tokenizer),
-            compute_metrics=trained.task.metrics,
+            score=trained.task.metrics,
         )
         trainer.remove_callback(transformers.PrinterCallback)
         return trainer

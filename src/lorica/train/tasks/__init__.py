@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from lorica.errors import ConfigError, nearest
 from lorica.train.tasks.base import Encoded, Task
+from lorica.train.tasks.files import load_task
+from lorica.train.tasks.multi_label import MultiLabelClassification
+from lorica.train.tasks.regression import Regression
 from lorica.train.tasks.sequence_classification import SequenceClassification
 
-__all__ = ["Encoded", "SequenceClassification", "Task", "get", "names", "register"]
+__all__ = [
+    "Encoded",
+    "MultiLabelClassification",
+    "Regression",
+    "SequenceClassification",
+    "Task",
+    "get",
+    "names",
+    "register",
+]
 
 _TASKS: dict[str, type[Task]] = {}
 
@@ -25,12 +37,19 @@ def register(task: type[Task]) -> type[Task]:
 def get(name: str) -> Task:
     """The task of a name.
 
+    Args:
+        name: a name; or a class somewhere else, as ``path/to/file.py:Class`` or ``package.module:Class``.
+
     Raises:
         ConfigError: there is none.
+        FileError: there is no such file or module, or it cannot be imported.
     """
+    if ":" in name or name.endswith(".py"):
+        return load_task(name)()
     if name not in _TASKS:
         raise ConfigError(
-            f"there is no task {name!r}{nearest(name, _TASKS)}; the tasks are: {', '.join(_TASKS)}"
+            f"there is no task {name!r}{nearest(name, _TASKS)}; the tasks are: {', '.join(_TASKS)}. One of "
+            "your own is path/to/file.py:Class"
         )
     return _TASKS[name]()
 
@@ -40,4 +59,5 @@ def names() -> list[str]:
     return list(_TASKS)
 
 
-register(SequenceClassification)
+for _task in (SequenceClassification, MultiLabelClassification, Regression):
+    register(_task)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction
 
-from lorica.errors import FileError
+from lorica.errors import ConfigError, FileError
 from lorica.train.data import Splits
 from lorica.train.embedded import resolve_model
 from lorica.train.recipe import DataConfig
@@ -23,18 +23,21 @@ class Encoded:
     """Rows as a model takes them.
 
     Args:
-        features: columns that the model's forward names, and ``length``, the tokens of each row.
+        features: columns that the model's forward names; ``length``, the tokens of each row; and whatever
+            else the task's metrics and readings need, which the model does not see.
         truncated: rows that were cut to the longest length allowed.
         longest: tokens of the longest row before any was cut.
+        rows: rows that were encoded. None says that each gave one row of features.
     """
 
     features: Dataset
     truncated: int
     longest: int
+    rows: int | None = None
 
     def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.features)
+        """Number of rows that were encoded."""
+        return len(self.features) if self.rows is None else self.rows
 
 
 class Task(ABC):
@@ -44,8 +47,11 @@ class Task(ABC):
         name: what a recipe calls it.
         task_type: what PEFT's configuration calls it.
         auto_class: transformers' class that loads a model with this task's head.
-        best_metric: metric that decides which checkpoint is the best, a key of `metrics`. Higher is better.
+        best_metric: metric that decides which checkpoint is the best: a key of `metrics`, of which higher is
+            better, or "loss".
         label_columns: columns of the features that hold what is to be learned.
+        reads_outputs: whether `metrics` looks at the model's outputs. A language model's, which are as many
+            numbers a token as there are words, are better not kept: its evaluation is loss and perplexity.
     """
 
     name: ClassVar[str]
@@ -53,6 +59,7 @@ class Task(ABC):
     auto_class: ClassVar[str]
     best_metric: ClassVar[str]
     label_columns: ClassVar[tuple[str, ...]] = ("labels",)
+    reads_outputs: ClassVar[bool] = True
 
     @abstractmethod
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
@@ -89,27 +96,46 @@ class Task(ABC):
         """What makes a batch of features: pads and stacks them."""
 
     @abstractmethod
-    def metrics(self, outcome: EvalPrediction) -> dict[str, float]:
-        """Score the model's outputs over a whole set."""
+    def metrics(self, outcome: EvalPrediction, features: Dataset) -> dict[str, float]:
+        """Score the model's outputs over a whole set, of which `features` are the encoded rows."""
 
     @abstractmethod
-    def read(self, outputs: Any, data: DataConfig) -> list[dict[str, Any]]:
-        """Say what the model's outputs for some rows mean, a dictionary a row."""
+    def read(self, outputs: Any, features: Dataset, data: DataConfig) -> list[dict[str, Any]]:
+        """Say what the model's outputs for some rows mean, a dictionary a row as it came."""
 
     @abstractmethod
     def rows(self, texts: Sequence[str], data: DataConfig) -> Dataset:
         """Make rows to predict of plain texts."""
 
-    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
-        """Load a model's tokenizer."""
+    def inputs(self, data: DataConfig) -> list[str]:
+        """Columns that a prediction reads, and repeats beside its answer."""
+        return [name for name in (data.text, data.text_pair) if name is not None]
+
+    def tokenizer(self, name: str) -> Any:
+        """Load a model's tokenizer, or whatever turns its inputs into numbers.
+
+        Raises:
+            FileError: there is none.
+            ConfigError: it has no token to pad with.
+        """
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(name))
         except (OSError, ValueError) as error:
             raise FileError(f"cannot load a tokenizer from {name!r}: {_first_line(error)}") from error
         if tokenizer.pad_token is None:
             # A decoder's tokenizer often has none; any token will do, since the mask hides it.
+            if tokenizer.eos_token is None:
+                raise ConfigError(
+                    f"the tokenizer of {name!r} has neither a padding nor an end-of-text token, so rows of "
+                    "different lengths cannot share a batch; set its pad_token and save it"
+                )
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+    def pad(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        """Tell the model which token pads, where its configuration does not say."""
+        if getattr(model.config, "pad_token_id", None) is None and hasattr(tokenizer, "pad_token_id"):
+            model.config.pad_token_id = tokenizer.pad_token_id
 
     def model(self, name: str, data: DataConfig, **options: Any) -> PreTrainedModel:
         """Load a pretrained model with this task's head, new unless the model has one of that shape.
@@ -130,6 +156,17 @@ class Task(ABC):
         # The path on this machine would tell the adapter's other users nothing.
         model.config._name_or_path = model.name_or_path = name
         return model
+
+
+def needs_tokens(rows: Sequence[Sequence[int]], where: str) -> None:
+    """Refuse rows of which nothing is left.
+
+    Raises:
+        FileError: a row has no tokens.
+    """
+    empty = next((row for row, ids in enumerate(rows) if not len(ids)), None)
+    if empty is not None:
+        raise FileError(f"row {empty + 1} of {where} has no text: it gives no tokens")
 
 
 def _first_line(error: Exception) -> str:
