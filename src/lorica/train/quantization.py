@@ -26,7 +26,7 @@ def quantized_loading(recipe: Recipe, task: Task) -> dict[str, Any]:
     require("bitsandbytes", extra="quantized")
     training = recipe.training
     # The head is new and trains whole. None leaves it to transformers, which spares output embeddings.
-    skip = list(HEADS.get(task.task_type, ())) or None
+    skip = list(HEADS.get(task.task_type or "", ())) or None
     if recipe.quantization == "int8":
         config = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     else:

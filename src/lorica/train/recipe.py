@@ -34,10 +34,13 @@ class DataConfig:
             a part of its rows.
         test: test rows, in any of these forms. None takes the split of that name from `train`, if it has one.
         subset: configuration of a Hub data set that has several, such as "sst2" of "nyu-mll/glue".
-        text: column of the text. None looks for the usual names.
+        text: column of the input: the text, the prompt, the messages, the list of words, an image or its
+            path. None looks for the usual names.
         text_pair: column of the second text, where a row is a pair. None looks for the usual names when
             `text` is None too.
-        label: column of the label. None looks for the usual names.
+        label: column of what is to be learned: the class, the number, the completion, the text to write, the
+            list of classes. None looks for the usual names.
+        separator: what stands between a prompt and its completion. May hold special tokens of the model.
         labels: names of the classes in the order of their ids. None takes those found in the training rows,
             sorted.
         validation_fraction: share of the training rows set aside, in (0, 1), when there is no validation
@@ -52,6 +55,7 @@ class DataConfig:
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
+    separator: str = "\n"
     labels: list[str] | None = None
     validation_fraction: float = 0.1
     split_seed: int = 0
@@ -162,7 +166,9 @@ class Recipe:
     """A run: what to learn, on which model, from which rows, by which method.
 
     Args:
-        task: what is learned; "sequence-classification", or a task registered by the user.
+        task: what is learned: "sequence-classification", "multi-label-classification", "regression",
+            "causal-lm", "seq2seq-lm", "token-classification", "image-classification", one registered by the
+            user, or one in a file of theirs, as "path/to/file.py:Class".
         model: the pretrained model: a folder or a name on the Hugging Face Hub. The default is installed with
             lorica[demo] and needs no download.
         quantization: load the model packed by bitsandbytes: "nf4" or "fp4" (QLoRA's four bits a weight) or

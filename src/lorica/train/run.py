@@ -122,6 +122,8 @@ def train(
 
     method = recipe.configuration()
     method = method if method.task_type else method.replace(task_type=task.task_type)
+    if task.modules_to_save and method.modules_to_save is None:
+        method = method.replace(modules_to_save=list(task.modules_to_save))
     model = adapt(prepared.model, method, seed=recipe.training.seed)
     count = trainable_parameters(model)
     console.print(str(count))

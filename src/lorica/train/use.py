@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -148,10 +149,11 @@ def predict(directory: str | Path, texts: Sequence[str] | str | Path) -> list[di
         )
         with _trainer(trained) as trainer:
             outputs = trainer.predict(encoded.features).predictions  # type: ignore[arg-type]
-    columns = task.inputs(recipe.data)
-    given = [
-        dict(zip(columns, row, strict=True)) for row in zip(*(rows[name] for name in columns), strict=True)
+    # An image has no form in JSON; its path has.
+    columns = [
+        name for name in task.inputs(recipe.data) if not isinstance(rows.features[name], datasets.Image)
     ]
+    given = rows.select_columns(columns).to_list() if columns else [{}] * len(rows)
     answers = task.read(outputs, encoded.features, recipe.data)
     return [{**row, **said} for row, said in zip(given, answers, strict=True)]
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from lorica.errors import ConfigError, nearest
 from lorica.train.tasks.base import Encoded, Task
+from lorica.train.tasks.causal_lm import CausalLanguageModelling
 from lorica.train.tasks.files import load_task
+from lorica.train.tasks.image_classification import ImageClassification
 from lorica.train.tasks.multi_label import MultiLabelClassification
 from lorica.train.tasks.regression import Regression
+from lorica.train.tasks.seq2seq import SequenceToSequence
 from lorica.train.tasks.sequence_classification import SequenceClassification
+from lorica.train.tasks.token_classification import TokenClassification
 
 __all__ = [
+    "CausalLanguageModelling",
     "Encoded",
+    "ImageClassification",
     "MultiLabelClassification",
     "Regression",
     "SequenceClassification",
+    "SequenceToSequence",
     "Task",
+    "TokenClassification",
     "get",
     "names",
     "register",
@@ -59,5 +67,13 @@ def names() -> list[str]:
     return list(_TASKS)
 
 
-for _task in (SequenceClassification, MultiLabelClassification, Regression):
+for _task in (
+    SequenceClassification,
+    MultiLabelClassification,
+    Regression,
+    CausalLanguageModelling,
+    SequenceToSequence,
+    TokenClassification,
+    ImageClassification,
+):
     register(_task)

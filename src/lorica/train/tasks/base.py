@@ -45,21 +45,23 @@ class Task(ABC):
 
     Attributes:
         name: what a recipe calls it.
-        task_type: what PEFT's configuration calls it.
+        task_type: what PEFT's configuration calls it, or None.
         auto_class: transformers' class that loads a model with this task's head.
         best_metric: metric that decides which checkpoint is the best: a key of `metrics`, of which higher is
             better, or "loss".
         label_columns: columns of the features that hold what is to be learned.
+        modules_to_save: new modules that train whole, where PEFT has no `task_type` that says so.
         reads_outputs: whether `metrics` looks at the model's outputs. A language model's, which are as many
             numbers a token as there are words, are better not kept: its evaluation is loss and perplexity.
     """
 
     name: ClassVar[str]
-    task_type: ClassVar[str]
+    task_type: ClassVar[str | None]
     auto_class: ClassVar[str]
     best_metric: ClassVar[str]
     label_columns: ClassVar[tuple[str, ...]] = ("labels",)
     reads_outputs: ClassVar[bool] = True
+    modules_to_save: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:

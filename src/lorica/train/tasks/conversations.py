@@ -1,0 +1,74 @@
+"""A conversation as tokens: what the assistant says, and everything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lorica.errors import ConfigError, FileError
+
+
+def conversation_pieces(
+    tokenizer: PreTrainedTokenizerBase, messages: Any, where: str
+) -> list[tuple[list[int], bool]]:
+    """Lay out a conversation by the tokenizer's chat template.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        messages: dictionaries of ``role`` and ``content``, in order.
+        where: what to call them in an error, such as "row 3 of the training rows".
+
+    Returns:
+        Stretches of tokens in order, each with whether the assistant says them.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or one that rewrites earlier turns.
+        FileError: the messages are none, or nobody answers as the assistant.
+    """
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template to lay out messages; take an "
+            "instruction-tuned model's, set its chat_template, or give prompts and completions instead"
+        )
+    _check(messages, where)
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _laid_out(tokenizer, messages[:i], where, add_generation_prompt=True)
+        after = _laid_out(tokenizer, messages[: i + 1], where)
+        if not (before.startswith(done) and after.startswith(before)):
+            raise ConfigError(
+                f"the chat template of {tokenizer.name_or_path!r} changes earlier turns when one is "
+                "added, so which tokens are the assistant's cannot be told; give one answer a row, as "
+                "prompt and completion"
+            )
+        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
+        done = after
+    return [
+        (list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), target)
+        for text, target in pieces
+    ]
+
+
+def _laid_out(tokenizer: PreTrainedTokenizerBase, messages: Any, where: str, **options: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # a template is a program of its own, and raises what it likes
+        raise FileError(f"the chat template refuses {where}: {error}") from error
+
+
+def _check(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise FileError(f"{where} has no messages; expected a list of dictionaries of role and content")
+    for place, message in enumerate(messages):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(k), str) for k in ("role", "content")
+        ):
+            raise FileError(
+                f"message {place + 1} of {where} must have a role and a content, both texts: {message!r}"
+            )
+    if not any(message["role"] == "assistant" for message in messages):
+        raise FileError(f"{where} has no message of the role 'assistant', so there is nothing to learn")

@@ -1,0 +1,140 @@
+"""What does an image show?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset, Image
+from torch import Tensor
+from transformers.trainer_utils import EvalPrediction
+
+from lorica.errors import ConfigError, FileError
+from lorica.train import metrics
+from lorica.train.columns import find_label, label_ids
+from lorica.train.data import Splits
+from lorica.train.embedded import resolve_model
+from lorica.train.recipe import DataConfig
+from lorica.train.tasks.base import Encoded, Task
+from lorica.train.tasks.sequence_classification import classes, most_likely
+from lorica.train.tasks.texts import logits_of, named_outputs, softmax
+
+_IMAGES = ("image", "img", "picture", "photo", "file_name", "path")
+# The model's forward names it, so the trainer keeps it; the collator makes numbers of it, a batch at a time.
+_COLUMN = "pixel_values"
+
+
+class ImageClassification(Task):
+    """One class for each image. Rows have an image, or the path of one (``data.text``), and a label."""
+
+    name = "image-classification"
+    task_type = None
+    auto_class = "AutoModelForImageClassification"
+    best_metric = "accuracy"
+    modules_to_save = ("classifier",)
+
+    def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
+        """Find the image and label columns, and the classes' names."""
+        if data.text_pair:
+            raise ConfigError(f"{self.name} reads no pairs; leave out data.text_pair")
+        rows = splits.train
+        columns = {name.lower(): name for name in rows.column_names}
+        found = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+        usual = found[0] if found else next((columns[name] for name in _IMAGES if name in columns), None)
+        image = data.text or usual
+        if image is None or image not in columns.values():
+            raise ConfigError(
+                f"there is no column {image or 'image'!r}; name that of the images with --data.text. "
+                f"The columns are: {', '.join(rows.column_names)}"
+            )
+        label = find_label(rows, data.label)
+        return replace(data, text=image, label=label, labels=classes(rows, label, data.labels))
+
+    def encode(
+        self,
+        rows: Dataset,
+        data: DataConfig,
+        tokenizer: Any,
+        max_length: int,
+        where: str,
+        *,
+        labelled: bool = True,
+    ) -> Encoded:
+        """Look at every image once, so that one that cannot be read is found before training."""
+        assert data.text is not None
+        assert data.label is not None
+        for name in (data.text, data.label) if labelled else (data.text,):
+            if name not in rows.column_names:
+                raise ConfigError(
+                    f"{where} have no column {name!r}; they have: {', '.join(rows.column_names)}"
+                )
+        features = rows.select_columns([data.text]).rename_column(data.text, _COLUMN)
+        features = features.cast_column(_COLUMN, Image())
+        for row in range(len(features)):
+            try:
+                image = features[row][_COLUMN]
+                if image is None:
+                    raise ValueError("there is none")
+                image.load()
+            except Exception as error:  # each format's decoder raises its own kinds
+                raise FileError(
+                    f"row {row + 1} of {where} has an image in column {data.text!r} that cannot be "
+                    f"read: {error}"
+                ) from error
+        if labelled:
+            features = features.add_column("labels", label_ids(rows, data.label, data.labels or [], where))  # type: ignore[call-arg]
+        return Encoded(features, 0, 0)
+
+    def head(self, data: DataConfig) -> dict[str, Any]:
+        """As many outputs as classes, with their names."""
+        return named_outputs(data.labels or [])
+
+    def collator(self, tokenizer: Any) -> ImageCollator:
+        """Resize and normalise the images of a batch as the model's own processor does, and stack them."""
+        return ImageCollator(tokenizer)
+
+    def metrics(self, outcome: EvalPrediction, features: Dataset) -> dict[str, float]:
+        """Accuracy, F1, precision, recall and Matthews of the most likely classes; ROC-AUC of all."""
+        logits = logits_of(outcome.predictions)
+        return metrics.classification(logits.argmax(-1), outcome.label_ids, softmax(logits))
+
+    def read(self, outputs: Any, features: Dataset, data: DataConfig) -> list[dict[str, Any]]:
+        """The most likely class, its probability, and those of all classes."""
+        return most_likely(outputs, data.labels or [])
+
+    def rows(self, texts: Sequence[str], data: DataConfig) -> Dataset:
+        """A row for each path of an image."""
+        return Dataset.from_dict({data.text: list(texts)})
+
+    def inputs(self, data: DataConfig) -> list[str]:
+        """The image."""
+        return [data.text] if data.text is not None else []
+
+    def tokenizer(self, name: str) -> Any:
+        """Load a model's image processor.
+
+        Raises:
+            FileError: there is none.
+        """
+        try:
+            return transformers.AutoImageProcessor.from_pretrained(resolve_model(name))
+        except (OSError, ValueError, ImportError) as error:
+            raise FileError(f"cannot load an image processor from {name!r}: {str(error).strip()}") from error
+
+
+class ImageCollator:
+    """Makes a batch of images; see `ImageClassification.collator`."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch: ``pixel_values`` (rows, channels, height, width), and ``labels`` (rows,)."""
+        images = [row[_COLUMN].convert("RGB") for row in rows]
+        batch = {_COLUMN: self.processor(images=images, return_tensors="pt")[_COLUMN]}
+        if "labels" in rows[0]:
+            batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        return batch

@@ -1,0 +1,152 @@
+"""Which class does each word have? Names, parts of speech."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalPrediction
+
+from lorica.errors import ConfigError, FileError
+from lorica.train import metrics
+from lorica.train.columns import find_label, label_list_ids, label_list_names
+from lorica.train.data import Splits
+from lorica.train.recipe import DataConfig
+from lorica.train.tasks.base import Encoded, Task, needs_tokens
+from lorica.train.tasks.texts import logits_of, named_outputs, softmax
+
+_WORDS = ("tokens", "words", "text")
+_TAGS = ("ner_tags", "tags", "ner", "labels", "pos_tags", "label")
+_IGNORED = -100
+
+
+class TokenClassification(Task):
+    """A class for each word of a text, read off the word's first token.
+
+    Rows have a list of words (``data.text``) and a list of as many classes, by name or id (``data.label``).
+    """
+
+    name = "token-classification"
+    task_type = "TOKEN_CLS"
+    auto_class = "AutoModelForTokenClassification"
+    best_metric = "f1"
+
+    def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
+        """Find the columns of words and classes, and the classes' names."""
+        if data.text_pair:
+            raise ConfigError(f"{self.name} reads no pairs; leave out data.text_pair")
+        columns = {name.lower(): name for name in splits.train.column_names}
+        text = data.text or next((columns[name] for name in _WORDS if name in columns), None)
+        if text is None or text not in splits.train.column_names:
+            raise ConfigError(
+                f"there is no column {text or 'tokens'!r}; name that of the lists of words with --data.text. "
+                f"The columns are: {', '.join(splits.train.column_names)}"
+            )
+        label = find_label(splits.train, data.label, _TAGS)
+        labels = data.labels or label_list_names(splits.train, label)
+        if len(labels) < 2 or len(set(labels)) < len(labels):
+            raise ConfigError(f"data.labels must name at least two classes, each once, not {labels}")
+        return replace(data, text=text, label=label, labels=labels)
+
+    def encode(
+        self,
+        rows: Dataset,
+        data: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        where: str,
+        *,
+        labelled: bool = True,
+    ) -> Encoded:
+        """Tokenize the words; the first token of each bears its class."""
+        assert data.text is not None
+        assert data.label is not None
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"the tokenizer of {tokenizer.name_or_path!r} cannot tell which word a token is of; "
+                f"{self.name} needs a fast one (tokenizer.json)"
+            )
+        words = _words(rows, data.text, where)
+        limit = min(max_length, tokenizer.model_max_length)
+        whole = tokenizer(words, is_split_into_words=True, truncation=False, verbose=False)["input_ids"]
+        encoding = tokenizer(words, is_split_into_words=True, truncation=True, max_length=limit)
+        needs_tokens(encoding["input_ids"], where)
+        features: dict[str, Any] = dict(encoding)
+        firsts = [_first_tokens(encoding.word_ids(row)) for row in range(len(words))]
+        features["first_tokens"] = firsts
+        features["words"] = [len(row) for row in words]
+        features["length"] = [len(ids) for ids in encoding["input_ids"]]
+        if labelled:
+            features["labels"] = []
+            for row, ids in enumerate(label_list_ids(rows, data.label, data.labels or [], where)):
+                if len(ids) != len(words[row]):
+                    raise FileError(
+                        f"row {row + 1} of {where} has {len(words[row])} words in column {data.text!r} and "
+                        f"{len(ids)} labels in column {data.label!r}"
+                    )
+                labels = [_IGNORED] * len(encoding["input_ids"][row])
+                for word, token in firsts[row]:
+                    labels[token] = ids[word]
+                features["labels"].append(labels)
+        truncated = sum(len(ids) > limit for ids in whole)
+        return Encoded(Dataset.from_dict(features), truncated, max(map(len, whole)))
+
+    def head(self, data: DataConfig) -> dict[str, Any]:
+        """As many outputs a token as classes, with their names."""
+        return named_outputs(data.labels or [])
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForTokenClassification:
+        """Pad tokens and classes to the longest row of the batch."""
+        return DataCollatorForTokenClassification(tokenizer)
+
+    def metrics(self, outcome: EvalPrediction, features: Dataset) -> dict[str, float]:
+        """Accuracy, F1, precision and recall of the words' most likely classes, over all words."""
+        labels = np.asarray(outcome.label_ids)
+        said = logits_of(outcome.predictions).argmax(-1)
+        return metrics.classification(said[labels != _IGNORED], labels[labels != _IGNORED])
+
+    def read(self, outputs: Any, features: Dataset, data: DataConfig) -> list[dict[str, Any]]:
+        """The most likely class of each word and its probability; None for words past the longest length."""
+        names = data.labels or []
+        answers = []
+        for row, firsts, count in zip(
+            logits_of(outputs), features["first_tokens"], features["words"], strict=True
+        ):
+            labels: list[str | None] = [None] * count
+            sure: list[float | None] = [None] * count
+            odds = softmax(row)
+            for word, token in firsts:
+                labels[word] = names[int(odds[token].argmax())]
+                sure[word] = float(odds[token].max())
+            answers.append({"labels": labels, "probabilities": sure})
+        return answers
+
+    def rows(self, texts: Sequence[str], data: DataConfig) -> Dataset:
+        """A row for each text, its words apart at white space."""
+        return Dataset.from_dict({data.text: [text.split() for text in texts]})
+
+
+def _words(rows: Dataset, column: str, where: str) -> list[list[str]]:
+    if column not in rows.column_names:
+        raise ConfigError(f"{where} have no column {column!r}; they have: {', '.join(rows.column_names)}")
+    words = list(rows[column])
+    for row, value in enumerate(words):
+        if not (isinstance(value, list) and value and all(isinstance(word, str) for word in value)):
+            raise FileError(
+                f"row {row + 1} of {where} has {value!r:.60} in column {column!r}, where a list of "
+                "words is due"
+            )
+    return words
+
+
+def _first_tokens(word_ids: Sequence[int | None]) -> list[list[int]]:
+    """Word and place of each token that begins one."""
+    return [
+        [word, place]
+        for place, word in enumerate(word_ids)
+        if word is not None and (place == 0 or word_ids[place - 1] != word)
+    ]

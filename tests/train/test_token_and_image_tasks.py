@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from train import tiny
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers.trainer_utils import EvalPrediction
+
+from lorica.errors import LoricaError
+from lorica.train import DataConfig, predict, tasks, train
+from lorica.train.data import Splits
+
+TOKENS, IMAGES = "token-classification", "image-classification"
+
+
+def encode(task: str, rows: dict[str, Any], *, limit: int = 16, reader: Any = None, **data: Any) -> Any:
+    found = tasks.get(task)
+    table = Dataset.from_dict(rows)
+    config = found.resolve(Splits(table), DataConfig(**data))
+    return found.encode(table, config, reader or tiny.tokenizer(), limit, "the training rows")
+
+
+def test_the_first_token_of_each_word_bears_its_class() -> None:
+    # "film-song" gives three tokens, of which the first is asked.
+    encoded = encode(TOKENS, {"tokens": [["great", "film-song", "plot"]], "tags": [["O", "B", "O"]]})
+    assert encoded.features["labels"] == [[-100, 1, 0, -100, -100, 1, -100]]
+    assert encoded.features["first_tokens"] == [[[0, 1], [1, 2], [2, 5]]]
+
+
+def test_words_are_scored_once_and_padding_never() -> None:
+    task = tasks.get(TOKENS)
+    labels = np.array([[-100, 1, -100, 0], [-100, 1, -100, -100]])
+    logits = np.zeros((2, 4, 2))
+    logits[0, 1, 1] = logits[0, 3, 0] = logits[1, 1, 0] = 1
+    scores = task.metrics(EvalPrediction(predictions=logits, label_ids=labels), Dataset.from_dict({}))
+    assert scores["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_words_past_the_length_have_no_class() -> None:
+    rows = {"tokens": [["great", "film", "song"]], "tags": [["x", "y", "x"]]}
+    encoded = encode(TOKENS, rows, limit=4)
+    assert encoded.truncated == 1
+    (said,) = tasks.get(TOKENS).read(np.zeros((1, 4, 2)), encoded.features, DataConfig(labels=["x", "y"]))
+    assert said == {"labels": ["x", "x", None], "probabilities": [0.5, 0.5, None]}
+
+
+def test_words_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"tokens": words, "tags": ["PRAISE" if word in tiny.GOOD else "O" for word in words]}
+        for words in (row["text"].split() for row in tiny.sentences(40))
+    ]
+    data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    recipe = tiny.recipe(tiny_model, data, tmp_path / "out", epochs=6, learning_rate=3e-3)
+    result = train(recipe.replace(task=TOKENS))
+    assert result.metrics["validation"]["accuracy"] > 0.9
+    (said,) = predict(result.output, ["lovely film"])
+    assert said["tokens"] == ["lovely", "film"]
+    assert said["labels"] == ["PRAISE", "O"]
+
+
+def write_images(folder: Path, count: int = 16) -> list[dict[str, Any]]:
+    """Dark and light images, their paths and names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        pixels = draw.integers(0, 80, (16, 16, 3)) + 170 * (i % 2)
+        path = folder / f"{i}.png"
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+        rows.append({"image": str(path), "label": "light" if i % 2 else "dark"})
+    return rows
+
+
+def test_images_from_end_to_end(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    rows = write_images(tmp_path / "images")
+    data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    recipe = tiny.recipe(tmp_path / "model", data, tmp_path / "out", epochs=8)
+    result = train(recipe.replace(task=IMAGES, data={"validation_fraction": 0.25}))
+    assert result.metrics["validation"]["accuracy"] == 1
+    said = predict(result.output, [rows[0]["image"], rows[1]["image"]])
+    assert [row["label"] for row in said] == ["dark", "light"]
+    assert said[0]["image"] == rows[0]["image"]
+
+
+def test_an_image_that_does_not_decode(tmp_path: Path) -> None:
+    rows = write_images(tmp_path, 4)
+    Path(rows[2]["image"]).write_bytes(b"no image")
+    columns = {name: [row[name] for row in rows] for name in ("image", "label")}
+    with pytest.raises(LoricaError, match=r"row 3 of .* has an image in column 'image' that cannot"):
+        encode(IMAGES, columns)
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "message"),
+    [
+        (TOKENS, {"tokens": [["a"]], "tags": [["x", "y"]]}, "row 1 .* has 1 words .* and 2 labels"),
+        (TOKENS, {"tokens": ["a"], "tags": [["x", "y"]]}, "row 1 .* where a list of words is due"),
+        (TOKENS, {"tokens": [[]], "tags": [["x", "y"]]}, "where a list of words is due"),
+        (TOKENS, {"tokens": [["a"]], "tags": [["x"]]}, "at least two classes"),
+        (TOKENS, {"letters": [["a"]], "tags": [["x"]]}, "no column 'tokens'"),
+        (IMAGES, {"pixels": [1, 2], "label": ["x", "y"]}, "no column 'image'"),
+    ],
+)
+def test_rows_that_do_not_fit(task: str, rows: Any, message: str) -> None:
+    with pytest.raises(LoricaError, match=message):
+        encode(task, rows)
