@@ -37,7 +37,8 @@ def conversation_pieces(
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _laid_out(tokenizer, messages[:i], where, add_generation_prompt=True)
+        # No template lays out a conversation of nothing.
+        before = _laid_out(tokenizer, messages[:i], where, add_generation_prompt=True) if i else ""
         after = _laid_out(tokenizer, messages[: i + 1], where)
         if not (before.startswith(done) and after.startswith(before)):
             raise ConfigError(

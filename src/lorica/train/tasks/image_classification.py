@@ -84,6 +84,8 @@ class ImageClassification(Task):
                     f"row {row + 1} of {where} has an image in column {data.text!r} that cannot be "
                     f"read: {error}"
                 ) from error
+        # All alike, so that grouping by length leaves them in a random order.
+        features = features.add_column("length", [1] * len(features))  # type: ignore[call-arg]
         if labelled:
             features = features.add_column("labels", label_ids(rows, data.label, data.labels or [], where))  # type: ignore[call-arg]
         return Encoded(features, 0, 0)
