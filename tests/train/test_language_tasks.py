@@ -63,7 +63,7 @@ def encode(
 
 def targets(encoded: Any, row: int = 0) -> list[str]:
     ids = [label for label in encoded.features["labels"][row] if label != -100]
-    return tokenizer().convert_ids_to_tokens(ids)
+    return list(tokenizer().convert_ids_to_tokens(ids))
 
 
 def test_only_the_completion_is_a_target() -> None:
@@ -183,7 +183,7 @@ def test_an_encoder_and_decoder_from_end_to_end(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=32, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
-        decoder_start_token_id=0, pad_token_id=0, eos_token_id=3,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=3,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     rows = [{"source": row["text"], "target": row["label"]} for row in tiny.sentences(24)]
     result = train(run(S2S, tmp_path, T5ForConditionalGeneration(config), rows))

@@ -51,7 +51,7 @@ def test_words_past_the_length_have_no_class() -> None:
 
 
 def test_words_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, object]] = [
         {"tokens": words, "tags": ["PRAISE" if word in tiny.GOOD else "O" for word in words]}
         for words in (row["text"].split() for row in tiny.sentences(40))
     ]

@@ -89,7 +89,7 @@ class EvaluationMixin(_Base):
             name = next((key for key in found.metrics if key.endswith("_loss")), None)
             if name is not None:
                 found.metrics[name] = loss
-                if found.predictions is None:
+                if self.args.prediction_loss_only:
                     # Past 700 the exponential has no float.
                     found.metrics[name.removesuffix("loss") + "perplexity"] = math.exp(min(loss, 700.0))
         self._targets = []

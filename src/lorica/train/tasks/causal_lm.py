@@ -183,7 +183,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that this tokenizer puts before every text, if any."""
-    first = tokenizer("a")["input_ids"][:1]
+    first: Any = tokenizer("a")["input_ids"][:1]
     return list(first) if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
 
 
