@@ -188,7 +188,8 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    token: Any = tokenizer.eos_token_id
+    return [] if token is None else [token]
 
 
 def _holds_messages(rows: Dataset, column: str) -> bool:
