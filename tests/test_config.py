@@ -248,8 +248,6 @@ class TestFromDict:
         ("key", "value"),
         [
             ("use_qalora", True),
-            ("trainable_token_indices", [3]),
-            ("layer_replication", [[0, 2]]),
             ("something_of_tomorrow", 1),
         ],
     )
@@ -267,6 +265,7 @@ class TestFromDict:
             ("use_bdlora", {"nblocks": 2}, "BD-LoRA"),
             ("arrow_config", {"top_k": 3}, "Arrow"),
             ("use_qalora", True, "QA-LoRA"),
+            ("ensure_weight_tying", True, "tied tables"),
             ("qalora_group_size", 8, "QA-LoRA"),
             ("megatron_config", {"hidden_size": 8}, "Megatron"),
         ],

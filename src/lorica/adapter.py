@@ -15,6 +15,9 @@ from lorica.errors import AdapterError, listing
 
 Kind = Literal["linear", "embedding", "conv", "parameter"]
 
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+"""Where an embedding's trained rows are under its path: in an adapter, in PEFT's files, and live."""
+
 _RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 
 
@@ -78,6 +81,7 @@ class Adapter:
             (`target_parameters`) the one that it registered last has the module's path, and each before it
             one more ``.base_layer`` at its end, as in PEFT's files.
         extras: parameter name in the base model → tensor trained whole (a new head, biases).
+            An embedding's trained rows (tokens, dim) are ``<path>.token_adapter.trainable_tokens_delta``.
         added: name → tensor of what a method added to the model (bottlenecks, a prefix).
     """
 

@@ -33,6 +33,7 @@ class Roster:
         layouts: quantized layers that `adapt` keeps from repacking their weights, until `detach`.
         labels: of the call that is running, where a prefix needs them.
         layout: where a prefix stands in the call that is running.
+        stack: how the list of blocks was exchanged (`layer_replication`), until `detach`.
         merged: names of the adapters that are merged into the weights at the moment.
         aside: what merging took off the model and `restore` puts back.
     """
@@ -48,6 +49,7 @@ class Roster:
     layouts: list[nn.Module] = field(default_factory=list)
     labels: Any = None
     layout: Any = None
+    stack: Any = None
     merged: tuple[str, ...] = ()
     aside: Any = None
 

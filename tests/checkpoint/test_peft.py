@@ -315,8 +315,7 @@ class TestRefused:
         [
             ({"peft_type": "IA3"}, "peft_type is 'IA3'; this is not a LoRA adapter"),
             ({"use_qalora": True}, "use_qalora=True"),
-            ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-            ({"layer_replication": [[0, 2]]}, "layer_replication"),
+            ({"layer_replication": [[2, 2]]}, "layer_replication"),
             ({"use_qalora": True}, "use_qalora"),
             ({"rank_patern": {"up": 4}}, "did you mean 'rank_pattern'"),
             ({"r": 0}, "r must be a whole number of at least 1, not 0"),
@@ -431,7 +430,12 @@ class TestRefused:
         edit_weights(folder, lambda t: [t.pop(name) for name in list(t) if ".lora_" in name])
         assert "there is no lora_A or lora_B in it" in self.refusal(folder, AdapterError)
 
-    @pytest.mark.parametrize("key", ["trainable_tokens_delta", "lora_diag", "lora_velora_embed"])
+    def test_trained_rows_that_were_not_asked_for(self, folder: Path) -> None:
+        key = "base_model.model.embed.token_adapter.trainable_tokens_delta"
+        edit_weights(folder, lambda t: t.update({key: torch.zeros(2, 6)}))
+        assert "trainable_token_indices is not set" in self.refusal(folder, AdapterError)
+
+    @pytest.mark.parametrize("key", ["lora_diag", "lora_velora_embed"])
     def test_tensors_of_other_methods(self, folder: Path, key: str) -> None:
         edit_weights(folder, lambda t: t.update({f"base_model.model.blocks.0.up.{key}": torch.zeros(2)}))
         assert "which lorica does not support here" in self.refusal(folder, AdapterError)

@@ -187,6 +187,16 @@ def test_the_update_of_stacked_weights_is_the_same_in_every_forward(training: bo
         assert not torch.allclose(experts(x), first)
 
 
+def test_trained_rows_freeze_and_thaw_like_any_other_part() -> None:
+    model = toy(trainable_token_indices={"embed": [1, 3]})
+    name = "base_model.model.embed.token_adapter.trainable_tokens_delta.default"
+    rows = dict(model.named_parameters())[name]
+    model.set_requires_grad("default", False)
+    assert not rows.requires_grad
+    model.set_adapter("default")
+    assert rows.requires_grad
+
+
 def test_a_name_that_is_taken_is_refused() -> None:
     model = adapters(toy(), "other")
     with pytest.raises(AdapterError, match="already has an adapter named 'other'"):

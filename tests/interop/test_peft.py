@@ -100,6 +100,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("llama4", {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+    ("llama", {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]}),
+    ("bert", {"target_modules": ["query", "dense"], "layer_replication": [[0, 1], [0, 2]]}),
+    ("zoo", {"target_modules": ["linear"], "trainable_token_indices": {"table": [3, 1]}}),
+    ("gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": [0, 7]}),
+    (
+        "llama",
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5], "embed_tokens": [2]}},
+    ),
+    ("t5", {"target_modules": ["q"], "trainable_token_indices": [4, 9, 2]}),
+    ("bert-classifier", {"target_modules": ["query"], "trainable_token_indices": [4], **HEAD}),
     ("gpt2", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     ("gpt2", {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
     ("gpt2", {"target_modules": None}),
@@ -187,6 +197,12 @@ def test_files_that_went_round_are_the_same(case: tuple[str, dict[str, Any]], tm
     assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
     # PEFT writes an adapted embedding's own table too; that is the base's, and not written again.
     assert all(key.endswith(("wte.weight", "word_embeddings.weight")) for key in before.keys() - after.keys())
+
+
+@pytest.mark.parametrize("make", [lorica.LoraConfig.from_dict, lambda fields: lorica.LoraConfig(**fields)])
+def test_every_field_of_pefts_is_taken_where_it_asks_for_nothing(make: Any) -> None:
+    defaults = peft.LoraConfig().to_dict()
+    assert make(defaults) == lorica.LoraConfig(lora_alpha=defaults["lora_alpha"])
 
 
 @pytest.fixture(params=["none", "lora_only", "all"])

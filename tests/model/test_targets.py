@@ -371,6 +371,22 @@ class TestTasks:
         assert list(resolve(transformer("bert-classifier"), config).saved) == ["classifier"]
 
 
+class TestATableThatOthersLookUpIn:
+    """T5's `shared`: it holds the weight, and is never called."""
+
+    def test_it_is_refused_by_name(self) -> None:
+        message = "shared only holds the table that encoder.embed_tokens, decoder.embed_tokens look up in"
+        assert message in refusal(transformer("t5"), target_modules=["shared"])
+        assert message in refusal(transformer("t5"), target_modules=["q"], modules_to_save=["shared"])
+
+    def test_those_that_look_up_are_adapted(self) -> None:
+        paths = targeted(transformer("t5"), target_modules=["embed_tokens"])
+        assert paths == ["encoder.embed_tokens", "decoder.embed_tokens"]
+
+    def test_a_tied_head_is_no_table(self) -> None:
+        assert targeted(transformer("gpt2"), target_modules=["wte"]) == ["transformer.wte"]
+
+
 def test_shortest_suffixes_tell_the_chosen_from_the_rest() -> None:
     everything = ["a.q", "b.q", "a.k", "c.d.k", "head"]
     assert shortest_suffixes(["a.q", "b.q"], everything) == ["q"]

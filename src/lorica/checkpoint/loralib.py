@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lorica.adapter import Adapter, Factors
+from lorica.adapter import TOKEN_ROWS, Adapter, Factors
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.derived import derived_config
 from lorica.checkpoint.fused import Parts, ends_with, fused_parts, groups, packed, unpacked
@@ -218,6 +218,9 @@ def _refused(adapter: Adapter) -> Iterator[str]:
             if item.name not in plain and getattr(f, item.name) is not None:
                 what = "DoRA's magnitudes" if item.name == "magnitude" else f"its {item.name}"
                 yield f"{path}: loralib has no place for {what}"
+    for name in adapter.extras:
+        if name.endswith(TOKEN_ROWS):
+            yield f"{name}: loralib has no place for single rows of a table"
     for item in dataclasses.fields(adapter):
         if item.name not in ("config", "factors", "extras") and getattr(adapter, item.name):
             names = listing(map(str, getattr(adapter, item.name)))

@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lorica.adapter import Adapter, Factors, Kind
+from lorica.adapter import TOKEN_ROWS, Adapter, Factors, Kind
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.card import model_card
 from lorica.config import AdapterConfig, LoraConfig, members, read_config
@@ -44,7 +44,6 @@ _SIDE = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])
 _BIAS = ".lora_B.bias"
 _MAGNITUDE = "lora_magnitude_vector"
 _UNSUPPORTED = {
-    "trainable_tokens_delta": "trained tokens",
     "lora_diag": "KaSA",
     "lora_velora_embed": "VeLoRA",
     "lora_monteclora_sampler": "MonteCLoRA",
@@ -225,6 +224,9 @@ def from_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> Adapte
             factors[path] = Factors(sides["A"], sides["B"], lora.scale(path), kind, magnitude, bias)
             problems += _disagreements(path, _MAGNITUDE, magnitude, "use_dora", lora.use_dora)
             problems += _disagreements(path, "lora_B.bias", bias, "lora_bias", lora.lora_bias)
+    if lora is None or lora.trainable_token_indices is None:
+        rows = (name for name in extras if name.endswith(f".{TOKEN_ROWS}"))
+        problems += [f"{name}: trained rows, though trainable_token_indices is not set" for name in rows]
     problems += [f"{path}: {_MAGNITUDE} without lora_A and lora_B" for path in magnitudes]
     problems += [f"{path}: lora_B.bias without lora_A and lora_B" for path in on_B]
     if lora is not None and not halves:

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from lorica.config.patterns import with_prefix
-from lorica.errors import ConfigError
+from lorica.errors import ConfigError, listing
 
 if TYPE_CHECKING:
     from lorica.config.lora import LoraConfig
@@ -27,6 +27,10 @@ def _is_index(value: Any) -> bool:
 
 def _is_rank(value: Any) -> bool:
     return _is_index(value) and value >= 1
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_index, value)) and value[0] < value[1]
 
 
 def check(config: LoraConfig) -> None:
@@ -87,6 +91,13 @@ def check(config: LoraConfig) -> None:
             value is None or text or names,
             "a list of names" if name in lists else "a string or a list of names",
         )
+    ranges = config.layer_replication
+    expect(
+        "layer_replication",
+        ranges is None or (isinstance(ranges, list) and bool(ranges) and all(map(_is_range, ranges))),
+        "None or a list of ranges [start, end) of blocks",
+    )
+    _check_tokens(config.trainable_token_indices)
     nothing = config.target_modules == [] and not config.target_parameters
     expect("target_modules", config.target_modules != "" and not nothing, "None or name at least one module")
     for name in ("lora_dropout", "use_dora", "lora_bias"):
@@ -125,6 +136,23 @@ def check(config: LoraConfig) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
             _check_regex(name, key, with_prefix(key))
+
+
+def _check_tokens(given: Any) -> None:
+    tables: dict[Any, Any] = (
+        given if isinstance(given, dict) else {} if given is None else {"embedding": given}
+    )
+    for name, indices in tables.items():
+        whole = isinstance(indices, list) and indices and all(map(_is_index, indices))
+        if not isinstance(name, str) or not name or not whole:
+            raise ConfigError(
+                "trainable_token_indices must be a list of at least one token's index, or a map from names "
+                f"of embeddings to such lists, not {given!r}"
+            )
+        if twice := sorted({i for i in indices if indices.count(i) > 1}):
+            raise ConfigError(f"trainable_token_indices names {listing(map(str, twice))} twice")
+    if given == {}:
+        raise ConfigError("trainable_token_indices is an empty map; leave it out, or name an embedding")
 
 
 def _check_regex(name: str, pattern: object, used: str | None = None) -> None:

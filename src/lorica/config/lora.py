@@ -17,6 +17,10 @@ from lorica.errors import ConfigError
 C = TypeVar("C")
 
 
+def _is_row(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, Mapping))
+
+
 def _knowing_pefts_fields(cls: type[C]) -> type[C]:
     """Let a configuration be made with all that PEFT's can be made with, if it asks for nothing more."""
     known = frozenset(item.name for item in dataclasses.fields(cls))  # pyright: ignore[reportArgumentType]
@@ -58,12 +62,19 @@ class LoraConfig:
             al., 2024).
         use_rslora: scale by α/√r, so that large ranks keep learning (Kalajdzievski, 2023).
         modules_to_save: modules trained and saved whole, such as a new classification head.
+        trainable_token_indices: rows of the input embedding to train by themselves, such as those of new
+            tokens; of other tables, a map from their names. What is tied to the input embedding, as a rule
+            the output head, uses the same rows. For tables that neither `target_modules` nor
+            `modules_to_save` names.
         init_lora_weights: how A and B start. True: A Kaiming-uniform, B zero; ``"gaussian"``: A normal with
             standard deviation 1/r, B zero; False: both random, so the model changes at once (for tests).
         rank_pattern: name or regular expression → rank, where it differs from `r`. The first match wins.
         alpha_pattern: name or regular expression → alpha, where it differs from `lora_alpha`.
         layers_to_transform: indices of the transformer blocks to adapt; None adapts all.
         layers_pattern: name of the list that holds the blocks (``"layers"``, ``"h"``); None accepts any.
+        layer_replication: ranges ``[start, end)`` of blocks that make a deeper model, sharing weights, each
+            block with updates of its own: ``[[0, 4], [2, 6]]`` gives 0 1 2 3 2 3 4 5. The other settings
+            count the new blocks.
         fan_in_fan_out: the weight is stored (in, out), as in transformers' Conv1D. Detected, so there is no
             need to set it.
         task_type: one of ``"SEQ_CLS"``, ``"TOKEN_CLS"``, ``"QUESTION_ANS"``, ``"CAUSAL_LM"``,
@@ -88,11 +99,13 @@ class LoraConfig:
     use_dora: bool = False
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    layer_replication: list[list[int]] | None = None
     fan_in_fan_out: bool = False
     task_type: str | None = None
     inference_mode: bool = False
@@ -118,6 +131,14 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             object.__setattr__(self, name, dict(value) if isinstance(value, Mapping) else value or {})
+        ranges = self.layer_replication
+        if isinstance(ranges, (list, tuple)):
+            ranges = [list(part) if isinstance(part, tuple) else part for part in ranges]
+            object.__setattr__(self, "layer_replication", ranges or None)
+        tokens: Any = self.trainable_token_indices
+        if isinstance(tokens, Mapping):
+            tokens = {key: list(value) if _is_row(value) else value for key, value in tokens.items()}
+        object.__setattr__(self, "trainable_token_indices", list(tokens) if _is_row(tokens) else tokens)
         if self.task_type is not None:
             object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))
         check(self)

@@ -27,6 +27,7 @@ from lorica.layers.opaque import is_linear_like
 from lorica.layers.quantized import LoraQuantized as LoraQuantized
 from lorica.layers.quantized import quantizer_of
 from lorica.layers.saved import SavedModule as SavedModule
+from lorica.layers.tokens import TrainedTokens as TrainedTokens
 
 ADAPTABLE = (
     "nn.Linear and its subclasses, quantized layers, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d, "

@@ -19,8 +19,18 @@ from lorica.layers.quantized import release_layout
 from lorica.model import pretrained
 from lorica.model.methods import resolve_methods
 from lorica.model.mount import Mount, mount, open_for, parameter_for, remove_parts
-from lorica.model.structure import ROSTER, adapted, added_modules, find_adapted, lora_layers, saved_modules
+from lorica.model.stack import stacked, unstack
+from lorica.model.structure import (
+    ROSTER,
+    adapted,
+    added_modules,
+    find_adapted,
+    lora_layers,
+    saved_modules,
+    token_modules,
+)
 from lorica.model.targets import Target
+from lorica.model.tokens import starting_rows, token_targets
 from lorica.roster import Roster
 
 M = TypeVar("M", bound=nn.Module)
@@ -61,14 +71,24 @@ def adapt(
     Source: Hu et al., 2021, §4.1.
     """
     root, roster = open_for(model, name)
+    config = as_config(config)
+    with stacked(root, roster, config):
+        _adapt(root, roster, config, name, seed)
+    return model
+
+
+def _adapt(root: nn.Module, roster: Roster, config: AdapterConfig, name: str, seed: int | None) -> None:
     seed = init.draw_seed() if seed is None else seed
-    found = resolve_methods(root, as_config(config), seed)
+    found = resolve_methods(root, config, seed)
+    tokens = token_targets(root, found.lora, {target.path for target in found.layers}, found.saved)
     mounts = [_fresh(target, found.lora, seed) for target in found.layers] if found.lora else []
     slots = _slots(root, roster, found.trained)
+    rows = [(table, starting_rows(table)) for table in tokens]
     trainable = not found.config.inference_mode
-    mount(root, roster, name, found.config, mounts, found.saved, slots, found.parts, trainable=trainable)
+    mount(
+        root, roster, name, found.config, mounts, found.saved, slots, found.parts, rows, trainable=trainable
+    )
     roster.activate(root, (name,))
-    return model
 
 
 def detach(model: M, name: str | None = None) -> M:
@@ -90,7 +110,12 @@ def detach(model: M, name: str | None = None) -> M:
     root, roster = adapted(model)
     roster.check_unmerged("detach an adapter")
     gone = tuple(roster.configs) if name is None else (roster.known(name),)
-    swapped = (*lora_layers(root).values(), *saved_modules(root).values(), *added_modules(root).values())
+    swapped = (
+        *lora_layers(root).values(),
+        *saved_modules(root).values(),
+        *added_modules(root).values(),
+        *token_modules(root).values(),
+    )
     for module in swapped:
         module.check_own_class()
     roster.activate(root, tuple(n for n in roster.active if n not in gone))
@@ -106,6 +131,12 @@ def detach(model: M, name: str | None = None) -> M:
                 module.remove_copy(n)
         if not module.modules_to_save:
             module.leave()
+    for table in token_modules(root).values():
+        for n in gone:
+            if n in table.adapters:
+                table.remove_rows(n)
+        if not table.adapters:
+            table.leave()
     for n in gone:
         remove_parts(root, n)
         roster.slots.pop(n, None)
@@ -116,6 +147,7 @@ def detach(model: M, name: str | None = None) -> M:
         for parameter in roster.frozen:
             parameter.requires_grad_(True)
         release_layout(roster.layouts)
+        unstack(root, roster)
         pretrained.leave(root)
         delattr(root, ROSTER)
     return model

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from lorica.errors import TargetError
+from lorica.errors import TargetError, listing
 from lorica.layers import (
     LoraAttention,
     LoraEmbedding,
     LoraLayer,
+    LoraLinear,
     LoraOpaque,
     LoraParameters,
     LoraQuantized,
+    SavedModule,
     SwappedModule,
+    TrainedTokens,
+    layer_class,
 )
 from lorica.layers.quantized import is_unfinished, quantizer_of
 from lorica.model.structure import Place
@@ -32,6 +38,11 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
     path, module, parent = place
     kind = type(module).__name__
     check_replaceable(path, module)
+    if isinstance(module, TrainedTokens):
+        raise TargetError(
+            f"{path}: another adapter trains rows of it (trainable_token_indices), so it cannot take a "
+            "low-rank update beside that"
+        )
     if layer is LoraAttention and not module._qkv_same_embed_dim:
         raise TargetError(
             f"{path}: an nn.MultiheadAttention with kdim or vdim of its own has no single weight to adapt; "
@@ -103,6 +114,64 @@ def check_bias(place: Place, layer: type[LoraLayer]) -> None:
         )
 
 
+def check_looked_up(places: Iterable[Place], chosen: Collection[str]) -> None:
+    """Refuse an embedding that only holds the table in which others look up, as T5's `shared` does.
+
+    Args:
+        places: of the whole model.
+        chosen: paths of the modules to adapt or to train whole.
+
+    Raises:
+        TargetError: naming it and those.
+    """
+    embeddings = [p for p in places if isinstance(p.module, nn.Embedding)]
+    for place in embeddings:
+        if place.path not in chosen:
+            continue
+        around, _, _ = place.path.rpartition(".")
+        inside = f"{around}." if around else ""
+        weight = place.module._parameters.get("weight")
+        tied = [p for p in embeddings if p.module._parameters.get("weight") is weight]
+        others = [p.path for p in tied if p is not place]
+        if others and all(p.startswith(inside) and "." in p.removeprefix(inside) for p in others):
+            raise TargetError(
+                f"{place.path} only holds the table that {listing(others)} look up in, and is not called "
+                f"itself, so an update of it would not act; name {listing(others)} instead, or single rows "
+                "in trainable_token_indices, which all of them share"
+            )
+
+
+def check_rows(place: Place, indices: Iterable[int]) -> None:
+    """Refuse a module of which these rows cannot be trained by themselves.
+
+    Raises:
+        TargetError: naming the module.
+    """
+    path, module, parent = place
+    if not isinstance(module, TrainedTokens):
+        kind = type(module).__name__
+        if isinstance(module, (LoraLayer, SavedModule)):
+            raise TargetError(f"{path}: another adapter has made it a {kind}; leave out its tokens")
+        layer = layer_class(module, parent)
+        if layer not in (LoraEmbedding, LoraLinear):
+            raise TargetError(
+                f"{path} is a {kind}; trainable_token_indices takes embeddings, and plain linear heads"
+            )
+        check_adaptable(place, layer)
+        if getattr(module, "max_norm", None) is not None:
+            raise TargetError(
+                f"{path} rescales its rows as it looks them up (max_norm), so they cannot be trained as "
+                "they are; leave out its tokens"
+            )
+    rows = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
+    beyond = [str(index) for index in indices if index >= rows]
+    if beyond:
+        raise TargetError(
+            f"{path} has {rows} rows, and trainable_token_indices names {listing(beyond)}; resize it first "
+            "(model.resize_token_embeddings)"
+        )
+
+
 def check_parameter(place: Place, leaf: str) -> None:
     """Refuse a parameter on which an update would not act, or has no shape.
 
@@ -149,6 +218,10 @@ def check_whole(path: str, module: nn.Module) -> None:
         TargetError: naming the module.
     """
     check_replaceable(path, module)
+    if any(isinstance(part, TrainedTokens) for part in module.modules()):
+        raise TargetError(
+            f"{path} cannot be trained whole: another adapter trains rows of it (trainable_token_indices)"
+        )
     packed = [name for name, part in module.named_modules(prefix=path) if quantizer_of(part) is not None]
     if packed:
         raise TargetError(

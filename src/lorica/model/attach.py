@@ -9,13 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lorica.adapter import Adapter, Factors
+from lorica.adapter import TOKEN_ROWS, Adapter, Factors
 from lorica.config import LoraConfig, members
 from lorica.errors import AdapterError, TargetError, lines, nearest
 from lorica.layers import AddedModule, Plan, SavedModule, layer_class
-from lorica.model.adaptable import check_adaptable, check_bias, check_magnitudes, check_whole
+from lorica.model.adaptable import (
+    check_adaptable,
+    check_bias,
+    check_looked_up,
+    check_magnitudes,
+    check_whole,
+)
 from lorica.model.methods import plan_methods, trained_by
 from lorica.model.mount import Mount, mount, open_for, parameter_for
+from lorica.model.stack import stacked
 from lorica.model.structure import Place, base_parameters, walk
 from lorica.model.targets import (
     Target,
@@ -28,6 +35,7 @@ from lorica.model.targets import (
     trained_whole,
     within_any,
 )
+from lorica.model.tokens import TokenTarget, starting_rows, token_targets
 from lorica.model.values import trained_copies
 from lorica.roster import Roster
 
@@ -60,6 +68,12 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
 def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> M:
     """As `attach`, for an adapter that is known to be finite: one that was just read is."""
     root, roster = open_for(model, name)
+    with stacked(root, roster, adapter.config):
+        _attach(root, roster, adapter, name, trainable)
+    return model
+
+
+def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, trainable: bool) -> None:
     places = {place.path: place for place in walk(root) if place.path}
     saved = outermost(ending_in(places.values(), adapter.config.modules_to_save or []))
     plan = plan_methods(root, adapter.config, saved)
@@ -72,6 +86,8 @@ def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> 
     try:
         named = parameter_targets(places.values(), lora) if lora else []
         parameters = {target.key: target for target in named}
+        check_looked_up(places.values(), {*adapter.factors, *saved})
+        tokens = token_targets(root, lora, adapter.factors, saved)
     except TargetError as error:
         raise AdapterError(f"the adapter does not fit this {type(root).__name__}:\n  {error}") from None
     for path, factors in adapter.factors.items():
@@ -85,7 +101,7 @@ def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> 
     problems += [
         f"missing: {parameters[key].pattern_path}" for key in parameters if key not in adapter.factors
     ]
-    problems += [*_extra_problems(root, adapter, saved), *_missing(root, places, adapter, saved)]
+    problems += [*_extra_problems(root, adapter, saved, tokens), *_missing(root, places, adapter, saved)]
     problems += _added_problems(plan, adapter)
     if problems:
         raise AdapterError(f"the adapter does not fit this {type(root).__name__}:\n{lines(problems)}")
@@ -98,16 +114,18 @@ def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> 
         b = factors.bias
         bias = None if b is None else parameter_for(target, b, copy=True)
         mounts.append(Mount(target, A, B, factors.scale, dropout, magnitude, bias))
-    mount(root, roster, name, adapter.config, mounts, saved, slots, plan.parts, trainable=trainable)
+    rows = [(table, starting_rows(table)) for table in tokens]
+    mount(root, roster, name, adapter.config, mounts, saved, slots, plan.parts, rows, trainable=trainable)
     with torch.no_grad():
         for copy in trained_copies(root, roster, name):
             copy.tensor.copy_(adapter.extras[copy.base_name])
         for part in plan.parts:
             for key, tensor in part.tensors():
                 tensor.copy_(adapter.added[key])
+        for table, parameter in rows:
+            parameter.copy_(adapter.extras[f"{table.path}.{TOKEN_ROWS}"])
     if not roster.active:
         roster.activate(root, (name,))
-    return model
 
 
 def _parameter_target(
@@ -193,17 +211,22 @@ def _target(places: Mapping[str, Place], path: str, factors: Factors) -> Target:
     return Target(path, place.module, layer)
 
 
-def _extra_problems(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> Iterator[str]:
+def _extra_problems(
+    root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module], tokens: list[TokenTarget]
+) -> Iterator[str]:
+    rows = {f"{table.path}.{TOKEN_ROWS}": table.shape for table in tokens}
+    yield from (f"missing: {name}" for name in rows if name not in adapter.extras)
     if not adapter.extras:
         return
     parameters = base_parameters(root)
     whole = {f"{path}.{leaf}": t for path, module in saved.items() for leaf, t in _state(module).items()}
     for path, tensor in adapter.extras.items():
         have: Tensor | None = (whole if within_any(path, saved) else parameters).get(path)
-        if have is None:
+        shape = rows.get(path) if have is None else have.shape
+        if shape is None:
             yield f"unexpected: {path} is not a parameter of the model{nearest(path, parameters, limit=1)}"
-        elif have.shape != tensor.shape:
-            yield f"shape of {path}: {tuple(tensor.shape)} in the adapter, {tuple(have.shape)} in the model"
+        elif shape != tensor.shape:
+            yield f"shape of {path}: {tuple(tensor.shape)} in the adapter, {tuple(shape)} in the model"
 
 
 def _missing(

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from lorica.adapter import Adapter
 from lorica.errors import AdapterError, StateError, listing
 from lorica.folding import each_on_one_thread, one_thread
-from lorica.layers import LayerState, LoraLayer, LoraParameters, SavedModule, SwappedModule
+from lorica.layers import LayerState, LoraLayer, LoraParameters, SavedModule, SwappedModule, TrainedTokens
 from lorica.layers.quantized import holding, set_attribute
 from lorica.model import pretrained
 from lorica.model.methods import check_merges
@@ -36,7 +36,7 @@ from lorica.model.packed import (
     repack,
     unpack,
 )
-from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules
+from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules, token_modules
 from lorica.model.ties import Ties
 from lorica.roster import place
 
@@ -137,7 +137,12 @@ def merge(
     roster.activate(root, chosen)
     chosen = roster.active
     layers = lora_layers(root)
-    swapped: dict[str, SwappedModule] = {**layers, **saved_modules(root), **added_modules(root)}
+    swapped: dict[str, SwappedModule] = {
+        **layers,
+        **saved_modules(root),
+        **added_modules(root),
+        **token_modules(root),
+    }
     try:
         for module in swapped.values():
             module.check_own_class()
@@ -148,11 +153,12 @@ def merge(
         plain = plain_dtype(root) if packed and into == "dequantized" else None
         merged = _merged_states(acting, packed, chosen, plain)
         weights = plain_weights(packed, merged, plain) if plain is not None else {}
+        tables = _tables(token_modules(root), chosen)
         losses = {path: _loss(layers[path], chosen, state) for path, state in merged.items()}
     except Exception:
         roster.activate(root, before)
         raise
-    ties = Ties.of(root)
+    ties = Ties.of(root, stacked=roster.stack is not None)
     pretrained.leave(root)
     states = {  # plain weights wait until the layers are in their base form
         path: {leaf: value for leaf, value in state.items() if path not in weights or leaf != "weight"}
@@ -160,7 +166,10 @@ def merge(
     }
     aside = _Merged(
         before,
-        [_set_aside(path, module, states.get(path, {}), chosen) for path, module in swapped.items()],
+        [
+            _set_aside(path, module, states.get(path, tables.get(path, {})), chosen)
+            for path, module in swapped.items()
+        ],
         ties,
         into=into if packed else None,
     )
@@ -207,7 +216,9 @@ def switch(model: nn.Module, name: str) -> None:
             for path, layer in layers.items()
             for key, _, holder in layer.holders(name)
         }
-        Adapter(roster.configs[name], factors).check_finite()
+        rows = {path: m.token_adapter.trainable_tokens_delta for path, m in _with_rows(aside).items()}
+        extras = {path: own[name].detach() for path, own in rows.items() if name in own}
+        Adapter(roster.configs[name], factors, extras).check_finite()
         aside.ties.redo(root)
         for item in aside.modules:
             _put_back(item)
@@ -398,14 +409,37 @@ def _refill(aside: _Merged, layers: Mapping[str, LoraLayer], name: str) -> None:
     for item in aside.modules:
         if isinstance(item.module, SavedModule):
             _show_copy(item, item.module, (name,))
-        elif item.path in layers:
+        elif isinstance(item.module, LoraLayer) and item.path in layers:
             merged[item.path] = _room(layers[item.path], (name,), item.merged)
             item.merged |= merged[item.path]
     _fold(layers, merged, (name,))
+    merged |= _tables(_with_rows(aside), (name,))
     for item in aside.modules:
         for leaf, parameter in merged.get(item.path, {}).items():
-            item.originals[leaf] = layers[item.path].get_base(leaf)
-            _put(item.module, leaf, parameter)
+            item.originals[leaf] = _put(item.module, leaf, parameter)
+
+
+def _with_rows(aside: _Merged) -> dict[str, TrainedTokens]:
+    return {item.path: item.module for item in aside.modules if isinstance(item.module, TrainedTokens)}
+
+
+def _tables(modules: Mapping[str, TrainedTokens], names: tuple[str, ...]) -> dict[str, dict[str, Parameter]]:
+    """Path → the weight with the acting rows in their places; what is tied in the base stays tied.
+
+    Raises:
+        AdapterError: a row would hold NaN or infinity.
+    """
+    made: dict[tuple[Tensor, Tensor], Parameter] = {}
+    tables = {}
+    for path, module in modules.items():
+        for name in (name for name in names if name in module.adapters):
+            rows = module.token_adapter.trainable_tokens_delta[name]
+            key = module.base_weight, rows
+            if key not in made:
+                _check_finite(path, "rows", rows.to(module.base_weight.dtype))
+                made[key] = Parameter(module.with_rows(name).detach(), requires_grad=False)
+            tables[path] = {"weight": made[key]}
+    return tables
 
 
 def _show_copy(item: _Aside, module: nn.Module, names: tuple[str, ...]) -> None:

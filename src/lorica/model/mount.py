@@ -12,11 +12,12 @@ from torch.nn import Parameter
 from lorica.adapter import check_name
 from lorica.config import AdapterConfig
 from lorica.errors import AdapterError
-from lorica.layers import LoraLayer, LoraParameters, Part, SavedModule
+from lorica.layers import LoraLayer, LoraParameters, Part, SavedModule, TrainedTokens
 from lorica.layers.quantized import hold_layout
 from lorica.model import pretrained
 from lorica.model.structure import ROSTER, added_modules, base_parameters, find_adapted
 from lorica.model.targets import Target
+from lorica.model.tokens import TokenTarget
 from lorica.roster import Roster
 
 
@@ -76,6 +77,7 @@ def mount(
     saved: Mapping[str, nn.Module],
     slots: Mapping[str, Parameter],
     parts: Sequence[Part] = (),
+    tokens: Sequence[tuple[TokenTarget, Parameter]] = (),
     *,
     trainable: bool,
 ) -> None:
@@ -90,6 +92,7 @@ def mount(
         saved: path → module to give a copy that is trained whole.
         slots: parameter name → parameter that takes its place while the adapter acts.
         parts: what is added to modules.
+        tokens: tables with their trained rows.
         trainable: whether all of these train.
     """
     if not roster.configs:
@@ -112,11 +115,16 @@ def mount(
             host.add_magnitude(name, _train(magnitude, trainable))
         if bias is not None:
             host.add_bias(name, _train(bias, trainable))
-    if saved:
-        roster.whole[name] = tuple(saved)
+    own = (*saved, *(path for table, _ in tokens for path in table.modules))
+    if own:
+        roster.whole[name] = own
     for module in saved.values():
         host = module if isinstance(module, SavedModule) else SavedModule.take(module, roster)
         host.add_copy(name, trainable=trainable)
+    for table, rows in tokens:
+        for path, module in table.modules.items():
+            host = module if isinstance(module, TrainedTokens) else TrainedTokens.take(module, roster)
+            host.add_rows(name, table.indices, _train(rows, trainable), tied=path != table.path)
     if parts:
         roster.parts[name] = tuple(part.place for part in parts)
     for part in parts:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lorica.errors import StateError
-from lorica.layers import AddedModule, LoraLayer, SavedModule, SwappedModule
+from lorica.layers import AddedModule, LoraLayer, SavedModule, SwappedModule, TrainedTokens
 from lorica.roster import Roster
 
 ROSTER = "lorica_roster"
@@ -67,6 +67,11 @@ def saved_modules(root: nn.Module) -> dict[str, SavedModule]:
 def added_modules(root: nn.Module) -> dict[str, AddedModule]:
     """Path → module to which adapters add parts of their own."""
     return {place.path: place.module for place in walk(root) if isinstance(place.module, AddedModule)}
+
+
+def token_modules(root: nn.Module) -> dict[str, TrainedTokens]:
+    """Path → module some of whose rows are trained."""
+    return {place.path: place.module for place in walk(root) if isinstance(place.module, TrainedTokens)}
 
 
 def find_adapted(model: nn.Module) -> tuple[nn.Module, Roster] | None:

@@ -26,6 +26,7 @@ from lorica.layers.conv import LoraConv
 from lorica.model.adaptable import (
     check_adaptable,
     check_bias,
+    check_looked_up,
     check_magnitudes,
     check_parameter,
     check_whole,
@@ -133,6 +134,7 @@ def resolve(root: nn.Module, config: LoraConfig) -> Targets:
             f"{listing(sorted(both))}: targeted as a module and by a parameter of it; leave one of the two "
             "out of target_modules and target_parameters"
         )
+    check_looked_up(places, {*saved, *(target.path for target in targets)})
     paths = [target.pattern_path for target in targets]
     for name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:

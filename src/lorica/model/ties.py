@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn import Parameter
 
+from lorica.model.structure import base_parameters
 from lorica.roster import place
 
 
@@ -18,20 +19,22 @@ class Ties:
     Args:
         groups: the names that share one parameter in the base.
         copies: names that got a copy, and their original.
+        stacked: whether blocks share their weights (`layer_replication`), which no file says.
         config: a transformers configuration that said "tied".
     """
 
     groups: list[list[str]]
+    stacked: bool = False
     copies: dict[str, Parameter] = field(default_factory=dict)
     config: Any = None
 
     @classmethod
-    def of(cls, root: nn.Module) -> Ties:
+    def of(cls, root: nn.Module, *, stacked: bool = False) -> Ties:
         """The ties of a model whose weights are the base's own."""
         names: dict[Parameter, list[str]] = {}
-        for name, parameter in root.named_parameters(remove_duplicate=False):
+        for name, parameter in base_parameters(root).items():
             names.setdefault(parameter, []).append(name)
-        return cls([group for group in names.values() if len(group) > 1])
+        return cls([group for group in names.values() if len(group) > 1], stacked)
 
     def undo(self, root: nn.Module) -> list[str]:
         """Let a transformers model keep, when it is saved, what no longer is the same; returns those modules.
@@ -41,8 +44,10 @@ class Ties:
         """
         apart = [names for names in self.groups if len({root.get_parameter(name) for name in names}) > 1]
         config = getattr(root, "config", None)
-        if apart and config is not None and getattr(config, "tie_word_embeddings", False):
-            self.config, config.tie_word_embeddings = config, False
+        tied = config is not None and getattr(config, "tie_word_embeddings", False)
+        if apart and tied:
+            self.config, config.tie_word_embeddings = config, False  # type: ignore[union-attr]
+        if apart and (tied or self.stacked):
             for names in self.groups:
                 held: set[Parameter] = set()
                 for name in names:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lorica.adapter import Adapter, Factors
+from lorica.adapter import TOKEN_ROWS, Adapter, Factors
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, lines
 from lorica.layers.added import join
-from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules
+from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules, token_modules
 from lorica.roster import Roster
 
 
@@ -62,6 +62,11 @@ def extract(
     extras = {
         copy.base_name: value(copy.live_name, copy.tensor) for copy in trained_copies(root, roster, name)
     }
+    for path, module in token_modules(root).items():
+        own = module.token_adapter
+        if name in own.indices and name not in own.tied:
+            rows = own.trainable_tokens_delta[name]
+            extras[f"{path}.{TOKEN_ROWS}"] = value(f"{path}.{TOKEN_ROWS}.{name}", rows)
     in_place, config = name in roster.active, roster.configs[name]
     written: set[Parameter] = set()
     for path, parameter in roster.slots.get(name, {}).items():

@@ -14,8 +14,8 @@ from lorica.model.structure import lora_layers
 def brought(module: SwappedModule) -> Iterator[tuple[str, Parameter]]:
     """The parameters that adapters brought to a module, each with its adapter's name."""
     for own in module.own_modules:
-        # The adapter comes first; below a module with adapted parameters, after parameter and factor.
-        place = 2 if own == "lora_parameters" else 0
+        # The adapter comes first, but below a module with adapted parameters or rows after what holds it.
+        place = {"lora_parameters": 2, "token_adapter": 1}.get(own, 0)
         for path, parameter in getattr(module, own).named_parameters():
             yield path.split(".")[place], parameter
 

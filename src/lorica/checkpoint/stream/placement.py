@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorica.adapter import Adapter, Factors
+from lorica.adapter import TOKEN_ROWS, Adapter, Factors
 from lorica.checkpoint.stream.names import Names, fused, fused_rows, match, split, whole
 from lorica.checkpoint.stream.shards import DTYPES, Checkpoint, Entry
 from lorica.checkpoint.stream.ties import Tie, find_tie, is_table
+from lorica.config import members
 from lorica.errors import AdapterError, lines, nearest
 
 # transformers' models that hold their linear layers' weights (d_in, d_out), and what those layers are called.
@@ -80,6 +81,12 @@ def place(adapter: Adapter, base: Checkpoint) -> Placement:
     Raises:
         AdapterError: with the whole list of what has none, or does not fit it.
     """
+    lora, _ = members(adapter.config)
+    if lora is not None and lora.layer_replication:
+        raise AdapterError(
+            "the adapter is for a deeper model than the one on disk (layer_replication), so it is not merged "
+            "there; merge it in memory and save the model"
+        )
     matrices = [name.removesuffix(".weight") for name in adapter.extras if name.endswith(".weight")]
     names = match([*adapter.factors, *matrices], base.home)
     tie = find_tie(base, names, adapter.config.task_type)
@@ -106,6 +113,11 @@ def place(adapter: Adapter, base: Checkpoint) -> Placement:
 def _place_extra(
     result: Placement, adapter: Adapter, base: Checkpoint, tie: Tie | None, name: str, tensor: Tensor
 ) -> list[str]:
+    if name.endswith(TOKEN_ROWS):
+        return [
+            f"{name}: single rows of a table (trainable_token_indices) are not merged on disk; merge it in "
+            "memory"
+        ]
     there, is_whole = result.names.to_file(name), trained_whole(adapter, name)
     if there not in base:
         added = result.names.added(name)
