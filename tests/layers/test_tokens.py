@@ -191,7 +191,7 @@ def test_files_there_and_back(tmp_path: Path) -> None:
     lorica.save(model, tmp_path)
     adapter = lorica.read(tmp_path)
     assert list(adapter.extras) == ["embed.token_adapter.trainable_tokens_delta"]
-    assert adapter.config.trainable_token_indices == ROWS
+    assert adapter.lora.trainable_token_indices == ROWS
     again = lorica.load(copy.deepcopy(before), tmp_path)
     assert torch.equal(again(ids), model(ids))
     assert not any(p.requires_grad for p in again.parameters())

@@ -71,7 +71,7 @@ def test_files_there_and_back(tmp_path: Path) -> None:
     model: Any = lorica.adapt(copy.deepcopy(base), config())
     shake(model)
     lorica.save(model, tmp_path)
-    assert lorica.read(tmp_path).config.layer_replication == PLAN
+    assert lorica.read(tmp_path).lora.layer_replication == PLAN
     again = lorica.load(copy.deepcopy(base), tmp_path)
     assert torch.equal(again(tokens()), model(tokens()))
     lorica.load_weights(again, tmp_path)
