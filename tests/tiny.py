@@ -148,7 +148,9 @@ def shake(model: nn.Module, seed: int = 0, size: float = 0.3) -> None:
             parameter += size * torch.randn(parameter.shape, generator=draw)
 
 
-def adapted(model: nn.Module, config: lorica.LoraConfig, name: str = "default", seed: int = 0) -> nn.Module:
+def adapted(
+    model: nn.Module, config: lorica.AdapterConfig, name: str = "default", seed: int = 0
+) -> nn.Module:
     """The model with one more adapter, that differs from its start and is the only one acting."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)

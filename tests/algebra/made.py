@@ -67,4 +67,4 @@ def agree(adapter: Adapter, expected: dict[str, Tensor], tolerance: float = 1e-6
         found, size = update(factors), float(expected[path].norm())
         assert found.shape == expected[path].shape
         assert float((found - expected[path]).norm()) <= tolerance * max(size, 1.0), path
-        assert (adapter.config.rank(path), adapter.config.scale(path)) == (factors.r, factors.scale), path
+        assert (adapter.lora.rank(path), adapter.lora.scale(path)) == (factors.r, factors.scale), path

@@ -179,7 +179,7 @@ def test_every_method_makes_an_adapter_whose_settings_are_true(method: str) -> N
     result = algebra.combine(terms, [1, 0.5, 2], method, **told(method))
     agree(result, updates(result), 0)
     result.check_finite()
-    assert result.config.lora_alpha == result.config.r
+    assert result.lora.lora_alpha == result.lora.r
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])

@@ -30,7 +30,7 @@ class TestConcatenate:
         result = algebra.concatenate(adapters, weights)
         agree(result, weighted(adapters, weights))
         assert {f.r for f in result.factors.values()} == {sum(ranks)}
-        assert not result.config.use_rslora
+        assert not result.lora.use_rslora
 
     def test_a_layer_that_one_lacks_counts_as_zero(self) -> None:
         one, other = made(paths=["table", "conv"]), made(r=2, seed=1, paths=["conv", "a.linear"])
@@ -47,7 +47,7 @@ class TestConcatenate:
     def test_settings_tell_a_path_from_one_that_ends_like_it(self) -> None:
         factors = {"linear": made(r=2).factors["a.linear"], **made(r=4).factors}
         one = lorica.Adapter(LoraConfig(r=4, target_modules=["linear"]), factors)
-        config = algebra.concatenate([one]).config
+        config = algebra.concatenate([one]).lora
         assert (config.rank("linear"), config.rank("a.linear"), config.rank("b.linear")) == (2, 4, 4)
 
     def test_read_back_from_its_file_it_is_the_same(self, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ class TestScale:
         scaled = algebra.scale(one, factor)
         for path, expected in weighted([one], [factor]).items():
             torch.testing.assert_close(updates(scaled)[path], expected)
-            assert scaled.config.scale(path) == pytest.approx(scaled.factors[path].scale)
+            assert scaled.lora.scale(path) == pytest.approx(scaled.factors[path].scale)
 
     def test_no_tensor_changes_but_for_a_sign(self) -> None:
         one = made(extras={"head": torch.ones(2)})

@@ -35,13 +35,13 @@ class TestTargets:
         assert (
             algebra.add(
                 made(target_modules="linear|conv"), made(target_modules="linear|conv")
-            ).config.target_modules
+            ).lora.target_modules
             == "linear|conv"
         )
 
     def test_names_unite(self) -> None:
         one, other = made(paths=["table"]), made(paths=["a.linear", "table"])
-        assert algebra.add(one, other).config.target_modules == ["table", "a.linear"]
+        assert algebra.add(one, other).lora.target_modules == ["table", "a.linear"]
 
     @pytest.mark.parametrize(
         "selected",
@@ -54,8 +54,8 @@ class TestTargets:
     def test_of_other_kinds_they_are_named_one_by_one(self, selected: dict[str, Any]) -> None:
         one, other = trained(target_modules=["down"], layers_to_transform=[0]), trained(1, **selected)
         result = algebra.add(one, other)
-        assert set(result.config.target_modules or ()) == one.factors.keys() | other.factors.keys()
-        assert result.config.layers_to_transform is None
+        assert set(result.lora.target_modules or ()) == one.factors.keys() | other.factors.keys()
+        assert result.lora.layers_to_transform is None
         both = lorica.attach(lorica.attach(toy(), one, "one"), other, "other")
         lorica.active(both, ["one", "other"])
         torch.testing.assert_close(outputs(lorica.attach(toy(), result)), outputs(both))
@@ -71,7 +71,7 @@ class TestTargets:
 
         result = algebra.add(of(["attention"]), of("up"))
         assert list(result.factors) == ["attention", "attention.out_proj", "up"]
-        assert result.config.target_modules == ["attention", "up"]
+        assert result.lora.target_modules == ["attention", "up"]
 
 
 class TestTrainedWhole:
@@ -106,7 +106,7 @@ class TestTrainedWhole:
             AdapterError, match=r"task_type: 'SEQ_CLS' and 'CAUSAL_LM'\n  bias: 'all' and 'lora_only'"
         ):
             algebra.add(one, other)
-        config = algebra.add(one, other, keep=1).config
+        config = algebra.add(one, other, keep=1).lora
         assert (config.task_type, config.bias) == ("CAUSAL_LM", "lora_only")
 
     def test_whole_in_one_and_updated_in_the_other(self) -> None:
@@ -128,10 +128,10 @@ class TestTrainedWhole:
 class TestSettings:
     def test_what_only_training_sees_falls_back_where_it_differs(self) -> None:
         one = made(lora_dropout=0.1, init_lora_weights="gaussian", revision="a", fan_in_fan_out=True)
-        same = algebra.add(one, made(lora_dropout=0.1, init_lora_weights="gaussian", revision="a")).config
+        same = algebra.add(one, made(lora_dropout=0.1, init_lora_weights="gaussian", revision="a")).lora
         assert (same.lora_dropout, same.init_lora_weights, same.revision) == (0.1, "gaussian", "a")
         assert same.fan_in_fan_out
-        other = algebra.add(one, made(lora_dropout=0.2)).config
+        other = algebra.add(one, made(lora_dropout=0.2)).lora
         assert (other.lora_dropout, other.init_lora_weights, other.revision) == (0.0, True, None)
 
     def test_other_bases_are_warned_of(self) -> None:
@@ -146,7 +146,7 @@ class TestSettings:
 
     def test_the_commonest_rank_is_r(self) -> None:
         one = made(2, paths=["a.linear", "b.linear", "table"])
-        config = algebra.add(one, made(4, paths=["table"])).config
+        config = algebra.add(one, made(4, paths=["table"])).lora
         assert (config.r, config.lora_alpha) == (2, 2)
         assert config.rank_pattern == config.alpha_pattern == {"^table": 6}
 

@@ -48,7 +48,7 @@ def test_a_causal_model_sees_the_virtual_tokens(name: str) -> None:
     """The same model, given the embeddings by hand, in the order prefix, prompt, infix, target."""
     model = adapted(transformer(name), EMBED)
     value = lorica.extract(model)
-    before, behind = (t for k, t in sorted(value.added.items(), reverse=True))
+    before, behind = (tensor for _, tensor in sorted(value.added.items(), reverse=True))
     base = transformer(name)
     tokens = batch(name)["input_ids"]
     words = base.get_input_embeddings()(tokens)
@@ -70,7 +70,7 @@ def test_a_causal_model_sees_the_virtual_tokens(name: str) -> None:
 def test_an_encoder_sees_them_and_its_head_does_not() -> None:
     model = adapted(transformer("bert-classifier"), EMBED)
     value = lorica.extract(model)
-    before, behind = (t for k, t in sorted(value.added.items(), reverse=True))
+    before, behind = (tensor for _, tensor in sorted(value.added.items(), reverse=True))
     base = transformer("bert-classifier")
     tokens = batch()["input_ids"]
     words = base.get_input_embeddings()(tokens)
@@ -105,7 +105,7 @@ def test_padding_changes_nothing(name: str, method: str) -> None:
 
 @torch.no_grad()
 def test_a_prefix_does_not_depend_on_the_input() -> None:
-    model = adapted(transformer("gpt2"), lorica.PreLayerConfig(prefix=3))
+    model: Any = adapted(transformer("gpt2"), lorica.PreLayerConfig(prefix=3))
     seen: list[torch.Tensor] = []
     model.transformer.h[1].ln_1.register_forward_pre_hook(lambda m, a: seen.append(a[0][:, :3]))
     for seed in (0, 1):
@@ -118,7 +118,7 @@ def test_a_prefix_does_not_depend_on_the_input() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_generation_with_the_cache_agrees_with_the_whole_sequence(name: str, method: str) -> None:
-    model = adapted(transformer(name), METHODS[method])
+    model: Any = adapted(transformer(name), METHODS[method])
     tokens = batch(name)["input_ids"][:, :4]
     pad, ones = torch.zeros(3, 2, dtype=torch.long), torch.ones_like(tokens)
     settings: dict[str, Any] = {
@@ -147,7 +147,7 @@ def test_generation_with_the_cache_agrees_with_the_whole_sequence(name: str, met
 
 @torch.no_grad()
 def test_an_encoder_decoder_generates() -> None:
-    model = adapted(transformer("t5"), EMBED)
+    model: Any = adapted(transformer("t5"), EMBED)
     made = model.generate(input_ids=batch("t5")["input_ids"], max_new_tokens=3, do_sample=False)
     with lorica.disabled(model):
         assert made.shape[0] == model.generate(input_ids=batch("t5")["input_ids"], max_new_tokens=3).shape[0]

@@ -79,5 +79,5 @@ def test_a_card_of_other_origin_stays(tmp_path: Path) -> None:
 
 def test_a_card_that_cannot_be_read_stays(tmp_path: Path) -> None:
     (tmp_path / "README.md").mkdir()
-    assert lorica.read(lorica.write(adapter(), tmp_path)).config.r == 2
+    assert lorica.read(lorica.write(adapter(), tmp_path)).lora.r == 2
     assert (tmp_path / "README.md").is_dir()

@@ -120,7 +120,7 @@ class TestMergedLinear:
             assert list(named) == [f"transformer.h.{i}.attn.{part}" for i in range(2) for part in "qv"]
             return
         adapter = files.read(tmp_path, 6, enable_lora={"attn.c_attn": QV})
-        assert adapter.config.target_modules == ["c_attn"]
+        assert adapter.lora.target_modules == ["c_attn"]
         lorica.attach(model, adapter)
         torch.testing.assert_close(outputs(model, "gpt2"), outputs(expected, "gpt2"), rtol=1e-5, atol=1e-5)
 
@@ -188,7 +188,7 @@ class TestConfiguration:
 
     def derived(self, *paths: str, extras: tuple[str, ...] = ()) -> lorica.LoraConfig:
         tensors = {f"{path}.lora_{side}": torch.ones(2, 2) for path in paths for side in "AB"}
-        return files.from_tensors({**tensors, **{name: torch.ones(2) for name in extras}}, 2).config
+        return files.from_tensors({**tensors, **{name: torch.ones(2) for name in extras}}, 2).lora
 
     @pytest.mark.parametrize(
         ("paths", "targets"),
@@ -223,7 +223,7 @@ class TestConfiguration:
 
     def test_what_is_given_stands(self, tmp_path: Path) -> None:
         torch.save({f"a.0.q.lora_{side}": torch.ones(2, 2) for side in "AB"}, tmp_path / "x.pt")
-        config = files.read(tmp_path / "x.pt", 3, target_modules=["a.0.q"], task_type="CAUSAL_LM").config
+        config = files.read(tmp_path / "x.pt", 3, target_modules=["a.0.q"], task_type="CAUSAL_LM").lora
         assert (config.target_modules, config.task_type, config.lora_alpha) == (["a.0.q"], "CAUSAL_LM", 3)
 
     def test_biases_and_embeddings(self, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ class TestConfiguration:
         shake(source)
         torch.save(lora.lora_state_dict(source, bias="lora_only"), tmp_path / "x.pt")
         adapter = files.read(tmp_path / "x.pt", 3, embeddings=["embed"])
-        assert adapter.config.bias == "lora_only"
+        assert adapter.lora.bias == "lora_only"
         base = nn.ModuleDict({"embed": nn.Embedding(40, 6), "up": nn.Linear(6, 12)})
         base.load_state_dict({key: t for key, t in source.state_dict().items() if "lora_" not in key})
         with torch.no_grad():

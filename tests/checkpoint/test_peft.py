@@ -258,7 +258,7 @@ class TestRead:
             rank_pattern=None,
             invented_tomorrow=None,
         )
-        assert lorica.read(folder).config.r == 2
+        assert lorica.read(folder).lora.r == 2
 
     def test_an_attention_written_by_peft_acted_twice_where_it_was_trained(self, tmp_path: Path) -> None:
         model = adapted(Zoo(), lorica.LoraConfig(r=2, target_modules=["attention", "linear"]))

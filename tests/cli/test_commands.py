@@ -61,7 +61,7 @@ def test_train_says_what_it_does(place: Path, tmp_path: Path, capsys: pytest.Cap
     assert "trainable params: " in out
     assert "20 steps in 0:0" in out
     assert f"lorica evaluate {tmp_path / 'run'}" in out
-    assert lorica.read(tmp_path / "run").config.r == 4
+    assert lorica.read(tmp_path / "run").lora.r == 4
 
 
 def test_options_override_the_recipe(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +77,7 @@ def test_options_override_the_recipe(place: Path, tmp_path: Path, capsys: pytest
         str(tmp_path / "run"),
     ]
     assert main(argv) == 0
-    assert lorica.read(tmp_path / "run").config.r == 2
+    assert lorica.read(tmp_path / "run").lora.r == 2
     assert main(["train", f"--config={recipe}", "--method.r", "0"]) == 1
     assert "r must be a whole number of at least 1, not 0" in capsys.readouterr().err
 

@@ -40,7 +40,7 @@ def test_there_and_back(
     out = capsys.readouterr().out
     assert f"and 1 tensor trained whole to {folder}" in out
     assert "trained whole: head" in out
-    config = lorica.read(folder).config
+    config = lorica.read(folder).lora
     assert (config.base_model_name_or_path, config.task_type) == ("gpt2", "CAUSAL_LM")
     assert config.target_modules == (["c_attn", "out"] if "--enable_lora" in how else ["out", "q", "v"])
     assert main(["convert", str(folder), str(back), *how]) == 0
@@ -58,7 +58,7 @@ def test_names_may_be_given(source: Path, tmp_path: Path) -> None:
         "--modules_to_save=head",
     ]
     assert main([*argv, *more]) == 0
-    assert lorica.read(tmp_path / "peft").config.target_modules == ["h.0.q", "h.0.v", "out"]
+    assert lorica.read(tmp_path / "peft").lora.target_modules == ["h.0.q", "h.0.v", "out"]
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_adapters_by_name_in_the_order_of_arrival() -> None:
     lorica.adapt(model, UP, "second-rate")
     lorica.adapt(model, UP.replace(r=3), "a_1")
     assert list(lorica.adapters(model)) == ["second-rate", "a_1"]
-    assert lorica.adapters(model)["a_1"].r == 3
+    assert lorica.extract(model, "a_1").lora.r == 3
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "../up", "a/b", "a b", "keys", "forward"])

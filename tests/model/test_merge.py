@@ -195,7 +195,7 @@ class TestMerge:
         ):
             lorica.merge(model, "a")
         assert record(model) == before
-        assert list(lorica.extract(model).config.target_modules or ()) == ["up", "down", "embed"]
+        assert list(lorica.extract(model).lora.target_modules or ()) == ["up", "down", "embed"]
 
     def test_an_overflow_of_the_weights_own_type_is_refused(self) -> None:
         model = model_with(CONFIG, model=Toy(dtype=torch.float16))

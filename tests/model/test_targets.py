@@ -295,7 +295,7 @@ class TestUsual:
 
     def test_the_configuration_then_names_them(self) -> None:
         model = lorica.adapt(transformer("t5"), lorica.LoraConfig(r=2))
-        assert lorica.adapters(model)["default"].target_modules == ["q", "v"]
+        assert lorica.extract(model).lora.target_modules == ["q", "v"]
 
     def test_an_unknown_model_is_told_to_say(self) -> None:
         message = refusal(Toy())
@@ -402,12 +402,10 @@ def test_messages_are_cut_where_a_model_has_many_names() -> None:
 
 
 def test_conv1d_sets_fan_in_fan_out() -> None:
-    assert (
-        lorica.adapters(lorica.adapt(transformer("gpt2"), lorica.LoraConfig(r=2)))["default"].fan_in_fan_out
-        is True
-    )
+    model = lorica.adapt(transformer("gpt2"), lorica.LoraConfig(r=2))
+    assert lorica.extract(model).lora.fan_in_fan_out is True
     model = lorica.adapt(transformer("bert"), lorica.LoraConfig(r=2, fan_in_fan_out=True))
-    assert lorica.adapters(model)["default"].fan_in_fan_out is False
+    assert lorica.extract(model).lora.fan_in_fan_out is False
 
 
 def test_a_shared_module_is_adapted_once() -> None:

@@ -59,8 +59,8 @@ class TestExtract:
 
     def test_which_adapter_must_be_clear(self) -> None:
         model = lorica.adapt(adapted(fresh(), CONFIG, "a"), CONFIG.replace(r=3), "b")
-        assert lorica.extract(model).config.r == 3  # the only one that acts
-        assert lorica.extract(model, "a").config.r == 2
+        assert lorica.extract(model).lora.r == 3  # the only one that acts
+        assert lorica.extract(model, "a").lora.r == 2
         lorica.disabled(model)
         with pytest.raises(AdapterError, match="which adapter\\? The model has 'a', 'b'"):
             lorica.extract(model)

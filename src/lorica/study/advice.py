@@ -168,20 +168,20 @@ def proposed(adapter: Adapter, ranks: Mapping[str, int]) -> LoraConfig:
 
     def alpha(path: str) -> float:
         return adapter.factors[path].scale * (
-            chosen[path] ** 0.5 if adapter.config.use_rslora else chosen[path]
+            chosen[path] ** 0.5 if adapter.lora.use_rslora else chosen[path]
         )
 
     usual = Counter(alpha(path) for path, rank in chosen.items() if rank == r).most_common(1)[0][0]
     whole = len(chosen) == len(ranks)
-    return adapter.config.replace(
+    return adapter.lora.replace(
         r=r,
         lora_alpha=usual,
         rank_pattern={path: rank for path, rank in chosen.items() if rank != r},
         alpha_pattern={path: alpha(path) for path in chosen if alpha(path) != usual},
-        target_modules=adapter.config.target_modules if whole else sorted(chosen),
-        layers_to_transform=adapter.config.layers_to_transform if whole else None,
-        layers_pattern=adapter.config.layers_pattern if whole else None,
-        exclude_modules=adapter.config.exclude_modules if whole else None,
+        target_modules=adapter.lora.target_modules if whole else sorted(chosen),
+        layers_to_transform=adapter.lora.layers_to_transform if whole else None,
+        layers_pattern=adapter.lora.layers_pattern if whole else None,
+        exclude_modules=adapter.lora.exclude_modules if whole else None,
     )
 
 

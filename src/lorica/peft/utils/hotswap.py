@@ -147,7 +147,7 @@ def _fits_in(new: Adapter, live: Adapter) -> bool:
     """Whether the new values have room where the live ones are."""
     if new.extras.keys() != live.extras.keys() or not new.factors.keys() <= live.factors.keys():
         return False
-    if new.config.lora_dropout != live.config.lora_dropout:
+    if new.lora.lora_dropout != live.lora.lora_dropout:
         return False
     plain = all(f.magnitude is None and f.bias is None for f in live.factors.values())
     if not plain and new.factors.keys() != live.factors.keys():
@@ -195,7 +195,7 @@ def _at_rank(adapter: Adapter, rank: int) -> Adapter:
     grouped = [path for path, f in adapter.factors.items() if f.B.shape[1] != f.r]
     if grouped:
         raise AdapterError(f"grouped convolutions cannot be filled up to a rank:\n{lines(grouped)}")
-    config = adapter.config
+    config = adapter.lora
     factors = {
         path: dataclasses.replace(f, A=_padded(f.A, 0, rank), B=_padded(f.B, 1, rank))
         for path, f in adapter.factors.items()
