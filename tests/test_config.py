@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica import LoraConfig
-from lorica.config import BIASES, INITS, TASK_TYPES, matches_pattern
+from lorica.config import BIASES, TASK_TYPES, matches_pattern
 from lorica.errors import ConfigError
 
 words = st.text("abcdefghij_", min_size=1, max_size=6)
@@ -29,7 +29,7 @@ configs = st.builds(
     bias=st.sampled_from(BIASES),
     use_rslora=st.booleans(),
     modules_to_save=st.one_of(st.none(), names),
-    init_lora_weights=st.sampled_from(INITS),
+    init_lora_weights=st.sampled_from([True, False, "gaussian", "pissa_niter_4", "olora", "loftq", "eva"]),
     rank_pattern=st.dictionaries(words, st.integers(1, 64), max_size=2),
     alpha_pattern=st.dictionaries(words, alphas, max_size=2),
     task_type=st.one_of(st.none(), st.sampled_from(TASK_TYPES)),

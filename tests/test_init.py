@@ -70,6 +70,20 @@ class TestDistributions:
         assert_uniform(A, 1 / math.sqrt(20 * 3 * 5))
 
 
+class TestOrthogonal:
+    def test_the_update_is_zero_though_neither_factor_is(self) -> None:
+        A, B = draw("orthogonal", r=8)
+        assert float((B @ A).abs().max()) < 1e-6
+        assert float(A.abs().mean()) > 0.01
+        assert float(B.abs().mean()) > 0.01
+
+    def test_it_fills_half_the_rank_on_each_side(self) -> None:
+        A, B = draw("orthogonal", r=8)
+        assert torch.linalg.matrix_rank(A) == torch.linalg.matrix_rank(B) == 4
+        # Rows of an orthonormal basis, mixed by a tenth of normal numbers.
+        assert abs(float(A.square().sum()) / (4 * 400 / 100) - 1) < 0.1
+
+
 class TestGenerator:
     def test_seed_and_path_fix_the_draws(self) -> None:
         first, again = (torch.rand(4, generator=init.generator(3, "a.b")) for _ in range(2))

@@ -23,7 +23,11 @@ from lorica.checkpoint import is_adapter as is_adapter
 from lorica.checkpoint import read as read
 from lorica.checkpoint import write as write
 from lorica.config import AdapterConfig as AdapterConfig
+from lorica.config import CordaConfig as CordaConfig
+from lorica.config import EvaConfig as EvaConfig
+from lorica.config import LoftQConfig as LoftQConfig
 from lorica.config import LoraConfig as LoraConfig
+from lorica.config import LoraGAConfig as LoraGAConfig
 from lorica.config import MethodConfig as MethodConfig
 from lorica.errors import LoricaError as LoricaError
 from lorica.model import MergeReport as MergeReport
@@ -36,11 +40,15 @@ from lorica.model import count as count
 from lorica.model import detach as detach
 from lorica.model import disabled as disabled
 from lorica.model import extract as extract
+from lorica.model import get_eva_state_dict as get_eva_state_dict
+from lorica.model import initialize_lora_eva_weights as initialize_lora_eva_weights
 from lorica.model import load as load
 from lorica.model import load_weights as load_weights
 from lorica.model import merge as merge
 from lorica.model import mixed as mixed
 from lorica.model import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from lorica.model import preprocess_corda as preprocess_corda
+from lorica.model import preprocess_loraga as preprocess_loraga
 from lorica.model import push_to_hub as push_to_hub
 from lorica.model import restore as restore
 from lorica.model import save as save

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lorica.config import AdapterConfig, LoraConfig, method_of
+from lorica.config import AdapterConfig, LoraConfig, changes_base, method_of
 from lorica.errors import AdapterError, listing
 
 Kind = Literal["linear", "embedding", "conv", "parameter"]
@@ -83,12 +84,16 @@ class Adapter:
         extras: parameter name in the base model → tensor trained whole (a new head, biases).
             An embedding's trained rows (tokens, dim) are ``<path>.token_adapter.trainable_tokens_delta``.
         added: name → tensor of what a method added to the model (bottlenecks, a prefix).
+        trained_as: where the adapter's start was taken out of W0: how it trains on. The factors are then of
+            twice the rank, first what trains, then less its start, so that they are an update of W0 as any
+            other. None where they train as they are.
     """
 
     config: AdapterConfig
     factors: Mapping[str, Factors]
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     added: Mapping[str, Tensor] = field(default_factory=dict)
+    trained_as: LoraConfig | None = None
 
     @property
     def lora(self) -> LoraConfig:
@@ -103,6 +108,54 @@ class Adapter:
                 f"{method_of(self.config)}"
             )
         return self.config
+
+    def with_starts(self, starts: Mapping[str, tuple[Tensor, Tensor]]) -> Adapter:
+        """The same adapter as an update of W0 itself: ``[B, −B₀]·[A; A₀]``.
+
+        Args:
+            starts: module path → A₀ and B₀, which were taken out of W0.
+        """
+        factors = {
+            path: dataclasses.replace(
+                f,
+                A=torch.cat([f.A, starts[path][0].to(f.A)]),
+                B=torch.cat([f.B, -starts[path][1].to(f.B)], 1),
+            )
+            for path, f in self.factors.items()
+        }
+        return Adapter(self.lora.plain(), factors, self.extras, self.added, self.lora)
+
+    def without_starts(self) -> tuple[Adapter, dict[str, tuple[Tensor, Tensor]]]:
+        """Undo `with_starts`: the adapter as it trains, and its starts.
+
+        Raises:
+            AdapterError: its ranks are not those of such an adapter.
+        """
+        config = self.trained_as
+        assert config is not None
+        factors, starts = {}, {}
+        for path, f in self.factors.items():
+            r = config.rank(path)
+            if f.r != 2 * r:
+                raise AdapterError(
+                    f"{path} has rank {f.r}; with its start beside what trains at r={r} it should be {2 * r}"
+                )
+            factors[path] = dataclasses.replace(f, A=f.A[:r], B=f.B[:, :r], scale=config.scale(path))
+            starts[path] = f.A[r:], -f.B[:, r:]
+        return Adapter(config, factors, self.extras, self.added), starts
+
+    def check_on_base(self, doing: str) -> None:
+        """Refuse factors that mean nothing without the weight their start was taken out of.
+
+        Raises:
+            AdapterError: saying how to get others.
+        """
+        value = self.config.init_lora_weights if isinstance(self.config, LoraConfig) else True
+        if changes_base(value):
+            raise AdapterError(
+                f"cannot {doing}: init_lora_weights={value!r} means that these factors stand beside another "
+                "weight than W0. lorica.load it on its base and lorica.save it, and it is an update of W0"
+            )
 
     def named_tensors(self) -> dict[str, Tensor]:
         """All tensors by a name for messages: what each module has, then the extras."""

@@ -6,14 +6,31 @@ however many layers or adapters there are.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.config import AdapterConfig
 from lorica.errors import AdapterError, StateError, listing, nearest
+
+
+@dataclass(eq=False)
+class Start:
+    """A start that was taken out of W0.
+
+    Args:
+        weight: what stands in W0's place while the adapter acts: W0 less the start, or W0 quantized.
+        A: the start's own A (r, d_in), to tell what training changed; None where W0 was quantized.
+        B: its B (d_out, r).
+    """
+
+    weight: Parameter
+    A: Tensor | None = None
+    B: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -25,6 +42,8 @@ class Roster:
         active: names of the adapters that act; their updates add up.
         slots: adapter name → parameter name in the base → the parameter that takes its place while the
             adapter acts (trained biases).
+        starts: adapter name → name of a weight in the base → what the adapter's start made of it, and puts in
+            its place while the adapter acts. W0 itself is never written to.
         whole: adapter name → paths of the modules of which it has a trained copy.
         parts: adapter name → places of what it adds to the model.
         originals: parameters whose place is taken at the moment.
@@ -41,6 +60,7 @@ class Roster:
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     slots: dict[str, dict[str, Parameter]] = field(default_factory=dict)
+    starts: dict[str, dict[str, Start]] = field(default_factory=dict)
     whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     originals: dict[str, Parameter] = field(default_factory=dict)
@@ -102,31 +122,61 @@ class Roster:
         names = tuple(dict.fromkeys(names))
         taken: set[str] = set()
         for name in names:
+            starts = self.starts.get(self.known(name), {})
             own = {
-                *self.slots.get(self.known(name), ()),
+                *self.slots.get(name, ()),
                 *self.whole.get(name, ()),
                 *self.parts.get(name, ()),
+                *starts,
             }
             for path in own:
                 if any(_overlap(path, other) for other in taken):
-                    raise AdapterError(
-                        f"{listing(map(repr, names))} cannot act together: each brings its own {path}; "
-                        "updates of rank r add up, parameters trained whole do not"
+                    why = (
+                        f"each took its start out of {path}; extract one and attach it again, and it stands "
+                        "beside W0 itself"
+                        if path in starts
+                        else f"each brings its own {path}; updates of rank r add up, parameters trained "
+                        "whole do not"
                     )
+                    raise AdapterError(f"{listing(map(repr, names))} cannot act together: {why}")
             taken |= own
-        incoming = {path: p for name in names for path, p in self.slots.get(name, {}).items()}
+        incoming = {path: p for name in names for path, p in self.stand_ins(name).items()}
         for path, parameter in self.originals.items():
             place(root, path, parameter)
         self.originals = {path: place(root, path, parameter) for path, parameter in incoming.items()}
         self.active = names
 
+    @contextlib.contextmanager
+    def base_in_place(self, root: nn.Module) -> Iterator[None]:
+        """Let no adapter act for a while, so that the base's own parameters stand in the model."""
+        before = self.active
+        self.activate(root, ())
+        try:
+            yield
+        finally:
+            self.activate(root, before)
+
+    def stand_ins(self, name: str) -> dict[str, Parameter]:
+        """Parameter name in the base → what takes its place while the adapter acts."""
+        weights = {path: start.weight for path, start in self.starts.get(name, {}).items()}
+        return {**self.slots.get(name, {}), **weights}
+
+    def base_parameter(self, root: nn.Module, path: str) -> Parameter:
+        """The base's own parameter of that name, whatever stands in its place."""
+        return self.originals[path] if path in self.originals else root.get_parameter(path)
+
 
 def place(root: nn.Module, path: str, parameter: Parameter) -> Parameter:
-    """Put a parameter where `path` says; returns the one that was there."""
+    """Put a parameter where `path` says; returns the one that was there.
+
+    It follows what was there to the device and dtype that the model moved to in the meantime.
+    """
     owner, _, leaf = path.rpartition(".")
     parameters = root.get_submodule(owner)._parameters
     before = parameters[leaf]
     assert before is not None
+    if parameter.device != before.device or parameter.dtype != before.dtype:
+        parameter.data = parameter.data.to(before)
     parameters[leaf] = parameter
     return before
 

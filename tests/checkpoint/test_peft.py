@@ -327,7 +327,7 @@ class TestRefused:
             ({"bias": "some"}, "bias"),
             ({"bias": {"a": 1}}, "bias"),
             ({"task_type": "TRANSLATE"}, "task_type"),
-            ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+            ({"init_lora_weights": "mica"}, "init_lora_weights"),
             ({"target_modules": 3}, "target_modules"),
             ({"target_modules": []}, "target_modules"),
             ({"target_modules": "up["}, "not a regular expression"),

@@ -39,7 +39,8 @@ def compress(
 
     Raises:
         ConfigError: neither `rank` nor `energy` is given, or one is out of range.
-        AdapterError: it has updates of parameters (`target_parameters`).
+        AdapterError: it has updates of parameters (`target_parameters`), or its factors stand beside another
+            weight than W0.
 
     Source: Eckart and Young, 1936: no matrix of a rank is nearer than the SVD cut to it.
     """
@@ -50,6 +51,7 @@ def compress(
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"energy must be a share in (0, 1], not {energy}")
     check_no_parameters(adapter)
+    adapter.check_on_base("compress an adapter")
     factors = {}
     for path, f in adapter.factors.items():
         found = spectrum(*blocks_of_sum([(f, 1.0)]))

@@ -35,6 +35,8 @@ def describing(config: LoraConfig, factors: Mapping[str, Factors]) -> LoraConfig
     """
     (r, _), *_ = Counter(f.r for f in factors.values()).most_common(1)
     ranks = {f"^{re.escape(path)}": f.r for path, f in factors.items() if f.r != r}
+    if config.init_lora_weights == "orthogonal":  # which knows even ranks only
+        config = config.replace(init_lora_weights=True)
     return config.replace(r=r, lora_alpha=r, rank_pattern=ranks, alpha_pattern=dict(ranks), use_rslora=False)
 
 

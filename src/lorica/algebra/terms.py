@@ -32,7 +32,7 @@ class Terms:
 
         Raises:
             ConfigError: there is no adapter, or not a finite weight for each.
-            AdapterError: one has updates of parameters.
+            AdapterError: one has updates of parameters, or factors that stand beside another weight than W0.
         """
         if not adapters:
             raise ConfigError("there is no adapter to work on; give at least one")
@@ -41,6 +41,8 @@ class Terms:
         chosen = [1.0] * len(adapters) if weights is None else list(weights)
         if len(chosen) != len(adapters) or not all(map(math.isfinite, chosen)):
             raise ConfigError(f"expected {len(adapters)} finite weights, one for each adapter, not {chosen}")
+        for adapter in adapters:
+            adapter.check_on_base("calculate with an adapter")
         return cls(tuple(adapters), tuple(chosen))
 
     @property

@@ -43,6 +43,8 @@ _ADDED = "added."
 _SIDE = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<leaf>\.weight)?$")
 _BIAS = ".lora_B.bias"
 _MAGNITUDE = "lora_magnitude_vector"
+# In the header of the weights, where other readers do not look: what `Adapter.trained_as` holds.
+_TRAINED_AS = "lorica_trained_as"
 _UNSUPPORTED = {
     "lora_diag": "KaSA",
     "lora_velora_embed": "VeLoRA",
@@ -84,12 +86,15 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
     for key, tensor in tensors.items():
         if first.setdefault(tensor.untyped_storage().data_ptr(), key) != key:
             tensors[key] = tensor.clone()
+    metadata = {"format": "pt"}
+    if adapter.trained_as is not None:
+        metadata[_TRAINED_AS] = json.dumps(adapter.trained_as.to_dict(), sort_keys=True)
     text = json.dumps({**adapter.config.to_dict(), "inference_mode": True}, indent=2, sort_keys=True) + "\n"
     card = model_card(adapter, folder / CARD_FILE)
     writers = {
         **({} if card is None else {CARD_FILE: lambda path: _write_text(path, card)}),
         PICKLED_FILE if pickled else WEIGHTS_FILE: lambda path: (
-            torch.save(tensors, path) if pickled else _write_tensors(path, tensors)
+            torch.save(tensors, path) if pickled else _write_tensors(path, tensors, metadata)
         ),
         CONFIG_FILE: lambda path: _write_text(path, text),
     }
@@ -135,7 +140,7 @@ def read(directory: str | Path) -> Adapter:
         raise AdapterError(f"{folder}: {error}") from None
     adapter = as_trained(adapter, provenance)
     adapter.check_finite()
-    return adapter
+    return dataclasses.replace(adapter, trained_as=_read_trained_as(folder))
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -299,6 +304,18 @@ def _wrap(path: str, wrapped: Mapping[str, int], *, whole: bool) -> str:
     return ".".join(result)
 
 
+def _read_trained_as(folder: Path) -> LoraConfig | None:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        return None
+    with safetensors.safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(_TRAINED_AS)
+    try:
+        return None if text is None else LoraConfig.from_dict(json.loads(text))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FileError(f"the header of {path} is damaged: {_TRAINED_AS} in it is wrong: {error}") from error
+
+
 def as_trained(adapter: Adapter, provenance: Mapping[str, Any]) -> Adapter:
     """The adapter with the effect it had where it was trained.
 
@@ -381,9 +398,9 @@ def _named_tensors(data: object) -> dict[str, Tensor]:
     raise ValueError(f"it should hold tensors by name, not a {type(data).__name__} of something else")
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     try:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
     except safetensors.SafetensorError as error:  # a full disk comes as this, too
         raise OSError(str(error)) from error
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from lorica.config.checks import BIASES as BIASES
-from lorica.config.checks import INITS as INITS
 from lorica.config.checks import TASK_TYPES as TASK_TYPES
+from lorica.config.inits import INITS as INITS
+from lorica.config.inits import CordaConfig as CordaConfig
+from lorica.config.inits import EvaConfig as EvaConfig
+from lorica.config.inits import LoftQConfig as LoftQConfig
+from lorica.config.inits import LoraGAConfig as LoraGAConfig
+from lorica.config.inits import changes_base as changes_base
 from lorica.config.lora import LoraConfig as LoraConfig
 from lorica.config.method import AdapterConfig as AdapterConfig
 from lorica.config.method import Combination as Combination

@@ -6,6 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+from lorica.config.inits import check_init
 from lorica.config.patterns import with_prefix
 from lorica.errors import ConfigError, listing
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 BIASES = ("none", "all", "lora_only")
-INITS = (True, False, "gaussian")
 
 
 def _is_number(value: Any) -> bool:
@@ -56,11 +56,6 @@ def check(config: LoraConfig) -> None:
         "task_type",
         config.task_type is None or config.task_type in TASK_TYPES,
         f"None or one of {TASK_TYPES}",
-    )
-    expect(
-        "init_lora_weights",
-        isinstance(config.init_lora_weights, (bool, str)) and config.init_lora_weights in INITS,
-        f"one of {INITS}",
     )
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, name)
@@ -136,6 +131,7 @@ def check(config: LoraConfig) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
             _check_regex(name, key, with_prefix(key))
+    check_init(config)
 
 
 def _check_tokens(given: Any) -> None:

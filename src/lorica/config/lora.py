@@ -11,6 +11,15 @@ from typing import Any, Self, TypeVar
 
 from lorica.config.checks import check
 from lorica.config.foreign import without_foreign
+from lorica.config.inits import (
+    SETTINGS,
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    changes_base,
+    without_idle,
+)
 from lorica.config.patterns import first_match
 from lorica.errors import ConfigError
 
@@ -67,7 +76,14 @@ class LoraConfig:
             the output head, uses the same rows. For tables that neither `target_modules` nor
             `modules_to_save` names.
         init_lora_weights: how A and B start. True: A Kaiming-uniform, B zero; ``"gaussian"``: A normal with
-            standard deviation 1/r, B zero; False: both random, so the model changes at once (for tests).
+            standard deviation 1/r, B zero; ``"orthogonal"``: neither zero, their product is; ``"pissa"``,
+            ``"pissa_niter_N"``, ``"olora"``, ``"corda"``, ``"lora_ga"``, ``"loftq"``: taken out of W0;
+            ``"eva"``: A from the inputs, B zero; False: both random, so the model changes at once (for
+            tests).
+        loftq_config: settings of ``"loftq"``; None takes the defaults of `LoftQConfig`.
+        eva_config: settings of ``"eva"``; None takes the defaults of `EvaConfig`.
+        corda_config: settings of ``"corda"``; None takes the defaults of `CordaConfig`.
+        lora_ga_config: settings of ``"lora_ga"``; None takes the defaults of `LoraGAConfig`.
         rank_pattern: name or regular expression → rank, where it differs from `r`. The first match wins.
         alpha_pattern: name or regular expression → alpha, where it differs from `lora_alpha`.
         layers_to_transform: indices of the transformer blocks to adapt; None adapts all.
@@ -101,6 +117,10 @@ class LoraConfig:
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     init_lora_weights: bool | str = True
+    loftq_config: LoftQConfig | None = None
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
@@ -141,24 +161,51 @@ class LoraConfig:
         object.__setattr__(self, "trainable_token_indices", list(tokens) if _is_row(tokens) else tokens)
         if self.task_type is not None:
             object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))
+        for name, settings in SETTINGS.items():
+            value = settings.from_value(getattr(self, name))
+            if value is None and self.init_lora_weights == settings.belongs_to:
+                value = settings()
+            object.__setattr__(self, name, value)
         check(self)
 
     def rank(self, path: str) -> int:
         """Rank of the module at `path`: `rank_pattern` where it matches, else `r`."""
         return first_match(self.rank_pattern, path, self.r)
 
+    def alpha(self, path: str) -> float:
+        """Alpha of the module at `path`: `alpha_pattern` where it matches, else `lora_alpha`."""
+        return first_match(self.alpha_pattern, path, self.lora_alpha)
+
     def scale(self, path: str) -> float:
         """Scale of the module's update: α/r, or α/√r with `use_rslora`, after the patterns."""
-        r, alpha = self.rank(path), first_match(self.alpha_pattern, path, self.lora_alpha)
+        r, alpha = self.rank(path), self.alpha(path)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **without_idle(changes))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` holds them, ``peft_type`` included."""
-        return {"peft_type": "LORA", **dataclasses.asdict(self)}
+        # PEFT's file has an empty dictionary where there are no settings of LoftQ.
+        unset = {} if self.loftq_config else {"loftq_config": {}}
+        return {"peft_type": "LORA", **dataclasses.asdict(self), **unset}
+
+    def plain(self) -> Self:
+        """The configuration of the same update as seen from W0 itself.
+
+        A start that was taken out of W0 becomes a second half of the rank, which takes it off again.
+        """
+        if not changes_base(self.init_lora_weights):
+            return self
+        alpha = math.sqrt(2) if self.use_rslora else 2
+        return self.replace(
+            r=2 * self.r,
+            lora_alpha=alpha * self.lora_alpha,
+            rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
+            alpha_pattern={key: alpha * value for key, value in self.alpha_pattern.items()},
+            init_lora_weights=True,
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -172,5 +219,8 @@ class LoraConfig:
             raise ConfigError(f"peft_type is {method!r}; this is not a LoRA adapter")
         known = {item.name for item in dataclasses.fields(cls)}
         kept = without_foreign(data, known)
+        # PEFT lets settings of another start stand beside the one that is used.
+        start = data.get("init_lora_weights")
+        idle = {name for name, settings in SETTINGS.items() if start != settings.belongs_to}
         # PEFT writes null for a pattern or list that was never set.
-        return cls(**{key: value for key, value in kept.items() if value is not None})
+        return cls(**{key: value for key, value in kept.items() if value is not None and key not in idle})

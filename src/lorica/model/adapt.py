@@ -6,20 +6,21 @@ touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from torch import nn
 from torch.nn import Parameter
 
-from lorica import init
+from lorica import functional, init
 from lorica.config import AdapterConfig, LoraConfig, as_config
-from lorica.layers import LoraEmbedding
+from lorica.config.inits import FROM_DATA
 from lorica.layers.quantized import release_layout
 from lorica.model import pretrained
 from lorica.model.methods import resolve_methods
 from lorica.model.mount import Mount, mount, open_for, parameter_for, remove_parts
 from lorica.model.stack import stacked, unstack
+from lorica.model.starting import PREPARED, Source, begin, check_alone, prepared
 from lorica.model.structure import (
     ROSTER,
     adapted,
@@ -46,9 +47,9 @@ def adapt(
     """Put a new adapter on a model, in place; it acts at once, and trains.
 
     Targeted layers change class where they stand (`nn.Linear` → `LoraLinear`) and gain A and B; the base is
-    frozen. At the start B is zero, so the model computes what it did. Another method's configuration puts
-    that method on the model in the same way: a copy of what it trains of the base, or a part added to its
-    modules.
+    frozen. At the start B is zero, or what B·A adds is taken out of W0, so the model computes what it did.
+    Another method's configuration puts that method on the model in the same way: a copy of what it trains of
+    the base, or a part added to its modules.
 
     Args:
         model: any model. Its own parameters keep their names, values and memory.
@@ -66,7 +67,7 @@ def adapt(
         TargetError: a pattern matches nothing, or something that cannot be adapted; the architecture cannot
             take the method; or two methods own the same parameter.
         AdapterError: the name is taken or cannot be one.
-        StateError: an adapter is merged.
+        StateError: an adapter is merged, or the start is made from data that the model was not shown.
 
     Source: Hu et al., 2021, §4.1.
     """
@@ -80,8 +81,13 @@ def adapt(
 def _adapt(root: nn.Module, roster: Roster, config: AdapterConfig, name: str, seed: int | None) -> None:
     seed = init.draw_seed() if seed is None else seed
     found = resolve_methods(root, config, seed)
-    tokens = token_targets(root, found.lora, {target.path for target in found.layers}, found.saved)
-    mounts = [_fresh(target, found.lora, seed) for target in found.layers] if found.lora else []
+    lora = found.lora
+    tokens = token_targets(root, lora, {target.path for target in found.layers}, found.saved)
+    mounts = []
+    if lora is not None:
+        check_alone(lora, found.config)
+        with roster.base_in_place(root):
+            mounts = [_fresh(target, lora, seed, prepared(root)) for target in found.layers]
     slots = _slots(root, roster, found.trained)
     rows = [(table, starting_rows(table)) for table in tokens]
     trainable = not found.config.inference_mode
@@ -89,6 +95,8 @@ def _adapt(root: nn.Module, roster: Roster, config: AdapterConfig, name: str, se
         root, roster, name, found.config, mounts, found.saved, slots, found.parts, rows, trainable=trainable
     )
     roster.activate(root, (name,))
+    if lora is not None and lora.init_lora_weights in FROM_DATA:
+        root.__dict__.pop(PREPARED, None)
 
 
 def detach(model: M, name: str | None = None) -> M:
@@ -140,6 +148,7 @@ def detach(model: M, name: str | None = None) -> M:
     for n in gone:
         remove_parts(root, n)
         roster.slots.pop(n, None)
+        roster.starts.pop(n, None)
         roster.whole.pop(n, None)
         roster.parts.pop(n, None)
         del roster.configs[n]
@@ -197,29 +206,25 @@ def disabled(model: nn.Module) -> active:
     return active(model, ())
 
 
-def _fresh(target: Target, config: LoraConfig, seed: int) -> Mount:
+def _fresh(target: Target, config: LoraConfig, seed: int, prepared: Mapping[str, Source]) -> Mount:
     random, r = init.generator(seed, target.pattern_path), config.rank(target.pattern_path)
-    A, B = init.start(
-        target.factor_shapes(r),
-        config.init_lora_weights,
-        random,
-        embedding=issubclass(target.layer, LoraEmbedding),
-    )
-    if config.init_lora_weights == "gaussian":
-        A *= A.shape[0] / r  # its deviation is that of one expert's rank
+    A, B, start = begin(target, config, random, prepared)
     A, B = (parameter_for(target, factor, copy=False) for factor in (A, B))
     scale = config.scale(target.pattern_path)
-    magnitude = _norms(target, A, B, scale) if config.use_dora else None
+    weight = None if start is None else start.weight
+    magnitude = _norms(target, weight, A, B, scale) if config.use_dora else None
     bias = None
     if config.lora_bias:
-        start = init.start_bias(B.shape[0], r, config.init_lora_weights, random)
-        bias = parameter_for(target, start, copy=False)
-    return Mount(target, A, B, scale, config.lora_dropout, magnitude, bias)
+        drawn = init.start_bias(B.shape[0], r, config.init_lora_weights, random)
+        bias = parameter_for(target, drawn, copy=False)
+    return Mount(target, A, B, scale, config.lora_dropout, magnitude, bias, start)
 
 
-def _norms(target: Target, A: Parameter, B: Parameter, scale: float) -> Parameter:
+def _norms(target: Target, weight: Parameter | None, A: Parameter, B: Parameter, scale: float) -> Parameter:
     """DoRA's magnitudes at the start: what leaves the weight as it is."""
-    return Parameter(target.layer.row_norm(target.module, A.flatten(1), B.flatten(1), scale))
+    if weight is None:
+        return Parameter(target.layer.row_norm(target.module, A.flatten(1), B.flatten(1), scale))
+    return Parameter(functional.row_norm(target.layer.as_matrix(weight), A.flatten(1), B.flatten(1), scale))
 
 
 def _slots(root: nn.Module, roster: Roster, paths: Iterable[str]) -> dict[str, Parameter]:

@@ -23,6 +23,7 @@ from lorica.model.adaptable import (
 from lorica.model.methods import plan_methods, trained_by
 from lorica.model.mount import Mount, mount, open_for, parameter_for
 from lorica.model.stack import stacked
+from lorica.model.starting import again, prepared, taken_out
 from lorica.model.structure import Place, base_parameters, walk
 from lorica.model.targets import (
     Target,
@@ -51,7 +52,7 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
         model: the base, or a model that carries other adapters.
         adapter: its tensors are copied.
         name: to give it on this model.
-        trainable: whether it may be trained further.
+        trainable: whether it may be trained further. Then a start that was taken out of W0 is so again.
 
     Returns:
         The same model.
@@ -105,15 +106,25 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
     problems += _added_problems(plan, adapter)
     if problems:
         raise AdapterError(f"the adapter does not fit this {type(root).__name__}:\n{lines(problems)}")
+    starts: Mapping[str, tuple[Tensor, Tensor]] = {}
+    if trainable and adapter.trained_as is not None:
+        adapter, starts = adapter.without_starts()
     mounts = []
     dropout = lora.lora_dropout if lora else 0.0
-    for target, factors in zip(targets, adapter.factors.values(), strict=True):
+    with roster.base_in_place(root):
+        begun = [
+            taken_out(target, *starts[path], factors.scale)
+            if path in starts
+            else again(target, adapter.config, prepared(root))
+            for target, (path, factors) in zip(targets, adapter.factors.items(), strict=True)
+        ]
+    for target, factors, start in zip(targets, adapter.factors.values(), begun, strict=True):
         A, B = (parameter_for(target, factor, copy=True) for factor in (factors.A, factors.B))
         m = factors.magnitude
         magnitude = None if m is None else parameter_for(target, m, copy=True)
         b = factors.bias
         bias = None if b is None else parameter_for(target, b, copy=True)
-        mounts.append(Mount(target, A, B, factors.scale, dropout, magnitude, bias))
+        mounts.append(Mount(target, A, B, factors.scale, dropout, magnitude, bias, start))
     rows = [(table, starting_rows(table)) for table in tokens]
     mount(root, roster, name, adapter.config, mounts, saved, slots, plan.parts, rows, trainable=trainable)
     with torch.no_grad():

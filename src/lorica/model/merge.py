@@ -134,8 +134,8 @@ def merge(
         raise StateError("no adapter is active; say which to merge")
     check_merges(roster, chosen)
     before = roster.active
-    roster.activate(root, chosen)
-    chosen = roster.active
+    roster.activate(root, ())
+    ties = Ties.of(root, stacked=roster.stack is not None)
     layers = lora_layers(root)
     swapped: dict[str, SwappedModule] = {
         **layers,
@@ -144,6 +144,8 @@ def merge(
         **token_modules(root),
     }
     try:
+        roster.activate(root, chosen)
+        chosen = roster.active
         for module in swapped.values():
             module.check_own_class()
         acting = {path: layer for path, layer in layers.items() if layer.acting()}
@@ -158,7 +160,6 @@ def merge(
     except Exception:
         roster.activate(root, before)
         raise
-    ties = Ties.of(root, stacked=roster.stack is not None)
     pretrained.leave(root)
     states = {  # plain weights wait until the layers are in their base form
         path: {leaf: value for leaf, value in state.items() if path not in weights or leaf != "weight"}

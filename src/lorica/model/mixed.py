@@ -43,10 +43,11 @@ class mixed:
                     f"{name!r} ({method_of(self._roster.configs[name])}) adds parts to the model, which "
                     "cannot differ by row; only LoRA's updates and heads can"
                 )
-            if self._roster.slots.get(name):
+            own = self._roster.stand_ins(name)
+            if own:
                 raise AdapterError(
-                    f"{name!r} trains parameters of the base "
-                    f"({listing(self._roster.slots[name], limit=3)}), which cannot differ by row"
+                    f"{name!r} brings parameters in place of the base's ({listing(own, limit=3)}), which "
+                    "cannot differ by row. If that is its start, lorica.extract it, and attach that instead"
                 )
         for path, layer in lora_layers(root).items():
             if not layer.rows_differ and any(name in layer.scaling for name in used):

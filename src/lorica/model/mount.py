@@ -18,7 +18,7 @@ from lorica.model import pretrained
 from lorica.model.structure import ROSTER, added_modules, base_parameters, find_adapted
 from lorica.model.targets import Target
 from lorica.model.tokens import TokenTarget
-from lorica.roster import Roster
+from lorica.roster import Roster, Start
 
 
 class Mount(NamedTuple):
@@ -31,6 +31,7 @@ class Mount(NamedTuple):
     dropout: float
     magnitude: Parameter | None = None
     bias: Parameter | None = None
+    start: Start | None = None
 
 
 def open_for(model: nn.Module, name: str) -> tuple[nn.Module, Roster]:
@@ -103,7 +104,7 @@ def mount(
         setattr(root, ROSTER, roster)
         pretrained.enter(root)
     roster.configs[name] = config
-    for target, A, B, scale, dropout, magnitude, bias in mounts:
+    for target, A, B, scale, dropout, magnitude, bias, _ in mounts:
         module = target.module
         host = module if isinstance(module, LoraLayer) else target.layer.take(module, roster)
         if isinstance(host, LoraParameters):
@@ -115,6 +116,9 @@ def mount(
             host.add_magnitude(name, _train(magnitude, trainable))
         if bias is not None:
             host.add_bias(name, _train(bias, trainable))
+    starts = {m.target.weight_path: m.start for m in mounts if m.start is not None}
+    if starts:
+        roster.starts[name] = starts
     own = (*saved, *(path for table, _ in tokens for path in table.modules))
     if own:
         roster.whole[name] = own

@@ -12,21 +12,31 @@ from lorica import checkpoint
 from lorica.adapter import Adapter
 from lorica.errors import ConfigError
 from lorica.model.attach import attach_finite
+from lorica.model.values import as_trained as live
 from lorica.model.values import extract, overwrite
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def save(model: nn.Module, directory: str | Path, name: str | None = None) -> Path:
+def save(
+    model: nn.Module, directory: str | Path, name: str | None = None, *, as_trained: bool = False
+) -> Path:
     """Write an adapter to a folder in PEFT's format.
 
     The files are `adapter_config.json`, `adapter_model.safetensors` and `README.md`. Nothing touches the
     network. A folder that is written over holds either the old adapter or the new one, or refuses to load.
 
+    What is written is an update of the base as it was before `adapt`, whatever `init_lora_weights` took out
+    of it: the start is added with the other sign, for twice the rank, and any reader of PEFT's files computes
+    the same. lorica takes the two apart again to train on.
+
     Args:
         model: adapted model.
         directory: folder; made if it is not there.
         name: of the adapter; None takes the only one, or the only active one.
+        as_trained: write A and B as they train, with `init_lora_weights` as it was given; half the size, and
+            as PEFT does it unasked. A reader must then make the same start from the same base, which PEFT
+            does for ``"pissa"`` and ``"olora"``, and cannot for the others.
 
     Returns:
         The folder.
@@ -36,7 +46,7 @@ def save(model: nn.Module, directory: str | Path, name: str | None = None) -> Pa
         FileError: the folder cannot be written.
         StateError: an adapter is merged, or none was ever put on.
     """
-    return checkpoint.write(extract(model, name), directory)
+    return checkpoint.write(live(model, name) if as_trained else extract(model, name), directory)
 
 
 def push_to_hub(

@@ -100,6 +100,11 @@ class Target(NamedTuple):
             return LoraParameters.shapes(self.module, self.parameter, r)
         return self.layer.factor_shapes(self.module, r)
 
+    @property
+    def weight_path(self) -> str:
+        """Name of the weight that the update belongs to."""
+        return f"{self.path}.{self.layer.weight_name}"
+
 
 class Targets(NamedTuple):
     """What a configuration means on a model, and the configuration with that written into it."""

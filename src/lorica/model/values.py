@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -12,15 +13,21 @@ from torch.nn import Parameter
 from lorica.adapter import TOKEN_ROWS, Adapter, Factors
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, lines
+from lorica.layers import LoraLayer
 from lorica.layers.added import join
+from lorica.model.starting import less
 from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules, token_modules
-from lorica.roster import Roster
+from lorica.roster import Roster, Start
 
 
 def extract(
     model: nn.Module, name: str | None = None, *, state_dict: Mapping[str, Tensor] | None = None
 ) -> Adapter:
-    """An adapter of a model as a value; it shares memory with the model.
+    """An adapter of a model as a value: an update of the base's own weights.
+
+    It shares memory with the model, but where its start was taken out of W0: there the start stands beside
+    it, with the other sign and for twice the rank. (LoftQ's base is no such difference; its factors come as
+    they are.)
 
     Args:
         model: adapted model.
@@ -34,6 +41,21 @@ def extract(
         AdapterError: no such adapter, or more than one to choose from.
         StateError: an adapter is merged, or none was ever put on.
     """
+    root, roster = adapted(model)
+    live = as_trained(model, name, state_dict=state_dict)
+    pairs = {
+        path: (start.A, start.B)
+        for path, layer in lora_layers(root).items()
+        if (start := roster.starts.get(roster.one(name), {}).get(f"{path}.{layer.weight_name}"))
+    }
+    starts = {path: (A, B) for path, (A, B) in pairs.items() if A is not None and B is not None}
+    return live.with_starts(starts) if starts else live
+
+
+def as_trained(
+    model: nn.Module, name: str | None = None, *, state_dict: Mapping[str, Tensor] | None = None
+) -> Adapter:
+    """As `extract`, but always the live tensors: factors that may belong beside another weight than W0."""
     root, roster = adapted(model)
     name = roster.one(name)
     roster.check_unmerged("take an adapter out")
@@ -98,8 +120,19 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None) -> No
             untouched.
         StateError: an adapter is merged, or none was ever put on.
     """
-    live, new = extract(model, name).named_tensors(), adapter.named_tensors()
+    root, roster = adapted(model)
     adapter.check_finite()
+    name = roster.one(name)
+    own, starts = roster.starts.get(name, {}), {}
+    if any(start.A is not None for start in own.values()):
+        config = roster.configs[name]
+        assert isinstance(config, LoraConfig)
+        if all(f.r == 2 * config.rank(path) for path, f in adapter.factors.items()):
+            # A file that went through other hands no longer says how it trained, but its form does.
+            adapter = dataclasses.replace(adapter, trained_as=adapter.trained_as or config)
+        if adapter.trained_as is not None:
+            adapter, starts = adapter.without_starts()
+    live, new = as_trained(model, name).named_tensors(), adapter.named_tensors()
     problems = [f"missing: {key}" for key in live if key not in new]
     problems += [f"unexpected: {key}" for key in new if key not in live]
     problems += [
@@ -112,6 +145,21 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None) -> No
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(new[key])
+        for path, layer in lora_layers(root).items():
+            if path in starts:
+                path_of_weight = f"{path}.{layer.weight_name}"
+                weight = roster.base_parameter(root, path_of_weight)
+                _restart(own[path_of_weight], layer, weight, *starts[path], layer.scaling[name])
+
+
+def _restart(start: Start, layer: LoraLayer, W0: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
+    """Make a start one that was saved: the decomposition that it came from may differ on another machine."""
+    assert start.A is not None
+    assert start.B is not None
+    start.A.copy_(A)
+    start.B.copy_(B)
+    rest = less(type(layer), W0, start.A, start.B, scale)
+    start.weight.copy_(rest.t() if layer.transposed else rest)
 
 
 class TrainedCopy(NamedTuple):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 from lorica import config as core
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.peft import CONFIG_FILE, read_settings
+from lorica.config.inits import without_idle
 from lorica.errors import ConfigError, nearest
 from lorica.peft.loading import locate, split_hub
 
@@ -106,7 +107,7 @@ class PeftConfig(core.LoraConfig):
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
         beside = {name: self.__dict__[name] for name in self._beside}
-        return dataclasses.replace(self, **beside | changes)
+        return dataclasses.replace(self, **beside | without_idle(changes))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` holds them."""

@@ -99,6 +99,8 @@ def on_untouched_base(adapter: Adapter, before: str | os.PathLike[str]) -> Adapt
     Raises:
         AdapterError: the two are not of one make.
     """
+    if adapter.trained_as is not None:
+        return adapter  # lorica knows the start itself
     start = checkpoint.read(Path(before))
     same = adapter.factors.keys() == start.factors.keys() and all(
         f.A.shape == start.factors[path].A.shape and f.B.shape == start.factors[path].B.shape

@@ -141,6 +141,7 @@ def _merge(
     value = adapter if isinstance(adapter, Adapter) else read(adapter)
     _ = value.lora  # another method's has nothing that could be merged here
     value.check_finite()
+    value.check_on_base("merge on disk")
     plan = make_plan(value, open_checkpoint(base), folder, dtype, config)
     warn_of_rounding(plan)
     job = {

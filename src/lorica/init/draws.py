@@ -1,8 +1,4 @@
-"""How A and B start.
-
-Each module draws from a generator of its own, seeded by (seed, module path): the same seed gives the same
-adapter whatever else is adapted, in whatever order, on whichever device and however many processes.
-"""
+"""Starts that are drawn: Kaiming, normal, orthogonal."""
 
 from __future__ import annotations
 
@@ -38,7 +34,8 @@ def start(
         shapes: shapes of A (r, ...) and B (..., r).
         init: `LoraConfig.init_lora_weights`. True: A Kaiming-uniform with a = √5, B zero (microsoft/LoRA),
             but for embeddings A zero and B standard normal; ``"gaussian"``: A normal with standard deviation
-            1/r, B zero; False: both drawn, so that the update is not zero at the start.
+            1/r, B zero; ``"orthogonal"``: neither zero, but B·A is; ``"eva"``: as True, until it has seen
+            inputs; False: both drawn, so that the update is not zero at the start.
         random: source of the draws.
         embedding: whether the layer is an embedding.
         dtype: of both factors.
@@ -56,6 +53,8 @@ def start(
     if init == "gaussian":
         A.normal_(0.0, 1 / A.shape[0], generator=random)
         return A, B
+    if init == "orthogonal":
+        return _orthogonal(A, B, random)
     _uniform(A, random)
     if init is False:
         _uniform(B, random)
@@ -66,6 +65,15 @@ def start_bias(d_out: int, r: int, init: bool | str, random: torch.Generator) ->
     """The bias on B (d_out,) at the start: zero, or uniform where `init` is False, as A and B then are."""
     bias = torch.zeros(d_out)
     return bias.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r), generator=random) if init is False else bias
+
+
+def _orthogonal(A: Tensor, B: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    # A is mixed from one half of an orthonormal basis of the rank, B from the other: B·A = 0.
+    r = len(A)
+    basis = torch.linalg.qr(torch.randn(r, r, generator=random, dtype=A.dtype)).Q
+    A = basis[0::2].t() @ torch.randn(r // 2, A.shape[1], generator=random, dtype=A.dtype) / 10
+    B = torch.randn(len(B), r // 2, generator=random, dtype=B.dtype) @ basis[1::2] / 10
+    return A, B
 
 
 def _uniform(factor: Tensor, random: torch.Generator) -> None:

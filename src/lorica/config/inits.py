@@ -1,0 +1,240 @@
+"""The values of `init_lora_weights`, and the settings of those that have some, in PEFT's names and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+
+from lorica.errors import ConfigError, listing, nearest
+
+if TYPE_CHECKING:
+    from lorica.config.lora import LoraConfig
+
+Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
+Scaling = Literal["stable", "weight_svd", "gd_scale", "unit"]
+
+BASE_KEPT = (True, False, "gaussian", "orthogonal", "eva")
+"""Starts beside which W0 stays as it is."""
+FROM_DATA = ("eva", "corda", "lora_ga")
+"""Starts that look at data first."""
+INITS = (*BASE_KEPT, "pissa", "pissa_niter_[number]", "olora", "corda", "lora_ga", "loftq")
+_NITER = re.compile(r"pissa_niter_(\d+)")
+
+
+def niter(init: bool | str) -> int | None:
+    """N of ``"pissa_niter_N"``, the subspace iterations of a randomized decomposition; None for others."""
+    hit = _NITER.fullmatch(init) if isinstance(init, str) else None
+    return int(hit[1]) if hit else None
+
+
+def changes_base(init: bool | str) -> bool:
+    """Whether the start is taken out of W0, so that another weight stands in its place."""
+    return init not in BASE_KEPT
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What the settings of all starts have in common."""
+
+    belongs_to: ClassVar[str]
+    """The value of `init_lora_weights` that reads them."""
+
+    @classmethod
+    def from_value(cls, value: Any) -> Self | None:
+        """The settings, from an instance, a dictionary as JSON holds it, or nothing (None or empty).
+
+        Raises:
+            ConfigError: a field that does not exist, or something else altogether.
+        """
+        if isinstance(value, cls):
+            return value
+        if value is None or value == {}:
+            return None
+        # PEFT's own objects have the same fields.
+        if dataclasses.is_dataclass(value) and type(value).__name__ == cls.__name__:
+            value = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{cls.__name__} or a dictionary of its fields was expected, not {value!r}")
+        known = [item.name for item in dataclasses.fields(cls)]
+        unknown = [f"{key}{nearest(str(key), known)}" for key in value if key not in known]
+        if unknown:
+            raise ConfigError(f"{cls.__name__} has no field {listing(unknown)}")
+        return cls(**value)
+
+    def _expect(self, name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise ConfigError(f"{type(self).__name__}.{name} must be {expected}, not {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class LoftQConfig(InitConfig):
+    """``"loftq"``: a quantized base, with a start that makes up for what rounding took (Li et al., 2023).
+
+    Args:
+        loftq_bits: 4 quantizes to NF4 in blocks of 64, 8 to whole numbers by rows.
+        loftq_iter: rounds of quantizing and decomposing. At least 1.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    belongs_to: ClassVar[str] = "loftq"
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        self._expect("loftq_bits", self.loftq_bits in (4, 8), "4 (NF4) or 8")
+        self._expect("loftq_iter", _is_count(self.loftq_iter), "a whole number of at least 1")
+
+
+@dataclass(frozen=True)
+class EvaConfig(InitConfig):
+    """``"eva"``: A from the principal directions of each layer's inputs (Paischer et al., 2024).
+
+    Args:
+        rho: no layer gets more than rho times its rank when ranks go to where inputs vary most; 1 moves none.
+        tau: a direction has settled when its cosine with that of the batch before is this; in [0, 1].
+        use_label_mask: leave out the tokens that have no target.
+        label_mask_value: the label of those tokens.
+        whiten: divide each direction by the root of its singular value.
+        adjust_scaling_factors: change alpha with the rank, so that the scale of each update stays.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    belongs_to: ClassVar[str] = "eva"
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        self._expect("rho", _is_number(self.rho) and self.rho >= 1, "a number of at least 1")
+        self._expect("tau", _is_number(self.tau) and 0 <= self.tau <= 1, "in [0, 1]")
+        self._expect("label_mask_value", isinstance(self.label_mask_value, int), "a whole number")
+        for name in ("use_label_mask", "whiten", "adjust_scaling_factors"):
+            self._expect(name, isinstance(getattr(self, name), bool), "True or False")
+
+
+@dataclass(frozen=True)
+class CordaConfig(InitConfig):
+    """``"corda"``: W0 decomposed in the directions that its inputs take (Yang et al., 2024).
+
+    Args:
+        cache_file: file for the decompositions; read instead of computing them if it is there.
+        covariance_file: file for the covariances of the inputs, which serve any rank; read if it is there.
+            As large as the model.
+        corda_method: ``"ipm"`` trains what the inputs use most, to learn quickly; ``"kpm"`` what they use
+            least, to keep what is known.
+        verbose: say what is being done.
+        use_float16_for_covariance: add up the covariances in half precision.
+        prune_temporary_fields: without effect, as nothing is left on the modules; PEFT's files have it.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    belongs_to: ClassVar[str] = "corda"
+    cache_file: str | None = None
+    covariance_file: str | None = None
+    corda_method: Literal["ipm", "kpm"] = "ipm"
+    verbose: bool = False
+    use_float16_for_covariance: bool = False
+    prune_temporary_fields: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        self._expect("corda_method", self.corda_method in ("ipm", "kpm"), "'ipm' or 'kpm'")
+        for name in ("cache_file", "covariance_file"):
+            value = getattr(self, name)
+            self._expect(name, value is None or isinstance(value, str), "None or a path")
+        for name in ("verbose", "use_float16_for_covariance", "prune_temporary_fields"):
+            self._expect(name, isinstance(getattr(self, name), bool), "True or False")
+
+
+@dataclass(frozen=True)
+class LoraGAConfig(InitConfig):
+    """``"lora_ga"``: A and B from the gradient that full fine-tuning would follow first (Wang et al., 2024).
+
+    Args:
+        direction: which of the gradient's 2r leading singular vectors become A and B. ``"ArB2r"``: A the
+            first r, B the next; ``"A2rBr"``: the reverse; ``"ArBr"``: in turn, B first; ``"random"``: both
+            the same r, drawn.
+        scale: ``"stable"`` multiplies B by d_out^¼/√γ; ``"weight_svd"`` brings its first column to W0's
+            largest singular value; ``"gd_scale"`` divides both by the scale α/r; ``"unit"`` leaves them.
+        stable_gamma: γ.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    belongs_to: ClassVar[str] = "lora_ga"
+    direction: Direction = "ArB2r"
+    scale: Scaling = "stable"
+    stable_gamma: int = 16
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        self._expect("direction", self.direction in get_args(Direction), f"one of {get_args(Direction)}")
+        self._expect("scale", self.scale in get_args(Scaling), f"one of {get_args(Scaling)}")
+        self._expect(
+            "stable_gamma", _is_number(self.stable_gamma) and self.stable_gamma > 0, "a positive number"
+        )
+
+
+SETTINGS: dict[str, type[InitConfig]] = {
+    f"{cls.belongs_to}_config": cls for cls in (LoftQConfig, EvaConfig, CordaConfig, LoraGAConfig)
+}
+"""Field of `LoraConfig` → class of its value."""
+
+
+def without_idle(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of a configuration that let go of another start's settings where they change the start."""
+    if "init_lora_weights" not in changes:
+        return dict(changes)
+    start = changes["init_lora_weights"]
+    idle = {name: None for name, settings in SETTINGS.items() if settings.belongs_to != start}
+    return {**idle, **changes}
+
+
+def check_init(config: LoraConfig) -> None:
+    """Refuse a start that there is not, and settings that nothing would read.
+
+    Raises:
+        ConfigError: naming the field, what was expected and what came.
+    """
+    value = config.init_lora_weights
+    if not _is_known(value):
+        hint = nearest(value, INITS[2:]) if isinstance(value, str) else ""  # pyright: ignore[reportArgumentType]
+        raise ConfigError(f"init_lora_weights must be one of {INITS}, not {value!r}{hint}")
+    for name, settings in SETTINGS.items():
+        if getattr(config, name) is not None and value != settings.belongs_to:
+            raise ConfigError(
+                f"{name} is set, but only init_lora_weights={settings.belongs_to!r} reads it, and that is "
+                f"{value!r}"
+            )
+    odd = [r for r in (config.r, *config.rank_pattern.values()) if isinstance(r, int) and r % 2]
+    if value == "orthogonal" and odd:
+        raise ConfigError(f"init_lora_weights='orthogonal' splits the rank in halves; it cannot be {odd[0]}")
+
+
+def _is_known(init: object) -> bool:
+    named = isinstance(init, str) and ((init in INITS and "[" not in init) or niter(init) is not None)
+    return isinstance(init, bool) or named
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

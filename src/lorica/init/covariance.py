@@ -1,0 +1,94 @@
+"""W0 decomposed along what its inputs do: CorDA."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorica._shapes import Float
+from lorica.errors import AdapterError
+from lorica.init.lowrank import Triple
+
+_TOLERATED = 0.05  # ‖C·C⁻¹ − 1‖ up to which an inverse counts as one
+
+
+class Covariance:
+    """``Σ XᵀX`` of a layer's inputs, averaged over the batches it was shown.
+
+    Each batch is first divided by its largest element, so that no batch outweighs the others.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        """Start from nothing, adding up in `dtype`."""
+        self.dtype, self.batches = dtype, 0
+        self.total: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Add a batch of inputs, (..., d_in).
+
+        Raises:
+            AdapterError: it holds NaN or infinity, or nothing but zeros.
+        """
+        rows = x.detach().reshape(-1, x.shape[-1]).to(self.dtype)
+        rows = rows / rows.max().abs()
+        product = rows.t() @ rows
+        if not torch.isfinite(product).all():
+            raise AdapterError("its inputs have no finite covariance: they hold NaN, infinity or only zeros")
+        self.total = product if self.total is None else self.total.add_(product)
+        self.batches += 1
+
+    def mean(self) -> Tensor:
+        """The average (d_in, d_in).
+
+        Raises:
+            AdapterError: there was no batch.
+        """
+        if self.total is None:
+            raise AdapterError("it was never called while the inputs were looked at")
+        return self.total / self.batches
+
+
+class Oriented(NamedTuple):
+    """What is to be trained of W0, ``U·diag(S)·V``: U (d_out, r), S (r,), V (r, d_in)."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    def factors(self, scale: float) -> tuple[Tensor, Tensor]:
+        """A and B with ``scale · B·A`` this part of W0."""
+        return Triple(self.U, self.S, self.V).halves(scale)
+
+
+def orient(
+    weight: Float[Tensor, "d_out d_in"],
+    covariance: Float[Tensor, "d_in d_in"],
+    r: int,
+    method: Literal["ipm", "kpm"] = "ipm",
+) -> Oriented:
+    """Decompose ``W0·C = U·S·Vᵀ`` and undo C: ``W0 = Σ Uᵢ·Sᵢ·(VᵢᵀC⁻¹)``; take r of the terms.
+
+    Args:
+        weight: W0, in float32 or better.
+        covariance: C, of the layer's inputs. Something is added to its diagonal until it can be inverted.
+        r: rank.
+        method: ``"ipm"`` takes the r largest terms, which the inputs use most; ``"kpm"`` the r smallest.
+
+    Returns:
+        The terms.
+
+    Source: Yang et al., 2024, §3.2.
+    """
+    damping, mean = 0.01, covariance.diagonal().mean()
+    one = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    while True:
+        C = covariance + damping * mean * one
+        inverse = torch.linalg.inv(C)
+        if torch.dist(C @ inverse, one) < _TOLERATED:
+            break
+        damping *= 2
+    U, S, Vh = torch.linalg.svd(weight @ C, full_matrices=False)
+    part = slice(None, r) if method == "ipm" else slice(len(S) - r, None)
+    return Oriented(U[:, part], S[part], Vh[part] @ inverse)
