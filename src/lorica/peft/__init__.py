@@ -6,6 +6,12 @@ what it says.
 
 from __future__ import annotations
 
+from lorica.config import CordaConfig as CordaConfig
+from lorica.config import EvaConfig as EvaConfig
+from lorica.config import LoftQConfig as LoftQConfig
+from lorica.config import LoraGAConfig as LoraGAConfig
+from lorica.model import get_eva_state_dict as get_eva_state_dict
+from lorica.model import initialize_lora_eva_weights as initialize_lora_eva_weights
 from lorica.model import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from lorica.peft.auto import AutoPeftModel as AutoPeftModel
 from lorica.peft.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
