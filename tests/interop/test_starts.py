@@ -105,7 +105,7 @@ def test_lora_ga_starts_from_the_same_vectors_up_to_their_signs(direction: str, 
 
 def test_eva_shares_out_the_same_ranks_for_nearly_the_same_directions() -> None:
     mine, other = ours("eva"), theirs("eva")
-    config, peer_config = lorica.adapters(mine)["default"], other.peft_config["default"]
+    config, peer_config = lorica.extract(mine).lora, other.peft_config["default"]
     assert config.rank_pattern == peer_config.rank_pattern
     assert config.alpha_pattern == pytest.approx(peer_config.alpha_pattern)
     for layer, peer in pairs(mine, other):

@@ -93,7 +93,7 @@ def test_the_configuration_says_what_came_of_it(adjust: bool, tmp_path: Path) ->
     found = lorica.get_eva_state_dict(model, batches())
     found["blocks.0.up"] = found["blocks.0.up"][:1]
     lorica.initialize_lora_eva_weights(model, eva_state_dict=found)
-    settled = lorica.adapters(model)["default"]
+    settled = lorica.extract(model).lora
     scales = set()
     for path, layer in lora_layers(model).items():
         assert settled.rank(path) == len(layer.factor_parameters("default")[0])
@@ -113,7 +113,7 @@ def test_a_layer_left_without_rank_is_itself_again() -> None:
     lorica.initialize_lora_eva_weights(model, eva_state_dict=found)
     assert type(model.blocks[1].down) is nn.Linear  # type: ignore[union-attr]
     assert "blocks.1.down" not in lora_layers(model)
-    settled = lorica.adapters(model)["default"]
+    settled = lorica.extract(model).lora
     again = lorica.attach(toy(), lorica.extract(model))
     assert lora_layers(again).keys() == lora_layers(model).keys()
     assert "down" not in (settled.target_modules or ())

@@ -251,7 +251,7 @@ class TestFiles:
         lorica.save(model, tmp_path)
         loaded = lorica.load(toy(), tmp_path)
         torch.testing.assert_close(outputs(loaded), outputs(model), rtol=1e-5, atol=1e-6)
-        saved = lorica.adapters(loaded)["default"]
+        saved = lorica.extract(loaded).lora
         assert saved.init_lora_weights is True
         assert saved.r == 8
         assert torch.equal(
@@ -298,7 +298,7 @@ class TestFiles:
         lorica.save(model, tmp_path, as_trained=True)
         loaded = lorica.load(toy(), tmp_path, trainable=trainable)
         assert torch.equal(outputs(loaded), outputs(model))
-        assert lorica.read(tmp_path).config.init_lora_weights == value
+        assert lorica.read(tmp_path).lora.init_lora_weights == value
         other = adapt(value)
         lorica.load_weights(other, tmp_path)
         assert torch.equal(outputs(other), outputs(model))
@@ -313,7 +313,7 @@ class TestFiles:
     def test_loftq_is_no_update_of_the_base(self, tmp_path: Path) -> None:
         lorica.save(adapt("loftq"), tmp_path)
         adapter = lorica.read(tmp_path)
-        assert adapter.config.init_lora_weights == "loftq"
+        assert adapter.lora.init_lora_weights == "loftq"
         with pytest.raises(AdapterError, match="stand beside another weight than W0"):
             adapter.check_on_base("merge it")
 

@@ -74,9 +74,10 @@ def get_eva_state_dict(
     if config is None:
         root, roster = adapted(model)
         key = roster.one(name)
-        config = roster.configs[key]
-        if not isinstance(config, LoraConfig):
+        given = roster.configs[key]
+        if not isinstance(given, LoraConfig):
             raise ConfigError(f"{key!r} is not LoRA alone, and only that starts from its inputs")
+        config = given
         roster.check_unmerged("look at the layers")
         layers = lora_layers(root)
         targets = [

@@ -17,6 +17,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lorica
+from lorica.config import LoraConfig
 from lorica.errors import ConfigError, LoricaError, listing
 from lorica.model import adapt, save, trainable_parameters
 from lorica.train import data as sources
@@ -110,6 +111,7 @@ def train(
     """
     console = console or make_console()
     _check_folder(Path(recipe.output), resume=resume, overwrite=overwrite)
+    _check_start(recipe)
     prepared = prepare(recipe)
     recipe, task = prepared.recipe, prepared.task
     output = writable_directory(recipe.output)
@@ -205,6 +207,17 @@ def as_json(value: Any) -> str:
         raise TypeError(f"{type(item).__name__} has no form in JSON")
 
     return json.dumps(value, indent=2, ensure_ascii=False, default=plain) + "\n"
+
+
+def _check_start(recipe: Recipe) -> None:
+    """Refuse a start that looks at data before training, which a recipe has no step for."""
+    method = recipe.configuration()
+    if isinstance(method, LoraConfig) and method.init_lora_weights in ("eva", "corda", "lora_ga"):
+        raise ConfigError(
+            f"init_lora_weights={method.init_lora_weights!r} looks at data before training, which a recipe does "
+            "not do; prepare the model in Python (see the guide to starts) and train it with lorica.train.fit, "
+            'or choose "pissa", "olora" or True'
+        )
 
 
 def _check_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
