@@ -210,13 +210,17 @@ def as_json(value: Any) -> str:
 
 
 def _check_start(recipe: Recipe) -> None:
-    """Refuse a start that looks at data before training, which a recipe has no step for."""
+    """Refuse a start that looks at data before training, which a recipe has no step for.
+
+    Raises:
+        ConfigError: it does.
+    """
     method = recipe.configuration()
     if isinstance(method, LoraConfig) and method.init_lora_weights in ("eva", "corda", "lora_ga"):
         raise ConfigError(
-            f"init_lora_weights={method.init_lora_weights!r} looks at data before training, which a recipe does "
-            "not do; prepare the model in Python (see the guide to starts) and train it with lorica.train.fit, "
-            'or choose "pissa", "olora" or True'
+            f"init_lora_weights={method.init_lora_weights!r} looks at data before training, which a recipe "
+            "does not do; prepare the model in Python (see the guide to starts) and train it with "
+            'lorica.train.fit, or choose "pissa", "olora" or True'
         )
 
 
