@@ -12,8 +12,9 @@ from torch import nn
 
 import lorica
 from lorica.errors import TargetError
+from lorica.model.selection import shortest_suffixes
 from lorica.model.structure import walk
-from lorica.model.targets import resolve, shortest_suffixes
+from lorica.model.targets import resolve
 
 
 def targeted(model: nn.Module, **settings: Any) -> list[str]:

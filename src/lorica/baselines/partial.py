@@ -16,8 +16,8 @@ from lorica.config import MethodConfig
 from lorica.config.method import Family
 from lorica.errors import TargetError
 from lorica.layers import Plan
+from lorica.model.selection import within_any
 from lorica.model.structure import base_parameters
-from lorica.model.targets import within_any
 
 
 @dataclass(frozen=True, kw_only=True)

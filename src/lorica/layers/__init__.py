@@ -10,10 +10,7 @@ from torch import nn
 from lorica.layers.added import AddedModule as AddedModule
 from lorica.layers.added import Part as Part
 from lorica.layers.added import Plan as Plan
-from lorica.layers.base import LayerState as LayerState
 from lorica.layers.base import LoraLayer as LoraLayer
-from lorica.layers.base import SwappedModule as SwappedModule
-from lorica.layers.base import swapped_class as swapped_class
 from lorica.layers.conv import LoraConv as LoraConv
 from lorica.layers.embedding import LoraEmbedding as LoraEmbedding
 from lorica.layers.experts import LoraParameters as LoraParameters
@@ -27,6 +24,9 @@ from lorica.layers.opaque import is_linear_like
 from lorica.layers.quantized import LoraQuantized as LoraQuantized
 from lorica.layers.quantized import quantizer_of
 from lorica.layers.saved import SavedModule as SavedModule
+from lorica.layers.swapped import LayerState as LayerState
+from lorica.layers.swapped import SwappedModule as SwappedModule
+from lorica.layers.swapped import swapped_class as swapped_class
 from lorica.layers.tokens import TrainedTokens as TrainedTokens
 
 ADAPTABLE = (

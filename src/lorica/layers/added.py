@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lorica.layers.base import SwappedModule, blank
+from lorica.layers.swapped import SwappedModule, blank
 
 P = TypeVar("P", bound=nn.Module)
 

@@ -1,16 +1,12 @@
-"""`LoraLayer`: what every adapted layer has, and how a module becomes one in place.
+"""`LoraLayer`: what every adapted layer has, and what it can do with its factors.
 
-A layer is adapted by changing its class, not by wrapping it: the module keeps its identity, its parameters,
-its hooks and its keys in `state_dict`, and gains A and B beside them.
-
-    nn.Linear  ──enter──▶  LoraLinear(LoraLayer, nn.Linear)  ──leave──▶  nn.Linear
+Each kind of layer is one small subclass, joined with the module's own class by `SwappedModule`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,152 +16,7 @@ from lorica import functional
 from lorica.adapter import Factors, Kind
 from lorica.errors import StateError
 from lorica.folding import fold
-from lorica.roster import Roster
-
-M = TypeVar("M", bound=nn.Module)
-
-_BLANK = vars(nn.Module())
-_CONTAINERS = tuple((name, type(value)) for name, value in _BLANK.items() if isinstance(value, (dict, set)))
-
-
-def blank(cls: type[M]) -> M:
-    """A module in the state that `nn.Module.__init__` gives it, for a quarter of what that costs.
-
-    Every factor is a module of its own, and a model with a hundred adapters has thousands of them.
-    """
-    module = cls.__new__(cls)
-    state = module.__dict__
-    state.update(_BLANK)
-    for name, container in _CONTAINERS:
-        state[name] = container()
-    return module
-
-
-class Factor(nn.Module):
-    """A `weight`, maybe a `bias`: live names are the ecosystem's own, ``query.lora_A.default.weight``."""
-
-    weight: Parameter
-    bias: Parameter | None
-
-    @classmethod
-    def of(cls, weight: Parameter) -> Self:
-        """A factor with this weight, and no bias."""
-        factor = blank(cls)
-        factor._parameters.update(weight=weight, bias=None)
-        return factor
-
-
-class LayerState(NamedTuple):
-    """What `leave` took off a module, for `enter` to put back."""
-
-    mixin: type[SwappedModule]
-    modules: dict[str, nn.Module]
-    attributes: dict[str, Any]
-
-
-class SwappedModule(nn.Module):
-    """A module whose class was changed in place, and can be changed back.
-
-    Subclasses are mixins; `swapped_class` joins one with the module's own class.
-    """
-
-    base_class: ClassVar[type[nn.Module]]
-    swapped_by: ClassVar[type[SwappedModule]]
-    label: ClassVar[str] = "Lora"
-    """Prefix of the joined class's name."""
-    own_modules: ClassVar[tuple[str, ...]] = ()
-    """Child modules that the mixin adds."""
-    own_attributes: ClassVar[tuple[str, ...]] = ("roster",)
-    """Plain attributes that the mixin adds."""
-
-    roster: Roster
-
-    @classmethod
-    def swap(cls, module: nn.Module) -> Self:
-        """Change `module`'s class to this mixin joined with its own."""
-        # nn.Module's own way to set an attribute first looks at length whether it is a parameter.
-        object.__setattr__(module, "__class__", swapped_class(cls, type(module)))
-        assert isinstance(module, cls)
-        return module
-
-    @classmethod
-    def take(cls, module: nn.Module, roster: Roster) -> Self:
-        """Swap `module`'s class, and add what the mixin needs; it carries no adapter yet."""
-        host = cls.swap(module)
-        host.__dict__["roster"] = roster
-        host.prepare()
-        return host
-
-    def prepare(self) -> None:
-        """Add the mixin's own modules and attributes, empty."""
-
-    def check_own_class(self) -> None:
-        """Refuse to swap back a class that was changed again since.
-
-        Raises:
-            StateError: it was, as `fully_shard` does.
-        """
-        if type(self) is not swapped_class(self.mixin(), self.base_class):
-            raise StateError(
-                f"{type(self).__name__} is no class of lorica's: something else (fully_shard?) changed it "
-                "since the model was adapted; gather the model first, or do this before sharding"
-            )
-
-    def leave(self) -> LayerState:
-        """Become the original class again; returns what `enter` needs to undo that."""
-        state = LayerState(
-            self.mixin(),
-            {
-                name: module
-                for name in self.own_modules
-                if (module := self._modules.pop(name, None)) is not None
-            },
-            {name: self.__dict__.pop(name) for name in self.own_attributes},
-        )
-        self.__class__ = self.base_class  # pyright: ignore[reportAttributeAccessIssue]
-        return state
-
-    @staticmethod
-    def enter(module: nn.Module, state: LayerState) -> None:
-        """Undo `leave`."""
-        module.__class__ = swapped_class(state.mixin, type(module))
-        module._modules.update(state.modules)
-        module.__dict__.update(state.attributes)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by mixin and original class: the joined class has no name that could be imported."""
-        return rebuild, (*_unjoined(type(self)),), self.__getstate__()
-
-    @classmethod
-    def mixin(cls) -> type[SwappedModule]:
-        """What `swapped_class` joined with the module's own class."""
-        return cls.swapped_by
-
-
-@functools.cache
-def swapped_class(mixin: type[SwappedModule], base: type[nn.Module]) -> type[SwappedModule]:
-    """The class that joins a mixin with a module's own class; made once for each pair."""
-    return type(
-        f"{mixin.label}{base.__name__}",
-        (mixin, base),
-        {"base_class": base, "swapped_by": mixin, "__module__": base.__module__},
-    )
-
-
-def rebuild(*mixins_and_base: type[nn.Module]) -> nn.Module:
-    """An empty instance of the joined class, for unpickling; the last joined comes first."""
-    *mixins, cls = mixins_and_base
-    for mixin in reversed(mixins):
-        cls = swapped_class(mixin, cls)  # type: ignore[arg-type]
-    return cls.__new__(cls)
-
-
-def _unjoined(cls: type[nn.Module]) -> Iterator[type[nn.Module]]:
-    """The mixins of a joined class, the last joined first, and then the module's own class."""
-    while issubclass(cls, SwappedModule):
-        yield cls.swapped_by
-        cls = cls.base_class
-    yield cls
+from lorica.layers.swapped import Factor, SwappedModule, blank
 
 
 class LoraLayer(SwappedModule):

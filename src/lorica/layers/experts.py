@@ -17,7 +17,8 @@ from torch.nn import Parameter
 
 from lorica.adapter import Factors, Kind
 from lorica.folding import fold
-from lorica.layers.base import Factor, LoraLayer
+from lorica.layers.base import LoraLayer
+from lorica.layers.swapped import Factor
 
 
 class ParameterUpdate(nn.Module):

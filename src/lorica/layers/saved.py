@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.errors import StateError
-from lorica.layers.base import SwappedModule
+from lorica.layers.swapped import SwappedModule
 
 
 class SavedModule(SwappedModule):

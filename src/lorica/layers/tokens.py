@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from lorica.layers.base import SwappedModule
+from lorica.layers.swapped import SwappedModule
 
 
 class TokenRows(nn.Module):

@@ -14,13 +14,13 @@ from lorica.model.count import trainable_parameters as trainable_parameters
 from lorica.model.eva import get_eva_state_dict as get_eva_state_dict
 from lorica.model.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from lorica.model.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-from lorica.model.merge import MergeReport as MergeReport
 from lorica.model.merge import merge as merge
 from lorica.model.merge import restore as restore
 from lorica.model.merge import switch as switch
 from lorica.model.mixed import mixed as mixed
 from lorica.model.preprocess import preprocess_corda as preprocess_corda
 from lorica.model.preprocess import preprocess_loraga as preprocess_loraga
+from lorica.model.rounding import MergeReport as MergeReport
 from lorica.model.storage import load as load
 from lorica.model.storage import load_weights as load_weights
 from lorica.model.storage import push_to_hub as push_to_hub

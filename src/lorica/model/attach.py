@@ -22,20 +22,11 @@ from lorica.model.adaptable import (
 )
 from lorica.model.methods import plan_methods, trained_by
 from lorica.model.mount import Mount, mount, open_for, parameter_for
+from lorica.model.selection import ending_in, meant, outermost, outside, trained_whole, within_any
 from lorica.model.stack import stacked
 from lorica.model.starting import again, prepared, taken_out
 from lorica.model.structure import Place, base_parameters, walk
-from lorica.model.targets import (
-    Target,
-    as_target,
-    ending_in,
-    meant,
-    outermost,
-    outside,
-    parameter_targets,
-    trained_whole,
-    within_any,
-)
+from lorica.model.targets import Target, as_target, parameter_targets
 from lorica.model.tokens import TokenTarget, starting_rows, token_targets
 from lorica.model.values import trained_copies
 from lorica.roster import Roster

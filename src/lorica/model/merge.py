@@ -10,21 +10,19 @@ runs, saves and compiles as the base does.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.adapter import Adapter
-from lorica.errors import AdapterError, StateError, listing
-from lorica.folding import each_on_one_thread, one_thread
-from lorica.layers import LayerState, LoraLayer, LoraParameters, SavedModule, SwappedModule, TrainedTokens
-from lorica.layers.quantized import holding, set_attribute
+from lorica.errors import StateError
+from lorica.layers import LayerState, LoraLayer, SavedModule, SwappedModule, TrainedTokens
+from lorica.layers.quantized import set_attribute
 from lorica.model import pretrained
+from lorica.model.folded import check_mergeable, fold_all, merged_states, room, with_rows
 from lorica.model.methods import check_merges
 from lorica.model.packed import (
     Into,
@@ -36,45 +34,12 @@ from lorica.model.packed import (
     repack,
     unpack,
 )
+from lorica.model.rounding import MergeReport, state_loss
 from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules, token_modules
 from lorica.model.ties import Ties
 from lorica.roster import place
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What rounding cost.
-
-    Args:
-        names: adapters that were merged.
-        layers: module path → ‖stored − (W0 + ΔW)‖ / ‖ΔW‖ (Frobenius): the share of the update that rounding
-            to the weight's dtype took away or added. 0 is exact, 1 as good as all of it.
-        untied: modules that shared a parameter, and now have one each.
-    """
-
-    names: tuple[str, ...]
-    layers: dict[str, float]
-    untied: list[str] = field(default_factory=list)
-
-    @property
-    def worst(self) -> tuple[str, float]:
-        """The layer that lost most, and its share."""
-        return max(self.layers.items(), key=lambda item: item[1], default=("", 0.0))
-
-    def __str__(self) -> str:
-        """A line for each layer, the worst first."""
-        merged = f"merged {listing(self.names)} into {len(self.layers)} layers"
-        rows = sorted(self.layers.items(), key=lambda item: -item[1])
-        tail = [f"no longer tied: {listing(self.untied)}"] if self.untied else []
-        return "\n".join(
-            [
-                f"{merged}; share of each update lost to rounding:",
-                *(f"  {loss:9.2e}  {path}" for path, loss in rows),
-                *tail,
-            ]
-        )
 
 
 @dataclass(eq=False)
@@ -151,12 +116,12 @@ def merge(
         acting = {path: layer for path, layer in layers.items() if layer.acting()}
         packed = packed_layers(root)
         check_into(into, [path for path in acting if path in packed])
-        _check_mergeable(acting, chosen)
+        check_mergeable(acting, chosen)
         plain = plain_dtype(root) if packed and into == "dequantized" else None
-        merged = _merged_states(acting, packed, chosen, plain)
+        merged = merged_states(acting, packed, chosen, plain)
         weights = plain_weights(packed, merged, plain) if plain is not None else {}
-        tables = _tables(token_modules(root), chosen)
-        losses = {path: _loss(layers[path], chosen, state) for path, state in merged.items()}
+        tables = with_rows(token_modules(root), chosen)
+        losses = {path: state_loss(layers[path], chosen, state) for path, state in merged.items()}
     except Exception:
         roster.activate(root, before)
         raise
@@ -211,7 +176,7 @@ def switch(model: nn.Module, name: str) -> None:
             for item in aside.modules
             if isinstance(item.module, LoraLayer) and name in item.module.scaling
         }
-        _check_mergeable(layers, (name,))
+        check_mergeable(layers, (name,))
         factors = {
             path + key: holder.factors(name)
             for path, layer in layers.items()
@@ -263,38 +228,6 @@ def restore(model: M) -> M:
     return model
 
 
-def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, rows: int = 1024) -> float:
-    """‖stored − (W0 + ΔW)‖ / ‖ΔW‖ in float64, a block of rows at a time.
-
-    Args:
-        layer: adapted layer that still holds W0.
-        names: adapters whose updates make up ΔW.
-        stored: what is to take W0's place, of W0's shape.
-        rows: of a block; bounds the memory.
-    """
-    W = stored.detach().flatten(1)
-    products = [
-        (*layer.product(name, torch.float64), layer.scaling[name], layer.ratio(name, torch.float64))
-        for name in names
-        if name in layer.scaling
-    ]
-    lost = total = 0.0
-    for i in range(0, W.shape[0], rows):
-        part = slice(i, i + rows)
-        base = layer.base_rows(part, torch.float64)
-        delta = torch.zeros_like(base)
-        for left, right, scale, ratio in products:
-            update = scale * (left[part] @ right)
-            if ratio is not None:
-                ratio = layer.along_rows(ratio.detach())
-                ratio = ratio if layer.transposed else ratio[part]
-                update = ratio * (base + update) - base
-            delta += update
-        lost += float((W[part].double() - base - delta).square().sum())
-        total += float(delta.square().sum())
-    return (lost / total) ** 0.5 if total else 0.0
-
-
 def _exchange(model: nn.Module, name: str, before: tuple[str, ...], into: Into) -> None:
     """`switch` where weights are packed: packing afresh leaves nothing of the old ones to fill again."""
     restore(model)
@@ -303,94 +236,6 @@ def _exchange(model: nn.Module, name: str, before: tuple[str, ...], into: Into) 
     except Exception:
         merge(model, before, into=into)
         raise
-
-
-def _check_mergeable(layers: Mapping[str, LoraLayer], names: tuple[str, ...]) -> None:
-    """Refuse layers whose parameters have no place for an update; they are in their adapted form."""
-    for path, layer in layers.items():
-        try:
-            layer.check_mergeable()
-            layer.check_bias(names)
-        except StateError as error:
-            raise StateError(f"{path}: {error}") from None
-
-
-def _merged_states(
-    layers: Mapping[str, LoraLayer],
-    packed: Container[str],
-    names: tuple[str, ...],
-    plain: torch.dtype | None,
-) -> dict[str, dict[str, Any]]:
-    """Path → what the layer's base is to hold, by name; packed weights unpacked, if a dtype is given."""
-    parameters = {path: _room(layer, names, {}) for path, layer in layers.items() if path not in packed}
-    _fold(layers, parameters, names)
-    for path, own in parameters.items():
-        for leaf, parameter in own.items():
-            _check_finite(path, leaf, parameter)
-    with one_thread():
-        return {
-            path: parameters[path] if path in parameters else _packed_state(path, layer, names, plain)
-            for path, layer in layers.items()
-        }
-
-
-def _packed_state(
-    path: str, layer: LoraLayer, names: tuple[str, ...], plain: torch.dtype | None
-) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    try:
-        for leaf, part in layer.folded(names).items():
-            if plain is not None and leaf == layer.weight_name:
-                state[leaf] = Parameter(part.to(plain), requires_grad=False)
-            else:
-                state |= layer.storing(leaf, part)
-            _check_finite(path, leaf, state[leaf] if type(state[leaf]) is Parameter else part)
-    except StateError as error:
-        raise StateError(f"{path}: {error}") from None
-    return state
-
-
-def _check_finite(path: str, leaf: str, merged: Tensor) -> None:
-    # A sum is finite only if all its terms are, and much cheaper than a look at each.
-    if not math.isfinite(merged.detach().sum().item()) and not merged.isfinite().all():
-        raise AdapterError(
-            f"{path}: the merged {leaf} would hold NaN or infinity in {merged.dtype}; the model "
-            "is left as it was"
-        )
-
-
-def _room(layer: LoraLayer, names: tuple[str, ...], held: dict[str, Parameter]) -> dict[str, Parameter]:
-    """Parameters for what takes the base's place, by their names; those that are `held`, or new ones."""
-    return {
-        leaf: held[leaf]
-        if leaf in held
-        else Parameter(torch.empty_like(layer.get_base(leaf)), requires_grad=False)
-        for leaf in layer.changed(names)
-    }
-
-
-def _fold(
-    layers: Mapping[str, LoraLayer], merged: Mapping[str, Mapping[str, Parameter]], names: tuple[str, ...]
-) -> None:
-    """Write into the merged parameters of each layer its own with the updates of the named adapters."""
-    targets = {path: {leaf: p.detach() for leaf, p in own.items()} for path, own in merged.items()}
-    each_on_one_thread(
-        lambda path: layers[path].folded(names, out=targets[path]),
-        targets,
-        at_once=all(tensor.device.type == "cpu" for own in targets.values() for tensor in own.values()),
-    )
-
-
-def _loss(layer: LoraLayer, names: tuple[str, ...], state: dict[str, Any]) -> float:
-    """`rounding_loss` of what `_merged_states` returned."""
-    if isinstance(layer, LoraParameters):
-        lost, total = layer.lost(names, state)
-        return (lost / total) ** 0.5 if total else 0.0
-    weight = state[layer.weight_name]
-    if type(weight) is not Parameter:
-        with holding(layer, state):
-            weight = layer.base_rows(slice(None), layer.precision)
-    return rounding_loss(layer, names, weight)
 
 
 def _set_aside(path: str, module: SwappedModule, merged: dict[str, Any], names: tuple[str, ...]) -> _Aside:
@@ -411,10 +256,10 @@ def _refill(aside: _Merged, layers: Mapping[str, LoraLayer], name: str) -> None:
         if isinstance(item.module, SavedModule):
             _show_copy(item, item.module, (name,))
         elif isinstance(item.module, LoraLayer) and item.path in layers:
-            merged[item.path] = _room(layers[item.path], (name,), item.merged)
+            merged[item.path] = room(layers[item.path], (name,), item.merged)
             item.merged |= merged[item.path]
-    _fold(layers, merged, (name,))
-    merged |= _tables(_with_rows(aside), (name,))
+    fold_all(layers, merged, (name,))
+    merged |= with_rows(_with_rows(aside), (name,))
     for item in aside.modules:
         for leaf, parameter in merged.get(item.path, {}).items():
             item.originals[leaf] = _put(item.module, leaf, parameter)
@@ -422,25 +267,6 @@ def _refill(aside: _Merged, layers: Mapping[str, LoraLayer], name: str) -> None:
 
 def _with_rows(aside: _Merged) -> dict[str, TrainedTokens]:
     return {item.path: item.module for item in aside.modules if isinstance(item.module, TrainedTokens)}
-
-
-def _tables(modules: Mapping[str, TrainedTokens], names: tuple[str, ...]) -> dict[str, dict[str, Parameter]]:
-    """Path → the weight with the acting rows in their places; what is tied in the base stays tied.
-
-    Raises:
-        AdapterError: a row would hold NaN or infinity.
-    """
-    made: dict[tuple[Tensor, Tensor], Parameter] = {}
-    tables = {}
-    for path, module in modules.items():
-        for name in (name for name in names if name in module.adapters):
-            rows = module.token_adapter.trainable_tokens_delta[name]
-            key = module.base_weight, rows
-            if key not in made:
-                _check_finite(path, "rows", rows.to(module.base_weight.dtype))
-                made[key] = Parameter(module.with_rows(name).detach(), requires_grad=False)
-            tables[path] = {"weight": made[key]}
-    return tables
 
 
 def _show_copy(item: _Aside, module: nn.Module, names: tuple[str, ...]) -> None:

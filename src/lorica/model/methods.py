@@ -15,8 +15,9 @@ from lorica.errors import StateError, TargetError, listing
 from lorica.layers import Part, Plan, SwappedModule
 from lorica.model.adaptable import check_replaceable
 from lorica.model.pretrained import Pretrained
+from lorica.model.selection import trained_whole, within_any
 from lorica.model.structure import base_parameters, walk
-from lorica.model.targets import Target, biases, resolve, trained_whole, within_any
+from lorica.model.targets import Target, biases, resolve
 from lorica.roster import Roster
 
 

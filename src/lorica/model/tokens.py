@@ -12,8 +12,8 @@ from torch.nn import Parameter
 from lorica.config import LoraConfig
 from lorica.errors import TargetError, listing, nearest
 from lorica.model.adaptable import check_rows
+from lorica.model.selection import ending_in, within_any
 from lorica.model.structure import Place, walk
-from lorica.model.targets import ending_in, within_any
 
 
 class TokenTarget(NamedTuple):

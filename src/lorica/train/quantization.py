@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from lorica.errors import require
-from lorica.model.targets import HEADS
+from lorica.model.selection import HEADS
 from lorica.train.recipe import Recipe
 from lorica.train.tasks import Task
 

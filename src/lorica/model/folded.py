@@ -1,0 +1,112 @@
+"""What the base's parameters become when adapters are merged into them; nothing is put in place here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lorica.errors import AdapterError, StateError
+from lorica.folding import each_on_one_thread, one_thread
+from lorica.layers import LoraLayer, TrainedTokens
+
+
+def check_mergeable(layers: Mapping[str, LoraLayer], names: tuple[str, ...]) -> None:
+    """Refuse layers whose parameters have no place for an update; they are in their adapted form."""
+    for path, layer in layers.items():
+        try:
+            layer.check_mergeable()
+            layer.check_bias(names)
+        except StateError as error:
+            raise StateError(f"{path}: {error}") from None
+
+
+def merged_states(
+    layers: Mapping[str, LoraLayer],
+    packed: Container[str],
+    names: tuple[str, ...],
+    plain: torch.dtype | None,
+) -> dict[str, dict[str, Any]]:
+    """Path → what the layer's base is to hold, by name; packed weights unpacked, if a dtype is given."""
+    parameters = {path: room(layer, names, {}) for path, layer in layers.items() if path not in packed}
+    fold_all(layers, parameters, names)
+    for path, own in parameters.items():
+        for leaf, parameter in own.items():
+            _check_finite(path, leaf, parameter)
+    with one_thread():
+        return {
+            path: parameters[path] if path in parameters else _packed_state(path, layer, names, plain)
+            for path, layer in layers.items()
+        }
+
+
+def _packed_state(
+    path: str, layer: LoraLayer, names: tuple[str, ...], plain: torch.dtype | None
+) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    try:
+        for leaf, part in layer.folded(names).items():
+            if plain is not None and leaf == layer.weight_name:
+                state[leaf] = Parameter(part.to(plain), requires_grad=False)
+            else:
+                state |= layer.storing(leaf, part)
+            _check_finite(path, leaf, state[leaf] if type(state[leaf]) is Parameter else part)
+    except StateError as error:
+        raise StateError(f"{path}: {error}") from None
+    return state
+
+
+def room(layer: LoraLayer, names: tuple[str, ...], held: dict[str, Parameter]) -> dict[str, Parameter]:
+    """Parameters for what takes the base's place, by their names; those that are `held`, or new ones."""
+    return {
+        leaf: held[leaf]
+        if leaf in held
+        else Parameter(torch.empty_like(layer.get_base(leaf)), requires_grad=False)
+        for leaf in layer.changed(names)
+    }
+
+
+def fold_all(
+    layers: Mapping[str, LoraLayer], merged: Mapping[str, Mapping[str, Parameter]], names: tuple[str, ...]
+) -> None:
+    """Write into the merged parameters of each layer its own with the updates of the named adapters."""
+    targets = {path: {leaf: p.detach() for leaf, p in own.items()} for path, own in merged.items()}
+    each_on_one_thread(
+        lambda path: layers[path].folded(names, out=targets[path]),
+        targets,
+        at_once=all(tensor.device.type == "cpu" for own in targets.values() for tensor in own.values()),
+    )
+
+
+def with_rows(
+    modules: Mapping[str, TrainedTokens], names: tuple[str, ...]
+) -> dict[str, dict[str, Parameter]]:
+    """Path → the weight with the acting rows in their places; what is tied in the base stays tied.
+
+    Raises:
+        AdapterError: a row would hold NaN or infinity.
+    """
+    made: dict[tuple[Tensor, Tensor], Parameter] = {}
+    tables = {}
+    for path, module in modules.items():
+        for name in (name for name in names if name in module.adapters):
+            rows = module.token_adapter.trainable_tokens_delta[name]
+            key = module.base_weight, rows
+            if key not in made:
+                _check_finite(path, "rows", rows.to(module.base_weight.dtype))
+                made[key] = Parameter(module.with_rows(name).detach(), requires_grad=False)
+            tables[path] = {"weight": made[key]}
+    return tables
+
+
+def _check_finite(path: str, leaf: str, merged: Tensor) -> None:
+    # A sum is finite only if all its terms are, and much cheaper than a look at each.
+    if not math.isfinite(merged.detach().sum().item()) and not merged.isfinite().all():
+        raise AdapterError(
+            f"{path}: the merged {leaf} would hold NaN or infinity in {merged.dtype}; the model "
+            "is left as it was"
+        )

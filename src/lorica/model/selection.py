@@ -1,0 +1,226 @@
+"""From a configuration's names and patterns to places in a model; one that means none is an error."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+from torch import nn
+
+from lorica.config import AdapterConfig, LoraConfig
+from lorica.errors import TargetError, listing, nearest
+from lorica.layers import AddedModule, LoraEmbedding, LoraLayer, SavedModule, layer_class
+from lorica.layers.conv import LoraConv
+from lorica.model.adaptable import check_whole
+from lorica.model.structure import Place
+
+# Query and value projections as the architectures name them, most specific first: the usual choice where none
+# is given.
+_QUERY_VALUE: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, OPT, BART, Whisper, CLIP
+    ("query", "value"),  # BERT, RoBERTa, ELECTRA, ViT
+    ("query_proj", "value_proj"),  # DeBERTa-v2
+    ("q_lin", "v_lin"),  # DistilBERT
+    ("q", "v"),  # T5
+    ("to_q", "to_v"),  # diffusion models
+    ("query_key_value",),  # GPT-NeoX, Falcon, BLOOM
+    ("qkv_proj",),  # Phi-3
+    ("c_attn",),  # GPT-2
+    ("Wqkv",),  # ModernBERT, MPT
+    ("qkv",),
+)
+
+# The heads that a task puts on a pretrained model, new and so to be trained whole.
+HEADS = {
+    "SEQ_CLS": ("pre_classifier", "classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def meant(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:
+    """The places that `target_modules` means, less those that other fields leave out.
+
+    Raises:
+        TargetError: a name or pattern matches nothing, or nothing is left.
+    """
+    if config.target_modules == []:
+        return []
+    if config.target_modules is None:
+        chosen = _usual(root, places)
+    elif means_all_linear(config.target_modules):
+        chosen = _all_linear(root, places)
+    else:
+        chosen = _match("target_modules", config.target_modules, places)
+    if config.layers_to_transform is not None:
+        chosen = _in_blocks(chosen, config)
+    chosen = _with_outputs(chosen, places)
+    if config.exclude_modules:
+        left_out = {p.path for p in _match("exclude_modules", config.exclude_modules, places)}
+        chosen = [p for p in chosen if p.path not in left_out]
+    if not chosen:
+        raise TargetError(
+            f"no module is left to adapt: exclude_modules={config.exclude_modules!r} leaves out "
+            "all that was targeted"
+        )
+    return chosen
+
+
+def _with_outputs(chosen: list[Place], places: list[Place]) -> list[Place]:
+    """An attention's output projection is a module of its own; naming the attention means both."""
+    outputs = {f"{p.path}.out_proj" for p in chosen if isinstance(p.module, nn.MultiheadAttention)}
+    if not outputs:
+        return chosen
+    return [*chosen, *(p for p in places if p.path in outputs and p not in chosen)]
+
+
+def _match(name: str, patterns: list[str] | str, places: list[Place]) -> list[Place]:
+    if isinstance(patterns, str):
+        hits = [p for p in places if re.fullmatch(patterns, p.path)]
+        if not hits:
+            raise TargetError(f"{name}={patterns!r} matches no module{hint(patterns, places)}")
+        return hits
+    hits = ending_in(places, patterns)
+    for pattern in patterns:
+        if not ending_in(hits, [pattern]):
+            raise TargetError(f"{name} names {pattern!r}, which matches no module{hint(pattern, places)}")
+    return hits
+
+
+def _usual(root: nn.Module, places: list[Place]) -> list[Place]:
+    for names in _QUERY_VALUE:
+        chosen = [p for p in places if p.path.rpartition(".")[2] in names and layer_class(p.module, p.parent)]
+        if {p.path.rpartition(".")[2] for p in chosen} == set(names):
+            return chosen
+    chosen = [p for p in places if isinstance(p.module, nn.MultiheadAttention)]
+    if not chosen:
+        raise TargetError(
+            f"lorica knows no usual targets for {type(root).__name__}; give target_modules, or "
+            f'"all-linear"{hint("", places)}'
+        )
+    return chosen
+
+
+def _all_linear(root: nn.Module, places: list[Place]) -> list[Place]:
+    head = _output_head(root)
+    chosen = [
+        p
+        for p in places
+        if p.module is not head
+        and not isinstance(p.module, SavedModule)
+        and (layer := layer_class(p.module, p.parent)) is not None
+        and not issubclass(layer, (LoraEmbedding, LoraConv))
+    ]
+    if not chosen:
+        raise TargetError(
+            f'target_modules="all-linear", but {type(root).__name__} has no linear layer besides its head'
+        )
+    return chosen
+
+
+def _output_head(root: nn.Module) -> nn.Module | None:
+    try:
+        return root.get_output_embeddings()  # type: ignore[operator, no-any-return]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:
+    layers = config.layers_to_transform
+    wanted = {layers} if isinstance(layers, int) else set(layers or ())
+    names = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    holder = "|".join(map(re.escape, names)) if names else r"[^.]+"
+    pattern = re.compile(rf"(?:^|\.)(?:{holder})\.(\d+)(?:\.|$)")
+    found = {p: int(hit[1]) for p in chosen if (hit := pattern.search(p.path))}
+    missing = wanted - set(found.values())
+    if missing:
+        have = listing(map(str, sorted(set(found.values())))) or "none"
+        where = f" in {listing(names)}" if names else ""
+        raise TargetError(
+            f"layers_to_transform names block {listing(map(str, sorted(missing)))}; the targeted "
+            f"modules{where} are in blocks {have}"
+        )
+    return [p for p in chosen if found.get(p) in wanted]
+
+
+def trained_whole(places: list[Place], config: AdapterConfig) -> dict[str, nn.Module]:
+    """The modules that `modules_to_save` and `task_type` mean, the outermost where they are nested.
+
+    Raises:
+        TargetError: a name that the model lacks, or a module that cannot be trained whole.
+    """
+    heads, names = HEADS.get(config.task_type or "", ()), config.modules_to_save or []
+    found: list[Place] = []
+    for name in dict.fromkeys([*names, *heads]):
+        hits = ending_in(places, [name])
+        # PEFT writes both "classifier" and "score" for a model that has one of them.
+        if not hits and name not in heads:
+            raise TargetError(
+                f"modules_to_save names {name!r}, which the model does not have{hint(name, places)}"
+            )
+        found += hits
+    for path, module, _ in found:
+        if isinstance(module, SavedModule):
+            continue
+        check_whole(path, module)
+        inside = [p for p in places if within_any(p.path, [path])]
+        adapted = [p.path for p in inside if isinstance(p.module, LoraLayer | AddedModule)]
+        if adapted:
+            raise TargetError(
+                f"{path} cannot be trained whole: another adapter has its updates in {listing(adapted)}"
+            )
+    return outermost(found)
+
+
+def means_all_linear(pattern: object) -> bool:
+    """Whether a value of `target_modules` is "all-linear", in any case."""
+    return isinstance(pattern, str) and pattern.lower() == "all-linear"
+
+
+def hint(name: str, places: list[Place]) -> str:
+    """The end of an error: the name that was perhaps meant, and what the model has to adapt."""
+    adaptable = tails(p.path for p in places if layer_class(p.module, p.parent))
+    everything = [*adaptable, *tails(p.path for p in places), *(p.path for p in places)]
+    return f"{nearest(name, everything)}. The model's adaptable modules: {listing(adaptable) or 'none'}"
+
+
+def ending_in(places: Iterable[Place], names: Iterable[str]) -> list[Place]:
+    """The places of which a name is the path, or its end from a dot on."""
+    ends = tuple(f".{name}" for name in names)
+    return [place for place in places if f".{place.path}".endswith(ends)]
+
+
+def within_any(path: str, outer: Iterable[str]) -> bool:
+    """Whether `path` is one of the given paths, or inside one."""
+    return any(path == o or path.startswith(f"{o}.") for o in outer)
+
+
+def outside(places: list[Place], outer: Collection[str]) -> list[Place]:
+    """The places that are none of the given paths and inside none."""
+    return [place for place in places if not within_any(place.path, outer)] if outer else places
+
+
+def outermost(places: Iterable[Place]) -> dict[str, nn.Module]:
+    """Path → module, without those that are inside another."""
+    found = {place.path: place.module for place in places}
+    return {path: module for path, module in found.items() if not within_any(path, found.keys() - {path})}
+
+
+def shortest_suffixes(chosen: Iterable[str], everything: Iterable[str]) -> list[str]:
+    """The shortest dotted suffixes that match all chosen paths and no other."""
+    chosen = list(chosen)
+    available = Counter(suffix for path in everything for suffix in _suffixes(path))
+    wanted = Counter(suffix for path in chosen for suffix in _suffixes(path))
+    # The whole path is the last resort: it is unambiguous unless another path ends with it.
+    return sorted({next((s for s in _suffixes(path) if wanted[s] == available[s]), path) for path in chosen})
+
+
+def _suffixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def tails(paths: Iterable[str]) -> list[str]:
+    """The last names of dotted paths, each once."""
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
