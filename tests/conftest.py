@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lorica.train import Recipe
 
 # Set before anything imports torch or transformers, which read these once.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -74,3 +78,30 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data sets: no folder {folder}; set LORICA_DATA to where they are")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved encoder of two layers, made once."""
+    from train import tiny
+
+    return tiny.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of few rows, made once."""
+    from train import tiny
+
+    return tiny.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def make_recipe(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """A recipe on both, with the training options given."""
+    from train import tiny
+
+    def make(**training: object) -> Recipe:
+        return tiny.recipe(tiny_model, tiny_data, tmp_path / "run", **training)
+
+    return make

@@ -12,7 +12,7 @@ from train import tiny
 
 from lorica.errors import ConfigError, FileError, LoricaError
 from lorica.train import Recipe, evaluate, predict, train
-from lorica.train.run import as_json
+from lorica.train.record import as_json
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +31,20 @@ def test_the_folder_holds_everything(run: Path) -> None:
         "README.md",
         "tokenizer.json",
         "recipe.yaml",
-        "results.json",
+        "run.json",
         "checkpoints",
     }
     assert not any(name.startswith(".") for name in names)
-    results = json.loads((run / "results.json").read_text())
+    record = json.loads((run / "run.json").read_text())
+    results = record["results"]
     assert set(results["metrics"]) == {"validation", "test"}
     assert results["rows"] == {"train": 40, "validation": 12, "test": 12}
     assert results["trainable"] == sum(
         t.numel() for t in load_file(run / "adapter_model.safetensors").values()
     )
     assert results["checkpoint_bytes"] == (run / "adapter_model.safetensors").stat().st_size
-    assert set(results["versions"]) == {"lorica", "torch", "transformers"}
+    assert set(record["versions"]) >= {"python", "lorica", "torch", "transformers", "datasets"}
+    assert record["seeds"] == {"training": 0, "split": 0}
 
 
 def test_the_recipe_holds_what_was_found(run: Path) -> None:
@@ -52,7 +54,7 @@ def test_the_recipe_holds_what_was_found(run: Path) -> None:
 
 def test_the_adapter_learned_and_scores_the_same_when_loaded(run: Path) -> None:
     scores = evaluate(run)
-    results = json.loads((run / "results.json").read_text())["metrics"]["test"]
+    results = json.loads((run / "run.json").read_text())["results"]["metrics"]["test"]
     assert scores.pop("rows") == 12
     assert scores == pytest.approx(results, abs=1e-6)
     assert scores["accuracy"] >= 0.9

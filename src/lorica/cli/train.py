@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -17,8 +19,8 @@ def parser() -> Parser:
     """The command's options: every field of a recipe."""
     result = Parser(
         "train",
-        usage="lorica train [RECIPE.yaml] [--task TASK] [--model MODEL] [--data.train ROWS] [--method.r R] "
-        "... [--output DIR]",
+        usage="lorica train [RECIPE.yaml | --from run.json] [--task TASK] [--model MODEL] "
+        "[--data.train ROWS] [--method.r R] ... [--output DIR]",
         description="Train an adapter. RECIPE.yaml holds any of the options below; those given here "
         "override it.",
     )
@@ -27,6 +29,14 @@ def parser() -> Parser:
         "--resume", action="store_true", help="go on from the newest whole checkpoint in --output"
     )
     result.add_argument("--overwrite", action="store_true", help="replace the run that --output holds")
+    result.add_argument(
+        "--from",
+        type=str | None,
+        help="repeat a run from the run.json that it left, on a CPU bit for bit; give it another --output",
+    )
+    result.add_argument(
+        "--changed_data", action="store_true", help="with --from: go on though the rows have changed"
+    )
     return result
 
 
@@ -39,15 +49,31 @@ def run(argv: list[str]) -> int:
             check_file(value)
     command = parser()
     parsed: Any = command.parse_args(argv)
-    recipe = from_parsed(command, parsed)
+    path = parsed["from"]
+    if parsed.changed_data and path is None:
+        command.error("--changed_data belongs to --from")
 
     from lorica.train.console import make_console
     from lorica.train.fitting import Interrupted
+    from lorica.train.record import Record
     from lorica.train.run import RECIPE, train
 
+    repeats = None if path is None else Record.load(path)
+    if repeats is not None:
+        # The recorded recipe comes first, so that the options override it.
+        recorded = json.dumps(dataclasses.asdict(repeats.recipe))
+        parsed = command.parse_args(["--config", recorded, *argv])
+    recipe = from_parsed(command, parsed)
     console = make_console()
     try:
-        result = train(recipe, resume=parsed.resume, overwrite=parsed.overwrite, console=console)
+        result = train(
+            recipe,
+            resume=parsed.resume,
+            overwrite=parsed.overwrite,
+            console=console,
+            repeats=repeats,
+            changed_data=parsed.changed_data,
+        )
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         print(

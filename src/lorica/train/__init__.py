@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lorica.train.recipe import DataConfig as DataConfig
     from lorica.train.recipe import Recipe as Recipe
     from lorica.train.recipe import TrainingConfig as TrainingConfig
+    from lorica.train.record import Record as Record
     from lorica.train.run import Prepared as Prepared
     from lorica.train.run import Result as Result
     from lorica.train.run import prepare as prepare
@@ -42,6 +43,7 @@ _PLACES = {
     "fitting": ("Fit", "Interrupted", "fit"),
     "optimizer": ("parameter_groups",),
     "recipe": ("DataConfig", "Recipe", "TrainingConfig"),
+    "record": ("Record",),
     "run": ("Prepared", "Result", "prepare", "train"),
     "tasks": ("Task", "register"),
     "trainer": ("LoraTrainerMixin", "Trainer"),
@@ -56,6 +58,7 @@ __all__ = [
     "LoraTrainerMixin",
     "Prepared",
     "Recipe",
+    "Record",
     "Result",
     "Task",
     "Trainer",

@@ -179,7 +179,7 @@ class Recipe:
             ``{method: bitfit}``, or several to combine (LoRA is ``{method: lora, r: 8}`` there). None trains
             `method`.
         training: how it trains.
-        output: folder for the adapter, the tokenizer, this recipe, results.json, checkpoints and
+        output: folder for the adapter, the tokenizer, this recipe, run.json, checkpoints and
             TensorBoard's logs.
     """
 
@@ -242,15 +242,28 @@ class Recipe:
             FileError: there is no such file, or it is not YAML.
             ConfigError: it has a field that does not exist, or a value of the wrong type.
         """
-        check_file(path)
+        return cls.from_dict(check_file(path), str(path))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the recipe") -> Recipe:
+        """Make a recipe of plain values, as JSON and YAML hold them.
+
+        Args:
+            values: fields by name, those of a part in a mapping of their own.
+            where: what to call them in an error.
+
+        Raises:
+            ConfigError: there is a field that does not exist, or a value of the wrong type.
+        """
+        check_fields(values, where)
         import jsonargparse
 
         parser = jsonargparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
         add_recipe(parser)
         try:
-            parsed = parser.parse_args([f"--config={path}"])
+            parsed = parser.parse_object(dict(values))
         except jsonargparse.ArgumentError as error:
-            raise ConfigError(f"{path}: {error}") from error
+            raise ConfigError(f"{where}: {error}") from error
         return from_parsed(parser, parsed)
 
 
@@ -268,8 +281,11 @@ def from_parsed(parser: ArgumentParser, parsed: Any) -> Recipe:
     return Recipe(**{item.name: values[item.name] for item in dataclasses.fields(Recipe)})
 
 
-def check_file(path: str | Path) -> None:
+def check_file(path: str | Path) -> Mapping[str, Any]:
     """Refuse a recipe file that is missing, is not YAML, or holds a field that does not exist.
+
+    Returns:
+        What it holds.
 
     Raises:
         FileError: there is no such file, or it is not YAML.
@@ -286,8 +302,18 @@ def check_file(path: str | Path) -> None:
         raise FileError(
             f"the recipe {path} must hold fields such as 'task:' and 'model:', not {type(content).__name__}"
         )
-    if unknown := list(_unknown(content, Recipe())):
-        raise ConfigError(f"{path}: unknown field {'; unknown field '.join(unknown)}")
+    check_fields(content, str(path))
+    return content
+
+
+def check_fields(values: Mapping[str, Any], where: str) -> None:
+    """Refuse a recipe's plain values of which one belongs to no field.
+
+    Raises:
+        ConfigError: naming every unknown field, with the nearest known one.
+    """
+    if unknown := list(_unknown(values, Recipe())):
+        raise ConfigError(f"{where}: unknown field {'; unknown field '.join(unknown)}")
 
 
 def _unknown(content: Mapping[str, Any], known: Any, prefix: str = "") -> Iterator[str]:

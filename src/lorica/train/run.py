@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import lorica
 from lorica.config import LoraConfig
 from lorica.errors import ConfigError, LoricaError, listing
 from lorica.model import adapt, save, trainable_parameters
@@ -24,15 +22,15 @@ from lorica.train import data as sources
 from lorica.train import tasks
 from lorica.train.arguments import check_device
 from lorica.train.console import make_console
-from lorica.train.files import bytes_of, writable_directory, write_atomically
+from lorica.train.files import bytes_of, sha256_of, writable_directory
 from lorica.train.fitting import fit
 from lorica.train.quantization import quantized_loading
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
+from lorica.train.record import RECORD, Record, fingerprint, machine, versions
 from lorica.train.tasks import Encoded, Task
 
 RECIPE = "recipe.yaml"
-RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,7 @@ class Prepared:
         tokenizer: the model's tokenizer.
         model: the pretrained model with a new head, every parameter trainable.
         splits: encoded rows by split: ``train``, and ``validation`` and ``test`` where there are any.
+        data: split → number and SHA-256 of the rows as they came; see `fingerprint`.
     """
 
     recipe: Recipe
@@ -52,6 +51,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     splits: dict[str, Encoded]
+    data: dict[str, dict[str, Any]]
 
     def features(self, split: str) -> Dataset | None:
         """Encoded rows of a split, or None."""
@@ -60,7 +60,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to; ``results.json`` holds the same.
+    """What a run came to; ``run.json`` holds the same.
 
     Args:
         output: folder of the adapter.
@@ -73,6 +73,7 @@ class Result:
         checkpoint_bytes: size of ``adapter_model.safetensors``.
         rows: split → rows.
         truncated: split → rows that were longer than `max_length`.
+        adapter_sha256: of ``adapter_model.safetensors``: the same for the same recipe on the same CPU.
     """
 
     output: Path
@@ -85,22 +86,31 @@ class Result:
     checkpoint_bytes: int
     rows: dict[str, int]
     truncated: dict[str, int]
+    adapter_sha256: str
 
 
 def train(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    repeats: Record | None = None,
+    changed_data: bool = False,
 ) -> Result:
     """Train an adapter as a recipe says.
 
     The output folder ends up with the adapter's files (PEFT's format), the tokenizer, ``recipe.yaml`` (every
-    field, and the columns and labels that were found), ``results.json``, ``checkpoints/`` and TensorBoard's
-    logs.
+    field, and the columns and labels that were found), ``run.json``, ``checkpoints/`` and TensorBoard's logs.
 
     Args:
         recipe: the run.
         resume: go on from the newest complete checkpoint in the output folder, or start if there is none.
         overwrite: start anew in a folder that holds a run.
         console: where to show progress. None makes one.
+        repeats: a recorded run that this one repeats. What is other here than there is shown, and at the end
+            whether the same adapter came out.
+        changed_data: repeat it even if the rows are not the recorded ones.
 
     Returns:
         Scores, counts and times.
@@ -112,7 +122,25 @@ def train(
     console = console or make_console()
     _check_folder(Path(recipe.output), resume=resume, overwrite=overwrite)
     _check_start(recipe)
-    prepared = prepare(recipe)
+    with contextlib.nullcontext() if repeats is None else repeats.threads():
+        prepared = prepare(recipe)
+        if repeats is not None:
+            _compare_start(repeats, prepared, console, changed_data=changed_data)
+        result = _train(prepared, resume=resume, overwrite=overwrite, console=console)
+        Record(
+            recipe=prepared.recipe,
+            data=prepared.data,
+            versions=versions(),
+            machine=machine(),
+            results=dataclasses.asdict(result),
+            adapter_sha256=result.adapter_sha256,
+        ).save(result.output)
+    if repeats is not None:
+        _compare_end(repeats, prepared.recipe, result, console)
+    return result
+
+
+def _train(prepared: Prepared, *, resume: bool, overwrite: bool, console: Console) -> Result:
     recipe, task = prepared.recipe, prepared.task
     output = writable_directory(recipe.output)
     if resume:
@@ -120,6 +148,7 @@ def train(
     elif overwrite:
         for old in ("checkpoints", "tensorboard"):
             shutil.rmtree(output / old, ignore_errors=True)
+        (output / RECORD).unlink(missing_ok=True)
     _report(prepared, console)
 
     method = recipe.configuration()
@@ -145,7 +174,8 @@ def train(
     metrics = {split: done.evaluate(prepared.splits[split].features) for split in scored}
     save(model, output)
     prepared.tokenizer.save_pretrained(output)
-    result = Result(
+    weights = output / "adapter_model.safetensors"
+    return Result(
         output=output,
         metrics=metrics,
         steps=done.steps,
@@ -153,14 +183,11 @@ def train(
         step_seconds=done.step_seconds,
         trainable=count.trainable,
         parameters=count.deployed,
-        checkpoint_bytes=bytes_of(output / "adapter_model.safetensors"),
+        checkpoint_bytes=bytes_of(weights),
         rows={split: len(rows) for split, rows in prepared.splits.items()},
         truncated={split: rows.truncated for split, rows in prepared.splits.items()},
+        adapter_sha256=sha256_of(weights),
     )
-    write_atomically(
-        output / RESULTS, as_json({**dataclasses.asdict(result), "recipe": recipe, "versions": versions()})
-    )
-    return result
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -184,29 +211,30 @@ def prepare(recipe: Recipe) -> Prepared:
         transformers.set_seed(recipe.training.seed)
         model = task.model(recipe.model, recipe.data, **quantized_loading(recipe, task))
     task.pad(model, tokenizer)
-    return Prepared(recipe, task, tokenizer, model, encoded)
+    data = {name: fingerprint(rows) for name, rows in splits.items()}
+    return Prepared(recipe, task, tokenizer, model, encoded, data)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    return {
-        "lorica": lorica.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+def _compare_start(before: Record, prepared: Prepared, console: Console, *, changed_data: bool) -> None:
+    if not changed_data:
+        before.check_data(prepared.data)
+    for difference in before.differences():
+        console.print(f"other than in the recorded run: {difference}")
 
 
-def as_json(value: Any) -> str:
-    """Results as JSON, recipes and paths included."""
-
-    def plain(item: Any) -> Any:
-        if dataclasses.is_dataclass(item) and not isinstance(item, type):
-            return dataclasses.asdict(item)
-        if isinstance(item, Path):
-            return str(item)
-        raise TypeError(f"{type(item).__name__} has no form in JSON")
-
-    return json.dumps(value, indent=2, ensure_ascii=False, default=plain) + "\n"
+def _compare_end(before: Record, recipe: Recipe, result: Result, console: Console) -> None:
+    if recipe.replace(output=before.recipe.output) != before.recipe:
+        return  # another run, made from the record of one
+    if result.adapter_sha256 == before.adapter_sha256:
+        console.print(f"the recorded adapter came out again, byte for byte (sha256 {result.adapter_sha256})")
+        return
+    reasons = before.differences()
+    if before.machine["device"] != "cpu":
+        reasons.append("on a GPU, sums are not taken in the same order each time")
+    console.print(
+        f"another adapter came out than the recorded one (sha256 {result.adapter_sha256}, recorded "
+        f"{before.adapter_sha256}){'; other here: ' + listing(reasons) if reasons else ''}"
+    )
 
 
 def _check_start(recipe: Recipe) -> None:

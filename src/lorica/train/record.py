@@ -1,0 +1,176 @@
+"""``run.json``: what a run was made of and what it came to, enough to have it again bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Image
+
+from lorica.errors import ConfigError, FileError
+from lorica.train.files import write_atomically
+from lorica.train.recipe import Recipe
+
+RECORD = "run.json"
+_PACKAGES = ("lorica", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run, as its ``run.json`` holds it.
+
+    Args:
+        recipe: the recipe, with the columns and labels that were found.
+        data: split → ``sha256`` of the rows' content, and ``rows``, their number.
+        versions: package → version.
+        machine: what else decides the last bits: ``device``, ``threads`` and the ``instructions`` of the
+            processor that torch uses.
+        results: scores, counts and times.
+        adapter_sha256: of the adapter's file.
+    """
+
+    recipe: Recipe
+    data: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    results: dict[str, Any]
+    adapter_sha256: str
+
+    def save(self, directory: Path) -> Path:
+        """Write ``run.json`` into a folder, whole or not at all, and return its path."""
+        seeds = {"training": self.recipe.training.seed, "split": self.recipe.data.split_seed}
+        values = dataclasses.asdict(self)
+        write_atomically(directory / RECORD, as_json({**values, "seeds": seeds}))
+        return directory / RECORD
+
+    @classmethod
+    def load(cls, path: str | Path) -> Record:
+        """Read a ``run.json``, or the one in a folder.
+
+        Raises:
+            FileError: there is none, or it is not one.
+            ConfigError: its recipe has a field that this version does not know.
+        """
+        path = Path(path)
+        path = path / RECORD if path.is_dir() else path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            parts: dict[str, Any] = {item.name: values[item.name] for item in dataclasses.fields(cls)}
+        except OSError as error:
+            raise FileError(f"cannot read the run {path}: {error.strerror or error}") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise FileError(f"{path} is no {RECORD} of `lorica train`: {error!r}") from error
+        parts["recipe"] = Recipe.from_dict(parts["recipe"], str(path))
+        return cls(**parts)
+
+    def check_data(self, data: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse rows that are not the recorded ones.
+
+        Raises:
+            ConfigError: naming each split that changed.
+        """
+        changed = [
+            f"the {split} rows ({_count(self.data, split)} then, {_count(data, split)} now)"
+            for split in dict.fromkeys([*self.data, *data])
+            if self.data.get(split, {}).get("sha256") != data.get(split, {}).get("sha256")
+        ]
+        if changed:
+            raise ConfigError(
+                f"the data of the recorded run have changed: {', '.join(changed)}. Bring back the rows as "
+                "they were, or repeat the run on the new ones with --changed_data"
+            )
+
+    def differences(self) -> list[str]:
+        """What is other here than where the run was recorded, such as ``torch 2.11.0 then, 2.13.0 now``."""
+        then, now = {**self.versions, **self.machine}, {**versions(), **machine()}
+        return [
+            f"{name} {then.get(name, 'absent')} then, {now.get(name, 'absent')} now"
+            for name in dict.fromkeys([*then, *now])
+            if then.get(name) != now.get(name)
+        ]
+
+    @contextlib.contextmanager
+    def threads(self) -> Iterator[None]:
+        """Compute with as many threads as the run had: sums are taken in another order with more or fewer."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(int(self.machine.get("threads", before)))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def fingerprint(rows: Dataset) -> dict[str, Any]:
+    """Number of some rows, and SHA-256 of their content.
+
+    The same rows have the same one whatever file they came in. Images count by their bytes.
+    """
+    images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    for name in images:
+        rows = rows.cast_column(name, Image(decode=False))
+    digest = hashlib.sha256()
+    for batch in rows.iter(batch_size=1000):
+        values: dict[str, Any] = dict(batch)
+        for name in images:
+            values[name] = [_content(image) for image in values[name]]
+        digest.update(json.dumps(values, sort_keys=True, default=_plain).encode())
+    return {"rows": len(rows), "sha256": digest.hexdigest()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What else decides the last bits."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def as_json(value: Any) -> str:
+    """Results as JSON, recipes and paths included."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n"
+
+
+def _content(image: dict[str, Any] | None) -> Any:
+    if image is None or image["bytes"] is not None:
+        return image and image["bytes"]
+    try:
+        return Path(image["path"]).read_bytes()
+    except OSError:
+        return image["path"]  # whoever looks at the image says so
+
+
+def _count(data: Mapping[str, Mapping[str, Any]], split: str) -> str:
+    return f"{data[split]['rows']:,}" if split in data else "none"
+
+
+def _plain(item: Any) -> Any:
+    if isinstance(item, Path):
+        return str(item)
+    if isinstance(item, bytes):
+        return hashlib.sha256(item).hexdigest()
+    if isinstance(item, (datetime.date, datetime.time)):
+        return item.isoformat()
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        return dataclasses.asdict(item)
+    raise TypeError(f"{type(item).__name__} has no form in JSON")
