@@ -19,7 +19,7 @@ ARGS ?=
 PIP_ARGS ?=
 
 BIN := $(VENV)/bin
-BENCHES := $(filter-out $(addprefix bench/,harness.py models.py report.py),$(sort $(wildcard bench/*.py)))
+BENCHES := $(filter-out $(addprefix bench/,harness.py models.py plain_text.py pretrain_tiny_gpt2.py report.py),$(sort $(wildcard bench/*.py)))
 FLOORS := config errors functional init roster adapter layers algebra checkpoint model
 comma := ,
 empty :=
