@@ -13,7 +13,7 @@ one byte per element for the dropout mask, and A·x (tokens × r).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -175,6 +175,8 @@ def lora_linear(
         bias = bias if bias is None else bias.to(dtype)
     if _traced():  # a compiler fuses the plain form itself
         return F.linear(x, weight, bias) + low_rank(x, A, B, scale, p)
+    if not torch.is_grad_enabled():  # without autograd's bookkeeping, which small batches feel
+        return _sum(x, weight, bias, A, B, scale, p).y
     return _LoraLinear.apply(x, weight, bias, A, B, scale, p)  # type: ignore[no-any-return]
 
 
@@ -183,28 +185,46 @@ def _down(x: Tensor, A: Tensor) -> Tensor:
     return (A @ x.t()).t() if x.shape[1] <= _NARROW else x @ A.t()
 
 
+class _Sum(NamedTuple):
+    """The output of `lora_linear`, and what its backward pass needs; names follow the maths, u = A·x̃."""
+
+    y: Tensor
+    rows: Tensor
+    mask: Tensor | None
+    u: Tensor
+    scale: float
+
+
+def _sum(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
+) -> _Sum:
+    rows = x.reshape(-1, x.shape[-1])
+    y = F.linear(rows, weight, bias)
+    mask, kept = None, rows
+    if p > 0:
+        mask = keep_mask(rows, p)
+        kept = mask.to(rows.dtype).mul_(rows)
+        scale /= 1 - drop_rate(p)
+    u = _down(kept, A.to(y.dtype))
+    y.addmm_(u, B.to(y.dtype).t(), alpha=scale)
+    # Not a view to autograd: what follows may work in place on it (`ReLU(inplace=True)`, `x += ...`).
+    shaped = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+    return _Sum(shaped, rows, mask, u, scale)
+
+
 class _LoraLinear(torch.autograd.Function):
-    """`lora_linear` by hand: names follow the maths, u = A·x̃ and g = Bᵀ·dy."""
+    """`lora_linear` by hand: u as above, and g = Bᵀ·dy."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = F.linear(rows, weight, bias)
-        mask, kept = None, rows
-        if p > 0:
-            mask = keep_mask(rows, p)
-            kept = mask.to(rows.dtype).mul_(rows)
-            scale /= 1 - drop_rate(p)
-        u = _down(kept, A.to(y.dtype))
-        y.addmm_(u, B.to(y.dtype).t(), alpha=scale)
+        y, rows, mask, u, scale = _sum(x, weight, bias, A, B, scale, p)
         needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         needs_u = ctx.needs_input_grad[4]
         ctx.save_for_backward(rows if needs_x else None, weight, A, B, mask, u if needs_u else None)
         ctx.scale, ctx.shape = scale, x.shape
-        # Not a view to autograd: what follows may work in place on it (`ReLU(inplace=True)`, `x += ...`).
-        return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+        return y
 
     @staticmethod
     @once_differentiable

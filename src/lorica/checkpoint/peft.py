@@ -16,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,30 +25,20 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lorica.adapter import TOKEN_ROWS, Adapter, Factors, Kind
+from lorica.adapter import Adapter
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.card import model_card
-from lorica.config import AdapterConfig, LoraConfig, members, read_config
-from lorica.errors import AdapterError, ConfigError, FileError, lines
+from lorica.checkpoint.peft_tensors import from_tensors, to_tensors
+from lorica.config import AdapterConfig, LoraConfig, read_config
+from lorica.errors import AdapterError, ConfigError, FileError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 
-_PREFIX = "base_model.model."
-_ADDED = "added."
-_SIDE = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<leaf>\.weight)?$")
-_BIAS = ".lora_B.bias"
-_MAGNITUDE = "lora_magnitude_vector"
 # In the header of the weights, where other readers do not look: what `Adapter.trained_as` holds.
 _TRAINED_AS = "lorica_trained_as"
-_UNSUPPORTED = {
-    "lora_diag": "KaSA",
-    "lora_velora_embed": "VeLoRA",
-    "lora_monteclora_sampler": "MonteCLoRA",
-}
-_UNSUPPORTED_PART = re.compile("|".join(_UNSUPPORTED))
 
 
 def is_adapter(directory: str | Path) -> bool:
@@ -141,167 +129,6 @@ def read(directory: str | Path) -> Adapter:
     adapter = as_trained(adapter, provenance)
     adapter.check_finite()
     return dataclasses.replace(adapter, trained_as=_read_trained_as(folder))
-
-
-def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """An adapter's tensors by the names they have in PEFT's file."""
-    named: dict[str, Tensor] = {}
-    wrapped = Counter(_host(path)[0] for path in adapter.factors)
-    for path, factors in adapter.factors.items():
-        host, inside = _host(path)
-        owner = _PREFIX + _wrap(host, wrapped, whole=False) + inside
-        leaf = "" if factors.kind == "embedding" else ".weight"
-        side = "lora_embedding_" if factors.kind == "embedding" else "lora_"
-        named[f"{owner}.{side}A{leaf}"], named[f"{owner}.{side}B{leaf}"] = factors.A, factors.B
-        if factors.bias is not None:
-            named[f"{owner}{_BIAS}"] = factors.bias
-        if factors.magnitude is not None:
-            spatial = (1,) * (factors.A.dim() - 2)
-            shape = (1, -1, *spatial) if spatial else (-1,)
-            named[f"{owner}.{_MAGNITUDE}"] = factors.magnitude.reshape(shape)
-    for name, tensor in adapter.extras.items():
-        path, _, leaf = name.rpartition(".")
-        named[f"{_PREFIX}{_wrap(path, wrapped, whole=True)}.{leaf}" if path else _PREFIX + leaf] = tensor
-    named.update({_ADDED + name: tensor for name, tensor in adapter.added.items()})
-    return named
-
-
-def from_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> Adapter:
-    """An adapter from tensors by the names they have in PEFT's file.
-
-    Raises:
-        AdapterError: with the whole list of keys that are not an adapter's, halves without their other half,
-            and wrong ranks.
-    """
-    halves: dict[tuple[str, Kind], dict[str, Tensor]] = {}
-    magnitudes: dict[str, Tensor] = {}
-    on_B: dict[str, Tensor] = {}
-    extras: dict[str, Tensor] = {}
-    added: dict[str, Tensor] = {}
-    problems: list[str] = []
-    lora, others = members(config)
-    for key, tensor in tensors.items():
-        unsupported = _UNSUPPORTED_PART.search(key)
-        if ".original_module." in key:
-            pass  # with bias="all" PEFT writes those of the frozen original too, and the trained ones twice
-        elif unsupported is not None:
-            feature = _UNSUPPORTED[unsupported[0]]
-            problems.append(f"{key}: belongs to {feature}, which lorica does not support here")
-        elif key.startswith(_ADDED) and others:
-            added[key.removeprefix(_ADDED)] = tensor
-        elif not key.startswith(_PREFIX):
-            problems.append(f"{key}: does not start with {_PREFIX!r}")
-        elif key.endswith(f".{_MAGNITUDE}"):
-            magnitudes[_path(key.removesuffix(f".{_MAGNITUDE}"))] = tensor.flatten()
-        elif key.endswith(_BIAS):
-            on_B[_path(key.removesuffix(_BIAS))] = tensor
-        elif (hit := _SIDE.match(key)) is None:
-            extras[_path(key).replace(".modules_to_save.", ".")] = tensor
-        elif bool(hit["embedding"]) == bool(hit["leaf"]):
-            problems.append(f"{key}: expected {'no ' if hit['embedding'] else ''}'.weight' at its end")
-        else:
-            path = _path(hit["path"])
-            kind: Kind = "embedding" if hit["embedding"] else "conv" if tensor.dim() > 2 else "linear"
-            halves.setdefault((path, kind), {})[hit["side"]] = tensor
-    factors: dict[str, Factors] = {}
-    for (path, kind), sides in halves.items():
-        if missing := {"A", "B"} - sides.keys():
-            problems.append(f"{path}: lora_{missing.pop()} is missing")
-        elif lora is None:
-            problems.append(f"{path}: has a low-rank update, which the configuration says nothing of")
-        elif names := _parameter_names(_host(path)[0], lora):
-            meant = {(lora.rank(name), lora.scale(name)) for name in names}
-            r, scale = min(meant)
-            if len(meant) > 1:
-                problems.append(
-                    f"{path}: rank_pattern and alpha_pattern differ for {names}, and the file does not say "
-                    "which of them is which; give them one rank and alpha"
-                )
-            elif problem := _stack_mismatch(sides["A"], sides["B"], r):
-                problems.append(f"{path}: {problem}")
-            else:
-                factors[path] = Factors(sides["A"], sides["B"], scale, "parameter")
-        elif problem := _mismatch(sides["A"], sides["B"], lora.rank(path), kind):
-            problems.append(f"{path}: {problem}")
-        else:
-            magnitude = magnitudes.pop(path, None)
-            bias = on_B.pop(path, None)
-            factors[path] = Factors(sides["A"], sides["B"], lora.scale(path), kind, magnitude, bias)
-            problems += _disagreements(path, _MAGNITUDE, magnitude, "use_dora", lora.use_dora)
-            problems += _disagreements(path, "lora_B.bias", bias, "lora_bias", lora.lora_bias)
-    if lora is None or lora.trainable_token_indices is None:
-        rows = (name for name in extras if name.endswith(f".{TOKEN_ROWS}"))
-        problems += [f"{name}: trained rows, though trainable_token_indices is not set" for name in rows]
-    problems += [f"{path}: {_MAGNITUDE} without lora_A and lora_B" for path in magnitudes]
-    problems += [f"{path}: lora_B.bias without lora_A and lora_B" for path in on_B]
-    if lora is not None and not halves:
-        problems.append("there is no lora_A or lora_B in it")
-    if problems:
-        raise AdapterError(f"the weights are not those of an adapter that lorica can use:\n{lines(problems)}")
-    return Adapter(config, factors, extras, added)
-
-
-def _disagreements(path: str, part: str, tensor: Tensor | None, field: str, wanted: bool) -> list[str]:
-    """What is wrong where a module has a part that the configuration does not ask for, or lacks one."""
-    if wanted and tensor is None:
-        return [f"{path}: {part} is missing, though {field} is set"]
-    if tensor is not None and not wanted:
-        return [f"{path}: has a {part}, though {field} is not set"]
-    return []
-
-
-def _host(path: str) -> tuple[str, str]:
-    """A module's path without the ``.base_layer`` that tell its parameters apart, and those."""
-    host = re.sub(r"(\.base_layer)+$", "", path)
-    return host, path[len(host) :]
-
-
-def _parameter_names(host: str, config: LoraConfig) -> list[str]:
-    """The names that `target_parameters` may mean at a module; none where it is a target itself."""
-    modules = config.target_modules
-    if isinstance(modules, str):
-        is_target = re.fullmatch(modules, host) is not None
-    else:
-        is_target = any(f".{host}".endswith(f".{name}") for name in modules or [])
-    parts = [] if is_target else [name.rpartition(".") for name in config.target_parameters or []]
-    return [f"{host}.{leaf}" for owner, _, leaf in parts if not owner or f".{host}".endswith(f".{owner}")]
-
-
-def _path(key: str) -> str:
-    """A module's path in the base, from PEFT's key for it."""
-    host, inside = _host(key.removeprefix(_PREFIX))
-    return re.sub(r"(\.base_layer)+\.", ".", host) + inside
-
-
-def _mismatch(A: Tensor, B: Tensor, r: int, kind: Kind) -> str | None:
-    if A.dim() < 2 or B.dim() != A.dim():
-        return f"A {tuple(A.shape)} and B {tuple(B.shape)} are not the two halves of an update"
-    if A.shape[0] != r:
-        return f"its rank is {A.shape[0]}, but the configuration says r={r}"
-    inner = B.shape[1]
-    if inner != r and not (kind == "conv" and inner and r % inner == 0):
-        return f"A {tuple(A.shape)} and B {tuple(B.shape)} do not share one rank"
-    return None
-
-
-def _stack_mismatch(A: Tensor, B: Tensor, r: int) -> str | None:
-    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] % r:
-        return (
-            f"A {tuple(A.shape)} and B {tuple(B.shape)} are not the two halves of updates of rank {r}, one "
-            "for each expert"
-        )
-    return None
-
-
-def _wrap(path: str, wrapped: Mapping[str, int], *, whole: bool) -> str:
-    """Insert the `base_layer` that PEFT's wrappers put between an adapted module and what it holds."""
-    parts = path.split(".")
-    result = []
-    for i, part in enumerate(parts):
-        result.append(part)
-        if whole or i + 1 < len(parts):
-            result += ["base_layer"] * wrapped.get(".".join(parts[: i + 1]), 0)
-    return ".".join(result)
 
 
 def _read_trained_as(folder: Path) -> LoraConfig | None:

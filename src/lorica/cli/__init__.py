@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +23,9 @@ COMMANDS = {
     "study": "what an adapter learned: a report with figures and advice on its ranks",
     "info": "what is in an adapter: rank, targets, size, norm of each layer's update",
 }
+
+# What these log as they are imported is about kernels of theirs that no command needs.
+_TALKATIVE = ("bitsandbytes", "torch.utils._pytree", "torchao")
 
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
 
@@ -48,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"lorica: there is no command {name!r}{nearest(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
+    for library in () if debug else _TALKATIVE:
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         return importlib.import_module(f"lorica.cli.{name}").run(rest)
     except SystemExit as stop:  # the parser's: 0 after --help, 2 for wrong usage

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lorica.adapter import Adapter
 from lorica.checkpoint.hub import locate as locate
-from lorica.checkpoint.peft import as_trained, from_tensors, read_settings, read_tensors
+from lorica.checkpoint.peft import as_trained, read_settings, read_tensors
+from lorica.checkpoint.peft_tensors import from_tensors
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, listing, nearest
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lorica
 from lorica.adapter import Adapter, Factors
-from lorica.checkpoint.peft import from_tensors
+from lorica.checkpoint.peft_tensors import from_tensors
 from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import AdapterError, ConfigError, StateError, lines
 from lorica.model.attach import attach_finite

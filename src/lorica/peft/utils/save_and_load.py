@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.checkpoint.peft import read_tensors, to_tensors
+from lorica.checkpoint.peft import read_tensors
+from lorica.checkpoint.peft_tensors import to_tensors
 from lorica.errors import AdapterError, lines
 from lorica.peft import loading, saving
 from lorica.peft.peft_model import LoadResult, PeftModel

@@ -1,0 +1,215 @@
+"""An adapter's tensors by the names that PEFT gives them, both ways.
+
+base_model.model.<module path>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector ...
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lorica.adapter import TOKEN_ROWS, Adapter, Factors, Kind
+from lorica.config import AdapterConfig, LoraConfig, members
+from lorica.errors import AdapterError, lines
+
+_PREFIX = "base_model.model."
+
+_ADDED = "added."
+
+_SIDE = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<leaf>\.weight)?$")
+
+_BIAS = ".lora_B.bias"
+
+_MAGNITUDE = "lora_magnitude_vector"
+
+_UNSUPPORTED = {
+    "lora_diag": "KaSA",
+    "lora_velora_embed": "VeLoRA",
+    "lora_monteclora_sampler": "MonteCLoRA",
+}
+
+_UNSUPPORTED_PART = re.compile("|".join(_UNSUPPORTED))
+
+
+def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """An adapter's tensors by the names they have in PEFT's file."""
+    named: dict[str, Tensor] = {}
+    wrapped = Counter(_host(path)[0] for path in adapter.factors)
+    for path, factors in adapter.factors.items():
+        host, inside = _host(path)
+        owner = _PREFIX + _wrap(host, wrapped, whole=False) + inside
+        leaf = "" if factors.kind == "embedding" else ".weight"
+        side = "lora_embedding_" if factors.kind == "embedding" else "lora_"
+        named[f"{owner}.{side}A{leaf}"], named[f"{owner}.{side}B{leaf}"] = factors.A, factors.B
+        if factors.bias is not None:
+            named[f"{owner}{_BIAS}"] = factors.bias
+        if factors.magnitude is not None:
+            spatial = (1,) * (factors.A.dim() - 2)
+            shape = (1, -1, *spatial) if spatial else (-1,)
+            named[f"{owner}.{_MAGNITUDE}"] = factors.magnitude.reshape(shape)
+    for name, tensor in adapter.extras.items():
+        path, _, leaf = name.rpartition(".")
+        named[f"{_PREFIX}{_wrap(path, wrapped, whole=True)}.{leaf}" if path else _PREFIX + leaf] = tensor
+    named.update({_ADDED + name: tensor for name, tensor in adapter.added.items()})
+    return named
+
+
+@dataclass
+class _Sorted:
+    """The tensors of a file by what they are, and what is wrong with the rest."""
+
+    halves: dict[tuple[str, Kind], dict[str, Tensor]] = field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    on_B: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def from_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> Adapter:
+    """An adapter from tensors by the names they have in PEFT's file.
+
+    Raises:
+        AdapterError: with the whole list of keys that are not an adapter's, halves without their other half,
+            and wrong ranks.
+    """
+    lora, others = members(config)
+    found = _sort(tensors, takes_added=bool(others))
+    problems = found.problems
+    factors = _paired(found, lora)
+    if lora is None or lora.trainable_token_indices is None:
+        rows = (name for name in found.extras if name.endswith(f".{TOKEN_ROWS}"))
+        problems += [f"{name}: trained rows, though trainable_token_indices is not set" for name in rows]
+    problems += [f"{path}: {_MAGNITUDE} without lora_A and lora_B" for path in found.magnitudes]
+    problems += [f"{path}: lora_B.bias without lora_A and lora_B" for path in found.on_B]
+    if lora is not None and not found.halves:
+        problems.append("there is no lora_A or lora_B in it")
+    if problems:
+        raise AdapterError(f"the weights are not those of an adapter that lorica can use:\n{lines(problems)}")
+    return Adapter(config, factors, found.extras, found.added)
+
+
+def _sort(tensors: Mapping[str, Tensor], *, takes_added: bool) -> _Sorted:
+    found = _Sorted()
+    for key, tensor in tensors.items():
+        unsupported = _UNSUPPORTED_PART.search(key)
+        if ".original_module." in key:
+            pass  # with bias="all" PEFT writes those of the frozen original too, and the trained ones twice
+        elif unsupported is not None:
+            feature = _UNSUPPORTED[unsupported[0]]
+            found.problems.append(f"{key}: belongs to {feature}, which lorica does not support here")
+        elif key.startswith(_ADDED) and takes_added:
+            found.added[key.removeprefix(_ADDED)] = tensor
+        elif not key.startswith(_PREFIX):
+            found.problems.append(f"{key}: does not start with {_PREFIX!r}")
+        elif key.endswith(f".{_MAGNITUDE}"):
+            found.magnitudes[_path(key.removesuffix(f".{_MAGNITUDE}"))] = tensor.flatten()
+        elif key.endswith(_BIAS):
+            found.on_B[_path(key.removesuffix(_BIAS))] = tensor
+        elif (hit := _SIDE.match(key)) is None:
+            found.extras[_path(key).replace(".modules_to_save.", ".")] = tensor
+        elif bool(hit["embedding"]) == bool(hit["leaf"]):
+            expected = "no " if hit["embedding"] else ""
+            found.problems.append(f"{key}: expected {expected}'.weight' at its end")
+        else:
+            kind: Kind = "embedding" if hit["embedding"] else "conv" if tensor.dim() > 2 else "linear"
+            found.halves.setdefault((_path(hit["path"]), kind), {})[hit["side"]] = tensor
+    return found
+
+
+def _paired(found: _Sorted, lora: LoraConfig | None) -> dict[str, Factors]:
+    """Path → factors, of the halves that fit; what goes with them is taken out of `found`."""
+    factors: dict[str, Factors] = {}
+    problems = found.problems
+    for (path, kind), sides in found.halves.items():
+        if missing := {"A", "B"} - sides.keys():
+            problems.append(f"{path}: lora_{missing.pop()} is missing")
+        elif lora is None:
+            problems.append(f"{path}: has a low-rank update, which the configuration says nothing of")
+        elif names := _parameter_names(_host(path)[0], lora):
+            meant = {(lora.rank(name), lora.scale(name)) for name in names}
+            r, scale = min(meant)
+            if len(meant) > 1:
+                problems.append(
+                    f"{path}: rank_pattern and alpha_pattern differ for {names}, and the file does not say "
+                    "which of them is which; give them one rank and alpha"
+                )
+            elif problem := _stack_mismatch(sides["A"], sides["B"], r):
+                problems.append(f"{path}: {problem}")
+            else:
+                factors[path] = Factors(sides["A"], sides["B"], scale, "parameter")
+        elif problem := _mismatch(sides["A"], sides["B"], lora.rank(path), kind):
+            problems.append(f"{path}: {problem}")
+        else:
+            magnitude, bias = found.magnitudes.pop(path, None), found.on_B.pop(path, None)
+            factors[path] = Factors(sides["A"], sides["B"], lora.scale(path), kind, magnitude, bias)
+            problems += _disagreements(path, _MAGNITUDE, magnitude, "use_dora", lora.use_dora)
+            problems += _disagreements(path, "lora_B.bias", bias, "lora_bias", lora.lora_bias)
+    return factors
+
+
+def _disagreements(path: str, part: str, tensor: Tensor | None, field: str, wanted: bool) -> list[str]:
+    """What is wrong where a module has a part that the configuration does not ask for, or lacks one."""
+    if wanted and tensor is None:
+        return [f"{path}: {part} is missing, though {field} is set"]
+    if tensor is not None and not wanted:
+        return [f"{path}: has a {part}, though {field} is not set"]
+    return []
+
+
+def _host(path: str) -> tuple[str, str]:
+    """A module's path without the ``.base_layer`` that tell its parameters apart, and those."""
+    host = re.sub(r"(\.base_layer)+$", "", path)
+    return host, path[len(host) :]
+
+
+def _parameter_names(host: str, config: LoraConfig) -> list[str]:
+    """The names that `target_parameters` may mean at a module; none where it is a target itself."""
+    modules = config.target_modules
+    if isinstance(modules, str):
+        is_target = re.fullmatch(modules, host) is not None
+    else:
+        is_target = any(f".{host}".endswith(f".{name}") for name in modules or [])
+    parts = [] if is_target else [name.rpartition(".") for name in config.target_parameters or []]
+    return [f"{host}.{leaf}" for owner, _, leaf in parts if not owner or f".{host}".endswith(f".{owner}")]
+
+
+def _path(key: str) -> str:
+    """A module's path in the base, from PEFT's key for it."""
+    host, inside = _host(key.removeprefix(_PREFIX))
+    return re.sub(r"(\.base_layer)+\.", ".", host) + inside
+
+
+def _mismatch(A: Tensor, B: Tensor, r: int, kind: Kind) -> str | None:
+    if A.dim() < 2 or B.dim() != A.dim():
+        return f"A {tuple(A.shape)} and B {tuple(B.shape)} are not the two halves of an update"
+    if A.shape[0] != r:
+        return f"its rank is {A.shape[0]}, but the configuration says r={r}"
+    inner = B.shape[1]
+    if inner != r and not (kind == "conv" and inner and r % inner == 0):
+        return f"A {tuple(A.shape)} and B {tuple(B.shape)} do not share one rank"
+    return None
+
+
+def _stack_mismatch(A: Tensor, B: Tensor, r: int) -> str | None:
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] % r:
+        return (
+            f"A {tuple(A.shape)} and B {tuple(B.shape)} are not the two halves of updates of rank {r}, one "
+            "for each expert"
+        )
+    return None
+
+
+def _wrap(path: str, wrapped: Mapping[str, int], *, whole: bool) -> str:
+    """Insert the `base_layer` that PEFT's wrappers put between an adapted module and what it holds."""
+    parts = path.split(".")
+    result = []
+    for i, part in enumerate(parts):
+        result.append(part)
+        if whole or i + 1 < len(parts):
+            result += ["base_layer"] * wrapped.get(".".join(parts[: i + 1]), 0)
+    return ".".join(result)
