@@ -18,7 +18,7 @@ from lorica.config.inits import FROM_DATA
 from lorica.layers.quantized import release_layout
 from lorica.model import pretrained
 from lorica.model.methods import resolve_methods
-from lorica.model.mount import Mount, mount, open_for, parameter_for, remove_parts
+from lorica.model.mount import Mount, mount, open_for, parameter_for, remove_parts, uncollected
 from lorica.model.stack import stacked, unstack
 from lorica.model.starting import PREPARED, Source, begin, check_alone, prepared
 from lorica.model.structure import (
@@ -73,7 +73,7 @@ def adapt(
     """
     root, roster = open_for(model, name)
     config = as_config(config)
-    with stacked(root, roster, config):
+    with uncollected(), stacked(root, roster, config):
         _adapt(root, roster, config, name, seed)
     return model
 

@@ -21,7 +21,7 @@ from lorica.model.adaptable import (
     check_whole,
 )
 from lorica.model.methods import plan_methods, trained_by
-from lorica.model.mount import Mount, mount, open_for, parameter_for
+from lorica.model.mount import Mount, mount, open_for, parameter_for, uncollected
 from lorica.model.selection import ending_in, meant, outermost, outside, trained_whole, within_any
 from lorica.model.stack import stacked
 from lorica.model.starting import again, prepared, taken_out
@@ -60,7 +60,7 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
 def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> M:
     """As `attach`, for an adapter that is known to be finite: one that was just read is."""
     root, roster = open_for(model, name)
-    with stacked(root, roster, adapter.config):
+    with uncollected(), stacked(root, roster, adapter.config):
         _attach(root, roster, adapter, name, trainable)
     return model
 

@@ -130,6 +130,8 @@ def _check_host(part: Part, saved: Collection[str]) -> None:
 
 
 def _check_owners(root: nn.Module, trained: list[str], layers: list[Target]) -> None:
+    if not trained:
+        return
     twice = [name for name, times in Counter(trained).items() if times > 1]
     updated: set[Parameter | None] = {
         t.module._parameters.get(t.parameter or t.layer.weight_name) for t in layers

@@ -128,7 +128,7 @@ def hold_layout(root: nn.Module) -> list[nn.Module]:
     Returns:
         The layers that would have done so, for `release_layout`.
     """
-    layers = [module for module in root.modules() if getattr(module, _REPACKS, False)]
+    layers = [module for module in root.modules() if module.__dict__.get(_REPACKS)]
     repacked = 0
     for module in layers:
         setattr(module, _REPACKS, False)
