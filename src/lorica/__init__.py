@@ -6,7 +6,9 @@ your own model, whose targeted layers changed class in place.
 
 from __future__ import annotations
 
-from lorica import algebra as algebra
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lorica import baselines as baselines
 from lorica.adapter import Adapter as Adapter
 from lorica.adapter import Factors as Factors
@@ -54,6 +56,25 @@ from lorica.model import restore as restore
 from lorica.model import save as save
 from lorica.model import switch as switch
 from lorica.model import trainable_parameters as trainable_parameters
-from lorica.study.planning import plan as plan
+
+if TYPE_CHECKING:
+    from lorica import algebra as algebra
+    from lorica import study as study
+    from lorica.study.planning import plan as plan
 
 __version__ = "0.1.0"
+
+# Imported when first used: a script that trains or serves an adapter starts without them.
+_LATER = {"algebra": ("lorica.algebra", ""), "plan": ("lorica.study", "plan"), "study": ("lorica.study", "")}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LATER[name]
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
