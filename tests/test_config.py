@@ -265,7 +265,6 @@ class TestFromDict:
             ("use_bdlora", {"nblocks": 2}, "BD-LoRA"),
             ("arrow_config", {"top_k": 3}, "Arrow"),
             ("use_qalora", True, "QA-LoRA"),
-            ("ensure_weight_tying", True, "tied tables"),
             ("qalora_group_size", 8, "QA-LoRA"),
             ("megatron_config", {"hidden_size": 8}, "Megatron"),
         ],

@@ -63,6 +63,19 @@ class Factors:
         B, A = self.B.detach().flatten(1), self.A.detach().flatten(1)
         return B.unflatten(0, (self.groups, -1)), A.unflatten(0, (self.groups, -1))
 
+    def transposed(self) -> Factors:
+        """The same update of the same table: a head's where this is an embedding's, or the reverse."""
+        kind: Kind = "linear" if self.kind == "embedding" else "embedding"
+        return Factors(self.B.t(), self.A.t(), self.scale, kind)
+
+    def shares(self, other: Factors) -> bool:
+        """Whether this is another's update, number for number; of a head and an embedding, transposed."""
+        if self.magnitude is not None or other.magnitude is not None or self.bias is not None:
+            return False
+        other = other if self.kind == other.kind else other.transposed()
+        alike = self.scale == other.scale and self.A.shape == other.A.shape and self.B.shape == other.B.shape
+        return alike and torch.equal(self.A, other.A) and torch.equal(self.B, other.B)
+
     def norm(self) -> float:
         """Frobenius norm of ``scale · B·A``, from r × r products, without forming B·A.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Toy, bits, shake, tokens, transformer
+from tiny import Toy, batch, bits, shake, tokens, transformer
 from torch import Tensor, nn
 
 from lorica.errors import AdapterError, TargetError
@@ -195,6 +195,26 @@ def test_trained_rows_freeze_and_thaw_like_any_other_part() -> None:
     assert not rows.requires_grad
     model.set_adapter("default")
     assert rows.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_update_of_tied_tables_is_trained_and_merged_once(dtype: torch.dtype) -> None:
+    config = LoraConfig(r=2, target_modules=["lm_head"], ensure_weight_tying=True)
+    model = get_peft_model(transformer("gpt2", dtype=dtype), config)
+    shake(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    A, B = trained
+    assert len({p.data_ptr() for p in model.parameters() if p.requires_grad}) == len(trained)
+    base = model.get_base_model()
+    update = 4 * (B @ A).t()
+    expected = (base.transformer.wte.base_weight.float() + update).to(dtype)  # pyright: ignore
+    y = model(**batch("gpt2")).logits
+    merged: Any = model.merge_and_unload()
+    assert torch.equal(merged.lm_head.weight, expected)
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    assert merged.config.tie_word_embeddings
+    if dtype == torch.float32:
+        torch.testing.assert_close(merged(**batch("gpt2")).logits, y)
 
 
 def test_a_name_that_is_taken_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {"target_modules": None}),
     ("gpt2", {"target_modules": ["wte"]}),
     ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]}),
+    ("gpt2", {"target_modules": ["c_attn", "lm_head"], "ensure_weight_tying": True}),
+    ("gpt2", {"target_modules": ["lm_head", "wte"], "ensure_weight_tying": True, "use_rslora": True}),
+    ("gpt2", {"target_modules": r".*c_attn|lm_head", "ensure_weight_tying": True, "lora_dropout": 0.1}),
+    ("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+    ("gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": [3], "ensure_weight_tying": True}),
     ("gpt2", {"target_modules": ["c_attn"], "layers_to_transform": 0, "layers_pattern": "h"}),
     ("gpt2-classifier", {"target_modules": None, **HEAD}),
     ("bert", {"target_modules": None, "task_type": "FEATURE_EXTRACTION"}),
@@ -148,7 +154,8 @@ def named(case: tuple[str, dict[str, Any]]) -> str:
 @pytest.fixture(params=CASES, ids=named)
 def case(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     name, settings = request.param
-    return name, {"r": 3, "lora_alpha": 5} | settings
+    # PEFT writes into the lists it is given.
+    return name, copy.deepcopy({"r": 3, "lora_alpha": 5} | settings)
 
 
 def by_peft(name: str, settings: dict[str, Any], folder: Path, **more: Any) -> Tensor:
@@ -196,7 +203,8 @@ def test_files_that_went_round_are_the_same(case: tuple[str, dict[str, Any]], tm
     before, after = first.named_tensors(), second.named_tensors()
     assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
     # PEFT writes an adapted embedding's own table too; that is the base's, and not written again.
-    assert all(key.endswith(("wte.weight", "word_embeddings.weight")) for key in before.keys() - after.keys())
+    tables = ("wte.weight", "word_embeddings.weight", "lm_head.weight")
+    assert all(key.endswith(tables) for key in before.keys() - after.keys())
 
 
 @pytest.mark.parametrize("make", [lorica.LoraConfig.from_dict, lambda fields: lorica.LoraConfig(**fields)])
@@ -320,3 +328,10 @@ class TestTransformers:
         model = transformer("bert-classifier")
         model.load_adapter(str(tmp_path))
         agree(outputs(model.eval()), outputs(ours))
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_a_table_that_peft_did_not_tie_is_taken_alone(field: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"target_modules": ["c_attn"], "ensure_weight_tying": True, field: ["wte"]}
+    expected = by_peft("gpt2", settings, tmp_path)
+    agree(logits(lorica.load(build("gpt2"), tmp_path), "gpt2"), expected)

@@ -234,6 +234,8 @@ def test_tied_tables_with_other_tokens_each() -> None:
     lorica.detach(model)
     lorica.adapt(model, config({"embed": [1], "head": [2, 3]}))
     assert rows_of(model, at="head").shape == (2, 6)
+    with torch.no_grad():
+        rows_of(model).add_(1)
     report = lorica.merge(model)
     assert report.untied == ["embed", "head"]
     lorica.restore(model)

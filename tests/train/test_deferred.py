@@ -124,6 +124,15 @@ def test_adapted(config: dict[str, Any]) -> None:
     assert any("lm_head" in name for name in gradients) == (config != CONFIGS["trunk"])
 
 
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_a_head_that_shares_its_update_with_the_embedding(field: str) -> None:
+    model = causal("Llama", tie_word_embeddings=True)
+    settings: dict[str, Any] = {"target_modules": ["q_proj"]} | {field: ["lm_head"]}
+    tiny.adapted(model, lorica.LoraConfig(r=2, ensure_weight_tying=True, **settings))
+    assert assert_same_step(model) == []
+    assert any("embed_tokens" in name for name in step(model)[1])
+
+
 def test_adapter_of_the_head_acts() -> None:
     model = causal("Llama")
     plain = step(model)[0]

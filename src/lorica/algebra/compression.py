@@ -8,7 +8,7 @@ import torch
 
 from lorica.adapter import Adapter, Factors
 from lorica.algebra.report import ErrorReport, error
-from lorica.algebra.settings import describing
+from lorica.algebra.settings import describing, tied
 from lorica.algebra.spectrum import Spectrum, blocks_of_sum, spectrum
 from lorica.algebra.terms import check_no_parameters
 from lorica.errors import ConfigError
@@ -58,7 +58,9 @@ def compress(
         k = _needed(found, 1.0 if energy is None else energy)
         limit = k if rank is None else per_group(rank, f, path)
         factors[path] = dataclasses.replace(found.cut(min(k, limit)).factors(f), magnitude=f.magnitude)
-    result = Adapter(describing(adapter.lora, factors), factors, adapter.extras)
+    result = Adapter(
+        describing(adapter.lora, factors), tied(adapter.lora, factors, [adapter]), adapter.extras
+    )
     return result, error(result, [adapter])
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from lorica.adapter import Adapter, Factors
+from lorica.algebra.settings import tied
 from lorica.algebra.spectrum import Term, blocks_of_sum, from_blocks
 from lorica.algebra.terms import Terms
 from lorica.errors import ConfigError
@@ -93,7 +94,7 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
         )
         for path, f in adapter.factors.items()
     }
-    return Adapter(config, factors, adapter.extras)
+    return Adapter(config, tied(config, factors, [adapter]), adapter.extras)
 
 
 def side_by_side(path: str, updates: Sequence[Term], like: Factors) -> Factors:

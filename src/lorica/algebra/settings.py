@@ -18,7 +18,7 @@ from lorica.errors import AdapterError, ConfigError, LoricaWarning, lines, listi
 
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # What only training or its start looks at: where adapters differ, the default.
-_TRAINING = ("lora_dropout", "init_lora_weights", "inference_mode")
+_TRAINING = ("lora_dropout", "init_lora_weights", "ensure_weight_tying", "inference_mode")
 # What follows from the updates, or is settled by what is trained whole or by the base.
 _SETTLED = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
@@ -38,6 +38,29 @@ def describing(config: LoraConfig, factors: Mapping[str, Factors]) -> LoraConfig
     if config.init_lora_weights == "orthogonal":  # which knows even ranks only
         config = config.replace(init_lora_weights=True)
     return config.replace(r=r, lora_alpha=r, rank_pattern=ranks, alpha_pattern=dict(ranks), use_rslora=False)
+
+
+def tied(
+    config: LoraConfig, factors: Mapping[str, Factors], adapters: Sequence[Adapter]
+) -> Mapping[str, Factors]:
+    """The factors of an adapter made from others, where a head's are an embedding's as they are in all those.
+
+    Args:
+        config: its `ensure_weight_tying` says that they are to be.
+        factors: module path → what was made.
+        adapters: what it was made from.
+    """
+    if not config.ensure_weight_tying:
+        return factors
+    tables = [path for path, f in factors.items() if f.kind == "embedding"]
+    made = dict(factors)
+    for path in factors.keys() - {*tables}:
+        for table in tables:
+            sides = [(a.factors.get(path), a.factors.get(table)) for a in adapters]
+            sides = [(one, other) for one, other in sides if one is not None or other is not None]
+            if all(one and other and one.shares(other) for one, other in sides):
+                made[path] = factors[table].transposed()
+    return made
 
 
 def agreed(adapters: Sequence[Adapter], paths: Sequence[str], keep: int | None) -> tuple[LoraConfig, Extras]:

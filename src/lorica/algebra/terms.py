@@ -11,7 +11,7 @@ from typing import Self
 import torch
 
 from lorica.adapter import Adapter, Factors
-from lorica.algebra.settings import agreed, describing
+from lorica.algebra.settings import agreed, describing, tied
 from lorica.algebra.spectrum import Term
 from lorica.errors import AdapterError, ConfigError, lines, listing
 
@@ -75,7 +75,7 @@ class Terms:
         self.check_layers()
         config, extras = agreed(self.adapters, self.paths, keep)
         factors = {path: _join(how, path, self.at(path)) for path in self.paths}
-        return Adapter(describing(config, factors), factors, extras)
+        return Adapter(describing(config, factors), tied(config, factors, self.adapters), extras)
 
     def check_magnitudes(self) -> None:
         """Refuse DoRA.

@@ -74,7 +74,8 @@ def check(config: LoraConfig) -> None:
         all(_is_number(alpha) and alpha > 0 for alpha in config.alpha_pattern.values()),
         "a map to positive numbers",
     )
-    for name in ("lora_bias", "use_dora", "use_rslora", "fan_in_fan_out", "inference_mode"):
+    flags = ("lora_bias", "use_dora", "use_rslora", "fan_in_fan_out", "ensure_weight_tying", "inference_mode")
+    for name in flags:
         expect(name, isinstance(getattr(config, name), bool), "True or False")
     lists = ("target_parameters", "modules_to_save")
     for name in ("target_modules", "exclude_modules", "layers_pattern", *lists):

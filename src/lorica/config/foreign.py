@@ -36,16 +36,6 @@ _FOREIGN = {
     ),
     "use_qalora": _Foreign("QA-LoRA", "train plain LoRA beside the quantized base", False),
     "qalora_group_size": _Foreign("QA-LoRA", "leave it out", 16),
-    **{
-        name: _Foreign("that start of A and B", 'use init_lora_weights=True or "gaussian"')
-        for name in ("loftq_config", "eva_config", "corda_config", "lora_ga_config")
-    },
-    "ensure_weight_tying": _Foreign(
-        "tying the updates of tied tables",
-        "train the rows you need with trainable_token_indices, which tied tables share; or leave it out, and "
-        "merging unties what differs",
-        False,
-    ),
     "megatron_config": _Foreign(
         "Megatron's parallel layers", "adapt the model in transformers' form and shard it with fully_shard"
     ),

@@ -75,6 +75,9 @@ class LoraConfig:
             tokens; of other tables, a map from their names. What is tied to the input embedding, as a rule
             the output head, uses the same rows. For tables that neither `target_modules` nor
             `modules_to_save` names.
+        ensure_weight_tying: where an embedding that `target_modules` or `modules_to_save` names shares its
+            table with others, as a rule with the output head, give all of them one update, or train one copy
+            for all: they stay equal, and merged they are tied again. Not with `use_dora`.
         init_lora_weights: how A and B start. True: A Kaiming-uniform, B zero; ``"gaussian"``: A normal with
             standard deviation 1/r, B zero; ``"orthogonal"``: neither zero, their product is; ``"pissa"``,
             ``"pissa_niter_N"``, ``"olora"``, ``"corda"``, ``"lora_ga"``, ``"loftq"``: taken out of W0;
@@ -116,6 +119,7 @@ class LoraConfig:
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     init_lora_weights: bool | str = True
     loftq_config: LoftQConfig | None = None
     eva_config: EvaConfig | None = None

@@ -27,6 +27,9 @@ from lorica.layers.saved import SavedModule as SavedModule
 from lorica.layers.swapped import LayerState as LayerState
 from lorica.layers.swapped import SwappedModule as SwappedModule
 from lorica.layers.swapped import swapped_class as swapped_class
+from lorica.layers.tied import TiedFactor as TiedFactor
+from lorica.layers.tied import tie_factors as tie_factors
+from lorica.layers.tied import tied_factors as tied_factors
 from lorica.layers.tokens import TrainedTokens as TrainedTokens
 
 ADAPTABLE = (

@@ -20,7 +20,7 @@ from lorica.model import pretrained
 from lorica.model.methods import resolve_methods
 from lorica.model.mount import Mount, mount, open_for, parameter_for, remove_parts, uncollected
 from lorica.model.stack import stacked, unstack
-from lorica.model.starting import PREPARED, Source, begin, check_alone, prepared
+from lorica.model.starting import PREPARED, Source, begin, check_alone, check_start, prepared
 from lorica.model.structure import (
     ROSTER,
     adapted,
@@ -31,6 +31,7 @@ from lorica.model.structure import (
     token_modules,
 )
 from lorica.model.targets import Target
+from lorica.model.tied import check_pair, pairs, warn_if_idle
 from lorica.model.tokens import starting_rows, token_targets
 from lorica.roster import Roster
 
@@ -83,16 +84,37 @@ def _adapt(root: nn.Module, roster: Roster, config: AdapterConfig, name: str, se
     found = resolve_methods(root, config, seed)
     lora = found.lora
     tokens = token_targets(root, lora, {target.path for target in found.layers}, found.saved)
-    mounts = []
+    mounts, tied = [], []
     if lora is not None:
         check_alone(lora, found.config)
+        targets = {target.path: target for target in found.layers if target.parameter is None}
+        shared = pairs(root, lora, targets)
+        for path, table in shared.items():
+            check_pair(targets[path], targets[table], lora)
+        heads = {table: targets[path] for path, table in shared.items()}
+        tied = [(targets[path], table) for path, table in shared.items()]
+        warn_if_idle(root, lora, (*targets, *found.saved, *(table.path for table in tokens)))
         with roster.base_in_place(root):
-            mounts = [_fresh(target, lora, seed, prepared(root)) for target in found.layers]
+            mounts = [
+                _fresh(target, lora, seed, prepared(root), heads.get(target.path))
+                for target in found.layers
+                if target.path not in shared
+            ]
     slots = _slots(root, roster, found.trained)
     rows = [(table, starting_rows(table)) for table in tokens]
     trainable = not found.config.inference_mode
     mount(
-        root, roster, name, found.config, mounts, found.saved, slots, found.parts, rows, trainable=trainable
+        root,
+        roster,
+        name,
+        found.config,
+        mounts,
+        found.saved,
+        slots,
+        found.parts,
+        rows,
+        tied,
+        trainable=trainable,
     )
     roster.activate(root, (name,))
     if lora is not None and lora.init_lora_weights in FROM_DATA:
@@ -206,9 +228,15 @@ def disabled(model: nn.Module) -> active:
     return active(model, ())
 
 
-def _fresh(target: Target, config: LoraConfig, seed: int, prepared: Mapping[str, Source]) -> Mount:
-    random, r = init.generator(seed, target.pattern_path), config.rank(target.pattern_path)
-    A, B, start = begin(target, config, random, prepared)
+def _fresh(
+    target: Target, config: LoraConfig, seed: int, prepared: Mapping[str, Source], head: Target | None = None
+) -> Mount:
+    check_start(target, config)
+    drawn_for = target if head is None else head
+    random, r = init.generator(seed, drawn_for.pattern_path), config.rank(target.pattern_path)
+    A, B, start = begin(drawn_for, config, random, prepared)
+    if drawn_for.layer.transposed != target.layer.transposed:  # a head's start, as its embedding stores it
+        A, B = B.t(), A.t()
     A, B = (parameter_for(target, factor, copy=False) for factor in (A, B))
     scale = config.scale(target.pattern_path)
     weight = None if start is None else start.weight

@@ -23,6 +23,7 @@ from lorica.layers import (
 )
 from lorica.layers.quantized import is_unfinished, quantizer_of
 from lorica.model.structure import Place
+from lorica.model.tied import only_holds, tied_with
 
 
 def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
@@ -128,12 +129,8 @@ def check_looked_up(places: Iterable[Place], chosen: Collection[str]) -> None:
     for place in embeddings:
         if place.path not in chosen:
             continue
-        around, _, _ = place.path.rpartition(".")
-        inside = f"{around}." if around else ""
-        weight = place.module._parameters.get("weight")
-        tied = [p for p in embeddings if p.module._parameters.get("weight") is weight]
-        others = [p.path for p in tied if p is not place]
-        if others and all(p.startswith(inside) and "." in p.removeprefix(inside) for p in others):
+        others = [path for path in tied_with(embeddings, place.module) if path != place.path]
+        if only_holds(place, others):
             raise TargetError(
                 f"{place.path} only holds the table that {listing(others)} look up in, and is not called "
                 f"itself, so an update of it would not act; name {listing(others)} instead, or single rows "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -11,7 +13,7 @@ from torch.nn import Parameter
 
 from lorica.adapter import TOKEN_ROWS, Adapter, Factors
 from lorica.config import LoraConfig, members
-from lorica.errors import AdapterError, TargetError, lines, nearest
+from lorica.errors import AdapterError, LoricaWarning, TargetError, lines, listing, nearest
 from lorica.layers import AddedModule, Plan, SavedModule, layer_class
 from lorica.model.adaptable import (
     check_adaptable,
@@ -27,6 +29,7 @@ from lorica.model.stack import stacked
 from lorica.model.starting import again, prepared, taken_out
 from lorica.model.structure import Place, base_parameters, walk
 from lorica.model.targets import Target, as_target, parameter_targets
+from lorica.model.tied import apart, pairs, torn, with_tied
 from lorica.model.tokens import TokenTarget, starting_rows, token_targets
 from lorica.model.values import trained_copies
 from lorica.roster import Roster
@@ -66,6 +69,10 @@ def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> 
 
 
 def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, trainable: bool) -> None:
+    if isinstance(adapter.config, LoraConfig):
+        # PEFT ties what is called embed_tokens or lm_head, and of others brings one table alone.
+        brought = {*adapter.factors, *(name.rpartition(".")[0] for name in adapter.extras)}
+        adapter = dataclasses.replace(adapter, config=with_tied(root, adapter.config, brought))
     places = {place.path: place for place in walk(root) if place.path}
     saved = outermost(ending_in(places.values(), adapter.config.modules_to_save or []))
     plan = plan_methods(root, adapter.config, saved)
@@ -94,13 +101,14 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
         f"missing: {parameters[key].pattern_path}" for key in parameters if key not in adapter.factors
     ]
     problems += [*_extra_problems(root, adapter, saved, tokens), *_missing(root, places, adapter, saved)]
-    problems += _added_problems(plan, adapter)
+    problems += [*_added_problems(plan, adapter), *torn(root, lora, saved, adapter.extras)]
     if problems:
         raise AdapterError(f"the adapter does not fit this {type(root).__name__}:\n{lines(problems)}")
     starts: Mapping[str, tuple[Tensor, Tensor]] = {}
     if trainable and adapter.trained_as is not None:
         adapter, starts = adapter.without_starts()
-    mounts = []
+    tied = _tied(root, lora, adapter)
+    mounts, shared = [], [(target, tied[target.path]) for target in targets if target.path in tied]
     dropout = lora.lora_dropout if lora else 0.0
     with roster.base_in_place(root):
         begun = [
@@ -110,6 +118,8 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
             for target, (path, factors) in zip(targets, adapter.factors.items(), strict=True)
         ]
     for target, factors, start in zip(targets, adapter.factors.values(), begun, strict=True):
+        if target.path in tied:
+            continue
         A, B = (parameter_for(target, factor, copy=True) for factor in (factors.A, factors.B))
         m = factors.magnitude
         magnitude = None if m is None else parameter_for(target, m, copy=True)
@@ -117,7 +127,19 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
         bias = None if b is None else parameter_for(target, b, copy=True)
         mounts.append(Mount(target, A, B, factors.scale, dropout, magnitude, bias, start))
     rows = [(table, starting_rows(table)) for table in tokens]
-    mount(root, roster, name, adapter.config, mounts, saved, slots, plan.parts, rows, trainable=trainable)
+    mount(
+        root,
+        roster,
+        name,
+        adapter.config,
+        mounts,
+        saved,
+        slots,
+        plan.parts,
+        rows,
+        shared,
+        trainable=trainable,
+    )
     with torch.no_grad():
         for copy in trained_copies(root, roster, name):
             copy.tensor.copy_(adapter.extras[copy.base_name])
@@ -128,6 +150,22 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
             parameter.copy_(adapter.extras[f"{table.path}.{TOKEN_ROWS}"])
     if not roster.active:
         roster.activate(root, (name,))
+
+
+def _tied(root: nn.Module, config: LoraConfig | None, adapter: Adapter) -> dict[str, str]:
+    """The modules whose update is an embedding's, and that embedding's path."""
+    layers = {path for path, factors in adapter.factors.items() if factors.kind != "parameter"}
+    found = pairs(root, config, layers)
+    different = apart(found, adapter.factors)
+    if different:
+        warnings.warn(
+            f"ensure_weight_tying is set, but the adapter has other factors for {listing(different)} than "
+            f"for {listing(found[path] for path in different)}, as PEFT makes them beside a 16-bit base; "
+            "they are two updates here too, and merging unties the tables",
+            LoricaWarning,
+            stacklevel=5,
+        )
+    return {path: table for path, table in found.items() if path not in different}
 
 
 def _parameter_target(

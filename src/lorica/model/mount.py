@@ -12,13 +12,22 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.adapter import check_name
-from lorica.config import AdapterConfig
+from lorica.config import AdapterConfig, members
 from lorica.errors import AdapterError
-from lorica.layers import LoraLayer, LoraParameters, Part, SavedModule, TrainedTokens
+from lorica.layers import (
+    LoraEmbedding,
+    LoraLayer,
+    LoraParameters,
+    Part,
+    SavedModule,
+    TrainedTokens,
+    tie_factors,
+)
 from lorica.layers.quantized import hold_layout
 from lorica.model import pretrained
 from lorica.model.structure import ROSTER, added_modules, base_parameters, find_adapted
 from lorica.model.targets import Target
+from lorica.model.tied import tie_copies
 from lorica.model.tokens import TokenTarget
 from lorica.roster import Roster, Start
 
@@ -97,6 +106,7 @@ def mount(
     slots: Mapping[str, Parameter],
     parts: Sequence[Part] = (),
     tokens: Sequence[tuple[TokenTarget, Parameter]] = (),
+    tied: Sequence[tuple[Target, str]] = (),
     *,
     trainable: bool,
 ) -> None:
@@ -112,6 +122,7 @@ def mount(
         slots: parameter name → parameter that takes its place while the adapter acts.
         parts: what is added to modules.
         tokens: tables with their trained rows.
+        tied: targets that share the factors of an embedding, and its path.
         trainable: whether all of these train.
     """
     if not roster.configs:
@@ -134,6 +145,11 @@ def mount(
             host.add_magnitude(name, _train(magnitude, trainable))
         if bias is not None:
             host.add_bias(name, _train(bias, trainable))
+    for target, path in tied:
+        module, table = target.module, root.get_submodule(path)
+        assert isinstance(table, LoraEmbedding)
+        host = module if isinstance(module, LoraLayer) else target.layer.take(module, roster)
+        tie_factors(host, name, table)
     starts = {m.target.weight_path: m.start for m in mounts if m.start is not None}
     if starts:
         roster.starts[name] = starts
@@ -143,6 +159,9 @@ def mount(
     for module in saved.values():
         host = module if isinstance(module, SavedModule) else SavedModule.take(module, roster)
         host.add_copy(name, trainable=trainable)
+    lora, _ = members(config)
+    if lora is not None and lora.ensure_weight_tying:
+        tie_copies(saved, name)
     for table, rows in tokens:
         for path, module in table.modules.items():
             host = module if isinstance(module, TrainedTokens) else TrainedTokens.take(module, roster)

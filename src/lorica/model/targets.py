@@ -37,6 +37,7 @@ from lorica.model.selection import (
     within_any,
 )
 from lorica.model.structure import Place, base_parameters, walk
+from lorica.model.tied import with_tied
 
 
 class Target(NamedTuple):
@@ -111,6 +112,7 @@ def resolve(root: nn.Module, config: LoraConfig) -> Targets:
     Raises:
         TargetError: a name or pattern matches nothing, or something that cannot be adapted.
     """
+    config = with_tied(root, config)
     places = [place for place in walk(root) if place.path]
     saved = trained_whole(places, config)
     free = outside(places, saved)

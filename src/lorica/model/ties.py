@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.model.structure import base_parameters
@@ -19,6 +20,7 @@ class Ties:
     Args:
         groups: the names that share one parameter in the base.
         copies: names that got a copy, and their original.
+        joined: merged parameters in whose place stands another that is equal.
         stacked: whether blocks share their weights (`layer_replication`), which no file says.
         config: a transformers configuration that said "tied".
     """
@@ -26,6 +28,7 @@ class Ties:
     groups: list[list[str]]
     stacked: bool = False
     copies: dict[str, Parameter] = field(default_factory=dict)
+    joined: list[Parameter] = field(default_factory=list)
     config: Any = None
 
     @classmethod
@@ -42,6 +45,7 @@ class Ties:
         A file that says "tied" would lose one of the weights that now differ, so it must not say that. And
         what is still the same must then be written under each of its names, for the reader will not tie it.
         """
+        self._join(root)
         apart = [names for names in self.groups if len({root.get_parameter(name) for name in names}) > 1]
         config = getattr(root, "config", None)
         tied = config is not None and getattr(config, "tie_word_embeddings", False)
@@ -58,10 +62,28 @@ class Ties:
                     held.add(parameter)
         return list(dict.fromkeys(name.rpartition(".")[0] for names in apart for name in names))
 
+    def _join(self, root: nn.Module) -> None:
+        """Make one again what was merged apart and is equal, as one update of tied tables leaves it."""
+        for names in self.groups:
+            first = root.get_parameter(names[0])
+            for name in names[1:]:
+                other = root.get_parameter(name)
+                if other is not first and _equal(first, other):
+                    self.joined.append(place(root, name, first))
+                    other.data = first.data
+
     def redo(self, root: nn.Module) -> None:
-        """Take back `undo`."""
+        """Take back `undo`, as far as what is put back by others does not."""
         for name, parameter in self.copies.items():
             place(root, name, parameter)
         self.copies.clear()
+        for parameter in self.joined:  # to be written to again, if another adapter is merged in its place
+            parameter.data = torch.empty_like(parameter)
+        self.joined.clear()
         if self.config is not None:
             self.config.tie_word_embeddings, self.config = True, None
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    alike = one.dtype == other.dtype and one.device == other.device and one.shape == other.shape
+    return alike and torch.equal(one, other)

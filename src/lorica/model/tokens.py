@@ -14,6 +14,7 @@ from lorica.errors import TargetError, listing, nearest
 from lorica.model.adaptable import check_rows
 from lorica.model.selection import ending_in, within_any
 from lorica.model.structure import Place, walk
+from lorica.model.tied import tied_with
 
 
 class TokenTarget(NamedTuple):
@@ -71,6 +72,11 @@ def token_targets(
         if module is _input_embedding(root) or _input_embedding(root) is None:
             tied += [p for p in tied_with(places, module) if p != path]
             apart = [p for p in tied if wanted.get(p, indices) != indices]
+            if apart and config.ensure_weight_tying:
+                raise TargetError(
+                    f"trainable_token_indices names other tokens of {listing(apart)} than of {path}, but "
+                    "with ensure_weight_tying they share their rows; name the same, or leave one of them out"
+                )
             tied = [path] if apart else tied
         targets.append(TokenTarget(path, indices, {p.path: p.module for p in places if p.path in tied}))
     _check(places, targets, set(adapted), saved)
@@ -82,12 +88,6 @@ def starting_rows(target: TokenTarget) -> Parameter:
     weight = target.weight.detach()
     rows = weight[torch.tensor(target.indices, device=weight.device)]
     return Parameter(rows.to(torch.promote_types(weight.dtype, torch.float32)))
-
-
-def tied_with(places: Iterable[Place], module: nn.Module) -> list[str]:
-    """Paths of the modules whose weight is that of `module`, its own included."""
-    weight = module._parameters.get("weight")
-    return [p.path for p in places if weight is not None and p.module._parameters.get("weight") is weight]
 
 
 def _wanted(

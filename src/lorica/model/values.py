@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from lorica.adapter import TOKEN_ROWS, Adapter, Factors
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, lines
-from lorica.layers import LoraLayer
+from lorica.layers import LoraLayer, tied_factors
 from lorica.layers.added import join
 from lorica.model.starting import less
 from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules, token_modules
@@ -74,6 +74,8 @@ def as_trained(
     for key, path, layer in held:
         named = zip(layer.factor_names(name), layer.factor_parameters(name), strict=True)
         A, B = (value(f"{path}.{leaf}", parameter) for leaf, parameter in named)
+        if (shared := tied_factors(layer, name)) is not None:
+            A, B = (value(f"{path}.{leaf}", parameter).t() for leaf, parameter in shared.items())
         magnitude = layer.magnitude_parameter(name)
         if magnitude is not None:
             magnitude = value(f"{path}.lora_magnitude_vector.{name}.weight", magnitude)
@@ -140,6 +142,7 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None) -> No
         for key in live
         if key in new and live[key].shape != new[key].shape
     ]
+    problems = problems or _torn(live, new)
     if problems:
         raise AdapterError(f"the adapter does not fit the one on the model:\n{lines(problems)}")
     with torch.no_grad():
@@ -150,6 +153,18 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None) -> No
                 path_of_weight = f"{path}.{layer.weight_name}"
                 weight = roster.base_parameter(root, path_of_weight)
                 _restart(own[path_of_weight], layer, weight, *starts[path], layer.scaling[name])
+
+
+def _torn(live: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong where two names stand for one tensor, and other values are given for each."""
+    first: dict[int, str] = {}
+    problems = []
+    for key, tensor in live.items():
+        other = first.setdefault(tensor.data_ptr(), key)
+        value = new[other] if live[other].stride() == tensor.stride() else new[other].mT
+        if other != key and tensor.numel() and not torch.equal(new[key], value):
+            problems.append(f"{key} and {other} are one on the model, and differ in the adapter")
+    return problems
 
 
 def _restart(start: Start, layer: LoraLayer, W0: Tensor, A: Tensor, B: Tensor, scale: float) -> None:

@@ -104,7 +104,11 @@ def place(adapter: Adapter, base: Checkpoint) -> Placement:
     touched = {*result.updates, *result.replaced, *result.added, *([tie.head] if head and tie else [])}
     if tie and not touched.isdisjoint((tie.head, tie.table, *filter(is_table, touched))):
         problems += _tie_problems(base, tie, head)
-        result = Placement(names, result.updates, result.replaced, result.added, tie, head)
+        if _still_one(result, tie, head):
+            added = {name: tensor for name, tensor in result.added.items() if name != tie.head}
+            result = Placement(names, result.updates, result.replaced, added)
+        else:
+            result = Placement(names, result.updates, result.replaced, result.added, tie, head)
     if problems:
         raise AdapterError(f"the adapter does not fit {base.folder}:\n{lines(problems)}")
     return result
@@ -211,6 +215,21 @@ def _missing(result: Placement, adapter: Adapter, base: Checkpoint) -> list[str]
         for name in base.home
         if name not in result.replaced and trained_whole(adapter, name)
     ]
+
+
+def _still_one(result: Placement, tie: Tie, head: Update | None) -> bool:
+    """Whether the head and its table become the same, as `ensure_weight_tying` makes them."""
+    table = tie.table or ""
+    updates = result.updates.get(table, []), [head] if head else result.updates.get(tie.head, [])
+    whole = (
+        result.replaced.get(table),
+        (result.replaced if tie.stored else result.added).get(tie.head),
+    )
+    if any(tensor is not None for tensor in whole):
+        one, other = whole
+        alike = one is not None and other is not None and one.shape == other.shape
+        return alike and torch.equal(one, other) and not any(updates)
+    return all(len(each) == 1 for each in updates) and updates[1][0].factors.shares(updates[0][0].factors)
 
 
 def _tie_problems(base: Checkpoint, tie: Tie, head: Update | None) -> list[str]:
