@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lorica import Factors, study
+from lorica import Factors
+from lorica.study.spectra import of_layer
 
 WIDTHS = (64, 96, 96, 10)
 
@@ -94,8 +95,8 @@ def test_what_full_training_changes_has_a_low_effective_rank(digits: tuple[Rows,
     assert accuracy(model(score[0]), score[1]) > 0.93
     hidden = model.get_parameter("2.weight").detach() - before["2.weight"]
     whole = Factors(torch.eye(hidden.shape[1]), hidden, 1.0)
-    found = study.spectra.of_layer(whole)
+    found = of_layer(whole)
     assert found.energy[7] > 0.9
     assert found.effective_rank < 10
-    chance = study.spectra.of_layer(Factors(torch.eye(96), torch.randn(96, 96), 1.0))
+    chance = of_layer(Factors(torch.eye(96), torch.randn(96, 96), 1.0))
     assert chance.effective_rank > 40
