@@ -6,11 +6,8 @@ the kernel, as resident pages of a fresh process. Then the gradient of a whole a
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,26 +182,18 @@ def resident_of(setting: Setting, name: str) -> int | None:
     """Bytes of resident memory at the height of forward and backward, in a fresh process; None off Linux."""
     if not Path("/proc/self/clear_refs").exists():
         return None
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_resident, SETTINGS.index(setting), name, torch.get_num_threads()).result()
+    return harness.apart(_resident, SETTINGS.index(setting), name)
 
 
-def _resident(setting: int, name: str, threads: int) -> int:
-    torch.set_num_threads(threads)
+def _resident(setting: int, name: str) -> int:
     hidden, weight, target = inputs(SETTINGS[setting], "cpu")
     # A first step of few tokens, so that libraries and their work space are there already.
     LOSSES[name](hidden[:8], weight, target[:8]).backward()
     hidden.grad = weight.grad = None
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = harness.resident("VmRSS")
     LOSSES[name](hidden, weight, target).backward()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])
+    return harness.resident("VmHWM") - before
 
 
 SMALL: dict[str, Any] = {"vocab_size": 500, "bos_token_id": 1, "eos_token_id": 2}

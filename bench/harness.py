@@ -14,13 +14,16 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -224,6 +227,20 @@ def write(path: Path, text: str) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """What a module's function returns in a process of its own, with as many threads as this one."""
+    threads = torch.get_num_threads()
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        return pool.submit(function, *args).result()
+
+
+def resident(field: Literal["VmRSS", "VmHWM"]) -> int:
+    """Bytes of this process in memory, as Linux counts: now (``VmRSS``) or at their height (``VmHWM``)."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
