@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from hub_server import TOKEN, Hub
 from tiny import Toy, adapted, bits, outputs
 
 import lorica
 from lorica.checkpoint import hub as files
+from lorica.checkpoint.stream.shards import open_checkpoint
 from lorica.cli import main
 from lorica.errors import AdapterError, ConfigError, FileError, LoricaWarning, MissingExtra
 
@@ -226,6 +229,43 @@ class TestLoading:
         hub.add("user/toy", content)
         model = peft.PeftModel.from_pretrained(Toy(), "user/toy")
         assert same(lorica.extract(model.get_base_model(), "default"), adapter)
+
+
+class TestBase:
+    """A base's safetensors, for what looks at its weights and needs no model."""
+
+    CONFIG = b'{"model_type": "toy"}'
+
+    @staticmethod
+    def weights(*names: str) -> bytes:
+        return safetensors.torch.save({name: torch.ones(2, 2) for name in names})
+
+    def test_one_file(self, hub: Hub) -> None:
+        files_there = {"config.json": self.CONFIG, "model.safetensors": self.weights("a")}
+        hub.add("user/base", {**files_there, "pytorch_model.bin": b"large"})
+        found = open_checkpoint(files.locate_base("user/base"))
+        assert (found.config["model_type"], list(found.home)) == ("toy", ["a"])
+        assert not [line for line in hub.requests if "pytorch_model" in line]
+
+    def test_shards(self, hub: Hub) -> None:
+        index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+        shards = {"one.safetensors": self.weights("a"), "two.safetensors": self.weights("b")}
+        content = {"config.json": self.CONFIG, "model.safetensors.index.json": json.dumps(index).encode()}
+        hub.add("user/base", {**content, **shards})
+        assert sorted(open_checkpoint(files.locate_base("user/base")).home) == ["a", "b"]
+
+    def test_what_is_here_wins(self, hub: Hub, tmp_path: Path) -> None:
+        (tmp_path / "base").mkdir()
+        assert files.locate_base("base") == Path("base")
+        assert files.locate_base(Path("user/base")) == Path("user/base")
+        assert not hub.requests
+
+    def test_what_is_not_there(self, hub: Hub) -> None:
+        hub.add("user/pickled", {"config.json": self.CONFIG, "pytorch_model.bin": b"large"})
+        with pytest.raises(FileError, match="is not a model in safetensors: it should hold config.json and"):
+            files.locate_base("user/pickled")
+        with pytest.raises(FileError, match=r"has no repository 'user/none'.*model's files needs no network"):
+            files.locate_base("user/none")
 
 
 class TestPushing:

@@ -163,3 +163,17 @@ def test_out_of_range(unchecked_shapes: None, base: Path) -> None:
     zero = made.adapter({"h.0.q": Factors(torch.randn(2, D), torch.zeros(D, 2), 1.0)})
     with pytest.raises(AdapterError, match=r"h\.0\.q: its update is zero"):
         study.amplification(zero, base)
+
+
+def test_a_file_of_safetensors_is_a_base(tmp_path: Path) -> None:
+    f, W = made.gaussian(12, 9, 2), torch.randn(12, 9)
+    folder = made.write_base(tmp_path / "base", {"h.0.q.weight": W}, model_type="bert")
+    value = made.adapter({"h.0.q": f})
+    expected = study.norms(value, folder).layers["h.0.q"]
+    found = study.norms(value, folder / "model.safetensors").layers["h.0.q"]
+    assert found == expected or vars(found) == vars(expected)
+    (folder / "config.json").unlink()
+    assert study.norms(value, folder / "model.safetensors").layers["h.0.q"].weight == expected.weight
+    (tmp_path / "other.bin").write_bytes(b"no tensors")
+    with pytest.raises(FileError, match="is not a safetensors file"):
+        study.norms(value, tmp_path / "other.bin")

@@ -51,7 +51,8 @@ def written(tmp_path: Path, base: Path) -> Path:
 
 def test_everything_is_written(written: Path) -> None:
     names = {path.name for path in written.parent.iterdir()}
-    figures = {f"{n}.{s}" for n in ("spectra", "similarity", "layers", "overlap") for s in ("png", "svg")}
+    kinds = ("spectra", "similarity", "layers", "amplification", "overlap")
+    figures = {f"{n}.{s}" for n in kinds for s in ("png", "svg")}
     assert names == figures | {"index.html", "study.json"}
     data = json.loads((written.parent / "study.json").read_text())
     assert data["amplification"].keys() == data["drift"].keys() == data["spectrum"]["layers"].keys()

@@ -1,27 +1,53 @@
-"""Adapters on the Hugging Face Hub: brought here by a repository's name, and taken there.
+"""Adapters on the Hugging Face Hub: brought here by a repository's name, and taken there; and bases to study.
 
-Only an adapter's own files travel, and only when a name is given that is no folder here, or with `push`.
-huggingface_hub does the travelling: its cache, its token, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` count.
+Only an adapter's own files travel, or a base's safetensors, and only when a name is given that is not here,
+or with `push`. huggingface_hub does the travelling: its cache, its token, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` count.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorica.adapter import Adapter
 from lorica.checkpoint import peft
 from lorica.checkpoint.peft import CARD_FILE, CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
+from lorica.checkpoint.stream.shards import WEIGHTS
 from lorica.errors import ConfigError, FileError, LoricaError, LoricaWarning, MissingExtra, require
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_MODEL = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")  # the oldest models have no user
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TOKEN = "HF_TOKEN, `hf auth login` or token="
+
+
+class _Sought(NamedTuple):
+    """What is looked for on the Hub, for messages."""
+
+    noun: str
+    files: str
+    hint: str
+    folder: str
+
+
+_ADAPTER = _Sought(
+    "an adapter",
+    f"{CONFIG_FILE} and {WEIGHTS_FILE}",
+    "; subfolder= says where in the repository they are",
+    "A folder with the adapter's files needs no network: give its path, such as './adapter'",
+)
+_BASE = _Sought(
+    "a model in safetensors",
+    f"config.json and {WEIGHTS[0]}",
+    "",
+    "A folder with the model's files needs no network: give its path, such as './model'",
+)
 
 
 def read(
@@ -89,6 +115,40 @@ def locate(name: str | os.PathLike[str], *, subfolder: str | None = None, **opti
         if _COMMIT.fullmatch(commit):
             options["revision"] = commit
         _fetch_weights(hub, name, subfolder, options)
+    return config.parent
+
+
+def locate_base(name: str | os.PathLike[str]) -> Path:
+    """Where a model's weights are: a folder or a file here, or else what the Hub has under that name.
+
+    Args:
+        name: folder, file of safetensors, or name of a repository such as ``"distilbert-base-uncased"``. What
+            is here wins; a `Path` is never the name of a repository.
+
+    Returns:
+        As it was given; for a repository its folder in the cache, with `config.json` and the safetensors of
+        one commit.
+
+    Raises:
+        FileError: the repository or its safetensors are not there, or cannot be had. What is not there on
+            disk is left to the reader to say.
+        MissingExtra: a repository is named, and huggingface_hub is not installed.
+    """
+    here = Path(name)
+    if here.exists() or not isinstance(name, str) or not _MODEL.fullmatch(name):
+        return here
+    with _explained(f"{name!r} is not here, and", name, None, None, _BASE) as hub:
+        config = Path(hub.hf_hub_download(name, "config.json"))
+        commit = config.parent.name
+        options = {"revision": commit} if _COMMIT.fullmatch(commit) else {}
+        try:
+            hub.hf_hub_download(name, WEIGHTS[0], **options)
+        except hub.errors.EntryNotFoundError as error:
+            if isinstance(error, hub.errors.LocalEntryNotFoundError):
+                raise
+            index = Path(hub.hf_hub_download(name, f"{WEIGHTS[0]}.index.json", **options))
+            for shard in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+                hub.hf_hub_download(name, shard, **options)
     return config.parent
 
 
@@ -163,7 +223,9 @@ def _fetch_weights(hub: Any, name: str, subfolder: str | None, options: dict[str
 
 
 @contextlib.contextmanager
-def _explained(what: str, name: str, subfolder: str | None, revision: str | None) -> Iterator[Any]:
+def _explained(
+    what: str, name: str, subfolder: str | None, revision: str | None, sought: _Sought = _ADAPTER
+) -> Iterator[Any]:
     """Give huggingface_hub, and say in lorica's words what goes wrong in it."""
     try:
         errors = require("huggingface_hub.errors", extra="hub")
@@ -171,7 +233,6 @@ def _explained(what: str, name: str, subfolder: str | None, revision: str | None
     except MissingExtra as error:
         raise MissingExtra(f"{what} to reach the Hub takes more: {error}") from error
     place = f"{name}/{subfolder}" if subfolder else name
-    folder = "A folder with the adapter's files needs no network: give its path, such as './adapter'"
     try:
         yield hub
     except LoricaError:
@@ -185,18 +246,17 @@ def _explained(what: str, name: str, subfolder: str | None, revision: str | None
     except errors.RepositoryNotFoundError as error:
         raise FileError(
             f"{what} the Hub has no repository {name!r}, or a private one that needs another token "
-            f"({_TOKEN}). {folder}"
+            f"({_TOKEN}). {sought.folder}"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileError(f"{what} on the Hub {name} has no revision {revision!r}") from error
     except errors.LocalEntryNotFoundError as error:
         raise FileError(
-            f"{what} {_unreachable(hub, error)}, and the cache does not hold it. {folder}"
+            f"{what} {_unreachable(hub, error)}, and the cache does not hold it. {sought.folder}"
         ) from error
     except errors.EntryNotFoundError as error:
         raise FileError(
-            f"{what} on the Hub {place} is not an adapter: it should hold {CONFIG_FILE} and {WEIGHTS_FILE}; "
-            "subfolder= says where in the repository they are"
+            f"{what} on the Hub {place} is not {sought.noun}: it should hold {sought.files}{sought.hint}"
         ) from error
     except errors.HfHubHTTPError as error:
         hint = f"; a token that may is needed ({_TOKEN})" if error.response.status_code in (401, 403) else ""
@@ -204,7 +264,7 @@ def _explained(what: str, name: str, subfolder: str | None, revision: str | None
     except (OSError, ValueError, getattr(errors, "HTTPError", OSError)) as error:
         if isinstance(error, errors.HFValidationError):
             raise FileError(f"{what} {name!r} cannot name a repository: {_first_line(error)}") from error
-        raise FileError(f"{what} {_unreachable(hub, error)}. {folder}") from error
+        raise FileError(f"{what} {_unreachable(hub, error)}. {sought.folder}") from error
 
 
 def _unreachable(hub: Any, error: BaseException) -> str:

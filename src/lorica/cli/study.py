@@ -21,7 +21,8 @@ def parser() -> Parser:
     add = result.add_argument
     add("adapter", type=str, help="folder with the adapter, lorica's or PEFT's; or a checkpoint of loralib's")
     add("--out", type=str, default="report", help="folder to write (default: report)")
-    add("--base", type=str | None, help="the base model's folder: for amplification, overlap and drift")
+    text = "the base model, for amplification, overlap and drift: folder, file of safetensors or Hub name"
+    add("--base", type=str | None, help=text)
     add("--against", type=str | None, help="another adapter: a second seed, another rank or task")
     add("--alpha", type=float | None, help="lora_alpha of a checkpoint of loralib's; it is not in the file")
     add("--energy", type=float, default=0.99, help="share of each layer's energy to keep (default: 0.99)")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lorica._shapes import Float
 from lorica.adapter import Adapter, Factors
+from lorica.checkpoint.hub import locate_base
 from lorica.checkpoint.stream.placement import Update, place
-from lorica.checkpoint.stream.shards import DTYPES, Checkpoint, open_checkpoint, read_into
+from lorica.checkpoint.stream.shards import DTYPES, Checkpoint, open_checkpoint, open_file, read_into
 from lorica.errors import AdapterError
 
 
@@ -38,13 +39,15 @@ def base_weights(adapter: Adapter, base: str | Path) -> Iterator[Weight]:
 
     Args:
         adapter: whose updates to look for.
-        base: folder with `config.json` and safetensors.
+        base: folder with `config.json` and safetensors, one file of safetensors, or a Hub name.
 
     Raises:
-        FileError: the base cannot be read.
+        FileError: the base cannot be had or read.
         AdapterError: with the whole list of updates that have no place in it, or another shape.
+        MissingExtra: a name on the Hub is given, and huggingface_hub is not installed.
     """
-    checkpoint = open_checkpoint(base)
+    place_of_base = locate_base(base)
+    checkpoint = (open_file if place_of_base.is_file() else open_checkpoint)(place_of_base)
     placement = place(_updates_alone(adapter), checkpoint)
     found = [(name, update) for name, updates in placement.updates.items() for update in updates]
     if placement.head and placement.untied and placement.untied.table:

@@ -28,6 +28,8 @@ def drawn(report: Report) -> dict[str, Writer]:
         figures["similarity"] = lambda: _similarity(report)
     if report.correlation:
         figures["layers"] = lambda: _correlation(report)
+    if report.amplification:
+        figures["amplification"] = lambda: _table_7(report)
     if report.overlap:
         figures["overlap"] = lambda: _overlap(report)
     return {
@@ -107,6 +109,29 @@ def _correlation(report: Report) -> Any:
     assert found is not None
     figure, axes = _sheet(1, f"A's first {found.rank} directions, each layer with each (appendix H.1)")
     _heat(figure, axes, [("", found.phi, "layer", "layer")])
+    return figure
+
+
+def _table_7(report: Report) -> Any:
+    """The paper's table, a row a layer; it shows two ranks of one layer side by side."""
+    from matplotlib.figure import Figure
+
+    paths = chosen(report, list(report.amplification))
+    rows = [(_title(report, path), report.amplification[path]) for path in paths]
+    columns = ["layer", "r", "ΔW", "W", "random", "‖ΔW‖", "‖W‖", "‖ΔW‖ / ‖UᵀWVᵀ‖"]
+    cells = [
+        [name, str(a.r)]
+        + [f"{x:.3g}" for x in (a.in_update, a.in_weight, a.in_random, a.norm, a.weight_norm, a.factor)]
+        for name, a in rows
+    ]
+    figure = Figure(figsize=(9, 0.26 * len(rows) + 0.9), layout="constrained")
+    axis = figure.subplots()
+    axis.axis("off")
+    widths = [0.26, 0.06, *[0.11] * 5, 0.17]
+    table = axis.table(cells, colLabels=columns, colWidths=widths, loc="center", edges="horizontal")
+    table.auto_set_font_size(False)
+    table.set_fontsize(8)
+    figure.suptitle("‖UᵀWVᵀ‖ with U and V of ΔW, of W itself and drawn at random (table 7)", fontsize=10)
     return figure
 
 

@@ -101,7 +101,7 @@ def amplification(
 
     Args:
         adapter: the updates.
-        base: folder of the base's checkpoint; its weights are read one at a time.
+        base: folder, file of safetensors or Hub name of the base; its weights are read one at a time.
         rank: how many leading directions; None takes each update's rank.
         seed: of the random directions.
 
@@ -153,7 +153,7 @@ def overlap(
 
     Args:
         adapter: the updates.
-        base: folder of the base's checkpoint; its weights are read one at a time.
+        base: folder, file of safetensors or Hub name of the base; its weights are read one at a time.
         side: which singular vectors: those that read, or those that write.
         top: share of W0's directions to look at, in (0, 1].
         seed: of the random directions.

@@ -71,7 +71,7 @@ def gather(
     Args:
         adapter: what to study.
         name: its name in the report.
-        base: folder of the base's checkpoint; None leaves out what needs it.
+        base: folder, file of safetensors or Hub name of the base; None leaves out what needs it.
         against: another adapter to compare with: another seed, rank or task.
         against_name: its name in the report.
         energy: share of each layer's energy that the advice keeps.

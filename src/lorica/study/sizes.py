@@ -77,7 +77,7 @@ def norms(adapter: Adapter, base: str | Path | None = None) -> NormReport:
 
     Args:
         adapter: the updates.
-        base: folder of the base's checkpoint; its weights are read one at a time.
+        base: folder, file of safetensors or Hub name of the base; its weights are read one at a time.
 
     Raises:
         AdapterError: the base does not fit the adapter.
@@ -105,7 +105,7 @@ def drift(adapter: Adapter, base: str | Path, dtype: torch.dtype = torch.bfloat1
 
     Args:
         adapter: the updates.
-        base: folder of the base's checkpoint; its weights are read one at a time.
+        base: folder, file of safetensors or Hub name of the base; its weights are read one at a time.
         dtype: that merged weights are stored in.
 
     Raises:

@@ -137,6 +137,18 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(folder, shards, home, (indices[0], index), config)
 
 
+def open_file(path: Path) -> Checkpoint:
+    """Read the header of one file of tensors; a `config.json` beside it counts.
+
+    Raises:
+        FileError: it is no file of safetensors, or truncated or damaged.
+    """
+    config = path.with_name("config.json")
+    shard = read_shard(path)
+    home = dict.fromkeys(shard.entries, path.name)
+    return Checkpoint(path.parent, {path.name: shard}, home, None, _json(config) if config.is_file() else {})
+
+
 def read_shard(path: Path) -> Shard:
     """Read a file's header.
 
