@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from study import made
 
 import lorica
 from lorica import Factors, study
-from lorica.errors import ConfigError
+from lorica.errors import AdapterError, ConfigError
 from lorica.study.places import spots
 
 
@@ -99,6 +101,53 @@ def test_check_cuts_and_scores_again(adapter: lorica.Adapter) -> None:
     assert (found.before, found.after) == (16, 8)
     assert found.energy > 0.99
     assert found.parameters == (adapter.numel, seen[1].numel)
+
+
+@pytest.mark.parametrize("budget", [None, 120, 160])
+def test_what_is_scored_is_what_was_advised(adapter: lorica.Adapter, budget: int | None) -> None:
+    advice = study.advise(adapter, budget=budget)
+    seen = []
+    found = study.check(adapter, lambda value: float(not seen.append(value)), advice)
+    ranks = {path: layer.rank for path, layer in advice.layers.items() if layer.rank}
+    assert {path: f.r for path, f in seen[1].factors.items()} == ranks
+    assert sum(f.A.numel() + f.B.numel() for f in seen[1].factors.values()) == advice.parameters
+    assert found.energy == pytest.approx(advice.kept)
+    for path, f in seen[1].factors.items():
+        U, S, Vh = torch.linalg.svd(made.dense(adapter.factors[path]))
+        nearest = U[:, : f.r] * S[: f.r] @ Vh[: f.r]
+        torch.testing.assert_close(made.dense(f), nearest, atol=1e-9, rtol=0)
+        assert seen[1].config.rank(path) == f.r
+        assert seen[1].config.scale(path) == f.scale
+
+
+def test_what_was_cut_is_an_adapter_that_can_be_stored(adapter: lorica.Adapter, tmp_path: Path) -> None:
+    smaller = study.cut(adapter, study.advise(adapter, budget=160))
+    lorica.write(smaller, tmp_path)
+    again = lorica.read(tmp_path)
+    assert {path: f.r for path, f in again.factors.items()} == {"h.0.q": 1, "h.0.v": 2, "h.1.q": 1}
+    other = made.adapter({"h.0.q": layer([1, 1], 0)})
+    with pytest.raises(AdapterError, match=r"for another adapter: only one of the two has h\.0\.v"):
+        study.cut(other, study.advise(adapter))
+
+
+def test_a_convolution_in_groups_has_a_rank_for_each_of_them() -> None:
+    """Two groups of rank 3: what is proposed and paid for are multiples of two."""
+    draw = torch.Generator().manual_seed(0)
+    A, B = torch.randn(6, 5, 3, generator=draw), torch.randn(8, 3, 1, generator=draw)
+    grouped = Factors(A, B * torch.tensor([4.0, 1.0, 0.5])[None, :, None], 0.5, "conv")
+    value = made.adapter({"conv": grouped})
+    for energy in (0.5, 0.9, 1.0):
+        advice = study.advise(value, energy=energy)
+        (found,) = advice.layers.values()
+        assert found.rank % 2 == 0
+        smaller = study.cut(value, advice).factors["conv"]
+        assert smaller.r == found.rank
+        assert smaller.A.numel() + smaller.B.numel() == advice.parameters
+    assert advice.parameters == advice.before == A.numel() + B.numel()
+    step = 2 * 15 + 8
+    assert study.advise(value, budget=step).layers["conv"].rank == 2
+    with pytest.raises(ConfigError, match=f"the cheapest has {step}"):
+        study.advise(value, budget=step - 1)
 
 
 def test_nothing_to_advise() -> None:

@@ -19,6 +19,7 @@ from lorica.study.advice import Check as Check
 from lorica.study.advice import LayerAdvice as LayerAdvice
 from lorica.study.advice import advise as advise
 from lorica.study.advice import check as check
+from lorica.study.advice import cut as cut
 from lorica.study.directions import Side as Side
 from lorica.study.directions import directions as directions
 from lorica.study.planning import Plan as Plan

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lorica.adapter import Adapter
-from lorica.algebra import compress
+from lorica.algebra import compress, error
+from lorica.algebra.settings import describing
 from lorica.config import LoraConfig
-from lorica.errors import ConfigError, listing
+from lorica.errors import AdapterError, ConfigError, listing
 from lorica.study.places import spots
 from lorica.study.results import Result
 from lorica.study.spectra import Spectrum, SpectrumReport, spectrum
@@ -123,9 +124,11 @@ def advise(
         ConfigError: the energy is no share, or the budget buys not even one direction.
     """
     found = spectrum(adapter)
-    needed = {path: s.needed(energy) for path, s in found.layers.items()}
-    costs = {path: sum(s.shape) for path, s in found.layers.items()}
-    ranks = needed if budget is None else _bought(found, needed, costs, budget)
+    # A convolution in groups takes a rank for each of them, or none.
+    steps = {path: f.groups for path, f in adapter.factors.items()}
+    needed = {path: -(-s.needed(energy) // steps[path]) * steps[path] for path, s in found.layers.items()}
+    ranks = needed if budget is None else _bought(found, needed, steps, budget)
+    costs = {path: sum(s.shape) // steps[path] for path, s in found.layers.items()}
     places = spots(adapter.factors)
     layers = {}
     for path, s in found.layers.items():
@@ -186,21 +189,27 @@ def proposed(adapter: Adapter, ranks: Mapping[str, int]) -> LoraConfig:
 
 
 def _bought(
-    found: SpectrumReport, needed: Mapping[str, int], costs: Mapping[str, int], budget: int
+    found: SpectrumReport, needed: Mapping[str, int], steps: Mapping[str, int], budget: int
 ) -> dict[str, int]:
     """Ranks within a budget: the most energy for a parameter first."""
+    costs = {path: sum(s.shape) for path, s in found.layers.items()}  # of a step
     ranks, left = dict.fromkeys(needed, 0), budget
+
+    def offer(path: str) -> tuple[float, str]:
+        gained = found.layers[path].values[ranks[path] : ranks[path] + steps[path]]
+        return -sum(value**2 for value in gained) / costs[path], path
+
     # Within a layer values only fall, so its next direction enters when the one before is taken.
-    offers = [(-(s.values[0] ** 2) / costs[path], path) for path, s in found.layers.items() if needed[path]]
+    offers = [offer(path) for path in found.layers if needed[path]]
     heapq.heapify(offers)
     while offers:
         _, path = heapq.heappop(offers)
         if costs[path] > left:
             continue
         left -= costs[path]
-        ranks[path] += 1
+        ranks[path] += steps[path]
         if ranks[path] < needed[path]:
-            heapq.heappush(offers, (-(found.layers[path].values[ranks[path]] ** 2) / costs[path], path))
+            heapq.heappush(offers, offer(path))
     if not any(ranks.values()):
         raise ConfigError(
             f"a budget of {budget:,} parameters buys no direction; the cheapest has {min(costs.values()):,}"
@@ -263,16 +272,50 @@ def _evidence(
     return tuple(lines), thin
 
 
-def check(adapter: Adapter, score: Callable[[Adapter], float], *, energy: float = 0.99) -> Check:
-    """Cut each layer to the rank that keeps the energy, and score the adapter again.
+def cut(adapter: Adapter, advice: Advice) -> Adapter:
+    """The adapter at the ranks that were advised.
+
+    Each update becomes the nearest one of its rank; where the rank is 0 it is left out. Heads and biases stay.
+
+    Args:
+        adapter: the adapter that was studied.
+        advice: what `advise` said of it.
+
+    Raises:
+        AdapterError: it is not that adapter, or has updates of parameters.
+    """
+    if adapter.factors.keys() != advice.layers.keys():
+        apart = sorted(adapter.factors.keys() ^ advice.layers.keys())
+        raise AdapterError(
+            f"the advice is for another adapter: only one of the two has {listing(apart, limit=3)}"
+        )
+    factors = {}
+    for path, layer in advice.layers.items():
+        if layer.rank:
+            alone = Adapter(adapter.config, {path: adapter.factors[path]})
+            factors[path] = compress(alone, rank=layer.rank)[0].factors[path]
+    return Adapter(describing(advice.config, factors), factors, adapter.extras)
+
+
+def check(
+    adapter: Adapter,
+    score: Callable[[Adapter], float],
+    advice: Advice | None = None,
+    *,
+    energy: float = 0.99,
+) -> Check:
+    """Cut each layer to the rank that was advised, and score the adapter again.
 
     Args:
         adapter: the trained adapter.
         score: what an adapter scores on the task; called twice.
-        energy: share of each layer's ‖ΔW‖² to keep, in (0, 1].
+        advice: what to cut it to, within a budget or not. None takes the smallest ranks that keep the energy.
+        energy: share of each layer's ‖ΔW‖² to keep, in (0, 1], where no advice is given.
 
     Raises:
+        AdapterError: the advice is for another adapter.
         ConfigError: the energy is no share.
     """
-    smaller, report = compress(adapter, energy=energy)
-    return Check(score(adapter), score(smaller), (adapter.numel, smaller.numel), report.energy)
+    smaller = cut(adapter, advise(adapter, energy=energy) if advice is None else advice)
+    kept = error(smaller, [adapter]).energy
+    return Check(score(adapter), score(smaller), (adapter.numel, smaller.numel), kept)
