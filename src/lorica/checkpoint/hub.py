@@ -1,7 +1,8 @@
 """Adapters on the Hugging Face Hub: brought here by a repository's name, and taken there; and bases to study.
 
 Only an adapter's own files travel, or a base's safetensors, and only when a name is given that is not here,
-or with `push`. huggingface_hub does the travelling: its cache, its token, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` count.
+or with `push`. huggingface_hub does the travelling: its cache, its token, ``HF_ENDPOINT`` and
+``HF_HUB_OFFLINE`` count.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ class Advice(Result):
         parameters: that the proposed A and B have.
         before: that they have now.
         kept: share of the energy of all updates together that the proposal keeps.
-        config: the proposal: `r`, `rank_pattern`, `target_modules`, and alphas that keep every scale.
+        config: the proposal: `r`, `rank_pattern`, `target_modules`; α stays what it was, so that the learning
+            rate can stay too.
         evidence: what the proposal rests on, and what it does not.
         thin: whether that is too little to act on without a check.
     """
@@ -155,7 +156,7 @@ def advise(
 
 
 def proposed(adapter: Adapter, ranks: Mapping[str, int]) -> LoraConfig:
-    """The adapter's configuration with other ranks, each layer's scale left as it was.
+    """The adapter's configuration with other ranks, each layer's α left as it was.
 
     Args:
         adapter: whose configuration to start from.
@@ -170,11 +171,10 @@ def proposed(adapter: Adapter, ranks: Mapping[str, int]) -> LoraConfig:
     r = Counter(chosen.values()).most_common(1)[0][0]
 
     def alpha(path: str) -> float:
-        return adapter.factors[path].scale * (
-            chosen[path] ** 0.5 if adapter.lora.use_rslora else chosen[path]
-        )
+        f = adapter.factors[path]
+        return f.scale * (f.r**0.5 if adapter.lora.use_rslora else f.r)
 
-    usual = Counter(alpha(path) for path, rank in chosen.items() if rank == r).most_common(1)[0][0]
+    usual = Counter(map(alpha, chosen)).most_common(1)[0][0]
     whole = len(chosen) == len(ranks)
     return adapter.lora.replace(
         r=r,
@@ -275,7 +275,8 @@ def _evidence(
 def cut(adapter: Adapter, advice: Advice) -> Adapter:
     """The adapter at the ranks that were advised.
 
-    Each update becomes the nearest one of its rank; where the rank is 0 it is left out. Heads and biases stay.
+    Each update becomes the nearest one of its rank; where the rank is 0 it is left out. Heads and biases
+    stay.
 
     Args:
         adapter: the adapter that was studied.
