@@ -156,7 +156,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
         state.step += 1
         state.seconds += time.perf_counter() - began[0]
         state.processor_seconds += time.process_time() - began[1]
