@@ -1,11 +1,14 @@
 """Metrics over a whole set of predictions, by well-kept libraries; a mean over batches is another number.
 
-One module a family: `classification`, `regression`, `tagging`, `answers`, `text`, `sql`.
+One module a family: `classification`, `regression`, `tagging`; of written text `ngrams`, `rouge`,
+`captions` and `sql`, which `written` knows by name.
 """
 
 from __future__ import annotations
 
 from lorica.train.metrics.classification import classification, multi_label
 from lorica.train.metrics.regression import regression
+from lorica.train.metrics.tagging import tagging
+from lorica.train.metrics.written import written
 
-__all__ = ["classification", "multi_label", "regression"]
+__all__ = ["classification", "multi_label", "regression", "tagging", "written"]
