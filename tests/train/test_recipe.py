@@ -100,3 +100,16 @@ def test_the_recipes_that_come_along_load(path: Path) -> None:
 
 def test_some_recipes_come_along() -> None:
     assert RECIPES
+
+
+def test_from_what_a_file_would_hold() -> None:
+    made = Recipe.from_dict({"task": "regression", "training": {"learning_rate": "1e-3"}, "method": {"r": 3}})
+    assert (made.task, made.training.learning_rate, made.method.r) == ("regression", 1e-3, 3)
+    for wrong, message in (
+        ({"trainin": {}}, "here: unknown field 'trainin'; did you mean 'training'"),
+        ({"training": {"epoch": 1}}, "'training.epoch'; did you mean 'epochs'"),
+        ({"training": 3}, "here: training must hold fields, not 3"),
+        ({"training": {"epochs": "long"}}, "training.epochs"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Recipe.from_dict(wrong, "here")

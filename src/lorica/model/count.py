@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from lorica.config import LoraConfig
+from lorica.config import AdapterConfig, as_config
 from lorica.layers.quantized import numel
 from lorica.model.adapt import adapt
 from lorica.model.skeleton import skeleton
@@ -64,17 +65,19 @@ def trainable_parameters(model: nn.Module) -> ParameterCount:
     )
 
 
-def count(config: LoraConfig, model: Any) -> ParameterCount:
+def count(config: AdapterConfig | Iterable[AdapterConfig], model: Any) -> ParameterCount:
     """Count what a configuration would train on an architecture, without a weight of it.
 
     Args:
-        config: what to train.
+        config: what to train, by any method; several make up one adapter.
         model: transformers' configuration of the model, its fields with ``"model_type"``, or the folder or
             Hub name that it is loaded from.
 
     Raises:
         ConfigError: no model configuration can be had from that.
-        TargetError: the configuration names what the model does not have.
+        TargetError: the configuration names what the model does not have, or the architecture cannot take the
+            method.
         MissingExtra: transformers is not installed.
     """
+    config = as_config(config)
     return trainable_parameters(adapt(skeleton(model, config.task_type), config))

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import resource
 import shutil
-import sys
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from lorica.model import adapt, merge, save, trainable_parameters
 from lorica.train.console import make_console
 from lorica.train.files import bytes_of, writable_directory, write_atomically
 from lorica.train.fitting import Interrupted, fit
+from lorica.train.memory import peak_memory
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
 from lorica.train.record import as_json, versions
@@ -185,14 +184,6 @@ def freeze_encoder(model: PreTrainedModel) -> None:
     """Let only the head train: what is not in the pretrained base model."""
     for parameter in model.base_model.parameters():
         parameter.requires_grad_(False)
-
-
-def peak_memory() -> int:
-    """Largest memory so far in bytes: of torch's tensors on a GPU, of the whole process elsewhere."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _store(method: str, model: PreTrainedModel, prepared: Prepared, output: Path, work: Path) -> int:

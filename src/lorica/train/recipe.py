@@ -310,10 +310,14 @@ def check_fields(values: Mapping[str, Any], where: str) -> None:
     """Refuse a recipe's plain values of which one belongs to no field.
 
     Raises:
-        ConfigError: naming every unknown field, with the nearest known one.
+        ConfigError: naming every unknown field, with the nearest known one; or a part that holds no fields.
     """
-    if unknown := list(_unknown(values, Recipe())):
+    default = Recipe()
+    if unknown := list(_unknown(values, default)):
         raise ConfigError(f"{where}: unknown field {'; unknown field '.join(unknown)}")
+    for name, value in values.items():
+        if dataclasses.is_dataclass(getattr(default, name)) and not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {name} must hold fields, not {value!r}")
 
 
 def _unknown(content: Mapping[str, Any], known: Any, prefix: str = "") -> Iterator[str]:
