@@ -116,7 +116,8 @@ def figures() -> list[Figure]:
     ):
         rows.append(Figure(model, what, config, formula, expected, printed, remark))
 
-    L, d, lm = GPT3.L, GPT3.d, {"task_type": "CAUSAL_LM"}
+    lm: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    L, d = GPT3.L, GPT3.d
     all_gpt = "12·L·d² + 13·L·d + (V + n)·d + 2·d"
     add(GPT3, "FT", FullConfig(**lm), all_gpt, GPT3.full, "175,255.8M", "does not follow from public sizes")
     add(GPT3, "BitFit", BitFitConfig(**lm), "11·L·d + d", 11 * L * d + d, "14.2M", "matches 12·L·d")
