@@ -77,14 +77,19 @@ class Comparison:
         return (high - low) / 2
 
 
-def options(description: str | None) -> argparse.Namespace:
-    """The flags that every script has: ``--rounds``, ``--warmup``, ``--device``, ``--threads``."""
+def options(description: str | None, rounds: int = ROUNDS) -> argparse.Namespace:
+    """The flags that every script has: ``--rounds``, ``--warmup``, ``--device``, ``--threads``.
+
+    Args:
+        description: what ``--help`` says.
+        rounds: how many there are without ``--rounds``.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--rounds",
         type=int,
-        default=ROUNDS,
-        help=f"timed turns of each contestant (default {ROUNDS}; with fewer, nothing is written)",
+        default=rounds,
+        help=f"timed turns of each contestant (default {rounds}; fewer than {ROUNDS} write nothing)",
     )
     parser.add_argument("--warmup", type=int, default=3, help="turns before these, untimed (default 3)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")

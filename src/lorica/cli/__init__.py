@@ -12,6 +12,7 @@ from lorica.errors import LoricaError, nearest
 COMMANDS = {
     "demo": "adapt a real model to a real task, beside full fine-tuning; no download, a few minutes",
     "train": "train an adapter from a recipe, a file of rows or a Hub data set",
+    "compare": "methods × tasks × seeds from one file, to the LoRA paper's table and plot",
     "evaluate": "score a trained adapter",
     "predict": "use a trained adapter on a text or a file of them",
     "merge": "fold an adapter into its base: a plain checkpoint, as fast as the base",

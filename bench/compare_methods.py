@@ -1,0 +1,104 @@
+"""Quality: the paper's methods on four tasks, each at its best of three learning rates, over three seeds.
+
+Runs recipes/compare/classification.yaml as far as it has not run, and publishes the tasks whose runs are all
+there. A run takes a minute or two on two cores, and there are some three hundred: stop it and start it again
+as you like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+
+from lorica.compare import Comparison, Table, compare, gather
+
+DATA = Path(os.environ.get("LORICA_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+FILE = Path(__file__).resolve().parents[1] / "recipes" / "compare" / "classification.yaml"
+PLOT = "compare_methods.png"
+
+
+def main() -> None:
+    """Run what is asked for, publish what is whole."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", help="names of the file's tasks to run (default: all)")
+    parser.add_argument("--output", help="folder for the runs' results (default: the file's)")
+    parser.add_argument("--publish", action="store_true", help="run nothing, publish what is there")
+    parser.add_argument("--threads", type=int, default=0, help="torch's threads (default: one a core)")
+    chosen = parser.parse_args()
+    if chosen.threads:
+        os.environ["OMP_NUM_THREADS"] = str(chosen.threads)  # each run's own process reads it
+        torch.set_num_threads(chosen.threads)
+    if not DATA.is_dir():
+        raise SystemExit(f"no folder {DATA}; set LORICA_DATA to the folder that holds rotten_tomatoes")
+    changes = {"output": chosen.output} if chosen.output else {}
+    spec = Comparison.load(FILE, data=str(DATA), **changes)
+    if not chosen.publish:
+        compare(only(spec, chosen.tasks or list(spec.tasks)))
+    whole = [task for task in spec.tasks if is_whole(gather(only(spec, [task])))]
+    if not whole:
+        raise SystemExit("not written: no task has all its runs yet")
+    publish(gather(only(spec, whole)), spec, whole)
+
+
+def only(spec: Comparison, tasks: list[str]) -> Comparison:
+    """The comparison on some of its tasks."""
+    unknown = [task for task in tasks if task not in spec.tasks]
+    if unknown:
+        raise SystemExit(f"there is no task {unknown[0]!r}; there are: {', '.join(spec.tasks)}")
+    return dataclasses.replace(spec, tasks={task: spec.tasks[task] for task in tasks})
+
+
+def is_whole(table: Table) -> bool:
+    """Whether every method has a result of every seed."""
+    return all(score.values and not score.missing for score in table.scores)
+
+
+def publish(table: Table, spec: Comparison, tasks: list[str]) -> None:
+    """Write the tables and the plot."""
+    table.write(spec.output)
+    plot = Path(spec.output) / "quality.png"
+    figure = ""
+    if plot.is_file():
+        harness.RESULTS.mkdir(exist_ok=True)
+        shutil.copyfile(plot, harness.RESULTS / PLOT)
+        figure = f"\n\n![quality against trainable parameters](results/{PLOT})"
+    head, rows = table.rows()
+    rates, chosen = table.rates()
+    harness.publish(
+        "compare_methods",
+        title="The paper's methods on classification and regression",
+        claim=claim(table, tasks),
+        tables=[
+            {"caption": table.caption + figure, "columns": head, "rows": rows},
+            {"caption": "The learning rates that were chosen.", "columns": rates, "rows": chosen},
+        ],
+        data=[dataclasses.asdict(score) for score in table.scores],
+        settings={"file": f"recipes/compare/{FILE.name}", "tasks": ", ".join(tasks)},
+        device="cpu",
+    )
+
+
+def claim(table: Table, tasks: list[str]) -> str:
+    """Where LoRA stands, task by task."""
+    parts = []
+    for task in tasks:
+        scores: dict[str, Any] = {score.method: score for score in table.scores if score.task == task}
+        known = [score for score in scores.values() if score.centre is not None]
+        order = sorted(known, key=lambda score: -score.centre)
+        place = [score.method for score in order].index("LoRA") + 1
+        parts.append(
+            f"{task}: {order[0].method} {order[0]}, LoRA {scores['LoRA']} (place {place} of {len(order)}), "
+            f"full fine-tuning {scores['FT']}"
+        )
+    return "The best method, LoRA on query and value, and full fine-tuning. " + "; ".join(parts) + "."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Before anything runs: do the rows, the models and the methods of a comparison fit together?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lorica.compare.file import Comparison
+from lorica.config import AdapterConfig
+from lorica.errors import ConfigError, LoricaError, lines
+from lorica.model import adapt
+from lorica.model.skeleton import skeleton
+from lorica.train import data as sources
+from lorica.train import tasks
+from lorica.train.embedded import resolve_model
+from lorica.train.tasks import SequenceClassification, Task
+
+LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae", "ter")
+
+
+def check(spec: Comparison) -> dict[str, str]:
+    """Read every task's rows, and put every method on the model's skeleton; nothing is trained or written.
+
+    Returns:
+        The metric of each task.
+
+    Raises:
+        ConfigError: all that does not fit, a line each.
+    """
+    problems: list[str] = []
+    metrics: dict[str, str] = {}
+    for name, entry in spec.tasks.items():
+        try:
+            metrics[name] = entry.metric or _task(spec, name).best_metric
+            _check_rows(spec, name)
+        except LoricaError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        for method in spec.methods:
+            try:
+                check_method(spec, name, method)
+            except LoricaError as error:
+                problems.append(f"{method} on {name}: {error}")
+    if problems:
+        raise ConfigError(f"the comparison cannot be made:\n{lines(problems)}")
+    return metrics
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric is an error; all others are scores."""
+    return metric in LOWER_IS_BETTER
+
+
+def check_method(spec: Comparison, name: str, method: str) -> None:
+    """Put a method on a task's model, of which only the shapes are made.
+
+    Raises:
+        LoricaError: the architecture cannot take it.
+    """
+    recipe, task, entry = spec.laid(name, method), _task(spec, name), spec.methods[method]
+    model = resolve_model(recipe.model)
+    if entry.few_shot is not None:
+        if not (isinstance(task, SequenceClassification) or task.task_type == "CAUSAL_LM"):
+            raise ConfigError(f"few-shot is for classification and language modelling, not for {task.name}")
+        if not is_causal(skeleton(model, "CAUSAL_LM")):
+            raise ConfigError(f"few-shot needs a decoder, and {recipe.model} is none")
+        return
+    config = recipe.configuration()
+    adapt(skeleton(model, task.task_type), config if config.task_type else _typed(config, task))
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a model's attention sees only what came before."""
+    return any(getattr(module, "is_causal", False) for module in model.modules())
+
+
+def _typed(config: AdapterConfig, task: Task) -> Any:
+    return config.replace(task_type=task.task_type)
+
+
+def _task(spec: Comparison, name: str) -> Task:
+    return tasks.get(spec.laid(name, next(iter(spec.methods))).task)
+
+
+def _check_rows(spec: Comparison, name: str) -> None:
+    recipe = spec.laid(name, next(iter(spec.methods)))
+    splits = sources.load(recipe.data)
+    _task(spec, name).resolve(splits, recipe.data)
+    there = dict(splits.items())
+    if spec.split not in there:
+        raise ConfigError(
+            f"there are no {spec.split} rows to score; name some with data.{spec.split}, or choose another "
+            "split"
+        )
+    choosing = [method for method, entry in spec.methods.items() if len(entry.learning_rates) > 1]
+    if choosing and "validation" not in there:
+        raise ConfigError(f"{choosing[0]} has several learning_rates, and no validation rows to choose by")
+    for rows in (*spec.sizes, spec.tasks[name].rows):
+        if rows is not None and rows > len(splits.train):
+            raise ConfigError(f"{len(splits.train):,} training rows are too few to draw {rows:,}")

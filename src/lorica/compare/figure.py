@@ -1,0 +1,76 @@
+"""The plot of quality against trainable parameters (the paper's figure 2)."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorica.checkpoint.atomic import Writer
+
+if TYPE_CHECKING:
+    from lorica.compare.summary import Score, Table
+
+_WIDE = 3  # panels in a row
+_MARKS = "osD^vP*Xhd<>p"
+
+
+def drawn(table: Table) -> dict[str, Writer]:
+    """File name → what writes it; empty without matplotlib, or without anything to show."""
+    if importlib.util.find_spec("matplotlib") is None or not any(s.centre is not None for s in table.scores):
+        return {}
+    return {f"quality.{suffix}": lambda path: _save(lambda: draw(table), path) for suffix in ("png", "svg")}
+
+
+def draw(table: Table) -> Any:
+    """A panel for each task and size: a point a method, its deviation, and a line a series."""
+    from matplotlib.figure import Figure
+
+    names = table.columns
+    columns = min(len(names), _WIDE)
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(max(4.2 * columns, 6), 3.4 * rows + 1.1), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    marks: dict[str, Any] = {}
+    for axis, name in zip(axes, names, strict=False):
+        _panel(axis, table, [score for score in table.scores if score.column == name], marks)
+        axis.set_title(name, fontsize=9)
+    figure.supxlabel("trainable parameters", fontsize=9)
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=5, fontsize=7)
+    return figure
+
+
+def _panel(axis: Any, table: Table, scores: list[Score], marks: dict[str, Any]) -> None:
+    trainable = {cost.method: cost.trainable for cost in table.costs}
+    series: dict[str, list[tuple[int, float]]] = {}
+    for i, cost in enumerate(table.costs):
+        score = next(score for score in scores if score.method == cost.method)
+        count = trainable[cost.method]
+        if score.centre is None or count is None:
+            continue
+        color, mark = f"C{i % 10}", _MARKS[i % len(_MARKS)]
+        if count == 0:  # nothing trains, and a logarithm has no zero
+            marks[cost.method] = axis.axhline(score.centre, color=color, linestyle=":", linewidth=1)
+            continue
+        error = score.deviation or 0.0
+        marks[cost.method] = axis.errorbar(
+            [count], [score.centre], yerr=[error], fmt=mark, color=color, capsize=2, markersize=5
+        )
+        if cost.series is not None:
+            series.setdefault(cost.series, []).append((count, score.centre))
+    for points in series.values():
+        axis.plot(*zip(*sorted(points), strict=True), color="0.7", linewidth=1, zorder=0)
+    axis.set_xscale("log")
+    axis.tick_params(labelsize=7)
+
+
+def _save(draw: Callable[[], Any], path: Path) -> None:
+    import matplotlib
+
+    # Without a date and with names that follow from the content, the same table is the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "lorica"}):
+        draw().savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -1,0 +1,160 @@
+"""The comparison itself: choose each method's learning rate, run the seeds, skip what is done."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from lorica.compare.check import check
+from lorica.compare.choice import choose
+from lorica.compare.file import Comparison
+from lorica.compare.results import Results, Row
+from lorica.compare.runs import Cell, Run, cells
+from lorica.compare.summary import Table, summarise
+from lorica.compare.work import Failed, in_own_process, in_this_process
+from lorica.errors import ConfigError, LoricaError, listing
+from lorica.train.console import duration, make_console
+from lorica.train.files import writable_directory
+
+RESULTS = "results.jsonl"
+
+
+@dataclass
+class _Progress:
+    """What is done, what is left, and how long that will take."""
+
+    plan: list[Cell]
+    results: Results
+    console: Console
+    done: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+    took: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+
+    def left(self) -> float | None:
+        """Seconds until the end, by what runs took: of this method here, of this task, of any."""
+        overall = [seconds for times in self.took.values() for seconds in times]
+        if not overall:
+            return None
+        total = 0.0
+        for cell in self.plan:
+            same = [s for (task, _), times in self.took.items() if task == cell.task for s in times]
+            times = self.took.get((cell.task, cell.method)) or same or overall
+            total += self.missing(cell) * statistics.median(times)
+        return total
+
+    def missing(self, cell: Cell) -> int:
+        """Runs of a cell that are still to be made."""
+        open_trials = [run for run in cell.trials if self._open(run)]
+        if open_trials:
+            return len(open_trials) + len(cell.seeds) - 1
+        best = choose(cell, self.results)
+        return sum(self._open(run) for run in cell.at(best)) if best is not None else 0
+
+    def _open(self, run: Run) -> bool:
+        return run.key not in self.results and run.key not in self.failures
+
+
+def compare(spec: Comparison, *, console: Console | None = None, in_process: bool = False) -> Table:
+    """Run what is missing of a comparison, and summarise it.
+
+    Each learning rate is tried with the first seed; the other seeds run with the one that was best on the
+    validation rows. A run that fails is reported and left out; it is tried again the next time.
+
+    Args:
+        spec: the comparison.
+        console: where to show progress. None makes one.
+        in_process: run here and not in a process each: no peak memory is measured then.
+
+    Returns:
+        The table; `Table.write` writes it.
+
+    Raises:
+        ConfigError: something in it does not fit; nothing has run then.
+        FileError: the rows cannot be read, or the output folder cannot be written.
+    """
+    console = console or make_console()
+    metrics = check(spec)
+    plan = cells(spec, metrics)
+    output = writable_directory(spec.output)
+    with _alone(output):
+        results = Results(output / RESULTS)
+        progress = _Progress(plan, results, console)
+        total = sum(cell.expected for cell in plan)
+        missing = sum(map(progress.missing, plan))
+        console.print(f"{total} runs, {total - missing} of them done; results in {output / RESULTS}")
+        progress.done = total - missing
+        for cell in plan:
+            for trial in cell.trials:
+                _obtain(trial, cell, progress, total, output, spec.keep, in_process)
+            best = choose(cell, results)
+            for run in cell.at(best) if best is not None else ():
+                _obtain(run, cell, progress, total, output, spec.keep, in_process)
+    return summarise(spec, plan, results, progress.failures)
+
+
+def gather(spec: Comparison) -> Table:
+    """Summarise what is there of a comparison, and run nothing.
+
+    Raises:
+        ConfigError: something in it does not fit.
+    """
+    plan = cells(spec, check(spec))
+    return summarise(spec, plan, Results(Path(spec.output) / RESULTS), {})
+
+
+def _obtain(
+    run: Run, cell: Cell, progress: _Progress, total: int, output: Path, keep: bool, in_process: bool
+) -> None:
+    if run.key in progress.results or run.key in progress.failures:
+        return
+    began = time.perf_counter()
+    progress.done += 1
+    place = f"[{progress.done}/{total}] {run}"
+    try:
+        row = (in_this_process if in_process else in_own_process)(run, output, keep=keep)
+    except Failed as error:
+        progress.failures[run.key] = f"{run}: {error}"
+        progress.console.print(f"{place}: FAILED: {error}", markup=False, soft_wrap=True)
+        return
+    progress.results.add(row)
+    seconds = time.perf_counter() - began
+    progress.took.setdefault((cell.task, cell.method), []).append(seconds)
+    left = progress.left()
+    eta = "" if left is None else f"; {duration(left)} left"
+    shown = ", ".join(f"{split} {_shown(row, split, cell.metric)}" for split in row["scores"])
+    progress.console.print(
+        f"{place}: {cell.metric} {shown} in {duration(seconds)}{eta}", markup=False, soft_wrap=True
+    )
+
+
+def _shown(row: Row, split: str, metric: str) -> str:
+    scores = row["scores"][split]
+    if metric not in scores:
+        raise ConfigError(f"there is no metric {metric!r} of the {split} rows; there are: {listing(scores)}")
+    value = scores[metric]
+    return "not a number" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep a second comparison out of the same folder: the two would train in each other's checkpoints."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with (output / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LoricaError(
+                f"another comparison is at work in {output}; give a folder of its own"
+            ) from error
+        yield

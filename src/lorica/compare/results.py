@@ -1,0 +1,69 @@
+"""Finished runs, a JSON line each: what a comparison goes on from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lorica.errors import FileError
+
+Row = dict[str, Any]
+
+
+class Results:
+    """The file of results.
+
+    Lines are only ever added, and each is on the disk before the next run starts. A line cut off by a kill is
+    passed over.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there."""
+        self.path = path
+        self.rows: dict[str, Row] = {}
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        except OSError as error:
+            raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+        for line in text.splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("scores"), dict) and "key" in row:
+                self.rows[row["key"]] = row
+        self._cut = bool(text) and not text.endswith("\n")
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a run is done."""
+        return key in self.rows
+
+    def get(self, key: str) -> Row | None:
+        """A run's line, if it is done."""
+        return self.rows.get(key)
+
+    def add(self, row: Row) -> None:
+        """Write a run's line."""
+        row = plain(row)
+        # What follows a line without an end would become part of it.
+        text = ("\n" if self._cut else "") + json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self._cut = False
+        self.rows[row["key"]] = row
+
+
+def plain(value: Any) -> Any:
+    """Values as JSON has them: a number that is none, or infinite, is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

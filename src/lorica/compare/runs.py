@@ -1,0 +1,145 @@
+"""The runs of a comparison: each a recipe with a rate and a seed, known by a fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lorica.compare.file import Comparison, FewShot
+from lorica.compare.rows import fingerprint
+from lorica.train.embedded import resolve_model
+from lorica.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Args:
+        task: name of its task in the comparison.
+        method: name of its method.
+        rows: training rows to draw; None takes all.
+        rate: learning rate, or None for prompting.
+        seed: its seed.
+        recipe: what is run, its output folder aside.
+        few_shot: prompting, instead of training.
+    """
+
+    task: str
+    method: str
+    rows: int | None
+    rate: float | None
+    seed: int
+    recipe: Recipe
+    few_shot: FewShot | None = None
+
+    @cached_property
+    def key(self) -> str:
+        """Fingerprint of the recipe and its data: the same for the same work, wherever files lie.
+
+        Names of task and method do not count, nor does a field at its default, so that a field which recipes
+        gain one day does not void what was done before.
+        """
+        content = _unlike(dataclasses.asdict(self.recipe), dataclasses.asdict(Recipe()))
+        content.pop("output", None)
+        data = content.setdefault("data", {})
+        for name in ("train", "validation", "test"):
+            if isinstance(source := getattr(self.recipe.data, name), str):
+                data[name] = fingerprint(source)
+        content["model"] = fingerprint(resolve_model(self.recipe.model))
+        content["rows"] = self.rows
+        if self.few_shot is not None:
+            for name in ("method", "baseline"):
+                content.pop(name, None)
+            content["few_shot"] = dataclasses.asdict(self.few_shot)
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    def __str__(self) -> str:
+        """The run in a line."""
+        parts = [self.task, *([] if self.rows is None else [f"{self.rows:,} rows"]), self.method]
+        parts += [] if self.rate is None else [f"lr {self.rate:g}"]
+        return " · ".join([*parts, f"seed {self.seed}"])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a task: its trials of learning rates, and the seeds with the best of them.
+
+    Args:
+        task: name of the task.
+        method: name of the method.
+        size: of `Comparison.sizes`.
+        metric: what decides.
+        trials: a run a learning rate, with the first seed.
+        seeds: all of them.
+    """
+
+    task: str
+    method: str
+    size: int | None
+    metric: str
+    trials: list[Run]
+    seeds: tuple[int, ...]
+
+    def at(self, trial: Run) -> list[Run]:
+        """The runs over all seeds at a trial's learning rate; the trial itself is one of them."""
+        return [
+            dataclasses.replace(trial, seed=seed, recipe=trial.recipe.replace(training={"seed": seed}))
+            for seed in self.seeds
+        ]
+
+    @property
+    def expected(self) -> int:
+        """Runs that it takes."""
+        return len(self.trials) + len(self.seeds) - 1
+
+
+def cells(spec: Comparison, metrics: dict[str, str]) -> list[Cell]:
+    """All cells of a comparison, task by task.
+
+    Args:
+        spec: the comparison.
+        metrics: what each task is judged by.
+
+    Raises:
+        ConfigError: a method's fields, on a task, are no recipe.
+    """
+    found = []
+    for task in spec.tasks:
+        for size in spec.sizes:
+            for method, entry in spec.methods.items():
+                recipe = spec.laid(task, method)
+                rows = size if size is not None else spec.tasks[task].rows
+                rates = entry.learning_rates or (recipe.training.learning_rate,)
+                first = spec.seeds[0]
+                trials = [
+                    Run(
+                        task,
+                        method,
+                        rows,
+                        None if entry.few_shot else rate,
+                        first,
+                        recipe.replace(training={"learning_rate": rate, "seed": first}),
+                        entry.few_shot,
+                    )
+                    for rate in rates
+                ]
+                found.append(Cell(task, method, size, metrics[task], trials, spec.seeds))
+    return found
+
+
+def _unlike(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """The fields that differ from their defaults."""
+    result: dict[str, Any] = {}
+    for name, item in value.items():
+        before = default.get(name)
+        if item == before:
+            continue
+        both = isinstance(item, dict) and isinstance(before, dict)
+        result[name] = _unlike(item, before) if both else item  # type: ignore[arg-type]
+    return result

@@ -1,0 +1,281 @@
+"""From finished runs to the table: centre and spread over the seeds, what trained, and what it cost."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lorica.checkpoint.atomic import Writer, replace_files
+from lorica.compare.check import lower_is_better
+from lorica.compare.choice import choose
+from lorica.compare.file import Comparison
+from lorica.compare.results import Results, Row, plain
+from lorica.compare.runs import Cell, Run
+from lorica.config import family_of
+from lorica.errors import ConfigError, listing
+from lorica.train.console import size
+from lorica.train.run import as_json, versions
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a method came to on a task.
+
+    Args:
+        task: name of the task.
+        size: training rows that were drawn, or None for all.
+        metric: what is shown.
+        method: name of the method.
+        learning_rate: the best, or None.
+        values: the metric of each seed that has a result; None where it is no number.
+        centre: their mean or median; None if there is none, or one of them is no number.
+        deviation: their standard deviation (of a sample); None of fewer than two.
+        missing: seeds without a result.
+        best: whether no other method has a better centre here.
+    """
+
+    task: str
+    size: int | None
+    metric: str
+    method: str
+    learning_rate: float | None
+    values: list[float | None]
+    centre: float | None
+    deviation: float | None
+    missing: int
+    best: bool = False
+
+    @property
+    def column(self) -> str:
+        """Where it stands in the table."""
+        rows = "" if self.size is None else f", n = {self.size:,}"
+        return f"{self.task}{rows} ({self.metric})"
+
+    def __str__(self) -> str:
+        """Centre and deviation; shares as per cent."""
+        if not self.values:
+            return NONE
+        if self.centre is None:
+            return "diverged"
+        share = not lower_is_better(self.metric) and all(abs(v) <= 1 for v in self.values if v is not None)
+        scale, digits = (100, 1) if share else (1, 3 if lower_is_better(self.metric) else 2)
+        spread = "" if self.deviation is None else f" ± {scale * self.deviation:.{digits}f}"
+        few = f" ({len(self.values)} of {len(self.values) + self.missing})" if self.missing else ""
+        return f"{scale * self.centre:.{digits}f}{spread}{few}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs, over its runs with the best learning rates.
+
+    Args:
+        method: its name.
+        family: selective, reparametrisation, additive, or prompting.
+        series: of the plot.
+        trainable: parameters that train, a new head included; the most of any task.
+        checkpoint_bytes: what must be stored beside the base; likewise.
+        step_seconds: median over runs of the median seconds a step.
+        peak_memory: largest memory of a run's process; None where runs shared one.
+    """
+
+    method: str
+    family: str
+    series: str | None
+    trainable: int | None
+    checkpoint_bytes: int | None
+    step_seconds: float | None
+    peak_memory: int | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A comparison's outcome.
+
+    Args:
+        scores: one for each method, task and size.
+        costs: one for each method.
+        summary: ``"mean"`` or ``"median"``.
+        split: the rows that were scored.
+        failures: what went wrong, a line a run.
+    """
+
+    scores: list[Score]
+    costs: list[Cost]
+    summary: str
+    split: str
+    failures: list[str]
+
+    @property
+    def columns(self) -> list[str]:
+        """Tasks and sizes."""
+        return list(dict.fromkeys(score.column for score in self.scores))
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Headings, and a row of cells a method; the best of a column between asterisks."""
+        head = ["method", "class", "trainable", *self.columns]
+        averaged = len(self.columns) > 1 and len({lower_is_better(s.metric) for s in self.scores}) == 1
+        head += ["average"] * averaged
+        head += ["checkpoint", "s/step", "peak memory"]
+        lines = []
+        averages = {cost.method: self._average(cost.method) for cost in self.costs} if averaged else {}
+        known = [value for value in averages.values() if value is not None]
+        for cost in self.costs:
+            found = {s.column: s for s in self.scores if s.method == cost.method}
+            cells = [f"**{s}**" if s.best else str(s) for s in (found[name] for name in self.columns)]
+            if averaged:
+                value = averages[cost.method]
+                text = NONE if value is None else f"{value:.1f}"
+                best = value is not None and value == max(known) and len(known) > 1
+                cells.append(f"**{text}**" if best else text)
+            lines.append(
+                [
+                    cost.method,
+                    cost.family,
+                    NONE if cost.trainable is None else f"{cost.trainable:,}",
+                    *cells,
+                    NONE if cost.checkpoint_bytes is None else size(cost.checkpoint_bytes),
+                    NONE if cost.step_seconds is None else f"{cost.step_seconds:.3f}",
+                    NONE if cost.peak_memory is None else size(cost.peak_memory),
+                ]
+            )
+        return head, lines
+
+    def _average(self, method: str) -> float | None:
+        """Mean over the columns, shares as per cent; None if one is missing."""
+        scores = [score for score in self.scores if score.method == method]
+        shares = all(abs(s.centre) <= 1 for s in self.scores if s.centre is not None)
+        if not shares or any(score.centre is None for score in scores):
+            return None
+        return 100 * statistics.mean(s.centre for s in scores if s.centre is not None)
+
+    def rates(self) -> tuple[list[str], list[list[str]]]:
+        """Headings and rows of the learning rates that were chosen."""
+        head = ["learning rate", *self.columns]
+        found = {(s.method, s.column): s.learning_rate for s in self.scores}
+        lines = []
+        for cost in self.costs:
+            rates = [found[cost.method, name] for name in self.columns]
+            lines.append([cost.method, *(NONE if rate is None else f"{rate:g}" for rate in rates)])
+        return head, lines
+
+    @property
+    def caption(self) -> str:
+        """What the figures are."""
+        seeds = max((len(s.values) + s.missing for s in self.scores), default=0)
+        return (
+            f"{self.summary.capitalize()} ± standard deviation of {seeds} seed{'s' * (seeds != 1)} on the "
+            f"{self.split} rows, each method at its best learning rate on the validation rows; shares in per "
+            "cent. Trainable parameters and checkpoint include a new head. Seconds a step: median. Peak "
+            "memory: of the run's own process, libraries included."
+        )
+
+    def markdown(self) -> str:
+        """The table and the learning rates."""
+        parts = [self.caption, "", _markdown(*self.rows()), "", _markdown(*self.rates())]
+        if self.failures:
+            parts += ["", "Without a result:", "", *(f"- {line}" for line in self.failures)]
+        return "\n".join(parts) + "\n"
+
+    def write(self, output: str | Path) -> list[Path]:
+        """Write table.md, table.json, and the plot where matplotlib is there.
+
+        Returns:
+            The files.
+
+        Raises:
+            FileError: the folder cannot be written.
+        """
+        from lorica.compare.figure import drawn
+
+        content = {**asdict(self), "versions": versions()}
+        writers: dict[str, Writer] = {
+            **drawn(self),
+            "table.md": lambda path: _text(path, self.markdown()),
+            "table.json": lambda path: _text(path, as_json(plain(content))),
+        }
+        replace_files(Path(output), writers)
+        return [Path(output) / name for name in writers]
+
+
+def summarise(spec: Comparison, plan: Sequence[Cell], results: Results, failures: dict[str, str]) -> Table:
+    """Put the finished runs of a comparison into its table.
+
+    Raises:
+        ConfigError: a task's metric is none that its runs have.
+    """
+    scores: list[Score] = []
+    rows: dict[str, list[Row]] = {method: [] for method in spec.methods}
+    for cell in plan:
+        best = choose(cell, results)
+        runs = cell.at(best) if best is not None else []
+        found = [row for run in runs if (row := results.get(run.key)) is not None]
+        rows[cell.method] += found
+        scores.append(_score(spec, cell, best, [_value(row, spec.split, cell.metric) for row in found]))
+    scores = [_marked(score, scores) for score in scores]
+    costs = [
+        Cost(
+            method,
+            _family(spec, method),
+            entry.series,
+            _most(rows[method], "trainable"),
+            _most(rows[method], "checkpoint_bytes"),
+            _median(rows[method], "step_seconds"),
+            _most(rows[method], "peak_memory"),
+        )
+        for method, entry in spec.methods.items()
+    ]
+    return Table(scores, costs, spec.summary, spec.split, list(failures.values()))
+
+
+def _score(spec: Comparison, cell: Cell, best: Run | None, values: list[float | None]) -> Score:
+    numbers = [value for value in values if value is not None]
+    whole = numbers if numbers and len(numbers) == len(values) else []
+    centre = getattr(statistics, spec.summary)(whole) if whole else None
+    deviation = statistics.stdev(whole) if len(whole) > 1 else None
+    rate = None if best is None else best.rate
+    missing = len(cell.seeds) - len(values)
+    return Score(cell.task, cell.size, cell.metric, cell.method, rate, values, centre, deviation, missing)
+
+
+def _marked(score: Score, scores: list[Score]) -> Score:
+    sign = -1 if lower_is_better(score.metric) else 1
+    rivals = [sign * s.centre for s in scores if s.column == score.column and s.centre is not None]
+    best = score.centre is not None and len(rivals) > 1 and sign * score.centre == max(rivals)
+    return Score(**{**asdict(score), "best": best})
+
+
+def _value(row: Row, split: str, metric: str) -> float | None:
+    scores = row["scores"].get(split, {})
+    if metric not in scores:
+        raise ConfigError(f"there is no metric {metric!r} of the {split} rows; there are: {listing(scores)}")
+    value = scores[metric]
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _family(spec: Comparison, method: str) -> str:
+    if spec.methods[method].few_shot is not None:
+        return "prompting"
+    return family_of(spec.laid(next(iter(spec.tasks)), method).configuration())
+
+
+def _most(rows: list[Row], name: str) -> int | None:
+    return max((row[name] for row in rows if row.get(name) is not None), default=None)
+
+
+def _median(rows: list[Row], name: str) -> float | None:
+    found = [row[name] for row in rows if row.get(name) is not None]
+    return statistics.median(found) if found else None
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

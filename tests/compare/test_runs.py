@@ -1,0 +1,139 @@
+"""Real runs, on tiny things: one in a process of its own, draws of rows, and a comparison that is killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare.spec import METHODS, spec, write
+from datasets import load_dataset
+
+from lorica.cli import main
+from lorica.compare.rows import draw, fingerprint
+from lorica.compare.runs import cells
+from lorica.compare.work import Failed, in_own_process
+from lorica.errors import ConfigError
+from lorica.train import DataConfig
+from lorica.train.data import load
+
+
+def test_a_process_of_its_own(tmp_path: Path) -> None:
+    first, second = (cell.trials[0] for cell in cells(spec(tmp_path), {"mood": "accuracy"}))
+    row = in_own_process(second, tmp_path / "out")
+    assert row["peak_memory"] > 100_000_000
+    assert row["trainable"] == 2 * (4 * 2 * (32 + 32) + 2 * 2 * (32 + 64)) + 2 * 32 + 2
+    assert (row["steps"], row["rows"]["train"], set(row["scores"])) == (5, 40, {"validation", "test"})
+    assert not (tmp_path / "out" / "runs" / second.key).exists()
+    (tmp_path / "rows" / "train.jsonl").unlink()
+    with pytest.raises(Failed, match=r"must hold train.csv|no train split"):
+        in_own_process(first, tmp_path / "out")
+
+
+def test_draws_are_parts_of_one_another(tmp_path: Path) -> None:
+    data = spec(tmp_path).laid("mood", "LoRA").data
+    found: dict[int, list[str]] = {}
+    for rows in (10, 20, 40):
+        drawn = draw("sequence-classification", data, rows, tmp_path / "drawn")
+        splits = load(drawn)
+        assert splits.validation is not None
+        assert splits.test is not None
+        assert (len(splits.train), len(splits.validation), len(splits.test)) == (rows, 12, 12)
+        assert drawn.labels == ["bad", "good"]
+        found[rows] = list(splits.train["text"])
+    assert found[20][:10] == found[10]
+    whole = load_dataset("json", data_files=str(tmp_path / "rows" / "train.jsonl"), split="train")
+    assert sorted(found[40]) == sorted(whole["text"])
+    assert [path.name for path in (tmp_path / "drawn").iterdir() if path.name.startswith(".")] == []
+    with pytest.raises(ConfigError, match="has 40 training rows, fewer than 41"):
+        draw("sequence-classification", data, 41, tmp_path / "drawn")
+
+
+def test_a_draw_without_validation_rows_stays_so(tmp_path: Path) -> None:
+    spec(tmp_path)
+    alone = DataConfig(train=str(tmp_path / "rows" / "train.jsonl"), validation_fraction=0.25)
+    assert len(load(draw("sequence-classification", alone, 10, tmp_path)).validation or ()) == 10
+    alone = DataConfig(train=str(tmp_path / "rows" / "train.jsonl"), validation_fraction=0)
+    assert load(draw("sequence-classification", alone, 10, tmp_path)).validation is None
+
+
+def test_fingerprints(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "train.csv").write_text("x")
+    before = fingerprint(str(folder))
+    (folder / "test.csv").write_text("x")
+    assert fingerprint(str(folder)) != before
+    assert fingerprint(str(folder / "train.csv")) == fingerprint(str(folder / "test.csv"))
+    assert fingerprint("nyu-mll/glue") == "nyu-mll/glue"
+
+
+def outcome(path: Path) -> Any:
+    """A table without what time and memory decide."""
+    table = json.loads(path.read_text())
+    for cost in table["costs"]:
+        del cost["step_seconds"]
+    return table
+
+
+def test_killed_it_goes_on_and_ends_with_the_same_table(tmp_path: Path) -> None:
+    file = write(tmp_path, sizes=[20, "all"])
+    command = ["compare", str(file), "--in_process"]
+    assert main([*command, "--output", str(tmp_path / "whole")]) == 0
+    results = tmp_path / "out" / "results.jsonl"
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "lorica", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        for _ in range(6000):
+            if killed.poll() is not None or (results.exists() and results.read_text().count("\n") >= 3):
+                break
+            time.sleep(0.02)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL
+    lines = results.read_text().splitlines(keepends=True)
+    assert 3 <= len(lines) < 10
+    results.write_text("".join(lines)[:-20])  # the kill might as well have come while a line was written
+    assert main(command) == 0
+    assert outcome(tmp_path / "out" / "table.json") == outcome(tmp_path / "whole" / "table.json")
+    keys = {name: set() for name in ("out", "whole")}
+    for name in keys:
+        text = (tmp_path / name / "results.jsonl").read_text()
+        assert sum('"finished"' in line for line in text.splitlines()) == 10
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written >= {"table.md", "table.json", "results.jsonl"}
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, methods={"LoRA": METHODS["LoRA"]}, seeds=[0])
+    assert main(["compare", str(file), "--counts"]) == 0
+    shown = capsys.readouterr().out
+    assert "reparametrisation" in shown
+    assert f"{2 * (4 * 2 * (32 + 32) + 2 * 2 * (32 + 64)):,}" in shown
+    assert not (tmp_path / "out").exists()
+    assert main(["compare", str(file), "--in_process", "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert (table["summary"], table["split"], len(table["scores"])) == ("mean", "test", 1)
+    assert main(["compare", str(file), "--table"]) == 0
+    assert "LoRA" in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "none.yaml")]) == 1
+    assert "cannot read the comparison" in capsys.readouterr().err
+
+
+def test_the_command_ends_with_1_where_a_run_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = {"training": {"learning_rate": 1e-2, "arguments": {"optim": "none"}}}
+    methods = {"broken": {**METHODS["LoRA"], **training}, "LoRA": METHODS["LoRA"]}
+    file = write(tmp_path, methods=methods, seeds=[0])
+    assert main(["compare", str(file), "--in_process"]) == 1
+    shown = capsys.readouterr().out
+    assert "broken · lr 0.01 · seed 0: FAILED: transformers refuses these training arguments" in shown
+    assert "[2/2] mood · LoRA" in shown
+    assert "failed: mood · broken" in shown
