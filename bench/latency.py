@@ -173,7 +173,7 @@ def heat_map(comparisons: list[harness.Comparison], path: Path) -> None:
         kind: [[over_base(c, f"{kind} r={r}") for c in comparisons] for r in BOTTLENECKS] for kind in kinds
     }
     top = max(value for kind in kinds for row in values[kind] for value in row)
-    image = None
+    image: Any = None
     for axis, kind in zip(axes, kinds, strict=True):
         image = axis.imshow(values[kind], vmin=0, vmax=math.ceil(top), aspect="auto", cmap="viridis")
         for y, row in enumerate(values[kind]):

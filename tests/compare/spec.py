@@ -41,5 +41,5 @@ def spec(folder: Path, **changes: Any) -> Comparison:
 def write(folder: Path, **changes: Any) -> Path:
     """The comparison as a file."""
     path = folder / "compare.yaml"
-    path.write_text(yaml.safe_dump(content(folder, **changes)))
+    path.write_text(yaml.safe_dump(content(folder, **changes), sort_keys=False))
     return path

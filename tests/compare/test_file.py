@@ -141,7 +141,8 @@ def test_the_files_that_come_with_lorica_can_be_read(path: Path) -> None:
 
 
 def test_few_shot_checks_its_fields() -> None:
-    for wrong in ({"words": "yes"}, {"between": 3}, {"calibrate": 1}, {"shots": True}):
+    wrongs: list[dict[str, Any]] = [{"words": "yes"}, {"between": 3}, {"calibrate": 1}, {"shots": True}]
+    for wrong in wrongs:
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             FewShot(**wrong)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lorica.checkpoint.atomic import Writer, replace_files
@@ -17,7 +17,7 @@ from lorica.compare.runs import Cell, Run
 from lorica.config import family_of
 from lorica.errors import ConfigError, listing
 from lorica.train.console import size
-from lorica.train.run import as_json, versions
+from lorica.train.record import as_json, versions
 
 NONE = "–"
 
@@ -246,7 +246,7 @@ def _marked(score: Score, scores: list[Score]) -> Score:
     sign = -1 if lower_is_better(score.metric) else 1
     rivals = [sign * s.centre for s in scores if s.column == score.column and s.centre is not None]
     best = score.centre is not None and len(rivals) > 1 and sign * score.centre == max(rivals)
-    return Score(**{**asdict(score), "best": best})
+    return replace(score, best=best)
 
 
 def _value(row: Row, split: str, metric: str) -> float | None:

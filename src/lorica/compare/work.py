@@ -22,7 +22,8 @@ from lorica.compare.runs import Run
 from lorica.errors import LoricaError
 from lorica.train.fitting import Interrupted
 from lorica.train.memory import peak_memory
-from lorica.train.run import train, versions
+from lorica.train.record import versions
+from lorica.train.run import train
 
 
 class Failed(LoricaError):
