@@ -52,6 +52,7 @@ from lorica.model import prepare_model_for_kbit_training as prepare_model_for_kb
 from lorica.model import preprocess_corda as preprocess_corda
 from lorica.model import preprocess_loraga as preprocess_loraga
 from lorica.model import push_to_hub as push_to_hub
+from lorica.model import replace_lora_weights_loftq as replace_lora_weights_loftq
 from lorica.model import restore as restore
 from lorica.model import save as save
 from lorica.model import switch as switch

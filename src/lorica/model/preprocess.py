@@ -31,7 +31,13 @@ _ORIENTED = ("U_WC", "S_WC", "V_WC")
 
 
 @torch.no_grad()
-def preprocess_corda(model: nn.Module, config: LoraConfig, run_model: Data | None = None) -> None:
+def preprocess_corda(
+    model: nn.Module,
+    config: LoraConfig,
+    run_model: Data | None = None,
+    *,
+    hooked_model: nn.Module | None = None,
+) -> None:
     """Find out along which directions each layer's inputs lie, for ``init_lora_weights="corda"``.
 
     Call it before `adapt`, with the same configuration. A layer's inputs are added up into a covariance
@@ -43,6 +49,8 @@ def preprocess_corda(model: nn.Module, config: LoraConfig, run_model: Data | Non
         config: its `corda_config` says how, and which files to read or write.
         run_model: batches to show the model, or a function that calls it on some: 256 texts of 2,048 tokens
             do for a width of 4,096. None where a file of `corda_config` is there.
+        hooked_model: another model of the same make whose inputs are looked at instead, such as one that is
+            spread over devices; None looks at `model`.
 
     Raises:
         ConfigError: the configuration is not one of CorDA's.
@@ -62,7 +70,7 @@ def preprocess_corda(model: nn.Module, config: LoraConfig, run_model: Data | Non
             found[target.path] = init.Oriented(U, S, V.t())
         root.__dict__[PREPARED] = found
         return
-    covariances = _covariances(model, targets, settings, run_model)
+    covariances = _covariances(hooked_model or model, targets, settings, run_model)
     found = {}
     for target in targets:
         if settings.verbose:
@@ -152,7 +160,7 @@ def _covariances(
     dtype = torch.float16 if settings.use_float16_for_covariance else torch.float32
     sums = {target.path: init.Covariance(dtype) for target in targets}
 
-    modules = {target.path: target.module for target in targets}
+    modules = {target.path: _twin(model, target) for target in targets}
     with (
         as_it_was(model, training=False),
         watching(modules, lambda path, x: _naming(path, sums[path].add, x)),
@@ -162,6 +170,15 @@ def _covariances(
     if file:
         _write(file, found)
     return found
+
+
+def _twin(model: nn.Module, target: Target) -> nn.Module:
+    """The module of this model that a target stands for."""
+    root, _ = find_adapted(model) or (model, None)
+    try:
+        return root.get_submodule(target.path)
+    except AttributeError:
+        raise AdapterError(f"hooked_model has no {target.path}; it must be of the model's own make") from None
 
 
 def _gradients(model: nn.Module, targets: list[Target], train_step: Data) -> dict[str, Tensor]:

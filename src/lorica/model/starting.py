@@ -161,7 +161,8 @@ def check_start(target: Target, config: LoraConfig) -> None:
     if value not in BASE_KEPT and issubclass(layer, LoraOpaque):
         raise TargetError(
             f"{what} starts from W0 itself, and this {kind} packs it or has a forward of its own; adapt the "
-            "base before it is quantized, or take True"
+            "base before it is quantized, or take True; replace_lora_weights_loftq then starts it by LoftQ "
+            "from the unquantized base's files"
         )
     if value in ("eva", "corda", "lora_ga") and issubclass(layer, (LoraAttention, LoraAttentionOutput)):
         raise TargetError(

@@ -10,8 +10,6 @@ from lorica.config import CordaConfig as CordaConfig
 from lorica.config import EvaConfig as EvaConfig
 from lorica.config import LoftQConfig as LoftQConfig
 from lorica.config import LoraGAConfig as LoraGAConfig
-from lorica.model import get_eva_state_dict as get_eva_state_dict
-from lorica.model import initialize_lora_eva_weights as initialize_lora_eva_weights
 from lorica.model import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from lorica.peft.auto import AutoPeftModel as AutoPeftModel
 from lorica.peft.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
@@ -40,6 +38,11 @@ from lorica.peft.peft_model import PeftModelForQuestionAnswering as PeftModelFor
 from lorica.peft.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from lorica.peft.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from lorica.peft.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
+from lorica.peft.starts import get_eva_state_dict as get_eva_state_dict
+from lorica.peft.starts import initialize_lora_eva_weights as initialize_lora_eva_weights
+from lorica.peft.starts import preprocess_corda as preprocess_corda
+from lorica.peft.starts import preprocess_loraga as preprocess_loraga
+from lorica.peft.starts import replace_lora_weights_loftq as replace_lora_weights_loftq
 from lorica.peft.status import get_layer_status as get_layer_status
 from lorica.peft.status import get_model_status as get_model_status
 from lorica.peft.tuner import LoraModel as LoraModel

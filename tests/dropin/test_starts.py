@@ -1,0 +1,174 @@
+"""The starts by PEFT's functions and arguments: the same as lorica's own, on wrapped models."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packing import quantized
+from tiny import VOCABULARY, batch, transformer
+from torch import Tensor, nn
+
+import lorica
+from lorica import peft
+from lorica.errors import AdapterError, ConfigError
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+def batches(n: int = 3) -> list[dict[str, Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, VOCABULARY, (n, 8, 12), generator=draw)
+    return [{"input_ids": x, "labels": x} for x in ids]
+
+
+def factors(model: nn.Module) -> dict[str, Tensor]:
+    adapter = lorica.extract(model).factors
+    return {f"{path}.{side}": getattr(f, side) for path, f in adapter.items() for side in "AB"}
+
+
+def same(one: nn.Module, other: nn.Module) -> None:
+    first, second = factors(one), factors(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+EVA: dict[str, Any] = {"r": 2, "target_modules": TARGETS, "init_lora_weights": "eva"}
+
+
+def eva_config(**more: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(**EVA, eva_config=peft.EvaConfig(rho=1.0, tau=0.9, **more))
+
+
+def test_eva() -> None:
+    ours = lorica.adapt(transformer("llama"), eva_config())
+    lorica.initialize_lora_eva_weights(ours, batches())
+    calls = []
+
+    def forward(model: Any, inputs: Any) -> Any:
+        calls.append(model)
+        return model(**inputs)
+
+    model = peft.get_peft_model(transformer("llama"), eva_config())
+    peft.initialize_lora_eva_weights(model, batches(), None, forward, adapter_name="default")
+    same(model, ours)
+    assert calls
+    for wrapper in (model, transformer("llama")):
+        config = None if wrapper is model else eva_config()
+        found = peft.get_eva_state_dict(wrapper, batches(), config, show_progress_bar=False)
+        other = peft.get_peft_model(transformer("llama"), eva_config())
+        peft.initialize_lora_eva_weights(other, eva_state_dict=found)
+        same(other, ours)
+
+
+@pytest.mark.parametrize("function", [peft.initialize_lora_eva_weights, peft.get_eva_state_dict])
+@pytest.mark.parametrize("name", ["prepare_model_inputs_fn", "prepare_layer_inputs_fn"])
+def test_functions_of_ones_own_for_inputs_are_refused(function: Callable[..., Any], name: str) -> None:
+    model = peft.get_peft_model(transformer("llama"), eva_config())
+    with pytest.raises(ConfigError, match=f"{name} is not carried"):
+        function(model, batches(), **{name: print})
+
+
+def test_corda(tmp_path: Path) -> None:
+    def config() -> peft.LoraConfig:
+        return peft.LoraConfig(
+            r=2,
+            target_modules=TARGETS,
+            init_lora_weights="corda",
+            corda_config=peft.CordaConfig(corda_method="kpm"),
+        )
+
+    ours = transformer("llama")
+    lorica.preprocess_corda(ours, config(), batches())
+    lorica.adapt(ours, config())
+    for hooked in (None, transformer("llama")):
+        base = transformer("llama")
+
+        def run_model(model: nn.Module = base if hooked is None else hooked) -> None:
+            for inputs in batches():
+                model(**inputs)
+
+        peft.preprocess_corda(base, lora_config=config(), run_model=run_model, hooked_model=hooked)
+        same(peft.get_peft_model(base, config()), ours)
+    with pytest.raises(AdapterError, match=r"hooked_model has no model\.layers\.0\.self_attn\.q_proj"):
+        peft.preprocess_corda(transformer("llama"), config(), lambda: None, transformer("bert"))
+
+
+def test_lora_ga(tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=2, target_modules=TARGETS, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()
+    )
+    ours = transformer("llama")
+    lorica.preprocess_loraga(ours, config, batches())
+    lorica.adapt(ours, config)
+    base = transformer("llama")
+
+    def train_step() -> None:
+        for inputs in batches():
+            base(**inputs).loss.backward()
+
+    peft.preprocess_loraga(base, lora_config=config, train_step=train_step, cache_file=str(tmp_path / "g"))
+    same(peft.get_peft_model(base, config), ours)
+    again = transformer("llama")
+    peft.preprocess_loraga(again, config, lambda: None, tmp_path / "g")
+    same(peft.get_peft_model(again, config), ours)
+
+
+def test_loftq_on_a_quantized_base(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, "bitsandbytes")
+    plain = transformer("llama", hidden_size=64, intermediate_size=128)
+    plain.save_pretrained(tmp_path)
+    base = transformer("llama", hidden_size=64, intermediate_size=128)
+    for block in base.model.layers:
+        block.self_attn.q_proj = quantized(block.self_attn.q_proj, "nf4")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    seen = []
+
+    def callback(given: nn.Module, name: str) -> bool:
+        assert given is model
+        seen.append(name)
+        return True
+
+    with torch.no_grad():
+        y = plain(**batch("llama")).logits
+        before = float((model(**batch("llama")).logits - y).norm())
+        peft.replace_lora_weights_loftq(model, model_path=str(tmp_path), callback=callback)
+        assert float((model(**batch("llama")).logits - y).norm()) < before
+    assert seen == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+
+
+class TestSignatures:
+    """The arguments of PEFT's functions, by name and in their order."""
+
+    @pytest.mark.parametrize(
+        ("place", "name"),
+        [
+            ("tuners.lora.eva", "initialize_lora_eva_weights"),
+            ("tuners.lora.eva", "get_eva_state_dict"),
+            ("tuners.lora.corda", "preprocess_corda"),
+            ("tuners.lora.loraga", "preprocess_loraga"),
+            ("utils.loftq_utils", "replace_lora_weights_loftq"),
+        ],
+    )
+    def test_are_the_same(self, place: str, name: str) -> None:
+        pytest.importorskip("peft", reason="needs PEFT: pip install 'lorica[peers]'")
+        theirs = getattr(importlib.import_module(f"peft.{place}"), name)
+        ours = getattr(peft, name)
+        assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+        if "utils" not in place:
+            assert getattr(importlib.import_module(f"lorica.peft.{place}"), name) is ours
+
+    def test_everything_that_the_package_of_lora_exports_and_is_carried(self) -> None:
+        theirs = pytest.importorskip("peft.tuners.lora", reason="needs PEFT: pip install 'lorica[peers]'")
+        ours = importlib.import_module("lorica.peft.tuners.lora")
+        absent = {name for name in theirs.__all__ if not hasattr(ours, name)}
+        assert absent == {
+            *("ArrowConfig", "BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig"),
+            *("GPTQLoraLinear", "convert_to_lora", "save_as_lora", "create_arrow_model"),
+        }
