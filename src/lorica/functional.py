@@ -185,6 +185,69 @@ def _down(x: Tensor, A: Tensor) -> Tensor:
     return (A @ x.t()).t() if x.shape[1] <= _NARROW else x @ A.t()
 
 
+def add_low_rank_(
+    y: Tensor, rows: Tensor, A: Tensor, B: Tensor, scale: float, mask: Tensor | None = None
+) -> Tensor:
+    """Add ``scale · B·A·(mask ⊙ rows)`` to y in place; returns u = A·(mask ⊙ rows), for `low_rank_gradients`.
+
+    Args:
+        y: (tokens, d_out), of whatever stride.
+        rows: (tokens, d_in).
+        A: (r, d_in), cast to y's dtype.
+        B: (d_out, r), likewise.
+        scale: α/r or α/√r, over the share that dropout keeps.
+        mask: what `keep_mask` drew, or None.
+    """
+    kept = rows if mask is None else mask.to(rows.dtype).mul_(rows)
+    u = _down(kept, A.to(y.dtype))
+    y.addmm_(u, B.to(y.dtype).t(), alpha=scale)
+    return u
+
+
+def low_rank_gradients(
+    dy: Tensor,
+    dx: Tensor | None,
+    rows: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    u: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of `add_low_rank_`, by hand: names follow the maths, g = Bᵀ·dy.
+
+    Args:
+        dy: gradient of y (tokens, d_out).
+        dx: gradient of rows as far as it is known, added to in place; None where it is not wanted.
+        rows: as there; None where A's gradient is not wanted.
+        A: as there.
+        B: as there.
+        scale: as there.
+        mask: as there.
+        u: what that returned; None where B's gradient is not wanted.
+
+    Returns:
+        Gradients of A and B in their own dtypes.
+    """
+    lower_A, lower_B = A.to(dy.dtype), B.to(dy.dtype)
+    g = dy @ lower_B
+    kept = None if mask is None else mask.to(dy.dtype)
+    if dx is not None:
+        if kept is None:
+            dx.addmm_(g, lower_A, alpha=scale)
+        else:
+            dx.addcmul_(g @ lower_A, kept, value=scale)
+    dA = dB = None
+    # Products over all tokens are taken as (r × tokens)·(tokens × d): the other order is several times
+    # slower on a CPU. With beta=0 what stands in the first place lends its shape alone.
+    if u is not None:
+        dB = torch.addmm(lower_B.t(), u.t(), dy, beta=0, alpha=scale).t().to(B.dtype)
+    if rows is not None:
+        kept = rows if kept is None else kept.mul_(rows)
+        dA = torch.addmm(lower_A, g.t(), kept, beta=0, alpha=scale).to(A.dtype)
+    return dA, dB
+
+
 class _Sum(NamedTuple):
     """The output of `lora_linear`, and what its backward pass needs; names follow the maths, u = A·x̃."""
 
@@ -200,20 +263,18 @@ def _sum(
 ) -> _Sum:
     rows = x.reshape(-1, x.shape[-1])
     y = F.linear(rows, weight, bias)
-    mask, kept = None, rows
+    mask = None
     if p > 0:
         mask = keep_mask(rows, p)
-        kept = mask.to(rows.dtype).mul_(rows)
         scale /= 1 - drop_rate(p)
-    u = _down(kept, A.to(y.dtype))
-    y.addmm_(u, B.to(y.dtype).t(), alpha=scale)
+    u = add_low_rank_(y, rows, A, B, scale, mask)
     # Not a view to autograd: what follows may work in place on it (`ReLU(inplace=True)`, `x += ...`).
     shaped = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
     return _Sum(shaped, rows, mask, u, scale)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`lora_linear` by hand: u as above, and g = Bᵀ·dy."""
+    """`lora_linear` by hand."""
 
     @staticmethod
     def forward(
@@ -230,31 +291,13 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, weight, A, B, mask, u = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, wants_A, wants_B = ctx.needs_input_grad[:5]
+        wants_x, wants_weight, wants_bias, wants_A = ctx.needs_input_grad[:4]
         dy = dy.reshape(-1, dy.shape[-1])
-        dx = dweight = dbias = dA = dB = None
-        lower_A, lower_B, scale = A.to(dy.dtype), B.to(dy.dtype), ctx.scale
-        g = dy @ lower_B
-        kept = None if mask is None else mask.to(dy.dtype)
-        if wants_x:
-            dx = dy @ weight
-            if kept is None:
-                dx.addmm_(g, lower_A, alpha=scale)
-            else:
-                dx.addcmul_(g @ lower_A, kept, value=scale)
-            dx = dx.view(ctx.shape)
-        # Products over all tokens are taken as (r × tokens)·(tokens × d): the other order is several times
-        # slower on a CPU. With beta=0 what stands in the first place lends its shape alone.
-        if wants_B:
-            dB = torch.addmm(lower_B.t(), u.t(), dy, beta=0, alpha=scale).t().to(B.dtype)
-        if wants_A:
-            kept = rows if kept is None else kept.mul_(rows)
-            dA = torch.addmm(lower_A, g.t(), kept, beta=0, alpha=scale).to(A.dtype)
-        if wants_weight:
-            dweight = dy.t() @ rows
-        if wants_bias:
-            dbias = dy.sum(0)
-        return dx, dweight, dbias, dA, dB, None, None
+        dx = dy @ weight if wants_x else None
+        dA, dB = low_rank_gradients(dy, dx, rows if wants_A else None, A, B, ctx.scale, mask, u)
+        dweight = dy.t() @ rows if wants_weight else None
+        dbias = dy.sum(0) if wants_bias else None
+        return None if dx is None else dx.view(ctx.shape), dweight, dbias, dA, dB, None, None
 
 
 def packed_linear(

@@ -33,13 +33,14 @@ def drawn(report: Report) -> dict[str, Writer]:
     if report.overlap:
         figures["overlap"] = lambda: _overlap(report)
     return {
-        f"{name}.{suffix}": lambda path, draw=draw: _save(draw, path)
+        f"{name}.{suffix}": lambda path, draw=draw: save_figure(draw, path)
         for name, draw in figures.items()
         for suffix in ("png", "svg")
     }
 
 
-def _save(draw: Callable[[], Any], path: Path) -> None:
+def save_figure(draw: Callable[[], Any], path: Path) -> None:
+    """Draw a figure and write it; the same figure is the same file."""
     figure = draw()
     # Without a date and with names that follow from the content, the same report is the same file.
     import matplotlib
@@ -48,7 +49,7 @@ def _save(draw: Callable[[], Any], path: Path) -> None:
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _sheet(count: int, title: str) -> tuple[Any, list[Any]]:
+def sheet(count: int, title: str) -> tuple[Any, list[Any]]:
     """A figure of its own, which no display and no global state knows of."""
     from matplotlib.figure import Figure
 
@@ -69,7 +70,7 @@ def _title(report: Report, path: str) -> str:
 
 def _spectra(report: Report) -> Any:
     names = list(dict.fromkeys(report.spots[path].projection for path in report.spectrum.layers))
-    figure, axes = _sheet(len(names), f"Singular values of the updates of {report.name}")
+    figure, axes = sheet(len(names), f"Singular values of the updates of {report.name}")
     for axis, name in zip(axes, names, strict=True):
         found = [(p, s) for p, s in report.spectrum.layers.items() if report.spots[p].projection == name]
         for i, (_, s) in enumerate(found):
@@ -99,7 +100,7 @@ def _similarity(report: Report) -> Any:
     panels = [(_title(report, p), found.layers[p].phi, "i", "j") for p in paths]
     one = found.layers[paths[0]]
     panels.append(("random Gaussian", random_phi(one.d, *one.phi.shape), "i", "j"))
-    figure, axes = _sheet(len(panels), similarity_title(report))
+    figure, axes = sheet(len(panels), similarity_title(report))
     _heat(figure, axes, panels)
     return figure
 
@@ -107,7 +108,7 @@ def _similarity(report: Report) -> Any:
 def _correlation(report: Report) -> Any:
     found = report.correlation
     assert found is not None
-    figure, axes = _sheet(1, f"A's first {found.rank} directions, each layer with each (appendix H.1)")
+    figure, axes = sheet(1, f"A's first {found.rank} directions, each layer with each (appendix H.1)")
     _heat(figure, axes, [("", found.phi, "layer", "layer")])
     return figure
 
@@ -139,6 +140,6 @@ def _overlap(report: Report) -> Any:
     paths = chosen(report, list(report.overlap))
     panels = [(_title(report, p), report.overlap[p].phi, "i of W", "j of ΔW") for p in paths]
     panels.append(("random", report.overlap[paths[0]].random, "i of W", "j, random"))
-    figure, axes = _sheet(len(panels), "Directions of ΔW among W's strongest (figure 8)")
+    figure, axes = sheet(len(panels), "Directions of ΔW among W's strongest (figure 8)")
     _heat(figure, axes, panels)
     return figure

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,8 @@ def fit(
     console: Console | None = None,
     title: str = "train",
     callbacks: list[TrainerCallback] | None = None,
+    make_trainer: Callable[..., Trainer] = Trainer,
+    hear_interrupts: bool = True,
 ) -> Fit:
     """Train what of a model requires a gradient: an adapter, a head, or everything.
 
@@ -103,6 +107,8 @@ def fit(
         console: where to show progress. None makes one.
         title: what to call it there.
         callbacks: more callbacks.
+        make_trainer: makes the trainer, of `Trainer`'s arguments.
+        hear_interrupts: let Ctrl-C end training with a checkpoint. False leaves signals to the caller.
 
     Returns:
         The trained model and figures of the run.
@@ -123,7 +129,7 @@ def fit(
             extra.append(EarlyStoppingCallback(training.early_stopping_patience))
         if "tensorboard" in training.report_to:
             extra.append(_tensorboard(directory / "tensorboard"))
-        trainer = Trainer(
+        trainer = make_trainer(
             model=model,
             args=args,
             train_dataset=train,
@@ -144,7 +150,7 @@ def fit(
                 find_best(start)
         began = time.perf_counter()
         try:
-            with interruptible(saving, console):
+            with interruptible(saving, console) if hear_interrupts else contextlib.nullcontext():
                 _run(trainer, start, training)
         finally:
             progress.close()

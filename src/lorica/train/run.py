@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from datasets import Dataset
@@ -121,26 +121,29 @@ def train(
     """
     console = console or make_console()
     _check_folder(Path(recipe.output), resume=resume, overwrite=overwrite)
-    _check_start(recipe)
+    check_start(recipe)
     with contextlib.nullcontext() if repeats is None else repeats.threads():
         prepared = prepare(recipe)
         if repeats is not None:
             _compare_start(repeats, prepared, console, changed_data=changed_data)
-        result = _train(prepared, resume=resume, overwrite=overwrite, console=console)
-        Record(
-            recipe=prepared.recipe,
-            data=prepared.data,
-            versions=versions(),
-            machine=machine(),
-            results=dataclasses.asdict(result),
-            adapter_sha256=result.adapter_sha256,
-        ).save(result.output)
+        result = train_prepared(prepared, resume=resume, overwrite=overwrite, console=console)
     if repeats is not None:
         _compare_end(repeats, prepared.recipe, result, console)
     return result
 
 
-def _train(prepared: Prepared, *, resume: bool, overwrite: bool, console: Console) -> Result:
+def train_prepared(
+    prepared: Prepared, *, resume: bool = False, overwrite: bool = False, console: Console, **fitting: Any
+) -> Result:
+    """`train`, from rows that are encoded and a model that is loaded.
+
+    Args:
+        prepared: rows and model; the model is adapted in place.
+        resume: as in `train`.
+        overwrite: as in `train`.
+        console: where to show progress.
+        fitting: more arguments of `fit`.
+    """
     recipe, task = prepared.recipe, prepared.task
     output = writable_directory(recipe.output)
     if resume:
@@ -169,13 +172,14 @@ def _train(prepared: Prepared, *, resume: bool, overwrite: bool, console: Consol
         output,
         resume=resume,
         console=console,
+        **fitting,
     )
     scored = [split for split in ("validation", "test") if split in prepared.splits]
     metrics = {split: done.evaluate(prepared.splits[split].features) for split in scored}
     save(model, output)
     prepared.tokenizer.save_pretrained(output)
     weights = output / "adapter_model.safetensors"
-    return Result(
+    result = Result(
         output=output,
         metrics=metrics,
         steps=done.steps,
@@ -188,6 +192,15 @@ def _train(prepared: Prepared, *, resume: bool, overwrite: bool, console: Consol
         truncated={split: rows.truncated for split, rows in prepared.splits.items()},
         adapter_sha256=sha256_of(weights),
     )
+    Record(
+        recipe=recipe,
+        data=prepared.data,
+        versions=versions(),
+        machine=machine(),
+        results=dataclasses.asdict(result),
+        adapter_sha256=result.adapter_sha256,
+    ).save(output)
+    return result
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -198,6 +211,23 @@ def prepare(recipe: Recipe) -> Prepared:
     Raises:
         LoricaError: something is missing or does not fit. Nothing has been written.
     """
+    read = encode(recipe)
+    model = load_model(read.recipe, read.task, read.tokenizer)
+    return Prepared(read.recipe, read.task, read.tokenizer, model, read.splits, read.data)
+
+
+class Encoding(NamedTuple):
+    """What `Prepared` holds, but for the model."""
+
+    recipe: Recipe
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    splits: dict[str, Encoded]
+    data: dict[str, dict[str, Any]]
+
+
+def encode(recipe: Recipe) -> Encoding:
+    """Read and encode the rows; `prepare` without the model."""
     task = tasks.get(recipe.task)
     check_device(recipe.training)
     splits = sources.load(recipe.data)
@@ -208,11 +238,17 @@ def prepare(recipe: Recipe) -> Prepared:
             name: task.encode(rows, recipe.data, tokenizer, recipe.training.max_length, f"the {name} rows")
             for name, rows in splits.items()
         }
+    data = {name: fingerprint(rows) for name, rows in splits.items()}
+    return Encoding(recipe, task, tokenizer, encoded, data)
+
+
+def load_model(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model of a recipe that `encode` completed, its new head drawn from the recipe's seed."""
+    with quiet():
         transformers.set_seed(recipe.training.seed)
         model = task.model(recipe.model, recipe.data, **quantized_loading(recipe, task))
     task.pad(model, tokenizer)
-    data = {name: fingerprint(rows) for name, rows in splits.items()}
-    return Prepared(recipe, task, tokenizer, model, encoded, data)
+    return model
 
 
 def _compare_start(before: Record, prepared: Prepared, console: Console, *, changed_data: bool) -> None:
@@ -237,7 +273,7 @@ def _compare_end(before: Record, recipe: Recipe, result: Result, console: Consol
     )
 
 
-def _check_start(recipe: Recipe) -> None:
+def check_start(recipe: Recipe) -> None:
     """Refuse a start that looks at data before training, which a recipe has no step for.
 
     Raises:

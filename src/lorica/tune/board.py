@@ -1,0 +1,102 @@
+"""What a search shows: on a terminal a table that is kept up to date, into a pipe a line an event."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from lorica.train.console import duration
+from lorica.tune.journal import Record
+
+
+class Board:
+    """Shows trials. As a context manager, keeps its place on a terminal until the end.
+
+    Args:
+        console: where.
+        rows: trials of which the table on a terminal shows the last.
+    """
+
+    def __init__(self, console: Console, rows: int = 30) -> None:
+        """Show nothing yet."""
+        self.console = console
+        self.rows = rows
+        self._records: dict[str, Record] = {}
+        self._said: dict[str, tuple[Any, ...]] = {}
+        self._live: Live | None = None
+
+    def __enter__(self) -> Board:
+        """Take the place."""
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, auto_refresh=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the last table standing."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def note(self, line: str) -> None:
+        """Say something beside the table."""
+        self.console.print(escape(line), soft_wrap=True)
+
+    def show(self, record: Record) -> None:
+        """A trial moved on."""
+        self._records[record.name] = record
+        if self._live is not None:
+            self._live.update(table(list(self._records.values())[-self.rows :]), refresh=True)
+            return
+        state = (record.status, len(record.evaluations))
+        if self._said.get(record.name) != state:
+            self._said[record.name] = state
+            self.note(line(record))
+
+
+def line(record: Record) -> str:
+    """A trial in one line."""
+    parts = [f"trial {record.name}", record.status]
+    if record.evaluations:
+        last = record.evaluations[-1]
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in _shown(last.metrics))
+        parts.append(f"evaluation {last.time} (epoch {last.epoch:.2f})  {scores}")
+    elif record.values:
+        parts.append(shown_values(record))
+    if record.error:
+        parts.append(record.error.splitlines()[0])
+    return "  ".join(parts)
+
+
+def table(records: list[Record]) -> Table:
+    """Trials in a table: status, values, scores, evaluations, time."""
+    result = Table()
+    for column in ("trial", "status", "values", "scores", "evaluations", "time"):
+        result.add_column(column, overflow="fold")
+    for record in records:
+        last = record.evaluations[-1] if record.evaluations else None
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in _shown(last.metrics)) if last else ""
+        cells = [record.name, record.status, shown_values(record), record.error or scores]
+        cells += [str(last.time), duration(last.seconds)] if last else ["", ""]
+        result.add_row(*map(escape, cells))
+    return result
+
+
+def shown_values(record: Record) -> str:
+    """What distinguishes a trial, in short."""
+    return "  ".join(f"{name.rpartition('.')[2]}={_value(value)}" for name, value in record.values.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _shown(metrics: dict[str, float]) -> list[tuple[str, float]]:
+    names = ("loss", "accuracy", "f1", "perplexity", "pearson", "matthews")
+    return [(name, metrics[name]) for name in names if name in metrics][:3] or list(metrics.items())[:3]

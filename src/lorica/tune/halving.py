@@ -1,0 +1,129 @@
+"""Which trials go on: asynchronous successive halving, the median rule, or all of them.
+
+Times are counted in evaluations from 1, as Ray Tune counts ``training_iteration``, and the rules are Ray
+Tune's, so a search decides alike whether or not Ray runs it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import numpy
+
+from lorica.errors import ConfigError
+
+
+class Scheduler(ABC):
+    """Hears of every evaluation, and says who leaves."""
+
+    @abstractmethod
+    def stops(self, trial: str, time: int, score: float) -> bool:
+        """Whether a trial ends with this evaluation.
+
+        Args:
+            trial: its name.
+            time: how many evaluations it has had, this one included.
+            score: what this one gave; higher is better.
+        """
+
+    def recall(self, trial: str, time: int, score: float) -> None:
+        """Take up an evaluation of a search that is resumed, which was decided on then."""
+        self.stops(trial, time, score)
+
+
+class RunAll(Scheduler):
+    """Every trial runs to its end."""
+
+    def stops(self, trial: str, time: int, score: float) -> bool:
+        """Never."""
+        return False
+
+
+@dataclass
+class Halving(Scheduler):
+    """Asynchronous successive halving (ASHA): at each rung, who is not among the best of those before leaves.
+
+    The first to reach a rung goes on: there is nothing yet to measure it by.
+
+    Args:
+        grace_period: evaluations before the first rung.
+        reduction_factor: the best 1/`reduction_factor` of a rung go on, and each rung is that many times as
+            late as the one before.
+        max_t: evaluations of a whole trial; there are no rungs from there on.
+
+    Source:
+        Li et al., A System for Massively Parallel Hyperparameter Tuning (2020), algorithm 2; the cutoff is
+        the quantile that Ray Tune's AsyncHyperBandScheduler takes.
+    """
+
+    grace_period: int = 1
+    reduction_factor: float = 2.0
+    max_t: int = 100
+    rungs: dict[int, dict[str, float]] = field(init=False)
+    """Rung → trial → its score there."""
+
+    def __post_init__(self) -> None:
+        """Lay out the rungs."""
+        if self.grace_period < 1 or self.max_t < self.grace_period:
+            raise ConfigError(
+                f"grace_period must be from 1 to max_t ({self.max_t}) evaluations, not {self.grace_period}"
+            )
+        if not self.reduction_factor > 1:
+            raise ConfigError(f"reduction_factor must be more than 1, not {self.reduction_factor}")
+        self.rungs = {}
+        k = 0
+        while (rung := int(self.grace_period * self.reduction_factor**k)) < self.max_t:
+            self.rungs[rung] = {}
+            k += 1
+
+    def stops(self, trial: str, time: int, score: float) -> bool:
+        """Whether it falls short at the latest rung that it has reached."""
+        if math.isnan(score):
+            return True
+        for rung in sorted(self.rungs, reverse=True):
+            scores = self.rungs[rung]
+            if time >= rung and trial not in scores:
+                # The first at a rung, and those as good as the best of it, go on.
+                share = 100 * (1 - 1 / self.reduction_factor)
+                short = bool(scores) and score < float(numpy.percentile(list(scores.values()), share))
+                scores[trial] = score
+                return short
+        return False
+
+
+@dataclass
+class Median(Scheduler):
+    """A trial leaves when its best score is worse than the median of the others' running averages.
+
+    Args:
+        grace_period: evaluations from which on it can.
+        min_samples: others that must have come as far.
+
+    Source:
+        Golovin et al., Google Vizier (2017), section 3.2.2.
+    """
+
+    grace_period: int = 1
+    min_samples: int = 3
+    _scores: dict[str, list[float]] = field(default_factory=dict, init=False)
+
+    def stops(self, trial: str, time: int, score: float) -> bool:
+        """Whether its best is below the others' median."""
+        if math.isnan(score):
+            return True
+        own = self._scores.setdefault(trial, [])
+        own.append(score)
+        others = [
+            statistics.fmean(scores[:time])
+            for name, scores in self._scores.items()
+            if name != trial and len(scores) >= time
+        ]
+        if time < self.grace_period or len(others) < self.min_samples:
+            return False
+        return max(own) < statistics.median(others)
+
+
+SCHEDULERS = ("asha", "median", "none")

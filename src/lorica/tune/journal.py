@@ -1,0 +1,155 @@
+"""What a search knows of its trials: a file of JSON lines, one for each evaluation and each end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lorica.errors import FileError, nearest
+
+Status = Literal["waiting", "running", "finished", "stopped", "failed"]
+ENDED: tuple[Status, ...] = ("finished", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A trial's scores at one of its evaluations.
+
+    Args:
+        time: how many it has had, this one included.
+        step: optimizer steps taken.
+        epoch: passes over the training rows.
+        metrics: scores on the validation rows, the loss included.
+        seconds: since the trial began, in the run that made the evaluation.
+        stops: whether the trial was sent away with it.
+    """
+
+    time: int
+    step: int
+    epoch: float
+    metrics: dict[str, float]
+    seconds: float
+    stops: bool = False
+
+
+@dataclass
+class Record:
+    """A trial, as far as it has come.
+
+    Args:
+        name: of the trial.
+        values: what distinguishes it: the searched fields, by their names in a recipe.
+        status: where it stands.
+        evaluations: its scores, in order.
+        error: why it failed.
+        metrics: scores at the end, by split.
+    """
+
+    name: str
+    values: dict[str, Any] = field(default_factory=dict)
+    status: Status = "waiting"
+    evaluations: list[Evaluation] = field(default_factory=list)
+    error: str | None = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def at_best(self, metric: str, mode: str) -> Evaluation | None:
+        """Its best evaluation, the first of equals; None when it has none with a number."""
+        sign = 1 if mode == "max" else -1
+        scored = [each for each in self.evaluations if not math.isnan(score_of(each.metrics, metric))]
+        return max(scored, key=lambda each: sign * score_of(each.metrics, metric), default=None)
+
+    def best(self, metric: str, mode: str) -> float:
+        """Its best score at any evaluation; NaN when it has none."""
+        best = self.at_best(metric, mode)
+        return math.nan if best is None else score_of(best.metrics, metric)
+
+
+def score_of(metrics: Mapping[str, float], metric: str) -> float:
+    """A metric by its name.
+
+    Raises:
+        FileError: there is none of that name; the message lists those there are.
+    """
+    name = metric.removeprefix("eval_")
+    if name not in metrics:
+        raise FileError(
+            f"the evaluation has no metric {name!r}{nearest(name, metrics)}; it has: {', '.join(metrics)}"
+        )
+    return float(metrics[name])
+
+
+class Journal:
+    """The file, and what it says.
+
+    A line is on the disk before what it says takes effect, so a search that is killed at any moment goes on
+    from what was decided. A line cut short by that is dropped.
+
+    Args:
+        path: the file; made with the first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there."""
+        self.path = path
+        self.records: dict[str, Record] = {}
+        if path.is_file():
+            self._read()
+
+    def record(self, name: str) -> Record:
+        """What is known of a trial."""
+        return self.records.setdefault(name, Record(name))
+
+    def begin(self, name: str, values: Mapping[str, Any]) -> Record:
+        """A trial exists, with these values."""
+        if name not in self.records or self.records[name].values != dict(values):
+            self._write({"trial": name, "values": dict(values)})
+        self.record(name).values = dict(values)
+        return self.record(name)
+
+    def evaluated(self, name: str, evaluation: Evaluation) -> None:
+        """A trial was evaluated."""
+        self._write({"trial": name, **vars(evaluation)})
+        self.record(name).evaluations.append(evaluation)
+
+    def ended(self, name: str, status: Status, **more: Any) -> None:
+        """A trial finished, was stopped, or failed."""
+        self._write({"trial": name, "status": status, **more})
+        self._end(name, status, more)
+
+    def _end(self, name: str, status: Status, more: Mapping[str, Any]) -> None:
+        record = self.record(name)
+        record.status, record.error = status, more.get("error")
+        record.metrics = more.get("metrics") or {}
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, default=str) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                self._take(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise FileError(f"{self.path}, line {number} is no line of a search: {error}") from error
+        if whole != text:
+            with self.path.open("r+", encoding="utf-8") as file:
+                file.truncate(len(whole.encode()))
+
+    def _take(self, row: dict[str, Any]) -> None:
+        name = row.pop("trial")
+        if "time" in row:
+            self.record(name).evaluations.append(Evaluation(**row))
+        elif "status" in row:
+            self._end(name, row.pop("status"), row)
+        else:
+            self.record(name).values = row["values"]

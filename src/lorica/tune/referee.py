@@ -1,0 +1,98 @@
+"""Who is better, and who leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lorica.train import tasks
+from lorica.train.recipe import Recipe
+from lorica.tune.halving import RunAll, Scheduler
+from lorica.tune.journal import Evaluation, Journal, Record, Status, score_of
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What makes one trial better than another.
+
+    Args:
+        metric: name of a metric on the validation rows.
+        mode: "max" or "min".
+    """
+
+    metric: str
+    mode: str
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Goal:
+        """A recipe's own: its `metric_for_best`, or its task's."""
+        metric = (recipe.training.metric_for_best or tasks.get(recipe.task).best_metric).removeprefix("eval_")
+        return cls(metric, "min" if metric in ("loss", "perplexity") else "max")
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """The metric, such that higher is better."""
+        value = score_of(metrics, self.metric)
+        return value if self.mode == "max" else -value
+
+
+class Referee:
+    """Writes down what becomes of trials, and decides who leaves.
+
+    Args:
+        journal: where it is written.
+        scheduler: the rule. None lets all finish.
+        goal: metric that the rule looks at. None takes each recipe's own.
+        shows: called with a record when something became of its trial.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        scheduler: Scheduler | None = None,
+        goal: Goal | None = None,
+        shows: Callable[[Record], None] = lambda record: None,
+    ) -> None:
+        """Know of nothing yet."""
+        self.journal = journal
+        self.scheduler = scheduler or RunAll()
+        self.goal = goal
+        self.shows = shows
+        self._recalled: set[str] = set()
+
+    def goal_of(self, recipe: Recipe) -> Goal:
+        """What counts for a recipe."""
+        return self.goal or Goal.of(recipe)
+
+    def begins(self, name: str, recipe: Recipe, values: Mapping[str, object]) -> Record:
+        """A trial exists; what is known of it counts again."""
+        record, goal = self.journal.begin(name, values), self.goal_of(recipe)
+        for each in record.evaluations if name not in self._recalled else ():
+            self.scheduler.recall(name, each.time, goal.score(each.metrics))
+        self._recalled.add(name)
+        self.shows(record)
+        return record
+
+    def runs(self, name: str) -> None:
+        """A trial is under way."""
+        self.journal.record(name).status = "running"
+        self.shows(self.journal.record(name))
+
+    def evaluated(
+        self, name: str, goal: Goal, metrics: Mapping[str, float], step: int, epoch: float, seconds: float
+    ) -> bool:
+        """A trial was evaluated; whether it ends with that."""
+        record = self.journal.record(name)
+        known = next((each for each in record.evaluations if each.step == step), None)
+        if known is not None:  # made again, after a resume from before it
+            return known.stops
+        time = len(record.evaluations) + 1
+        stops = self.scheduler.stops(name, time, goal.score(metrics))
+        self.journal.evaluated(name, Evaluation(time, step, epoch, dict(metrics), round(seconds, 3), stops))
+        self.shows(record)
+        return stops
+
+    def ends(self, name: str, status: Status, **more: object) -> Record:
+        """A trial ended."""
+        self.journal.ended(name, status, **more)
+        self.shows(self.journal.record(name))
+        return self.journal.record(name)

@@ -1,0 +1,101 @@
+"""A model of each trial's own, around the weights that all share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorica.layers import LoraLayer, LoraLinear
+from lorica.layers.linear import LoraConv1D
+from lorica.tune.joint import Segment, joint_linear, segment
+from lorica.tune.lockstep import Lane, Place
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def twin(model: M) -> M:
+    """A copy of a model's modules and buffers that shares every parameter with it."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def share(model: nn.Module, base: nn.Module) -> None:
+    """Let a model use a base's parameters wherever its own have the same values.
+
+    A model loaded anew with another seed differs in its new head alone.
+    """
+    theirs = dict(base.named_parameters())
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            shared = theirs.get(f"{path}.{name}".lstrip("."))
+            if shared is not None and _same(shared, parameter):
+                module._parameters[name] = shared
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+def places_of(base: nn.Module) -> dict[str, int]:
+    """Module path → how early it comes, for `join_layers` of the base's twins."""
+    return {path: order for order, (path, _) in enumerate(base.named_modules())}
+
+
+def join_layers(
+    model: nn.Module, lane: Lane[Any], places: Mapping[str, int], apart: nn.Module | None = None
+) -> None:
+    """Let a model's frozen linear layers be computed together with those of other lanes, in training.
+
+    Args:
+        model: a twin, adapted.
+        lane: of its training.
+        places: of the base's modules; adapters add others.
+        apart: a module to leave alone, such as the head of a language model, whose loss calls it in pieces.
+    """
+    for path, module in model.named_modules():
+        if path in places and module is not apart and _is_joint(module):
+            vars(module)["forward"] = partial(_forward, module, lane, places[path])
+
+
+def _is_joint(module: nn.Module) -> bool:
+    if isinstance(module, LoraLayer):
+        known = module.mixin() in (LoraLinear, LoraConv1D) and module.base_class in (nn.Linear, Conv1D)
+    else:
+        known = type(module) in (nn.Linear, Conv1D)
+    return known and "forward" not in vars(module)
+
+
+def _forward(module: nn.Module, lane: Lane[Any], order: int, x: Tensor) -> Tensor:
+    """The layer's own forward in evaluation and where it is not frozen; else the lanes' together."""
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    assert weight is not None
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    part = None if trained or not torch.is_grad_enabled() else _segment(module, x)
+    if part is None:
+        return type(module).forward(module, x)
+    # A base that quantization, a start or trained biases changed for one lane is not the others'.
+    place = Place(order, (order, id(weight), id(bias), x.dtype), partial(_serve, module, weight, bias))
+    return lane.meet(place, part)
+
+
+def _segment(module: nn.Module, x: Tensor) -> Segment | None:
+    """The lane's rows and its update; None where that is more than a product of two factors."""
+    if not isinstance(module, LoraLinear):
+        return Segment(x)
+    names = module.acting()
+    if not names:
+        return Segment(x)
+    plain = len(names) == 1 and module.ratio(names[0]) is None and module.shift(names[0]) is None
+    return segment(x, *module.update_of(names[0])) if plain else None
+
+
+def _serve(
+    module: nn.Module, weight: Tensor, bias: Tensor | None, segments: Sequence[Segment]
+) -> tuple[Tensor, ...]:
+    stored_transposed = isinstance(module, (Conv1D, LoraConv1D))
+    return joint_linear(segments, weight.t() if stored_transposed else weight, bias)

@@ -1,0 +1,94 @@
+"""The rules against the papers' and Ray Tune's own, evaluation by evaluation."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+
+from lorica.errors import ConfigError
+from lorica.tune import Halving, Median, RunAll
+
+
+def scores(trials: int, times: int, seed: int) -> dict[tuple[int, str], float]:
+    """Scores of interleaved trials, by time and trial."""
+    draw = random.Random(seed)
+    return {(time, f"t{i}"): draw.random() for time in range(1, times + 1) for i in range(trials)}
+
+
+@pytest.mark.parametrize(("grace", "factor", "max_t"), [(1, 2, 10), (2, 3, 20), (1, 4, 5)])
+def test_halving_as_ray_decides(grace: int, factor: int, max_t: int) -> None:
+    pytest.importorskip("ray", reason="needs lorica[tune]")
+    from ray.tune.experiment import Trial
+    from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+    theirs = AsyncHyperBandScheduler(
+        metric="score", mode="max", grace_period=grace, reduction_factor=factor, max_t=max_t
+    )
+    ours = Halving(grace_period=grace, reduction_factor=factor, max_t=max_t)
+    trials = {f"t{i}": Trial("x", stub=True, trial_id=f"t{i}") for i in range(8)}
+    for trial in trials.values():
+        theirs.on_trial_add(None, trial)  # type: ignore[arg-type]
+    gone, stops = set(), 0
+    for (time, name), score in scores(8, max_t - 1, seed=grace).items():
+        if name in gone:
+            continue
+        said = theirs.on_trial_result(
+            None,  # type: ignore[arg-type]
+            trials[name],
+            {"training_iteration": time, "score": score},
+        )
+        assert ours.stops(name, time, score) == (said == TrialScheduler.STOP)
+        if said == TrialScheduler.STOP:
+            gone.add(name)
+            stops += 1
+    assert 0 < stops < 8
+
+
+def test_halving_by_hand() -> None:
+    rule = Halving(grace_period=1, reduction_factor=2, max_t=4)
+    assert sorted(rule.rungs) == [1, 2]
+    # The first has nothing to be measured by; 0.5 is the median of what came before each.
+    assert [rule.stops(*at) for at in [("a", 1, 0.5), ("b", 1, 0.4), ("c", 1, 0.5)]] == [False, True, False]
+    assert rule.rungs[1] == {"a": 0.5, "b": 0.4, "c": 0.5}
+    assert not rule.stops("a", 2, 0.1)
+    assert rule.stops("c", 2, 0.0)
+    assert not rule.stops("a", 3, -1.0), "between rungs nobody leaves"
+
+
+def test_the_median_by_hand() -> None:
+    rule, gone = Median(grace_period=2, min_samples=3), []
+    seen: dict[str, list[float]] = {}
+    for (time, name), score in scores(6, 5, seed=3).items():
+        if name in gone:
+            continue
+        seen.setdefault(name, []).append(score - int(name[1:]) / 4)
+        others = [statistics.fmean(s[:time]) for n, s in seen.items() if n != name and len(s) >= time]
+        expected = time >= 2 and len(others) >= 3 and max(seen[name]) < statistics.median(others)
+        assert rule.stops(name, time, seen[name][-1]) == expected
+        if expected:
+            gone.append(name)
+    assert gone
+
+
+def test_not_a_number_leaves_and_does_not_count() -> None:
+    rule = Halving()
+    assert rule.stops("nan", 1, math.nan)
+    assert rule.rungs[1] == {}
+    assert Median().stops("nan", 1, math.nan)
+    assert not RunAll().stops("nan", 1, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"grace_period": 0}, "grace_period must be from 1 to max_t"),
+        ({"grace_period": 5, "max_t": 4}, "from 1 to max_t \\(4\\) evaluations, not 5"),
+        ({"reduction_factor": 1}, "reduction_factor must be more than 1, not 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(values: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Halving(**values)
