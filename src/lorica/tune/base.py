@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from transformers import PreTrainedModel
 
 from lorica.train import tasks
 from lorica.train.recipe import Recipe
 from lorica.train.run import Encoding, Prepared, encode, load_model
+from lorica.train.tasks import Task
 from lorica.tune.joining import base_of
 from lorica.tune.shipping import Shipped
 from lorica.tune.twin import places_of, share, twin
@@ -47,7 +48,7 @@ class SharedBase:
     def shipped(self) -> tuple[Any, ...]:
         """What has been loaded, for `unpacked` in another process."""
         # A task in a file of the user's has no module that could be imported there.
-        rows = {length: read._replace(task=None) for length, read in self._rows.items()}
+        rows = {length: read._replace(task=cast(Task, None)) for length, read in self._rows.items()}
         return self.key, rows, {seed: Shipped.of(model) for seed, model in self._models.items()}
 
     @classmethod
