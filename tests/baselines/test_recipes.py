@@ -73,6 +73,7 @@ def test_from_a_recipe_to_an_answer(name: str, place: Path, capsys: pytest.Captu
     assert train(recipe, resume=True).steps == 5
     assert (output / "adapter_model.safetensors").read_bytes() == written
 
+    capsys.readouterr()
     assert main(["info", str(output), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     given = BASELINES[name]
