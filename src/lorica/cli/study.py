@@ -1,4 +1,4 @@
-"""``lorica study``: what an adapter learned."""
+"""``lorica study``: what an adapter learned; ``lorica study forget``: what that cost elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def parser() -> Parser:
     result = Parser(
         "study",
         description="Study an adapter: spectra and effective ranks, amplification, advice. "
-        "Writes a page that opens offline, its figures as PNG and SVG, and all numbers as JSON.",
+        "Writes a page that opens offline, its figures as PNG and SVG, and all numbers as JSON. "
+        "`lorica study forget --help` is for what training cost on other data.",
     )
     add = result.add_argument
     add("adapter", type=str, help="folder with the adapter, lorica's or PEFT's; or a checkpoint of loralib's")
@@ -27,17 +28,28 @@ def parser() -> Parser:
     add("--alpha", type=float | None, help="lora_alpha of a checkpoint of loralib's; it is not in the file")
     add("--energy", type=float, default=0.99, help="share of each layer's energy to keep (default: 0.99)")
     add("--budget", type=int | None, help="the most parameters that the advice may propose")
+    add("--cut", type=str | None, help="folder, new or empty, for the adapter at the ranks that are advised")
     return result
 
 
 def run(argv: list[str]) -> int:
     """Study, write, and print the advice."""
+    if argv[:1] == ["forget"]:
+        from lorica.cli import forget
+
+        return forget.run(argv[1:])
     parsed: Any = parser().parse_args(argv)
 
+    from lorica.algebra import error
+    from lorica.cli.updates import check_new, save_and_show
+    from lorica.errors import AdapterError
+    from lorica.study import cut
     from lorica.study.report import gather, write_report
 
+    out = check_new(parsed.cut) if parsed.cut else None
+    adapter = read(parsed.adapter, parsed.alpha)
     report = gather(
-        read(parsed.adapter, parsed.alpha),
+        adapter,
         name=_name(parsed.adapter),
         base=parsed.base,
         against=None if parsed.against is None else read(parsed.against, parsed.alpha),
@@ -51,6 +63,11 @@ def run(argv: list[str]) -> int:
     if report.advice is not None:
         print(report.advice)
     print(f"wrote {page}")
+    if out is not None:
+        if report.advice is None:
+            raise AdapterError(f"{parsed.adapter} has learned nothing, so there is nothing to cut it to")
+        smaller = cut(adapter, report.advice)
+        save_and_show(smaller, error(smaller, [adapter]), out, parsed.adapter)
     return 0
 
 

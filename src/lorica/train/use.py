@@ -107,7 +107,7 @@ def evaluate(directory: str | Path, test: str | None = None) -> dict[str, float]
         encoded = trained.task.encode(
             rows, recipe.data, trained.tokenizer, recipe.training.max_length, "the test rows"
         )
-    with _trainer(trained) as trainer:
+    with scoring(trained) as trainer:
         return {**score(trainer, encoded.features), "rows": len(encoded)}
 
 
@@ -147,7 +147,7 @@ def predict(directory: str | Path, texts: Sequence[str] | str | Path) -> list[di
         encoded = task.encode(
             rows, recipe.data, trained.tokenizer, recipe.training.max_length, "the rows", labelled=False
         )
-        with _trainer(trained) as trainer:
+        with scoring(trained) as trainer:
             outputs = trainer.predict(encoded.features).predictions  # type: ignore[arg-type]
     # An image has no form in JSON; its path has.
     columns = [
@@ -158,7 +158,7 @@ def predict(directory: str | Path, texts: Sequence[str] | str | Path) -> list[di
     return [{**row, **said} for row, said in zip(given, answers, strict=True)]
 
 
-class _trainer:
+class scoring:
     """A trainer that only scores and predicts, and leaves no folder behind."""
 
     def __init__(self, trained: Trained) -> None:

@@ -1,0 +1,212 @@
+"""What training took from a model: how it does on other data, before and after.
+
+A language model is scored on the other data as it stands: the loss of their tokens. An encoder that was
+trained to classify has a head for its own task alone, so what is asked is whether its features still tell the
+other classes apart: logistic regression on the mean of the last hidden states, fitted and scored once with
+the base's features and once with those of the trained model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from lorica.config import method_of
+from lorica.errors import ConfigError, FileError
+from lorica.model import disabled
+from lorica.train import data as sources
+from lorica.train import tasks
+from lorica.train.data import Splits
+from lorica.train.fitting import score
+from lorica.train.quiet import quiet
+from lorica.train.recipe import DataConfig
+from lorica.train.record import Record
+from lorica.train.tasks.texts import TextTask
+from lorica.train.use import Trained, open_run, scoring
+
+PROBE, LOSS = "probe accuracy", "loss"
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What one run learned, and what it cost elsewhere.
+
+    Args:
+        run: its folder.
+        method: how it was trained: ``"lora"``, ``"full"``, ...
+        parameters: that trained.
+        metric: its task's own, such as ``"accuracy"``.
+        learned: its score on its own test rows, or on validation rows where it has none.
+        other_metric: ``"loss"`` or ``"probe accuracy"``, on the other data.
+        before: the base's score there.
+        after: the trained model's.
+    """
+
+    run: str
+    method: str
+    parameters: int
+    metric: str
+    learned: float
+    other_metric: str
+    before: float
+    after: float
+
+    @property
+    def forgotten(self) -> float:
+        """How much worse it became on the other data; below zero where it became better."""
+        return self.after - self.before if self.other_metric == LOSS else self.before - self.after
+
+
+def forgetting(runs: Sequence[str | Path], other: DataConfig) -> list[Forgetting]:
+    """Score trained models, and the bases they came from, on data that they were not trained for.
+
+    Args:
+        runs: folders that `train` filled, of one task; LoRA and other methods may stand side by side.
+        other: the other data. A probe is fitted on its training rows and scored on its test rows, or on
+            validation rows where it has none; of a language model the loss is taken on these alone.
+
+    Raises:
+        FileError: a folder or the rows are missing.
+        ConfigError: the runs are of different tasks, or of one whose forgetting is not measured; or the rows
+            do not have the columns that are needed.
+    """
+    if not runs:
+        raise ConfigError("name at least one folder of `lorica train`")
+    found: list[Forgetting] = []
+    for run in runs:
+        trained = open_run(run)
+        if found and trained.task.best_metric != found[0].metric:
+            raise ConfigError(
+                f"{run} was trained for {trained.task.best_metric}, {found[0].run} for {found[0].metric}; "
+                "runs are compared on one task"
+            )
+        results = Record.load(run).results
+        learned = _learned(results, run, trained.task.best_metric)
+        metric, before, after = _elsewhere(trained, other)
+        found.append(
+            Forgetting(
+                run=str(run),
+                method=method_of(trained.recipe.configuration()),
+                parameters=results["trainable"],
+                metric=trained.task.best_metric,
+                learned=learned,
+                other_metric=metric,
+                before=before,
+                after=after,
+            )
+        )
+    return found
+
+
+def at_equal_score(found: Sequence[Forgetting]) -> list[Forgetting]:
+    """Of each method the run that comes nearest to the best score that all of them reach.
+
+    Forgetting grows with learning, so methods are compared where they have learned as much; with several runs
+    of each (other rates, ranks or durations) that is possible. How near they came is in `learned`.
+
+    Args:
+        found: what `forgetting` returned, of at least two methods.
+
+    Raises:
+        ConfigError: they are of one method.
+    """
+    methods = list(dict.fromkeys(each.method for each in found))
+    if len(methods) < 2:
+        raise ConfigError(f"all runs are of one method, {methods}; name a run of another beside it")
+    sign = -1 if found[0].metric == LOSS else 1
+    level = min(max(sign * each.learned for each in found if each.method == method) for method in methods)
+    return [
+        min(
+            (each for each in found if each.method == method),
+            key=lambda each: (abs(sign * each.learned - level), each.forgotten),
+        )
+        for method in methods
+    ]
+
+
+def _elsewhere(trained: Trained, other: DataConfig) -> tuple[str, float, float]:
+    """The metric, and its value for the base and for the trained model."""
+    if not trained.task.reads_outputs:
+        measure, name = _loss, LOSS
+    elif isinstance(trained.task, TextTask):
+        measure, name = _probe, PROBE
+    else:
+        raise ConfigError(
+            f"forgetting is measured of language models and of models that classify texts, not for "
+            f"{trained.recipe.task}"
+        )
+    splits = sources.load(other)
+    with disabled(trained.model):
+        before = measure(trained, other, splits)
+    return name, before, measure(trained, other, splits)
+
+
+def _loss(trained: Trained, other: DataConfig, splits: Splits) -> float:
+    """Mean over all target tokens."""
+    data = trained.task.resolve(splits, other)
+    with quiet(), scoring(trained) as trainer:
+        rows = trained.task.encode(
+            _held_out(splits), data, trained.tokenizer, trained.recipe.training.max_length, "the other rows"
+        )
+        return score(trainer, rows.features)["loss"]
+
+
+def _probe(trained: Trained, other: DataConfig, splits: Splits) -> float:
+    """Share of rows whose class logistic regression finds from the encoder's features."""
+    task = tasks.get("sequence-classification")
+    data = task.resolve(splits, other)
+    sides: list[tuple[Tensor, list[int]]] = []
+    for rows, where in ((splits.train, "the training rows"), (_held_out(splits), "the rows to score")):
+        encoded = task.encode(
+            rows, data, trained.tokenizer, trained.recipe.training.max_length, where
+        ).features
+        sides.append((_features(trained, encoded), encoded["labels"]))
+    (learn, known), (held, true) = sides
+    probe: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    probe.fit(learn.numpy(), known)
+    return float(probe.score(held.numpy(), true))
+
+
+@torch.no_grad()
+def _features(trained: Trained, rows: Dataset) -> Tensor:
+    """The mean of each row's last hidden states, its padding left out: (rows, width) in float64."""
+    encoder: Any = trained.model.base_model
+    collate = trained.task.collator(trained.tokenizer)
+    columns = [name for name in rows.column_names if name not in ("labels", "length")]
+    batch = trained.recipe.training.eval_batch_size
+    found = []
+    for start in range(0, len(rows), batch):
+        part = rows.select_columns(columns)[start : start + batch]
+        count = len(part["input_ids"])
+        inputs = collate([{name: part[name][i] for name in columns} for i in range(count)]).to(
+            trained.model.device
+        )
+        states = encoder(**inputs).last_hidden_state.double()
+        there = inputs["attention_mask"].unsqueeze(-1).double()
+        found.append(((states * there).sum(1) / there.sum(1)).cpu())
+    return torch.cat(found)
+
+
+def _held_out(splits: Splits) -> Dataset:
+    """Rows that nothing was fitted on."""
+    rows = splits.test if splits.test is not None else splits.validation
+    if rows is None:
+        raise FileError("the other data have neither test nor validation rows; name some with --data.test")
+    return rows
+
+
+def _learned(results: dict[str, Any], run: str | Path, metric: str) -> float:
+    """A run's score on rows that it did not learn from."""
+    scored = results["metrics"].get("test") or results["metrics"].get("validation")
+    if not scored:
+        raise FileError(f"{run} was scored on no rows; train it with test or validation rows")
+    return scored[metric]
