@@ -13,6 +13,7 @@ import torch
 from study import made
 
 import lorica
+from lorica import study
 from lorica.checkpoint import loralib
 from lorica.cli import main
 from lorica.errors import AdapterError, FileError
@@ -145,6 +146,13 @@ def test_the_command(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert "q of layer 0: this adapter used" in out
     assert (tmp_path / "out" / "index.html").is_file()
+    cut = tmp_path / "cut"
+    assert main([*argv, "--budget", "400", "--cut", str(cut)]) == 0
+    advised = study.advise(trained(0), budget=400)
+    kept = {path: layer.rank for path, layer in advised.layers.items() if layer.rank}
+    assert {path: f.r for path, f in lorica.read(cut).factors.items()} == kept
+    assert main([*argv, "--cut", str(cut)]) == 1
+    assert "is not empty" in capsys.readouterr().err
     assert main([*argv, "--budget", "3"]) == 1
     assert "buys no direction" in capsys.readouterr().err
 
