@@ -7,6 +7,7 @@ left out of more and more of the lowest blocks.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import statistics
@@ -36,11 +37,12 @@ def main() -> None:
     """Measure the grid and AdapterDrop, draw the heat map, publish."""
     options = harness.options(__doc__, rounds=TRIALS)
     models = {name: model.to(options.device).eval() for name, model in contestants().items()}
+    left_out = {name: model.to(options.device).eval() for name, model in dropped().items()}
+    gc.freeze()  # the collection before each of thousands of turns would take longer than they do
     comparisons = [
         harness.alternate(shape, turns(models, rows, length), reference="base", options=options)
         for shape, (rows, length) in SHAPES.items()
     ]
-    left_out = {name: model.to(options.device).eval() for name, model in dropped().items()}
     dropping = harness.alternate(
         "×".join(map(str, DROPPED_SHAPE)), turns(left_out, *DROPPED_SHAPE), reference="base", options=options
     )
@@ -51,7 +53,7 @@ def main() -> None:
         title="Latency of adapter layers and of LoRA",
         claim=claim(comparisons, dropping),
         tables=[grid_table(comparisons), drop_table(dropping)],
-        data=harness.seconds([*comparisons, dropping]),
+        data=[*map(milliseconds, comparisons), {**milliseconds(dropping), "of": "AdapterDrop"}],
         settings={"decoder": f"GPT-2 shape, {LAYERS}×{WIDTH}, no head", "r of LoRA": R, "targets": "c_attn"},
         device=options.device,
         rounds=options.rounds,
@@ -116,6 +118,20 @@ def noise(comparison: harness.Comparison) -> float:
     return 100 * comparison.spread("base") / comparison.median("base")
 
 
+def milliseconds(comparison: harness.Comparison) -> dict[str, Any]:
+    """What all trials of a shape come to, in milliseconds."""
+    found = {
+        name: {
+            "mean": round(1e3 * statistics.mean(seconds), 4),
+            "deviation": round(1e3 * statistics.stdev(seconds), 4),
+            "median": round(1e3 * comparison.median(name), 4),
+            "over base, %": round(over_base(comparison, name), 2),
+        }
+        for name, seconds in comparison.seconds.items()
+    }
+    return {"shape": comparison.setting, "trials": len(comparison.seconds["base"]), "models": found}
+
+
 def grid_table(comparisons: list[harness.Comparison]) -> dict[str, Any]:
     """The paper's table 1: a column a shape."""
     names = list(comparisons[0].seconds)
@@ -158,7 +174,7 @@ def claim(comparisons: list[harness.Comparison], dropping: harness.Comparison) -
     return (
         f"LoRA merged is within {abs(merged):.1f} % of the base everywhere (trials of the base itself differ "
         f"by up to {max(map(noise, comparisons)):.1f} %); unmerged it costs up to {unmerged:.0f} %, AdapterL "
-        f"to {worst['AdapterL']:.0f} % and AdapterH up to {worst['AdapterH']:.0f} %. With adapters left out "
+        f"{worst['AdapterL']:.0f} %, AdapterH {worst['AdapterH']:.0f} %. With adapters left out "
         f"of the lowest blocks one after another, the cost of AdapterP falls from {cost[0]:.1f} % to "
         f"{cost[-1]:.1f} % ({falls} of {LAYERS - 1} steps down)."
     )
