@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "adapt a real model to a real task, beside full fine-tuning; no download, a few minutes",
     "train": "train an adapter from a recipe, a file of rows or a Hub data set",
     "compare": "methods × tasks × seeds from one file, to the LoRA paper's table and plot",
+    "tune": "search for the best rank, targets, learning rate, ... of a recipe",
     "evaluate": "score a trained adapter",
     "predict": "use a trained adapter on a text or a file of them",
     "merge": "fold an adapter into its base: a plain checkpoint, as fast as the base",

@@ -1,4 +1,4 @@
-"""Many adapters trained at once over one frozen base.
+"""Search: many adapters trained at once over one frozen base, and Ray Tune above it.
 
 Names are imported when first used, as in `lorica.train`.
 """
@@ -20,25 +20,46 @@ if TYPE_CHECKING:
     from lorica.tune.journal import Evaluation as Evaluation
     from lorica.tune.journal import Record as Record
     from lorica.tune.population import Population as Population
+    from lorica.tune.ramping import Ramp as Ramp
+    from lorica.tune.ramping import RampConfig as RampConfig
+    from lorica.tune.ramping import ramp as ramp
     from lorica.tune.referee import Goal as Goal
+    from lorica.tune.searching import SearchConfig as SearchConfig
+    from lorica.tune.searching import SearchResult as SearchResult
+    from lorica.tune.searching import reopen as reopen
+    from lorica.tune.searching import search as search
+    from lorica.tune.space import Dimension as Dimension
+    from lorica.tune.space import Space as Space
 
 _PLACES = {
     "halving": ("Halving", "Median", "RunAll", "Scheduler"),
     "journal": ("Evaluation", "Record"),
     "population": ("Population",),
+    "ramping": ("Ramp", "RampConfig", "ramp"),
     "referee": ("Goal",),
+    "searching": ("SearchConfig", "SearchResult", "reopen", "search"),
+    "space": ("Dimension", "Space"),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
 __all__ = [
+    "Dimension",
     "Evaluation",
     "Goal",
     "Halving",
     "Median",
     "Population",
+    "Ramp",
+    "RampConfig",
     "Record",
     "RunAll",
     "Scheduler",
+    "SearchConfig",
+    "SearchResult",
+    "Space",
+    "ramp",
+    "reopen",
+    "search",
 ]
 
 

@@ -1,0 +1,387 @@
+"""A search: trials from a space, trained together or by Ray, the best of them kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from lorica.errors import ConfigError, LoricaError, listing, nearest
+from lorica.train import tasks
+from lorica.train.console import make_console
+from lorica.train.files import writable_directory, write_atomically
+from lorica.train.recipe import Recipe
+from lorica.train.run import RECIPE
+from lorica.tune.figures import write_figures
+from lorica.tune.halving import SCHEDULERS, Halving, Median, RunAll, Scheduler
+from lorica.tune.joining import shared_fields, why_alone
+from lorica.tune.journal import ENDED, Journal, Record
+from lorica.tune.population import JOURNAL, TRIALS, Population
+from lorica.tune.referee import Goal
+from lorica.tune.results import trials_table, write_table
+from lorica.tune.samplers import ALGORITHMS, Sampler, make_sampler
+from lorica.tune.space import Space, documents
+
+SEARCH = "search.json"
+BEST = "best"
+ENGINES = ("auto", "population", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How to search.
+
+    Args:
+        trials: how many, where the space has as many.
+        algorithm: "random", "tpe" (Optuna's), or "grid" (all combinations of choices).
+        scheduler: who leaves early: "asha" (successive halving), "median" or "none".
+        grace_period: evaluations before a trial can leave.
+        reduction_factor: ASHA lets the best 1/`reduction_factor` of a rung go on.
+        max_t: evaluations of a whole trial, for ASHA's rungs. None takes the recipe's, one an epoch.
+        metric: metric on the validation rows that decides. None takes the recipe's or its task's.
+        mode: "max" or "min". None knows by the metric's name.
+        small: search for few trained parameters too, as a second objective of "tpe".
+        time_budget: seconds after which no more is trained; what has not ended can be resumed. None has no
+            end.
+        seed: of the draws. The recipe's own seed is that of training.
+        engine: "population" trains the trials together in this process; "ray" gives each a process of Ray
+            Tune's; "auto" takes the population where the trials differ only in what can be joint and no
+            cluster is named.
+        slots: trials at once; for Ray, as many as the resources allow if there are fewer of those.
+        resources: of each trial under Ray, such as ``{"cpu": 2, "gpu": 0.5}``. None is one CPU.
+        address: of a Ray cluster, "auto" for the one this machine belongs to. None starts Ray here.
+        retries: times that Ray takes up a trial whose process died.
+    """
+
+    trials: int = 20
+    algorithm: str = "random"
+    scheduler: str = "asha"
+    grace_period: int = 1
+    reduction_factor: float = 2.0
+    max_t: int | None = None
+    metric: str | None = None
+    mode: str | None = None
+    small: bool = False
+    time_budget: float | None = None
+    seed: int = 0
+    engine: str = "auto"
+    slots: int = 8
+    resources: dict[str, float] | None = None
+    address: str | None = None
+    retries: int = 3
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: one cannot be.
+        """
+        for name, known in (
+            ("algorithm", ALGORITHMS),
+            ("scheduler", SCHEDULERS),
+            ("engine", ENGINES),
+            ("mode", ("max", "min", None)),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                hint = nearest(str(value), [each for each in known if each])
+                raise ConfigError(f"{name} must be one of {known}, not {value!r}{hint}")
+        for name, least in (("trials", 1), ("slots", 1), ("retries", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.time_budget is not None and not self.time_budget > 0:
+            raise ConfigError(f"time_budget must be more than 0 seconds, not {self.time_budget}")
+        if self.small and self.algorithm != "tpe":
+            raise ConfigError(f"small is a second objective, which {self.algorithm!r} cannot use; take 'tpe'")
+
+    def rule(self, recipe: Recipe) -> Scheduler:
+        """The scheduler, for trials as long as a recipe's."""
+        if self.scheduler == "none":
+            return RunAll()
+        if self.scheduler == "median":
+            return Median(grace_period=self.grace_period)
+        evaluations = 100 if recipe.training.eval_steps else math.ceil(recipe.training.epochs)
+        longest = self.max_t or max(evaluations, self.grace_period)
+        return Halving(self.grace_period, self.reduction_factor, longest)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search came to.
+
+    Args:
+        directory: its folder.
+        goal: what decided.
+        records: all trials.
+        best: the best that finished, or None.
+    """
+
+    directory: Path
+    goal: Goal
+    records: list[Record] = field(repr=False)
+    best: Record | None
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the best trial's own adapter and recipe are, as `lorica.train.train` leaves them."""
+        return None if self.best is None else self.directory / BEST
+
+
+def search(
+    recipe: Recipe,
+    space: Space | Mapping[str, Any] | None = None,
+    directory: str | Path = "runs/tune",
+    config: SearchConfig | None = None,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+) -> SearchResult:
+    """Search a space around a recipe.
+
+    The folder ends up with ``results.jsonl`` (a line for each evaluation and each end), ``trials.csv``,
+    ``figures/``, a folder of each trial under ``trials/``, and ``best/``: the adapter of the best trial that
+    finished, from its own best checkpoint, not trained anew, with the recipe that makes it.
+
+    Args:
+        recipe: what all trials have in common.
+        space: what is searched. None is what LoRA's tutorials search: learning rate, rank, targets, dropout.
+        directory: folder to write.
+        config: how to search; defaults if None.
+        resume: go on with the search that the folder holds; it must be the same. Trials that ended stay,
+            the others go on from their newest checkpoints.
+        console: where to show progress. None makes one.
+
+    Raises:
+        ConfigError: the space, the recipe or the configuration cannot be used; nothing was started then.
+        LoricaError: the folder holds another search.
+    """
+    config, console = config or SearchConfig(), console or make_console()
+    space = space if isinstance(space, Space) else Space(space) if space else _documents(recipe)
+    goal = _goal(recipe, config)
+    recipe = recipe.replace(training={"metric_for_best": goal.metric})
+    space.check(recipe)
+    _check_validated(recipe, config)
+    sampler = make_sampler(config.algorithm, space, config.seed, 2 if config.small else 1)
+    reason = _why_apart(recipe, space)
+    engine = config.engine
+    if engine == "auto":
+        engine = "population" if reason is None and config.address is None else "ray"
+    directory = Path(directory)
+    _check_same(directory, recipe, space, config, resume=resume)
+    writable_directory(directory)
+    write_atomically(directory / SEARCH, _settings(recipe, space, config))
+    console.print(_announced(engine, config, reason), soft_wrap=True)
+
+    trials = _Trials(recipe, space, sampler, config, goal)
+    ends = math.inf if config.time_budget is None else time.monotonic() + config.time_budget
+    options: dict[str, Any] = {
+        "scheduler": config.rule(recipe),
+        "goal": goal,
+        "values": lambda name, recipe: trials.values[name],
+        "console": console,
+        "told": trials.told,
+    }
+    if engine == "population":
+        population = Population(trials, directory, slots=config.slots, **options)
+        trials.recall(population.journal)
+        records = population.run(resume=True, until=lambda: time.monotonic() > ends)
+    else:
+        from lorica.tune.on_ray import RaySearch
+
+        runner = RaySearch(trials, recipe, directory, config, **options)
+        trials.recall(runner.journal)
+        records = runner.run(ends)
+    result = SearchResult(directory, goal, records, best_of(records, goal))
+    keep_best(result)
+    write_table(result.records, directory, goal)
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("no figures: matplotlib is not installed; it comes with: pip install 'lorica[study]'")
+    else:
+        write_figures(result.records, space, goal, directory)
+    console.print(trials_table(result.records, goal))
+    if result.best is None:
+        console.print("no trial finished with a score, so there is no best")
+    return result
+
+
+def best_of(records: list[Record], goal: Goal) -> Record | None:
+    """The trial that finished with the best score; NaN never wins, and of equals the first does."""
+    finished = [
+        r for r in records if r.status == "finished" and not math.isnan(r.best(goal.metric, goal.mode))
+    ]
+    sign = 1 if goal.mode == "max" else -1
+    return max(finished, key=lambda record: sign * record.best(goal.metric, goal.mode), default=None)
+
+
+def keep_best(result: SearchResult) -> None:
+    """Copy the best trial's folder, checkpoints and logs left out, to ``best/``; whole, or not at all."""
+    if result.best is None:
+        return
+    target = result.directory / BEST
+    with tempfile.TemporaryDirectory(dir=result.directory, prefix=".best") as stage:
+        copy = Path(stage) / BEST
+        left_out = shutil.ignore_patterns("checkpoints", "tensorboard", "log.txt")
+        shutil.copytree(result.directory / TRIALS / result.best.name, copy, ignore=left_out)
+        Recipe.load(copy / RECIPE).replace(output=str(target)).save(copy / RECIPE)
+        if target.exists():
+            target.rename(Path(stage) / "before")
+        copy.rename(target)
+
+
+class _Trials(Iterator[tuple[str, Recipe]]):
+    """Names and recipes, made when a slot is free, and what was told of them."""
+
+    def __init__(
+        self, recipe: Recipe, space: Space, sampler: Sampler, config: SearchConfig, goal: Goal
+    ) -> None:
+        self.values: dict[str, dict[str, Any]] = {}
+        self.journal: Journal | None = None
+        self._recipe, self._space, self._sampler = recipe, space, sampler
+        self._config, self._goal = config, goal
+        self._index = 0
+        self._told: set[str] = set()
+
+    def __next__(self) -> tuple[str, Recipe]:
+        """The next trial: one that was made before, as it was, or a new one."""
+        assert self.journal is not None
+        while self._index < self._config.trials:
+            name = f"{self._index:03d}"
+            known = self.journal.records.get(name)
+            values = known.values if known is not None else self._sampler.values(self._index)
+            if values is None:
+                break
+            self._index += 1
+            self.values[name] = dict(values)
+            try:
+                return name, self._space.recipe(self._recipe, values)
+            except (LoricaError, TypeError, ValueError) as error:  # values that do not go together
+                if known is None or known.status not in ENDED:
+                    self.journal.begin(name, values)
+                    self.journal.ended(name, "failed", error=f"{type(error).__name__}: {error}")
+                    self.told(self.journal.record(name))
+        raise StopIteration
+
+    def recall(self, journal: Journal) -> None:
+        """Take the search's journal, and tell the sampler of the trials that ended before."""
+        self.journal = journal
+        for record in journal.records.values():
+            if record.status in ENDED:
+                self.told(record)
+
+    def told(self, record: Record) -> None:
+        """Tell the sampler what a trial came to: its best score, and how few parameters it trains."""
+        if record.name in self._told:
+            return
+        self._told.add(record.name)
+        score = record.best(self._goal.metric, self._goal.mode)
+        scores = [score if self._goal.mode == "max" else -score]
+        if self._config.small:
+            last = record.evaluations[-1].metrics if record.evaluations else {}
+            scores.append(-last.get("parameters", math.nan))
+        self._sampler.tell(record.values, scores if record.status != "failed" else [math.nan] * len(scores))
+
+
+def _documents(recipe: Recipe) -> Space:
+    from lorica.tune.targets import query_and_value
+
+    return documents(*query_and_value(recipe))
+
+
+def _goal(recipe: Recipe, config: SearchConfig) -> Goal:
+    own = Goal.of(recipe)
+    if config.metric is None:
+        return Goal(own.metric, config.mode or own.mode)
+    metric = config.metric.removeprefix("eval_")
+    return Goal(metric, config.mode or ("min" if metric in ("loss", "perplexity") else "max"))
+
+
+def _check_validated(recipe: Recipe, config: SearchConfig) -> None:
+    data = recipe.data
+    if data.validation is None and data.validation_fraction == 0 and not Path(data.train).is_dir():
+        raise ConfigError(
+            "a search needs validation rows; give data.validation, or a data.validation_fraction above 0"
+        )
+    tasks.get(recipe.task)
+
+
+def _why_apart(recipe: Recipe, space: Space) -> str | None:
+    """Why the trials of a space cannot share a base; None if they can."""
+    apart = [name for name in space.searched if not shared_fields(name)]
+    if apart:
+        return f"{listing(apart)} changes the base, the rows or how the base is computed"
+    return why_alone(recipe)
+
+
+def _announced(engine: str, config: SearchConfig, reason: str | None) -> str:
+    if engine == "population":
+        joint = "share one base in this process" if reason is None else "run in this process"
+        return f"up to {config.trials} trials, {config.slots} at once, {joint}"
+    where = config.address or "this machine"
+    why = f"because {reason}" if reason is not None else "as was asked"
+    return f"up to {config.trials} trials, each in a process of Ray on {where}, {why}"
+
+
+def _settings(recipe: Recipe, space: Space, config: SearchConfig) -> str:
+    dimensions = {name: {d.kind: d.given} for name, d in space.dimensions.items()}
+    content = {
+        "recipe": dataclasses.asdict(recipe),
+        "space": dimensions,
+        "search": dataclasses.asdict(config),
+    }
+    return json.dumps(content, indent=2, default=str) + "\n"
+
+
+_FREE = ("trials", "time_budget", "slots", "resources", "address", "retries", "engine")
+"""What may differ when a search is resumed: how much of it, and where."""
+
+
+def _check_same(directory: Path, recipe: Recipe, space: Space, config: SearchConfig, *, resume: bool) -> None:
+    there = directory / SEARCH
+    if not there.is_file():
+        if (directory / JOURNAL).exists() or (directory / TRIALS).exists():
+            raise LoricaError(f"{directory} holds trials, but no {SEARCH}; choose another folder")
+        return
+    if not resume:
+        raise LoricaError(
+            f"{directory} holds a search already. Continue it with --resume, or choose another folder"
+        )
+    before, now = json.loads(there.read_text(encoding="utf-8")), json.loads(_settings(recipe, space, config))
+    changed = [
+        f"{part}.{key} was {before[part].get(key)!r}, now {now[part].get(key)!r}"
+        for part in now
+        for key in {**before[part], **now[part]}
+        if before[part].get(key) != now[part].get(key) and not (part == "search" and key in _FREE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"the search in {directory} was started otherwise: {listing(changed)}. Resume it as it was with: "
+            f"lorica tune --resume {directory}"
+        )
+
+
+def reopen(directory: str | Path) -> tuple[Recipe, Space, SearchConfig]:
+    """What a search in a folder was started with.
+
+    Raises:
+        LoricaError: there is none.
+    """
+    path = Path(directory) / SEARCH
+    if not path.is_file():
+        raise LoricaError(f"{directory} holds no search: there is no {path}")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:  # through the reader that knows nested fields
+        file = Path(folder) / RECIPE
+        file.write_text(yaml.safe_dump(content["recipe"]), encoding="utf-8")
+        recipe = Recipe.load(file)
+    return recipe, Space(content["space"]), SearchConfig(**content["search"])

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lorica.cli import main
+from lorica.errors import ConfigError, LoricaError
+from lorica.train import Recipe, evaluate
+from lorica.tune import Evaluation, Goal, RampConfig, Record, SearchConfig, Space, ramp, reopen, search
+from lorica.tune.figures import write_figures
+from lorica.tune.population import Population
+from lorica.tune.searching import best_of
+from lorica.tune.targets import query_and_value
+
+Make = Callable[..., Recipe]
+SPACE = {
+    "training.learning_rate": {"loguniform": [1e-6, 3e-2]},
+    "method.r": {"choice": [1, 2, 4]},
+    "method.lora_alpha": {"tied": "2*r"},
+}
+
+
+def silent() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def config() -> SearchConfig:
+    return SearchConfig(trials=4, slots=2, metric="loss", max_t=2)
+
+
+def test_a_search_from_end_to_end(make_recipe: Make, tmp_path: Path, config: SearchConfig) -> None:
+    recipe, output = make_recipe(batch_size=8), io.StringIO()
+    found = search(recipe, SPACE, tmp_path / "s", config, console=Console(file=output, width=200))
+    assert [record.name for record in found.records] == ["000", "001", "002", "003"]
+    assert all(record.values["method.r"] in (1, 2, 4) for record in found.records)
+    assert found.goal == Goal("loss", "min")
+    finished = [record for record in found.records if record.status == "finished"]
+    assert found.best is min(finished, key=lambda record: record.best("loss", "min"))
+    # What is in best/ is that trial's own adapter, and can be used.
+    assert found.folder is not None
+    assert found.best is not None
+    kept, own = (
+        folder / "adapter_model.safetensors" for folder in (found.folder, trial(tmp_path, found.best))
+    )
+    assert kept.read_bytes() == own.read_bytes()
+    made = Recipe.load(found.folder / "recipe.yaml")
+    assert made.method.r == found.best.values["method.r"]
+    assert made.method.lora_alpha == 2 * made.method.r
+    assert made.output == str(found.folder)
+    assert not (found.folder / "checkpoints").exists()
+    test = found.best.metrics["test"]
+    assert evaluate(found.folder)["accuracy"] == pytest.approx(test["accuracy"])
+    # The table has every trial; the figures are there; the console says how it was done.
+    with (tmp_path / "s" / "trials.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert table[0]["trial"] == min(found.records, key=lambda record: record.best("loss", "min")).name
+    assert {row["status"] for row in table} <= {"finished", "stopped"}
+    figures = {path.name for path in (tmp_path / "s" / "figures").iterdir()}
+    assert {"scores.png", "scores.svg", "coordinates.png", "ranks.svg"} <= figures
+    assert "share one base in this process" in output.getvalue()
+    # Again, to the letter.
+    again = search(recipe, SPACE, tmp_path / "t", config, console=silent())
+    assert [record.values for record in again.records] == [record.values for record in found.records]
+    lines = [row.get("metrics") for row in rows(tmp_path / "s" / "results.jsonl")]
+    assert [row.get("metrics") for row in rows(tmp_path / "t" / "results.jsonl")] == lines
+
+
+def trial(directory: Path, record: Record | None) -> Path:
+    assert record is not None
+    return directory / "s" / "trials" / record.name
+
+
+def test_a_search_is_resumed_as_it_was(make_recipe: Make, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="needs lorica[tune]")
+    recipe = make_recipe(epochs=1, max_steps=2)
+    config = SearchConfig(trials=3, algorithm="tpe", scheduler="none", small=True, time_budget=1e-9)
+    none = search(recipe, SPACE, tmp_path / "s", config, console=silent())
+    assert none.best is None
+    with pytest.raises(LoricaError, match="holds a search already"):
+        search(recipe, SPACE, tmp_path / "s", config, console=silent())
+    other = SearchConfig(trials=3, algorithm="random", scheduler="none")
+    with pytest.raises(ConfigError, match=r"search\.algorithm was 'tpe', now 'random'"):
+        search(recipe, SPACE, tmp_path / "s", other, resume=True, console=silent())
+    kept, space, before = reopen(tmp_path / "s")
+    assert before == config
+    done = search(
+        kept,
+        space,
+        tmp_path / "s",
+        SearchConfig(trials=3, algorithm="tpe", scheduler="none", small=True),
+        resume=True,
+        console=silent(),
+    )
+    assert [record.status for record in done.records] == ["finished"] * 3
+    assert all(record.evaluations[0].metrics["parameters"] > 0 for record in done.records)
+    with pytest.raises(LoricaError, match="holds no search"):
+        reopen(tmp_path)
+
+
+def test_values_that_do_not_go_together_fail_alone(make_recipe: Make, tmp_path: Path) -> None:
+    space = {
+        "method.r": {"choice": [1, 2]},
+        "method.target_modules": {"choice": [["query"], ["nothing"]]},
+        "training.eval_batch_size": {"tied": "4 // (2 * r - 3 + 1)"},
+    }
+    recipe = make_recipe(epochs=1, max_steps=1)
+    with pytest.raises(ConfigError, match="has no value"):
+        search(recipe, space, tmp_path / "refused", console=silent())
+    assert not (tmp_path / "refused").exists()
+    del space["training.eval_batch_size"]
+    config = SearchConfig(algorithm="grid", scheduler="none")
+    found = search(recipe, space, tmp_path / "s", config, console=silent())
+    assert [record.status for record in found.records] == ["finished", "failed"] * 2
+    assert "nothing" in (found.records[1].error or "")
+
+
+def test_not_a_number_never_wins() -> None:
+    def record(name: str, status: Any, *losses: float) -> Record:
+        made = [Evaluation(i, i, 0.0, {"loss": loss}, 0.0) for i, loss in enumerate(losses, 1)]
+        return Record(name, status=status, evaluations=made)
+
+    records = [
+        record("nan", "finished", math.nan),
+        record("worse", "finished", 0.5, math.nan),
+        record("stopped", "stopped", 0.1),
+        record("none", "failed"),
+    ]
+    for mode in ("min", "max"):
+        best = best_of(records, Goal("loss", mode))
+        assert best is not None
+        assert best.name == "worse"
+    assert best_of([records[0], records[3]], Goal("loss", "min")) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"algorithm": "tep"}, "algorithm must be one of .* not 'tep'; did you mean 'tpe'"),
+        ({"scheduler": "hyperband"}, "scheduler must be one of"),
+        ({"trials": 0}, "trials must be at least 1, not 0"),
+        ({"mode": "best"}, "mode must be one of"),
+        ({"time_budget": 0}, "time_budget must be more than 0 seconds"),
+        ({"small": True}, "which 'random' cannot use; take 'tpe'"),
+    ],
+)
+def test_what_cannot_be_searched_with_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SearchConfig(**values)
+
+
+def test_no_validation_rows_are_refused(make_recipe: Make, tiny_data: Path, tmp_path: Path) -> None:
+    rows = {"train": str(tiny_data / "train.jsonl"), "validation_fraction": 0.0}
+    with pytest.raises(ConfigError, match="needs validation rows"):
+        search(make_recipe().replace(data=rows), SPACE, tmp_path / "s", console=silent())
+
+
+def test_the_model_is_asked_for_its_projections(make_recipe: Make) -> None:
+    assert query_and_value(make_recipe()) == ("query", "value")
+
+
+def test_figures_without_much_to_draw(tmp_path: Path) -> None:
+    space, goal = Space(SPACE), Goal("loss", "min")
+    assert write_figures([Record("a")], space, goal, tmp_path) == []
+    values = {"training.learning_rate": 1e-3, "method.r": 2}
+    one = Record("a", values, "finished", [Evaluation(1, 1, 1.0, {"loss": 0.5}, 1.0)])
+    assert write_figures([one], space, goal, tmp_path) == ["scores", "coordinates"]
+
+
+def test_the_share_that_a_field_explains(tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="needs lorica[tune]")
+    records = [
+        Record(
+            str(i),
+            {"training.learning_rate": 10 ** (-2 - i % 5), "method.r": (1, 2, 4)[i % 3]},
+            "finished",
+            [Evaluation(1, 1, 1.0, {"loss": float(i % 3)}, 1.0)],
+        )
+        for i in range(15)
+    ]
+    from lorica.tune.figures import importance
+
+    shares = importance(records, Space(SPACE), Goal("loss", "min"))
+    assert list(shares) == ["method.r", "training.learning_rate"]
+    assert shares["method.r"] > 0.8
+
+
+def test_the_ramp_ends_where_a_doubling_no_longer_pays(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {1: 0.5, 2: 0.7, 4: 0.8, 8: 0.801, 16: 0.9}
+    trained: list[tuple[int, float]] = []
+    original = Population._train
+
+    def pretended(self: Any, name: str, recipe: Recipe, *args: Any, **options: Any) -> Any:
+        trained.append((recipe.method.r, recipe.method.lora_alpha))
+        goal = self._referee.goal_of(recipe)
+        metrics = {"accuracy": scores[recipe.method.r], "parameters": 10.0 * recipe.method.r}
+        self._referee.evaluated(name, goal, metrics, 1, 1.0, 0.0)
+        raise RuntimeError("no need to train")
+
+    monkeypatch.setattr(Population, "_train", pretended)
+    found = ramp(make_recipe(), tmp_path / "ramp", RampConfig(gain=0.01), console=silent())
+    assert trained == [(1, 2), (2, 4), (4, 8), (8, 16)]
+    assert found.r == 4
+    assert "take r=4: r=8 adds less than 0.01" in str(found)
+    assert (tmp_path / "ramp" / "ramp.svg").is_file()
+    assert ramp(make_recipe(), tmp_path / "ramp", RampConfig(gain=0.01), console=silent()) == found
+    assert len(trained) == 4, "ranks that the folder holds are not trained again"
+    monkeypatch.setattr(Population, "_train", original)
+    real = ramp(make_recipe(epochs=1, max_steps=1), tmp_path / "b", RampConfig(limit=2), console=silent())
+    assert [step.r for step in real.steps] == [1, 2]
+    assert real.r in (1, 2)
+
+
+def test_the_command(make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, space = tmp_path / "recipe.yaml", tmp_path / "space.yaml"
+    make_recipe(epochs=1, max_steps=1).save(recipe)
+    space.write_text("method.r: {choice: [1, 2]}\n")
+    out = str(tmp_path / "out")
+    options = ["--space", str(space), "--algorithm", "grid", "--scheduler", "none", "--out", out]
+    assert main(["tune", str(recipe), *options]) == 0
+    said = capsys.readouterr().out
+    assert "2 trials by accuracy" in said
+    assert "its own adapter and recipe are in" in said
+    assert main(["tune", "--resume", out]) == 0
+    assert main(["tune", str(recipe), "--resume", out]) == 1
+    assert "leave them out" in capsys.readouterr().err
+    space.write_text("method.rr: {choice: [1, 2]}\n")
+    assert main(["tune", str(recipe), "--space", str(space), "--out", str(tmp_path / "x")]) == 1
+    assert "did you mean 'method.r'" in capsys.readouterr().err
+    assert main(["tune", str(recipe), "--ramp", "--rank.limit", "1", "--out", str(tmp_path / "ramp")]) == 0
+    assert "take r=1" in capsys.readouterr().out
