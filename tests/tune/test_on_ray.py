@@ -122,14 +122,15 @@ def test_a_shipped_model_computes_the_same_and_cannot_be_written_to() -> None:
         vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
     )
     model = BertForSequenceClassification(config).bfloat16().eval()
-    dense = model.bert.encoder.layer[0].attention.self.query
-    model.classifier.weight, model.classifier.bias = dense.weight, dense.bias  # tied
+    place = "bert.encoder.layer.0.attention.self.query.weight"
+    model.classifier = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
+    model.classifier.weight = model.get_parameter(place)  # tied
     shipped = Shipped.of(model)
     for array, _, _ in shipped.weights:
         array.flags.writeable = False
     there = shipped.model()
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(there(ids).logits, model(ids).logits)
-    assert there.classifier.weight is there.bert.encoder.layer[0].attention.self.query.weight
+    assert there.classifier.weight is there.get_parameter(place)
     assert not any(parameter.requires_grad for parameter in there.parameters())
     assert len(shipped.modules) < 60_000

@@ -14,7 +14,18 @@ from rich.console import Console
 from lorica.cli import main
 from lorica.errors import ConfigError, LoricaError
 from lorica.train import Recipe, evaluate
-from lorica.tune import Evaluation, Goal, RampConfig, Record, SearchConfig, Space, ramp, reopen, search
+from lorica.tune import (
+    Evaluation,
+    Goal,
+    Halving,
+    RampConfig,
+    Record,
+    SearchConfig,
+    Space,
+    ramp,
+    reopen,
+    search,
+)
 from lorica.tune.figures import write_figures
 from lorica.tune.population import Population
 from lorica.tune.searching import best_of
@@ -159,6 +170,25 @@ def test_not_a_number_never_wins() -> None:
 def test_what_cannot_be_searched_with_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SearchConfig(**values)
+
+
+def test_rungs_reach_as_far_as_thelongest_trial(make_recipe: Make) -> None:
+    from lorica.tune.samplers import make_sampler
+    from lorica.tune.searching import longest, notes
+
+    config, recipe = SearchConfig(trials=3, max_t=20), make_recipe(epochs=2)
+    for epochs, most in ((8, 8), ({"choice": [3, 9]}, 9), ({"tied": "4*r"}, 4)):
+        space = Space({**SPACE, "training.epochs": epochs})
+        made = longest(recipe, space)
+        assert made.training.epochs == most
+        rule = SearchConfig().rule(made)
+        assert isinstance(rule, Halving)
+        assert max(rule.rungs) < most <= 2 * max(rule.rungs) + 1
+    assert "max_t is 20, and a trial has 2 evaluations" in next(
+        notes(recipe, make_sampler("random", Space(SPACE), 0), config)
+    )
+    grid = make_sampler("grid", Space({"method.r": {"choice": [1, 2, 4, 8]}}), 0)
+    assert next(notes(recipe, grid, config)) == "the grid has 4 combinations; the first 3 are tried (trials)"
 
 
 def test_no_validation_rows_are_refused(make_recipe: Make, tiny_data: Path, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
+from lorica.cli import INTERRUPTED
 from lorica.cli.parsing import Parser
 from lorica.errors import ConfigError
 
@@ -45,7 +48,7 @@ def run(argv: list[str]) -> int:
     """Search, and show what came of it."""
     from lorica.train.console import make_console
     from lorica.train.recipe import Recipe
-    from lorica.tune import RampConfig, SearchConfig, Space, ramp, reopen, search
+    from lorica.tune import SearchConfig, Space, ramp, reopen, search
 
     command = parser()
     parsed: Any = command.parse_args(argv)
@@ -55,22 +58,23 @@ def run(argv: list[str]) -> int:
     if parsed.ramp:
         values = command.instantiate(parsed)
         recipe = Recipe.load(parsed.recipe) if parsed.recipe is not None else Recipe()
-        settings = RampConfig(**vars(values.rank)) if not isinstance(values.rank, RampConfig) else values.rank
-        advised = ramp(recipe, parsed.out, settings, console=console)
+        advised = ramp(recipe, parsed.out, values.rank, console=console)
         console.print(str(advised), soft_wrap=True)
         return 0
     if parsed.resume is not None:
         recipe, space, config = reopen(parsed.resume)
         out = parsed.resume
     else:
-        import dataclasses
-
         recipe = Recipe.load(parsed.recipe) if parsed.recipe is not None else Recipe()
         space = Space.load(parsed.space) if parsed.space is not None else None
         values = command.instantiate(parsed)
         config = SearchConfig(**{item.name: values[item.name] for item in dataclasses.fields(SearchConfig)})
         out = parsed.out
-    result = search(recipe, space, out, config, resume=parsed.resume is not None, console=console)
+    try:
+        result = search(recipe, space, out, config, resume=parsed.resume is not None, console=console)
+    except KeyboardInterrupt:
+        print(f"interrupted; resume with: lorica tune --resume {shlex.quote(str(out))}", file=sys.stderr)
+        return INTERRUPTED
     if result.folder is None:
         return 1
     assert result.best is not None

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from lorica.tune.ramping import RampConfig as RampConfig
     from lorica.tune.ramping import ramp as ramp
     from lorica.tune.referee import Goal as Goal
-    from lorica.tune.searching import SearchConfig as SearchConfig
     from lorica.tune.searching import SearchResult as SearchResult
-    from lorica.tune.searching import reopen as reopen
     from lorica.tune.searching import search as search
+    from lorica.tune.settings import SearchConfig as SearchConfig
+    from lorica.tune.settings import reopen as reopen
     from lorica.tune.space import Dimension as Dimension
     from lorica.tune.space import Space as Space
 
@@ -37,7 +37,8 @@ _PLACES = {
     "population": ("Population",),
     "ramping": ("Ramp", "RampConfig", "ramp"),
     "referee": ("Goal",),
-    "searching": ("SearchConfig", "SearchResult", "reopen", "search"),
+    "searching": ("SearchResult", "search"),
+    "settings": ("SearchConfig", "reopen"),
     "space": ("Dimension", "Space"),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}

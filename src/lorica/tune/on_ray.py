@@ -30,7 +30,7 @@ from lorica.tune.ray_trial import train_trial
 from lorica.tune.referee import Goal, Referee
 
 if TYPE_CHECKING:
-    from lorica.tune.searching import SearchConfig
+    from lorica.tune.settings import SearchConfig
 
 
 class RaySearch:

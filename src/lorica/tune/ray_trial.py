@@ -42,8 +42,10 @@ def train_trial(config: dict[str, Any], *, base: Any, directory: str) -> None:
         recipe = _recipe(config["recipe"]).replace(output=str(folder))
         check_start(recipe)
         # A trial on another model or other rows loads its own.
-        shared = base is not None and base[0] == base_of(recipe) and recipe.quantization is None
-        prepared = _base(base).prepared(recipe) if shared else prepare(recipe)
+        if base is not None and base[0] == base_of(recipe) and recipe.quantization is None:
+            prepared = _base(base).prepared(recipe)
+        else:
+            prepared = prepare(recipe)
         with (folder / LOG).open("a", encoding="utf-8") as log:
             result = train_prepared(
                 prepared,

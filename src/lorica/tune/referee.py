@@ -27,12 +27,17 @@ class Goal:
     def of(cls, recipe: Recipe) -> Goal:
         """A recipe's own: its `metric_for_best`, or its task's."""
         metric = (recipe.training.metric_for_best or tasks.get(recipe.task).best_metric).removeprefix("eval_")
-        return cls(metric, "min" if metric in ("loss", "perplexity") else "max")
+        return cls(metric, mode_of(metric))
 
     def score(self, metrics: Mapping[str, float]) -> float:
         """The metric, such that higher is better."""
         value = score_of(metrics, self.metric)
         return value if self.mode == "max" else -value
+
+
+def mode_of(metric: str) -> str:
+    """Whether more of a metric is better ("max") or less ("min")."""
+    return "min" if metric in ("loss", "perplexity", "ter") else "max"
 
 
 class Referee:

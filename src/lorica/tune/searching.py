@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import json
 import math
 import shutil
 import tempfile
@@ -14,106 +12,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
-from lorica.errors import ConfigError, LoricaError, listing, nearest
+from lorica.errors import ConfigError, LoricaError, listing
 from lorica.train import tasks
 from lorica.train.console import make_console
 from lorica.train.files import writable_directory, write_atomically
 from lorica.train.recipe import Recipe
 from lorica.train.run import RECIPE
 from lorica.tune.figures import write_figures
-from lorica.tune.halving import SCHEDULERS, Halving, Median, RunAll, Scheduler
 from lorica.tune.joining import shared_fields, why_alone
 from lorica.tune.journal import ENDED, Journal, Record
-from lorica.tune.population import JOURNAL, TRIALS, Population
-from lorica.tune.referee import Goal
+from lorica.tune.population import TRIALS, Population
+from lorica.tune.referee import Goal, mode_of
 from lorica.tune.results import trials_table, write_table
-from lorica.tune.samplers import ALGORITHMS, Sampler, make_sampler
+from lorica.tune.samplers import GridSampler, Sampler, make_sampler
+from lorica.tune.settings import SEARCH, SearchConfig, check_same, settings
 from lorica.tune.space import Space, documents
 
-SEARCH = "search.json"
 BEST = "best"
-ENGINES = ("auto", "population", "ray")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """How to search.
-
-    Args:
-        trials: how many, where the space has as many.
-        algorithm: "random", "tpe" (Optuna's), or "grid" (all combinations of choices).
-        scheduler: who leaves early: "asha" (successive halving), "median" or "none".
-        grace_period: evaluations before a trial can leave.
-        reduction_factor: ASHA lets the best 1/`reduction_factor` of a rung go on.
-        max_t: evaluations of a whole trial, for ASHA's rungs. None takes the recipe's, one an epoch.
-        metric: metric on the validation rows that decides. None takes the recipe's or its task's.
-        mode: "max" or "min". None knows by the metric's name.
-        small: search for few trained parameters too, as a second objective of "tpe".
-        time_budget: seconds after which no more is trained; what has not ended can be resumed. None has no
-            end.
-        seed: of the draws. The recipe's own seed is that of training.
-        engine: "population" trains the trials together in this process; "ray" gives each a process of Ray
-            Tune's; "auto" takes the population where the trials differ only in what can be joint and no
-            cluster is named.
-        slots: trials at once; for Ray, as many as the resources allow if there are fewer of those.
-        resources: of each trial under Ray, such as ``{"cpu": 2, "gpu": 0.5}``. None is one CPU.
-        address: of a Ray cluster, "auto" for the one this machine belongs to. None starts Ray here.
-        retries: times that Ray takes up a trial whose process died.
-    """
-
-    trials: int = 20
-    algorithm: str = "random"
-    scheduler: str = "asha"
-    grace_period: int = 1
-    reduction_factor: float = 2.0
-    max_t: int | None = None
-    metric: str | None = None
-    mode: str | None = None
-    small: bool = False
-    time_budget: float | None = None
-    seed: int = 0
-    engine: str = "auto"
-    slots: int = 8
-    resources: dict[str, float] | None = None
-    address: str | None = None
-    retries: int = 3
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigError: one cannot be.
-        """
-        for name, known in (
-            ("algorithm", ALGORITHMS),
-            ("scheduler", SCHEDULERS),
-            ("engine", ENGINES),
-            ("mode", ("max", "min", None)),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                hint = nearest(str(value), [each for each in known if each])
-                raise ConfigError(f"{name} must be one of {known}, not {value!r}{hint}")
-        for name, least in (("trials", 1), ("slots", 1), ("retries", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if self.time_budget is not None and not self.time_budget > 0:
-            raise ConfigError(f"time_budget must be more than 0 seconds, not {self.time_budget}")
-        if self.small and self.algorithm != "tpe":
-            raise ConfigError(f"small is a second objective, which {self.algorithm!r} cannot use; take 'tpe'")
-
-    def rule(self, recipe: Recipe) -> Scheduler:
-        """The scheduler, for trials as long as a recipe's."""
-        if self.scheduler == "none":
-            return RunAll()
-        if self.scheduler == "median":
-            return Median(grace_period=self.grace_period)
-        evaluations = 100 if recipe.training.eval_steps else math.ceil(recipe.training.epochs)
-        longest = self.max_t or max(evaluations, self.grace_period)
-        return Halving(self.grace_period, self.reduction_factor, longest)
 
 
 @dataclass(frozen=True)
@@ -178,15 +95,18 @@ def search(
     if engine == "auto":
         engine = "population" if reason is None and config.address is None else "ray"
     directory = Path(directory)
-    _check_same(directory, recipe, space, config, resume=resume)
+    check_same(directory, recipe, space, config, resume=resume)
     writable_directory(directory)
-    write_atomically(directory / SEARCH, _settings(recipe, space, config))
+    write_atomically(directory / SEARCH, settings(recipe, space, config))
     console.print(_announced(engine, config, reason), soft_wrap=True)
+    longer = longest(recipe, space)
+    for note in notes(longer, sampler, config):
+        console.print(note, soft_wrap=True)
 
     trials = _Trials(recipe, space, sampler, config, goal)
     ends = math.inf if config.time_budget is None else time.monotonic() + config.time_budget
     options: dict[str, Any] = {
-        "scheduler": config.rule(recipe),
+        "scheduler": config.rule(longer),
         "goal": goal,
         "values": lambda name, recipe: trials.values[name],
         "console": console,
@@ -303,7 +223,7 @@ def _goal(recipe: Recipe, config: SearchConfig) -> Goal:
     if config.metric is None:
         return Goal(own.metric, config.mode or own.mode)
     metric = config.metric.removeprefix("eval_")
-    return Goal(metric, config.mode or ("min" if metric in ("loss", "perplexity") else "max"))
+    return Goal(metric, config.mode or mode_of(metric))
 
 
 def _check_validated(recipe: Recipe, config: SearchConfig) -> None:
@@ -332,56 +252,24 @@ def _announced(engine: str, config: SearchConfig, reason: str | None) -> str:
     return f"up to {config.trials} trials, each in a process of Ray on {where}, {why}"
 
 
-def _settings(recipe: Recipe, space: Space, config: SearchConfig) -> str:
-    dimensions = {name: {d.kind: d.given} for name, d in space.dimensions.items()}
-    content = {
-        "recipe": dataclasses.asdict(recipe),
-        "space": dimensions,
-        "search": dataclasses.asdict(config),
-    }
-    return json.dumps(content, indent=2, default=str) + "\n"
+def longest(recipe: Recipe, space: Space) -> Recipe:
+    """A trial of as many epochs as any has."""
+    made = space.recipe(recipe, {name: d.samples()[0] for name, d in space.searched.items()})
+    epochs = space.searched.get("training.epochs")
+    return made if epochs is None else made.replace(training={"epochs": max(epochs.given)})
 
 
-_FREE = ("trials", "time_budget", "slots", "resources", "address", "retries", "engine")
-"""What may differ when a search is resumed: how much of it, and where."""
-
-
-def _check_same(directory: Path, recipe: Recipe, space: Space, config: SearchConfig, *, resume: bool) -> None:
-    there = directory / SEARCH
-    if not there.is_file():
-        if (directory / JOURNAL).exists() or (directory / TRIALS).exists():
-            raise LoricaError(f"{directory} holds trials, but no {SEARCH}; choose another folder")
-        return
-    if not resume:
-        raise LoricaError(
-            f"{directory} holds a search already. Continue it with --resume, or choose another folder"
+def notes(recipe: Recipe, sampler: Sampler, config: SearchConfig) -> Iterator[str]:
+    """What a user may not expect of this configuration."""
+    if isinstance(sampler, GridSampler) and sampler.size > config.trials:
+        yield f"the grid has {sampler.size} combinations; the first {config.trials} are tried (trials)"
+    evaluations = math.ceil(recipe.training.epochs)
+    if (
+        config.scheduler == "asha"
+        and recipe.training.eval_steps is None
+        and (config.max_t or 0) > evaluations
+    ):
+        yield (
+            f"max_t is {config.max_t}, and a trial has {evaluations} evaluations, one an epoch; rungs after "
+            "them are never reached"
         )
-    before, now = json.loads(there.read_text(encoding="utf-8")), json.loads(_settings(recipe, space, config))
-    changed = [
-        f"{part}.{key} was {before[part].get(key)!r}, now {now[part].get(key)!r}"
-        for part in now
-        for key in {**before[part], **now[part]}
-        if before[part].get(key) != now[part].get(key) and not (part == "search" and key in _FREE)
-    ]
-    if changed:
-        raise ConfigError(
-            f"the search in {directory} was started otherwise: {listing(changed)}. Resume it as it was with: "
-            f"lorica tune --resume {directory}"
-        )
-
-
-def reopen(directory: str | Path) -> tuple[Recipe, Space, SearchConfig]:
-    """What a search in a folder was started with.
-
-    Raises:
-        LoricaError: there is none.
-    """
-    path = Path(directory) / SEARCH
-    if not path.is_file():
-        raise LoricaError(f"{directory} holds no search: there is no {path}")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as folder:  # through the reader that knows nested fields
-        file = Path(folder) / RECIPE
-        file.write_text(yaml.safe_dump(content["recipe"]), encoding="utf-8")
-        recipe = Recipe.load(file)
-    return recipe, Space(content["space"]), SearchConfig(**content["search"])

@@ -1,0 +1,163 @@
+"""How to search, and what a search was started with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lorica.errors import ConfigError, LoricaError, listing, nearest
+from lorica.train.recipe import Recipe
+from lorica.train.run import RECIPE
+from lorica.tune.halving import SCHEDULERS, Halving, Median, RunAll, Scheduler
+from lorica.tune.population import JOURNAL, TRIALS
+from lorica.tune.samplers import ALGORITHMS
+from lorica.tune.space import Space
+
+SEARCH = "search.json"
+ENGINES = ("auto", "population", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How to search.
+
+    Args:
+        trials: how many, where the space has as many.
+        algorithm: "random", "tpe" (Optuna's), or "grid" (all combinations of choices).
+        scheduler: who leaves early: "asha" (successive halving), "median" or "none".
+        grace_period: evaluations before a trial can leave.
+        reduction_factor: ASHA lets the best 1/`reduction_factor` of a rung go on.
+        max_t: evaluations of a whole trial, for ASHA's rungs. None takes the recipe's, one an epoch.
+        metric: metric on the validation rows that decides. None takes the recipe's or its task's.
+        mode: "max" or "min". None knows by the metric's name.
+        small: search for few trained parameters too, as a second objective of "tpe".
+        time_budget: seconds after which no more is trained; what has not ended can be resumed. None has no
+            end.
+        seed: of the draws. The recipe's own seed is that of training.
+        engine: "population" trains the trials together in this process; "ray" gives each a process of Ray
+            Tune's; "auto" takes the population where the trials differ only in what can be joint and no
+            cluster is named.
+        slots: trials at once; for Ray, as many as the resources allow if there are fewer of those.
+        resources: of each trial under Ray, such as ``{"cpu": 2, "gpu": 0.5}``. None is one CPU.
+        address: of a Ray cluster, "auto" for the one this machine belongs to. None starts Ray here.
+        retries: times that Ray takes up a trial whose process died.
+    """
+
+    trials: int = 20
+    algorithm: str = "random"
+    scheduler: str = "asha"
+    grace_period: int = 1
+    reduction_factor: float = 2.0
+    max_t: int | None = None
+    metric: str | None = None
+    mode: str | None = None
+    small: bool = False
+    time_budget: float | None = None
+    seed: int = 0
+    engine: str = "auto"
+    slots: int = 8
+    resources: dict[str, float] | None = None
+    address: str | None = None
+    retries: int = 3
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: one cannot be.
+        """
+        for name, known in (
+            ("algorithm", ALGORITHMS),
+            ("scheduler", SCHEDULERS),
+            ("engine", ENGINES),
+            ("mode", ("max", "min", None)),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                hint = nearest(str(value), [each for each in known if each])
+                raise ConfigError(f"{name} must be one of {known}, not {value!r}{hint}")
+        for name, least in (("trials", 1), ("slots", 1), ("retries", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.time_budget is not None and not self.time_budget > 0:
+            raise ConfigError(f"time_budget must be more than 0 seconds, not {self.time_budget}")
+        if self.small and self.algorithm != "tpe":
+            raise ConfigError(f"small is a second objective, which {self.algorithm!r} cannot use; take 'tpe'")
+
+    def rule(self, recipe: Recipe) -> Scheduler:
+        """The scheduler, for trials as long as a recipe's."""
+        if self.scheduler == "none":
+            return RunAll()
+        if self.scheduler == "median":
+            return Median(grace_period=self.grace_period)
+        evaluations = 100 if recipe.training.eval_steps else math.ceil(recipe.training.epochs)
+        longest = self.max_t or max(evaluations, self.grace_period)
+        return Halving(self.grace_period, self.reduction_factor, longest)
+
+
+def settings(recipe: Recipe, space: Space, config: SearchConfig) -> str:
+    """What a search is started with, as JSON."""
+    dimensions = {name: {d.kind: d.given} for name, d in space.dimensions.items()}
+    content = {
+        "recipe": dataclasses.asdict(recipe),
+        "space": dimensions,
+        "search": dataclasses.asdict(config),
+    }
+    return json.dumps(content, indent=2, default=str) + "\n"
+
+
+_FREE = ("trials", "time_budget", "slots", "resources", "address", "retries", "engine")
+"""What may differ when a search is resumed: how much of it, and where."""
+
+
+def check_same(directory: Path, recipe: Recipe, space: Space, config: SearchConfig, *, resume: bool) -> None:
+    """Refuse a folder that holds another search, or this one where it is not to be resumed.
+
+    Raises:
+        LoricaError: it holds one.
+        ConfigError: it was started otherwise; the message says in what.
+    """
+    there = directory / SEARCH
+    if not there.is_file():
+        if (directory / JOURNAL).exists() or (directory / TRIALS).exists():
+            raise LoricaError(f"{directory} holds trials, but no {SEARCH}; choose another folder")
+        return
+    if not resume:
+        raise LoricaError(
+            f"{directory} holds a search already. Continue it with --resume, or choose another folder"
+        )
+    before, now = json.loads(there.read_text(encoding="utf-8")), json.loads(settings(recipe, space, config))
+    changed = [
+        f"{part}.{key} was {before[part].get(key)!r}, now {now[part].get(key)!r}"
+        for part in now
+        for key in {**before[part], **now[part]}
+        if before[part].get(key) != now[part].get(key) and not (part == "search" and key in _FREE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"the search in {directory} was started otherwise: {listing(changed)}. Resume it as it was with: "
+            f"lorica tune --resume {directory}"
+        )
+
+
+def reopen(directory: str | Path) -> tuple[Recipe, Space, SearchConfig]:
+    """What a search in a folder was started with.
+
+    Raises:
+        LoricaError: there is none.
+    """
+    path = Path(directory) / SEARCH
+    if not path.is_file():
+        raise LoricaError(f"{directory} holds no search: there is no {path}")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:  # through the reader that knows nested fields
+        file = Path(folder) / RECIPE
+        file.write_text(yaml.safe_dump(content["recipe"]), encoding="utf-8")
+        recipe = Recipe.load(file)
+    return recipe, Space(content["space"]), SearchConfig(**content["search"])
