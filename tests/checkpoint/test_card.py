@@ -81,3 +81,19 @@ def test_a_card_that_cannot_be_read_stays(tmp_path: Path) -> None:
     (tmp_path / "README.md").mkdir()
     assert lorica.read(lorica.write(adapter(), tmp_path)).lora.r == 2
     assert (tmp_path / "README.md").is_dir()
+
+
+def test_it_says_how_to_load_it(tmp_path: Path) -> None:
+    text = card(tmp_path, base_model_name_or_path="someone/base", task_type="CAUSAL_LM", ranks=(2, 24))
+    assert 'lorica.load(model, "path/to/this/folder")' in text
+    assert 'PeftModel.from_pretrained(model, "path/to/this/folder")' in text
+    assert "vllm serve someone/base --enable-lora --max-lora-rank 32 --lora-modules mine=path/to" in text
+
+
+@pytest.mark.parametrize(
+    "settings", [{"task_type": "SEQ_CLS"}, {"task_type": "CAUSAL_LM", "ranks": (999,)}, {"task_type": None}]
+)
+def test_it_speaks_of_vllm_only_where_that_serves_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    text = card(tmp_path, **settings)
+    assert "vllm" not in text
+    assert "PeftModel" in text

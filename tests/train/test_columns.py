@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from lorica.errors import ConfigError, FileError, LoricaError
-from lorica.train import columns
+from lorica.errors import ConfigError, LoricaError
+from lorica.train import RowError, columns
 
 
 def rows(**values: list[Any]) -> Dataset:
@@ -39,7 +39,9 @@ def test_texts_that_cannot_be_found() -> None:
     table = rows(a=["x"], b=["y"], label=[0])
     with pytest.raises(ConfigError, match=r"name it with --data.text. The columns are: a, b, label"):
         columns.find_texts(table, None, None)
-    with pytest.raises(ConfigError, match="there is no column 'lable'; did you mean 'label'"):
+    with pytest.raises(
+        ConfigError, match="there is no column 'lable' in the training rows; did you mean 'label'"
+    ):
         columns.find_texts(table, "lable", None)
     with pytest.raises(ConfigError, match="name the first text too"):
         columns.find_texts(table, None, "a")
@@ -85,7 +87,7 @@ def test_whole_numbers_may_be_ids_of_given_names() -> None:
         (["a", None], "row 2 of the training rows has no label"),
         (["a", ""], "row 2 of the training rows has no label"),
         ([0.5, 1.0], "row 1 of the training rows has the label 0.5"),
-        ([[0], [1]], "has list as its label"),
+        ([[0], [1]], "has a list in column 'label' as its label"),
         ([str(i) for i in range(2000)], "2000 different values in 2000 rows"),
     ],
 )
@@ -99,25 +101,25 @@ def test_labels_that_are_no_classes(values: list[Any], message: str) -> None:
     [("god", "did you mean 'good'"), ("zzz", "they have bad, good"), (7, "they have bad, good")],
 )
 def test_unseen_labels_are_named(value: Any, hint: str) -> None:
-    with pytest.raises(ConfigError, match=f"row 1 of the test rows has the label {value!r}.*{hint}"):
+    with pytest.raises(RowError, match=f"row 1 of the test rows has the label {value!r}.*{hint}"):
         columns.label_ids(rows(label=[value]), "label", ["bad", "good"], "the test rows")
 
 
 def test_unlabelled_rows_of_class_labels() -> None:
     table = Dataset.from_dict({"label": [-1, 0]}, Features({"label": ClassLabel(names=["neg", "pos"])}))
-    with pytest.raises(ConfigError, match="row 1 of the test rows has the label -1"):
+    with pytest.raises(RowError, match="row 1 of the test rows has the label -1"):
         columns.label_ids(table, "label", ["neg", "pos"], "the test rows")
 
 
 def test_texts_must_be_texts() -> None:
     columns.check_texts(rows(text=["a", "b"]), ["text"], "the rows")
-    with pytest.raises(ConfigError, match="the rows have no column 'text'; they have: body"):
+    with pytest.raises(ConfigError, match="no column 'text' in the rows; the columns are: body"):
         columns.check_texts(rows(body=["a"]), ["text"], "the rows")
-    with pytest.raises(FileError, match="row 2 of the rows has nothing in column 'text'"):
+    with pytest.raises(RowError, match="row 2 of the rows has nothing in column 'text'"):
         columns.check_texts(
             Dataset.from_dict({"text": ["a", None]}, Features({"text": Value("string")})),
             ["text"],
             "the rows",
         )
-    with pytest.raises(FileError, match="row 1 of the rows has 3 in column 'text'"):
+    with pytest.raises(RowError, match="row 1 of the rows has 3 in column 'text'"):
         columns.check_texts(rows(text=[3]), ["text"], "the rows")

@@ -4,10 +4,13 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
+from PIL import Image
 
 from lorica.errors import ConfigError, FileError
 from lorica.train import DataConfig, data
@@ -24,6 +27,12 @@ def _lines() -> str:
     return "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
+def _arrow(path: Path, make: Any) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.OSFile(str(path), "wb") as file, make(file, table.schema) as writer:
+        writer.write_table(table)
+
+
 WRITERS: dict[str, Callable[[Path], object]] = {
     "rows.csv": lambda path: path.write_text(_csv(",")),
     "rows.tsv": lambda path: path.write_text(_csv("\t")),
@@ -32,6 +41,8 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "rows.jsonl": lambda path: path.write_text(_lines()),
     "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(_lines().encode())),
     "rows.parquet": lambda path: Dataset.from_list(ROWS).to_parquet(path),
+    "file.arrow": lambda path: _arrow(path, pa.ipc.new_file),
+    "stream.arrow": lambda path: _arrow(path, pa.ipc.new_stream),
 }
 
 
@@ -134,7 +145,10 @@ def test_one_row_cannot_be_split(tmp_path: Path) -> None:
 
 
 def test_an_unreachable_hub_is_said_so() -> None:
-    with pytest.raises(FileError, match=r"nobody/nothing is no file or folder here.*works without the Hub"):
+    with pytest.raises(
+        FileError,
+        match=r"nobody/nothing is no file or folder here.*works without the Hub.*--data\.train PATH",
+    ):
         data.read("nobody/nothing")
 
 
@@ -161,8 +175,8 @@ def test_streams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_test_rows_come_from_their_split(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(_lines())
     (tmp_path / "test.jsonl").write_text(_lines() * 3)
-    assert len(data.load_test(str(tmp_path))) == 9
-    assert len(data.load_test(str(tmp_path / "train.jsonl"))) == 3
+    assert len(data.load_test(str(tmp_path)).rows) == 9
+    assert len(data.load_test(str(tmp_path / "train.jsonl")).rows) == 3
 
 
 def test_shared_data_loads(data_dir: Path) -> None:
@@ -172,3 +186,111 @@ def test_shared_data_loads(data_dir: Path) -> None:
         "validation": 1066,
         "test": 1066,
     }
+
+
+def numbered(path: Path, count: int = 50) -> Path:
+    path.write_text("".join(json.dumps({"text": str(i), "label": i % 2}) + "\n" for i in range(count)))
+    return path
+
+
+def part(path: Path, **options: Any) -> list[str]:
+    config = DataConfig(train=str(path), validation_fraction=0.0, **options)
+    return list(data.part(data.load(config).used()["train"], config).rows["text"])
+
+
+def test_a_part_of_the_rows_is_drawn_by_seed(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "rows.jsonl")
+    tenth, fifth, twenty = part(path, fraction=0.1), part(path, fraction=0.2), part(path, train_rows=20)
+    assert (len(tenth), len(fifth), len(twenty)) == (5, 10, 20)
+    assert set(tenth) < set(fifth) < set(twenty)
+    assert part(path, fraction=0.1) == tenth != part(path, fraction=0.1, split_seed=1)
+    assert part(path, fraction=1.0) == [str(i) for i in range(50)]
+    assert len(part(path, fraction=1e-9)) == 1
+    with pytest.raises(ConfigError, match=r"data.train_rows is 51, of 50 training rows in .*rows\.jsonl"):
+        part(path, train_rows=51)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"fraction": 0.0}, {"fraction": 1.5}, {"train_rows": 0}, {"train_rows": 3, "fraction": 0.5}],
+)
+def test_parts_that_cannot_be(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        DataConfig(**values)
+
+
+def test_rows_keep_their_numbers(tmp_path: Path) -> None:
+    config = DataConfig(train=str(numbered(tmp_path / "rows.jsonl")), validation_fraction=0.2, train_rows=7)
+    used = data.load(config).used()
+    used["train"] = data.part(used["train"], config)
+    for each in used.values():
+        for row, text in enumerate(each.rows["text"]):
+            assert each.origin.number(row) == int(text) + 1
+        assert each.origin.source == str(tmp_path / "rows.jsonl")
+
+
+def test_rows_in_memory() -> None:
+    rows = Dataset.from_list(ROWS * 4)
+    alone = data.load(DataConfig(), rows)
+    assert (len(alone.train), len(alone.validation or [])) == (10, 2)
+    splits = data.load(DataConfig(), DatasetDict({"train": rows, "dev": rows, "test": rows}))
+    assert [name for name, _ in splits.items()] == ["train", "validation", "test"]
+    assert splits.used()["test"].origin.source == "the test rows"
+    for wrong in ([{"text": "a"}], {"train": [1]}, {}):
+        with pytest.raises(ConfigError, match=r"rows in Python must be a datasets\.Dataset"):
+            data.load(DataConfig(), wrong)  # type: ignore[arg-type]
+    with pytest.raises(FileError, match="were given in Python; give them again"):
+        data.load(DataConfig(train=data.IN_PYTHON))
+
+
+def test_a_split_by_its_name(tmp_path: Path) -> None:
+    numbered(tmp_path / "train.jsonl", 9)
+    numbered(tmp_path / "validation_mismatched.jsonl", 4)
+    splits = data.load(
+        DataConfig(train=str(tmp_path), validation=f"{tmp_path}#validation_mismatched", validation_fraction=0)
+    )
+    assert len(splits.validation or []) == 4
+    assert len(data.load_test(f"{tmp_path}#train").rows) == 9
+    with pytest.raises(FileError, match="has no exam split; it has: train"):
+        data.load_test(f"{tmp_path}#exam")
+    numbered(tmp_path / "c#.jsonl", 3)
+    assert len(data.load_test(str(tmp_path / "c#.jsonl")).rows) == 3
+
+
+def picture(path: Path, shade: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), (shade, 0, 0)).save(path)
+
+
+def test_a_folder_of_images_by_class(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            picture(tmp_path / split / name / "1.png")
+    found = data.read(str(tmp_path))
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 2, "test": 2}
+    assert found["train"].features["label"].names == ["cat", "dog"]
+    assert [row["label"] for row in found["train"]] == [0, 1]
+
+
+def test_a_folder_of_images_with_metadata(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text("file_name,mood\na.png,glad\nb.png,sad\n")
+    assert data.read(str(tmp_path))["train"]["mood"] == ["glad", "sad"]
+    assert data.read(str(tmp_path))["train"][1]["image"].size == (4, 4)
+    (tmp_path / "metadata.csv").write_text("name,mood\na.png,glad\nc.png,sad\n")
+    with pytest.raises(FileError, match=r"metadata.csv has no column 'file_name'"):
+        data.read(str(tmp_path))
+    (tmp_path / "metadata.csv").unlink()
+    with pytest.raises(FileError, match="have no labels: put them into a folder for each class"):
+        data.read(str(tmp_path))
+
+
+def test_test_rows_without_labels_are_left_out() -> None:
+    labels = {"label": [0, 1] * 4}
+    rows = Dataset.from_dict({"text": ["a"] * 8, **labels})
+    blank = Dataset.from_dict({"text": ["a"] * 8, "label": [-1] * 8})
+    config = DataConfig(label="label")
+    left = data.labelled(data.load(config, DatasetDict({"train": rows, "test": blank})), config)
+    kept = data.labelled(data.load(config, DatasetDict({"train": rows, "test": rows})), config)
+    assert (left.test, len(kept.test or [])) == (None, 8)

@@ -12,6 +12,8 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 import lorica
+from lorica.config import read_config
+from lorica.errors import StateError
 from lorica.train import Fit, Prepared, Recipe, fit, prepare
 from lorica.train.demo import freeze_encoder
 
@@ -47,7 +49,8 @@ def test_one_function_trains_an_adapter_a_head_or_everything(
         if name in before and not parameter.requires_grad:
             assert torch.equal(parameter, before[name]), name
     scores = done.evaluate(prepare(recipe).splits["test"].features)
-    assert set(scores) == {"loss", "accuracy", "f1", "f1_macro", "precision", "recall", "matthews", "roc_auc"}
+    kinds = {"f1", "f1_macro", "f1_binary", "precision", "recall", "matthews", "roc_auc"}
+    assert set(scores) == {"loss", "accuracy", *kinds}
 
 
 def test_full_training_resumes_to_the_same_weights(
@@ -97,11 +100,21 @@ def test_resume_without_a_checkpoint_starts(make_recipe: Callable[..., Recipe]) 
     assert start(make_recipe(), resume=True).steps == 20
 
 
-def test_tensorboard_is_written(make_recipe: Callable[..., Recipe]) -> None:
-    recipe = make_recipe(report_to=["tensorboard"], max_steps=5)
-    start(recipe)
-    (events,) = (Path(recipe.output) / "tensorboard").iterdir()
-    assert events.stat().st_size > 0
+def test_what_tensorboard_shows(make_recipe: Callable[..., Recipe]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = make_recipe(report_to=["tensorboard"], logging_steps=5)
+    done = start(recipe)
+    shown = EventAccumulator(str(Path(recipe.output) / "tensorboard")).Reload()
+    scalars = {name: shown.Scalars(name) for name in shown.Tags()["scalars"]}
+    training = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb", "epoch"}
+    assert {f"train/{name}" for name in training} <= set(scalars)
+    assert {"eval/loss", "eval/accuracy", "eval/f1"} <= set(scalars)
+    assert [each.step for each in scalars["train/loss"]] == [5, 10, 15, 20]
+    assert [each.step for each in scalars["eval/accuracy"]] == [10, 20]
+    assert all(each.value > 0 for each in scalars["train/tokens_per_second"])
+    logged = [entry for entry in done.history if "loss" in entry]
+    assert scalars["train/loss"][-1].value == pytest.approx(logged[-1]["loss"], rel=1e-6)
 
 
 def test_the_last_weights_where_the_best_are_not_asked_for(make_recipe: Callable[..., Recipe]) -> None:
@@ -109,6 +122,47 @@ def test_the_last_weights_where_the_best_are_not_asked_for(make_recipe: Callable
     assert done.trainer.state.best_model_checkpoint is None
 
 
-def test_gradient_accumulation_and_checkpointing_train(make_recipe: Callable[..., Recipe]) -> None:
-    done = start(make_recipe(gradient_accumulation=2, gradient_checkpointing=True))
-    assert done.steps == 10
+LORA = lorica.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS")
+METHODS: dict[str, lorica.AdapterConfig] = {
+    "lora": LORA,
+    "all layers": LORA.replace(target_modules="all-linear", lora_dropout=0.1),
+    "dora": LORA.replace(use_dora=True),
+    **{
+        name: read_config({"method": name, "task_type": "SEQ_CLS"})
+        for name in ("bitfit", "full", "adapter-h", "pre-embed")
+    },
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradient_checkpointing_changes_nothing(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, name: str
+) -> None:
+    after = []
+    for again in (False, True):
+        recipe = make_recipe(gradient_checkpointing=again, gradient_accumulation=2, epochs=1)
+        recipe = recipe.replace(output=str(tmp_path / str(again)))
+        done = start(recipe, lambda model: lorica.adapt(model, METHODS[name], seed=0))
+        assert done.steps == 5
+        after.append(
+            {key: value.clone() for key, value in done.model.named_parameters() if value.requires_grad}
+        )
+    assert after[0].keys() == after[1].keys()
+    for key, value in after[0].items():
+        assert torch.allclose(value, after[1][key], atol=1e-6), key
+
+
+def test_prelayer_does_not_go_with_gradient_checkpointing(make_recipe: Callable[..., Recipe]) -> None:
+    method = read_config({"method": "pre-layer", "task_type": "SEQ_CLS"})
+    with pytest.raises(StateError, match="PreLayer does not go with gradient checkpointing"):
+        start(make_recipe(gradient_checkpointing=True), lambda model: lorica.adapt(model, method, seed=0))
+
+
+def test_bfloat16_on_a_processor(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    losses = []
+    for bf16 in (False, True):
+        done = start(make_recipe(bf16=bf16, load_best=False).replace(output=str(tmp_path / str(bf16))))
+        assert all(p.dtype == torch.float32 for p in done.model.parameters())
+        losses.append([entry["loss"] for entry in done.history if "loss" in entry])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], abs=0.1)

@@ -16,6 +16,7 @@ def test_classes_by_hand() -> None:
             "accuracy": 3 / 4,
             "f1": (2 * 2 / 3 + 2 * 4 / 5) / 4,
             "f1_macro": (2 / 3 + 4 / 5) / 2,
+            "f1_binary": 4 / 5,
             "precision": (2 * 1 + 2 * 2 / 3) / 4,
             "recall": 3 / 4,
             # (TP·TN − FP·FN) / √((TP+FP)(TP+FN)(TN+FP)(TN+FN)) of TP 2, TN 1, FP 1, FN 0

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from train import tiny
 
 from lorica.errors import ConfigError, FileError, LoricaError
-from lorica.train import Recipe, evaluate, predict, train
+from lorica.train import Recipe, RowError, evaluate, predict, train
 from lorica.train.record import as_json
 
 
@@ -47,6 +47,23 @@ def test_the_folder_holds_everything(run: Path) -> None:
     assert record["seeds"] == {"training": 0, "split": 0}
 
 
+def test_the_card_states_task_data_and_scores(run: Path) -> None:
+    card = (run / "README.md").read_text()
+    scores = json.loads((run / "run.json").read_text())["results"]["metrics"]
+    for line in (
+        "| task | sequence-classification |",
+        "| data | data |",
+        "| learned | text → label |",
+        "| classes | bad, good |",
+        "| rows | 40 train, 12 validation, 12 test |",
+        "| rows a step | 4 |",
+        "| seed | 0 |",
+    ):
+        assert line in card.splitlines()
+    assert f"| test | {scores['test']['loss']:.4f} | {scores['test']['accuracy']:.2%} |" in card
+    assert "PeftModel.from_pretrained" in card
+
+
 def test_the_recipe_holds_what_was_found(run: Path) -> None:
     recipe = Recipe.load(run / "recipe.yaml")
     assert (recipe.data.text, recipe.data.label, recipe.data.labels) == ("text", "label", ["bad", "good"])
@@ -64,7 +81,7 @@ def test_evaluate_on_other_rows(run: Path, tmp_path: Path) -> None:
     rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.sentences(20, seed=9))
     assert evaluate(run, str(rows))["rows"] == 20
     wrong = tiny.write_rows(tmp_path / "wrong.jsonl", [{"text": "great film", "label": "superb"}])
-    with pytest.raises(ConfigError, match="row 1 of the test rows has the label 'superb'"):
+    with pytest.raises(RowError, match=r"row 1 of .*wrong\.jsonl has the label 'superb'"):
         evaluate(run, str(wrong))
 
 
@@ -170,7 +187,7 @@ def test_bad_rows_are_refused_before_anything_is_written(
 def test_a_label_that_only_the_test_rows_have(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     path = tiny.write_rows(tmp_path / "test.jsonl", [{"text": "a", "label": "new"}])
     recipe = make_recipe().replace(data={"test": str(path)})
-    with pytest.raises(ConfigError, match="row 1 of the test rows has the label 'new'"):
+    with pytest.raises(RowError, match=r"row 1 of .*test\.jsonl has the label 'new'"):
         train(recipe)
     assert not Path(recipe.output).exists()
 
@@ -181,8 +198,8 @@ def test_cut_rows_are_reported(
     result = train(make_recipe(max_steps=1, max_length=5))
     assert result.truncated["train"] > 0
     assert (
-        f"{result.truncated['train']} of 40 train rows are cut to 5 tokens; the longest has 12"
-        in capsys.readouterr().out
+        f"{result.truncated['train']} of 40 train rows ({result.truncated['train'] / 40:.1%}) are cut to 5 "
+        "tokens; the longest has 12" in capsys.readouterr().out
     )
 
 

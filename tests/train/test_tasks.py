@@ -103,7 +103,7 @@ def test_encode_pairs() -> None:
 
 def test_encode_names_a_missing_label_column() -> None:
     data = DataConfig(text="text", label="label", labels=["x", "y"])
-    with pytest.raises(ConfigError, match="the test rows have no label column 'label'; they have: text"):
+    with pytest.raises(ConfigError, match="no column 'label' in the test rows; the columns are: text"):
         TASK.encode(Dataset.from_dict({"text": ["a"]}), data, tiny.tokenizer(), 5, "the test rows")
 
 

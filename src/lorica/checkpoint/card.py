@@ -17,8 +17,14 @@ _PIPELINES = {
 }
 
 
-def model_card(adapter: Adapter, existing: Path) -> str | None:
-    """The text of a new card, or None where somebody has written one that must stay."""
+def model_card(adapter: Adapter, existing: Path, about: str = "") -> str | None:
+    """The text of a new card, or None where somebody has written one that must stay.
+
+    Args:
+        adapter: what the card is of.
+        existing: the card that is there, if one is.
+        about: sections in Markdown on what the adapter does and how it was trained.
+    """
     try:
         edited = _MARK not in existing.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -56,20 +62,54 @@ def model_card(adapter: Adapter, existing: Path) -> str | None:
         f"| parameters | {adapter.numel:,} |",
         *([f"| trained whole | {', '.join(config.modules_to_save)} |"] if config.modules_to_save else []),
         "",
+        *([about.strip(), ""] if about.strip() else []),
+        "## Use",
+        "",
         "```python",
         "import lorica",
         "",
         'lorica.load(model, "path/to/this/folder")  # model: the base, already loaded',
         "```",
         "",
-        *(
-            ["The files are lorica's own: PEFT does not have this method."]
-            if others
-            else ["The files are in PEFT's format; `PeftModel.from_pretrained` reads them too."]
-        ),
-        "",
+        *(["The files are lorica's own: PEFT does not have this method.", ""] if others else _WITH_PEFT),
+        *(_with_vllm(adapter, base) if lora and not others else []),
     ]
     return "\n".join([*head, *body])
+
+
+_WITH_PEFT = [
+    "The files are in PEFT's format:",
+    "",
+    "```python",
+    "from peft import PeftModel",
+    "",
+    'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
+    "```",
+    "",
+]
+
+
+def _with_vllm(adapter: Adapter, base: str | None) -> list[str]:
+    """How vLLM serves the adapter, if it can: one of plain linear layers, and nothing else."""
+    plain = all(
+        f.kind == "linear" and f.magnitude is None and f.bias is None for f in adapter.factors.values()
+    )
+    if adapter.config.task_type != "CAUSAL_LM" or adapter.extras or adapter.added or not plain:
+        return []
+    # vLLM has room for ranks of these sizes alone.
+    rank = max(factors.r for factors in adapter.factors.values())
+    room = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if rank <= size), None)
+    if room is None:
+        return []
+    return [
+        "vLLM serves it beside others:",
+        "",
+        "```sh",
+        f"vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {room} --lora-modules "
+        "mine=path/to/this/folder",
+        "```",
+        "",
+    ]
 
 
 def _of_lora(adapter: Adapter, config: LoraConfig) -> list[str]:

@@ -92,14 +92,19 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
     return folder
 
 
-def write_card(adapter: Adapter, directory: str | Path) -> None:
+def write_card(adapter: Adapter, directory: str | Path, about: str = "") -> None:
     """Write an adapter's model card alone; one that somebody edited stays.
+
+    Args:
+        adapter: what the card is of.
+        directory: folder of the adapter.
+        about: sections in Markdown on what the adapter does and how it was trained.
 
     Raises:
         FileError: the folder cannot be written.
     """
     folder = Path(directory)
-    card = model_card(adapter, folder / CARD_FILE)
+    card = model_card(adapter, folder / CARD_FILE, about)
     if card is not None:
         replace_files(folder, {CARD_FILE: lambda path: _write_text(path, card)})
 

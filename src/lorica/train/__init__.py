@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from lorica.train.fitting import Interrupted as Interrupted
     from lorica.train.fitting import fit as fit
     from lorica.train.optimizer import parameter_groups as parameter_groups
+    from lorica.train.preparing import Prepared as Prepared
+    from lorica.train.preparing import prepare as prepare
     from lorica.train.recipe import DataConfig as DataConfig
     from lorica.train.recipe import Recipe as Recipe
     from lorica.train.recipe import TrainingConfig as TrainingConfig
     from lorica.train.record import Record as Record
-    from lorica.train.run import Prepared as Prepared
+    from lorica.train.rows import RowError as RowError
     from lorica.train.run import Result as Result
-    from lorica.train.run import prepare as prepare
     from lorica.train.run import train as train
     from lorica.train.tasks import Task as Task
     from lorica.train.tasks import register as register
@@ -42,9 +43,11 @@ _PLACES = {
     "checkpoints": ("last_checkpoint",),
     "fitting": ("Fit", "Interrupted", "fit"),
     "optimizer": ("parameter_groups",),
+    "preparing": ("Prepared", "prepare"),
     "recipe": ("DataConfig", "Recipe", "TrainingConfig"),
     "record": ("Record",),
-    "run": ("Prepared", "Result", "prepare", "train"),
+    "rows": ("RowError",),
+    "run": ("Result", "train"),
     "tasks": ("Task", "register"),
     "trainer": ("LoraTrainerMixin", "Trainer"),
     "use": ("evaluate", "open_run", "predict"),
@@ -60,6 +63,7 @@ __all__ = [
     "Recipe",
     "Record",
     "Result",
+    "RowError",
     "Task",
     "Trainer",
     "TrainingConfig",

@@ -77,6 +77,7 @@ def training_arguments(
         "greater_is_better": metric not in ("loss", "eval_loss") if best else None,
         "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",
         "bf16": config.bf16,
+        "use_cpu": config.bf16 and not torch.accelerator.is_available(),  # else transformers asks for a GPU
         "fp16": config.fp16,
         "activation_checkpointing": config.gradient_checkpointing,
         "logging_steps": config.logging_steps,

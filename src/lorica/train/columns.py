@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from datasets import ClassLabel, Dataset
 
-from lorica.errors import ConfigError, FileError, listing, nearest
+from lorica.errors import ConfigError, listing, nearest
+from lorica.train.rows import Unusable, read_each
 
 # In order: a data set that has both a pair and a single name is a pair.
 PAIRS = (
@@ -115,13 +117,13 @@ def label_names(rows: Dataset, column: str, where: str = "the training rows") ->
     They are the data set's own if it has any, else the values, sorted; numbers by size.
 
     Raises:
-        FileError: a row has no label.
-        ConfigError: the labels are no classes, or all the same.
+        RowError: rows have no label, or one that is no class.
+        ConfigError: the labels are all the same, or hardly two are.
     """
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
         return list(feature.names)
-    values = {_value(value, row, column, where) for row, value in enumerate(rows[column])}
+    values = set(read_each(rows[column], partial(_value, column=column), where))
     if len(values) < 2:
         raise ConfigError(
             f"all labels in column {column!r} of {where} are {next(iter(values))!r}; classification needs "
@@ -132,8 +134,7 @@ def label_names(rows: Dataset, column: str, where: str = "the training rows") ->
             f"column {column!r} of {where} has {len(values)} different values in {len(rows)} rows; that is "
             "no set of classes"
         )
-    numeric = all(isinstance(value, int) for value in values)
-    return [str(value) for value in (sorted(values) if numeric else sorted(map(str, values)))]
+    return _sorted(values)
 
 
 def label_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> list[int]:
@@ -142,48 +143,46 @@ def label_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> l
     A value is looked up among the names; a whole number that is no name is an id itself.
 
     Raises:
-        FileError: a row has no label.
-        ConfigError: a row's label is none of the names.
+        ConfigError: there is no such column.
+        RowError: rows have no label, or one that is none of the names.
     """
-    feature = rows.features[column]
+    needs_column(rows, column, where)
     ids = {name: i for i, name in enumerate(names)}
-    return [_id(raw, feature, ids, row, column, where) for row, raw in enumerate(rows[column])]
+    find = partial(_id, feature=rows.features[column], ids=ids, column=column)
+    return read_each(rows[column], find, where)
 
 
 def label_list_names(rows: Dataset, column: str, where: str = "the training rows") -> list[str]:
     """Names of the classes of a column of lists; see `label_names`.
 
     Raises:
-        FileError: a row has no list.
+        RowError: rows have no list, or a list has a gap.
         ConfigError: no row has a label.
     """
     inner = _inner(rows, column)
     if isinstance(inner, ClassLabel):
         return list(inner.names)
-    values = {
-        _value(value, row, column, where)
-        for row, items in enumerate(rows[column])
-        for value in _items(items, row, column, where)
-    }
+    found = read_each(
+        rows[column], lambda items: {_value(item, column) for item in _items(items, column)}, where
+    )
+    values = set().union(*found)
     if not values:
         raise ConfigError(f"no row of {where} has a label in column {column!r}")
-    numeric = all(isinstance(value, int) for value in values)
-    return [str(value) for value in (sorted(values) if numeric else sorted(map(str, values)))]
+    return _sorted(values)
 
 
 def label_list_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> list[list[int]]:
     """Ids of each row's labels, for a column of lists; see `label_ids`.
 
     Raises:
-        FileError: a row has no list, or a list has a gap.
-        ConfigError: a label is none of the names.
+        ConfigError: there is no such column.
+        RowError: rows have no list, a list has a gap, or a label is none of the names.
     """
-    inner = _inner(rows, column)
-    ids = {name: i for i, name in enumerate(names)}
-    return [
-        [_id(value, inner, ids, row, column, where) for value in _items(items, row, column, where)]
-        for row, items in enumerate(rows[column])
-    ]
+    needs_column(rows, column, where)
+    find = partial(
+        _id, feature=_inner(rows, column), ids={name: i for i, name in enumerate(names)}, column=column
+    )
+    return read_each(rows[column], lambda items: [find(item) for item in _items(items, column)], where)
 
 
 def numbers(rows: Dataset, column: str, where: str) -> list[float]:
@@ -191,43 +190,62 @@ def numbers(rows: Dataset, column: str, where: str) -> list[float]:
 
     Raises:
         ConfigError: there is no such column.
-        FileError: a row has none, naming the first.
+        RowError: rows have none.
     """
-    if column not in rows.column_names:
-        raise ConfigError(f"{where} have no column {column!r}; they have: {listing(rows.column_names)}")
-    result = []
-    for row, value in enumerate(rows[column]):
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            got = "nothing" if value in (None, "") else repr(value)
-            raise FileError(f"row {row + 1} of {where} has {got} in column {column!r}, where a number is due")
-        result.append(float(value))
-    return result
+    needs_column(rows, column, where)
+
+    def read(value: Any) -> float:
+        # A csv file's numbers come as texts if one of them is none.
+        number = _float(value) if isinstance(value, (int, float, str)) else math.nan
+        if isinstance(value, bool) or not math.isfinite(number):
+            got = "nothing" if value in (None, "") else f"{value!r:.60}"
+            raise Unusable(f"has {got} in column {column!r}, where a number is due")
+        return number
+
+    return read_each(rows[column], read, where)
 
 
 def check_texts(rows: Dataset, columns: Sequence[str], where: str) -> None:
-    """Refuse rows whose text is missing or is no text, naming the first.
+    """Refuse rows whose text is missing or is no text.
 
     Raises:
         ConfigError: a column is missing.
-        FileError: a row's text is null or not a string.
+        RowError: rows' text is null or not a string.
     """
     for column in columns:
-        if column not in rows.column_names:
-            raise ConfigError(f"{where} have no column {column!r}; they have: {listing(rows.column_names)}")
-        for row, value in enumerate(rows[column]):
+        needs_column(rows, column, where)
+
+        def read(value: Any, column: str = column) -> None:
             if not isinstance(value, str):
-                got = "nothing" if value is None else f"{value!r}"
-                raise FileError(
-                    f"row {row + 1} of {where} has {got} in column {column!r}, where a text is due"
-                )
+                got = "nothing" if value is None else f"{value!r:.60}"
+                raise Unusable(f"has {got} in column {column!r}, where a text is due")
+
+        read_each(rows[column], read, where)
+
+
+def needs_column(rows: Dataset, column: str, where: str) -> None:
+    """Refuse rows that lack a column.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if column not in rows.column_names:
+        raise ConfigError(
+            f"there is no column {column!r} in {where}{nearest(column, rows.column_names)}; the columns are: "
+            f"{listing(rows.column_names)}"
+        )
+
+
+def _float(value: float | str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
 
 
 def _check_named(rows: Dataset, name: str | None) -> None:
-    if name is not None and name not in rows.column_names:
-        raise ConfigError(
-            f"there is no column {name!r}{nearest(name, rows.column_names)}; the columns are: "
-            f"{listing(rows.column_names)}"
-        )
+    if name is not None:
+        needs_column(rows, name, "the training rows")
 
 
 def _is_text(rows: Dataset, column: str) -> bool:
@@ -239,43 +257,48 @@ def _inner(rows: Dataset, column: str) -> Any:
     return getattr(feature, "feature", feature)
 
 
-def _items(value: Any, row: int, column: str, where: str) -> list[Any]:
+def _sorted(values: set[int | str]) -> list[str]:
+    numeric = all(isinstance(value, int) for value in values)
+    return [str(value) for value in (sorted(values) if numeric else sorted(map(str, values)))]
+
+
+def _items(value: Any, column: str) -> list[Any]:
     if not isinstance(value, list):
-        got = "nothing" if value is None else repr(value)
-        raise FileError(f"row {row + 1} of {where} has {got} in column {column!r}, where a list is due")
+        got = "nothing" if value is None else f"{value!r:.60}"
+        raise Unusable(f"has {got} in column {column!r}, where a list is due")
     return value
 
 
-def _id(raw: Any, feature: Any, ids: dict[str, int], row: int, column: str, where: str) -> int:
+def _id(raw: Any, feature: Any, ids: dict[str, int], column: str) -> int:
     if isinstance(feature, ClassLabel) and isinstance(raw, int) and 0 <= raw < len(feature.names):
         raw = feature.names[raw]
-    value = _value(raw, row, column, where)
+    value = _value(raw, column)
     if str(value) in ids:
         return ids[str(value)]
     if isinstance(value, int) and 0 <= value < len(ids):
         return value
     hint = nearest(str(value), ids)
-    raise ConfigError(
-        f"row {row + 1} of {where} has the label {value!r}, which the training rows do not "
+    raise Unusable(
+        f"has the label {value!r} in column {column!r}, which the training rows do not "
         f"have{hint or '; they have ' + listing(ids)}"
     )
 
 
-def _value(value: Any, row: int, column: str, where: str) -> int | str:
+def _value(value: Any, column: str) -> int | str:
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        raise FileError(f"row {row + 1} of {where} has no label in column {column!r}")
+        raise Unusable(f"has no label in column {column!r}")
     if isinstance(value, bool):
         return str(value)
     if isinstance(value, float):
         if not value.is_integer():
-            raise ConfigError(
-                f"row {row + 1} of {where} has the label {value}; classes must be names or whole numbers. "
+            raise Unusable(
+                f"has the label {value} in column {column!r}; classes must be names or whole numbers. "
                 "Numbers to predict are a task of their own: --task regression"
             )
         return int(value)
     if isinstance(value, (int, str)):
         return value
-    raise ConfigError(
-        f"row {row + 1} of {where} has {type(value).__name__} as its label; expected one name or whole number"
+    raise Unusable(
+        f"has a {type(value).__name__} in column {column!r} as its label; expected one name or whole number"
         + (". Several labels a row are --task multi-label-classification" if isinstance(value, list) else "")
     )

@@ -1,34 +1,21 @@
-"""Rows from wherever the user has them: a file, a folder, a name on the Hub, or the embedded data set."""
+"""The rows of a run: which are learned from, which choose the best checkpoint, which give the score."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
-import datasets
 from datasets import Dataset, DatasetDict
 
-from lorica.errors import ConfigError, FileError
-from lorica.train import embedded
-from lorica.train.quiet import quiet
+from lorica.errors import ConfigError, FileError, listing
+from lorica.train.reading import IN_PYTHON, SPLITS, describe
+from lorica.train.reading import read as read
 from lorica.train.recipe import DataConfig
+from lorica.train.rows import Origin, Used
 
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev", "validation_matched"),
-    "test": ("test", "testing"),
-}
-_FORMATS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
+Rows = Dataset | DatasetDict | Mapping[str, Dataset]
+"""Rows that are in memory: of one split, or of several by their names."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +26,13 @@ class Splits:
         train: rows to learn from.
         validation: rows that choose the best checkpoint, or None.
         test: rows for the final score, or None.
+        origins: where each split's rows came from.
     """
 
     train: Dataset
     validation: Dataset | None = None
     test: Dataset | None = None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
     def items(self) -> Iterator[tuple[str, Dataset]]:
         """Name and rows of each split there is."""
@@ -51,13 +40,21 @@ class Splits:
             if (rows := getattr(self, name)) is not None:
                 yield name, rows
 
+    def used(self) -> dict[str, Used]:
+        """Rows of each split there is, and where they came from."""
+        return {
+            name: Used(rows, self.origins.get(name) or Origin(f"the {name} rows"))
+            for name, rows in self.items()
+        }
 
-def load(data: DataConfig) -> Splits:
+
+def load(data: DataConfig, rows: Rows | None = None) -> Splits:
     """Read the rows that a configuration names.
 
     Args:
         data: where they are. Where it names no validation or test rows, the split of that name beside the
             training rows is taken; failing that, validation rows are drawn from the training rows.
+        rows: rows in memory, to take in place of those that `data.train` names.
 
     Returns:
         The splits, none of them empty.
@@ -65,142 +62,95 @@ def load(data: DataConfig) -> Splits:
     Raises:
         FileError: something is missing, empty or unreadable.
     """
-    source = read(data.train, data.subset)
-    train = _split(source, "train", data.train)
-    validation = _chosen(source, "validation", data.validation, data.subset)
-    test = _chosen(source, "test", data.test, data.subset)
-    if validation is None and data.validation_fraction:
+    source = read(data.train, data.subset) if rows is None else in_memory(rows)
+    name = data.train if rows is None else IN_PYTHON
+    train, origin = _split(source, "train", name)
+    chosen = {
+        split: _named(named, split, data.subset) if named is not None else _beside(source, split, name)
+        for split, named in (("validation", data.validation), ("test", data.test))
+    }
+    found = {split: pair for split, pair in chosen.items() if pair is not None}
+    if "validation" not in found and data.validation_fraction:
         if len(train) < 2:
-            raise FileError(
-                f"{data.train} has {len(train)} row, too few to set some aside; give --data.validation"
-            )
-        parts = train.train_test_split(test_size=data.validation_fraction, seed=data.split_seed)
-        train, validation = parts["train"], parts["test"]
-    return Splits(train, validation, test)
+            raise FileError(f"{name} has {len(train)} row, too few to set some aside; give --data.validation")
+        # The places are divided, not the rows, so that an error can tell which row of the file it means.
+        places = Dataset.from_dict({"place": range(len(train))})
+        parts = places.train_test_split(test_size=data.validation_fraction, seed=data.split_seed)
+        kept, aside = (list(parts[part]["place"]) for part in ("train", "test"))
+        found["validation"] = train.select(aside), origin.select(aside)
+        train, origin = train.select(kept), origin.select(kept)
+    origins = {"train": origin, **{split: pair[1] for split, pair in found.items()}}
+    return Splits(train, **{split: pair[0] for split, pair in found.items()}, origins=origins)
 
 
-def load_test(source: str, subset: str | None = None) -> Dataset:
+def load_test(source: str | Rows, subset: str | None = None) -> Used:
     """Read the rows to evaluate on: the test split of `source` if it has splits, else all of it."""
-    found = read(source, subset)
-    return _split(found, "test" if set(SPLITS["test"]) & set(found) else "train", source)
+    found = read(source, subset) if isinstance(source, str) else in_memory(source)
+    split = "test" if set(SPLITS["test"]) & set(found) else "train"
+    return Used(*_split(found, split, source if isinstance(source, str) else IN_PYTHON))
 
 
-def read(source: str, subset: str | None = None) -> dict[str, Dataset]:
-    """Read a file, a folder or a Hub data set.
-
-    Args:
-        source: path or name; see `DataConfig.train`.
-        subset: configuration of a Hub data set that has several.
-
-    Returns:
-        Rows by split; a single file is the ``train`` split.
+def in_memory(rows: Rows) -> dict[str, Dataset]:
+    """Rows by split, of rows in memory.
 
     Raises:
-        FileError: it is missing or unreadable, or the Hub does not have it or cannot be reached.
+        ConfigError: they are something else.
     """
-    path = Path(source).expanduser()
-    with quiet():
-        if path.is_file():
-            return {"train": _file(path)}
-        if path.is_dir():
-            return _folder(path)
-        if source == embedded.DATA:
-            return embedded.docstrings()
-        if _format(path) or source.startswith((".", "/", "~")):
-            raise FileError(f"no file or folder {source}{_neighbours(path)}")
-        return _hub(source, subset)
-
-
-def _chosen(source: dict[str, Dataset], split: str, named: str | None, subset: str | None) -> Dataset | None:
-    if named is not None:
-        found = read(named, subset)
-        return _split(found, split if set(SPLITS[split]) & set(found) else "train", named)
-    return _split(source, split, "") if set(SPLITS[split]) & set(source) else None
-
-
-def _split(source: dict[str, Dataset], split: str, where: str) -> Dataset:
-    rows = next((source[name] for name in SPLITS[split] if name in source), None)
-    if rows is None:
-        raise FileError(f"{where} has no {split} split; it has: {', '.join(source)}")
-    if not len(rows):
-        raise FileError(f"{where or 'the data'} has no rows in its {split} split")
-    return rows
-
-
-def _format(path: Path) -> str | None:
-    return _FORMATS.get(Path(path.name.removesuffix(".gz")).suffix.lower())
-
-
-def _file(path: Path) -> Dataset:
-    kind = _format(path)
-    if kind is None:
-        raise FileError(
-            f"cannot tell the format of {path} by its name; expected one of {', '.join(_FORMATS)} (or any "
-            "of them .gz)"
+    found = {"train": rows} if isinstance(rows, Dataset) else dict(rows) if isinstance(rows, Mapping) else {}
+    if not found or not all(isinstance(each, Dataset) for each in found.values()):
+        kind = f"a mapping with {listing(map(str, found))}" if found else type(rows).__name__
+        raise ConfigError(
+            f"rows in Python must be a datasets.Dataset, a DatasetDict or a mapping of splits to Datasets, "
+            f"not {kind}; Dataset.from_list(rows) makes one of dictionaries"
         )
-    options: dict[str, Any] = {}
-    if kind == "csv":
-        # The word "NA" or "null" is text like any other.
-        options = {"sep": "\t" if ".tsv" in path.suffixes else ",", "keep_default_na": False}
-    try:
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
-    except Exception as error:  # each reader raises its own kinds, wrapped in datasets' own
-        if "corresponds to no data" in str(error):
-            raise FileError(f"{path} has no rows") from error
-        raise FileError(f"cannot read {path} as {kind}: {_reason(error)}") from error
-    assert isinstance(rows, Dataset)
-    return rows
+    return {str(split): each for split, each in found.items()}
 
 
-def _folder(path: Path) -> dict[str, Dataset]:
-    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        stored = datasets.load_from_disk(str(path))
-        return (
-            {str(name): rows for name, rows in stored.items()}
-            if isinstance(stored, DatasetDict)
-            else {"train": stored}
-        )
-    files = {
-        file.name.split(".")[0]: file for file in sorted(path.iterdir()) if file.is_file() and _format(file)
-    }
-    named = {split: files[name] for split, names in SPLITS.items() for name in names if name in files}
-    if not named and len(files) == 1:
-        named = {"train": next(iter(files.values()))}
-    if not named:
-        there = ", ".join(file.name for file in files.values()) or "no file of rows"
-        raise FileError(
-            f"the folder {path} must hold train.csv, .tsv, .json, .jsonl or .parquet (or .gz); it has {there}"
-        )
-    return {split: _file(file) for split, file in named.items()}
+def labelled(splits: Splits, data: DataConfig) -> Splits:
+    """The splits without test rows that nobody named and that have no labels, as public data sets do."""
+    if splits.test is None or data.test is not None or data.label not in splits.test.column_names:
+        return splits
+    absent = all(label in (None, "", -1) for label in splits.test[data.label])
+    return replace(splits, test=None) if absent else splits
 
 
-def _hub(name: str, subset: str | None) -> dict[str, Dataset]:
-    try:
-        found = datasets.load_dataset(name, subset)
-    except ValueError as error:
-        raise FileError(f"cannot load {name} from the Hub: {_reason(error)}") from error
-    except Exception as error:  # the Hub's client has a class for each way in which a network can fail
-        raise FileError(
-            f"{name} is no file or folder here, and could not be had from the Hugging Face Hub "
-            f"({_reason(error)}). A csv, json, jsonl or parquet file works without the Hub."
-        ) from error
-    if not isinstance(found, DatasetDict):
-        raise ConfigError(f"{name} is streamed, which is not supported; download it and name the files")
-    return {str(split): rows for split, rows in found.items()}
+def part(used: Used, data: DataConfig) -> Used:
+    """Keep the part of the training rows that a configuration asks for, drawn by `data.split_seed`.
+
+    A smaller part of the same rows is contained in a larger one.
+
+    Raises:
+        ConfigError: it asks for more rows than there are.
+    """
+    count = total = len(used.rows)
+    if data.fraction is not None:
+        count = max(1, round(data.fraction * total))
+    elif data.train_rows is not None:
+        count = data.train_rows
+    if count > total:
+        raise ConfigError(f"data.train_rows is {count:,}, of {total:,} training rows in {used.origin.source}")
+    if count == total:
+        return used
+    order = list(range(total))
+    random.Random(data.split_seed).shuffle(order)
+    return used.select(sorted(order[:count]))
 
 
-def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (
-        f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no detail'}"
-    )
+def _named(source: str, split: str, subset: str | None) -> tuple[Dataset, Origin]:
+    found = read(source, subset)
+    return _split(found, split if set(SPLITS[split]) & set(found) else "train", source)
 
 
-def _neighbours(path: Path) -> str:
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        return f"; there is no folder {path.parent} either"
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(str(path.parent / name) for name in close)}?" if close else ""
+def _beside(source: dict[str, Dataset], split: str, where: str) -> tuple[Dataset, Origin] | None:
+    return _split(source, split, where) if set(SPLITS[split]) & set(source) else None
+
+
+def _split(source: dict[str, Dataset], split: str, where: str) -> tuple[Dataset, Origin]:
+    name = next((name for name in SPLITS[split] if name in source), None)
+    if name is None and len(source) == 1 and "#" in where:
+        name = next(iter(source))
+    if name is None:
+        raise FileError(f"{where} has no {split} split; it has: {listing(source)}")
+    if not len(source[name]):
+        raise FileError(f"{where} has no rows in its {name} split")
+    return source[name], Origin(describe(where, name))

@@ -27,10 +27,10 @@ from lorica.train.console import make_console
 from lorica.train.files import bytes_of, writable_directory, write_atomically
 from lorica.train.fitting import Interrupted, fit
 from lorica.train.memory import peak_memory
+from lorica.train.preparing import Prepared, prepare
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
 from lorica.train.record import as_json, versions
-from lorica.train.run import Prepared, prepare
 from lorica.train.use import open_run
 
 TITLES = {"frozen": "frozen encoder + head", "lora": "LoRA", "full": "full fine-tuning"}

@@ -30,6 +30,7 @@ from lorica.train.console import make_console
 from lorica.train.quiet import quiet
 from lorica.train.recipe import TrainingConfig
 from lorica.train.tasks import Task
+from lorica.train.tasks.base import own_loss
 from lorica.train.trainer import Trainer
 
 
@@ -137,6 +138,7 @@ def fit(
             processing_class=tokenizer,
             data_collator=task.collator(tokenizer),
             score=task.metrics,
+            loss=own_loss(task),
             callbacks=extra,
             loraplus_lr_ratio=training.loraplus_lr_ratio,
             chunked_loss=training.chunked_loss,

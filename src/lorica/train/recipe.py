@@ -26,10 +26,13 @@ class DataConfig:
     """Where the rows come from, and which of their columns matter.
 
     Args:
-        train: training rows: a csv, tsv, json, jsonl (each also .gz) or parquet file; a folder of such files
-            named after their splits; a data set's name on the Hugging Face Hub; or "docstrings", the data set
-            made from Python's own
-            docstrings.
+        preset: name of a data set that lorica knows, such as "glue/rte": its task, place, columns, labels and
+            metric take the place of what is left at its default here.
+        train: training rows: a csv, tsv, json, jsonl (each also .gz), parquet or arrow file; a folder of such
+            files named after their splits, of images in folders named after their classes or listed in
+            metadata.csv, or one that datasets saved; a data set's name on the Hugging Face Hub; or
+            "docstrings", the data set made from Python's own docstrings. ``#NAME`` after it takes its split
+            of that name.
         validation: validation rows, in any of these forms. None takes the split of that name from `train`, or
             a part of its rows.
         test: test rows, in any of these forms. None takes the split of that name from `train`, if it has one.
@@ -41,13 +44,20 @@ class DataConfig:
         label: column of what is to be learned: the class, the number, the completion, the text to write, the
             list of classes. None looks for the usual names.
         separator: what stands between a prompt and its completion. May hold special tokens of the model.
+        stride: tokens that neighbouring windows of a long text share, in question answering. None takes a
+            quarter of a window.
+        unanswerable: whether a question may have no answer in its text. None looks at the training rows.
         labels: names of the classes in the order of their ids. None takes those found in the training rows,
             sorted.
         validation_fraction: share of the training rows set aside, in (0, 1), when there is no validation
             split; 0 sets none aside.
-        split_seed: seed of that draw.
+        split_seed: seed of that draw, and of the part that `fraction` or `train_rows` keeps.
+        fraction: share of the training rows to learn from, in (0, 1]. None takes all.
+        train_rows: number of training rows to learn from. None takes all.
+        skip_bad: leave out rows that cannot be used, and count them, in place of refusing them all.
     """
 
+    preset: str | None = None
     train: str = "docstrings"
     validation: str | None = None
     test: str | None = None
@@ -56,13 +66,23 @@ class DataConfig:
     text_pair: str | None = None
     label: str | None = None
     separator: str = "\n"
+    stride: int | None = None
+    unanswerable: bool | None = None
     labels: list[str] | None = None
     validation_fraction: float = 0.1
     split_seed: int = 0
+    fraction: float | None = None
+    train_rows: int | None = None
+    skip_bad: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""
         _expect(self, "validation_fraction", 0 <= self.validation_fraction < 1, "a share in [0, 1)")
+        _expect(self, "stride", self.stride is None or self.stride >= 0, "None, or 0 or more")
+        _expect(self, "fraction", self.fraction is None or 0 < self.fraction <= 1, "a share in (0, 1]")
+        _expect(self, "train_rows", self.train_rows is None or self.train_rows > 0, "None or more than 0")
+        alone = self.fraction is None or self.train_rows is None
+        _expect(self, "train_rows", alone, "None where fraction is given")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +94,8 @@ class TrainingConfig:
         epochs: passes over the training rows.
         max_steps: optimizer steps to take, whatever `epochs` says. None lets `epochs` decide.
         batch_size: rows a step on each device.
+        auto_batch_size: halve `batch_size` while a step on the longest rows does not fit into memory, and
+            gather as many more batches a step: the rows a step stay the same.
         eval_batch_size: rows a batch in evaluation, on each device.
         gradient_accumulation: batches whose gradients are added up for one step.
         weight_decay: AdamW's decay of weight matrices, a step and unit of learning rate; biases and norms
@@ -110,6 +132,7 @@ class TrainingConfig:
     epochs: float = 3.0
     max_steps: int | None = None
     batch_size: int = 16
+    auto_batch_size: bool = False
     eval_batch_size: int = 64
     gradient_accumulation: int = 1
     weight_decay: float = 0.0
@@ -167,8 +190,8 @@ class Recipe:
 
     Args:
         task: what is learned: "sequence-classification", "multi-label-classification", "regression",
-            "causal-lm", "seq2seq-lm", "token-classification", "image-classification", one registered by the
-            user, or one in a file of theirs, as "path/to/file.py:Class".
+            "causal-lm", "seq2seq-lm", "token-classification", "question-answering", "image-classification",
+            one registered by the user, or one in a file of theirs, as "path/to/file.py:Class".
         model: the pretrained model: a folder or a name on the Hugging Face Hub. The default is installed with
             lorica[demo] and needs no download.
         quantization: load the model packed by bitsandbytes: "nf4" or "fp4" (QLoRA's four bits a weight) or
@@ -179,6 +202,9 @@ class Recipe:
             ``{method: bitfit}``, or several to combine (LoRA is ``{method: lora, r: 8}`` there). None trains
             `method`.
         training: how it trains.
+        init_from: folder or Hub name of an adapter whose weights training begins with, of the same method and
+            targets. None begins as the method says.
+        init_head: take that adapter's head too, where it has the same classes. Else the head starts anew.
         output: folder for the adapter, the tokenizer, this recipe, run.json, checkpoints and
             TensorBoard's logs.
     """
@@ -190,6 +216,8 @@ class Recipe:
     method: LoraConfig = field(default_factory=_default_method)
     baseline: dict[str, Any] | list[dict[str, Any]] | None = None
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    init_from: str | None = None
+    init_head: bool = False
     output: str = "runs/train"
 
     def __post_init__(self) -> None:
@@ -200,6 +228,9 @@ class Recipe:
             "quantization",
             self.quantization in (None, *QUANTIZATIONS),
             f"None or one of {QUANTIZATIONS}",
+        )
+        _expect(
+            self, "init_head", self.init_from is not None or not self.init_head, "False without init_from"
         )
 
     def configuration(self) -> AdapterConfig:

@@ -8,54 +8,27 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import transformers
-from datasets import Dataset
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorica.checkpoint import read, write_card
 from lorica.config import LoraConfig
 from lorica.errors import ConfigError, LoricaError, listing
-from lorica.model import adapt, save, trainable_parameters
-from lorica.train import data as sources
-from lorica.train import tasks
-from lorica.train.arguments import check_device
+from lorica.model import adapt, extract, save, trainable_parameters
+from lorica.train.batch_size import fitting_batch
+from lorica.train.card import about
 from lorica.train.console import make_console
+from lorica.train.data import Rows
 from lorica.train.files import bytes_of, sha256_of, writable_directory
 from lorica.train.fitting import fit
-from lorica.train.quantization import quantized_loading
-from lorica.train.quiet import quiet
+from lorica.train.preparing import Prepared, prepare
 from lorica.train.recipe import Recipe
-from lorica.train.record import RECORD, Record, fingerprint, machine, versions
-from lorica.train.tasks import Encoded, Task
+from lorica.train.record import RECORD, Record, machine, versions
+from lorica.train.summary import announce
+from lorica.train.warm_start import warm_start
 
 RECIPE = "recipe.yaml"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All that training needs, before anything is adapted or trained.
-
-    Args:
-        recipe: the recipe, with the columns and labels that were found.
-        task: what is learned.
-        tokenizer: the model's tokenizer.
-        model: the pretrained model with a new head, every parameter trainable.
-        splits: encoded rows by split: ``train``, and ``validation`` and ``test`` where there are any.
-        data: split → number and SHA-256 of the rows as they came; see `fingerprint`.
-    """
-
-    recipe: Recipe
-    task: Task
-    tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel
-    splits: dict[str, Encoded]
-    data: dict[str, dict[str, Any]]
-
-    def features(self, split: str) -> Dataset | None:
-        """Encoded rows of a split, or None."""
-        return self.splits[split].features if split in self.splits else None
 
 
 @dataclass(frozen=True)
@@ -73,6 +46,7 @@ class Result:
         checkpoint_bytes: size of ``adapter_model.safetensors``.
         rows: split → rows.
         truncated: split → rows that were longer than `max_length`.
+        skipped: split → rows that could not be used, and were left out.
         adapter_sha256: of ``adapter_model.safetensors``: the same for the same recipe on the same CPU.
     """
 
@@ -86,11 +60,13 @@ class Result:
     checkpoint_bytes: int
     rows: dict[str, int]
     truncated: dict[str, int]
+    skipped: dict[str, int]
     adapter_sha256: str
 
 
 def train(
     recipe: Recipe,
+    rows: Rows | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -105,6 +81,8 @@ def train(
 
     Args:
         recipe: the run.
+        rows: rows in memory, in place of those that `recipe.data.train` names: a `datasets.Dataset`, or a
+            `DatasetDict`, whose validation and test rows are then taken too.
         resume: go on from the newest complete checkpoint in the output folder, or start if there is none.
         overwrite: start anew in a folder that holds a run.
         console: where to show progress. None makes one.
@@ -122,8 +100,10 @@ def train(
     console = console or make_console()
     _check_folder(Path(recipe.output), resume=resume, overwrite=overwrite)
     check_start(recipe)
+    if recipe.init_from is not None and not resume:
+        read(recipe.init_from)  # a missing one is found at once
     with contextlib.nullcontext() if repeats is None else repeats.threads():
-        prepared = prepare(recipe)
+        prepared = prepare(recipe, rows)
         if repeats is not None:
             _compare_start(repeats, prepared, console, changed_data=changed_data)
         result = train_prepared(prepared, resume=resume, overwrite=overwrite, console=console)
@@ -147,26 +127,32 @@ def train_prepared(
     recipe, task = prepared.recipe, prepared.task
     output = writable_directory(recipe.output)
     if resume:
-        _check_same(recipe, output)
+        recipe = _as_before(recipe, output)
     elif overwrite:
         for old in ("checkpoints", "tensorboard"):
             shutil.rmtree(output / old, ignore_errors=True)
         (output / RECORD).unlink(missing_ok=True)
-    _report(prepared, console)
+    announce(prepared, console)
 
     method = recipe.configuration()
     method = method if method.task_type else method.replace(task_type=task.task_type)
     if task.modules_to_save and method.modules_to_save is None:
         method = method.replace(modules_to_save=list(task.modules_to_save))
     model = adapt(prepared.model, method, seed=recipe.training.seed)
+    if recipe.init_from is not None and not resume:
+        warm_start(model, read(recipe.init_from), head=recipe.init_head)
     count = trainable_parameters(model)
     console.print(str(count))
+    learned = prepared.splits["train"].features
+    if recipe.training.auto_batch_size and not resume:
+        training = fitting_batch(model, task, prepared.tokenizer, learned, recipe.training, console)
+        recipe = dataclasses.replace(recipe, training=training)
     recipe.save(output / RECIPE)
     done = fit(
         model,
         task,
         prepared.tokenizer,
-        prepared.splits["train"].features,
+        learned,
         prepared.features("validation"),
         recipe.training,
         output,
@@ -177,6 +163,8 @@ def train_prepared(
     scored = [split for split in ("validation", "test") if split in prepared.splits]
     metrics = {split: done.evaluate(prepared.splits[split].features) for split in scored}
     save(model, output)
+    rows = {split: len(encoded) for split, encoded in prepared.splits.items()}
+    write_card(extract(model), output, about(recipe, task.inputs(recipe.data), rows, metrics))
     prepared.tokenizer.save_pretrained(output)
     weights = output / "adapter_model.safetensors"
     result = Result(
@@ -188,8 +176,9 @@ def train_prepared(
         trainable=count.trainable,
         parameters=count.deployed,
         checkpoint_bytes=bytes_of(weights),
-        rows={split: len(rows) for split, rows in prepared.splits.items()},
+        rows=rows,
         truncated={split: rows.truncated for split, rows in prepared.splits.items()},
+        skipped={split: facts["skipped"] for split, facts in prepared.data.items()},
         adapter_sha256=sha256_of(weights),
     )
     Record(
@@ -201,54 +190,6 @@ def train_prepared(
         adapter_sha256=result.adapter_sha256,
     ).save(output)
     return result
-
-
-def prepare(recipe: Recipe) -> Prepared:
-    """Read the rows, find what the recipe left open, load the model, and encode the rows.
-
-    torch's random numbers are seeded first, so the new head is the same each time, whatever is trained later.
-
-    Raises:
-        LoricaError: something is missing or does not fit. Nothing has been written.
-    """
-    read = encode(recipe)
-    model = load_model(read.recipe, read.task, read.tokenizer)
-    return Prepared(read.recipe, read.task, read.tokenizer, model, read.splits, read.data)
-
-
-class Encoding(NamedTuple):
-    """What `Prepared` holds, but for the model."""
-
-    recipe: Recipe
-    task: Task
-    tokenizer: PreTrainedTokenizerBase
-    splits: dict[str, Encoded]
-    data: dict[str, dict[str, Any]]
-
-
-def encode(recipe: Recipe) -> Encoding:
-    """Read and encode the rows; `prepare` without the model."""
-    task = tasks.get(recipe.task)
-    check_device(recipe.training)
-    splits = sources.load(recipe.data)
-    recipe = dataclasses.replace(recipe, data=task.resolve(splits, recipe.data))
-    with quiet():
-        tokenizer = task.tokenizer(recipe.model)
-        encoded = {
-            name: task.encode(rows, recipe.data, tokenizer, recipe.training.max_length, f"the {name} rows")
-            for name, rows in splits.items()
-        }
-    data = {name: fingerprint(rows) for name, rows in splits.items()}
-    return Encoding(recipe, task, tokenizer, encoded, data)
-
-
-def load_model(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model of a recipe that `encode` completed, its new head drawn from the recipe's seed."""
-    with quiet():
-        transformers.set_seed(recipe.training.seed)
-        model = task.model(recipe.model, recipe.data, **quantized_loading(recipe, task))
-    task.pad(model, tokenizer)
-    return model
 
 
 def _compare_start(before: Record, prepared: Prepared, console: Console, *, changed_data: bool) -> None:
@@ -300,11 +241,19 @@ def _check_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
-def _check_same(recipe: Recipe, output: Path) -> None:
-    """A run resumed with another recipe would be neither the old run nor the new one."""
+def _as_before(recipe: Recipe, output: Path) -> Recipe:
+    """The recipe of a run that goes on; with another one it would be neither the old run nor the new one.
+
+    Raises:
+        ConfigError: it is another.
+    """
     if not (output / RECIPE).is_file():
-        return
-    before, now = (dict(_flat(dataclasses.asdict(value))) for value in (Recipe.load(output / RECIPE), recipe))
+        return recipe
+    saved = Recipe.load(output / RECIPE)
+    if recipe.training.auto_batch_size:
+        sizes = {name: getattr(saved.training, name) for name in ("batch_size", "gradient_accumulation")}
+        recipe = recipe.replace(training=sizes)
+    before, now = (dict(_flat(dataclasses.asdict(value))) for value in (saved, recipe))
     changed = [
         f"{key} was {before[key]!r}, now {now[key]!r}"
         for key in now
@@ -315,6 +264,7 @@ def _check_same(recipe: Recipe, output: Path) -> None:
             f"the run in {output} was started with another recipe: {listing(changed)}. "
             f"Resume it as it was with: lorica train {output / RECIPE} --resume"
         )
+    return recipe
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -323,19 +273,3 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(item, f"{key}.")
         else:
             yield prefix + key, item
-
-
-def _report(prepared: Prepared, console: Console) -> None:
-    data = prepared.recipe.data
-    columns = " + ".join(prepared.task.inputs(data))
-    rows = ", ".join(f"{len(rows):,} {split}" for split, rows in prepared.splits.items())
-    classes = f" ({listing(data.labels, limit=6)})" if data.labels else ""
-    target = f" → {data.label}{classes}" if data.label else f" →{classes}" if classes else ""
-    console.print(f"{prepared.recipe.model}: {columns}{target}; {rows} rows")
-    for split, encoded in prepared.splits.items():
-        if encoded.truncated:
-            console.print(
-                f"{encoded.truncated:,} of {len(encoded):,} {split} rows are cut to "
-                f"{prepared.recipe.training.max_length} tokens; "
-                f"the longest has {encoded.longest:,}"
-            )

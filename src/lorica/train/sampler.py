@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Sampler
@@ -49,3 +50,32 @@ class LengthGroupedSampler(Sampler[int]):
         full = batches[:-1] if batches and len(batches[-1]) < self.batch_size else batches
         shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
         return (row for batch in shuffled + batches[len(full) :] for row in batch)
+
+
+class Padding(NamedTuple):
+    """Share of what a model reads that is padding, in [0, 1): by length, and in a random order."""
+
+    grouped: float
+    random: float
+
+
+def padding(lengths: Sequence[int], batch_size: int, seed: int = 0) -> Padding | None:
+    """How much padding grouping by length saves, over an epoch; None where all rows are alike.
+
+    Args:
+        lengths: length of each row, in tokens.
+        batch_size: rows a batch.
+        seed: seed of both orders.
+    """
+    lengths = list(lengths)
+    if len(set(lengths)) < 2 or batch_size < 2:
+        return None
+    random = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    orders = list(LengthGroupedSampler(lengths, batch_size, seed)), random
+    return Padding(*(_share(lengths, order, batch_size) for order in orders))
+
+
+def _share(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    read = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
+    return 1 - sum(lengths) / read

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 class TokenLossMixin(_Base):
-    """Averages a language model's loss over the target tokens of a step, and computes it in chunks.
+    """Averages a loss over all targets of a step, and computes a language model's in chunks.
 
     A step is all the micro-batches that gradient accumulation gathers: four of them give the gradient of one
     batch four times as large, whatever each holds of targets. transformers' Trainer does so for models that
     name their loss as it expects; here the others are right as well: those without a known name (GPT-2), for
-    which it counts a target too many in each row, and those with a loss of their own (BART), for which it
-    adds up the micro-batches' means.
+    which it counts a target too many in each row, and those with a loss of their own (BART, T5, BERT's
+    classifiers), for which it adds up the micro-batches' means.
 
     The logits of all tokens never exist at once where the model has one head that ends in cross-entropy; see
     `deferred`. Where it has not, or the trainer shards or compiles the model, a line of log says so.
@@ -76,14 +76,25 @@ class TokenLossMixin(_Base):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a micro-batch: its share of the mean over the step's target tokens."""
+        """The loss of a micro-batch: its share of the mean over the step's targets."""
         labels = inputs.get("labels")
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         other = self.args.label_smoothing_factor or self.compute_loss_func
         if not self._mean_of_batch or other or labels is None or num_items_in_batch is None:
-            return found
-        share = labels.ne(-100).sum() / num_items_in_batch
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Some of these models would divide by the number of targets, and some would not: none is told it.
+        self.model_accepts_loss_kwargs = False
+        try:
+            found = super().compute_loss(model, inputs, return_outputs)
+        finally:
+            self.model_accepts_loss_kwargs = True
+        share = labels.ne(-100).sum() / num_items_in_batch * self._copies()
         return (found[0] * share, found[1]) if return_outputs else found * share
+
+    def _copies(self) -> int:
+        """By what a loss is multiplied that was divided by the targets of all processes."""
+        if not self.args.average_tokens_across_devices:
+            return 1
+        return self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu
 
     @contextmanager
     def _deferred(self, wanted: bool = True) -> Iterator[None]:
@@ -167,12 +178,14 @@ def _shifts_labels(model: nn.Module) -> bool:
 
 
 def _ignores_count(model: nn.Module) -> bool:
-    """Whether the model is a causal language model of transformers that writes out a loss of its own.
+    """Whether the model is one of transformers' whose loss is the mean over the micro-batch, in any case.
 
-    Those take a mean over the micro-batch, and do not look at the number of targets that they are given.
+    Some write out a loss of their own, which does not look at the number of targets that it is given. Those
+    that share the loss of classes and numbers pass that number on to it, or do not.
     """
-    theirs = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return theirs and not _calls_loss_function(model)
+    if not inspect.unwrap(type(model).forward).__module__.startswith("transformers."):
+        return False
+    return not _calls_loss_function(model) or model.loss_function is ForSequenceClassificationLoss
 
 
 def _calls_loss_function(model: nn.Module) -> bool:

@@ -10,17 +10,19 @@ here and to TRL's trainers::
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from lorica.checkpoint import is_adapter
 from lorica.errors import LoricaError
 from lorica.model import adapters, load_weights
 from lorica.train.evaluation import EvaluationMixin
+from lorica.train.measuring import MeasuringMixin
 from lorica.train.optimizer import parameter_groups
 from lorica.train.sampler import LengthGroupedSampler
 from lorica.train.token_loss import TokenLossMixin
@@ -88,7 +90,7 @@ class LoraTrainerMixin(_Base):
         return True
 
 
-class Trainer(LoraTrainerMixin, EvaluationMixin, TokenLossMixin, transformers.Trainer):
+class Trainer(LoraTrainerMixin, MeasuringMixin, EvaluationMixin, TokenLossMixin, transformers.Trainer):
     """transformers' Trainer, with adapter checkpoints, LoRA+ and an order of rows that a resume keeps.
 
     The loss of a language model is averaged over the target tokens of all the batches of a step, or of all
@@ -98,14 +100,39 @@ class Trainer(LoraTrainerMixin, EvaluationMixin, TokenLossMixin, transformers.Tr
         *args: as transformers' Trainer takes them.
         loraplus_lr_ratio: learning rate of B over that of A; see `parameter_groups`. None trains both at one
             rate.
+        loss: function of the model's outputs and its inputs that returns a batch's mean loss, or None for
+            the model's own; such as a task's.
         **options: as transformers' Trainer takes them, `chunked_loss` (see `TokenLossMixin`) and `score`
             (see `EvaluationMixin`).
     """
 
-    def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **options: Any) -> None:
-        """Keep the ratio, and leave the rest to transformers."""
+    def __init__(
+        self,
+        *args: Any,
+        loraplus_lr_ratio: float | None = None,
+        loss: Callable[[Any, Mapping[str, Any]], Tensor | None] | None = None,
+        **options: Any,
+    ) -> None:
+        """Keep the two, and leave the rest to transformers."""
         self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.loss = loss
         super().__init__(*args, **options)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a micro-batch; see transformers' Trainer."""
+        if self.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = found
+        own = self.loss(outputs, inputs)
+        loss = loss if own is None else own
+        return (loss, outputs) if return_outputs else loss
 
     def get_optimizer_cls_and_kwargs(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: Any, model: Any = None

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
+from datasets import Dataset, Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from lorica.checkpoint import is_adapter
@@ -19,12 +19,15 @@ from lorica.model import load
 from lorica.train import data as sources
 from lorica.train import tasks
 from lorica.train.checkpoints import last_checkpoint
+from lorica.train.data import Rows
 from lorica.train.fitting import score
+from lorica.train.preparing import encode_split
 from lorica.train.quantization import quantized_loading
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
 from lorica.train.run import RECIPE
 from lorica.train.tasks import Task
+from lorica.train.tasks.base import own_loss
 from lorica.train.trainer import Trainer
 
 
@@ -79,13 +82,13 @@ def open_run(directory: str | Path) -> Trained:
     return Trained(recipe, task, tokenizer, model.eval())
 
 
-def evaluate(directory: str | Path, test: str | None = None) -> dict[str, float]:
+def evaluate(directory: str | Path, test: str | Rows | None = None) -> dict[str, float]:
     """Score a trained model.
 
     Args:
         directory: the folder that `train` filled.
-        test: rows to score it on, in any form that `DataConfig.train` takes. None takes the test rows of its
-            recipe.
+        test: rows to score it on, in any form that `DataConfig.train` takes, or in memory. None takes the
+            test rows of its recipe.
 
     Returns:
         The task's metrics, the loss, and ``rows``, how many there were.
@@ -97,27 +100,25 @@ def evaluate(directory: str | Path, test: str | None = None) -> dict[str, float]
     trained = open_run(directory)
     recipe = trained.recipe
     if test is not None:
-        rows = sources.load_test(test, recipe.data.subset)
+        used = sources.load_test(test, recipe.data.subset)
     else:
-        found = sources.load(recipe.data).test
-        if found is None:
-            raise FileError("the recipe has no test rows; name some with --data.test")
-        rows = found
+        found = sources.labelled(sources.load(recipe.data), recipe.data).used()
+        if "test" not in found:
+            raise FileError("the recipe has no test rows with labels; name some with --data.test")
+        used = found["test"]
     with quiet():
-        encoded = trained.task.encode(
-            rows, recipe.data, trained.tokenizer, recipe.training.max_length, "the test rows"
-        )
+        encoded, _ = encode_split(recipe, trained.task, trained.tokenizer, used)
     with scoring(trained) as trainer:
         return {**score(trainer, encoded.features), "rows": len(encoded)}
 
 
-def predict(directory: str | Path, texts: Sequence[str] | str | Path) -> list[dict[str, Any]]:
+def predict(directory: str | Path, texts: Sequence[str] | str | Path | Dataset) -> list[dict[str, Any]]:
     """Predict with a trained model.
 
     Args:
         directory: the folder that `train` filled.
-        texts: texts, or a file of rows in any form that `DataConfig.train` takes; a ``.txt`` file holds one
-            text a line.
+        texts: texts; or rows in memory, or a file of them in any form that `DataConfig.train` takes; a
+            ``.txt`` file holds one text a line.
 
     Returns:
         A dictionary for each row: the texts, and what the task says of them, such as ``label`` and
@@ -129,8 +130,11 @@ def predict(directory: str | Path, texts: Sequence[str] | str | Path) -> list[di
     """
     trained = open_run(directory)
     recipe, task = trained.recipe, trained.task
-    if isinstance(texts, (str, Path)):
-        path = Path(texts)
+    where = "the rows"
+    if isinstance(texts, Dataset):
+        rows = texts
+    elif isinstance(texts, (str, Path)):
+        path, where = Path(texts), str(texts)
         if path.suffix == ".txt":
             rows = task.rows(_lines(path), recipe.data)
         else:
@@ -145,14 +149,12 @@ def predict(directory: str | Path, texts: Sequence[str] | str | Path) -> list[di
         )
     with quiet():
         encoded = task.encode(
-            rows, recipe.data, trained.tokenizer, recipe.training.max_length, "the rows", labelled=False
+            rows, recipe.data, trained.tokenizer, recipe.training.max_length, where, labelled=False
         )
         with scoring(trained) as trainer:
             outputs = trainer.predict(encoded.features).predictions  # type: ignore[arg-type]
     # An image has no form in JSON; its path has.
-    columns = [
-        name for name in task.inputs(recipe.data) if not isinstance(rows.features[name], datasets.Image)
-    ]
+    columns = [name for name in task.inputs(recipe.data) if not isinstance(rows.features[name], Image)]
     given = rows.select_columns(columns).to_list() if columns else [{}] * len(rows)
     answers = task.read(outputs, encoded.features, recipe.data)
     return [{**row, **said} for row, said in zip(given, answers, strict=True)]
@@ -181,6 +183,7 @@ class scoring:
             processing_class=trained.tokenizer,
             data_collator=trained.task.collator(trained.tokenizer),
             score=trained.task.metrics,
+            loss=own_loss(trained.task),
         )
         trainer.remove_callback(transformers.PrinterCallback)
         return trainer

@@ -8,8 +8,8 @@ from typing import Any, Self, cast
 from transformers import PreTrainedModel
 
 from lorica.train import tasks
+from lorica.train.preparing import Encoding, Prepared, encode, load_model
 from lorica.train.recipe import Recipe
-from lorica.train.run import Encoding, Prepared, encode, load_model
 from lorica.train.tasks import Task
 from lorica.tune.joining import base_of
 from lorica.tune.shipping import Shipped

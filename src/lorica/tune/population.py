@@ -18,9 +18,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorica.errors import ConfigError, LoricaError
 from lorica.train.console import make_console
 from lorica.train.files import writable_directory
+from lorica.train.preparing import Prepared, prepare
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
-from lorica.train.run import Prepared, Result, check_start, prepare, train_prepared
+from lorica.train.run import Result, check_start, train_prepared
 from lorica.train.trainer import Trainer
 from lorica.tune.base import SharedBase
 from lorica.tune.board import Board

@@ -32,9 +32,10 @@ def classification(
 
     Returns:
         ``accuracy``; ``f1``, ``precision`` and ``recall`` weighted by how often each class occurs;
-        ``f1_macro``, the plain mean over the classes; ``matthews``, the correlation coefficient, 0 at chance;
-        ``roc_auc``, one class against the rest, the mean over the classes. A class that is never
-        predicted counts as precision 0.
+        ``f1_macro``, the plain mean over the classes; ``matthews``, the correlation coefficient, 0 at
+        chance; ``roc_auc``, one class against the rest, the mean over the classes; of two
+        classes with `probabilities`, ``f1_binary``, the second's alone, which GLUE reports. A class that is
+        never predicted counts as precision 0.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     scores = {
@@ -51,6 +52,8 @@ def classification(
         # Of two classes, either one's area is the other's.
         columns = slice(1, 2) if odds.shape[-1] == 2 else slice(None)
         scores |= _areas(odds[:, columns], truth[:, columns])
+        if odds.shape[-1] == 2:
+            scores["f1_binary"] = f1_score(labels, predictions, zero_division=_ZERO)
     return {name: float(score) for name, score in scores.items()}
 
 

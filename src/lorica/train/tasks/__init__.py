@@ -8,6 +8,7 @@ from lorica.train.tasks.causal_lm import CausalLanguageModelling
 from lorica.train.tasks.files import load_task
 from lorica.train.tasks.image_classification import ImageClassification
 from lorica.train.tasks.multi_label import MultiLabelClassification
+from lorica.train.tasks.question_answering import QuestionAnswering
 from lorica.train.tasks.regression import Regression
 from lorica.train.tasks.seq2seq import SequenceToSequence
 from lorica.train.tasks.sequence_classification import SequenceClassification
@@ -18,6 +19,7 @@ __all__ = [
     "Encoded",
     "ImageClassification",
     "MultiLabelClassification",
+    "QuestionAnswering",
     "Regression",
     "SequenceClassification",
     "SequenceToSequence",
@@ -74,6 +76,7 @@ for _task in (
     CausalLanguageModelling,
     SequenceToSequence,
     TokenClassification,
+    QuestionAnswering,
     ImageClassification,
 ):
     register(_task)

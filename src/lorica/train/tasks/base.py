@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction
 
@@ -16,6 +18,7 @@ from lorica.errors import ConfigError, FileError
 from lorica.train.data import Splits
 from lorica.train.embedded import resolve_model
 from lorica.train.recipe import DataConfig
+from lorica.train.rows import RowError
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,14 @@ class Encoded:
         truncated: rows that were cut to the longest length allowed.
         longest: tokens of the longest row before any was cut.
         rows: rows that were encoded. None says that each gave one row of features.
+        lengths: tokens of each row before any was cut. None where rows have no lengths.
     """
 
     features: Dataset
     truncated: int
     longest: int
     rows: int | None = None
+    lengths: Sequence[int] | None = None
 
     def __len__(self) -> int:
         """Number of rows that were encoded."""
@@ -97,6 +102,15 @@ class Task(ABC):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         """What makes a batch of features: pads and stacks them."""
 
+    def loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The mean loss of a batch, where it is another than the model's own.
+
+        Args:
+            outputs: what the model returned.
+            inputs: the batch, labels included.
+        """
+        return None
+
     @abstractmethod
     def metrics(self, outcome: EvalPrediction, features: Dataset) -> dict[str, float]:
         """Score the model's outputs over a whole set, of which `features` are the encoded rows."""
@@ -123,7 +137,7 @@ class Task(ABC):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(name))
         except (OSError, ValueError) as error:
-            raise FileError(f"cannot load a tokenizer from {name!r}: {_first_line(error)}") from error
+            raise FileError(f"cannot load a tokenizer from {name!r}: {_reason(error, name)}") from error
         if tokenizer.pad_token is None:
             # A decoder's tokenizer often has none; any token will do, since the mask hides it.
             if tokenizer.eos_token is None:
@@ -153,23 +167,34 @@ class Task(ABC):
             )
         except (OSError, ValueError) as error:
             raise FileError(
-                f"cannot load a model for {self.name} from {name!r}: {_first_line(error)}"
+                f"cannot load a model for {self.name} from {name!r}: {_reason(error, name)}"
             ) from error
         # The path on this machine would tell the adapter's other users nothing.
         model.config._name_or_path = model.name_or_path = name
         return model
 
 
+def own_loss(task: Task) -> Callable[[Any, Mapping[str, Any]], Tensor | None] | None:
+    """A task's loss, or None where the model's is its own, and the outputs need not be kept for it."""
+    return None if type(task).loss is Task.loss else task.loss
+
+
 def needs_tokens(rows: Sequence[Sequence[int]], where: str) -> None:
     """Refuse rows of which nothing is left.
 
     Raises:
-        FileError: a row has no tokens.
+        RowError: rows have no tokens.
     """
-    empty = next((row for row, ids in enumerate(rows) if not len(ids)), None)
-    if empty is not None:
-        raise FileError(f"row {empty + 1} of {where} has no text: it gives no tokens")
+    empty = [row for row, ids in enumerate(rows) if not len(ids)]
+    if empty:
+        raise RowError(empty, where, "has no text: it gives no tokens")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _reason(error: Exception, name: str) -> str:
+    first = str(error).strip().splitlines()[0]
+    if Path(name).is_dir():
+        return first
+    return (
+        f"{first.rstrip('.')}. A folder works without the Hub, with config.json, model.safetensors and the "
+        "tokenizer's files in it, as save_pretrained writes them: --model FOLDER"
+    )

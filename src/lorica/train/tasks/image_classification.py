@@ -14,10 +14,11 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError, FileError
 from lorica.train import metrics
-from lorica.train.columns import find_label, label_ids
+from lorica.train.columns import find_label, label_ids, needs_column
 from lorica.train.data import Splits
 from lorica.train.embedded import resolve_model
 from lorica.train.recipe import DataConfig
+from lorica.train.rows import Unusable, read_each
 from lorica.train.tasks.base import Encoded, Task
 from lorica.train.tasks.sequence_classification import classes, most_likely
 from lorica.train.tasks.texts import logits_of, named_outputs, softmax
@@ -67,23 +68,21 @@ class ImageClassification(Task):
         assert data.text is not None
         assert data.label is not None
         for name in (data.text, data.label) if labelled else (data.text,):
-            if name not in rows.column_names:
-                raise ConfigError(
-                    f"{where} have no column {name!r}; they have: {', '.join(rows.column_names)}"
-                )
+            needs_column(rows, name, where)
         features = rows.select_columns([data.text]).rename_column(data.text, _COLUMN)
         features = features.cast_column(_COLUMN, Image())
-        for row in range(len(features)):
+
+        def look(row: int) -> None:
             try:
                 image = features[row][_COLUMN]
                 if image is None:
                     raise ValueError("there is none")
                 image.load()
             except Exception as error:  # each format's decoder raises its own kinds
-                raise FileError(
-                    f"row {row + 1} of {where} has an image in column {data.text!r} that cannot be "
-                    f"read: {error}"
-                ) from error
+                problem = f"has an image in column {data.text!r} that cannot be read: {error}"
+                raise Unusable(problem) from error
+
+        read_each(range(len(features)), look, where)
         # All alike, so that grouping by length leaves them in a random order.
         features = features.add_column("length", [1] * len(features))  # type: ignore[call-arg]
         if labelled:

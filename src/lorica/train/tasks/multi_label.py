@@ -14,6 +14,7 @@ from lorica.train import metrics
 from lorica.train.columns import find_label, find_texts, label_list_ids, label_list_names, numbers
 from lorica.train.data import Splits
 from lorica.train.recipe import DataConfig
+from lorica.train.rows import RowError
 from lorica.train.tasks.texts import TextTask, logits_of, named_outputs
 
 
@@ -46,11 +47,10 @@ class MultiLabelClassification(TextTask):
         if data.label is None:
             columns = [numbers(rows, name, where) for name in names]
             for name, column in zip(names, columns, strict=True):
-                bad = next((row for row, value in enumerate(column) if value not in (0, 1)), None)
-                if bad is not None:
-                    raise ConfigError(
-                        f"row {bad + 1} of {where} has {column[bad]:g} in column {name!r}; expected 0 or 1"
-                    )
+                bad = [row for row, value in enumerate(column) if value not in (0, 1)]
+                if bad:
+                    problem = f"has {column[bad[0]]:g} in column {name!r}, where 0 or 1 is due"
+                    raise RowError(bad, where, problem)
             return [list(row) for row in zip(*columns, strict=True)]
         result = np.zeros((len(rows), len(names)))
         for row, ids in enumerate(label_list_ids(rows, data.label, names, where)):

@@ -48,12 +48,9 @@ class TextTask(Task):
         needs_tokens(features["input_ids"], where)
         features["length"] = [len(ids) for ids in features["input_ids"]]
         if labelled:
-            if data.label is not None and data.label not in rows.column_names:
-                raise ConfigError(
-                    f"{where} have no label column {data.label!r}; they have: {', '.join(rows.column_names)}"
-                )
             features["labels"] = self.targets(rows, data, where)
-        return Encoded(Dataset.from_dict(features), sum(length > limit for length in lengths), max(lengths))
+        truncated = sum(length > limit for length in lengths)
+        return Encoded(Dataset.from_dict(features), truncated, max(lengths), lengths=lengths)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
         """Pad to the longest row of the batch."""

@@ -11,11 +11,12 @@ from datasets import Dataset
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction
 
-from lorica.errors import ConfigError, FileError
+from lorica.errors import ConfigError
 from lorica.train import metrics
-from lorica.train.columns import find_label, label_list_ids, label_list_names
+from lorica.train.columns import find_label, label_list_ids, label_list_names, needs_column
 from lorica.train.data import Splits
 from lorica.train.recipe import DataConfig
+from lorica.train.rows import RowError, Unusable, read_each
 from lorica.train.tasks.base import Encoded, Task, needs_tokens
 from lorica.train.tasks.texts import logits_of, named_outputs, softmax
 
@@ -81,19 +82,25 @@ class TokenClassification(Task):
         features["words"] = [len(row) for row in words]
         features["length"] = [len(ids) for ids in encoding["input_ids"]]
         if labelled:
+            ids = label_list_ids(rows, data.label, data.labels or [], where)
+            unlike = [row for row, own in enumerate(ids) if len(own) != len(words[row])]
+            if unlike:
+                first = unlike[0]
+                raise RowError(
+                    unlike,
+                    where,
+                    f"has {len(words[first])} words in column {data.text!r} and {len(ids[first])} labels in "
+                    f"column {data.label!r}",
+                )
             features["labels"] = []
-            for row, ids in enumerate(label_list_ids(rows, data.label, data.labels or [], where)):
-                if len(ids) != len(words[row]):
-                    raise FileError(
-                        f"row {row + 1} of {where} has {len(words[row])} words in column {data.text!r} and "
-                        f"{len(ids)} labels in column {data.label!r}"
-                    )
+            for row, own in enumerate(ids):
                 labels = [_IGNORED] * len(encoding["input_ids"][row])
                 for word, token in firsts[row]:
-                    labels[token] = ids[word]
+                    labels[token] = own[word]
                 features["labels"].append(labels)
-        truncated = sum(len(ids) > limit for ids in whole)
-        return Encoded(Dataset.from_dict(features), truncated, max(map(len, whole)))
+        lengths = [len(ids) for ids in whole]
+        truncated = sum(length > limit for length in lengths)
+        return Encoded(Dataset.from_dict(features), truncated, max(lengths), lengths=lengths)
 
     def head(self, data: DataConfig) -> dict[str, Any]:
         """As many outputs a token as classes, with their names."""
@@ -131,16 +138,14 @@ class TokenClassification(Task):
 
 
 def _words(rows: Dataset, column: str, where: str) -> list[list[str]]:
-    if column not in rows.column_names:
-        raise ConfigError(f"{where} have no column {column!r}; they have: {', '.join(rows.column_names)}")
-    words = list(rows[column])
-    for row, value in enumerate(words):
+    needs_column(rows, column, where)
+
+    def read(value: Any) -> list[str]:
         if not (isinstance(value, list) and value and all(isinstance(word, str) for word in value)):
-            raise FileError(
-                f"row {row + 1} of {where} has {value!r:.60} in column {column!r}, where a list of "
-                "words is due"
-            )
-    return words
+            raise Unusable(f"has {value!r:.60} in column {column!r}, where a list of words is due")
+        return value
+
+    return read_each(rows[column], read, where)
 
 
 def _first_tokens(word_ids: Sequence[int | None]) -> list[list[int]]:

@@ -1,0 +1,128 @@
+"""From a recipe to all that training needs: rows found and encoded, the model and its tokenizer loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import transformers
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorica.errors import ConfigError
+from lorica.train import data as sources
+from lorica.train import presets, tasks
+from lorica.train.arguments import check_device
+from lorica.train.quantization import quantized_loading
+from lorica.train.quiet import quiet
+from lorica.train.recipe import Recipe
+from lorica.train.record import fingerprint
+from lorica.train.rows import Used, use
+from lorica.train.tasks import Encoded, Task
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that training needs, before anything is adapted or trained.
+
+    Args:
+        recipe: the recipe, with the columns and labels that were found.
+        task: what is learned.
+        tokenizer: the model's tokenizer.
+        model: the pretrained model with a new head, every parameter trainable.
+        splits: encoded rows by split: ``train``, and ``validation`` and ``test`` where there are any.
+        data: split → ``rows`` and ``sha256`` of the rows as they came (see `fingerprint`); ``skipped``, how
+            many more could not be used, and ``first_skipped``, what was wrong with the first of these.
+    """
+
+    recipe: Recipe
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    splits: dict[str, Encoded]
+    data: dict[str, dict[str, Any]]
+
+    def features(self, split: str) -> Dataset | None:
+        """Encoded rows of a split, or None."""
+        return self.splits[split].features if split in self.splits else None
+
+
+class Encoding(NamedTuple):
+    """What `Prepared` holds, but for the model."""
+
+    recipe: Recipe
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    splits: dict[str, Encoded]
+    data: dict[str, dict[str, Any]]
+
+
+def prepare(recipe: Recipe, rows: sources.Rows | None = None) -> Prepared:
+    """Read the rows, find what the recipe left open, load the model, and encode the rows.
+
+    torch's random numbers are seeded first, so the new head is the same each time, whatever is trained later.
+
+    Args:
+        recipe: the run.
+        rows: rows in memory, in place of those that `recipe.data.train` names.
+
+    Raises:
+        LoricaError: something is missing or does not fit. Nothing has been written.
+    """
+    read = encode(recipe, rows)
+    model = load_model(read.recipe, read.task, read.tokenizer)
+    return Prepared(read.recipe, read.task, read.tokenizer, model, read.splits, read.data)
+
+
+def encode(recipe: Recipe, rows: sources.Rows | None = None) -> Encoding:
+    """Read and encode the rows; `prepare` without the model."""
+    recipe = presets.apply(recipe, own_rows=rows is not None)
+    if rows is not None:
+        recipe = recipe.replace(data={"train": sources.IN_PYTHON})
+    task = tasks.get(recipe.task)
+    check_device(recipe.training)
+    recipe, used = _resolved(recipe, task, sources.load(recipe.data, rows))
+    encoded, data = {}, {}
+    with quiet():
+        tokenizer = task.tokenizer(recipe.model)
+        for name, own in used.items():
+            encoded[name], own = encode_split(recipe, task, tokenizer, own)
+            data[name] = {**fingerprint(own.rows), "skipped": own.skipped}
+            if own.first is not None:
+                data[name]["first_skipped"] = own.first
+    return Encoding(recipe, task, tokenizer, encoded, data)
+
+
+def load_model(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model of a recipe that `encode` completed, its new head drawn from the recipe's seed."""
+    with quiet():
+        transformers.set_seed(recipe.training.seed)
+        model = task.model(recipe.model, recipe.data, **quantized_loading(recipe, task))
+    task.pad(model, tokenizer)
+    return model
+
+
+def encode_split(recipe: Recipe, task: Task, tokenizer: Any, used: Used) -> tuple[Encoded, Used]:
+    """Encode the rows of a split.
+
+    Raises:
+        RowError: a row cannot be used, and the recipe does not say to leave it out.
+    """
+    data, limit, where = recipe.data, recipe.training.max_length, used.origin.source
+    return use(used, lambda rows: task.encode(rows, data, tokenizer, limit, where), skip=data.skip_bad)
+
+
+def _resolved(recipe: Recipe, task: Task, splits: sources.Splits) -> tuple[Recipe, dict[str, Used]]:
+    """Find columns and labels, in all training rows; then keep those that are asked for."""
+    train = splits.used()["train"]
+
+    def resolve(rows: Dataset) -> Any:
+        return task.resolve(dataclasses.replace(splits, train=rows), recipe.data)
+
+    try:
+        data, train = use(train, resolve, skip=recipe.data.skip_bad)
+    except ConfigError as error:
+        raise ConfigError(f"{train.origin.source}: {error}") from error
+    used = sources.labelled(splits, data).used()
+    return dataclasses.replace(recipe, data=data), {**used, "train": sources.part(train, data)}

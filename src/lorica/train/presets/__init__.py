@@ -1,0 +1,8 @@
+"""What is known of public data sets, by name; see `Preset`. A module here registers those of one kind."""
+
+from __future__ import annotations
+
+from lorica.train.presets import classification as classification
+from lorica.train.presets.base import Preset, apply, get, names, register
+
+__all__ = ["Preset", "apply", "get", "names", "register"]

@@ -1,0 +1,102 @@
+"""Presets: what is known of a public data set, under a short name.
+
+A preset fills in what a recipe leaves at its default: the task, where the rows are, their columns and labels,
+the metric that decides. Rows of one's own in the same columns take all of it but the place:
+``--data.preset glue/rte --data.train my_pairs.csv``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorica.errors import ConfigError, nearest
+from lorica.train.recipe import DataConfig, Recipe, TrainingConfig
+
+_SOURCE = ("train", "validation", "test", "subset")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A data set that is known by name.
+
+    Args:
+        about: what it is, in a line.
+        task: what is learned from it.
+        data: fields of `DataConfig`: where the rows are, their columns, the labels in the order of their ids.
+        training: fields of `TrainingConfig`, such as ``metric_for_best``.
+    """
+
+    about: str
+    task: str
+    data: Mapping[str, Any]
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+_PRESETS: dict[str, Preset] = {}
+
+
+def register(name: str, preset: Preset) -> Preset:
+    """Make a preset known by a name.
+
+    Raises:
+        ConfigError: another has that name, or it names a field that does not exist.
+    """
+    for part, values in ((DataConfig, preset.data), (TrainingConfig, preset.training)):
+        known = [item.name for item in dataclasses.fields(part)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"the preset {name!r} has an unknown field {key!r}{nearest(key, known)}")
+    if _PRESETS.setdefault(name, preset) is not preset:
+        raise ConfigError(f"there is a preset {name!r} already")
+    return preset
+
+
+def get(name: str) -> Preset:
+    """The preset of a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _PRESETS:
+        raise ConfigError(
+            f"there is no preset {name!r}{nearest(name, _PRESETS)}; the presets are: {', '.join(_PRESETS)}"
+        )
+    return _PRESETS[name]
+
+
+def names() -> list[str]:
+    """Names of all presets."""
+    return list(_PRESETS)
+
+
+def apply(recipe: Recipe, *, own_rows: bool = False) -> Recipe:
+    """A recipe with what its preset knows in place of what was left at its default.
+
+    Args:
+        recipe: the recipe; one without a preset comes back as it is.
+        own_rows: whether the rows come from elsewhere, so that the preset's places do not count.
+
+    Raises:
+        ConfigError: there is no such preset, or the recipe's task is another than its own.
+    """
+    name = recipe.data.preset
+    if name is None:
+        return recipe
+    preset = get(name)
+    if recipe.task not in (Recipe().task, preset.task):
+        raise ConfigError(f"the preset {name!r} is for {preset.task}, not for {recipe.task}")
+    own_rows = own_rows or recipe.data.train != DataConfig().train
+    data = {key: value for key, value in preset.data.items() if not (own_rows and key in _SOURCE)}
+    return recipe.replace(
+        task=preset.task,
+        data=_left_out(recipe.data, data),
+        training=_left_out(recipe.training, preset.training),
+    )
+
+
+def _left_out(part: DataConfig | TrainingConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+    default = type(part)()
+    return {key: value for key, value in values.items() if getattr(part, key) == getattr(default, key)}

@@ -1,0 +1,136 @@
+"""Rows that can be used, and rows that cannot: where they came from, and what is wrong with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from datasets import Dataset
+
+from lorica.errors import FileError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where some rows came from.
+
+    Args:
+        source: what to call it in a message: a file's path, or ``the test split of user/name``.
+        places: place in it of each row, from 0; None where the rows are all of it, in their order.
+    """
+
+    source: str
+    places: Sequence[int] | None = None
+
+    def number(self, row: int) -> int:
+        """Number in the source, from 1, of a row, from 0."""
+        return (row if self.places is None else self.places[row]) + 1
+
+    def select(self, kept: Sequence[int]) -> Origin:
+        """Where some of the rows came from."""
+        places = kept if self.places is None else [self.places[row] for row in kept]
+        return dataclasses.replace(self, places=list(places))
+
+
+class RowError(FileError):
+    """Rows that cannot be used, all for the same reason.
+
+    Args:
+        rows: their places among the rows that were looked at, from 0.
+        where: what to call these rows, such as "the training rows".
+        problem: what is wrong with the first of them, such as "has no label in column 'label'".
+        number: the first one's number, from 1, where that is not its place.
+    """
+
+    def __init__(self, rows: Sequence[int], where: str, problem: str, number: int | None = None) -> None:
+        """Say which row it is, and how many more there are."""
+        self.rows, self.where, self.problem = tuple(rows), where, problem
+        more = f" (and so have {len(rows) - 1:,} more)" if len(rows) > 1 else ""
+        super().__init__(f"row {number or rows[0] + 1} of {where} {problem}{more}")
+
+    def found_in(self, origin: Origin) -> RowError:
+        """The same error, with the file's name and the row's number in it."""
+        return RowError(self.rows, origin.source, self.problem, origin.number(self.rows[0]))
+
+
+class Unusable(ValueError):
+    """What is wrong with a value, such as "has no label in column 'label'"; `read_each` says of which row."""
+
+
+def read_each(values: Iterable[Any], read: Callable[[Any], T], where: str) -> list[T]:
+    """Read the values of all rows.
+
+    Args:
+        values: a value for each row.
+        read: makes of it what is wanted; raises `Unusable` where that cannot be.
+        where: what to call the rows in an error.
+
+    Raises:
+        RowError: with all the rows whose value cannot be read.
+    """
+    found: list[T] = []
+    bad: dict[int, str] = {}
+    for row, value in enumerate(values):
+        try:
+            found.append(read(value))
+        except Unusable as problem:
+            bad[row] = str(problem)
+    if bad:
+        raise RowError(list(bad), where, next(iter(bad.values())))
+    return found
+
+
+@dataclass(frozen=True)
+class Used:
+    """Rows in use, and what was left out of them.
+
+    Args:
+        rows: the rows.
+        origin: where they came from.
+        skipped: how many more there were that could not be used.
+        first: what was wrong with the first of these, if any.
+    """
+
+    rows: Dataset
+    origin: Origin
+    skipped: int = 0
+    first: str | None = None
+
+    def select(self, kept: Sequence[int]) -> Used:
+        """Some of the rows."""
+        return dataclasses.replace(self, rows=self.rows.select(kept), origin=self.origin.select(kept))
+
+
+def use(used: Used, act: Callable[[Dataset], T], *, skip: bool) -> tuple[T, Used]:
+    """Do something with rows; leave out those that it cannot be done with, if that is wanted.
+
+    Args:
+        used: the rows.
+        act: what is done with them; raises `RowError` for those that it cannot be done with.
+        skip: leave these out and try again with the others.
+
+    Returns:
+        What came of it, and the rows that it came of.
+
+    Raises:
+        RowError: a row cannot be used, by its number in its source.
+        FileError: no row is left.
+    """
+    while True:
+        try:
+            return act(used.rows), used
+        except RowError as error:
+            found = error.found_in(used.origin)
+            if not skip:
+                raise found from error
+            bad = set(error.rows)
+            kept = [row for row in range(len(used.rows)) if row not in bad]
+            if not kept:
+                raise FileError(f"no row of {used.origin.source} can be used: {found}") from error
+            used = dataclasses.replace(
+                used.select(kept), skipped=used.skipped + len(bad), first=used.first or str(found)
+            )
