@@ -158,7 +158,7 @@ def test_references_of_e2e_against_themselves_and_in_disorder(data_dir: Path) ->
     ("said", "true", "right"),
     [
         ("SELECT Name FROM table WHERE a = 3 AND B = f", "select name from table where b = F and a = 3", 1),
-        ("SELECT a FROM table WHERE b = x and y AND c > 1", "SELECT a FROM table WHERE c>1 AND b = x and y", 1),
+        ("SELECT a FROM table WHERE b = x and y AND c > 1", "SELECT a FROM table WHERE c>1 AND b=x and y", 1),
         ("SELECT COUNT Name FROM table", "SELECT COUNT(Name) FROM table;", 1),
         ("SELECT MAX Age FROM table WHERE Name = Ann", "SELECT MIN Age FROM table WHERE Name = Ann", 0),
         ("SELECT Age FROM table WHERE Name = Ann", "SELECT Age FROM table WHERE Name > Ann", 0),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorica.train.fitting import Fit as Fit
     from lorica.train.fitting import Interrupted as Interrupted
     from lorica.train.fitting import fit as fit
+    from lorica.train.generation import GenerationConfig as GenerationConfig
     from lorica.train.optimizer import parameter_groups as parameter_groups
     from lorica.train.preparing import Prepared as Prepared
     from lorica.train.preparing import prepare as prepare
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "checkpoints": ("last_checkpoint",),
     "fitting": ("Fit", "Interrupted", "fit"),
+    "generation": ("GenerationConfig",),
     "optimizer": ("parameter_groups",),
     "preparing": ("Prepared", "prepare"),
     "recipe": ("DataConfig", "Recipe", "TrainingConfig"),
@@ -57,6 +59,7 @@ _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 __all__ = [
     "DataConfig",
     "Fit",
+    "GenerationConfig",
     "Interrupted",
     "LoraTrainerMixin",
     "Prepared",

@@ -12,6 +12,8 @@ from transformers import TrainingArguments
 from lorica.errors import ConfigError, nearest
 from lorica.train.recipe import TrainingConfig
 
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse", "mae", "ter"})
+
 # Fields that say the same as one of TrainingConfig; setting both would leave the user to guess which one
 # counts.
 _OWNED = {
@@ -74,7 +76,7 @@ def training_arguments(
         "save_total_limit": config.save_total_limit,
         "load_best_model_at_end": best,
         "metric_for_best_model": metric if best else None,
-        "greater_is_better": metric not in ("loss", "eval_loss") if best else None,
+        "greater_is_better": metric.removeprefix("eval_") not in LOWER_IS_BETTER if best else None,
         "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",
         "bf16": config.bf16,
         "use_cpu": config.bf16 and not torch.accelerator.is_available(),  # else transformers asks for a GPU

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+_NOT_SHARES = frozenset({"loss", "perplexity", "nist", "cider", "mse", "mae"})
+
 
 def make_console(*, stderr: bool = False) -> Console:
     """A console that does not break lines where nobody reads them on a screen."""
@@ -30,7 +32,9 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequ
 
 def scores(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Metrics as names and figures to show; shares as per cent."""
-    return [(name, f"{value:.4f}" if name == "loss" else f"{value:.2%}") for name, value in metrics.items()]
+    return [
+        (name, f"{value:.4f}" if name in _NOT_SHARES else f"{value:.2%}") for name, value in metrics.items()
+    ]
 
 
 def duration(seconds: float) -> str:

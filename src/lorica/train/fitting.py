@@ -27,6 +27,7 @@ from lorica.train.arguments import training_arguments
 from lorica.train.callbacks import CheckpointCallback, ProgressCallback, interruptible
 from lorica.train.checkpoints import STATE, discard_incomplete, find_best, last_checkpoint
 from lorica.train.console import make_console
+from lorica.train.generation.scoring import Writer
 from lorica.train.quiet import quiet
 from lorica.train.recipe import TrainingConfig
 from lorica.train.tasks import Task
@@ -90,6 +91,7 @@ def fit(
     callbacks: list[TrainerCallback] | None = None,
     make_trainer: Callable[..., Trainer] = Trainer,
     hear_interrupts: bool = True,
+    writer: Writer | None = None,
 ) -> Fit:
     """Train what of a model requires a gradient: an adapter, a head, or everything.
 
@@ -110,6 +112,7 @@ def fit(
         callbacks: more callbacks.
         make_trainer: makes the trainer, of `Trainer`'s arguments.
         hear_interrupts: let Ctrl-C end training with a checkpoint. False leaves signals to the caller.
+        writer: what writes and scores texts in each evaluation. None leaves loss and the task's metrics.
 
     Returns:
         The trained model and figures of the run.
@@ -142,6 +145,7 @@ def fit(
             callbacks=extra,
             loraplus_lr_ratio=training.loraplus_lr_ratio,
             chunked_loss=training.chunked_loss,
+            writer=writer,
         )
         trainer.remove_callback(PrinterCallback)
         start = None

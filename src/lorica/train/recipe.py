@@ -13,6 +13,7 @@ import yaml
 from lorica.config import AdapterConfig, LoraConfig, as_config, read_config
 from lorica.errors import ConfigError, FileError, nearest
 from lorica.train.files import write_atomically
+from lorica.train.generation.config import GenerationConfig
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -43,6 +44,8 @@ class DataConfig:
             `text` is None too.
         label: column of what is to be learned: the class, the number, the completion, the text to write, the
             list of classes. None looks for the usual names.
+        references: column of lists of texts, each of which would be right: where rows have it, it takes the
+            place of a language task's `label`.
         separator: what stands between a prompt and its completion. May hold special tokens of the model.
         stride: tokens that neighbouring windows of a long text share, in question answering. None takes a
             quarter of a window.
@@ -65,6 +68,7 @@ class DataConfig:
     text: str | None = None
     text_pair: str | None = None
     label: str | None = None
+    references: str = "references"
     separator: str = "\n"
     stride: int | None = None
     unanswerable: bool | None = None
@@ -205,6 +209,7 @@ class Recipe:
         init_from: folder or Hub name of an adapter whose weights training begins with, of the same method and
             targets. None begins as the method says.
         init_head: take that adapter's head too, where it has the same classes. Else the head starts anew.
+        generation: how a language task writes text, and what that is scored by.
         output: folder for the adapter, the tokenizer, this recipe, run.json, checkpoints and
             TensorBoard's logs.
     """
@@ -218,6 +223,7 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     init_from: str | None = None
     init_head: bool = False
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
     output: str = "runs/train"
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from lorica.train.console import make_console
 from lorica.train.data import Rows
 from lorica.train.files import bytes_of, sha256_of, writable_directory
 from lorica.train.fitting import fit
+from lorica.train.generation.scoring import writer_of
 from lorica.train.preparing import Prepared, prepare
 from lorica.train.recipe import Recipe
 from lorica.train.record import RECORD, Record, machine, versions
@@ -134,6 +135,15 @@ def train_prepared(
         (output / RECORD).unlink(missing_ok=True)
     announce(prepared, console)
 
+    scored = [split for split in ("validation", "test") if split in prepared.splits]
+    writer = writer_of(
+        recipe,
+        task,
+        prepared.tokenizer,
+        prepared.model,
+        [prepared.splits[split].features for split in scored],
+        console,
+    )
     method = recipe.configuration()
     method = method if method.task_type else method.replace(task_type=task.task_type)
     if task.modules_to_save and method.modules_to_save is None:
@@ -159,8 +169,8 @@ def train_prepared(
         resume=resume,
         console=console,
         **fitting,
+        writer=writer,
     )
-    scored = [split for split in ("validation", "test") if split in prepared.splits]
     metrics = {split: done.evaluate(prepared.splits[split].features) for split in scored}
     save(model, output)
     rows = {split: len(encoded) for split, encoded in prepared.splits.items()}

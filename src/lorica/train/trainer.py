@@ -22,6 +22,7 @@ from lorica.checkpoint import is_adapter
 from lorica.errors import LoricaError
 from lorica.model import adapters, load_weights
 from lorica.train.evaluation import EvaluationMixin
+from lorica.train.generation.scoring import WritingMixin
 from lorica.train.measuring import MeasuringMixin
 from lorica.train.optimizer import parameter_groups
 from lorica.train.sampler import LengthGroupedSampler
@@ -90,7 +91,9 @@ class LoraTrainerMixin(_Base):
         return True
 
 
-class Trainer(LoraTrainerMixin, MeasuringMixin, EvaluationMixin, TokenLossMixin, transformers.Trainer):
+class Trainer(
+    LoraTrainerMixin, MeasuringMixin, WritingMixin, EvaluationMixin, TokenLossMixin, transformers.Trainer
+):
     """transformers' Trainer, with adapter checkpoints, LoRA+ and an order of rows that a resume keeps.
 
     The loss of a language model is averaged over the target tokens of all the batches of a step, or of all
@@ -102,8 +105,8 @@ class Trainer(LoraTrainerMixin, MeasuringMixin, EvaluationMixin, TokenLossMixin,
             rate.
         loss: function of the model's outputs and its inputs that returns a batch's mean loss, or None for
             the model's own; such as a task's.
-        **options: as transformers' Trainer takes them, `chunked_loss` (see `TokenLossMixin`) and `score`
-            (see `EvaluationMixin`).
+        **options: as transformers' Trainer takes them, `chunked_loss` (see `TokenLossMixin`), `score`
+            (see `EvaluationMixin`) and `writer` (see `WritingMixin`).
     """
 
     def __init__(

@@ -19,14 +19,17 @@ from lorica.model import load
 from lorica.train import data as sources
 from lorica.train import tasks
 from lorica.train.checkpoints import last_checkpoint
+from lorica.train.console import make_console
 from lorica.train.data import Rows
 from lorica.train.fitting import score
+from lorica.train.generation import GenerationConfig
+from lorica.train.generation.scoring import Writer, written_scores
 from lorica.train.preparing import encode_split
 from lorica.train.quantization import quantized_loading
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
 from lorica.train.run import RECIPE
-from lorica.train.tasks import Task
+from lorica.train.tasks import LanguageTask, Task
 from lorica.train.tasks.base import own_loss
 from lorica.train.trainer import Trainer
 
@@ -82,13 +85,21 @@ def open_run(directory: str | Path) -> Trained:
     return Trained(recipe, task, tokenizer, model.eval())
 
 
-def evaluate(directory: str | Path, test: str | Rows | None = None) -> dict[str, float]:
+def evaluate(
+    directory: str | Path,
+    test: str | Rows | None = None,
+    *,
+    generation: GenerationConfig | None = None,
+    predictions: str | Path | None = None,
+) -> dict[str, float]:
     """Score a trained model.
 
     Args:
         directory: the folder that `train` filled.
         test: rows to score it on, in any form that `DataConfig.train` takes, or in memory. None takes the
             test rows of its recipe.
+        generation: how a language model writes text, and by what that is scored. None takes its recipe's.
+        predictions: file for what it wrote: JSON lines of ``prompt``, ``generated`` and ``references``.
 
     Returns:
         The task's metrics, the loss, and ``rows``, how many there were.
@@ -108,21 +119,32 @@ def evaluate(directory: str | Path, test: str | Rows | None = None) -> dict[str,
         used = found["test"]
     with quiet():
         encoded, _ = encode_split(recipe, trained.task, trained.tokenizer, used)
+    recipe = recipe if generation is None else recipe.replace(generation=generation)
+    with quiet():
+        scores = written_scores(
+            recipe, trained.task, trained.tokenizer, trained.model, encoded.features, predictions
+        )
     with scoring(trained) as trainer:
-        return {**score(trainer, encoded.features), "rows": len(encoded)}
+        return {**score(trainer, encoded.features), **scores, "rows": len(encoded)}
 
 
-def predict(directory: str | Path, texts: Sequence[str] | str | Path | Dataset) -> list[dict[str, Any]]:
+def predict(
+    directory: str | Path,
+    texts: Sequence[str] | str | Path | Dataset,
+    *,
+    generation: GenerationConfig | None = None,
+) -> list[dict[str, Any]]:
     """Predict with a trained model.
 
     Args:
         directory: the folder that `train` filled.
         texts: texts; or rows in memory, or a file of them in any form that `DataConfig.train` takes; a
             ``.txt`` file holds one text a line.
+        generation: how a language model writes. None takes its recipe's.
 
     Returns:
         A dictionary for each row: the texts, and what the task says of them, such as ``label`` and
-        ``probability``.
+        ``probability``; a language model's ``generated``.
 
     Raises:
         FileError: the folder or the file is missing.
@@ -148,15 +170,21 @@ def predict(directory: str | Path, texts: Sequence[str] | str | Path | Dataset) 
             else "there is no text to predict"
         )
     with quiet():
-        encoded = task.encode(
-            rows, recipe.data, trained.tokenizer, recipe.training.max_length, where, labelled=False
-        )
-        with scoring(trained) as trainer:
-            outputs = trainer.predict(encoded.features).predictions  # type: ignore[arg-type]
+        if isinstance(task, LanguageTask):
+            prompts = task.prompts(rows, recipe.data, trained.tokenizer, where)
+            writer = Writer(trained.tokenizer, generation or recipe.generation, make_console(stderr=True))
+            outputs, features = writer.texts(trained.model, prompts), rows
+        else:
+            encoded = task.encode(
+                rows, recipe.data, trained.tokenizer, recipe.training.max_length, where, labelled=False
+            )
+            features = encoded.features
+            with scoring(trained) as trainer:
+                outputs = trainer.predict(features).predictions  # type: ignore[arg-type]
     # An image has no form in JSON; its path has.
     columns = [name for name in task.inputs(recipe.data) if not isinstance(rows.features[name], Image)]
     given = rows.select_columns(columns).to_list() if columns else [{}] * len(rows)
-    answers = task.read(outputs, encoded.features, recipe.data)
+    answers = task.read(outputs, features, recipe.data)
     return [{**row, **said} for row, said in zip(given, answers, strict=True)]
 
 

@@ -24,7 +24,6 @@ METRICS: dict[str, Metric] = {
     "cider": cider,
     "logical_form": logical_form,
 }
-LOWER_IS_BETTER = frozenset({"ter"})
 _JAVA = ("meteor", "rouge_l", "cider")
 _LIBRARIES = {
     "bleu": "sacrebleu",

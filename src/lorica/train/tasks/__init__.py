@@ -7,6 +7,7 @@ from lorica.train.tasks.base import Encoded, Task
 from lorica.train.tasks.causal_lm import CausalLanguageModelling
 from lorica.train.tasks.files import load_task
 from lorica.train.tasks.image_classification import ImageClassification
+from lorica.train.tasks.language import LanguageTask
 from lorica.train.tasks.multi_label import MultiLabelClassification
 from lorica.train.tasks.question_answering import QuestionAnswering
 from lorica.train.tasks.regression import Regression
@@ -18,6 +19,7 @@ __all__ = [
     "CausalLanguageModelling",
     "Encoded",
     "ImageClassification",
+    "LanguageTask",
     "MultiLabelClassification",
     "QuestionAnswering",
     "Regression",

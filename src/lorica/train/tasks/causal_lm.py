@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
-from transformers.trainer_utils import EvalPrediction
+from transformers import PreTrainedTokenizerBase
 
 from lorica.errors import ConfigError, FileError
 from lorica.train.columns import check_texts, find_texts
 from lorica.train.data import Splits
+from lorica.train.generation.scoring import GROUP, PROMPT, REFERENCE
 from lorica.train.recipe import DataConfig
-from lorica.train.tasks.base import Encoded, Task
-from lorica.train.tasks.conversations import conversation_pieces
+from lorica.train.tasks.base import Encoded
+from lorica.train.tasks.conversations import conversation_pieces, conversation_prompt
+from lorica.train.tasks.language import LanguageTask, groups_of, references_of
 
 _PAIRS = (
     ("prompt", "completion"),
@@ -23,20 +23,37 @@ _PAIRS = (
     ("instruction", "output"),
     ("prompt", "response"),
 )
-_CHATS = ("messages", "conversations", "conversation")
+CHATS = ("messages", "conversations", "conversation")
 _IGNORED = -100
 
 Piece = tuple[list[int], bool]
 """Tokens, and whether they are targets."""
 
 
-class CausalLanguageModelling(Task):
+@dataclass(frozen=True)
+class Written:
+    """A row to learn from.
+
+    Args:
+        row: its place among the rows as they came.
+        pieces: its tokens.
+        group: rows of one group ask the same.
+        reference: the text that its last targets stand for.
+    """
+
+    row: int
+    pieces: list[Piece]
+    group: int
+    reference: str
+
+
+class CausalLanguageModelling(LanguageTask):
     """The next token, of one of three kinds of rows.
 
     - A column of texts (``data.text``): rows are joined, with an end-of-text token between, and cut into
       blocks of `max_length` tokens; every token is a target, and none is lost.
-    - A prompt (``data.text``) and its completion (``data.label``): only the completion's tokens are targets
-      (LoRA, equation 2). Between the two stands ``data.separator``.
+    - A prompt (``data.text``) and its completion (``data.label``), or several (``data.references``): only the
+      completion's tokens are targets (LoRA, equation 2). Between the two stands ``data.separator``.
     - A column of messages (``data.text``), each with a ``role`` and ``content``: the tokenizer's chat
       template lays them out, and only what the assistant says is a target.
     """
@@ -44,22 +61,17 @@ class CausalLanguageModelling(Task):
     name = "causal-lm"
     task_type = "CAUSAL_LM"
     auto_class = "AutoModelForCausalLM"
-    best_metric = "loss"
-    reads_outputs = False
 
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
         """Find the columns."""
         rows = splits.train
-        if data.labels or data.text_pair:
-            raise ConfigError(
-                f"{self.name} has neither classes nor pairs; leave out data.labels and data.text_pair"
-            )
+        self.check_columns(data)
         if data.text is None and data.label is None:
             columns = {name.lower(): name for name in rows.column_names}
             for prompt, completion in _PAIRS:
                 if prompt in columns and completion in columns:
                     return replace(data, text=columns[prompt], label=columns[completion])
-            for name in _CHATS:
+            for name in CHATS:
                 if name in columns:
                     return replace(data, text=columns[name])
         if data.text is None and data.label is not None:
@@ -83,47 +95,43 @@ class CausalLanguageModelling(Task):
         assert data.text is not None
         limit = min(max_length, tokenizer.model_max_length)
         if data.label is not None:
-            check_texts(rows, [data.text, data.label], where)
-            encoded = [
-                self._completion(tokenizer, prompt, completion, data.separator)
-                for prompt, completion in zip(rows[data.text], rows[data.label], strict=True)
+            check_texts(rows, [data.text], where)
+            texts = references_of(rows, data, where)
+            found = [
+                Written(row, self._completion(tokenizer, prompt, text, data.separator), group, text)
+                for row, (prompt, group) in enumerate(
+                    zip(rows[data.text], groups_of(rows, data), strict=True)
+                )
+                for text in texts[row]
             ]
         elif _holds_messages(rows, data.text):
-            encoded = [
-                conversation_pieces(tokenizer, messages, f"row {row + 1} of {where}")
+            found = [
+                Written(
+                    row,
+                    conversation_pieces(tokenizer, messages, f"row {row + 1} of {where}"),
+                    row,
+                    next(m["content"] for m in reversed(messages) if m["role"] == "assistant"),
+                )
                 for row, messages in enumerate(rows[data.text])
             ]
         else:
             check_texts(rows, [data.text], where)
             return _blocks(tokenizer, list(rows[data.text]), limit, where)
-        return _rows(encoded, limit, where)
+        return _rows(found, limit, where)
 
-    def head(self, data: DataConfig) -> dict[str, Any]:
-        """The model's own."""
-        return {}
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-        """Pad tokens and targets to the longest row of the batch."""
-        return DataCollatorForSeq2Seq(tokenizer)
-
-    def metrics(self, outcome: EvalPrediction, features: Dataset) -> dict[str, float]:
-        """None but the loss and the perplexity, which the trainer computes."""
-        return {}
-
-    def read(self, outputs: Any, features: Dataset, data: DataConfig) -> list[dict[str, Any]]:
-        """A language model's logits say nothing by themselves.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            f"{self.name} has no predictions; write text with the model's own generate: "
-            "lorica.train.open_run(folder).model.generate(...)"
-        )
-
-    def rows(self, texts: Sequence[str], data: DataConfig) -> Dataset:
-        """A row for each text."""
-        return Dataset.from_dict({data.text: list(texts)})
+    def prompts(
+        self, rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str
+    ) -> list[list[int]]:
+        """The prompt and the separator; a conversation up to where the assistant speaks; or the text."""
+        assert data.text is not None
+        if _holds_messages(rows, data.text):
+            return [
+                conversation_prompt(tokenizer, messages, f"row {row + 1} of {where}")
+                for row, messages in enumerate(rows[data.text])
+            ]
+        check_texts(rows, [data.text], where)
+        apart = "" if data.label is None else data.separator.rstrip(" ")
+        return [_start(tokenizer) + _tokens(tokenizer, text + apart) for text in rows[data.text]]
 
     @staticmethod
     def _completion(
@@ -137,23 +145,26 @@ class CausalLanguageModelling(Task):
         ]
 
 
-def _rows(encoded: list[list[Piece]], limit: int, where: str) -> Encoded:
-    columns: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": [], "length": []}
-    lengths = []
-    for row, pieces in enumerate(encoded):
-        ids = [token for tokens, _ in pieces for token in tokens]
-        labels = [token if target else _IGNORED for tokens, target in pieces for token in tokens]
-        lengths.append(len(ids))
+def _rows(found: list[Written], limit: int, where: str) -> Encoded:
+    names = ("input_ids", "attention_mask", "labels", "length", PROMPT, GROUP, REFERENCE)
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    lengths: dict[int, int] = {}
+    for each in found:
+        ids = [token for tokens, _ in each.pieces for token in tokens]
+        labels = [token if target else _IGNORED for tokens, target in each.pieces for token in tokens]
+        lengths[each.row] = max(len(ids), lengths.get(each.row, 0))
         prompt = next((i for i, label in enumerate(labels) if label != _IGNORED), len(labels))
         # A target needs a token before it to be predicted from.
         cut = min(max(len(ids) - limit, 0), max(prompt - 1, 0))
         ids, labels = ids[cut : cut + limit], labels[cut : cut + limit]
         if all(label == _IGNORED for label in labels[1:]):
-            raise FileError(f"row {row + 1} of {where} has nothing to learn: its completion is empty")
-        for name, value in zip(columns, (ids, [1] * len(ids), labels, len(ids)), strict=True):
+            raise FileError(f"row {each.row + 1} of {where} has nothing to learn: its completion is empty")
+        read = sum(len(tokens) for tokens, _ in each.pieces[:-1]) - cut
+        values = (ids, [1] * len(ids), labels, len(ids), read, each.group, each.reference)
+        for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
-    truncated = sum(length > limit for length in lengths)
-    return Encoded(Dataset.from_dict(columns), truncated, max(lengths))
+    truncated = sum(length > limit for length in lengths.values())
+    return Encoded(Dataset.from_dict(columns), truncated, max(lengths.values()), rows=len(lengths))
 
 
 def _blocks(tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int, where: str) -> Encoded:

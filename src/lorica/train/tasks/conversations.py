@@ -26,12 +26,10 @@ def conversation_pieces(
         ConfigError: the tokenizer has no chat template, or one that rewrites earlier turns.
         FileError: the messages are none, or nobody answers as the assistant.
     """
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template to lay out messages; take an "
-            "instruction-tuned model's, set its chat_template, or give prompts and completions instead"
-        )
+    _check_template(tokenizer)
     _check(messages, where)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise FileError(f"{where} has no message of the role 'assistant', so there is nothing to learn")
     pieces: list[tuple[str, bool]] = []
     done = ""
     for i, message in enumerate(messages):
@@ -54,11 +52,41 @@ def conversation_pieces(
     ]
 
 
+def conversation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Any, where: str) -> list[int]:
+    """Lay out a conversation up to where the assistant speaks next.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        messages: dictionaries of ``role`` and ``content``, in order; an assistant's answer at the end is left
+            out.
+        where: what to call them in an error.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+        FileError: there are no messages.
+    """
+    _check_template(tokenizer)
+    _check(messages, where)
+    said = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not said:
+        raise FileError(f"{where} has nothing that the assistant could answer")
+    text = _laid_out(tokenizer, said, where, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def _laid_out(tokenizer: PreTrainedTokenizerBase, messages: Any, where: str, **options: Any) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:  # a template is a program of its own, and raises what it likes
         raise FileError(f"the chat template refuses {where}: {error}") from error
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template to lay out messages; take an "
+            "instruction-tuned model's, set its chat_template, or give prompts and completions instead"
+        )
 
 
 def _check(messages: Any, where: str) -> None:
@@ -71,5 +99,3 @@ def _check(messages: Any, where: str) -> None:
             raise FileError(
                 f"message {place + 1} of {where} must have a role and a content, both texts: {message!r}"
             )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise FileError(f"{where} has no message of the role 'assistant', so there is nothing to learn")

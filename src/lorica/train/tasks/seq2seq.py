@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
-from transformers.trainer_utils import EvalPrediction
+from transformers import PreTrainedTokenizerBase
 
 from lorica.errors import ConfigError
 from lorica.train.columns import check_texts, find_label, find_texts
 from lorica.train.data import Splits
+from lorica.train.generation.scoring import GROUP, PROMPT, REFERENCE
 from lorica.train.recipe import DataConfig
-from lorica.train.tasks.base import Encoded, Task, needs_tokens
+from lorica.train.tasks.base import Encoded, needs_tokens
+from lorica.train.tasks.language import LanguageTask, groups_of, references_of
 
 _SOURCES = ("source", "input", "dialogue", "article", "document", "context", "text", "prompt")
 _TARGETS = ("target", "output", "summary", "highlights", "completion", "translation", "label")
 
 
-class SequenceToSequence(Task):
+class SequenceToSequence(LanguageTask):
     """A text (``data.label``) made of another (``data.text``), by a model with an encoder and a decoder."""
 
     name = "seq2seq-lm"
     task_type = "SEQ_2_SEQ_LM"
     auto_class = "AutoModelForSeq2SeqLM"
-    best_metric = "loss"
-    reads_outputs = False
 
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
         """Find the two columns."""
-        if data.labels or data.text_pair:
-            raise ConfigError(
-                f"{self.name} has neither classes nor pairs; leave out data.labels and data.text_pair"
-            )
+        self.check_columns(data)
         columns = {name.lower(): name for name in splits.train.column_names}
         usual = next((columns[name] for name in _SOURCES if name in columns), None)
         text, _ = find_texts(splits.train, data.text or usual, None)
@@ -57,46 +52,35 @@ class SequenceToSequence(Task):
         labelled: bool = True,
     ) -> Encoded:
         """Tokenize both texts, without padding; count the rows of which either was too long."""
-        assert data.text is not None
-        assert data.label is not None
-        check_texts(rows, [data.text, data.label] if labelled else [data.text], where)
         limit = min(max_length, tokenizer.model_max_length)
-        sources = tokenizer(list(rows[data.text]), truncation=False, verbose=False)["input_ids"]
-        features = dict(tokenizer(list(rows[data.text]), truncation=True, max_length=limit))
-        needs_tokens(features["input_ids"], where)
-        longest = [len(ids) for ids in sources]
-        if labelled:
-            texts = list(rows[data.label])
-            targets = tokenizer(text_target=texts, truncation=False, verbose=False)["input_ids"]
-            needs_tokens(targets, where)
-            features["labels"] = tokenizer(text_target=texts, truncation=True, max_length=limit)["input_ids"]
-            longest = [max(length, len(ids)) for length, ids in zip(longest, targets, strict=True)]
-        features["length"] = [len(ids) for ids in features["input_ids"]]
-        return Encoded(Dataset.from_dict(features), sum(n > limit for n in longest), max(longest))
+        whole = self.prompts(rows, data, tokenizer, where)
+        needs_tokens(whole, where)
+        sources = tokenizer(list(rows[data.text]), truncation=True, max_length=limit)["input_ids"]
+        right, groups = references_of(rows, data, where), groups_of(rows, data)
+        places = [row for row, texts in enumerate(right) for _ in texts]
+        texts = [text for texts in right for text in texts]
+        targets = tokenizer(text_target=texts, truncation=False, verbose=False)["input_ids"]
+        needs_tokens(targets, where)
+        ids = [sources[row] for row in places]
+        features: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": [[1] * len(tokens) for tokens in ids],
+            "labels": tokenizer(text_target=texts, truncation=True, max_length=limit)["input_ids"],
+            "length": [len(tokens) for tokens in ids],
+            PROMPT: [len(tokens) for tokens in ids],
+            GROUP: [groups[row] for row in places],
+            REFERENCE: texts,
+        }
+        longest = [len(tokens) for tokens in whole]
+        for row, tokens in zip(places, targets, strict=True):
+            longest[row] = max(longest[row], len(tokens))
+        truncated = sum(n > limit for n in longest)
+        return Encoded(Dataset.from_dict(features), truncated, max(longest), rows=len(rows))
 
-    def head(self, data: DataConfig) -> dict[str, Any]:
-        """The model's own."""
-        return {}
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
-        """Pad both sides to the longest row of the batch."""
-        return DataCollatorForSeq2Seq(tokenizer)
-
-    def metrics(self, outcome: EvalPrediction, features: Dataset) -> dict[str, float]:
-        """None but the loss and the perplexity, which the trainer computes."""
-        return {}
-
-    def read(self, outputs: Any, features: Dataset, data: DataConfig) -> list[dict[str, Any]]:
-        """A language model's logits say nothing by themselves.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            f"{self.name} has no predictions; write text with the model's own generate: "
-            "lorica.train.open_run(folder).model.generate(...)"
-        )
-
-    def rows(self, texts: Sequence[str], data: DataConfig) -> Dataset:
-        """A row for each text."""
-        return Dataset.from_dict({data.text: list(texts)})
+    def prompts(
+        self, rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str
+    ) -> list[list[int]]:
+        """The text that is read."""
+        assert data.text is not None
+        check_texts(rows, [data.text], where)
+        return [list(ids) for ids in tokenizer(list(rows[data.text]), verbose=False)["input_ids"]]
