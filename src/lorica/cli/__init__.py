@@ -16,6 +16,7 @@ COMMANDS = {
     "tune": "search for the best rank, targets, learning rate, ... of a recipe",
     "evaluate": "score a trained adapter",
     "predict": "use a trained adapter on a text or a file of them",
+    "generate": "write texts with a trained model, an adapter, or any model",
     "merge": "fold an adapter into its base: a plain checkpoint, as fast as the base",
     "push": "upload an adapter's files to the Hugging Face Hub",
     "convert": "a checkpoint of loralib's to an adapter in PEFT's format, or back",

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from lorica.cli.parsing import Parser
+from lorica.cli.writing import add_generation, generation_of
 
 
 def parser() -> Parser:
@@ -20,6 +21,12 @@ def parser() -> Parser:
         "(default: the recipe's test rows)",
     )
     result.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    result.add_argument(
+        "--predictions",
+        type=str | None,
+        help="file for the texts that a language model wrote, with their references, as JSON lines",
+    )
+    add_generation(result)
     return result
 
 
@@ -28,9 +35,10 @@ def run(argv: list[str]) -> int:
     parsed: Any = parser().parse_args(argv)
 
     from lorica.train.console import make_console, print_table, scores
-    from lorica.train.use import evaluate
+    from lorica.train.use import evaluate, recipe_of
 
-    metrics = evaluate(parsed.directory, parsed.test)
+    generation = generation_of(parsed, recipe_of(parsed.directory).generation)
+    metrics = evaluate(parsed.directory, parsed.test, generation=generation, predictions=parsed.predictions)
     if parsed.json:
         print(json.dumps(metrics, indent=2))
         return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.cli.parsing import Parser
+from lorica.cli.writing import add_generation, generation_of
 
 
 def parser() -> Parser:
@@ -25,6 +26,7 @@ def parser() -> Parser:
         help="file to write the predictions to, one JSON object a line (default: print them)",
     )
     result.add_argument("--json", action="store_true", help="print JSON lines also for a single text")
+    add_generation(result)
     return result
 
 
@@ -34,14 +36,15 @@ def run(argv: list[str]) -> int:
 
     from lorica.errors import FileError
     from lorica.train.files import write_atomically
-    from lorica.train.use import predict
+    from lorica.train.use import predict, recipe_of
 
     path = Path(parsed.input)
     known = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".gz", ".parquet", ".arrow")
     if path.suffix in known and " " not in parsed.input and not path.is_file():
         raise FileError(f"there is no file {path}")
     from_file = len(parsed.input) < 1024 and path.is_file()
-    rows = predict(parsed.directory, path if from_file else [parsed.input])
+    generation = generation_of(parsed, recipe_of(parsed.directory).generation)
+    rows = predict(parsed.directory, path if from_file else [parsed.input], generation=generation)
     if not (from_file or parsed.json or parsed.output):
         print(
             f"{rows[0]['label']}  {rows[0]['probability']:.4f}"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lorica.train.fitting import Interrupted as Interrupted
     from lorica.train.fitting import fit as fit
     from lorica.train.generation import GenerationConfig as GenerationConfig
+    from lorica.train.generation.answering import generate as generate
     from lorica.train.optimizer import parameter_groups as parameter_groups
     from lorica.train.preparing import Prepared as Prepared
     from lorica.train.preparing import prepare as prepare
@@ -44,6 +45,7 @@ _PLACES = {
     "checkpoints": ("last_checkpoint",),
     "fitting": ("Fit", "Interrupted", "fit"),
     "generation": ("GenerationConfig",),
+    "generation.answering": ("generate",),
     "optimizer": ("parameter_groups",),
     "preparing": ("Prepared", "prepare"),
     "recipe": ("DataConfig", "Recipe", "TrainingConfig"),
@@ -72,6 +74,7 @@ __all__ = [
     "TrainingConfig",
     "evaluate",
     "fit",
+    "generate",
     "last_checkpoint",
     "open_run",
     "parameter_groups",

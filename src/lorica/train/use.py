@@ -58,14 +58,7 @@ def open_run(directory: str | Path) -> Trained:
         FileError: the folder is no such folder.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise FileError(f"there is no folder {directory}")
-    if not (directory / RECIPE).is_file():
-        raise FileError(
-            f"{directory} has no {RECIPE}, so it was not made by `lorica train`; expected that command's "
-            "--output folder"
-        )
-    recipe = Recipe.load(directory / RECIPE)
+    recipe = recipe_of(directory)
     task = tasks.get(recipe.task)
     with quiet():
         tokenizer = task.tokenizer(str(directory))
@@ -83,6 +76,23 @@ def open_run(directory: str | Path) -> Trained:
             raise FileError(f"{directory} holds neither an adapter nor a model{hint}")
     task.pad(model, tokenizer)
     return Trained(recipe, task, tokenizer, model.eval())
+
+
+def recipe_of(directory: str | Path) -> Recipe:
+    """The recipe in a folder that `train` filled.
+
+    Raises:
+        FileError: the folder is no such folder.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileError(f"there is no folder {directory}")
+    if not (directory / RECIPE).is_file():
+        raise FileError(
+            f"{directory} has no {RECIPE}, so it was not made by `lorica train`; expected that command's "
+            "--output folder"
+        )
+    return Recipe.load(directory / RECIPE)
 
 
 def evaluate(
