@@ -43,12 +43,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model = LlamaForCausalLM.from_pretrained(root / "base")
         adapted(model, name, seed)
         lorica.save(model, root / name, name)
-    for kind, data in (("run", {"text": "prompt", "label": "completion"}), ("chat", {"text": "messages"})):
+    columns = {"run": ("prompt", "completion"), "chat": ("messages", None)}
+    for kind, (text, label) in columns.items():
         lorica.save(model, root / kind, "two")
         tokenizer(TEMPLATE).save_pretrained(root / kind)
-        recipe = Recipe(
-            task="causal-lm", model=str(root / "base"), data=DataConfig(separator=" light ", **data)
-        )
+        data = DataConfig(text=text, label=label, separator=" light ")
+        recipe = Recipe(task="causal-lm", model=str(root / "base"), data=data)
         recipe.replace(generation={"max_new_tokens": 4}).save(root / kind / "recipe.yaml")
     return {path.name: path for path in root.iterdir()}
 

@@ -46,7 +46,7 @@ def alone(model: PreTrainedModel, prompt: list[int], **options: Any) -> str:
     ids = torch.tensor([prompt])
     found: Any = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)  # type: ignore[operator]
     start = 0 if model.config.is_encoder_decoder else len(prompt)
-    return tokenizer().decode(found[0, start:], skip_special_tokens=True).strip()
+    return str(tokenizer().decode(found[0, start:], skip_special_tokens=True)).strip()
 
 
 @pytest.mark.parametrize("make", [decoder, t5])
@@ -162,7 +162,7 @@ def test_a_conversation_is_asked_for_its_last_answer() -> None:
 def test_scores_of_what_is_written_in_training_and_after_it(task: str, make: Any, tmp_path: Path) -> None:
     pytest.importorskip("sacrebleu", reason="needs: pip install 'lorica[generation]'")
     names = ("prompt", "completion") if task == LM else ("source", "target")
-    rows = [dict(zip(names, row.values(), strict=True)) for row in tiny.sentences(24)]
+    rows: list[dict[str, Any]] = [dict(zip(names, row.values(), strict=True)) for row in tiny.sentences(24)]
     recipe = run(task, tmp_path, make(), rows).replace(
         data={"test": str(tmp_path / "rows.jsonl")},
         generation={"metrics": ["bleu", "rouge"], "max_new_tokens": 3, "eval_rows": 2},

@@ -137,7 +137,7 @@ def test_a_long_row_loses_the_start_of_its_prompt_first() -> None:
     [
         (LM, {"messages": [[{"role": "user", "content": "film"}]]}, {}, "no message of the role 'assistant'"),
         (LM, {"messages": [[]]}, {}, "row 1 of the training rows has no messages"),
-        (LM, {"messages": [[{"role": "user"}]]}, {}, "message 1 of row 1 .* must have a role and a content"),
+        (LM, {"messages": [[{"role": "user"}]]}, {}, "row 1 .* has message 1, which must have a role"),
         (LM, {"prompt": ["a"], "completion": [None]}, {}, "row 1 .* where a text is due"),
         (LM, {"prompt": ["a"]}, {"label": "completion"}, "name the prompt too"),
         (LM, {"text": ["a"]}, {"labels": ["x", "y"]}, "neither classes nor pairs"),

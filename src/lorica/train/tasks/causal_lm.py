@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -13,6 +14,7 @@ from lorica.train.columns import check_texts, find_texts
 from lorica.train.data import Splits
 from lorica.train.generation.scoring import GROUP, PROMPT, REFERENCE
 from lorica.train.recipe import DataConfig
+from lorica.train.rows import RowError, read_each
 from lorica.train.tasks.base import Encoded
 from lorica.train.tasks.conversations import conversation_pieces, conversation_prompt
 from lorica.train.tasks.language import LanguageTask, groups_of, references_of
@@ -105,14 +107,15 @@ class CausalLanguageModelling(LanguageTask):
                 for text in texts[row]
             ]
         elif _holds_messages(rows, data.text):
+            laid_out = read_each(rows[data.text], partial(conversation_pieces, tokenizer), where)
             found = [
                 Written(
                     row,
-                    conversation_pieces(tokenizer, messages, f"row {row + 1} of {where}"),
+                    pieces,
                     row,
                     next(m["content"] for m in reversed(messages) if m["role"] == "assistant"),
                 )
-                for row, messages in enumerate(rows[data.text])
+                for row, (messages, pieces) in enumerate(zip(rows[data.text], laid_out, strict=True))
             ]
         else:
             check_texts(rows, [data.text], where)
@@ -125,10 +128,7 @@ class CausalLanguageModelling(LanguageTask):
         """The prompt and the separator; a conversation up to where the assistant speaks; or the text."""
         assert data.text is not None
         if _holds_messages(rows, data.text):
-            return [
-                conversation_prompt(tokenizer, messages, f"row {row + 1} of {where}")
-                for row, messages in enumerate(rows[data.text])
-            ]
+            return read_each(rows[data.text], partial(conversation_prompt, tokenizer), where)
         check_texts(rows, [data.text], where)
         apart = "" if data.label is None else data.separator.rstrip(" ")
         return [_start(tokenizer) + _tokens(tokenizer, text + apart) for text in rows[data.text]]
@@ -149,6 +149,7 @@ def _rows(found: list[Written], limit: int, where: str) -> Encoded:
     names = ("input_ids", "attention_mask", "labels", "length", PROMPT, GROUP, REFERENCE)
     columns: dict[str, list[Any]] = {name: [] for name in names}
     lengths: dict[int, int] = {}
+    empty: list[int] = []
     for each in found:
         ids = [token for tokens, _ in each.pieces for token in tokens]
         labels = [token if target else _IGNORED for tokens, target in each.pieces for token in tokens]
@@ -158,13 +159,16 @@ def _rows(found: list[Written], limit: int, where: str) -> Encoded:
         cut = min(max(len(ids) - limit, 0), max(prompt - 1, 0))
         ids, labels = ids[cut : cut + limit], labels[cut : cut + limit]
         if all(label == _IGNORED for label in labels[1:]):
-            raise FileError(f"row {each.row + 1} of {where} has nothing to learn: its completion is empty")
+            empty.append(each.row)
         read = sum(len(tokens) for tokens, _ in each.pieces[:-1]) - cut
         values = (ids, [1] * len(ids), labels, len(ids), read, each.group, each.reference)
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
-    truncated = sum(length > limit for length in lengths.values())
-    return Encoded(Dataset.from_dict(columns), truncated, max(lengths.values()), rows=len(lengths))
+    if empty:
+        raise RowError(empty, where, "has nothing to learn: its completion is empty")
+    tokens = list(lengths.values())
+    truncated = sum(length > limit for length in tokens)
+    return Encoded(Dataset.from_dict(columns), truncated, max(tokens), rows=len(tokens), lengths=tokens)
 
 
 def _blocks(tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int, where: str) -> Encoded:

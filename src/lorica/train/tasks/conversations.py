@@ -6,38 +6,36 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorica.errors import ConfigError, FileError
+from lorica.errors import ConfigError
+from lorica.train.rows import Unusable
 
 
-def conversation_pieces(
-    tokenizer: PreTrainedTokenizerBase, messages: Any, where: str
-) -> list[tuple[list[int], bool]]:
+def conversation_pieces(tokenizer: PreTrainedTokenizerBase, messages: Any) -> list[tuple[list[int], bool]]:
     """Lay out a conversation by the tokenizer's chat template.
 
     Args:
         tokenizer: a tokenizer with a chat template.
         messages: dictionaries of ``role`` and ``content``, in order.
-        where: what to call them in an error, such as "row 3 of the training rows".
 
     Returns:
         Stretches of tokens in order, each with whether the assistant says them.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or one that rewrites earlier turns.
-        FileError: the messages are none, or nobody answers as the assistant.
+        Unusable: the messages are none, or nobody answers as the assistant.
     """
     _check_template(tokenizer)
-    _check(messages, where)
+    _check(messages)
     if not any(message["role"] == "assistant" for message in messages):
-        raise FileError(f"{where} has no message of the role 'assistant', so there is nothing to learn")
+        raise Unusable("has no message of the role 'assistant', so there is nothing to learn")
     pieces: list[tuple[str, bool]] = []
     done = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         # No template lays out a conversation of nothing.
-        before = _laid_out(tokenizer, messages[:i], where, add_generation_prompt=True) if i else ""
-        after = _laid_out(tokenizer, messages[: i + 1], where)
+        before = _laid_out(tokenizer, messages[:i], add_generation_prompt=True) if i else ""
+        after = _laid_out(tokenizer, messages[: i + 1])
         if not (before.startswith(done) and after.startswith(before)):
             raise ConfigError(
                 f"the chat template of {tokenizer.name_or_path!r} changes earlier turns when one is "
@@ -52,33 +50,32 @@ def conversation_pieces(
     ]
 
 
-def conversation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Any, where: str) -> list[int]:
+def conversation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Any) -> list[int]:
     """Lay out a conversation up to where the assistant speaks next.
 
     Args:
         tokenizer: a tokenizer with a chat template.
         messages: dictionaries of ``role`` and ``content``, in order; an assistant's answer at the end is left
             out.
-        where: what to call them in an error.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
-        FileError: there are no messages.
+        Unusable: there are no messages.
     """
     _check_template(tokenizer)
-    _check(messages, where)
+    _check(messages)
     said = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not said:
-        raise FileError(f"{where} has nothing that the assistant could answer")
-    text = _laid_out(tokenizer, said, where, add_generation_prompt=True)
+        raise Unusable("has nothing that the assistant could answer")
+    text = _laid_out(tokenizer, said, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _laid_out(tokenizer: PreTrainedTokenizerBase, messages: Any, where: str, **options: Any) -> str:
+def _laid_out(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:  # a template is a program of its own, and raises what it likes
-        raise FileError(f"the chat template refuses {where}: {error}") from error
+        raise Unusable(f"is refused by the chat template: {error}") from error
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -89,13 +86,13 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _check(messages: Any, where: str) -> None:
+def _check(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
-        raise FileError(f"{where} has no messages; expected a list of dictionaries of role and content")
+        raise Unusable("has no messages; expected a list of dictionaries of role and content")
     for place, message in enumerate(messages):
         if not isinstance(message, dict) or not all(
             isinstance(message.get(k), str) for k in ("role", "content")
         ):
-            raise FileError(
-                f"message {place + 1} of {where} must have a role and a content, both texts: {message!r}"
+            raise Unusable(
+                f"has message {place + 1}, which must have a role and a content, both texts: {message!r:.60}"
             )

@@ -10,9 +10,10 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction
 
-from lorica.errors import ConfigError, FileError
+from lorica.errors import ConfigError
 from lorica.train.columns import check_texts
 from lorica.train.recipe import DataConfig
+from lorica.train.rows import Unusable, read_each
 from lorica.train.tasks.base import Task
 
 
@@ -70,24 +71,23 @@ def references_of(rows: Dataset, data: DataConfig, where: str) -> list[list[str]
 
     Raises:
         ConfigError: there is neither the column of texts nor that of lists of them.
-        FileError: a row has no text.
+        RowError: rows have no text.
     """
     assert data.label is not None
     if data.references not in rows.column_names:
         check_texts(rows, [data.label], where)
         return [[text] for text in rows[data.label]]
     single = rows[data.label] if data.label in rows.column_names else [None] * len(rows)
-    found = []
-    for row, (texts, text) in enumerate(zip(rows[data.references], single, strict=True)):
+
+    def read(value: tuple[Any, Any]) -> list[str]:
+        texts, text = value
         # Public sets leave the list of a training row empty, and give the one text beside it.
         right = list(texts) if isinstance(texts, list) and texts else [text]
         if not all(isinstance(each, str) for each in right):
-            raise FileError(
-                f"row {row + 1} of {where} has {right!r:.60} in column {data.references!r}, where texts are "
-                "due"
-            )
-        found.append(right)
-    return found
+            raise Unusable(f"has {right!r:.60} in column {data.references!r}, where texts are due")
+        return right
+
+    return read_each(zip(rows[data.references], single, strict=True), read, where)
 
 
 def groups_of(rows: Dataset, data: DataConfig) -> list[int]:
@@ -95,4 +95,5 @@ def groups_of(rows: Dataset, data: DataConfig) -> list[int]:
     if data.references in rows.column_names:
         return list(range(len(rows)))
     first: dict[str, int] = {}
+    assert data.text is not None
     return [first.setdefault(str(value), row) for row, value in enumerate(rows[data.text])]

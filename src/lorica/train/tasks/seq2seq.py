@@ -52,6 +52,7 @@ class SequenceToSequence(LanguageTask):
         labelled: bool = True,
     ) -> Encoded:
         """Tokenize both texts, without padding; count the rows of which either was too long."""
+        assert data.text is not None
         limit = min(max_length, tokenizer.model_max_length)
         whole = self.prompts(rows, data, tokenizer, where)
         needs_tokens(whole, where)
@@ -75,7 +76,7 @@ class SequenceToSequence(LanguageTask):
         for row, tokens in zip(places, targets, strict=True):
             longest[row] = max(longest[row], len(tokens))
         truncated = sum(n > limit for n in longest)
-        return Encoded(Dataset.from_dict(features), truncated, max(longest), rows=len(rows))
+        return Encoded(Dataset.from_dict(features), truncated, max(longest), rows=len(rows), lengths=longest)
 
     def prompts(
         self, rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str
