@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 from lorica.train.sampler import LengthGroupedSampler
+from lorica.train.sampler import padding as saved
 
 LENGTHS = random.Random(0).choices(range(3, 61), k=1003)
 
@@ -38,3 +40,13 @@ def test_lengths_are_spread_over_the_epoch() -> None:
     order = list(LengthGroupedSampler(LENGTHS, 16))
     halves = [sum(LENGTHS[i] for i in order[part]) / 500 for part in (slice(0, 500), slice(500, 1000))]
     assert abs(halves[0] - halves[1]) < 6
+
+
+def test_the_share_of_padding_by_hand() -> None:
+    # Of (4, 3) and (2, 1) the model reads 8 and 4 tokens, of which 10 are the rows' own.
+    found = saved([1, 2, 3, 4], 2)
+    assert found is not None
+    assert found.grouped == pytest.approx(1 / 6)
+    assert found.random in (pytest.approx(1 / 6), pytest.approx(2 / 7), pytest.approx(3 / 8))
+    assert saved([3, 3, 3], 2) is None
+    assert saved([1, 2, 3], 1) is None
