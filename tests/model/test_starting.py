@@ -405,3 +405,11 @@ class TestRefused:
         with pytest.raises(ConfigError, match="is for LoRA alone, not in a combination"):
             lorica.adapt(model, [config("pissa"), lorica.BitFitConfig()])
         assert not lorica.adapters(model)
+
+
+def test_a_file_that_remembers_its_start_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+    model = lorica.adapt(Toy(), lorica.LoraConfig(r=2, target_modules=["up"], init_lora_weights="olora"))
+    files = {
+        (lorica.save(model, tmp_path / str(i)) / "adapter_model.safetensors").read_bytes() for i in range(8)
+    }
+    assert len(files) == 1

@@ -97,16 +97,6 @@ def test_predict_texts_and_files(run: Path, tmp_path: Path) -> None:
     assert predict(run, tmp_path / "rows.jsonl") == said
 
 
-@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga"])
-def test_a_start_from_data_is_refused(start: str, run: Path, tmp_path: Path) -> None:
-    recipe = Recipe.load(run / "recipe.yaml").replace(
-        output=str(tmp_path / "out"), method={"init_lora_weights": start}
-    )
-    with pytest.raises(ConfigError, match=f"'{start}' looks at data"):
-        train(recipe)
-    assert not (tmp_path / "out").exists()
-
-
 def test_predict_refuses(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     for texts, message in (

@@ -88,6 +88,7 @@ def test_other_methods_and_starts_share_what_they_leave_alone(make_recipe: Make,
         "pissa": recipe.replace(method={"init_lora_weights": "pissa", "r": 4}),
         "bitfit": recipe.replace(baseline={"method": "bitfit"}),
         "plus": recipe.replace(training={"loraplus_lr_ratio": 4.0}),
+        "corda": recipe.replace(method={"init_lora_weights": "corda"}, training={"start_batches": 2}),
     }
     found = Population(recipes, tmp_path / "population", console=silent())
     found.run()

@@ -235,6 +235,19 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
         safetensors.torch.save_file(tensors, path, metadata=metadata)
     except safetensors.SafetensorError as error:  # a full disk comes as this, too
         raise OSError(str(error)) from error
+    _sort_header(path)
+
+
+def _sort_header(path: Path) -> None:
+    """Bring a file's metadata into one order: safetensors writes them in another each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -16,9 +16,11 @@ _UNKNOWN = re.compile(r"(?:Unrecognized arguments: |Option '?|unrecognized argum
 class Parser(jsonargparse.ArgumentParser):
     """A parser that answers wrong usage in three lines, not with every option there is."""
 
-    def __init__(self, command: str, **options: Any) -> None:
-        """Make the parser of one command."""
-        super().__init__(prog=f"lorica {command}", allow_abbrev=False, **options)
+    def __init__(self, command: str = "", **options: Any) -> None:
+        """Make the parser of one command; without one, jsonargparse makes one for a part of the options."""
+        if command:
+            options = {"prog": f"lorica {command}", "allow_abbrev": False, **options}
+        super().__init__(**options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, and stop with status 2."""

@@ -96,6 +96,7 @@ def replace_lora_weights_loftq(
 
 def _open(root: nn.Module, given: str | os.PathLike[str] | None) -> Checkpoint:
     """The headers of the files that hold the weights before quantization."""
+    place = given or ""
     if given is None:
         name: Any = getattr(root, "name_or_path", None)
         if not name:
@@ -103,8 +104,8 @@ def _open(root: nn.Module, given: str | os.PathLike[str] | None) -> Checkpoint:
                 f"this {type(root).__name__} does not say where it was loaded from; give model_path, the "
                 "folder that holds the unquantized base's model.safetensors"
             )
-        given = name if Path(name).is_dir() else _cached(name)
-    path = Path(given)
+        place = name if Path(name).is_dir() else _cached(name)
+    path = Path(place)
     if path.name in WEIGHTS and path.is_file():
         path = path.parent
     if path.is_file():

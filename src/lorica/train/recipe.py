@@ -110,6 +110,8 @@ class TrainingConfig:
         max_grad_norm: norm to which larger gradients are scaled down; 0 leaves them.
         max_length: tokens kept of each row; how many rows are cut is reported.
         seed: seed of the new head, the adapter, the order of rows and dropout.
+        start_batches: batches of training rows that a start from data looks at before training, where
+            `init_lora_weights` is "eva", "corda" or "lora_ga".
         eval_steps: steps between evaluations. None evaluates once an epoch.
         save_steps: steps between checkpoints, besides the one at each evaluation. None writes no others.
         save_total_limit: checkpoints to keep: the newest, and always the best.
@@ -145,6 +147,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     max_length: int = 128
     seed: int = 0
+    start_batches: int = 16
     eval_steps: int | None = None
     save_steps: int | None = None
     save_total_limit: int = 2
@@ -167,6 +170,7 @@ class TrainingConfig:
             "learning_rate",
             "epochs",
             "batch_size",
+            "start_batches",
             "eval_batch_size",
             "gradient_accumulation",
             "max_length",

@@ -13,9 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from lorica.checkpoint import read, write_card
-from lorica.config import LoraConfig
 from lorica.errors import ConfigError, LoricaError, listing
-from lorica.model import adapt, extract, save, trainable_parameters
+from lorica.model import extract, save, trainable_parameters
 from lorica.train.batch_size import fitting_batch
 from lorica.train.card import about
 from lorica.train.console import make_console
@@ -26,6 +25,7 @@ from lorica.train.generation.scoring import writer_of
 from lorica.train.preparing import Prepared, prepare
 from lorica.train.recipe import Recipe
 from lorica.train.record import RECORD, Record, machine, versions
+from lorica.train.starts import start
 from lorica.train.summary import announce
 from lorica.train.warm_start import warm_start
 
@@ -100,7 +100,6 @@ def train(
     """
     console = console or make_console()
     _check_folder(Path(recipe.output), resume=resume, overwrite=overwrite)
-    check_start(recipe)
     if recipe.init_from is not None and not resume:
         read(recipe.init_from)  # a missing one is found at once
     with contextlib.nullcontext() if repeats is None else repeats.threads():
@@ -148,7 +147,7 @@ def train_prepared(
     method = method if method.task_type else method.replace(task_type=task.task_type)
     if task.modules_to_save and method.modules_to_save is None:
         method = method.replace(modules_to_save=list(task.modules_to_save))
-    model = adapt(prepared.model, method, seed=recipe.training.seed)
+    model = start(prepared, method, output, resume=resume, console=console)
     if recipe.init_from is not None and not resume:
         warm_start(model, read(recipe.init_from), head=recipe.init_head)
     count = trainable_parameters(model)
@@ -222,21 +221,6 @@ def _compare_end(before: Record, recipe: Recipe, result: Result, console: Consol
         f"another adapter came out than the recorded one (sha256 {result.adapter_sha256}, recorded "
         f"{before.adapter_sha256}){'; other here: ' + listing(reasons) if reasons else ''}"
     )
-
-
-def check_start(recipe: Recipe) -> None:
-    """Refuse a start that looks at data before training, which a recipe has no step for.
-
-    Raises:
-        ConfigError: it does.
-    """
-    method = recipe.configuration()
-    if isinstance(method, LoraConfig) and method.init_lora_weights in ("eva", "corda", "lora_ga"):
-        raise ConfigError(
-            f"init_lora_weights={method.init_lora_weights!r} looks at data before training, which a recipe "
-            "does not do; prepare the model in Python (see the guide to starts) and train it with "
-            'lorica.train.fit, or choose "pissa", "olora" or True'
-        )
 
 
 def _check_folder(output: Path, *, resume: bool, overwrite: bool) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 import torch
 
+from lorica.config.inits import FROM_DATA
 from lorica.train.recipe import Recipe
 
 _ARGUMENTS = (
@@ -37,6 +38,9 @@ def why_alone(recipe: Recipe) -> str | None:
     for name in _ARGUMENTS:
         if training.arguments.get(name):
             return f"training.arguments.{name} changes how the base is computed"
+    start = getattr(recipe.configuration(), "init_lora_weights", True)
+    if start in FROM_DATA:
+        return f"it starts from data (init_lora_weights={start!r})"
     if torch.cuda.device_count() > 1:
         return "several GPUs are visible, over which the trainer spreads each model"
     return None

@@ -21,7 +21,7 @@ from lorica.train.files import writable_directory
 from lorica.train.preparing import Prepared, prepare
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
-from lorica.train.run import Result, check_start, train_prepared
+from lorica.train.run import Result, train_prepared
 from lorica.train.trainer import Trainer
 from lorica.tune.base import SharedBase
 from lorica.tune.board import Board
@@ -188,7 +188,6 @@ class Population:
 
     def _lane(self, base: SharedBase, name: str, recipe: Recipe) -> Lane[Result]:
         def work(lane: Lane[Result]) -> Result:
-            check_start(recipe)
             own = base.prepared(recipe)
             trainer = partial(JointTrainer, lane=lane, places=base.places)
             return self._train(name, recipe, own, make_trainer=trainer)
@@ -198,7 +197,6 @@ class Population:
     def _train_alone(self, name: str, recipe: Recipe) -> None:
         result = error = None
         try:
-            check_start(recipe)
             result = self._train(name, recipe, prepare(recipe))
         except Exception as raised:
             error = raised
