@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 
 from lorica.train.files import writable_directory
+from lorica.train.preparing import prepare
 from lorica.train.recipe import Recipe
-from lorica.train.run import check_start, prepare, train_prepared
+from lorica.train.run import train_prepared
 from lorica.tune.base import SharedBase
 from lorica.tune.joining import base_of
 from lorica.tune.population import LOG, Reporter, write_error
@@ -40,7 +41,6 @@ def train_trial(config: dict[str, Any], *, base: Any, directory: str) -> None:
     try:
         writable_directory(folder)
         recipe = _recipe(config["recipe"]).replace(output=str(folder))
-        check_start(recipe)
         # A trial on another model or other rows loads its own.
         if base is not None and base[0] == base_of(recipe) and recipe.quantization is None:
             prepared = _base(base).prepared(recipe)
