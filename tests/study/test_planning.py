@@ -118,6 +118,23 @@ def test_activations_grow_with_batch_and_length_and_shrink_with_checkpointing() 
     assert plain.flops < again.flops < 2 * plain.flops
 
 
+def test_attention_without_dropout_keeps_no_matrix_of_all_pairs() -> None:
+    """What a row holds is then proportional to its length; the products are counted all the same."""
+    small = {"model_type": "llama", "vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 32}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+    config = lorica.LoraConfig(r=2, task_type="CAUSAL_LM")
+    held, flops = {}, {}
+    for dropout in (0.0, 0.1):
+        plans = [
+            study.plan(small | {"attention_dropout": dropout}, config, batch=1, length=n) for n in (256, 512)
+        ]
+        held[dropout] = plans[1].activations / plans[0].activations
+        flops[dropout] = plans[1].flops
+    assert held[0.0] == pytest.approx(2, rel=0.25)  # the causal mask is quadratic, and small
+    assert held[0.1] > 3
+    assert flops[0.0] == pytest.approx(flops[0.1], rel=0.2)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt"])
 def test_language_models(model_type: str) -> None:
     small = {"model_type": model_type, "vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 16}

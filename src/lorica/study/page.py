@@ -145,10 +145,14 @@ def _correlation(report: Report) -> list[dict[str, Any]]:
     if found is None:
         return []
     names = [_label(report, path) for path in found.paths]
-    values = [[None if x != x else round(x, 4) for x in row] for row in found.phi.tolist()]
+    # Each layer with itself is 1, beside which the others would all look alike.
+    values = [
+        [None if x != x or i == j else round(x, 4) for j, x in enumerate(row)]
+        for i, row in enumerate(found.phi.tolist())
+    ]
     panel = {"title": "", "rows": names, "columns": names, "values": values}
-    text = f"φ({found.rank}, {found.rank}) of A's directions, each layer with each (appendix H.1)"
-    return [{"kind": "heat", "title": "Layers among themselves", "text": text, "panels": [panel], "max": 1}]
+    text = f"φ({found.rank}, {found.rank}) of A's directions, each layer with each other (appendix H.1)"
+    return [{"kind": "heat", "title": "Layers among themselves", "text": text, "panels": [panel]}]
 
 
 def _table_7(report: Report) -> list[dict[str, Any]]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class Step(NamedTuple):
@@ -71,7 +76,11 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> Step:
         inputs: on the meta device; with labels, the model's own loss is taken, else a sum
             of its first output.
     """
-    in_place = {torch.ops.aten.addmm_: _addmm}  # the counter knows addmm, and not that
+    flops_of = {
+        torch.ops.aten.addmm_: _addmm,  # the counter knows addmm, and not that
+        _FUSED: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        _FUSED_BACKWARD: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+    }
     kept: list[int] = []  # bytes that each block holds for its backward pass
     inputs_of_blocks: list[int] = []
     flops_of_blocks: list[int] = []
@@ -87,7 +96,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> Step:
         kept.append(memory.now - held)
         flops_of_blocks.append(counted.get_total_flops() - flops)
 
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counted, _Held(model) as memory:
+    counter = FlopCounterMode(display=False, custom_mapping=flops_of)
+    with _fused_attention(), counter as counted, _Held(model) as memory:
         hooks = [
             hook
             for block in blocks(model)
@@ -110,6 +120,40 @@ def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> Step:
     flops = counted.get_total_flops()
     again = flops + sum(flops_of_blocks)
     return Step(memory.peak, flops, memory.peak - max(saved, 0), again, max(kept, default=0))
+
+
+@contextlib.contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Let attention be computed as on a device: without the matrix of all pairs, unless dropout falls on it.
+
+    On the meta device torch has the plain way alone, which keeps that matrix for the backward pass.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if dropout_p or query.dim() != 4:
+            return plain(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if enable_gqa:
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        return _FUSED(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
