@@ -27,9 +27,12 @@ from lorica.train import data as sources
 from lorica.train import tasks
 from lorica.train.data import Splits
 from lorica.train.fitting import score
+from lorica.train.preparing import encode_split
 from lorica.train.quiet import quiet
 from lorica.train.recipe import DataConfig
 from lorica.train.record import Record
+from lorica.train.rows import Used
+from lorica.train.tasks import Task
 from lorica.train.tasks.texts import TextTask
 from lorica.train.use import Trained, open_run, scoring
 
@@ -153,27 +156,31 @@ def _elsewhere(trained: Trained, other: DataConfig) -> tuple[str, float, float]:
 def _loss(trained: Trained, other: DataConfig, splits: Splits) -> float:
     """Mean over all target tokens."""
     data = trained.task.resolve(splits, other)
-    with quiet(), scoring(trained) as trainer:
-        rows = trained.task.encode(
-            _held_out(splits), data, trained.tokenizer, trained.recipe.training.max_length, "the other rows"
-        )
-        return score(trainer, rows.features)["loss"]
+    rows = _encoded(trained, trained.task, data, _held_out(splits))
+    with scoring(trained) as trainer:
+        return score(trainer, rows)["loss"]
 
 
 def _probe(trained: Trained, other: DataConfig, splits: Splits) -> float:
     """Share of rows whose class logistic regression finds from the encoder's features."""
     task = tasks.get("sequence-classification")
     data = task.resolve(splits, other)
-    sides: list[tuple[Tensor, list[int]]] = []
-    for rows, where in ((splits.train, "the training rows"), (_held_out(splits), "the rows to score")):
-        encoded = task.encode(
-            rows, data, trained.tokenizer, trained.recipe.training.max_length, where
-        ).features
-        sides.append((_features(trained, encoded), encoded["labels"]))
-    (learn, known), (held, true) = sides
+    splits = sources.labelled(splits, data)
+    (learn, known), (held, true) = (
+        (_features(trained, rows), rows["labels"])
+        for rows in (
+            _encoded(trained, task, data, used) for used in (splits.used()["train"], _held_out(splits))
+        )
+    )
     probe: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     probe.fit(learn.numpy(), known)
     return float(probe.score(held.numpy(), true))
+
+
+def _encoded(trained: Trained, task: Task, data: DataConfig, used: Used) -> Dataset:
+    """The other rows, in the tokens and to the length of the run."""
+    with quiet():
+        return encode_split(trained.recipe.replace(data=data), task, trained.tokenizer, used)[0].features
 
 
 @torch.no_grad()
@@ -196,12 +203,12 @@ def _features(trained: Trained, rows: Dataset) -> Tensor:
     return torch.cat(found)
 
 
-def _held_out(splits: Splits) -> Dataset:
+def _held_out(splits: Splits) -> Used:
     """Rows that nothing was fitted on."""
-    rows = splits.test if splits.test is not None else splits.validation
-    if rows is None:
+    found = splits.used()
+    if "test" not in found and "validation" not in found:
         raise FileError("the other data have neither test nor validation rows; name some with --data.test")
-    return rows
+    return found["test" if "test" in found else "validation"]
 
 
 def _learned(results: dict[str, Any], run: str | Path, metric: str) -> float:
