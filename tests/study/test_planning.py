@@ -132,7 +132,7 @@ def test_attention_without_dropout_keeps_no_matrix_of_all_pairs() -> None:
         flops[dropout] = plans[1].flops
     assert held[0.0] == pytest.approx(2, rel=0.25)  # the causal mask is quadratic, and small
     assert held[0.1] > 3
-    assert flops[0.0] == pytest.approx(flops[0.1], rel=0.2)
+    assert flops[0.1] < flops[0.0] < 1.3 * flops[0.1]  # the scores are computed again backward
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt"])
