@@ -106,7 +106,8 @@ def test_what_tensorboard_shows(make_recipe: Callable[..., Recipe]) -> None:
     recipe = make_recipe(report_to=["tensorboard"], logging_steps=5)
     done = start(recipe)
     shown = EventAccumulator(str(Path(recipe.output) / "tensorboard")).Reload()
-    scalars = {name: shown.Scalars(name) for name in shown.Tags()["scalars"]}
+    tags: Any = shown.Tags()["scalars"]
+    scalars = {name: shown.Scalars(name) for name in tags}
     training = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_gb", "epoch"}
     assert {f"train/{name}" for name in training} <= set(scalars)
     assert {"eval/loss", "eval/accuracy", "eval/f1"} <= set(scalars)

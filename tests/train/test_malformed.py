@@ -315,7 +315,7 @@ def test_malformed(name: str, tiny_model: Path, tmp_path: Path, monkeypatch: pyt
     if case.task == IMAGES:
         Image.new("RGB", (8, 8)).save(folder / "ok.png")
     first = next(iter(case.files), "rows.csv")
-    data = {"train": first, "validation_fraction": 0.0, **case.data}
+    data: dict[str, Any] = {"train": first, "validation_fraction": 0.0, **case.data}
     data.update({key: str(folder / data[key]) for key in ("train", "validation", "test") if key in data})
     recipe = tiny.recipe(model_for(case, tmp_path / "model", tiny_model), folder, output)
     recipe = recipe.replace(task=case.task, data=data)

@@ -46,12 +46,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
     def load_dataset(name: str, subset: str | None) -> DatasetDict:
         asked.append((name, subset))
         assert subset is not None
-        splits = {"train": glue(subset, 12), "test": glue(subset, 4, labelled=False)}
+        splits: dict[Any, Dataset] = {"train": glue(subset, 12), "test": glue(subset, 4, labelled=False)}
         if subset == "mnli":
-            return DatasetDict(
-                **splits, validation_matched=glue(subset, 5), validation_mismatched=glue(subset, 7)
-            )
-        return DatasetDict(**splits, validation=glue(subset, 6))
+            splits |= {"validation_matched": glue(subset, 5), "validation_mismatched": glue(subset, 7)}
+        else:
+            splits["validation"] = glue(subset, 6)
+        return DatasetDict(splits)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked

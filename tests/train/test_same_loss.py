@@ -126,9 +126,9 @@ def test_batches_change_no_loss_of_an_evaluation(name: str, family: str, tmp_pat
 def test_the_loss_of_completions_is_the_hand_computed_sum(tmp_path: Path) -> None:
     _, rows, model, _ = setting("causal-lm", "Llama")
     total, count = 0.0, 0
-    for row in rows:
-        logits = model(torch.tensor([row["input_ids"]])).logits[0].detach()
-        for place, label in enumerate(row["labels"]):
+    for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+        logits = model(torch.tensor([ids])).logits[0].detach()
+        for place, label in enumerate(labels):
             if label != -100:
                 scores = logits[place - 1].tolist()
                 total += math.log(sum(math.exp(score) for score in scores)) - scores[label]

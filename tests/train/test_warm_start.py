@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from train import tiny
 
 import lorica
@@ -19,20 +20,20 @@ def first(make_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
     return train(make_recipe(max_steps=4).replace(output=str(tmp_path / "first"))).output
 
 
-def started(recipe: Recipe, directory: Path, *, head: bool) -> tuple[lorica.Adapter, lorica.Adapter]:
+def started(recipe: Recipe, directory: Path, *, head: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The adapter of a new model before and after it took over another's weights."""
     model = lorica.adapt(prepare(recipe).model, recipe.method.replace(task_type="SEQ_CLS"), seed=9)
     copy = lambda: {name: tensor.clone() for name, tensor in lorica.extract(model).named_tensors().items()}  # noqa: E731
     before = copy()
     warm_start(model, lorica.read(directory), head=head)
-    return before, copy()  # type: ignore[return-value]
+    return before, copy()
 
 
 @pytest.mark.parametrize("head", [False, True])
 def test_the_weights_are_taken_and_the_head_if_wanted(
     make_recipe: Callable[..., Recipe], first: Path, head: bool
 ) -> None:
-    before, after = (dict(each) for each in started(make_recipe(seed=5), first, head=head))  # type: ignore[call-overload]
+    before, after = started(make_recipe(seed=5), first, head=head)
     theirs = lorica.read(first).named_tensors()
     assert before.keys() == after.keys() == theirs.keys()
     for name, tensor in after.items():

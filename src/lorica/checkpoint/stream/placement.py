@@ -225,10 +225,11 @@ def _still_one(result: Placement, tie: Tie, head: Update | None) -> bool:
         result.replaced.get(table),
         (result.replaced if tie.stored else result.added).get(tie.head),
     )
-    if any(tensor is not None for tensor in whole):
-        one, other = whole
-        alike = one is not None and other is not None and one.shape == other.shape
-        return alike and torch.equal(one, other) and not any(updates)
+    one, other = whole
+    if one is not None or other is not None:
+        if one is None or other is None or one.shape != other.shape or any(updates):
+            return False
+        return torch.equal(one, other)
     return all(len(each) == 1 for each in updates) and updates[1][0].factors.shares(updates[0][0].factors)
 
 
