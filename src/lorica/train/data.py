@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from datasets import Dataset, DatasetDict
 
 from lorica.errors import ConfigError, FileError, listing
+from lorica.train import presets
 from lorica.train.reading import IN_PYTHON, SPLITS, describe
 from lorica.train.reading import read as read
 from lorica.train.recipe import DataConfig
-from lorica.train.rows import Origin, Used
+from lorica.train.rows import Origin, RowError, Used
 
 Rows = Dataset | DatasetDict | Mapping[str, Dataset]
 """Rows that are in memory: of one split, or of several by their names."""
@@ -75,12 +76,13 @@ def load(data: DataConfig, rows: Rows | None = None) -> Splits:
             raise FileError(f"{name} has {len(train)} row, too few to set some aside; give --data.validation")
         # The places are divided, not the rows, so that an error can tell which row of the file it means.
         places = Dataset.from_dict({"place": range(len(train))})
-        parts = places.train_test_split(test_size=data.validation_fraction, seed=data.split_seed)
-        kept, aside = (list(parts[part]["place"]) for part in ("train", "test"))
+        drawn = places.train_test_split(test_size=data.validation_fraction, seed=data.split_seed)
+        kept, aside = (list(drawn[part]["place"]) for part in ("train", "test"))
         found["validation"] = train.select(aside), origin.select(aside)
         train, origin = train.select(kept), origin.select(kept)
     origins = {"train": origin, **{split: pair[1] for split, pair in found.items()}}
-    return Splits(train, **{split: pair[0] for split, pair in found.items()}, origins=origins)
+    parts = {"train": (train, origin), **found}
+    return Splits(**{split: _laid_out(*pair, data.preset) for split, pair in parts.items()}, origins=origins)
 
 
 def load_test(source: str | Rows, subset: str | None = None) -> Used:
@@ -134,6 +136,13 @@ def part(used: Used, data: DataConfig) -> Used:
     order = list(range(total))
     random.Random(data.split_seed).shuffle(order)
     return used.select(sorted(order[:count]))
+
+
+def _laid_out(rows: Dataset, origin: Origin, preset: str | None) -> Dataset:
+    try:
+        return presets.lay_out(rows, preset)
+    except RowError as error:
+        raise error.found_in(origin) from error
 
 
 def _named(source: str, split: str, subset: str | None) -> tuple[Dataset, Origin]:

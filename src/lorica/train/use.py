@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lorica.checkpoint import is_adapter
 from lorica.errors import FileError
 from lorica.model import load
 from lorica.train import data as sources
-from lorica.train import tasks
+from lorica.train import presets, tasks
 from lorica.train.checkpoints import last_checkpoint
 from lorica.train.console import make_console
 from lorica.train.data import Rows
@@ -122,6 +122,7 @@ def evaluate(
     recipe = trained.recipe
     if test is not None:
         used = sources.load_test(test, recipe.data.subset)
+        used = replace(used, rows=presets.lay_out(used.rows, recipe.data.preset))
     else:
         found = sources.labelled(sources.load(recipe.data), recipe.data).used()
         if "test" not in found:
@@ -173,6 +174,7 @@ def predict(
             rows = next(iter(sources.read(str(path)).values()))
     else:
         rows = task.rows(texts, recipe.data)
+    rows = presets.lay_out(rows, recipe.data.preset)
     if not len(rows):
         raise FileError(
             f"{texts} holds no rows to predict"

@@ -8,14 +8,23 @@ the metric that decides. Rows of one's own in the same columns take all of it bu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorica.errors import ConfigError, nearest
+from datasets import Dataset
+
+from lorica.errors import ConfigError, listing, nearest
+from lorica.train.generation.config import GenerationConfig
 from lorica.train.recipe import DataConfig, Recipe, TrainingConfig
+from lorica.train.rows import Unusable, read_each
 
 _SOURCE = ("train", "validation", "test", "subset")
+
+
+Part = DataConfig | TrainingConfig | GenerationConfig
+Row = Mapping[str, Any]
+"""A row: column → value."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +36,17 @@ class Preset:
         task: what is learned from it.
         data: fields of `DataConfig`: where the rows are, their columns, the labels in the order of their ids.
         training: fields of `TrainingConfig`, such as ``metric_for_best``.
+        generation: fields of `GenerationConfig`.
+        row: makes of a row, as any copy of the set has it, one with the columns that `data` names. None takes
+            rows as they are.
     """
 
     about: str
     task: str
     data: Mapping[str, Any]
     training: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    row: Callable[[Row], Row] | None = None
 
 
 _PRESETS: dict[str, Preset] = {}
@@ -44,7 +58,12 @@ def register(name: str, preset: Preset) -> Preset:
     Raises:
         ConfigError: another has that name, or it names a field that does not exist.
     """
-    for part, values in ((DataConfig, preset.data), (TrainingConfig, preset.training)):
+    parts = (
+        (DataConfig, preset.data),
+        (TrainingConfig, preset.training),
+        (GenerationConfig, preset.generation),
+    )
+    for part, values in parts:
         known = [item.name for item in dataclasses.fields(part)]
         for key in values:
             if key not in known:
@@ -94,9 +113,40 @@ def apply(recipe: Recipe, *, own_rows: bool = False) -> Recipe:
         task=preset.task,
         data=_left_out(recipe.data, data),
         training=_left_out(recipe.training, preset.training),
+        generation=_left_out(recipe.generation, preset.generation),
     )
 
 
-def _left_out(part: DataConfig | TrainingConfig, values: Mapping[str, Any]) -> dict[str, Any]:
+def lay_out(rows: Dataset, name: str | None) -> Dataset:
+    """The rows as a preset's task reads them.
+
+    Args:
+        rows: the rows, as they came.
+        name: the preset, or None for rows as they are.
+
+    Raises:
+        ConfigError: there is no such preset, or the rows lack a column that it reads.
+        RowError: rows have another form.
+    """
+    row = None if name is None else get(name).row
+    if row is None:
+        return rows
+
+    def read(value: Row) -> Row:
+        try:
+            return row(value)
+        except KeyError as missing:
+            raise ConfigError(
+                f"the preset {name!r} finds no column {missing} in rows of {listing(rows.column_names)}"
+            ) from missing
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            raise Unusable(f"is no row of {name!r}: {error}") from error
+
+    return Dataset.from_list([dict(each) for each in read_each(rows, read, "the rows")])
+
+
+def _left_out(
+    part: DataConfig | TrainingConfig | GenerationConfig, values: Mapping[str, Any]
+) -> dict[str, Any]:
     default = type(part)()
     return {key: value for key, value in values.items() if getattr(part, key) == getattr(default, key)}
