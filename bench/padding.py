@@ -45,15 +45,18 @@ class Setting:
 def settings(folder: Path) -> list[Setting]:
     """Both settings; the decoder is made in a folder."""
     tokenizer = AutoTokenizer.from_pretrained(model_directory(), eos_token="[SEP]", bos_token="[CLS]")
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    more: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "loss_type": "ForCausalLM",
+    }
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=512,
         n_embd=384,
         n_layer=6,
         n_head=6,
-        loss_type="ForCausalLM",
-        **ends,
+        **more,
     )
     torch.manual_seed(0)
     GPT2LMHeadModel(config).save_pretrained(folder)
