@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,15 @@ class Comparison:
         Raises:
             ConfigError: the three parts together are no recipe.
         """
+        if (task, method) not in self._laid:
+            self._laid[task, method] = self._lay(task, method)
+        return self._laid[task, method]
+
+    @cached_property
+    def _laid(self) -> dict[tuple[str, str], Recipe]:
+        return {}
+
+    def _lay(self, task: str, method: str) -> Recipe:
         parts = (self.recipe, self.tasks[task].recipe, self.methods[method].recipe)
         content: dict[str, Any] = {}
         for part in parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,13 +300,21 @@ class Recipe:
         check_fields(values, where)
         import jsonargparse
 
-        parser = jsonargparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
-        add_recipe(parser)
+        parser = _parser()
         try:
             parsed = parser.parse_object(dict(values))
         except jsonargparse.ArgumentError as error:
             raise ConfigError(f"{where}: {error}") from error
         return from_parsed(parser, parsed)
+
+
+@functools.cache  # making one takes longer than all else that reading a recipe does
+def _parser() -> ArgumentParser:
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    add_recipe(parser)
+    return parser
 
 
 def add_recipe(parser: ArgumentParser) -> None:
