@@ -197,7 +197,9 @@ def test_two_at_once_are_one_too_many(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_median_and_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     values = {0: 0.6, 1: 0.7, 2: 0.9}
-    made = Made(monkeypatch, lambda run: values[run.seed] + (0.05 if run.rows is None else 0.0))
+    made = Made(
+        monkeypatch, lambda run: values[run.seed] + (0.05 if run.recipe.data.train_rows is None else 0.0)
+    )
     given = {
         "summary": "median",
         "seeds": [0, 1, 2],

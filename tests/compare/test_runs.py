@@ -1,4 +1,4 @@
-"""Real runs, on tiny things: one in a process of its own, draws of rows, and a comparison that is killed."""
+"""Real runs, on tiny things: one in a process of its own, few rows, and a comparison that is killed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ from typing import Any
 
 import pytest
 from compare.spec import METHODS, spec, write
-from datasets import load_dataset
 
 from lorica.cli import main
+from lorica.compare.fingerprint import fingerprint
 from lorica.compare.results import Results
-from lorica.compare.rows import draw, fingerprint
 from lorica.compare.runs import cells
 from lorica.compare.work import Failed, in_own_process
-from lorica.errors import ConfigError
-from lorica.train import DataConfig
-from lorica.train.data import load
+from lorica.train.preparing import read
 
 # Rank 2 on two blocks' six matrices and on the pooler's.
 UPDATES = 2 * (4 * 2 * (32 + 32) + 2 * 2 * (32 + 64)) + 2 * (32 + 32)
@@ -39,31 +36,17 @@ def test_a_process_of_its_own(tmp_path: Path) -> None:
         in_own_process(first, tmp_path / "out")
 
 
-def test_draws_are_parts_of_one_another(tmp_path: Path) -> None:
-    data = spec(tmp_path).laid("mood", "LoRA").data
+def test_few_rows_are_among_more_and_the_others_stay_whole(tmp_path: Path) -> None:
     found: dict[int, list[str]] = {}
-    for rows in (10, 20, 40):
-        drawn = draw("sequence-classification", data, rows, tmp_path / "drawn")
-        splits = load(drawn)
-        assert splits.validation is not None
-        assert splits.test is not None
-        assert (len(splits.train), len(splits.validation), len(splits.test)) == (rows, 12, 12)
-        assert drawn.labels == ["bad", "good"]
-        found[rows] = list(splits.train["text"])
-    assert found[20][:10] == found[10]
-    whole = load_dataset("json", data_files=str(tmp_path / "rows" / "train.jsonl"), split="train")
-    assert sorted(found[40]) == sorted(whole["text"])
-    assert [path.name for path in (tmp_path / "drawn").iterdir() if path.name.startswith(".")] == []
-    with pytest.raises(ConfigError, match="has 40 training rows, fewer than 41"):
-        draw("sequence-classification", data, 41, tmp_path / "drawn")
-
-
-def test_a_draw_without_validation_rows_stays_so(tmp_path: Path) -> None:
-    spec(tmp_path)
-    alone = DataConfig(train=str(tmp_path / "rows" / "train.jsonl"), validation_fraction=0.25)
-    assert len(load(draw("sequence-classification", alone, 10, tmp_path)).validation or ()) == 10
-    alone = DataConfig(train=str(tmp_path / "rows" / "train.jsonl"), validation_fraction=0)
-    assert load(draw("sequence-classification", alone, 10, tmp_path)).validation is None
+    for cell in cells(spec(tmp_path, sizes=[10, 20, "all"]), {"mood": "accuracy"}):
+        _, _, used = read(cell.trials[0].recipe)
+        found[cell.size or 40] = list(used["train"].rows["text"])
+        assert {split: len(own.rows) for split, own in used.items()} == {
+            "train": cell.size or 40,
+            "validation": 12,
+            "test": 12,
+        }
+    assert set(found[10]) <= set(found[20]) <= set(found[40])
 
 
 def test_fingerprints(tmp_path: Path) -> None:
@@ -74,7 +57,11 @@ def test_fingerprints(tmp_path: Path) -> None:
     (folder / "test.csv").write_text("x")
     assert fingerprint(str(folder)) != before
     assert fingerprint(str(folder / "train.csv")) == fingerprint(str(folder / "test.csv"))
-    assert fingerprint("nyu-mll/glue") == "nyu-mll/glue"
+    assert fingerprint("nyu-mll/glue#test") == "nyu-mll/glue#test"
+    test, train = (fingerprint(f"{folder}#{split}") for split in ("test", "train"))
+    assert test != train
+    (folder / "test.csv").write_text("y")
+    assert fingerprint(f"{folder}#test") != test
 
 
 def outcome(path: Path) -> Any:

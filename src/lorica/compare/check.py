@@ -11,9 +11,9 @@ from lorica.config import AdapterConfig
 from lorica.errors import ConfigError, LoricaError, lines
 from lorica.model import adapt
 from lorica.model.skeleton import skeleton
-from lorica.train import data as sources
 from lorica.train import tasks
 from lorica.train.embedded import resolve_model
+from lorica.train.preparing import read
 from lorica.train.tasks import SequenceClassification, Task
 
 LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae", "ter")
@@ -84,18 +84,16 @@ def _task(spec: Comparison, name: str) -> Task:
 
 
 def _check_rows(spec: Comparison, name: str) -> None:
-    recipe = spec.laid(name, next(iter(spec.methods)))
-    splits = sources.load(recipe.data)
-    _task(spec, name).resolve(splits, recipe.data)
-    there = dict(splits.items())
-    if spec.split not in there:
+    _, _, used = read(spec.laid(name, next(iter(spec.methods))))
+    if spec.split not in used:
         raise ConfigError(
             f"there are no {spec.split} rows to score; name some with data.{spec.split}, or choose another "
             "split"
         )
     choosing = [method for method, entry in spec.methods.items() if len(entry.learning_rates) > 1]
-    if choosing and "validation" not in there:
+    if choosing and "validation" not in used:
         raise ConfigError(f"{choosing[0]} has several learning_rates, and no validation rows to choose by")
-    for rows in (*spec.sizes, spec.tasks[name].rows):
-        if rows is not None and rows > len(splits.train):
-            raise ConfigError(f"{len(splits.train):,} training rows are too few to draw {rows:,}")
+    there = len(used["train"].rows)
+    for rows in spec.sizes:
+        if rows is not None and rows > there:
+            raise ConfigError(f"{there:,} training rows are fewer than the {rows:,} of sizes")

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from lorica.errors import ConfigError, FileError, lines, nearest
+from lorica.train import presets
 from lorica.train.recipe import Recipe
 
 SUMMARIES = ("mean", "median")
@@ -73,12 +74,10 @@ class TaskEntry:
     Args:
         recipe: fields of its recipe: ``task``, ``model``, ``data``, ``training``.
         metric: what it is judged by. None takes the task's own.
-        rows: training rows to draw; None takes all, or what `Comparison.sizes` says.
     """
 
     recipe: dict[str, Any]
     metric: str | None = None
-    rows: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +106,8 @@ class Comparison:
         methods: name → method.
         recipe: fields of a recipe that all runs share.
         seeds: of head, adapter, rows' order and dropout. The first also chooses the learning rate.
-        sizes: numbers of training rows to draw; None is all of them. A smaller draw is part of a larger one.
+        sizes: numbers of training rows to learn from (`DataConfig.train_rows`); None is as many as the task
+            says.
         summary: ``"mean"`` or ``"median"``, over the seeds.
         split: the rows whose score is shown: ``"test"``, or ``"validation"`` as in the paper, whose test
             rows are not public; the learning rate is then chosen on the rows that are shown.
@@ -177,7 +177,7 @@ class Comparison:
         content: dict[str, Any] = {}
         for part in parts:
             content = _over(content, part)
-        recipe = Recipe.from_dict(content, f"{method} on {task}")
+        recipe = presets.apply(Recipe.from_dict(content, f"{method} on {task}"))
         paths = {
             name: str(found)
             for name in ("train", "validation", "test")
@@ -231,14 +231,12 @@ def _values(content: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[s
 
 
 def _task(given: Any, where: str, problems: list[str]) -> TaskEntry:
-    if not _fields(given, where, (*_RECIPE, "metric", "rows"), problems):
+    if not _fields(given, where, (*_RECIPE, "metric"), problems):
         return TaskEntry(recipe={})
-    own = {"metric": given.get("metric"), "rows": given.get("rows")}
-    if own["metric"] is not None and not isinstance(own["metric"], str):
-        problems.append(f"{where}.metric must be a name, not {own['metric']!r}")
-    if own["rows"] is not None and not _whole(own["rows"], 1):
-        problems.append(f"{where}.rows must be a whole number of at least 1, not {own['rows']!r}")
-    return TaskEntry(recipe={name: value for name, value in given.items() if name not in own}, **own)
+    metric = given.get("metric")
+    if metric is not None and not isinstance(metric, str):
+        problems.append(f"{where}.metric must be a name, not {metric!r}")
+    return TaskEntry(recipe={n: value for n, value in given.items() if n != "metric"}, metric=metric)
 
 
 def _method(given: Any, where: str, problems: list[str]) -> MethodEntry:

@@ -20,11 +20,11 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.compare.file import FewShot
 from lorica.errors import ConfigError, FileError
-from lorica.train import data as sources
 from lorica.train import tasks
 from lorica.train.columns import check_texts
 from lorica.train.embedded import resolve_model
 from lorica.train.fitting import score
+from lorica.train.preparing import read
 from lorica.train.quiet import quiet
 from lorica.train.recipe import DataConfig, Recipe
 from lorica.train.tasks import CausalLanguageModelling, SequenceClassification
@@ -48,19 +48,18 @@ def prompt(recipe: Recipe, settings: FewShot) -> dict[str, Any]:
     Raises:
         ConfigError: the task cannot be prompted for, or there are fewer rows of a class than shots.
     """
-    task = tasks.get(recipe.task)
-    splits = sources.load(recipe.data)
-    data = task.resolve(splits, recipe.data)
+    recipe, task, used = read(recipe)
+    data, splits = recipe.data, {name: own.rows for name, own in used.items()}
     with quiet():
         tokenizer = task.tokenizer(recipe.model)
         model = transformers.AutoModelForCausalLM.from_pretrained(resolve_model(recipe.model)).eval()
         task.pad(model, tokenizer)
         scored = {name: rows for name, rows in splits.items() if name != "train"}
         if isinstance(task, SequenceClassification):
-            reader = _Classifier(model, tokenizer, data, settings, recipe, splits.train)
+            reader = _Classifier(model, tokenizer, data, settings, recipe, splits["train"])
             scores = {name: reader.score(task, rows, f"the {name} rows") for name, rows in scored.items()}
         elif isinstance(task, CausalLanguageModelling) and data.text and data.label:
-            before = _examples_before(data, settings, splits.train, recipe.training.seed)
+            before = _examples_before(data, settings, splits["train"], recipe.training.seed)
             scores = {
                 name: _complete(task, model, tokenizer, rows, data, before, recipe)
                 for name, rows in scored.items()

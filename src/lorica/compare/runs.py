@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from lorica.compare.file import Comparison, FewShot
-from lorica.compare.rows import fingerprint
+from lorica.compare.fingerprint import fingerprint
 from lorica.train.embedded import resolve_model
 from lorica.train.recipe import Recipe
 
@@ -22,7 +22,6 @@ class Run:
     Args:
         task: name of its task in the comparison.
         method: name of its method.
-        rows: training rows to draw; None takes all.
         rate: learning rate, or None for prompting.
         seed: its seed.
         recipe: what is run, its output folder aside.
@@ -31,7 +30,6 @@ class Run:
 
     task: str
     method: str
-    rows: int | None
     rate: float | None
     seed: int
     recipe: Recipe
@@ -51,7 +49,6 @@ class Run:
             if isinstance(source := getattr(self.recipe.data, name), str):
                 data[name] = fingerprint(source)
         content["model"] = fingerprint(resolve_model(self.recipe.model))
-        content["rows"] = self.rows
         if self.few_shot is not None:
             for name in ("method", "baseline"):
                 content.pop(name, None)
@@ -61,7 +58,8 @@ class Run:
 
     def __str__(self) -> str:
         """The run in a line."""
-        parts = [self.task, *([] if self.rows is None else [f"{self.rows:,} rows"]), self.method]
+        rows = self.recipe.data.train_rows
+        parts = [self.task, *([] if rows is None else [f"{rows:,} rows"]), self.method]
         parts += [] if self.rate is None else [f"lr {self.rate:g}"]
         return " · ".join([*parts, f"seed {self.seed}"])
 
@@ -114,14 +112,14 @@ def cells(spec: Comparison, metrics: dict[str, str]) -> list[Cell]:
         for size in spec.sizes:
             for method, entry in spec.methods.items():
                 recipe = spec.laid(task, method)
-                rows = size if size is not None else spec.tasks[task].rows
+                if size is not None:
+                    recipe = recipe.replace(data={"train_rows": size})
                 rates = entry.learning_rates or (recipe.training.learning_rate,)
                 first = spec.seeds[0]
                 trials = [
                     Run(
                         task,
                         method,
-                        rows,
                         None if entry.few_shot else rate,
                         first,
                         recipe.replace(training={"learning_rate": rate, "seed": first}),

@@ -17,7 +17,6 @@ from pathlib import Path
 from rich.console import Console
 
 from lorica.compare.results import Row
-from lorica.compare.rows import draw
 from lorica.compare.runs import Run
 from lorica.errors import LoricaError
 from lorica.train.fitting import Interrupted
@@ -90,10 +89,6 @@ def _attempt(run: Run, folder: Path, keep: bool) -> tuple[Row | None, str | None
 def perform(run: Run, folder: Path, *, keep: bool = False) -> Row:
     """Train and score, or prompt and score."""
     recipe, own = run.recipe, folder / "runs" / run.key
-    if run.rows is not None:
-        recipe = recipe.replace(
-            data=dataclasses.asdict(draw(recipe.task, recipe.data, run.rows, folder / "rows"))
-        )
     if run.few_shot is not None:
         from lorica.compare.prompting import prompt
 
@@ -118,7 +113,6 @@ def perform(run: Run, folder: Path, *, keep: bool = False) -> Row:
         "key": run.key,
         "task": run.task,
         "method": run.method,
-        "drawn": run.rows,
         "learning_rate": run.rate,
         "seed": run.seed,
         **found,

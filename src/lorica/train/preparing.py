@@ -77,12 +77,7 @@ def prepare(recipe: Recipe, rows: sources.Rows | None = None) -> Prepared:
 
 def encode(recipe: Recipe, rows: sources.Rows | None = None) -> Encoding:
     """Read and encode the rows; `prepare` without the model."""
-    recipe = presets.apply(recipe, own_rows=rows is not None)
-    if rows is not None:
-        recipe = recipe.replace(data={"train": sources.IN_PYTHON})
-    task = tasks.get(recipe.task)
-    check_device(recipe.training)
-    recipe, used = _resolved(recipe, task, sources.load(recipe.data, rows))
+    recipe, task, used = read(recipe, rows)
     encoded, data = {}, {}
     with quiet():
         tokenizer = task.tokenizer(recipe.model)
@@ -113,8 +108,20 @@ def encode_split(recipe: Recipe, task: Task, tokenizer: Any, used: Used) -> tupl
     return use(used, lambda rows: task.encode(rows, data, tokenizer, limit, where), skip=data.skip_bad)
 
 
-def _resolved(recipe: Recipe, task: Task, splits: sources.Splits) -> tuple[Recipe, dict[str, Used]]:
-    """Find columns and labels, in all training rows; then keep those that are asked for."""
+def read(recipe: Recipe, rows: sources.Rows | None = None) -> tuple[Recipe, Task, dict[str, Used]]:
+    """Read the rows and find what the recipe left open; `encode` without a tokenizer.
+
+    Columns and labels are looked for in all training rows, of which those that are asked for are then kept.
+
+    Returns:
+        The recipe with what was found, its task, and the rows of each split.
+    """
+    recipe = presets.apply(recipe, own_rows=rows is not None)
+    if rows is not None:
+        recipe = recipe.replace(data={"train": sources.IN_PYTHON})
+    task = tasks.get(recipe.task)
+    check_device(recipe.training)
+    splits = sources.load(recipe.data, rows)
     train = splits.used()["train"]
 
     def resolve(rows: Dataset) -> Any:
@@ -125,4 +132,5 @@ def _resolved(recipe: Recipe, task: Task, splits: sources.Splits) -> tuple[Recip
     except ConfigError as error:
         raise ConfigError(f"{train.origin.source}: {error}") from error
     used = sources.labelled(splits, data).used()
-    return dataclasses.replace(recipe, data=data), {**used, "train": sources.part(train, data)}
+    recipe = dataclasses.replace(recipe, data=data)
+    return recipe, task, {**used, "train": sources.part(train, data)}
