@@ -35,6 +35,8 @@ def why_alone(recipe: Recipe) -> str | None:
     for name in ("bf16", "fp16", "gradient_checkpointing"):
         if getattr(training, name):
             return f"training.{name} changes how the base is computed"
+    if training.auto_batch_size:
+        return "training.auto_batch_size measures the memory of one training"
     for name in _ARGUMENTS:
         if training.arguments.get(name):
             return f"training.arguments.{name} changes how the base is computed"
@@ -49,8 +51,9 @@ def why_alone(recipe: Recipe) -> str | None:
 def shared_fields(name: str) -> bool:
     """Whether recipes that differ in a field, by its dotted name, can share a base."""
     part, _, leaf = name.partition(".")
-    apart = ("bf16", "fp16", "gradient_checkpointing", "arguments")
-    return part in ("method", "baseline") or (part == "training" and leaf not in apart)
+    apart = ("bf16", "fp16", "gradient_checkpointing", "auto_batch_size", "arguments")
+    own = ("method", "baseline", "init_from", "init_head", "generation")
+    return part in own or (part == "training" and leaf not in apart)
 
 
 def base_of(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorica.errors import ConfigError, LoricaError
+from lorica.train.checkpoints import last_checkpoint
 from lorica.train.console import make_console
 from lorica.train.files import writable_directory
 from lorica.train.preparing import Prepared, prepare
@@ -207,11 +208,13 @@ class Population:
         self._referee.runs(name)
         prepared = dataclasses.replace(prepared, recipe=prepared.recipe.replace(output=str(folder)))
         reporter = Reporter(partial(self._referee.evaluated, name, self._referee.goal_of(recipe)))
+        # A trial that has nothing to go on from starts as new, its warm start and all.
+        begun = self._resume and last_checkpoint(folder / "checkpoints") is not None
         with (folder / LOG).open("a", encoding="utf-8") as log:
             return train_prepared(
                 prepared,
-                resume=self._resume,
-                overwrite=not self._resume,
+                resume=begun,
+                overwrite=not begun,
                 console=Console(file=log, width=200, no_color=True),
                 callbacks=[reporter],
                 hear_interrupts=False,

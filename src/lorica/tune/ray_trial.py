@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lorica.train.checkpoints import last_checkpoint
 from lorica.train.files import writable_directory
 from lorica.train.preparing import prepare
 from lorica.train.recipe import Recipe
@@ -46,10 +47,12 @@ def train_trial(config: dict[str, Any], *, base: Any, directory: str) -> None:
             prepared = _base(base).prepared(recipe)
         else:
             prepared = prepare(recipe)
+        begun = last_checkpoint(folder / "checkpoints") is not None
         with (folder / LOG).open("a", encoding="utf-8") as log:
             result = train_prepared(
                 prepared,
-                resume=True,
+                resume=begun,
+                overwrite=not begun,
                 console=Console(file=log, width=200, no_color=True),
                 callbacks=[Reporter(tell)],
                 hear_interrupts=False,
