@@ -195,6 +195,8 @@ def test_trained_rows_freeze_and_thaw_like_any_other_part() -> None:
     assert not rows.requires_grad
     model.set_adapter("default")
     assert rows.requires_grad
+    (status,) = [layer for layer in model.get_layer_status() if layer.name == "model.embed"]
+    assert (status.module_type, status.requires_grad) == ("TrainableTokensWrapper", {"default": True})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

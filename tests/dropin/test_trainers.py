@@ -13,6 +13,7 @@ from dropin import training
 from tiny import transformer
 from train import tiny
 
+import lorica
 from lorica.errors import StateError
 from lorica.peft import LoraConfig, get_peft_model
 
@@ -61,6 +62,16 @@ def test_an_adapted_head_that_trl_would_read_past_is_refused(tmp_path: Path) -> 
     model = training.model(target_modules=["q_proj", "lm_head"])
     with pytest.raises(StateError, match=r"lm_head.*leave 'lm_head' out of target_modules"):
         sft(tmp_path, model).train()
+
+
+def test_so_is_that_of_a_model_without_a_wrapper(tmp_path: Path) -> None:
+    base = transformer("llama")
+    model = lorica.adapt(base, lorica.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(StateError, match=r"lm_head.*leave 'lm_head' out of target_modules"):
+        sft(tmp_path, model).train()
+    lorica.detach(model)
+    assert not model._forward_pre_hooks
+    assert not model._forward_pre_hooks_with_kwargs
 
 
 def test_transformers_trainer_trains_an_adapted_head(tmp_path: Path) -> None:

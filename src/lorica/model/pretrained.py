@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorica import checkpoint
 from lorica.errors import ConfigError
 from lorica.layers import SwappedModule
+from lorica.model.heads import check_head
 from lorica.model.structure import adapted
 from lorica.model.values import extract
 
@@ -86,6 +87,7 @@ def enter(root: nn.Module) -> None:
         and not isinstance(root, Pretrained)
     ):
         Pretrained.swap(root)
+        root.register_forward_pre_hook(check_head, with_kwargs=True)
 
 
 def leave(root: nn.Module) -> None:
@@ -93,3 +95,5 @@ def leave(root: nn.Module) -> None:
     if isinstance(root, Pretrained):
         # Not `root.leave()`: what it would take off is that other host's.
         root.__class__ = root.base_class  # pyright: ignore[reportAttributeAccessIssue]
+        for key in [key for key, hook in root._forward_pre_hooks.items() if hook is check_head]:
+            del root._forward_pre_hooks[key], root._forward_pre_hooks_with_kwargs[key]

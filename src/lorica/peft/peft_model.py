@@ -21,7 +21,6 @@ from lorica.model.values import overwrite
 from lorica.peft import loading, saving
 from lorica.peft.base import let_gradients_in, match_base_dtype, recomputes
 from lorica.peft.config import PeftType, TaskType, as_peft_config
-from lorica.peft.heads import check_head
 from lorica.peft.recognition import apparent_class, tell_transformers
 from lorica.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from lorica.peft.tuner import LoraModel
@@ -186,7 +185,6 @@ class PeftModel(nn.Module):
             kwargs: the model's.
         """
         model = self.get_base_model()
-        check_head(model, kwargs)
         with self._rows(adapter_names, kwargs):
             return model(*args, **kwargs)
 

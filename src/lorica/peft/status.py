@@ -19,6 +19,7 @@ from lorica.layers import (
     LoraOpaque,
     SavedModule,
     SwappedModule,
+    TrainedTokens,
 )
 from lorica.model.merged import behind_merge
 from lorica.model.structure import find_adapted, walk
@@ -112,7 +113,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         return [
             _layer(prefix + place.path, place.module, active, enabled, merged)
             for place in walk(root)
-            if isinstance(place.module, (LoraLayer, SavedModule))
+            if isinstance(place.module, (LoraLayer, SavedModule, TrainedTokens))
         ]
 
 
@@ -179,6 +180,8 @@ def module_type(module: SwappedModule) -> str:
     """What PEFT calls such a layer."""
     if isinstance(module, SavedModule):
         return "ModulesToSaveWrapper"
+    if isinstance(module, TrainedTokens):
+        return "TrainableTokensWrapper"
     if isinstance(module, LoraEmbedding):
         return "lora.Embedding"
     if isinstance(module, LoraAttention):

@@ -5,24 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorica.errors import StateError
 from lorica.layers import LoraLayer
 
 
-def check_head(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+def check_head(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse a loss that multiplies by the head's raw weight while the head carries an update.
 
-    TRL's trainers and Liger's kernels do so to spare the logits; the update would neither act nor train.
+    TRL's trainers and Liger's kernels do so to spare the logits; the update would neither act nor train. A
+    hook on a model that carries adapters, before each call.
 
     Args:
-        model: the base.
-        kwargs: what its forward is about to be called with.
+        model: the model.
+        args: what its forward is about to be called with.
+        kwargs: likewise, by name.
 
     Raises:
         StateError: naming the head.
     """
+    if torch.compiler.is_compiling():
+        return
     fused = kwargs.get("fused_lm_head") or type(model).forward.__module__.startswith("liger_kernel")
     if not fused:
         return
