@@ -52,7 +52,6 @@ from lorica.model import prepare_model_for_kbit_training as prepare_model_for_kb
 from lorica.model import preprocess_corda as preprocess_corda
 from lorica.model import preprocess_loraga as preprocess_loraga
 from lorica.model import push_to_hub as push_to_hub
-from lorica.model import replace_lora_weights_loftq as replace_lora_weights_loftq
 from lorica.model import restore as restore
 from lorica.model import save as save
 from lorica.model import switch as switch
@@ -61,12 +60,18 @@ from lorica.model import trainable_parameters as trainable_parameters
 if TYPE_CHECKING:
     from lorica import algebra as algebra
     from lorica import study as study
+    from lorica.model.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
     from lorica.study.planning import plan as plan
 
 __version__ = "0.1.0"
 
 # Imported when first used: a script that trains or serves an adapter starts without them.
-_LATER = {"algebra": ("lorica.algebra", ""), "plan": ("lorica.study", "plan"), "study": ("lorica.study", "")}
+_LATER = {
+    "algebra": ("lorica.algebra", ""),
+    "plan": ("lorica.study", "plan"),
+    "replace_lora_weights_loftq": ("lorica.model.loftq", "replace_lora_weights_loftq"),
+    "study": ("lorica.study", ""),
+}
 
 
 def __getattr__(name: str) -> Any:

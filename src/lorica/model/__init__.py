@@ -14,7 +14,6 @@ from lorica.model.count import trainable_parameters as trainable_parameters
 from lorica.model.eva import get_eva_state_dict as get_eva_state_dict
 from lorica.model.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from lorica.model.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-from lorica.model.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
 from lorica.model.merge import merge as merge
 from lorica.model.merge import restore as restore
 from lorica.model.merge import switch as switch
