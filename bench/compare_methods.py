@@ -1,8 +1,7 @@
 """Quality: the paper's methods on four tasks, each at its best of three learning rates, over three seeds.
 
 Runs recipes/compare/classification.yaml as far as it has not run, and publishes the tasks whose runs are all
-there. A run takes a minute or two on two cores, and there are some three hundred: stop it and start it again
-as you like.
+there. A run takes two to six minutes on one core, and there are 280: stop it and start it again as you like.
 """
 
 from __future__ import annotations
