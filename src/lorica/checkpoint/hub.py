@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 from lorica.adapter import Adapter
 from lorica.checkpoint import peft
 from lorica.checkpoint.peft import CARD_FILE, CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
-from lorica.checkpoint.stream.shards import WEIGHTS
 from lorica.errors import ConfigError, FileError, LoricaError, LoricaWarning, MissingExtra, require
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MODEL = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")  # the oldest models have no user
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_BASE_WEIGHTS = "model.safetensors"
 _TOKEN = "HF_TOKEN, `hf auth login` or token="
 
 
@@ -45,7 +45,7 @@ _ADAPTER = _Sought(
 )
 _BASE = _Sought(
     "a model in safetensors",
-    f"config.json and {WEIGHTS[0]}",
+    f"config.json and {_BASE_WEIGHTS}",
     "",
     "A folder with the model's files needs no network: give its path, such as './model'",
 )
@@ -143,11 +143,11 @@ def locate_base(name: str | os.PathLike[str]) -> Path:
         commit = config.parent.name
         options = {"revision": commit} if _COMMIT.fullmatch(commit) else {}
         try:
-            hub.hf_hub_download(name, WEIGHTS[0], **options)
+            hub.hf_hub_download(name, _BASE_WEIGHTS, **options)
         except hub.errors.EntryNotFoundError as error:
             if isinstance(error, hub.errors.LocalEntryNotFoundError):
                 raise
-            index = Path(hub.hf_hub_download(name, f"{WEIGHTS[0]}.index.json", **options))
+            index = Path(hub.hf_hub_download(name, f"{_BASE_WEIGHTS}.index.json", **options))
             for shard in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
                 hub.hf_hub_download(name, shard, **options)
     return config.parent
