@@ -99,13 +99,14 @@ class Expression:
 
 
 def field_named(name: str, fields: Mapping[str, Any], where: str) -> str:
-    """The whole name of a field that may be given by its last part.
+    """The whole name of a field that may be given by its last part; `method` and `training` go before others.
 
     Raises:
         ConfigError: there is none of that name, or several.
     """
-    if name in fields:
-        return name
+    for known in (name, f"method.{name}", f"training.{name}"):
+        if known in fields:
+            return known
     ending = [field for field in fields if field.rpartition(".")[2] == name]
     if len(ending) > 1:
         raise ConfigError(f"{where} names {name!r}, which may be {' or '.join(ending)}; write it in full")
