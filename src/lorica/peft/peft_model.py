@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lorica
-from lorica import checkpoint
 from lorica.config import LoraConfig as CoreConfig
-from lorica.errors import ConfigError, listing
+from lorica.errors import ConfigError
 from lorica.model.attach import attach_finite
 from lorica.model.merged import behind_merge
 from lorica.model.values import overwrite
-from lorica.peft import loading, saving
+from lorica.peft import loading
 from lorica.peft.base import let_gradients_in, match_base_dtype, recomputes
 from lorica.peft.config import PeftType, TaskType, as_peft_config
+from lorica.peft.outgoing import Outgoing
 from lorica.peft.recognition import apparent_class, tell_transformers
 from lorica.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from lorica.peft.tuner import LoraModel
@@ -38,7 +37,7 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-class PeftModel(nn.Module):
+class PeftModel(Outgoing):
     """A model with LoRA adapters, under PEFT's names.
 
     The model itself is adapted in place and stays what it was: ``get_base_model()`` is the model that was
@@ -381,99 +380,6 @@ class PeftModel(nn.Module):
         if not autocast_adapter_dtype:
             match_base_dtype(model, adapter_name)
         return wrapped if is_trainable else wrapped.eval()
-
-    # Going out
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: str | bool = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
-        *,
-        state_dict: Mapping[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write adapters to a folder: "default" to the folder itself, others to folders of their names in it.
-
-        Args:
-            save_directory: made if it is not there.
-            safe_serialization: False writes `adapter_model.bin`, a pickle of tensors.
-            selected_adapters: names; None takes all.
-            save_embedding_layers: True writes the base's embedding tables too; "auto" does so where the
-                vocabulary was resized; False never.
-            is_main_process: other processes write nothing.
-            path_initial_model_for_weight_conversion: folder with the adapter as it was before training, where
-                its start changed the base (PiSSA, OLoRA, CorDA, LoRA-GA): writes one of twice the rank that
-                does the same on the untouched base.
-            state_dict: take the values from here, by their live names.
-            kwargs: none; named in the error.
-
-        Raises:
-            AdapterError: no such adapter, or a tensor holds NaN or infinity.
-            FileError: the folder cannot be written.
-        """
-        if is_main_process:
-            for name in list(self.peft_config) if selected_adapters is None else selected_adapters:
-                self.base_model.roster.known(name)
-                adapter = saving.outgoing(self, name, state_dict, save_embedding_layers)
-                if path_initial_model_for_weight_conversion is not None:
-                    adapter = saving.on_untouched_base(adapter, path_initial_model_for_weight_conversion)
-                folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-                checkpoint.write(adapter, folder, pickled=not safe_serialization)
-        if kwargs:
-            raise ConfigError(f"save_pretrained of an adapter takes no {listing(kwargs)}")
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        selected_adapters: Sequence[str] | None = None,
-    ) -> str:
-        """Upload adapters, a commit for each: "default" to the top, others to folders of their names.
-
-        Args:
-            repo_id: name of the repository, ``"user/sentiment"``; made if need be.
-            commit_message: title of the commit.
-            private: whether a new repository is; None takes the account's default.
-            token: of the account; None takes the one of ``HF_TOKEN`` or ``hf auth login``.
-            revision: branch; made if it is not there.
-            create_pr: open a pull request in place of committing.
-            selected_adapters: names; None takes all.
-
-        Returns:
-            URL of the last commit, or of the pull request.
-
-        Raises:
-            AdapterError: no such adapter.
-            FileError: the Hub cannot be reached or refuses.
-            MissingExtra: huggingface_hub is not installed.
-        """
-        url = ""
-        for name in list(self.peft_config) if selected_adapters is None else selected_adapters:
-            url = lorica.push_to_hub(
-                saving.outgoing(self, name),
-                repo_id,
-                subfolder=None if name == "default" else name,
-                revision=revision,
-                private=private,
-                token=token,
-                commit_message=commit_message,
-                create_pr=create_pr,
-            )
-        return url
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write the model card of the adapter that acts; one that somebody edited stays."""
-        adapter = saving.outgoing(self, self.active_adapters[0], None, False)
-        checkpoint.write_card(adapter, Path(output_dir))
 
 
 class _WithHead(PeftModel):
