@@ -75,8 +75,7 @@ def main() -> None:
         adapter = trained(prepared, settings, options.device)
         for what in missing:
             cuts[what] = cut = score(prepared, adapter, what, settings, options.device)
-            with LINES.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dataclasses.asdict(cut)) + "\n")
+            harness.note(LINES, cut)
             print(f"{what}: energy {cut.energy:.4f}, {100 * cut.right:.2f} % right", flush=True)
     found = [cuts[what] for what in asked]
     harness.publish(
@@ -99,13 +98,8 @@ def main() -> None:
 
 
 def done() -> Iterator[Cut]:
-    """The cuts in the file; a line cut off by a kill is passed over."""
-    if LINES.exists():
-        for line in LINES.read_text(encoding="utf-8").splitlines():
-            try:
-                yield Cut(**json.loads(line))
-            except (json.JSONDecodeError, TypeError):
-                continue
+    """The cuts in the file."""
+    return harness.noted(LINES, Cut)
 
 
 def trained(prepared: Prepared, settings: dict[str, Any], device: str) -> lorica.Adapter:

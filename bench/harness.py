@@ -8,6 +8,7 @@ contestant down for a while slows the others as well. A script under bench/ make
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import gc
 import importlib.metadata
@@ -18,14 +19,16 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROUNDS = 15
@@ -281,3 +284,20 @@ def _cpu_model() -> str:
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
         platform.processor(),
     )
+
+
+def note(file: Path, run: Any) -> None:
+    """Add a run, a dataclass, to a file of JSON lines, so that a benchmark that is stopped can go on."""
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(dataclasses.asdict(run)) + "\n")
+
+
+def noted(file: Path, kind: type[T]) -> Iterator[T]:
+    """The runs that `note` wrote; a line cut off by a kill is passed over."""
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                yield kind(**json.loads(line))
+            except (json.JSONDecodeError, TypeError):
+                continue

@@ -8,7 +8,6 @@ goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import statistics
 import tempfile
@@ -82,22 +81,15 @@ def once(method: str, learning_rate: float, seed: int, device: str) -> Run:
         if run.method == method and run.settings == settings:
             return run
     run = train(method, training, settings)
-    LINES.parent.mkdir(exist_ok=True)
-    with LINES.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(run)) + "\n")
+    harness.note(LINES, run)
     scored = f"validation {100 * run.validation:.2f} %, test {100 * run.test:.2f} %"
     print(f"{method}, learning rate {learning_rate:g}, seed {seed}: {scored}", flush=True)
     return run
 
 
 def done() -> Iterator[Run]:
-    """The runs in the file; a line cut off by a kill is passed over."""
-    if LINES.exists():
-        for line in LINES.read_text(encoding="utf-8").splitlines():
-            try:
-                yield Run(**json.loads(line))
-            except (json.JSONDecodeError, TypeError):
-                continue
+    """The runs in the file."""
+    return harness.noted(LINES, Run)
 
 
 def train(method: str, training: TrainingConfig, settings: dict[str, Any]) -> Run:

@@ -9,7 +9,6 @@ results/rank_study.jsonl, so an interrupted benchmark goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -121,21 +120,14 @@ def once(name: str, method: lorica.LoraConfig, seed: int, device: str) -> Run:
     lorica.save(model, CACHE / f"{name}-{seed}")
     count = sum(f.A.numel() + f.B.numel() for f in lorica.extract(model).factors.values())
     run = Run(name, seed, settings, count, round(time.perf_counter() - start, 1), right)
-    LINES.parent.mkdir(exist_ok=True)
-    with LINES.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(dataclasses.asdict(run)) + "\n")
+    harness.note(LINES, run)
     print(f"{name}, seed {seed}: {100 * right:.2f} % right, {run.seconds:.0f} s", flush=True)
     return run
 
 
 def done() -> Iterator[Run]:
-    """The runs in the file; a line cut off by a kill is passed over."""
-    if LINES.exists():
-        for line in LINES.read_text(encoding="utf-8").splitlines():
-            try:
-                yield Run(**json.loads(line))
-            except (json.JSONDecodeError, TypeError):
-                continue
+    """The runs in the file."""
+    return harness.noted(LINES, Run)
 
 
 def cut_scores(adapter: lorica.Adapter, advice: study.Advice, device: str) -> dict[str, tuple[float, float]]:
