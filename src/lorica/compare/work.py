@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import io
-import multiprocessing
-import os
 import shutil
-import threading
 import traceback
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from rich.console import Console
 from lorica.compare.results import Row
 from lorica.compare.runs import Run
 from lorica.errors import LoricaError
+from lorica.train.apart import apart
 from lorica.train.fitting import Interrupted
 from lorica.train.memory import peak_memory
 from lorica.train.record import versions
@@ -41,13 +38,11 @@ def in_own_process(run: Run, folder: Path, *, keep: bool = False) -> Row:
         Failed: the run did, or its process was killed.
         KeyboardInterrupt: the user stopped it.
     """
-    # Spawned, not forked: a forked child would start with the parent's memory as its own.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            row, reason = pool.submit(_answer, run, folder, keep).result()
-        except BrokenProcessPool:
-            reason = "its process was killed, most likely because the machine ran out of memory"
-            raise Failed(reason) from None
+    try:
+        row, reason = apart(_attempt, run, folder, keep)
+    except BrokenProcessPool:
+        reason = "its process was killed, most likely because the machine ran out of memory"
+        raise Failed(reason) from None
     if row is None and reason is None:
         raise KeyboardInterrupt
     if row is None:
@@ -63,13 +58,6 @@ def in_this_process(run: Run, folder: Path, *, keep: bool = False) -> Row:
     if row is None:
         raise Failed(reason)
     return {**row, "peak_memory": None}
-
-
-def _answer(run: Run, folder: Path, keep: bool) -> tuple[Row | None, str | None]:
-    parent = multiprocessing.parent_process()
-    if parent is not None:  # a comparison that was killed must not go on in secret
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    return _attempt(run, folder, keep)
 
 
 def _attempt(run: Run, folder: Path, keep: bool) -> tuple[Row | None, str | None]:

@@ -6,10 +6,8 @@ Each is trained in a process of its own, so that its peak memory is its own.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from transformers import PreTrainedModel
 from lorica.config import LoraConfig
 from lorica.errors import LoricaError
 from lorica.model import adapt, merge, save, trainable_parameters
+from lorica.train.apart import apart
 from lorica.train.console import make_console
 from lorica.train.files import bytes_of, writable_directory, write_atomically
 from lorica.train.fitting import Interrupted, fit
@@ -129,9 +128,7 @@ def run_demo(recipe: Recipe, console: Console | None = None) -> Demo:
 
 
 def _in_own_process(method: str, recipe: Recipe) -> Row:
-    # Spawned, not forked: a forked child would start with the parent's memory as its own.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        outcome = pool.submit(train_row, method, recipe).result()
+    outcome = apart(train_row, method, recipe)
     if outcome is None:
         raise KeyboardInterrupt
     return outcome
