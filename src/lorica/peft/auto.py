@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lorica.checkpoint.hub import locate
 from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import ConfigError, require
-from lorica.peft import loading
+from lorica.peft import places
 from lorica.peft.config import PeftConfig
 from lorica.peft.peft_model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
@@ -75,9 +76,11 @@ class AutoPeftModel:
             "subfolder",
         )
         for_adapter = {name: kwargs.pop(name) for name in own if name in kwargs}
-        places = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
-        for_adapter |= {**places, "revision": revision}
-        folder = loading.locate(pretrained_model_name_or_path, **loading.split_hub({**for_adapter})[0])
+        account = {
+            name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs
+        }
+        for_adapter |= {**account, "revision": revision}
+        folder = locate(pretrained_model_name_or_path, **places.split_hub(for_adapter)[0])
         saved = PeftConfig.from_pretrained(folder)
         if not saved.base_model_name_or_path:
             raise ConfigError(

@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Self
 
 from lorica import config as core
 from lorica.checkpoint.atomic import replace_files
+from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft import CONFIG_FILE, read_settings
 from lorica.config.inits import without_idle
 from lorica.errors import ConfigError, nearest
-from lorica.peft.loading import locate, split_hub
+from lorica.peft.places import split_hub
 
 
 class PeftType(enum.StrEnum):

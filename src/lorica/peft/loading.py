@@ -7,67 +7,16 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lorica.adapter import Adapter
-from lorica.checkpoint.hub import locate as locate
 from lorica.checkpoint.peft import as_trained, read_settings, read_tensors
 from lorica.checkpoint.peft_tensors import from_tensors
-from lorica.errors import AdapterError, ConfigError, LoricaWarning, listing, nearest
+from lorica.errors import AdapterError, ConfigError, LoricaWarning, listing
+from lorica.peft.config import LoraConfig
 
-if TYPE_CHECKING:
-    from lorica.peft.config import LoraConfig
-
-_HUB = (
-    "subfolder",
-    "revision",
-    "token",
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "repo_type",
-    "user_agent",
-    "etag_timeout",
-    "headers",
-    "endpoint",
-    "library_name",
-    "library_version",
-    "local_dir",
-)
-# An adapter is read on the CPU and goes where its base is; PEFT's ways of spreading it have nothing to do.
-_PLACES = ("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index")
 _PREFIX = "base_model.model."
-
-
-def split_hub(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that say where to find a file, and the others."""
-    hub = {name: value for name, value in options.items() if name in _HUB and value is not None}
-    if options.get("use_auth_token") is not None:
-        hub.setdefault("token", options["use_auth_token"])
-    return hub, {name: value for name, value in options.items() if name not in (*_HUB, "use_auth_token")}
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options of loading that mean nothing, and warn of those that PEFT ignores too.
-
-    Raises:
-        ConfigError: naming them.
-    """
-    idle = [name for name in ("torch_dtype", "dtype") if options.get(name) is not None]
-    if idle:
-        warnings.warn(
-            f"{listing(idle)} is for loading the base; the adapter is float32, or as the base is with "
-            "autocast_adapter_dtype=False",
-            LoricaWarning,
-            stacklevel=3,
-        )
-    known = (*_PLACES, *_HUB, "ignore_mismatched_sizes", "torch_dtype", "dtype", "use_safetensors")
-    unknown = [f"{name!r}{nearest(name, known)}" for name in options if name not in known]
-    if unknown:
-        raise ConfigError(f"loading an adapter takes no {listing(unknown)}")
 
 
 def read(
@@ -86,8 +35,6 @@ def read(
         ConfigError: the configuration asks for what lorica does not carry.
         AdapterError: the tensors are not what the configuration says.
     """
-    from lorica.peft.config import LoraConfig
-
     settings = read_settings(folder)
     config = LoraConfig.from_dict(settings) if config is None else config
     tensors = renamed(read_tensors(folder), key_mapping or {})

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 import lorica
+from lorica.checkpoint.hub import locate
 from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import ConfigError
 from lorica.model.attach import attach_finite
 from lorica.model.merged import behind_merge
 from lorica.model.values import overwrite
-from lorica.peft import loading
+from lorica.peft import loading, places
 from lorica.peft.base import let_gradients_in, match_base_dtype, recomputes
 from lorica.peft.config import PeftType, TaskType, as_peft_config
 from lorica.peft.outgoing import Outgoing
@@ -298,9 +299,9 @@ class PeftModel(Outgoing):
             ConfigError: the configuration asks for what lorica does not carry.
             AdapterError: with the whole list of what does not fit; the model is untouched.
         """
-        found, options = loading.split_hub(kwargs)
-        loading.check_options(options)
-        folder = loading.locate(model_id, **found)
+        found, options = places.split_hub(kwargs)
+        places.check_options(options)
+        folder = locate(model_id, **found)
         model, before = self.get_base_model(), self.base_model.roster.active
         adapter = loading.read(folder, key_mapping=loading.conversions(model, key_mapping))
         if options.get("ignore_mismatched_sizes"):
@@ -365,11 +366,11 @@ class PeftModel(Outgoing):
             ConfigError: the configuration asks for what lorica does not carry.
             AdapterError: with the whole list of what does not fit; the model is untouched.
         """
-        found, options = loading.split_hub(kwargs)
-        loading.check_options(options)
+        found, options = places.split_hub(kwargs)
+        places.check_options(options)
         key_mapping = loading.conversions(model, key_mapping)
         chosen = None if config is None else as_peft_config(config)
-        adapter = loading.read(loading.locate(model_id, **found), chosen, key_mapping)
+        adapter = loading.read(locate(model_id, **found), chosen, key_mapping)
         if options.get("ignore_mismatched_sizes"):
             adapter = loading.fitting(adapter, model.state_dict())
         attach_finite(

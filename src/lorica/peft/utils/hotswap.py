@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 import lorica
 from lorica.adapter import Adapter, Factors
+from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft_tensors import from_tensors
 from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import AdapterError, ConfigError, StateError, lines
 from lorica.model.attach import attach_finite
 from lorica.model.structure import adapted, lora_layers
-from lorica.peft import loading
+from lorica.peft import loading, places
 from lorica.peft.config import as_peft_config
 
 _PREFIX = "base_model.model."
@@ -48,9 +49,9 @@ def hotswap_adapter(
         AdapterError: no adapter of that name, or the new one does not fit the model; nothing has changed.
         StateError: an adapter is merged.
     """
-    hub, rest = loading.split_hub(kwargs)
-    loading.check_options(rest)
-    _exchange(model, loading.read(loading.locate(model_name_or_path, **hub)), adapter_name)
+    hub, rest = places.split_hub(kwargs)
+    places.check_options(rest)
+    _exchange(model, loading.read(locate(model_name_or_path, **hub)), adapter_name)
 
 
 def hotswap_adapter_from_state_dict(

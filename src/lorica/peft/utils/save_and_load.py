@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft import read_tensors
 from lorica.checkpoint.peft_tensors import to_tensors
 from lorica.errors import AdapterError, lines
-from lorica.peft import loading, saving
+from lorica.peft import loading, places, saving
 from lorica.peft.peft_model import LoadResult, PeftModel
 
 _PREFIX = "base_model.model."
@@ -99,7 +100,7 @@ def load_peft_weights(
     Raises:
         FileError: a file is missing or damaged.
     """
-    hub, rest = loading.split_hub(hf_hub_download_kwargs)
-    loading.check_options(rest)
-    tensors = loading.renamed(read_tensors(loading.locate(model_id, **hub)), key_mapping or {})
+    hub, rest = places.split_hub(hf_hub_download_kwargs)
+    places.check_options(rest)
+    tensors = loading.renamed(read_tensors(locate(model_id, **hub)), key_mapping or {})
     return {key: tensor.to(device or "cpu") for key, tensor in tensors.items()}
