@@ -34,12 +34,13 @@ def test_the_first_token_of_each_word_bears_its_class() -> None:
 
 
 def test_words_are_scored_once_and_padding_never() -> None:
-    task = tasks.get(TOKENS)
-    labels = np.array([[-100, 1, -100, 0], [-100, 1, -100, -100]])
-    logits = np.zeros((2, 4, 2))
-    logits[0, 1, 1] = logits[0, 3, 0] = logits[1, 1, 0] = 1
-    scores = task.metrics(EvalPrediction(predictions=logits, label_ids=labels), Dataset.from_dict({}))
-    assert scores["accuracy"] == pytest.approx(2 / 3)
+    rows = {"tokens": [["film-song", "plot"], ["film"]], "tags": [["y", "x"], ["y"]]}
+    features = encode(TOKENS, rows).features
+    assert features["first_tokens"] == [[[0, 1], [1, 4]], [[0, 1]]]
+    logits = np.zeros((2, 6, 2))
+    logits[0, 1, 1] = logits[0, 4, 0] = logits[1, 1, 0] = 1
+    outcome = EvalPrediction(predictions=logits, label_ids=np.array([]))
+    assert tasks.get(TOKENS).metrics(outcome, features)["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_words_past_the_length_have_no_class() -> None:

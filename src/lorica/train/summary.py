@@ -19,6 +19,8 @@ def announce(prepared: Prepared, console: Console) -> None:
     classes = f" ({listing(data.labels, limit=6)})" if data.labels else ""
     target = f" → {data.label}{classes}" if data.label else f" →{classes}" if classes else ""
     console.print(f"{prepared.recipe.model}: {columns}{target}; {rows} rows")
+    for remark in prepared.task.remarks(data):
+        console.print(remark)
     for split, facts in prepared.data.items():
         if facts["skipped"]:
             console.print(

@@ -113,6 +113,10 @@ class Task(ABC):
         """
         return None
 
+    def remarks(self, data: DataConfig) -> Sequence[str]:
+        """What a user should be told of a run before it starts, beyond its columns and rows; lines."""
+        return ()
+
     @abstractmethod
     def metrics(self, outcome: EvalPrediction, features: Dataset) -> dict[str, float]:
         """Score the model's outputs over a whole set, of which `features` are the encoded rows."""

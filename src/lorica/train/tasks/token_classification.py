@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, List
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction
 
@@ -15,6 +15,7 @@ from lorica.errors import ConfigError
 from lorica.train import metrics
 from lorica.train.columns import find_label, label_list_ids, label_list_names, needs_column
 from lorica.train.data import Splits
+from lorica.train.metrics.tagging import OUTSIDE, marks_spans, seqeval, spans, tagging
 from lorica.train.recipe import DataConfig
 from lorica.train.rows import RowError, Unusable, read_each
 from lorica.train.tasks.base import Encoded, Task, needs_tokens
@@ -23,12 +24,15 @@ from lorica.train.tasks.texts import logits_of, named_outputs, softmax
 _WORDS = ("tokens", "words", "text")
 _TAGS = ("ner_tags", "tags", "ner", "labels", "pos_tags", "label")
 _IGNORED = -100
+_TRUE = "classes"
+"""The classes of the words that are read, by names: what the metrics compare with."""
 
 
 class TokenClassification(Task):
     """A class for each word of a text, read off the word's first token.
 
     Rows have a list of words (``data.text``) and a list of as many classes, by name or id (``data.label``).
+    Where the classes mark spans (``B-PER``, ``I-PER``, ``O``), whole spans are scored and told.
     """
 
     name = "token-classification"
@@ -51,6 +55,8 @@ class TokenClassification(Task):
         labels = data.labels or label_list_names(splits.train, label)
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ConfigError(f"data.labels must name at least two classes, each once, not {labels}")
+        if marks_spans(labels):
+            seqeval()  # if it is not installed, this is the time to say so
         return replace(data, text=text, label=label, labels=labels)
 
     def encode(
@@ -77,6 +83,7 @@ class TokenClassification(Task):
         encoding = tokenizer(words, is_split_into_words=True, truncation=True, max_length=limit)
         needs_tokens(encoding["input_ids"], where)
         features: dict[str, Any] = dict(encoding)
+        true: list[list[int]] = []
         firsts = [_first_tokens(encoding.word_ids(row)) for row in range(len(words))]
         features["first_tokens"] = firsts
         features["words"] = [len(row) for row in words]
@@ -98,9 +105,14 @@ class TokenClassification(Task):
                 for word, token in firsts[row]:
                     labels[token] = own[word]
                 features["labels"].append(labels)
+                true.append([own[word] for word, _ in firsts[row]])
+        table = Dataset.from_dict(features)
+        if labelled:
+            names = ClassLabel(names=data.labels or [])
+            table = table.add_column(_TRUE, true, feature=List(names))  # type: ignore[call-arg]
         lengths = [len(ids) for ids in whole]
         truncated = sum(length > limit for length in lengths)
-        return Encoded(Dataset.from_dict(features), truncated, max(lengths), lengths=lengths)
+        return Encoded(table, truncated, max(lengths), lengths=lengths)
 
     def head(self, data: DataConfig) -> dict[str, Any]:
         """As many outputs a token as classes, with their names."""
@@ -111,13 +123,30 @@ class TokenClassification(Task):
         return DataCollatorForTokenClassification(tokenizer)
 
     def metrics(self, outcome: EvalPrediction, features: Dataset) -> dict[str, float]:
-        """Accuracy, F1, precision and recall of the words' most likely classes, over all words."""
-        labels = np.asarray(outcome.label_ids)
-        said = logits_of(outcome.predictions).argmax(-1)
-        return metrics.classification(said[labels != _IGNORED], labels[labels != _IGNORED])
+        """Of spans where the classes mark any: F1, precision and recall by seqeval; else those of words."""
+        names: list[str] = features.features[_TRUE].feature.names
+        outputs = logits_of(outcome.predictions)
+        true = features[_TRUE]
+        said = [
+            [int(row[token].argmax()) for _, token in firsts]
+            for row, firsts in zip(outputs, features["first_tokens"], strict=True)
+        ]
+        if not marks_spans(names):
+            return metrics.classification(np.concatenate(said), np.concatenate(true))
+        return tagging(*([[names[each] for each in row] for row in rows] for rows in (said, true)))
+
+    def remarks(self, data: DataConfig) -> list[str]:
+        """That words are scored, and not spans."""
+        if marks_spans(data.labels or []):
+            return []
+        return ["the classes do not mark spans (B-NAME, I-NAME, O), so the scores are those of single words"]
 
     def read(self, outputs: Any, features: Dataset, data: DataConfig) -> list[dict[str, Any]]:
-        """The most likely class of each word and its probability; None for words past the longest length."""
+        """The most likely class of each word and its probability, None for words past the longest length.
+
+        Where the classes mark spans, also ``spans``: a label, and the places of the first word and of the one
+        after the last.
+        """
         names = data.labels or []
         answers = []
         for row, firsts, count in zip(
@@ -130,6 +159,8 @@ class TokenClassification(Task):
                 labels[word] = names[int(odds[token].argmax())]
                 sure[word] = float(odds[token].max())
             answers.append({"labels": labels, "probabilities": sure})
+            if marks_spans(names):
+                answers[-1]["spans"] = spans([label or OUTSIDE for label in labels])
         return answers
 
     def rows(self, texts: Sequence[str], data: DataConfig) -> Dataset:
