@@ -53,6 +53,29 @@ def test_each_draws_what_it_would_draw_alone_and_so_does_the_caller() -> None:
     assert random.getstate() == before[1]
 
 
+def test_each_is_in_the_autocast_that_it_entered() -> None:
+    def work(steps: int, dtype: torch.dtype | None) -> Any:
+        def run(lane: Lane[Any]) -> list[bool]:
+            right = []
+            for _ in range(steps):
+                lane.begin_step()
+                with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                    for _ in range(steps):
+                        lane.meet(Place(1, "layer", lambda requests: requests), None)
+                        now = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+                        right.append(now is dtype)
+                lane.meet(LAST, torch.zeros((), requires_grad=True) * 1)
+                right.append(not torch.is_autocast_enabled("cpu"))
+            return right
+
+        return run
+
+    lanes = [Lane("b", work(2, torch.bfloat16)), Lane("f", work(3, None)), Lane("h", work(1, torch.float16))]
+    ended = lockstep(lanes)
+    assert [lane.result for lane in ended] == [[True] * steps * (steps + 1) for steps in (1, 2, 3)]
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_those_behind_go_first_so_that_all_meet_again() -> None:
     served: list[list[str]] = []
 

@@ -34,18 +34,20 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def assert_as_alone(recipes: dict[str, Recipe], found: Population, folder: Path) -> None:
+def assert_as_alone(
+    recipes: dict[str, Recipe], found: Population, folder: Path, within: float = 1e-6
+) -> None:
     """The same adapters, heads included, scores and evaluations as of each recipe trained by itself."""
     for name, recipe in recipes.items():
         result = train(recipe.replace(output=str(folder / name)), console=silent())
         record = found.journal.record(name)
         assert record.status == "finished", record.error
         for split, scores in result.metrics.items():
-            assert record.metrics[split] == pytest.approx(scores, abs=1e-6)
+            assert record.metrics[split] == pytest.approx(scores, abs=within)
         theirs, ours = weights(result.output), weights(found.folder(name))
         assert theirs.keys() == ours.keys()
         for key, tensor in theirs.items():
-            torch.testing.assert_close(ours[key], tensor, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(ours[key], tensor, atol=within, rtol=within)
 
 
 def unlike(recipe: Recipe) -> dict[str, Recipe]:
@@ -79,6 +81,25 @@ def test_equal_to_training_each_alone(
     found.run()
     assert sizes.count(4) > 13 * 3, "the layers were not computed together"
     assert_as_alone(recipes, found, tmp_path / "alone")
+
+
+def test_autocast_to_bfloat16_is_joint_too(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes, dtypes = unlike(make_recipe(epochs=1, bf16=True)), set()
+    original = joint.joint_linear
+
+    def seen(segments: Any, weight: Any, bias: Any) -> Any:
+        dtypes.add((len(segments), segments[0].x.dtype, weight.dtype))
+        return original(segments, weight, bias)
+
+    monkeypatch.setattr(twin, "joint_linear", seen)
+    found = Population(recipes, tmp_path / "population", console=silent())
+    found.run()
+    assert (4, torch.bfloat16, torch.bfloat16) in dtypes
+    assert {dtype for _, *pair in dtypes for dtype in pair} == {torch.bfloat16}
+    assert not torch.is_autocast_enabled("cpu")
+    assert_as_alone(recipes, found, tmp_path / "alone", within=1e-4)
 
 
 def test_other_methods_and_starts_share_what_they_leave_alone(make_recipe: Make, tmp_path: Path) -> None:

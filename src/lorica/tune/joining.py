@@ -32,7 +32,7 @@ def why_alone(recipe: Recipe) -> str | None:
     training = recipe.training
     if recipe.quantization is not None:
         return f"its base is quantized ({recipe.quantization})"
-    for name in ("bf16", "fp16", "gradient_checkpointing"):
+    for name in ("fp16", "gradient_checkpointing"):
         if getattr(training, name):
             return f"training.{name} changes how the base is computed"
     if training.auto_batch_size:
@@ -58,4 +58,4 @@ def shared_fields(name: str) -> bool:
 
 def base_of(recipe: Recipe) -> str:
     """What recipes must agree in to share a base."""
-    return json.dumps([recipe.task, recipe.model, asdict(recipe.data)], sort_keys=True)
+    return json.dumps([recipe.task, recipe.model, asdict(recipe.data), recipe.training.bf16], sort_keys=True)

@@ -5,8 +5,8 @@
                           ┊         ┊ one product over both lanes' rows      ┊
 
 A lane is a coroutine: the training loop as it is, with its own model, optimizer, callbacks and files. It
-gives way only where it calls `Lane.meet`. Between two meetings it has the process's random numbers to itself,
-and finds them as it left them; so what it draws is what it would draw alone.
+gives way only where it calls `Lane.meet`. Between two meetings it has the process's random numbers and
+autocast to itself, and finds them as it left them; so what it draws and rounds is what it would alone.
 """
 
 from __future__ import annotations
@@ -194,15 +194,30 @@ class _Lent:
         self._holder = lane
 
 
-def _torch_state() -> list[Tensor]:
+class _TorchState(NamedTuple):
+    """torch's random numbers, and the autocast that a lane stands in: device, whether it is on, its dtype."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+    autocast: list[tuple[str, bool, torch.dtype]]
+
+
+def _torch_state() -> _TorchState:
     there = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if there else ())]
+    devices = ("cpu", "cuda") if there else ("cpu",)
+    autocast = [
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices
+    ]
+    return _TorchState(torch.get_rng_state(), torch.cuda.get_rng_state_all() if there else [], autocast)
 
 
-def _set_torch_state(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state_all(states[1:])
+def _set_torch_state(state: _TorchState) -> None:
+    torch.set_rng_state(state.cpu)
+    if state.cuda:
+        torch.cuda.set_rng_state_all(state.cuda)
+    for device, enabled, dtype in state.autocast:
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
 
 
 def _other_state() -> tuple[Any, ...]:

@@ -72,8 +72,8 @@ class Population:
     last bits that a product over more rows may round otherwise.
 
     Recipes may differ in `method`, `baseline` and `training`. Those on another base follow once the first are
-    through. Those that change how the base is computed (a quantized base, bf16, fp16, gradient checkpointing)
-    are trained by themselves, and a line says so.
+    through. Those that change how the base is computed (a quantized base, fp16, gradient checkpointing) are
+    trained by themselves, and a line says so.
 
     Args:
         recipes: what to train, by name or in order; or an iterator of names and recipes, asked for the next

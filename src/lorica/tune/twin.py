@@ -79,12 +79,15 @@ def _forward(module: nn.Module, lane: Lane[Any], order: int, x: Tensor) -> Tenso
     if part is None:
         return type(module).forward(module, x)
     # A base that quantization, a start or trained biases changed for one lane is not the others'.
-    place = Place(order, (order, id(weight), id(bias), x.dtype), partial(_serve, module, weight, bias))
-    return lane.meet(place, part)
+    key = (order, id(weight), id(bias), part.x.dtype)
+    return lane.meet(Place(order, key, partial(_serve, module, weight, bias)), part)
 
 
 def _segment(module: nn.Module, x: Tensor) -> Segment | None:
     """The lane's rows and its update; None where that is more than a product of two factors."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
     if not isinstance(module, LoraLinear):
         return Segment(x)
     names = module.acting()
@@ -98,4 +101,6 @@ def _serve(
     module: nn.Module, weight: Tensor, bias: Tensor | None, segments: Sequence[Segment]
 ) -> tuple[Tensor, ...]:
     stored_transposed = isinstance(module, (Conv1D, LoraConv1D))
+    dtype = segments[0].x.dtype  # autocast's where that is on; a weight is cast once for all lanes then
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return joint_linear(segments, weight.t() if stored_transposed else weight, bias)
