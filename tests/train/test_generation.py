@@ -165,16 +165,19 @@ def test_scores_of_what_is_written_in_training_and_after_it(task: str, make: Any
     rows: list[dict[str, Any]] = [dict(zip(names, row.values(), strict=True)) for row in tiny.sentences(24)]
     recipe = run(task, tmp_path, make(), rows).replace(
         data={"test": str(tmp_path / "rows.jsonl")},
-        generation={"metrics": ["bleu", "rouge"], "max_new_tokens": 3, "eval_rows": 2},
+        generation={"metrics": ["bleu", "rouge", "exact_match", "f1"], "max_new_tokens": 3, "eval_rows": 2},
         training={"metric_for_best": "rouge1"},
     )
     result = train(recipe)
-    assert {"loss", "perplexity", "bleu", "rouge1", "rouge2", "rougeL"} == set(result.metrics["test"])
+    of_words = {"bleu", "rouge1", "rouge2", "rougeL", "exact_match", "f1"}
+    assert {"loss", "perplexity", *of_words} == set(result.metrics["test"])
     again = evaluate(result.output, predictions=tmp_path / "said.jsonl")
     assert again["rouge1"] == pytest.approx(result.metrics["test"]["rouge1"])
     said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
     texts = [row["generated"] for row in said]
     assert written(texts, [row["references"] for row in said], ["rouge"])["rouge1"] == again["rouge1"]
+    right = [row["generated"] in row["references"] for row in said]
+    assert again["exact_match"] == pytest.approx(sum(right) / len(right))
     predicted = predict(result.output, [row[names[0]] for row in rows])
     assert predicted[0].keys() == {names[0], "generated"}
     assert {row["generated"] for row in predicted} == set(texts)
@@ -188,6 +191,7 @@ def test_scores_of_what_is_written_in_training_and_after_it(task: str, make: Any
     ("change", "message"),
     [
         ({"generation": {"metrics": ["blue"]}}, "no metric 'blue'"),
+        ({"generation": {"metrics": ["exact"]}}, "no metric 'exact'.*exact_match"),
         ({"generation": {"metrics": ["bleu"], "max_new_tokens": 9999}}, "lower max_new_tokens"),
         ({"generation": {"metrics": ["bleu"]}, "data": {"text": "prompt"}}, "texts without prompts"),
     ],

@@ -154,6 +154,13 @@ def test_answers_by_hand(said: str, right: list[str], exact: float, f1: float) -
     assert metrics.question_answering([said], [right]) == {"exact_match": exact, "f1": pytest.approx(f1)}
 
 
+def test_written_text_is_scored_in_the_same_way() -> None:
+    said, right = ["The Eiffel Tower!", "in 1066", ""], [["eiffel tower"], ["1066", "the year 1066"], ["x"]]
+    scores = metrics.written(said, right, ["exact_match", "f1"])
+    assert scores == {"exact_match": pytest.approx(1 / 3), "f1": pytest.approx((1 + 2 / 3 + 0) / 3)}
+    assert scores == metrics.question_answering(said, right)
+
+
 def test_the_two_kinds_of_questions_apart() -> None:
     scores = metrics.question_answering(["x", "y", ""], [["x"], [], []])
     assert scores["f1_answerable"] == 1

@@ -17,8 +17,8 @@ class GenerationConfig:
 
     Args:
         metrics: scores of what the model writes, in each evaluation: any of "bleu", "nist", "ter", "rouge",
-            "meteor", "rouge_l", "cider", "logical_form". Empty writes nothing there, and leaves loss and
-            perplexity.
+            "meteor", "rouge_l", "cider", "exact_match", "f1", "logical_form". Empty writes nothing there, and
+            leaves loss and perplexity.
         max_new_tokens: tokens written at most.
         num_beams: continuations kept in beam search; 1 searches none.
         length_penalty: exponent of the length by which a beam's log-likelihood is divided: above 0 favours

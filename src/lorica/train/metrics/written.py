@@ -9,6 +9,7 @@ from lorica.errors import ConfigError, nearest
 from lorica.train.metrics.captions import cider, meteor, rouge_l
 from lorica.train.metrics.jars import has_java
 from lorica.train.metrics.ngrams import bleu, nist, ter
+from lorica.train.metrics.question_answering import exact_match, f1
 from lorica.train.metrics.rouge import rouge
 from lorica.train.metrics.sql import logical_form
 
@@ -22,6 +23,8 @@ METRICS: dict[str, Metric] = {
     "meteor": meteor,
     "rouge_l": rouge_l,
     "cider": cider,
+    "exact_match": exact_match,
+    "f1": f1,
     "logical_form": logical_form,
 }
 _JAVA = ("meteor", "rouge_l", "cider")
