@@ -10,7 +10,7 @@ from lorica.compare.summary import Cost, Score, Table
 
 def score(method: str, centre: float | None, best: bool = False) -> Score:
     values: list[float | None] = [] if centre is None else [centre, centre]
-    return Score("rte", None, "accuracy", method, 1e-3, values, centre, 0.01, 0, best)
+    return Score("rte", None, "accuracy", method, 1e-3, values, centre, 0.01, 0, best=best)
 
 
 def cost(method: str, trainable: int | None, series: str | None = None) -> Cost:

@@ -43,6 +43,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tasks": None}, "tasks must hold at least one"),
     ({"tasks": {"a": {"dat": {}}}}, "unknown field 'tasks.a.dat'; did you mean 'data'"),
     ({"tasks": {"a": {"metric": 3}}}, "tasks.a.metric must be a name"),
+    ({"tasks": {"a": {"also": "f1"}}}, "tasks.a.also must be a list of metrics' names, not 'f1'"),
     ({"tasks": {"a": "sst2"}}, "tasks.a must hold fields, not 'sst2'"),
     ({"recipe": {"output": "x"}}, "unknown field 'recipe.output'"),
     ({"methods": {"m": {}}}, "methods.m must say what trains"),

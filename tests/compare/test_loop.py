@@ -34,7 +34,7 @@ class Made:
     def _run(self, run: Run, folder: Path, *, keep: bool) -> dict[str, Any]:
         value = self.score(run)
         self.done.append(run)
-        scores = {"validation": {"accuracy": value}, "test": {"accuracy": value - 0.1}}
+        scores = {s: {"accuracy": v, "f1": 1 - v} for s, v in (("validation", value), ("test", value - 0.1))}
         cost = {"trainable": 10, "checkpoint_bytes": 80, "step_seconds": 0.5, "peak_memory": None}
         return {"key": run.key, "scores": scores, "learning_rate": run.rate, "seed": run.seed, **cost}
 
@@ -158,6 +158,19 @@ def test_a_loss_is_better_when_lower(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     table = made.compare(spec(tmp_path, tasks=tasks))
     assert [score.learning_rate for score in table.scores] == [1e-2, 2e-2]
     assert [score.best for score in table.scores] == [True, False]
+
+
+def test_other_metrics_are_shown_and_decide_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = Made(monkeypatch, by_rate)
+    given: dict[str, Any] = {"task": "sequence-classification", "data": {"train": "rows"}}
+    alone = made.compare(spec(tmp_path, tasks={"mood": given}))
+    table = made.compare(spec(tmp_path, tasks={"mood": {**given, "also": ["f1"]}}))
+    assert table.columns == ["mood (accuracy)", "mood (f1)"]
+    assert table.deciding == alone.scores
+    assert [s.values for s in table.scores[1::2]] == [[1 - v for v in s.values] for s in alone.scores]
+    head, _ = table.rows()
+    assert "average" not in head
+    assert table.rates() == alone.rates()
 
 
 def test_a_metric_that_is_none_stops_at_the_first_run(

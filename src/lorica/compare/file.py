@@ -74,10 +74,12 @@ class TaskEntry:
     Args:
         recipe: fields of its recipe: ``task``, ``model``, ``data``, ``training``.
         metric: what it is judged by. None takes the task's own.
+        also: other metrics to show; they decide nothing.
     """
 
     recipe: dict[str, Any]
     metric: str | None = None
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,12 +233,17 @@ def _values(content: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[s
 
 
 def _task(given: Any, where: str, problems: list[str]) -> TaskEntry:
-    if not _fields(given, where, (*_RECIPE, "metric"), problems):
+    if not _fields(given, where, (*_RECIPE, "metric", "also"), problems):
         return TaskEntry(recipe={})
     metric = given.get("metric")
     if metric is not None and not isinstance(metric, str):
         problems.append(f"{where}.metric must be a name, not {metric!r}")
-    return TaskEntry(recipe={n: value for n, value in given.items() if n != "metric"}, metric=metric)
+    also = given.get("also") or []
+    if not (isinstance(also, list) and all(isinstance(name, str) for name in also)):
+        problems.append(f"{where}.also must be a list of metrics' names, not {also!r}")
+        also = []
+    fields = {n: value for n, value in given.items() if n not in ("metric", "also")}
+    return TaskEntry(recipe=fields, metric=metric, also=tuple(also))
 
 
 def _method(given: Any, where: str, problems: list[str]) -> MethodEntry:

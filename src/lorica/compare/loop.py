@@ -128,6 +128,9 @@ def _obtain(
     progress.took.setdefault((cell.task, cell.method), []).append(seconds)
     left = progress.left()
     eta = "" if left is None else f"; {duration(left)} left"
+    for metric in cell.also:
+        for split in row["scores"]:
+            _shown(row, split, metric)  # one that is none is better known now than after all runs
     shown = ", ".join(f"{split} {_shown(row, split, cell.metric)}" for split in row["scores"])
     progress.console.print(
         f"{place}: {cell.metric} {shown} in {duration(seconds)}{eta}", markup=False, soft_wrap=True

@@ -73,6 +73,7 @@ class Cell:
         method: name of the method.
         size: of `Comparison.sizes`.
         metric: what decides.
+        also: other metrics, which are shown.
         trials: a run a learning rate, with the first seed.
         seeds: all of them.
     """
@@ -81,6 +82,7 @@ class Cell:
     method: str
     size: int | None
     metric: str
+    also: tuple[str, ...]
     trials: list[Run]
     seeds: tuple[int, ...]
 
@@ -108,7 +110,7 @@ def cells(spec: Comparison, metrics: dict[str, str]) -> list[Cell]:
         ConfigError: a method's fields, on a task, are no recipe.
     """
     found = []
-    for task in spec.tasks:
+    for task, judged in spec.tasks.items():
         for size in spec.sizes:
             for method, entry in spec.methods.items():
                 recipe = spec.laid(task, method)
@@ -127,7 +129,7 @@ def cells(spec: Comparison, metrics: dict[str, str]) -> list[Cell]:
                     )
                     for rate in rates
                 ]
-                found.append(Cell(task, method, size, metrics[task], trials, spec.seeds))
+                found.append(Cell(task, method, size, metrics[task], judged.also, trials, spec.seeds))
     return found
 
 

@@ -36,6 +36,7 @@ class Score:
         centre: their mean or median; None if there is none, or one of them is no number.
         deviation: their standard deviation (of a sample); None of fewer than two.
         missing: seeds without a result.
+        decides: whether it is what the task is judged by, and not only shown.
         best: whether no other method has a better centre here.
     """
 
@@ -48,6 +49,7 @@ class Score:
     centre: float | None
     deviation: float | None
     missing: int
+    decides: bool = True
     best: bool = False
 
     @property
@@ -112,13 +114,19 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        """Tasks and sizes."""
+        """Tasks, sizes and metrics."""
         return list(dict.fromkeys(score.column for score in self.scores))
+
+    @property
+    def deciding(self) -> list[Score]:
+        """Those that the tasks are judged by."""
+        return [score for score in self.scores if score.decides]
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Headings, and a row of cells a method; the best of a column between asterisks."""
         head = ["method", "class", "trainable", *self.columns]
-        averaged = len(self.columns) > 1 and len({lower_is_better(s.metric) for s in self.scores}) == 1
+        judged = {score.column: lower_is_better(score.metric) for score in self.deciding}
+        averaged = len(judged) > 1 and len(set(judged.values())) == 1
         head += ["average"] * averaged
         head += ["checkpoint", "s/step", "peak memory"]
         lines = []
@@ -146,20 +154,21 @@ class Table:
         return head, lines
 
     def _average(self, method: str) -> float | None:
-        """Mean over the columns, shares as per cent; None if one is missing."""
-        scores = [score for score in self.scores if score.method == method]
-        shares = all(abs(s.centre) <= 1 for s in self.scores if s.centre is not None)
+        """Mean over what the tasks are judged by, shares as per cent; None if one is missing."""
+        scores = [score for score in self.deciding if score.method == method]
+        shares = all(abs(s.centre) <= 1 for s in self.deciding if s.centre is not None)
         if not shares or any(score.centre is None for score in scores):
             return None
         return 100 * statistics.mean(s.centre for s in scores if s.centre is not None)
 
     def rates(self) -> tuple[list[str], list[list[str]]]:
         """Headings and rows of the learning rates that were chosen."""
-        head = ["learning rate", *self.columns]
-        found = {(s.method, s.column): s.learning_rate for s in self.scores}
+        found = {(s.method, s.column): s.learning_rate for s in self.deciding}
+        columns = list(dict.fromkeys(column for _, column in found))
+        head = ["learning rate", *columns]
         lines = []
         for cost in self.costs:
-            rates = [found[cost.method, name] for name in self.columns]
+            rates = [found[cost.method, name] for name in columns]
             lines.append([cost.method, *(NONE if rate is None else f"{rate:g}" for rate in rates)])
         return head, lines
 
@@ -215,7 +224,9 @@ def summarise(spec: Comparison, plan: Sequence[Cell], results: Results, failures
         runs = cell.at(best) if best is not None else []
         found = [row for run in runs if (row := results.get(run.key)) is not None]
         rows[cell.method] += found
-        scores.append(_score(spec, cell, best, [_value(row, spec.split, cell.metric) for row in found]))
+        for metric in (cell.metric, *cell.also):
+            values = [_value(row, spec.split, metric) for row in found]
+            scores.append(_score(spec, cell, best, metric, values))
     scores = [_marked(score, scores) for score in scores]
     costs = [
         Cost(
@@ -232,14 +243,15 @@ def summarise(spec: Comparison, plan: Sequence[Cell], results: Results, failures
     return Table(scores, costs, spec.summary, spec.split, list(failures.values()))
 
 
-def _score(spec: Comparison, cell: Cell, best: Run | None, values: list[float | None]) -> Score:
+def _score(spec: Comparison, cell: Cell, best: Run | None, metric: str, values: list[float | None]) -> Score:
     numbers = [value for value in values if value is not None]
     whole = numbers if numbers and len(numbers) == len(values) else []
     centre = getattr(statistics, spec.summary)(whole) if whole else None
     deviation = statistics.stdev(whole) if len(whole) > 1 else None
     rate = None if best is None else best.rate
     missing = len(cell.seeds) - len(values)
-    return Score(cell.task, cell.size, cell.metric, cell.method, rate, values, centre, deviation, missing)
+    decides = metric == cell.metric
+    return Score(cell.task, cell.size, metric, cell.method, rate, values, centre, deviation, missing, decides)
 
 
 def _marked(score: Score, scores: list[Score]) -> Score:
