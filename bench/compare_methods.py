@@ -1,7 +1,10 @@
-"""Quality: the paper's methods on four tasks, each at its best of three learning rates, over three seeds.
+"""Quality: the paper's methods, each at its best of three learning rates, over three seeds.
 
-Runs recipes/compare/classification.yaml as far as it has not run, and publishes the tasks whose runs are all
-there. A run takes two to six minutes on one core, and there are 280: stop it and start it again as you like.
+    python bench/compare_methods.py classification       280 runs on four tasks of texts
+    python bench/compare_methods.py generation           40 runs on E2E
+
+Runs recipes/compare/classification.yaml or generation.yaml as far as it has not run, and publishes the tasks
+whose runs are all there. A run takes a minute or two on one core: stop it and start it again as you like.
 """
 
 from __future__ import annotations
@@ -15,17 +18,22 @@ from typing import Any
 
 import harness
 import torch
+from orderings import ordering
 
 from lorica.compare import Comparison, Table, compare, gather
 
 DATA = Path(os.environ.get("LORICA_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-FILE = Path(__file__).resolve().parents[1] / "recipes" / "compare" / "classification.yaml"
-PLOT = "compare_methods.png"
+FILES = Path(__file__).resolve().parents[1] / "recipes" / "compare"
+TITLES = {
+    "classification": "The paper's methods on classification and regression",
+    "generation": "The paper's methods on writing",
+}
 
 
 def main() -> None:
     """Run what is asked for, publish what is whole."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", choices=list(TITLES), help="which comparison")
     parser.add_argument("--tasks", nargs="+", help="names of the file's tasks to run (default: all)")
     parser.add_argument("--output", help="folder for the runs' results (default: the file's)")
     parser.add_argument("--publish", action="store_true", help="run nothing, publish what is there")
@@ -37,13 +45,13 @@ def main() -> None:
     if not DATA.is_dir():
         raise SystemExit(f"no folder {DATA}; set LORICA_DATA to the folder that holds rotten_tomatoes")
     changes = {"output": chosen.output} if chosen.output else {}
-    spec = Comparison.load(FILE, data=str(DATA), **changes)
+    spec = Comparison.load(FILES / f"{chosen.file}.yaml", data=str(DATA), **changes)
     if not chosen.publish:
         compare(only(spec, chosen.tasks or list(spec.tasks)))
     whole = [task for task in spec.tasks if is_whole(gather(only(spec, [task])))]
     if not whole:
         raise SystemExit("not written: no task has all its runs yet")
-    publish(gather(only(spec, whole)), spec, whole)
+    publish(chosen.file, gather(only(spec, whole)), spec, whole)
 
 
 def only(spec: Comparison, tasks: list[str]) -> Comparison:
@@ -59,27 +67,29 @@ def is_whole(table: Table) -> bool:
     return all(score.values and not score.missing for score in table.scores)
 
 
-def publish(table: Table, spec: Comparison, tasks: list[str]) -> None:
+def publish(file: str, table: Table, spec: Comparison, tasks: list[str]) -> None:
     """Write the tables and the plot."""
     table.write(spec.output)
     plot = Path(spec.output) / "quality.png"
     figure = ""
     if plot.is_file():
         harness.RESULTS.mkdir(exist_ok=True)
-        shutil.copyfile(plot, harness.RESULTS / PLOT)
-        figure = f"\n\n![quality against trainable parameters](results/{PLOT})"
+        name = f"compare_{file}.png"
+        shutil.copyfile(plot, harness.RESULTS / name)
+        figure = f"\n\n![quality against trainable parameters](results/{name})"
     head, rows = table.rows()
     rates, chosen = table.rates()
     harness.publish(
-        "compare_methods",
-        title="The paper's methods on classification and regression",
+        f"compare_{file}",
+        title=TITLES[file],
         claim=claim(table, tasks),
         tables=[
             {"caption": table.caption + figure, "columns": head, "rows": rows},
+            ordering(file, table, tasks),
             {"caption": "The learning rates that were chosen.", "columns": rates, "rows": chosen},
         ],
         data=[dataclasses.asdict(score) for score in table.scores],
-        settings={"file": f"recipes/compare/{FILE.name}", "tasks": ", ".join(tasks)},
+        settings={"file": f"recipes/compare/{file}.yaml", "tasks": ", ".join(tasks)},
         device="cpu",
     )
 
@@ -88,7 +98,7 @@ def claim(table: Table, tasks: list[str]) -> str:
     """Where LoRA stands, task by task."""
     parts = []
     for task in tasks:
-        scores: dict[str, Any] = {score.method: score for score in table.scores if score.task == task}
+        scores: dict[str, Any] = {score.method: score for score in table.deciding if score.task == task}
         known = [score for score in scores.values() if score.centre is not None]
         order = sorted(known, key=lambda score: -score.centre)
         place = [score.method for score in order].index("LoRA") + 1
