@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def write_images(folder: Path, count: int = 16) -> list[dict[str, Any]]:
     return rows
 
 
-def test_images_from_end_to_end(tmp_path: Path) -> None:
+def test_images_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
@@ -91,6 +93,12 @@ def test_images_from_end_to_end(tmp_path: Path) -> None:
     data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
     recipe = tiny.recipe(tmp_path / "model", data, tmp_path / "out", epochs=8)
     result = train(recipe.replace(task=IMAGES, data={"validation_fraction": 0.25}))
+    shown = capsys.readouterr().out
+    assert re.search(r"step 5/24  loss [\d.]+  [\d,]+ samples/s  ETA", shown)
+    assert "tokens/s" not in shown
+    state = json.loads((result.output / "checkpoints/checkpoint-24/trainer_state.json").read_text())
+    logged = [entry for entry in state["log_history"] if "loss" in entry]
+    assert all(entry["samples_per_second"] > 0 and "tokens_per_second" not in entry for entry in logged)
     assert result.metrics["validation"]["accuracy"] == 1
     said = predict(result.output, [rows[0]["image"], rows[1]["image"]])
     assert [row["label"] for row in said] == ["dark", "light"]

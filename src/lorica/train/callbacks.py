@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorica.train.console import duration
+from lorica.train.measuring import learned, unit
 
 
 class CheckpointCallback(TrainerCallback):
@@ -86,7 +87,7 @@ def interruptible(callback: CheckpointCallback, console: Console) -> Iterator[No
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows step, loss, tokens a second and the time left; keeps the time of each step.
+    """Shows step, loss, tokens or samples a second and the time left; keeps the time of each step.
 
     Args:
         console: where to show it.
@@ -102,7 +103,8 @@ class ProgressCallback(TrainerCallback):
         self._loss = "-"
         self._last_line = 0.0
         self._began = self._step_began = 0.0
-        self._first_step = self._first_tokens = 0
+        self._first_step = self._first_learned = 0
+        self._model: Any = None
 
     @property
     def median_step_seconds(self) -> float | None:
@@ -111,14 +113,16 @@ class ProgressCallback(TrainerCallback):
         return statistics.median(timed) if timed else None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
     ) -> None:
         """Start the clock and, on a terminal, the line that moves."""
-        self._began, self._first_step, self._first_tokens = (
-            time.perf_counter(),
-            state.global_step,
-            int(state.num_input_tokens_seen),
-        )
+        self._model, self._began, self._first_step = model, time.perf_counter(), state.global_step
+        self._first_learned = learned(model, args, state)
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -143,7 +147,7 @@ class ProgressCallback(TrainerCallback):
         self.step_seconds.append(time.perf_counter() - self._step_began)
         if self._progress is not None:
             self._progress.update(
-                self._progress.task_ids[0], completed=state.global_step, line=self._line(state)
+                self._progress.task_ids[0], completed=state.global_step, line=self._line(args, state)
             )
 
     def on_log(
@@ -161,7 +165,7 @@ class ProgressCallback(TrainerCallback):
         now = time.perf_counter()
         if self._progress is None and (now - self._last_line >= 5 or state.global_step >= state.max_steps):
             self._last_line = now
-            self.console.print(f"{self.title}  {self._line(state)}")
+            self.console.print(f"{self.title}  {self._line(args, state)}")
 
     def on_evaluate(
         self,
@@ -189,9 +193,9 @@ class ProgressCallback(TrainerCallback):
             self._progress.stop()
             self._progress = None
 
-    def _line(self, state: TrainerState) -> str:
+    def _line(self, args: TrainingArguments, state: TrainerState) -> str:
         elapsed, done = time.perf_counter() - self._began, state.global_step - self._first_step
-        tokens = (int(state.num_input_tokens_seen) - self._first_tokens) / max(elapsed, 1e-9)
+        pace = (learned(self._model, args, state) - self._first_learned) / max(elapsed, 1e-9)
         left = elapsed / max(done, 1) * (state.max_steps - state.global_step)
         step = f"step {state.global_step}/{state.max_steps}"
-        return f"{step}  loss {self._loss}  {tokens:,.0f} tokens/s  ETA {duration(left)}"
+        return f"{step}  loss {self._loss}  {pace:,.0f} {unit(self._model)}/s  ETA {duration(left)}"
