@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from train import tiny
+from train.test_language_tasks import decoder, tokenizer
 
 from lorica.errors import FileError
-from lorica.train import Recipe, Record, RowError, evaluate, predict, train
+from lorica.train import Recipe, Record, RowError, evaluate, predict, prepare, train
 from lorica.train.rows import Origin, Unusable, Used, read_each, use
 
 
@@ -70,6 +72,54 @@ def test_a_run_leaves_bad_rows_out_and_counts_them(
     assert again.adapter_sha256 == result.adapter_sha256
     with pytest.raises(RowError, match=r"row 1 of .*rows\.jsonl has nothing in column 'text'"):
         predict(result.output, path)
+
+
+USER, ANSWER = {"role": "user", "content": "film"}, {"role": "assistant", "content": "great"}
+REFUSING = (
+    "{% for m in messages %}"
+    "{% if loop.previtem is defined and loop.previtem.role == m.role %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ m.role }} {{ m.content }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+REWRITING = "{% if messages | length > 2 %}film {% endif %}" + REFUSING
+CONVERSATIONS: dict[str, tuple[Any, str]] = {
+    "none": (None, "has no messages"),
+    "of no messages": ([], "has no messages"),
+    "that is a text": ("film", "has no messages"),
+    "with a message that says nothing": ([{"role": "user"}, ANSWER], "has message 1, which must have a role"),
+    "with a number": ([USER, {**ANSWER, "content": 5}], "has message 2, which must have a role"),
+    "with no answer": ([USER], "has no message of the role 'assistant'"),
+    "with an empty answer": ([USER, {**ANSWER, "content": ""}], "has nothing to learn"),
+    "that the template refuses": ([USER, USER, ANSWER], "is refused by the chat template: roles must alter"),
+    "that the template rewrites": ([USER, ANSWER, USER, ANSWER], "is laid out otherwise with each message"),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+def test_a_conversation_that_cannot_be_learned_is_left_out(kind: str, tmp_path: Path) -> None:
+    messages, problem = CONVERSATIONS[kind]
+    decoder().save_pretrained(tmp_path / "model")
+    spoken = tokenizer(REWRITING if "rewrites" in kind else REFUSING)
+    spoken.save_pretrained(tmp_path / "model")
+    rows: list[dict[str, object]] = [{"messages": [USER, ANSWER]}, {"messages": messages}] * 2
+    data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    recipe = tiny.recipe(tmp_path / "model", data, tmp_path / "out").replace(task="causal-lm")
+    recipe = recipe.replace(data={"text": "messages", "validation_fraction": 0.0})
+    with pytest.raises(RowError, match=rf"row 2 of .*rows\.jsonl {problem}.*\(and so have 1 more\)"):
+        prepare(recipe)
+    found = prepare(recipe.replace(data={"skip_bad": True}))
+    assert (len(found.splits["train"]), found.data["train"]["skipped"]) == (2, 2)
+    assert re.search(problem, found.data["train"]["first_skipped"])
+
+
+def test_of_conversations_some_must_be_left(tmp_path: Path) -> None:
+    decoder().save_pretrained(tmp_path / "model")
+    tokenizer(REFUSING).save_pretrained(tmp_path / "model")
+    data = tiny.write_rows(tmp_path / "rows.jsonl", [{"messages": [USER]}, {"messages": []}])
+    recipe = tiny.recipe(tmp_path / "model", data, tmp_path / "out").replace(task="causal-lm")
+    with pytest.raises(FileError, match=r"no row of .*rows\.jsonl can be used"):
+        prepare(recipe.replace(data={"validation_fraction": 0.0, "skip_bad": True}))
 
 
 def test_rows_in_memory_train_as_those_of_a_file(

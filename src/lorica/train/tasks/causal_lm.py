@@ -165,7 +165,9 @@ def _rows(found: list[Written], limit: int, where: str) -> Encoded:
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
     if empty:
-        raise RowError(empty, where, "has nothing to learn: its completion is empty")
+        raise RowError(
+            list(dict.fromkeys(empty)), where, "has nothing to learn: what is to be written is empty"
+        )
     tokens = list(lengths.values())
     truncated = sum(length > limit for length in tokens)
     return Encoded(Dataset.from_dict(columns), truncated, max(tokens), rows=len(tokens), lengths=tokens)
@@ -189,7 +191,8 @@ def _blocks(tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int, wh
             "length": [len(block) for block in blocks],
         }
     )
-    return Encoded(features, 0, max(map(len, found)), rows=len(texts))
+    lengths = [len(ids) for ids in found]
+    return Encoded(features, 0, max(lengths), rows=len(texts), lengths=lengths)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -21,8 +21,9 @@ def conversation_pieces(tokenizer: PreTrainedTokenizerBase, messages: Any) -> li
         Stretches of tokens in order, each with whether the assistant says them.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, or one that rewrites earlier turns.
-        Unusable: the messages are none, or nobody answers as the assistant.
+        ConfigError: the tokenizer has no chat template.
+        Unusable: the messages are none, nobody answers as the assistant, or the template refuses them or
+            rewrites earlier turns of theirs.
     """
     _check_template(tokenizer)
     _check(messages)
@@ -37,10 +38,10 @@ def conversation_pieces(tokenizer: PreTrainedTokenizerBase, messages: Any) -> li
         before = _laid_out(tokenizer, messages[:i], add_generation_prompt=True) if i else ""
         after = _laid_out(tokenizer, messages[: i + 1])
         if not (before.startswith(done) and after.startswith(before)):
-            raise ConfigError(
-                f"the chat template of {tokenizer.name_or_path!r} changes earlier turns when one is "
-                "added, so which tokens are the assistant's cannot be told; give one answer a row, as "
-                "prompt and completion"
+            raise Unusable(
+                f"is laid out otherwise with each message: the chat template of {tokenizer.name_or_path!r} "
+                "changes earlier turns when one is added, so which tokens are the assistant's cannot be "
+                "told; give one answer a row, as prompt and completion"
             )
         pieces += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after

@@ -1,0 +1,93 @@
+"""What a run says before it starts: lengths and cuts of every kind of rows, and nothing taken for markup."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from train import tiny
+from train.test_language_tasks import LM, S2S, TEMPLATE, decoder, tokenizer
+from transformers import T5Config, T5ForConditionalGeneration
+
+from lorica.train import DataConfig, Recipe, prepare
+from lorica.train.summary import announce
+
+
+def said(folder: Path, task: str, rows: list[dict[str, Any]], limit: int = 64, **data: Any) -> list[str]:
+    """The lines that a run on these rows begins with."""
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"vocab_size": 32, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1}
+    config = T5Config(**small, num_heads=2, decoder_start_token_id=0)  # pyright: ignore[reportCallIssue]
+    model = decoder() if task == LM else T5ForConditionalGeneration(config)
+    model.save_pretrained(folder / "model")
+    tokenizer(TEMPLATE).save_pretrained(folder / "model")
+    recipe = Recipe(
+        task=task,
+        model=str(folder / "model"),
+        data=DataConfig(
+            train=str(tiny.write_rows(folder / "rows.jsonl", rows)), validation_fraction=0.0, **data
+        ),
+    ).replace(training={"max_length": limit})
+    output = io.StringIO()
+    announce(prepare(recipe), Console(file=output, width=60))
+    return output.getvalue().splitlines()
+
+
+def of_lengths(low: int, middle: int, high: int, top: int) -> str:
+    begins = f"tokens a training row: {low} at least, {middle} in the median"
+    return f"{begins}, 95 % have up to {high}, {top} at most"
+
+
+def test_prompts_and_completions(tmp_path: Path) -> None:
+    # The model's own first and last token, and as many words as the numbers say.
+    rows = [{"prompt": "film " * n, "completion": "great " * m} for n, m in ((1, 1), (2, 2), (10, 4))]
+    lines = said(tmp_path, LM, rows, limit=10)
+    assert of_lengths(4, 6, 15, 16) in lines
+    assert "1 of 3 train rows (33.3%) are cut to 10 tokens; the longest has 16" in lines
+
+
+def test_several_texts_for_a_prompt(tmp_path: Path) -> None:
+    rows = [{"context": "film", "completion": "", "references": ["great", "fine warm cast"]}] * 2
+    lines = said(tmp_path, LM, rows, text="context", label="completion")
+    assert of_lengths(6, 6, 6, 6) in lines
+    assert "2 training rows are read as 4 of up to 6 tokens" in lines
+
+
+def test_raw_text_is_cut_into_blocks_and_not_cut_off(tmp_path: Path) -> None:
+    lines = said(tmp_path, LM, [{"text": "film " * n} for n in (2, 8, 18)], limit=8)
+    assert of_lengths(4, 10, 19, 20) in lines
+    assert "3 training rows are read as 5 of up to 8 tokens" in lines
+    assert not any("are cut to" in line for line in lines)
+
+
+def test_conversations(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "film"}, {"role": "assistant", "content": "great"}]
+    lines = said(tmp_path, LM, [{"messages": turns}, {"messages": turns * 3}], limit=10)
+    assert of_lengths(4, 8, 12, 12) in lines
+    assert "1 of 2 train rows (50.0%) are cut to 10 tokens; the longest has 12" in lines
+
+
+def test_texts_of_which_either_is_too_long(tmp_path: Path) -> None:
+    rows = [{"source": "film " * n, "target": "great " * m} for n, m in ((1, 1), (2, 12), (12, 1), (4, 4))]
+    lines = said(tmp_path, S2S, rows, limit=10)
+    assert of_lengths(3, 10, 14, 14) in lines
+    assert "2 of 4 train rows (50.0%) are cut to 10 tokens; the longest has 14" in lines
+
+
+def test_the_limit_is_the_tokenizers_where_that_is_less(tmp_path: Path) -> None:
+    lines = said(tmp_path, LM, [{"prompt": "film", "completion": "great " * 80}] * 2, limit=500)
+    assert "2 of 2 train rows (100.0%) are cut to 64 tokens; the longest has 83" in lines
+
+
+@pytest.mark.parametrize("text", ["[/bold]", "[red]film"])
+def test_what_a_row_says_is_no_markup(tmp_path: Path, text: str) -> None:
+    turns = [{"role": "user", "content": "film"}, {"role": "assistant", "content": "great"}]
+    bad = [{"role": text, "content": None}]
+    lines = said(tmp_path, LM, [{"messages": turns}, {"messages": bad}], skip_bad=True)
+    reason = next(line for line in lines if "left out" in line)
+    assert reason.startswith("1 train rows are left out, the first of them because row 2 of ")
+    assert f"{{'role': '{text}'}}" in reason or text in reason
