@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +21,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
+from lorica.cli import main
 from lorica.errors import ConfigError
 from lorica.train import Recipe, train
-from lorica.tune import SearchConfig, search
+from lorica.tune import SearchConfig, Space, search
+from lorica.tune.journal import Journal
 from lorica.tune.shipping import Shipped
 
 ray = pytest.importorskip("ray", reason="needs lorica[tune]")
+from tune.killed_on_ray import CLUSTER  # noqa: E402
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TASK = """
@@ -32,8 +42,9 @@ class Deadly(SequenceClassification):
     name = "deadly"
 
     def metrics(self, outcome, features):
+        Path({marker!r}, str(os.getpid())).touch()
         try:
-            Path({marker!r}).touch(exist_ok=False)
+            Path({marker!r}, "killed").touch(exist_ok=False)
         except FileExistsError:
             return super().metrics(outcome, features)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -42,35 +53,32 @@ class Deadly(SequenceClassification):
 
 @pytest.fixture(scope="module")
 def two_cpus() -> Iterator[None]:
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=80 * 2**20,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    ray.init(**CLUSTER)
     yield
     ray.shutdown()
 
 
-def test_a_search_survives_a_killed_process_and_a_failing_trial(
+def test_a_process_trains_a_population_and_survives_a_kill_and_failing_trials(
     two_cpus: None, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    task = tmp_path / "task.py"
-    task.write_text(TASK.format(marker=str(tmp_path / "killed")))
+    task, marks = tmp_path / "task.py", tmp_path / "marks"
+    marks.mkdir()
+    task.write_text(TASK.format(marker=str(marks)))
     recipe = make_recipe(epochs=2, save_steps=3).replace(task=f"{task}:Deadly")
     space = {
-        "method.r": {"choice": [1, 2]},
         "method.target_modules": {"choice": [["query", "value"], ["nothing"]]},
+        "method.r": {"choice": [1, 2]},
     }
-    config = SearchConfig(algorithm="grid", scheduler="none", engine="ray", slots=2)
+    config = SearchConfig(algorithm="grid", scheduler="none", engine="ray", slots=4)
     output = io.StringIO()
     found = search(recipe, space, tmp_path / "s", config, console=Console(file=output, width=200))
-    assert (tmp_path / "killed").exists()
+    assert "2 trials together in each process" in output.getvalue()
     statuses = {record.name: record.status for record in found.records}
-    assert statuses == {"000": "finished", "001": "failed", "002": "finished", "003": "failed"}
-    assert "nothing" in (found.records[1].error or "")
-    for name, r in (("000", 1), ("002", 2)):
+    assert statuses == {"000": "finished", "001": "finished", "002": "failed", "003": "failed"}
+    assert "nothing" in (found.records[2].error or "")
+    processes = list(marks.glob("[0-9]*"))
+    assert len(processes) == 2, "both trials were in the one that was killed, then in another"
+    for name, r in (("000", 1), ("001", 2)):
         method = {"r": r, "target_modules": ["query", "value"]}
         alone = train(
             recipe.replace(
@@ -93,6 +101,69 @@ def test_a_search_survives_a_killed_process_and_a_failing_trial(
     assert all(json.loads(line) for line in lines.splitlines())
 
 
+def test_a_search_whose_driver_was_killed_ends_as_if_it_had_not_been(
+    two_cpus: None, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = make_recipe(epochs=2, batch_size=8)
+    recipe.save(tmp_path / "recipe.yaml")
+    (tmp_path / "space.yaml").write_text("training.learning_rate: {choice: [3.0e-3, 1.0e-9, 2.0e-3]}\n")
+    out, program = tmp_path / "out", Path(__file__).with_name("killed_on_ray.py")
+    options = {
+        "space": tmp_path / "space.yaml",
+        "algorithm": "grid",
+        "metric": "loss",
+        "engine": "ray",
+        "slots": 3,
+        "resources": '{"cpu": 2}',  # one process for all, which makes the order of evaluations known
+        "out": out,
+    }
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    killed = subprocess.run(
+        [sys.executable, str(program), str(tmp_path / "recipe.yaml"), *flags],
+        env={**os.environ, "LORICA_KILLED": str(tmp_path)},
+        capture_output=True,
+        timeout=300,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    statuses = {record.status for record in Journal(out / "results.jsonl").records.values()}
+    assert "finished" not in statuses
+    wait_for_the_end_of_all_with(f"LORICA_KILLED={tmp_path}")
+
+    assert main(["tune", "--resume", str(out)]) == 0
+    config = SearchConfig(algorithm="grid", metric="loss", slots=3)
+    whole = search(
+        recipe,
+        Space.load(tmp_path / "space.yaml"),
+        tmp_path / "w",
+        config,
+        console=Console(file=io.StringIO()),
+    )
+    resumed = Journal(out / "results.jsonl").records
+    assert {record.status for record in whole.records} == {"finished", "stopped"}
+    assert resumed.keys() == {record.name for record in whole.records}
+    for record in whole.records:
+        again = resumed[record.name]
+        assert again.status == record.status
+        assert [each.step for each in again.evaluations] == [each.step for each in record.evaluations]
+        for ours, theirs in zip(again.evaluations, record.evaluations, strict=True):
+            assert ours.metrics == pytest.approx(theirs.metrics, abs=1e-6)
+
+
+def wait_for_the_end_of_all_with(variable: str, seconds: float = 60) -> None:
+    """Until no process is left that inherited a variable: Ray's follow the one that started them."""
+    until = time.monotonic() + seconds
+    while left := [process for process in Path("/proc").glob("[0-9]*") if variable in environment(process)]:
+        assert time.monotonic() < until, f"still there: {[(p / 'cmdline').read_text() for p in left]}"
+        time.sleep(0.2)
+
+
+def environment(process: Path) -> str:
+    try:
+        return (process / "environ").read_text(errors="replace")
+    except OSError:  # it ended, or is another user's
+        return ""
+
+
 def test_nothing_starts_ray_for_a_space_that_is_wrong(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +180,17 @@ def test_nothing_starts_ray_for_a_space_that_is_wrong(
         with pytest.raises(ConfigError):
             search(make_recipe(), space, tmp_path / "s", config)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_death_is_told_of_once_it_is_final() -> None:
+    from lorica.tune.ray_parts import Listener
+
+    died: list[Any] = []
+    listener = Listener(lambda result: None, died.append)
+    for again in (True, False):
+        trial = SimpleNamespace(config={"trials": [["000", ""]]}, should_recover=lambda again=again: again)
+        listener.on_trial_error(None, trial)
+        assert died == ([] if again else [trial.config])
 
 
 def test_no_part_imports_ray_train() -> None:

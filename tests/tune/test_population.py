@@ -20,8 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lorica import LoraConfig
 from lorica.errors import ConfigError, LoricaError
 from lorica.train import DataConfig, Recipe, TrainingConfig, train
-from lorica.tune import Goal, Halving, Population, base, joint, population, twin
-from lorica.tune.population import Record
+from lorica.tune import Goal, Halving, Population, Record, base, crew, joint, twin
 
 Make = Callable[..., Recipe]
 
@@ -210,7 +209,7 @@ def test_a_failing_trial_is_shown_and_harms_no_other(
         "later": recipe.replace(training={"seed": 7}),
         "good": recipe,
     }
-    original, output = population.JointTrainer.training_step, io.StringIO()
+    original, output = crew.JointTrainer.training_step, io.StringIO()
 
     def fails(self: Any, *args: Any, **options: Any) -> Any:
         loss = original(self, *args, **options)
@@ -218,7 +217,7 @@ def test_a_failing_trial_is_shown_and_harms_no_other(
             raise RuntimeError("out of luck")
         return loss
 
-    monkeypatch.setattr(population.JointTrainer, "training_step", fails)
+    monkeypatch.setattr(crew.JointTrainer, "training_step", fails)
     console = Console(file=output, width=200)
     records = {r.name: r for r in Population(recipes, tmp_path / "p", console=console).run()}
     assert {name: record.status for name, record in records.items()} == {

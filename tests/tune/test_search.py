@@ -26,8 +26,8 @@ from lorica.tune import (
     reopen,
     search,
 )
+from lorica.tune.crew import Crew
 from lorica.tune.figures import write_figures
-from lorica.tune.population import Population
 from lorica.tune.searching import best_of
 from lorica.tune.targets import query_and_value
 
@@ -232,7 +232,7 @@ def test_the_ramp_ends_where_a_doubling_no_longer_pays(
 ) -> None:
     scores = {1: 0.5, 2: 0.7, 4: 0.8, 8: 0.801, 16: 0.9}
     trained: list[tuple[int, float]] = []
-    original = Population._train
+    original = Crew._train
 
     def pretended(self: Any, name: str, recipe: Recipe, *args: Any, **options: Any) -> Any:
         trained.append((recipe.method.r, recipe.method.lora_alpha))
@@ -241,7 +241,7 @@ def test_the_ramp_ends_where_a_doubling_no_longer_pays(
         self._referee.evaluated(name, goal, metrics, 1, 1.0, 0.0)
         raise RuntimeError("no need to train")
 
-    monkeypatch.setattr(Population, "_train", pretended)
+    monkeypatch.setattr(Crew, "_train", pretended)
     found = ramp(make_recipe(), tmp_path / "ramp", RampConfig(gain=0.01), console=silent())
     assert trained == [(1, 2), (2, 4), (4, 8), (8, 16)]
     assert found.r == 4
@@ -249,7 +249,7 @@ def test_the_ramp_ends_where_a_doubling_no_longer_pays(
     assert (tmp_path / "ramp" / "ramp.svg").is_file()
     assert ramp(make_recipe(), tmp_path / "ramp", RampConfig(gain=0.01), console=silent()) == found
     assert len(trained) == 4, "ranks that the folder holds are not trained again"
-    monkeypatch.setattr(Population, "_train", original)
+    monkeypatch.setattr(Crew, "_train", original)
     real = ramp(make_recipe(epochs=1, max_steps=1), tmp_path / "b", RampConfig(limit=2), console=silent())
     assert [step.r for step in real.steps] == [1, 2]
     assert real.r in (1, 2)

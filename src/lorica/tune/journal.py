@@ -91,11 +91,13 @@ class Journal:
 
     Args:
         path: the file; made with the first line.
+        mend: take a line cut short off the file. False reads a file that another process writes.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, mend: bool = True) -> None:
         """Read what is there."""
         self.path = path
+        self._mend = mend
         self.records: dict[str, Record] = {}
         if path.is_file():
             self._read()
@@ -141,7 +143,7 @@ class Journal:
                 self._take(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise FileError(f"{self.path}, line {number} is no line of a search: {error}") from error
-        if whole != text:
+        if whole != text and self._mend:
             with self.path.open("r+", encoding="utf-8") as file:
                 file.truncate(len(whole.encode()))
 

@@ -1,4 +1,4 @@
-"""Each trial in a process of Ray Tune's, on this machine or a cluster.
+"""Trials in processes of Ray Tune's, on this machine or a cluster; a population in each if they can be joint.
 
 Ray starts and watches the processes, hands out processors and GPUs, and starts again what died. Where to
 search, who leaves and what is written down is decided here, in the process that called, as for a population.
@@ -26,7 +26,7 @@ from lorica.tune.board import Board
 from lorica.tune.halving import Scheduler
 from lorica.tune.journal import ENDED, Journal, Record
 from lorica.tune.population import JOURNAL, TRIALS
-from lorica.tune.ray_trial import train_trial
+from lorica.tune.ray_trial import train_trials
 from lorica.tune.referee import Goal, Referee
 
 if TYPE_CHECKING:
@@ -34,7 +34,21 @@ if TYPE_CHECKING:
 
 
 class RaySearch:
-    """Runs trials under Ray Tune. Arguments as of `Population`, and the search's configuration."""
+    """Runs trials under Ray Tune.
+
+    Args:
+        source: names and recipes.
+        recipe: what they have in common.
+        directory: of the search.
+        config: of the search.
+        count: trials that there will be, at most.
+        joint: whether those in one process share a base and are trained together.
+        scheduler: as of `Population`, and what follows.
+        goal: metric that decides.
+        values: trial and recipe → what distinguishes it.
+        console: where to show progress.
+        told: called with a trial's record when it ends.
+    """
 
     def __init__(
         self,
@@ -43,6 +57,8 @@ class RaySearch:
         directory: Path,
         config: SearchConfig,
         *,
+        count: int,
+        joint: bool,
         scheduler: Scheduler,
         goal: Goal,
         values: Callable[[str, Recipe], Mapping[str, Any]],
@@ -60,7 +76,8 @@ class RaySearch:
         self._directory, self._values, self._told = directory, values, told
         self._board = Board(console)
         self._referee = Referee(self.journal, scheduler, goal, self._board.show)
-        self._goal = goal
+        self._goal, self._joint = goal, joint
+        self._slots = min(config.slots, count)
 
     def run(self, ends: float = math.inf) -> list[Record]:
         """Train until there are no more trials, or until `ends` on the monotonic clock.
@@ -70,25 +87,28 @@ class RaySearch:
         """
         from ray import tune
 
-        from lorica.tune.ray_parts import NextTrial, Rule
+        from lorica.tune.ray_parts import Listener, NextTrial
 
         config = self._config
         budget = None if ends == math.inf else max(ends - time.monotonic(), 1.0)
         with _ray(config.address, self._board), self._board, quiet():
-            options = config.resources or {"cpu": 1}
+            resources = config.resources or {"cpu": 1}
+            size = math.ceil(self._slots / _processes(resources)) if self._joint else 1
+            if size > 1:
+                self._board.note(f"{size} trials together in each process")
             trainable = tune.with_resources(
                 tune.with_parameters(
-                    train_trial, base=self._base(), directory=str((self._directory / TRIALS).resolve())
+                    train_trials, base=self._base(), directory=str(self._directory.resolve())
                 ),
-                options,
+                resources,
             )
             tuner = tune.Tuner(
                 trainable,
                 tune_config=tune.TuneConfig(
                     num_samples=config.trials,
-                    search_alg=NextTrial(self._next),
-                    scheduler=Rule(self._result, self._died),
-                    max_concurrent_trials=config.slots,
+                    search_alg=NextTrial(lambda: self._next(size)),
+                    scheduler=Listener(self._reported, self._died),
+                    max_concurrent_trials=math.ceil(self._slots / size),
                     time_budget_s=budget,
                     reuse_actors=True,
                 ),
@@ -110,38 +130,51 @@ class RaySearch:
         base.prepared(self._recipe)
         return base.shipped()
 
-    def _next(self) -> dict[str, Any] | None:
+    def _next(self, size: int) -> dict[str, Any] | None:
+        """What the next process trains; None when there is nothing more."""
+        trials = []
         for name, recipe in self._source:
             if self._referee.begins(name, recipe, self._values(name, recipe)).status not in ENDED:
-                return {"name": name, "recipe": recipe.to_yaml()}
-        return None
+                trials.append([name, recipe.to_yaml()])
+            if len(trials) == size:
+                break
+        return {"trials": trials} if trials else None
 
-    def _result(self, trial: str, result: Mapping[str, Any]) -> bool:
-        """Write down what a trial reports; whether it ends with that."""
-        if "said" not in result:  # Ray's own, at a trial's end
-            return False
+    def _reported(self, result: Mapping[str, Any]) -> None:
+        """Write down what became of a trial, and decide; its process reads there whether it goes on."""
+        if "said" not in result:  # Ray's own, at the end of a process's work
+            return
         said = json.loads(result["said"])
-        kind = said.pop("kind")
+        trial, kind = said.pop("trial"), said.pop("kind")
+        if self.journal.record(trial).status in ENDED:  # that it left is known
+            return
         if kind != "evaluation":
             self._told(self._referee.ends(trial, kind, **said))
-            return False
+            return
         self._referee.runs(trial)
         try:
-            stops = self._referee.evaluated(trial, self._goal, **said)
+            if self._referee.evaluated(trial, self._goal, **said):
+                self._told(self._referee.ends(trial, "stopped"))
         except LoricaError as error:
             self._told(self._referee.ends(trial, "failed", error=f"{type(error).__name__}: {error}"))
-            return True
-        if stops:
-            self._told(self._referee.ends(trial, "stopped"))
-        return stops
 
-    def _died(self, trial: str) -> None:
-        """A trial's process died more often than it may."""
-        if self.journal.record(trial).status not in ENDED:
-            error = (
-                f"its process died {self._config.retries + 1} times; see {self._directory / TRIALS / trial}"
-            )
-            self._told(self._referee.ends(trial, "failed", error=error))
+    def _died(self, config: Mapping[str, Any]) -> None:
+        """A process died more often than it may."""
+        for trial, _ in config["trials"]:
+            if self.journal.record(trial).status not in ENDED:
+                folder = self._directory / TRIALS / trial
+                error = f"its process died {self._config.retries + 1} times; see {folder}"
+                self._told(self._referee.ends(trial, "failed", error=error))
+
+
+def _processes(resources: Mapping[str, float]) -> int:
+    """How many processes with these resources Ray has room for at once."""
+    import ray
+
+    there = ray.cluster_resources()
+    names = {"cpu": "CPU", "gpu": "GPU"}
+    room = [there.get(names.get(name, name), 0) / need for name, need in resources.items() if need > 0]
+    return max(int(min(room, default=1)), 1)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What Ray Tune asks while it runs a search: which trial is next, and whether one goes on."""
+"""What Ray Tune asks and tells while it runs a search: what is next, and what was reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NextTrial(Searcher):
         return Searcher.FINISHED if made is None else made
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Nothing: the rule hears of it."""
+        """Nothing: the listener hears of it."""
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the search's own journal is what it resumes from."""
@@ -35,29 +35,30 @@ class NextTrial(Searcher):
         return {}
 
 
-class Rule(FIFOScheduler):
-    """Asks a function whether a trial ends with what it reports.
+class Listener(FIFOScheduler):
+    """Passes on what trials report; each sees to it itself that what should end does.
 
     Args:
-        reported: name and result → whether it ends.
-        died: told the name of a trial that Ray gave up.
+        reported: told what a trial reports, before the report returns in its process.
+        died: told the configuration of a trial that Ray gave up.
     """
 
     def __init__(
-        self, reported: Callable[[str, Mapping[str, Any]], bool], died: Callable[[str], None]
+        self, reported: Callable[[Mapping[str, Any]], None], died: Callable[[Mapping[str, Any]], None]
     ) -> None:
         """Keep the functions."""
         super().__init__()
         self._reported, self._died = reported, died
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Go on, or stop."""
-        ends = self._reported(trial.config["name"], result)
-        return TrialScheduler.STOP if ends else TrialScheduler.CONTINUE
+        """Listen, and let it go on."""
+        self._reported(result)
+        return TrialScheduler.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Pass it on."""
-        self._died(trial.config["name"])
+        """Pass it on, unless Ray, which tells of every death, is about to take the trial up again."""
+        if not trial.should_recover():
+            self._died(trial.config)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

@@ -1,74 +1,88 @@
-"""What runs in a process of Ray Tune's: one trial, reported as it goes."""
+"""What runs in a process of Ray Tune's: a few trials, trained together and reported as they go.
+
+this process                                   the process that searches
+a trial is evaluated ── tune.report ─────────▶ the referee decides, and writes it into results.jsonl
+it goes on, or leaves ◀── results.jsonl ────── then Ray lets the report return
+"""
 
 from __future__ import annotations
 
 import json
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import yaml
 
-from lorica.train.checkpoints import last_checkpoint
-from lorica.train.files import writable_directory
-from lorica.train.preparing import prepare
 from lorica.train.recipe import Recipe
-from lorica.train.run import train_prepared
 from lorica.tune.base import SharedBase
-from lorica.tune.joining import base_of
-from lorica.tune.population import LOG, Reporter, write_error
+from lorica.tune.crew import Crew
+from lorica.tune.journal import ENDED, Journal, Record, Status
+from lorica.tune.population import JOURNAL, TRIALS
+from lorica.tune.referee import Goal
 
 _BASES: dict[str, SharedBase] = {}
-"""Bases that this process has opened: Ray gives it one trial after another."""
+"""Bases that this process has opened: Ray gives it one trial of its own after another."""
 
 
-def train_trial(config: dict[str, Any], *, base: Any, directory: str) -> None:
-    """Train, from the newest checkpoint where the trial was begun before.
+def train_trials(config: Mapping[str, Any], *, base: Any, directory: str) -> None:
+    """Train, from the newest checkpoints where the trials were begun before.
 
-    An error of the trial's own is reported, not raised: to Ray it would look as if the process had died, and
+    An error of a trial's own is reported, not raised: to Ray it would look as if the process had died, and
     be worth another try.
 
     Args:
-        config: the trial's name and recipe.
+        config: ``trials``, each with its name and its recipe as YAML.
         base: of the search's recipe, from Ray's object store; None where each trial loads its own.
-        directory: folder of all trials, reached by every machine.
+        directory: the search's folder, reached by every machine.
     """
-    folder = Path(directory) / config["name"]
-
-    def tell(metrics: dict[str, float], step: int, epoch: float, seconds: float) -> bool:
-        _say("evaluation", metrics=metrics, step=step, epoch=epoch, seconds=seconds)
-        return False
-
-    try:
-        writable_directory(folder)
-        recipe = _recipe(config["recipe"]).replace(output=str(folder))
-        # A trial on another model or other rows loads its own.
-        if base is not None and base[0] == base_of(recipe) and recipe.quantization is None:
-            prepared = _base(base).prepared(recipe)
-        else:
-            prepared = prepare(recipe)
-        begun = last_checkpoint(folder / "checkpoints") is not None
-        with (folder / LOG).open("a", encoding="utf-8") as log:
-            result = train_prepared(
-                prepared,
-                resume=begun,
-                overwrite=not begun,
-                console=Console(file=log, width=200, no_color=True),
-                callbacks=[Reporter(tell)],
-                hear_interrupts=False,
-            )
-    except Exception as error:
-        write_error(folder, error)
-        _say("failed", error=f"{type(error).__name__}: {error}")
-        return
-    _say("finished", metrics=result.metrics)
+    folder = Path(directory)
+    trials = [(name, Recipe.from_dict(yaml.safe_load(text))) for name, text in config["trials"]]
+    crew = Crew(
+        _Remote(folder / JOURNAL),
+        lambda name: folder / TRIALS / name,
+        slots=len(trials),
+        base=None if base is None else _base(base),
+        resume=True,
+    )
+    crew.run(iter(trials))
 
 
-def _say(kind: str, **more: Any) -> None:
+class _Remote:
+    """The referee of the process that searches, as it is reached from here; methods as of `Referee`."""
+
+    def __init__(self, journal: Path) -> None:
+        self._journal = journal
+
+    def begins(self, name: str, recipe: Recipe, values: Mapping[str, object]) -> Record:
+        """What is known of a trial: it may have ended before this process took over from one that died."""
+        return Journal(self._journal, mend=False).record(name)
+
+    def runs(self, name: str) -> None:
+        """Nothing: its first evaluation says so."""
+
+    def goal_of(self, recipe: Recipe) -> Goal:
+        """The recipe's own; what counts is decided elsewhere."""
+        return Goal.of(recipe)
+
+    def evaluated(
+        self, name: str, goal: Goal, metrics: Mapping[str, float], step: int, epoch: float, seconds: float
+    ) -> bool:
+        """Report it, and read what was decided."""
+        _say(name, "evaluation", metrics=dict(metrics), step=step, epoch=epoch, seconds=seconds)
+        return Journal(self._journal, mend=False).record(name).status in ENDED
+
+    def ends(self, name: str, status: Status, **more: object) -> Record:
+        """Report it."""
+        _say(name, status, **more)
+        return Journal(self._journal, mend=False).record(name)
+
+
+def _say(name: str, kind: str, **more: object) -> None:
     from ray import tune
 
     # As one string: Ray flattens what is nested, and joins names by slashes.
-    tune.report({"said": json.dumps({"kind": kind, **more})})
+    tune.report({"said": json.dumps({"trial": name, "kind": kind, **more})})
 
 
 def _base(shipped: tuple[Any, ...]) -> SharedBase:
@@ -77,10 +91,3 @@ def _base(shipped: tuple[Any, ...]) -> SharedBase:
         _BASES.clear()
         _BASES[key] = SharedBase.unpacked(shipped)
     return _BASES[key]
-
-
-def _recipe(text: str) -> Recipe:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(text, encoding="utf-8")
-        return Recipe.load(path)

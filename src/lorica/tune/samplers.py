@@ -17,7 +17,13 @@ ALGORITHMS = ("random", "tpe", "grid")
 
 
 class Sampler(ABC):
-    """Makes trials; the n-th hangs on the seed, on n and on what was told before: a search can be resumed."""
+    """Makes trials; the n-th hangs on the seed, on n and on what was told before: a search can be resumed.
+
+    Attributes:
+        size: how many there are.
+    """
+
+    size: float = math.inf
 
     def __init__(self, space: Space, seed: int) -> None:
         """Keep the space."""

@@ -26,7 +26,7 @@ from lorica.tune.journal import ENDED, Journal, Record
 from lorica.tune.population import TRIALS, Population
 from lorica.tune.referee import Goal, mode_of
 from lorica.tune.results import trials_table, write_table
-from lorica.tune.samplers import GridSampler, Sampler, make_sampler
+from lorica.tune.samplers import Sampler, make_sampler
 from lorica.tune.settings import SEARCH, SearchConfig, check_same, settings
 from lorica.tune.space import Space, documents
 
@@ -119,7 +119,10 @@ def search(
     else:
         from lorica.tune.on_ray import RaySearch
 
-        runner = RaySearch(trials, recipe, directory, config, **options)
+        count = min(config.trials, sampler.size)
+        runner = RaySearch(
+            trials, recipe, directory, config, count=int(count), joint=reason is None, **options
+        )
         trials.recall(runner.journal)
         records = runner.run(ends)
     result = SearchResult(directory, goal, records, best_of(records, goal))
@@ -247,9 +250,10 @@ def _announced(engine: str, config: SearchConfig, reason: str | None) -> str:
     if engine == "population":
         joint = "share one base in this process" if reason is None else "run in this process"
         return f"up to {config.trials} trials, {config.slots} at once, {joint}"
-    where = config.address or "this machine"
-    why = f"because {reason}" if reason is not None else "as was asked"
-    return f"up to {config.trials} trials, each in a process of Ray on {where}, {why}"
+    where = f"processes of Ray on {config.address or 'this machine'}"
+    if reason is None:
+        return f"up to {config.trials} trials, in {where}; those in one share a base"
+    return f"up to {config.trials} trials, each by itself in {where}, because {reason}"
 
 
 def longest(recipe: Recipe, space: Space) -> Recipe:
@@ -261,7 +265,7 @@ def longest(recipe: Recipe, space: Space) -> Recipe:
 
 def notes(recipe: Recipe, sampler: Sampler, config: SearchConfig) -> Iterator[str]:
     """What a user may not expect of this configuration."""
-    if isinstance(sampler, GridSampler) and sampler.size > config.trials:
+    if math.inf > sampler.size > config.trials:
         yield f"the grid has {sampler.size} combinations; the first {config.trials} are tried (trials)"
     evaluations = math.ceil(recipe.training.epochs)
     if (

@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from lorica.errors import ConfigError, LoricaError, listing, nearest
 from lorica.train.recipe import Recipe
-from lorica.train.run import RECIPE
 from lorica.tune.halving import SCHEDULERS, Halving, Median, RunAll, Scheduler
 from lorica.tune.population import JOURNAL, TRIALS
 from lorica.tune.samplers import ALGORITHMS
@@ -40,13 +36,14 @@ class SearchConfig:
         time_budget: seconds after which no more is trained; what has not ended can be resumed. None has no
             end.
         seed: of the draws. The recipe's own seed is that of training.
-        engine: "population" trains the trials together in this process; "ray" gives each a process of Ray
-            Tune's; "auto" takes the population where the trials differ only in what can be joint and no
-            cluster is named.
-        slots: trials at once; for Ray, as many as the resources allow if there are fewer of those.
-        resources: of each trial under Ray, such as ``{"cpu": 2, "gpu": 0.5}``. None is one CPU.
+        engine: "population" trains the trials together in this process; "ray" in processes of Ray Tune's,
+            those that can be joint as a population in each; "auto" takes the population where the trials
+            differ only in what can be joint and no cluster is named.
+        slots: trials at once; for Ray, shared among its processes, and as many as there are processes where
+            each trains one.
+        resources: of each process of Ray's, such as ``{"cpu": 2, "gpu": 0.5}``. None is one CPU.
         address: of a Ray cluster, "auto" for the one this machine belongs to. None starts Ray here.
-        retries: times that Ray takes up a trial whose process died.
+        retries: times that Ray starts another process in the place of one that died.
     """
 
     trials: int = 20
@@ -156,8 +153,5 @@ def reopen(directory: str | Path) -> tuple[Recipe, Space, SearchConfig]:
     if not path.is_file():
         raise LoricaError(f"{directory} holds no search: there is no {path}")
     content = json.loads(path.read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as folder:  # through the reader that knows nested fields
-        file = Path(folder) / RECIPE
-        file.write_text(yaml.safe_dump(content["recipe"]), encoding="utf-8")
-        recipe = Recipe.load(file)
+    recipe = Recipe.from_dict(content["recipe"], str(path))
     return recipe, Space(content["space"]), SearchConfig(**content["search"])
