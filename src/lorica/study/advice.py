@@ -185,6 +185,7 @@ def proposed(adapter: Adapter, ranks: Mapping[str, int]) -> LoraConfig:
         layers_to_transform=adapter.lora.layers_to_transform if whole else None,
         layers_pattern=adapter.lora.layers_pattern if whole else None,
         exclude_modules=adapter.lora.exclude_modules if whole else None,
+        inference_mode=False,  # an adapter from a file is for use, a proposal is to be trained
     )
 
 
