@@ -61,7 +61,7 @@ def test_the_proposal_keeps_every_alpha(adapter: lorica.Adapter) -> None:
 
 
 def test_what_an_adapters_file_proposes_trains(adapter: lorica.Adapter, tmp_path: Path) -> None:
-    lorica.save(adapter, tmp_path)
+    lorica.write(adapter, tmp_path)
     read = lorica.read(tmp_path)
     assert read.lora.inference_mode
     assert not study.advise(read).config.inference_mode
