@@ -227,7 +227,7 @@ CASES: dict[str, Case] = {
         {"rows.jsonl": rows(("none.png", "x"), ("ok.png", "y"), columns=("image", "label"))},
         "row 1 of FILE has an image in column 'image' that cannot be read",
     ),
-    "no images": Case(IMAGES, {"rows.jsonl": GOOD}, "FILE: there is no column 'image'"),
+    "no images": Case(IMAGES, {"rows.jsonl": GOOD}, "FILE: cannot tell which column holds the images"),
     "nothing to write": Case(
         SEQUENCES,
         {"rows.jsonl": rows(("film", "song"), ("film", None), columns=("source", "target"))},

@@ -120,8 +120,16 @@ def test_an_image_that_does_not_decode(tmp_path: Path) -> None:
         (TOKENS, {"tokens": ["a"], "tags": [["x", "y"]]}, "row 1 .* where a list of words is due"),
         (TOKENS, {"tokens": [[]], "tags": [["x", "y"]]}, "where a list of words is due"),
         (TOKENS, {"tokens": [["a"]], "tags": [["x"]]}, "at least two classes"),
-        (TOKENS, {"letters": [["a"]], "tags": [["x"]]}, "no column 'tokens'"),
-        (IMAGES, {"pixels": [1, 2], "label": ["x", "y"]}, "no column 'image'"),
+        (
+            TOKENS,
+            {"letters": [["a"]], "tags": [["x"]]},
+            "which column holds the lists of words; name it with --data.text",
+        ),
+        (
+            IMAGES,
+            {"pixels": [1, 2], "label": ["x", "y"]},
+            "which column holds the images; name it with --data.text",
+        ),
     ],
 )
 def test_rows_that_do_not_fit(task: str, rows: Any, message: str) -> None:

@@ -87,26 +87,32 @@ def find_texts(rows: Dataset, text: str | None, text_pair: str | None) -> tuple[
 
 
 def find_label(rows: Dataset, label: str | None, usual: Sequence[str] = LABELS, what: str = "label") -> str:
-    """Find the label column.
+    """Find the label column; see `find_column`."""
+    return find_column(rows, label, usual, what, "label")
+
+
+def find_column(rows: Dataset, named: str | None, usual: Sequence[str], what: str, option: str) -> str:
+    """Find a column.
 
     Args:
         rows: the rows.
-        label: the column the user named, if any.
-        usual: names to look for, the first found wins.
+        named: the column the user named, if any.
+        usual: names to look for in lower case, the first found wins.
         what: what to call it in an error.
+        option: field of `DataConfig` that names it.
 
     Raises:
         ConfigError: the named column does not exist, or no usual name is there.
     """
-    _check_named(rows, label)
-    if label is not None:
-        return label
+    _check_named(rows, named)
+    if named is not None:
+        return named
     columns = {name.lower(): name for name in rows.column_names}
     for name in usual:
         if name in columns:
             return columns[name]
     raise ConfigError(
-        f"cannot tell which column holds the {what}; name it with --data.label. The columns are: "
+        f"cannot tell which column holds the {what}; name it with --data.{option}. The columns are: "
         f"{listing(rows.column_names)}"
     )
 

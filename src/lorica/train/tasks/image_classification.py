@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError, FileError
 from lorica.train import metrics
-from lorica.train.columns import find_label, label_ids, needs_column
+from lorica.train.columns import find_column, find_label, label_ids, needs_column
 from lorica.train.data import Splits
 from lorica.train.embedded import resolve_model
 from lorica.train.recipe import DataConfig
@@ -42,15 +42,8 @@ class ImageClassification(Task):
         if data.text_pair:
             raise ConfigError(f"{self.name} reads no pairs; leave out data.text_pair")
         rows = splits.train
-        columns = {name.lower(): name for name in rows.column_names}
-        found = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
-        usual = found[0] if found else next((columns[name] for name in _IMAGES if name in columns), None)
-        image = data.text or usual
-        if image is None or image not in columns.values():
-            raise ConfigError(
-                f"there is no column {image or 'image'!r}; name that of the images with --data.text. "
-                f"The columns are: {', '.join(rows.column_names)}"
-            )
+        known = [name.lower() for name, feature in rows.features.items() if isinstance(feature, Image)]
+        image = find_column(rows, data.text, [*known, *_IMAGES], "images", "text")
         label = find_label(rows, data.label)
         return replace(data, text=image, label=label, labels=classes(rows, label, data.labels))
 

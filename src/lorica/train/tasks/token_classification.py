@@ -13,7 +13,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError
 from lorica.train import metrics
-from lorica.train.columns import find_label, label_list_ids, label_list_names, needs_column
+from lorica.train.columns import find_column, find_label, label_list_ids, label_list_names, needs_column
 from lorica.train.data import Splits
 from lorica.train.metrics.tagging import OUTSIDE, marks_spans, seqeval, spans, tagging
 from lorica.train.recipe import DataConfig
@@ -44,13 +44,7 @@ class TokenClassification(Task):
         """Find the columns of words and classes, and the classes' names."""
         if data.text_pair:
             raise ConfigError(f"{self.name} reads no pairs; leave out data.text_pair")
-        columns = {name.lower(): name for name in splits.train.column_names}
-        text = data.text or next((columns[name] for name in _WORDS if name in columns), None)
-        if text is None or text not in splits.train.column_names:
-            raise ConfigError(
-                f"there is no column {text or 'tokens'!r}; name that of the lists of words with --data.text. "
-                f"The columns are: {', '.join(splits.train.column_names)}"
-            )
+        text = find_column(splits.train, data.text, _WORDS, "lists of words", "text")
         label = find_label(splits.train, data.label, _TAGS)
         labels = data.labels or label_list_names(splits.train, label)
         if len(labels) < 2 or len(set(labels)) < len(labels):
