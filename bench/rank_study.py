@@ -22,10 +22,13 @@ from quality_rotten_tomatoes import rows
 
 import lorica
 from lorica import algebra, study
+from lorica.study.figures import drawn
 from lorica.study.places import spots
+from lorica.study.report import gather
 from lorica.train import Prepared, Recipe, TrainingConfig, fit, prepare
 
 LINES = harness.RESULTS / "rank_study.jsonl"
+PLOT = harness.RESULTS / "rank_study.png"
 CACHE = Path(__file__).resolve().parents[1] / "runs" / "rank_study"
 # The largest, and the one it is compared with, first: what else there is can be studied meanwhile.
 RANKS, SEEDS = (64, 8, 4, 1, 2, 16), (0, 1)
@@ -70,6 +73,7 @@ def main() -> None:
     cuts = cut_scores(by_seed[0], advice, options.device)
     uniform = [runs[f"r{BUDGET}", seed] for seed in SEEDS]
     figures = shared(runs)
+    draw(runs)
     tables = [
         ranks_table(runs),
         shared_table(figures),
@@ -151,10 +155,14 @@ def scored(prepared: Prepared, adapter: lorica.Adapter, device: str) -> float:
 
 
 def shared(runs: dict[tuple[str, int], Run]) -> list[dict[str, Any]]:
-    """A row a layer: φ of A at two ranks and at two seeds, and what chance would share."""
+    """A row a layer: φ of A at two ranks and at two seeds, and what chance would share.
+
+    The two ranks are of two seeds: of one seed, the smaller A starts as rows of the larger one.
+    """
     large, small = (f"r{RANKS[0]}", f"r{RANKS[1]}")
     adapters = {key: runs[key].adapter for key in ((large, 0), (large, 1), (small, 0))}
-    ranks = study.similarity(adapters[small, 0], adapters[large, 0])
+    ranks = study.similarity(adapters[small, 0], adapters[large, 1])
+    started = study.similarity(adapters[small, 0], adapters[large, 0])
     seeds = study.similarity(adapters[large, 0], adapters[large, 1])
     places = spots(ranks.layers)
     found = []
@@ -169,12 +177,25 @@ def shared(runs: dict[tuple[str, int], Run]) -> list[dict[str, Any]]:
                 "ranks, first": two.at(1, 1),
                 "ranks, all": two.at(i, j),
                 "ranks, chance": two.by_chance(i, j),
+                "ranks, one seed": started.layers[path].at(i, j),
                 "seeds, first": seeds.layers[path].at(1, 1),
                 "seeds, eight": seeds.layers[path].at(i, i),
                 "seeds, chance": seeds.layers[path].by_chance(i, i),
             }
         )
     return found
+
+
+def draw(runs: dict[tuple[str, int], Run]) -> None:
+    """The paper's figure 3 of these two ranks, beside random directions."""
+    large, small = RANKS[:2]
+    found = gather(
+        runs[f"r{small}", 0].adapter,
+        name=f"rank {small}",
+        against=runs[f"r{large}", 1].adapter,
+        against_name=f"rank {large}, another seed",
+    )
+    drawn(found)["similarity.png"](PLOT)
 
 
 def mean(runs: Sequence[Run]) -> float:
@@ -260,7 +281,8 @@ def shared_table(figures: list[dict[str, Any]]) -> dict[str, Any]:
     names = ["ranks, first", "ranks, all", "ranks, chance", "seeds, first", "seeds, eight", "seeds, chance"]
     order = sorted(figures, key=lambda f: (f["projection"], f["layer"]))
     return {
-        "caption": "φ of A's directions: rank 8 with rank 64 of one seed, and rank 64 of two seeds.",
+        "caption": "φ of A's directions: rank 8 with rank 64, and rank 64 with itself, each of two seeds. "
+        f"![φ(i, j) of the two ranks](results/{PLOT.name})",
         "columns": [
             "",
             "8 and 64: φ(1, 1)",
