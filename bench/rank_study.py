@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import torch
 from compress_rotten_tomatoes import answers
 from quality_rotten_tomatoes import rows
 
@@ -172,8 +173,8 @@ def shared(runs: dict[tuple[str, int], Run]) -> list[dict[str, Any]]:
             {
                 "layer": places[path].layer,
                 "projection": places[path].projection,
-                "ranks": two.phi.tolist(),
-                "seeds": seeds.layers[path].phi.tolist(),
+                "ranks": rounded(two.phi),
+                "seeds": rounded(seeds.layers[path].phi[:i, :i]),
                 "ranks, first": two.at(1, 1),
                 "ranks, all": two.at(i, j),
                 "ranks, chance": two.by_chance(i, j),
@@ -184,6 +185,11 @@ def shared(runs: dict[tuple[str, int], Run]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def rounded(phi: torch.Tensor) -> list[list[float]]:
+    """φ in three digits."""
+    return [[round(value, 3) for value in row] for row in phi.tolist()]
 
 
 def draw(runs: dict[tuple[str, int], Run]) -> None:

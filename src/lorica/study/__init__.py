@@ -32,6 +32,9 @@ from lorica.study.projection import OverlapReport as OverlapReport
 from lorica.study.projection import WeightSide as WeightSide
 from lorica.study.projection import amplification as amplification
 from lorica.study.projection import overlap as overlap
+from lorica.study.report import Report as Report
+from lorica.study.report import gather as gather
+from lorica.study.report import write_report as write_report
 from lorica.study.sizes import Drift as Drift
 from lorica.study.sizes import DriftReport as DriftReport
 from lorica.study.sizes import NormReport as NormReport
