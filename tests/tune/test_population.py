@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
@@ -68,7 +69,7 @@ def unlike(recipe: Recipe) -> dict[str, Recipe]:
 def test_equal_to_training_each_alone(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipes, sizes = unlike(make_recipe(epochs=1)), []
+    recipes, sizes, frozen = unlike(make_recipe(epochs=1)), [], gc.get_freeze_count()
     original = joint.joint_linear
 
     def counted(segments: Any, weight: Any, bias: Any) -> Any:
@@ -79,6 +80,7 @@ def test_equal_to_training_each_alone(
     found = Population(recipes, tmp_path / "population", console=silent())
     found.run()
     assert sizes.count(4) > 13 * 3, "the layers were not computed together"
+    assert gc.get_freeze_count() == frozen, "the garbage collector is not as it was"
     assert_as_alone(recipes, found, tmp_path / "alone")
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import gc
 import time
 import traceback
 from collections import deque
@@ -72,6 +75,10 @@ class JointTrainer(Trainer):
         model: Any = self.model
         join_layers(model, lane, places, apart=model.get_output_embeddings())
         vars(self.accelerator)["backward"] = self._backward
+        if hasattr(
+            model, "num_parameters"
+        ):  # asked for at every step, and counted by a walk over all modules
+            vars(model)["num_parameters"] = functools.cache(model.num_parameters)
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         """A step of training, along with the other lanes'."""
@@ -123,12 +130,13 @@ class Crew:
             until: asked before every step; once it says so, no more is trained.
         """
         more: Iterator[tuple[str, Recipe]] | None = source
-        while more is not None and not until():
-            self._train_joint(more, until)
-            more = iter(list(self._elsewhere)) if self._elsewhere else None
-            self._elsewhere.clear()
-        while self._alone and not until():
-            self._train_alone(*self._alone.popleft())
+        with _settled():
+            while more is not None and not until():
+                self._train_joint(more, until)
+                more = iter(list(self._elsewhere)) if self._elsewhere else None
+                self._elsewhere.clear()
+            while self._alone and not until():
+                self._train_alone(*self._alone.popleft())
 
     def _train_joint(self, source: Iterator[tuple[str, Recipe]], until: Callable[[], bool]) -> None:
         base = None
@@ -213,6 +221,19 @@ class Crew:
                 log.write("".join(traceback.format_exception(error)))
             record = self._referee.ends(name, "failed", error=f"{type(error).__name__}: {error}")
         self._told(record)
+
+
+@contextlib.contextmanager
+def _settled() -> Iterator[None]:
+    """Keep the garbage collector off what is there already: a trainer that starts sends it through all."""
+    if gc.get_freeze_count():  # someone else's choice
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Reporter(TrainerCallback):
