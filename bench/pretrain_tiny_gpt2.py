@@ -369,10 +369,11 @@ def plot(state: State) -> None:
     panel = figure.subplots()
     entries = [entry for entry in state.training if entry["tokens"] > 0]
     panel.plot([e["tokens"] / 1e6 for e in entries], [e["loss"] for e in entries], lw=0.7, label="training")
+    on_the_way = [entry for entry in state.validation if not entry["whole"]]  # of the same blocks
     for source in SOURCES:
         panel.plot(
-            [e["tokens"] / 1e6 for e in state.validation],
-            [e["loss"][source] for e in state.validation],
+            [e["tokens"] / 1e6 for e in on_the_way],
+            [e["loss"][source] for e in on_the_way],
             ".-",
             label=f"validation, {source}",
         )

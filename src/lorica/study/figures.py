@@ -85,7 +85,12 @@ def _spectra(report: Report) -> Any:
 def _heat(figure: Any, axes: list[Any], panels: list[tuple[str, Any, str, str]]) -> None:
     image = None
     for axis, (title, phi, one, other) in zip(axes, panels, strict=True):
-        image = axis.imshow(phi.tolist(), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        rows, columns = phi.shape
+        first = 0 if one == "layer" else 1  # layers are counted from 0, directions from 1
+        sides = (first - 0.5, columns + first - 0.5, rows + first - 0.5, first - 0.5)
+        image = axis.imshow(
+            phi.tolist(), vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=sides
+        )
         axis.set_title(title, fontsize=8)
         axis.set_xlabel(other, fontsize=8)
         axis.set_ylabel(one, fontsize=8)
