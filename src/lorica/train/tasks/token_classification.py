@@ -65,7 +65,6 @@ class TokenClassification(Task):
     ) -> Encoded:
         """Tokenize the words; the first token of each bears its class."""
         assert data.text is not None
-        assert data.label is not None
         if not tokenizer.is_fast:
             raise ConfigError(
                 f"the tokenizer of {tokenizer.name_or_path!r} cannot tell which word a token is of; "
@@ -77,33 +76,12 @@ class TokenClassification(Task):
         encoding = tokenizer(words, is_split_into_words=True, truncation=True, max_length=limit)
         needs_tokens(encoding["input_ids"], where)
         features: dict[str, Any] = dict(encoding)
-        true: list[list[int]] = []
-        firsts = [_first_tokens(encoding.word_ids(row)) for row in range(len(words))]
-        features["first_tokens"] = firsts
+        features["first_tokens"] = [_first_tokens(encoding.word_ids(row)) for row in range(len(words))]
         features["words"] = [len(row) for row in words]
         features["length"] = [len(ids) for ids in encoding["input_ids"]]
-        if labelled:
-            ids = label_list_ids(rows, data.label, data.labels or [], where)
-            unlike = [row for row, own in enumerate(ids) if len(own) != len(words[row])]
-            if unlike:
-                first = unlike[0]
-                raise RowError(
-                    unlike,
-                    where,
-                    f"has {len(words[first])} words in column {data.text!r} and {len(ids[first])} labels in "
-                    f"column {data.label!r}",
-                )
-            features["labels"] = []
-            for row, own in enumerate(ids):
-                labels = [_IGNORED] * len(encoding["input_ids"][row])
-                for word, token in firsts[row]:
-                    labels[token] = own[word]
-                features["labels"].append(labels)
-                true.append([own[word] for word, _ in firsts[row]])
         table = Dataset.from_dict(features)
         if labelled:
-            names = ClassLabel(names=data.labels or [])
-            table = table.add_column(_TRUE, true, feature=List(names))  # type: ignore[call-arg]
+            table = _labelled(table, _classes(rows, words, data, where), data.labels or [])
         lengths = [len(ids) for ids in whole]
         truncated = sum(length > limit for length in lengths)
         return Encoded(table, truncated, max(lengths), lengths=lengths)
@@ -171,6 +149,33 @@ def _words(rows: Dataset, column: str, where: str) -> list[list[str]]:
         return value
 
     return read_each(rows[column], read, where)
+
+
+def _classes(rows: Dataset, words: list[list[str]], data: DataConfig, where: str) -> list[list[int]]:
+    assert data.label is not None
+    classes = label_list_ids(rows, data.label, data.labels or [], where)
+    unlike = [row for row, own in enumerate(classes) if len(own) != len(words[row])]
+    if unlike:
+        first = unlike[0]
+        problem = (
+            f"has {len(words[first])} words in column {data.text!r} and {len(classes[first])} labels in "
+            f"column {data.label!r}"
+        )
+        raise RowError(unlike, where, problem)
+    return classes
+
+
+def _labelled(table: Dataset, classes: list[list[int]], names: list[str]) -> Dataset:
+    """Encoded rows with the class of each first token, and those of the words that are read, by name."""
+    labels: list[list[int]] = []
+    read: list[list[int]] = []
+    for own, firsts, length in zip(classes, table["first_tokens"], table["length"], strict=True):
+        labels.append([_IGNORED] * length)
+        for word, token in firsts:
+            labels[-1][token] = own[word]
+        read.append([own[word] for word, _ in firsts])
+    table = table.add_column("labels", labels)  # type: ignore[call-arg]
+    return table.add_column(_TRUE, read, feature=List(ClassLabel(names=names)))  # type: ignore[call-arg]
 
 
 def _first_tokens(word_ids: Sequence[int | None]) -> list[list[int]]:
