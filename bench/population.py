@@ -1,7 +1,7 @@
 """Eight adapters trained together over one base, one after another, and in processes of Ray's.
 
-Ray has two ways: as many processes as processors, each of which takes one trial after another; and, like the
-population, all eight side by side.
+Ray has three ways: as many processes as processors, each with a population of its share of the trials; as
+many, each of which takes one trial after another; and, like the population, all eight side by side.
 
 Every way is a process of its own, timed from its start to its end, imports included; memory is what the
 process and its children hold together (proportional set size: what they share counts once), at its highest.
@@ -97,6 +97,7 @@ WAYS = {
     "the base alone": base,
     "together": lambda folder: searched(folder, "population", TRIALS),
     "in a row": in_a_row,
+    "Ray, a population a processor": lambda folder: searched(folder, "ray", TRIALS),
     "Ray, a trial a processor": lambda folder: searched(folder, "ray", CORES),
     "Ray, all at once": lambda folder: searched(folder, "ray", TRIALS, CORES / TRIALS),
 }

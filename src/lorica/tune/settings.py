@@ -39,8 +39,8 @@ class SearchConfig:
         engine: "population" trains the trials together in this process; "ray" in processes of Ray Tune's,
             those that can be joint as a population in each; "auto" takes the population where the trials
             differ only in what can be joint and no cluster is named.
-        slots: trials at once; for Ray, shared among its processes, and as many as there are processes where
-            each trains one.
+        slots: trials at once. Under Ray they are shared among its processes; where each trains one trial, no
+            more than there is room for.
         resources: of each process of Ray's, such as ``{"cpu": 2, "gpu": 0.5}``. None is one CPU.
         address: of a Ray cluster, "auto" for the one this machine belongs to. None starts Ray here.
         retries: times that Ray starts another process in the place of one that died.
