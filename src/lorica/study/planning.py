@@ -198,6 +198,8 @@ class Planner:
         config = config or LoraConfig(task_type="CAUSAL_LM" if model == "gpt3" else None)
         self.task = config.task_type
         self.model = skeleton(GPT3 if model == "gpt3" else model, self.task, dtype=dtype).train()
+        settings: Any = self.model.config
+        settings.use_cache = False  # as trainers do: a cache is for generation
         self.full_checkpoint = _bytes(self.model.parameters())
         self.dense = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
         outputs: Any = getattr(self.model, "get_output_embeddings", None)
@@ -211,15 +213,13 @@ class Planner:
             raise ConfigError(f"batch and length must be at least 1, not {batch} and {length}")
         parameters = list(self.model.parameters())
         trained = [p for p in parameters if p.requires_grad]
-        step = trace(self.model, self._inputs(batch, length))
+        step = trace(self.model, self._inputs(batch, length), checkpointing=self.checkpointing)
         gradients, weights = _bytes(trained), _bytes(parameters)
         passing = 0
         if self.method == "qlora":
             packed = [m.weight for m in self.dense if m is not self.head and not m.weight.requires_grad]
             weights -= _bytes(packed) - round(sum(w.numel() for w in packed) * _NF4 / 8)
             passing = max(map(_bytes, ([w] for w in packed)), default=0)
-        # Where all gradients are there, only the last block is still held.
-        held = max(step.held_checkpointed, gradients + step.block) if self.checkpointing else step.held
         return Plan(
             method=self.method,
             batch=batch,
@@ -231,8 +231,8 @@ class Planner:
             weights=weights,
             gradients=gradients,
             optimizer=OPTIMIZERS[self.optimizer] * gradients,
-            activations=max(held - gradients, 0) + passing,
-            flops=step.flops_checkpointed if self.checkpointing else step.flops,
+            activations=max(step.held - gradients, 0) + passing,
+            flops=step.flops,
             assumptions=self._assumptions(),
         )
 

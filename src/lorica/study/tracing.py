@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -24,16 +26,17 @@ class Step(NamedTuple):
     Args:
         held: bytes beside the parameters at the fullest moment: activations, and the gradients made so far.
         flops: floating-point operations of the matrix products, forward and backward.
-        held_checkpointed: the same where each block keeps its input alone and is computed again.
-        flops_checkpointed: the same, with the blocks' second forward pass.
-        block: bytes that the largest block holds for its backward pass.
     """
 
     held: int
     flops: int
-    held_checkpointed: int
-    flops_checkpointed: int
-    block: int
+
+
+class _Valueless(TorchDispatchMode):
+    """Answers the questions that only values could answer, such as whether any token is padding."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return 0 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
 
 
 class _Held(TorchDispatchMode):
@@ -46,8 +49,6 @@ class _Held(TorchDispatchMode):
         self._alive = {t.untyped_storage()._cdata for t in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 0  # a question that only values could answer, such as whether any token is padding
         result = func(*args, **(kwargs or {}))
         for item in tree_leaves(result):
             if isinstance(item, Tensor):
@@ -68,58 +69,51 @@ class _Held(TorchDispatchMode):
         self.now -= size
 
 
-def trace(model: nn.Module, inputs: Mapping[str, Tensor]) -> Step:
+def trace(model: nn.Module, inputs: Mapping[str, Tensor], *, checkpointing: bool = False) -> Step:
     """Run a forward and a backward pass without values, and see what they hold and compute.
 
     Args:
         model: on the meta device, with what trains set to require gradients.
         inputs: on the meta device; with labels, the model's own loss is taken, else a sum
             of its first output.
+        checkpointing: whether each block keeps its input alone and is computed again.
     """
     flops_of = {
         torch.ops.aten.addmm_: _addmm,  # the counter knows addmm, and not that
         _FUSED: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
         _FUSED_BACKWARD: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
     }
-    kept: list[int] = []  # bytes that each block holds for its backward pass
-    inputs_of_blocks: list[int] = []
-    flops_of_blocks: list[int] = []
-    entered: list[tuple[int, int]] = []
+    memory, counter = _Held(model), FlopCounterMode(display=False, custom_mapping=flops_of)
+    again = _recomputed(blocks(model)) if checkpointing else contextlib.nullcontext()
+    with _fused_attention(), again:
+        for observer in (memory, counter):  # one after the other: the counter holds what it counts
+            with observer, _Valueless():
+                _loss(model, inputs).backward()
+            for parameter in model.parameters():
+                parameter.grad = None
+    return Step(memory.peak, counter.get_total_flops())
 
-    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        inputs_of_blocks.append(given.nbytes if given is not None else 0)
-        entered.append((memory.now, counted.get_total_flops()))
 
-    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-        held, flops = entered.pop()
-        kept.append(memory.now - held)
-        flops_of_blocks.append(counted.get_total_flops() - flops)
+def _loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The loss alone: a training loop drops the other outputs before it goes back."""
+    output = model(**inputs)
+    return output["loss"] if "loss" in output else output[0].sum()
 
-    counter = FlopCounterMode(display=False, custom_mapping=flops_of)
-    with _fused_attention(), counter as counted, _Held(model) as memory:
-        hooks = [
-            hook
-            for block in blocks(model)
-            for hook in (
-                block.register_forward_pre_hook(enter, with_kwargs=True),
-                block.register_forward_hook(leave),
-            )
-        ]
-        try:
-            output = model(**inputs)
-            loss = output["loss"] if "loss" in output else output[0].sum()
-            loss.backward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        del output, loss
-    for parameter in model.parameters():
-        parameter.grad = None
-    saved = sum(kept) - max(kept, default=0) - sum(inputs_of_blocks)
-    flops = counted.get_total_flops()
-    again = flops + sum(flops_of_blocks)
-    return Step(memory.peak, flops, memory.peak - max(saved, 0), again, max(kept, default=0))
+
+@contextlib.contextmanager
+def _recomputed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules keep their input alone, and run again in the backward pass."""
+    changed = list(modules)
+    for module in changed:
+        # What numbers come is of no matter here, nor that they come again.
+        module.forward = functools.partial(
+            checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
+        )
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
 
 
 @contextlib.contextmanager
