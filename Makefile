@@ -4,6 +4,7 @@
 #   make test    the test suite, with line coverage of the core floors
 #   make lint    style, floors, types
 #   make bench   every benchmark, then bench/RESULTS.md
+#   make recipes each recipe from end to end on small real data, then docs/recipes.md
 #   make docs    the documentation, in site/
 #   make clean   remove the environment and everything that commands wrote
 #
@@ -27,7 +28,7 @@ empty :=
 CORE := $(subst $(empty) ,$(comma),$(foreach floor,$(FLOORS),src/lorica/$(floor).py src/lorica/$(floor)/*))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test lint bench recipes docs clean
 
 help:
 	@sed -n 's/^#   //p' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +49,9 @@ lint: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 	$(BIN)/python bench/report.py
+
+recipes: $(VENV)/dev.stamp
+	$(BIN)/python recipes/small/run.py $(ARGS)
 
 docs: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
