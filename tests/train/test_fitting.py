@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -51,6 +52,23 @@ def test_one_function_trains_an_adapter_a_head_or_everything(
     scores = done.evaluate(prepare(recipe).splits["test"].features)
     kinds = {"f1", "f1_macro", "f1_binary", "precision", "recall", "matthews", "roc_auc"}
     assert set(scores) == {"loss", "accuracy", *kinds}
+
+
+def test_the_last_evaluation_is_that_of_the_model(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe(load_best=False)
+    done = start(recipe)
+    rows = done.trainer.eval_dataset
+    assert isinstance(rows, Dataset)
+    assert done.evaluated_last(rows) == done.evaluate(rows)
+    assert done.evaluated_last(prepare(recipe).splits["test"].features) is None
+
+
+def test_a_model_that_was_better_before_is_scored_anew(make_recipe: Callable[..., Recipe]) -> None:
+    done = start(make_recipe(epochs=2, metric_for_best="accuracy", learning_rate=1e-9))
+    assert done.trainer.state.best_global_step not in (None, done.steps)
+    rows = done.trainer.eval_dataset
+    assert isinstance(rows, Dataset)
+    assert done.evaluated_last(rows) is None
 
 
 def test_full_training_resumes_to_the_same_weights(

@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,17 @@ class Fit:
     def evaluate(self, rows: Dataset) -> dict[str, float]:
         """Score the model on encoded rows: the task's metrics, and the loss."""
         return score(self.trainer, rows)
+
+    def evaluated_last(self, rows: Dataset) -> dict[str, float] | None:
+        """What the evaluation after the last step came to, if it was of all these rows and of this model."""
+        state, args, writer = self.trainer.state, self.trainer.args, self.trainer.writer
+        reloaded = args.load_best_model_at_end and state.best_global_step != state.global_step
+        if rows is not self.trainer.eval_dataset or reloaded or (writer and writer.config.eval_rows):
+            return None
+        for entry in reversed(state.log_history):
+            if entry["step"] == state.global_step and "eval_loss" in entry:
+                return logged_scores(entry, "eval_")
+        return None
 
 
 def fit(
@@ -176,12 +187,16 @@ def score(trainer: Trainer, rows: Dataset) -> dict[str, float]:
     """Score a trainer's model on encoded rows: the task's metrics, and the loss."""
     with quiet():
         outcome = trainer.predict(rows, metric_key_prefix="x")  # type: ignore[arg-type]
-    timing = ("x_runtime", "x_samples_per_second", "x_steps_per_second", "x_model_preparation_time")
-    return {
-        name.removeprefix("x_"): float(value)
-        for name, value in (outcome.metrics or {}).items()
-        if name not in timing
+    return logged_scores(outcome.metrics or {}, "x_")
+
+
+def logged_scores(logged: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """The scores among what an evaluation logged under a prefix, such as ``"eval_"``."""
+    timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    named = {
+        name.removeprefix(prefix): float(value) for name, value in logged.items() if name.startswith(prefix)
     }
+    return {name: value for name, value in named.items() if name not in timing}
 
 
 def _run(trainer: Trainer, start: Path | None, training: TrainingConfig) -> None:

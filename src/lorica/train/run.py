@@ -170,7 +170,8 @@ def train_prepared(
         **fitting,
         writer=writer,
     )
-    metrics = {split: done.evaluate(prepared.splits[split].features) for split in scored}
+    features = {split: prepared.splits[split].features for split in scored}
+    metrics = {split: done.evaluated_last(rows) or done.evaluate(rows) for split, rows in features.items()}
     save(model, output)
     rows = {split: len(encoded) for split, encoded in prepared.splits.items()}
     write_card(extract(model), output, about(recipe, task.inputs(recipe.data), rows, metrics))

@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorica.train.checkpoints import last_checkpoint
 from lorica.train.files import writable_directory
+from lorica.train.fitting import logged_scores
 from lorica.train.preparing import Prepared, prepare
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
@@ -75,9 +76,8 @@ class JointTrainer(Trainer):
         model: Any = self.model
         join_layers(model, lane, places, apart=model.get_output_embeddings())
         vars(self.accelerator)["backward"] = self._backward
-        if hasattr(
-            model, "num_parameters"
-        ):  # asked for at every step, and counted by a walk over all modules
+        if hasattr(model, "num_parameters"):
+            # Asked for at every step, and counted by a walk over all modules.
             vars(model)["num_parameters"] = functools.cache(model.num_parameters)
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
@@ -264,9 +264,7 @@ class Reporter(TrainerCallback):
         **_: Any,
     ) -> None:
         """Pass the scores on, and how much trains beside them."""
-        timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-        named = {key.removeprefix("eval_"): float(value) for key, value in (metrics or {}).items()}
-        scores = {key: value for key, value in named.items() if key not in timing and key != "epoch"}
+        scores = logged_scores(metrics or {}, "eval_")
         scores["parameters"] = self._parameters
         if self._tell(scores, state.global_step, state.epoch or 0.0, time.perf_counter() - self._began):
             raise Dropped
