@@ -20,7 +20,7 @@ import harness
 import torch
 from orderings import ordering
 
-from lorica.compare import Comparison, Table, compare, gather
+from lorica.compare import Comparison, Table, compare, gather, write_table
 
 DATA = Path(os.environ.get("LORICA_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 FILES = Path(__file__).resolve().parents[1] / "recipes" / "compare"
@@ -69,7 +69,7 @@ def is_whole(table: Table) -> bool:
 
 def publish(file: str, table: Table, spec: Comparison, tasks: list[str]) -> None:
     """Write the tables and the plot."""
-    table.write(spec.output)
+    write_table(table, spec.output)
     plot = Path(spec.output) / "quality.png"
     figure = ""
     if plot.is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from lorica.compare.summary import Score, Table
+from lorica.compare.table import Score, Table
 
 
 class Pair(NamedTuple):

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from lorica.compare.figure import draw, drawn
-from lorica.compare.summary import Cost, Score, Table
+from lorica.compare.folder import write_table
+from lorica.compare.table import Cost, Score, Table
 
 
 def score(method: str, centre: float | None, best: bool = False) -> Score:
@@ -39,10 +40,10 @@ def test_points_and_lines() -> None:
 
 def test_written_whole_with_the_table(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    files = [path.name for path in TABLE.write(tmp_path)]
+    files = [path.name for path in write_table(TABLE, tmp_path)]
     assert files == ["quality.png", "quality.svg", "table.md", "table.json"]
     again = {name: (tmp_path / name).read_bytes() for name in files}
-    TABLE.write(tmp_path)
+    write_table(TABLE, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in files} == again
     empty = Table([score("a", None)], [cost("a", None)], "mean", "test", [])
     assert drawn(empty) == {}

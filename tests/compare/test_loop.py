@@ -17,7 +17,7 @@ from lorica.compare import loop
 from lorica.compare.file import Comparison
 from lorica.compare.results import Results
 from lorica.compare.runs import Run, cells
-from lorica.compare.summary import Table
+from lorica.compare.table import Table
 from lorica.compare.work import Failed
 from lorica.errors import ConfigError, LoricaError
 
@@ -167,7 +167,7 @@ def test_other_metrics_are_shown_and_decide_nothing(monkeypatch: pytest.MonkeyPa
     table = made.compare(spec(tmp_path, tasks={"mood": {**given, "also": ["f1"]}}))
     assert table.columns == ["mood (accuracy)", "mood (f1)"]
     assert table.deciding == alone.scores
-    assert [s.values for s in table.scores[1::2]] == [[1 - v for v in s.values] for s in alone.scores]
+    assert [s.values for s in table.scores[1::2]] == [[1 - (v or 0) for v in s.values] for s in alone.scores]
     head, _ = table.rows()
     assert "average" not in head
     assert table.rates() == alone.rates()

@@ -17,7 +17,8 @@ from lorica import study
 from lorica.checkpoint import loralib
 from lorica.cli import main
 from lorica.errors import AdapterError, FileError
-from lorica.study.report import gather, spread, write_report
+from lorica.study.folder import write_report
+from lorica.study.report import gather, spread
 
 pytest.importorskip("matplotlib")
 

@@ -40,10 +40,11 @@ def run(argv: list[str]) -> int:
         _print_counts(console, spec, as_json=parsed.json)
         return 0
 
+    from lorica.compare.folder import write_table
     from lorica.compare.loop import compare, gather
 
     table = gather(spec) if parsed.table else compare(spec, console=console, in_process=parsed.in_process)
-    files = table.write(spec.output)
+    files = write_table(table, spec.output)
     if parsed.json:
         print(files[-1].read_text(encoding="utf-8"), end="")
     else:

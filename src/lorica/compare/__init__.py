@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorica.compare.file import Comparison as Comparison
     from lorica.compare.file import FewShot as FewShot
+    from lorica.compare.folder import write_table as write_table
     from lorica.compare.loop import compare as compare
     from lorica.compare.loop import gather as gather
-    from lorica.compare.summary import Table as Table
+    from lorica.compare.table import Table as Table
 
 _PLACE_OF = {
     "Comparison": "file",
     "FewShot": "file",
-    "Table": "summary",
+    "Table": "table",
     "compare": "loop",
     "gather": "loop",
+    "write_table": "folder",
 }
 
-__all__ = ["Comparison", "FewShot", "Table", "compare", "gather"]
+__all__ = ["Comparison", "FewShot", "Table", "compare", "gather", "write_table"]
 
 
 def __getattr__(name: str) -> Any:

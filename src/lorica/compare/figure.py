@@ -6,12 +6,10 @@ import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorica.checkpoint.atomic import Writer
-
-if TYPE_CHECKING:
-    from lorica.compare.summary import Score, Table
+from lorica.compare.table import Score, Table
 
 _WIDE = 3  # panels in a row
 _MARKS = "osD^vP*Xhd<>p"

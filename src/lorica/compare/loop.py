@@ -17,7 +17,8 @@ from lorica.compare.choice import choose
 from lorica.compare.file import Comparison
 from lorica.compare.results import Results, Row
 from lorica.compare.runs import Cell, Run, cells
-from lorica.compare.summary import Table, summarise
+from lorica.compare.summary import summarise
+from lorica.compare.table import Table
 from lorica.compare.work import Failed, in_own_process, in_this_process
 from lorica.errors import ConfigError, LoricaError, listing
 from lorica.train.console import duration, make_console
@@ -73,7 +74,7 @@ def compare(spec: Comparison, *, console: Console | None = None, in_process: boo
         in_process: run here and not in a process each: no peak memory is measured then.
 
     Returns:
-        The table; `Table.write` writes it.
+        The table; `write_table` writes it.
 
     Raises:
         ConfigError: something in it does not fit; nothing has run then.

@@ -22,6 +22,7 @@ from lorica.study.advice import check as check
 from lorica.study.advice import cut as cut
 from lorica.study.directions import Side as Side
 from lorica.study.directions import directions as directions
+from lorica.study.folder import write_report as write_report
 from lorica.study.planning import Plan as Plan
 from lorica.study.planning import largest_batch as largest_batch
 from lorica.study.planning import plan as plan
@@ -34,7 +35,6 @@ from lorica.study.projection import amplification as amplification
 from lorica.study.projection import overlap as overlap
 from lorica.study.report import Report as Report
 from lorica.study.report import gather as gather
-from lorica.study.report import write_report as write_report
 from lorica.study.sizes import Drift as Drift
 from lorica.study.sizes import DriftReport as DriftReport
 from lorica.study.sizes import NormReport as NormReport

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 
 from lorica.adapter import Adapter
-from lorica.checkpoint.atomic import Writer, replace_files
 from lorica.study.advice import Advice, advise
 from lorica.study.base import base_weights
 from lorica.study.places import Spot, spots
@@ -113,31 +111,6 @@ def gather(
     )
 
 
-def write_report(report: Report, out: str | Path) -> Path:
-    """Write a report: `index.html`, which needs nothing else, `study.json`, and each figure as PNG and SVG.
-
-    Args:
-        report: what `gather` returned.
-        out: folder, made if it is not there.
-
-    Returns:
-        The page.
-
-    Raises:
-        FileError: the folder cannot be written.
-        MissingExtra: matplotlib is not installed.
-    """
-    from lorica.study.figures import drawn
-    from lorica.study.page import page
-
-    data = json.dumps(finite(report.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
-    writers: dict[str, Writer] = {**drawn(report)}
-    writers["study.json"] = lambda path: _text(path, data + "\n")
-    writers["index.html"] = lambda path: _text(path, page(report))
-    replace_files(Path(out), writers)
-    return Path(out) / "index.html"
-
-
 def finite(value: Any) -> Any:
     """Plain values with None in the place of NaN and infinity, which JSON has no way to write."""
     if isinstance(value, float):
@@ -152,7 +125,3 @@ def spread(paths: list[str], count: int) -> list[str]:
     if len(paths) <= count:
         return paths
     return [paths[round(i * (len(paths) - 1) / (count - 1))] for i in range(count)]
-
-
-def _text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
