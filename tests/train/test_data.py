@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from collections.abc import Callable
@@ -195,7 +196,7 @@ def numbered(path: Path, count: int = 50) -> Path:
 
 def part(path: Path, **options: Any) -> list[str]:
     config = DataConfig(train=str(path), validation_fraction=0.0, **options)
-    return list(data.part(data.load(config).used()["train"], config).rows["text"])
+    return list(data.part(data.load(config).used()["train"], "train", config).rows["text"])
 
 
 def test_a_part_of_the_rows_is_drawn_by_seed(tmp_path: Path) -> None:
@@ -210,9 +211,30 @@ def test_a_part_of_the_rows_is_drawn_by_seed(tmp_path: Path) -> None:
         part(path, train_rows=51)
 
 
+def test_parts_of_the_rows_to_score_are_drawn_too(tmp_path: Path) -> None:
+    files = {split: str(numbered(tmp_path / f"{split}.jsonl")) for split in ("train", "validation", "test")}
+    all_rows = DataConfig(train=files["train"], validation=files["validation"], test=files["test"])
+    config = dataclasses.replace(all_rows, validation_rows=5, test_rows=10)
+    found = {
+        split: list(data.part(used, split, config).rows["text"])
+        for split, used in data.load(config).used().items()
+    }
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 50, "validation": 5, "test": 10}
+    assert set(found["validation"]) < set(found["test"])
+    with pytest.raises(ConfigError, match=r"data.test_rows is 51, of 50 test rows in .*test\.jsonl"):
+        data.part(data.load(config).used()["test"], "test", dataclasses.replace(all_rows, test_rows=51))
+
+
 @pytest.mark.parametrize(
     "values",
-    [{"fraction": 0.0}, {"fraction": 1.5}, {"train_rows": 0}, {"train_rows": 3, "fraction": 0.5}],
+    [
+        {"fraction": 0.0},
+        {"fraction": 1.5},
+        {"train_rows": 0},
+        {"validation_rows": 0},
+        {"test_rows": -1},
+        {"train_rows": 3, "fraction": 0.5},
+    ],
 )
 def test_parts_that_cannot_be(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
@@ -222,7 +244,7 @@ def test_parts_that_cannot_be(values: dict[str, Any]) -> None:
 def test_rows_keep_their_numbers(tmp_path: Path) -> None:
     config = DataConfig(train=str(numbered(tmp_path / "rows.jsonl")), validation_fraction=0.2, train_rows=7)
     used = data.load(config).used()
-    used["train"] = data.part(used["train"], config)
+    used["train"] = data.part(used["train"], "train", config)
     for each in used.values():
         for row, text in enumerate(each.rows["text"]):
             assert each.origin.number(row) == int(text) + 1

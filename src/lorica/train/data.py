@@ -116,21 +116,26 @@ def labelled(splits: Splits, data: DataConfig) -> Splits:
     return replace(splits, test=None) if absent else splits
 
 
-def part(used: Used, data: DataConfig) -> Used:
-    """Keep the part of the training rows that a configuration asks for, drawn by `data.split_seed`.
+def part(used: Used, split: str, data: DataConfig) -> Used:
+    """Keep the part of a split's rows that a configuration asks for, drawn by `data.split_seed`.
 
     A smaller part of the same rows is contained in a larger one.
+
+    Args:
+        used: the split.
+        split: its name, ``"train"``, ``"validation"`` or ``"test"``.
+        data: `fraction` (of the training rows) and `train_rows`, `validation_rows`, `test_rows` count.
 
     Raises:
         ConfigError: it asks for more rows than there are.
     """
-    count = total = len(used.rows)
-    if data.fraction is not None:
+    total = len(used.rows)
+    count = getattr(data, f"{split}_rows") or total
+    if split == "train" and data.fraction is not None:
         count = max(1, round(data.fraction * total))
-    elif data.train_rows is not None:
-        count = data.train_rows
     if count > total:
-        raise ConfigError(f"data.train_rows is {count:,}, of {total:,} training rows in {used.origin.source}")
+        kind = "training" if split == "train" else split
+        raise ConfigError(f"data.{split}_rows is {count:,}, of {total:,} {kind} rows in {used.origin.source}")
     if count == total:
         return used
     order = list(range(total))

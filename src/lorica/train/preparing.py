@@ -131,6 +131,6 @@ def read(recipe: Recipe, rows: sources.Rows | None = None) -> tuple[Recipe, Task
         data, train = use(train, resolve, skip=recipe.data.skip_bad)
     except ConfigError as error:
         raise ConfigError(f"{train.origin.source}: {error}") from error
-    used = sources.labelled(splits, data).used()
+    used = {**sources.labelled(splits, data).used(), "train": train}
     recipe = dataclasses.replace(recipe, data=data)
-    return recipe, task, {**used, "train": sources.part(train, data)}
+    return recipe, task, {split: sources.part(each, split, data) for split, each in used.items()}

@@ -55,9 +55,11 @@ class DataConfig:
             sorted.
         validation_fraction: share of the training rows set aside, in (0, 1), when there is no validation
             split; 0 sets none aside.
-        split_seed: seed of that draw, and of the part that `fraction` or `train_rows` keeps.
+        split_seed: seed of that draw, and of the parts that `fraction` and the numbers of rows keep.
         fraction: share of the training rows to learn from, in (0, 1]. None takes all.
         train_rows: number of training rows to learn from. None takes all.
+        validation_rows: number of validation rows to score. None takes all.
+        test_rows: number of test rows to score. None takes all.
         skip_bad: leave out rows that cannot be used, and count them, in place of refusing them all.
     """
 
@@ -78,6 +80,8 @@ class DataConfig:
     split_seed: int = 0
     fraction: float | None = None
     train_rows: int | None = None
+    validation_rows: int | None = None
+    test_rows: int | None = None
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
@@ -85,7 +89,9 @@ class DataConfig:
         _expect(self, "validation_fraction", 0 <= self.validation_fraction < 1, "a share in [0, 1)")
         _expect(self, "stride", self.stride is None or self.stride >= 0, "None, or 0 or more")
         _expect(self, "fraction", self.fraction is None or 0 < self.fraction <= 1, "a share in (0, 1]")
-        _expect(self, "train_rows", self.train_rows is None or self.train_rows > 0, "None or more than 0")
+        for name in ("train_rows", "validation_rows", "test_rows"):
+            rows = getattr(self, name)
+            _expect(self, name, rows is None or rows > 0, "None or more than 0")
         alone = self.fraction is None or self.train_rows is None
         _expect(self, "train_rows", alone, "None where fraction is given")
 
