@@ -5,6 +5,8 @@
 
 Runs recipes/compare/classification.yaml or generation.yaml as far as it has not run, and publishes the tasks
 whose runs are all there. A run takes a minute or two on one core: stop it and start it again as you like.
+Finished runs are lines of results/compare_classification.jsonl or compare_generation.jsonl too, in which
+several folders (``--output``) come together, each with tasks of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from orderings import ordering
 
 from lorica.compare import Comparison, Table, compare, gather, write_table
+from lorica.compare.results import Results
 
 DATA = Path(os.environ.get("LORICA_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 FILES = Path(__file__).resolve().parents[1] / "recipes" / "compare"
@@ -46,12 +49,27 @@ def main() -> None:
         raise SystemExit(f"no folder {DATA}; set LORICA_DATA to the folder that holds rotten_tomatoes")
     changes = {"output": chosen.output} if chosen.output else {}
     spec = Comparison.load(FILES / f"{chosen.file}.yaml", data=str(DATA), **changes)
+    lines = harness.RESULTS / f"compare_{chosen.file}.jsonl"
+    exchange(lines, Path(spec.output) / "results.jsonl")
     if not chosen.publish:
         compare(only(spec, chosen.tasks or list(spec.tasks)))
+        exchange(lines, Path(spec.output) / "results.jsonl")
     whole = [task for task in spec.tasks if is_whole(gather(only(spec, [task])))]
     if not whole:
         raise SystemExit("not written: no task has all its runs yet")
     publish(chosen.file, gather(only(spec, whole)), spec, whole)
+
+
+def exchange(kept: Path, folder: Path) -> None:
+    """Give each of two files of finished runs the lines that only the other has; the kept one names no paths."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    ours, theirs = Results(kept), Results(folder)
+    for key, row in theirs.rows.items():
+        if key not in ours:
+            ours.add({name: value for name, value in row.items() if name != "recipe"})
+    for key, row in ours.rows.items():
+        if key not in theirs:
+            theirs.add(row)
 
 
 def only(spec: Comparison, tasks: list[str]) -> Comparison:

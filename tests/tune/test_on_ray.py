@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -126,7 +127,7 @@ def test_a_search_whose_driver_was_killed_ends_as_if_it_had_not_been(
             capture_output=True,
             timeout=300,
         )
-        wait_for_the_end_of_all_with(f"LORICA_KILLED={tmp_path}")
+        end_all_with(f"LORICA_KILLED={tmp_path}")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     statuses = {record.status for record in Journal(out / "results.jsonl").records.values()}
     assert "finished" not in statuses
@@ -151,12 +152,28 @@ def test_a_search_whose_driver_was_killed_ends_as_if_it_had_not_been(
             assert ours.metrics == pytest.approx(theirs.metrics, abs=1e-6)
 
 
-def wait_for_the_end_of_all_with(variable: str, seconds: float = 60) -> None:
-    """Until no process is left that inherited a variable: Ray's follow the one that started them."""
-    until = time.monotonic() + seconds
+def end_all_with(variable: str, patience: float = 10, seconds: float = 60) -> None:
+    """Until no process is left that inherited a variable.
+
+    Ray's follow the one that started them. Its agents, which train nothing, may stay for more than a minute:
+    they are killed after some patience.
+    """
+    began = time.monotonic()
     while left := [process for process in Path("/proc").glob("[0-9]*") if variable in environment(process)]:
-        assert time.monotonic() < until, f"still there: {[(p / 'cmdline').read_text() for p in left]}"
+        waited = time.monotonic() - began
+        assert waited < seconds, f"still there: {[title(process) for process in left]}"
+        for process in left:
+            if waited > patience and "Agent" in title(process):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(process.name), signal.SIGKILL)
         time.sleep(0.2)
+
+
+def title(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_text(errors="replace").replace("\0", " ").strip()
+    except OSError:
+        return ""
 
 
 def environment(process: Path) -> str:
