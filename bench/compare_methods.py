@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def exchange(kept: Path, folder: Path) -> None:
-    """Give each of two files of finished runs the lines that only the other has; the kept one names no paths."""
+    """Give each of two files of finished runs the other's lines; the kept one names no paths."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     ours, theirs = Results(kept), Results(folder)
     for key, row in theirs.rows.items():
