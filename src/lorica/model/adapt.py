@@ -23,6 +23,7 @@ from lorica.model.stack import stacked, unstack
 from lorica.model.starting import PREPARED, Source, begin, check_alone, check_start, prepared
 from lorica.model.structure import (
     ROSTER,
+    Target,
     adapted,
     added_modules,
     find_adapted,
@@ -30,7 +31,6 @@ from lorica.model.structure import (
     saved_modules,
     token_modules,
 )
-from lorica.model.targets import Target
 from lorica.model.tied import check_pair, pairs, warn_if_idle
 from lorica.model.tokens import starting_rows, token_targets
 from lorica.roster import Roster

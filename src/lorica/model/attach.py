@@ -27,8 +27,8 @@ from lorica.model.mount import Mount, mount, open_for, parameter_for, uncollecte
 from lorica.model.selection import ending_in, meant, outermost, outside, trained_whole, within_any
 from lorica.model.stack import stacked
 from lorica.model.starting import again, prepared, taken_out
-from lorica.model.structure import Place, base_parameters, walk
-from lorica.model.targets import Target, as_target, parameter_targets
+from lorica.model.structure import Place, Target, base_parameters, walk
+from lorica.model.targets import as_target, parameter_targets
 from lorica.model.tied import apart, pairs, torn, with_tied
 from lorica.model.tokens import TokenTarget, starting_rows, token_targets
 from lorica.model.values import trained_copies

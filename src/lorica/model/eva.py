@@ -17,8 +17,8 @@ from lorica.errors import AdapterError, ConfigError, listing
 from lorica.layers import LoraLayer
 from lorica.model.selection import shortest_suffixes
 from lorica.model.starting import check_start
-from lorica.model.structure import adapted, lora_layers, walk
-from lorica.model.targets import Target, resolve
+from lorica.model.structure import Target, adapted, lora_layers, walk
+from lorica.model.targets import resolve
 from lorica.model.watching import (
     Batches,
     Forward,

@@ -16,8 +16,8 @@ from lorica.layers import Part, Plan, SwappedModule
 from lorica.model.adaptable import check_replaceable
 from lorica.model.pretrained import Pretrained
 from lorica.model.selection import trained_whole, within_any
-from lorica.model.structure import base_parameters, walk
-from lorica.model.targets import Target, biases, resolve
+from lorica.model.structure import Target, base_parameters, walk
+from lorica.model.targets import biases, resolve
 from lorica.roster import Roster
 
 

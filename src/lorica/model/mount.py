@@ -25,8 +25,7 @@ from lorica.layers import (
 )
 from lorica.layers.quantized import hold_layout
 from lorica.model import pretrained
-from lorica.model.structure import ROSTER, added_modules, base_parameters, find_adapted
-from lorica.model.targets import Target
+from lorica.model.structure import ROSTER, Target, added_modules, base_parameters, find_adapted
 from lorica.model.tied import tie_copies
 from lorica.model.tokens import TokenTarget
 from lorica.roster import Roster, Start

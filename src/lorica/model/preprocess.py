@@ -20,8 +20,8 @@ from lorica.checkpoint.atomic import replace_files
 from lorica.config import CordaConfig, LoraConfig
 from lorica.errors import AdapterError, ConfigError, FileError, listing
 from lorica.model.starting import PREPARED, Source, base_weight, check_start
-from lorica.model.structure import find_adapted
-from lorica.model.targets import Target, resolve
+from lorica.model.structure import Target, find_adapted
+from lorica.model.targets import resolve
 from lorica.model.watching import Batches, as_it_was, run, run_all, watching
 
 Data = Batches | Callable[[], Any]

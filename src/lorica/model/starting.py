@@ -31,7 +31,7 @@ from lorica.layers import (
     LoraLayer,
     LoraOpaque,
 )
-from lorica.model.targets import Target
+from lorica.model.structure import Target
 from lorica.roster import Start
 
 PREPARED = "lorica_prepared"

@@ -1,14 +1,14 @@
-"""Finding one's way in a model: its modules, its adapted layers, its roster."""
+"""Finding one's way in a model: its modules, those to adapt, its adapted layers, its roster."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorica.errors import StateError
-from lorica.layers import AddedModule, LoraLayer, SavedModule, SwappedModule, TrainedTokens
+from lorica.layers import AddedModule, LoraLayer, LoraParameters, SavedModule, SwappedModule, TrainedTokens
 from lorica.roster import Roster
 
 ROSTER = "lorica_roster"
@@ -21,6 +21,56 @@ class Place(NamedTuple):
     path: str
     module: nn.Module
     parent: nn.Module | None
+
+
+class Target(NamedTuple):
+    """A module to adapt, and the kind of layer it becomes.
+
+    Args:
+        path: of the module.
+        module: itself.
+        layer: what it becomes.
+        parameter: which of its parameters, where that is not the kind's own.
+        depth: how many parameters of the module that are adapted too it registered later.
+    """
+
+    path: str
+    module: nn.Module
+    layer: type[LoraLayer]
+    parameter: str | None = None
+    depth: int = 0
+
+    @property
+    def key(self) -> str:
+        """Its name in an adapter."""
+        return self.path + ".base_layer" * self.depth
+
+    @property
+    def pattern_path(self) -> str:
+        """What `rank_pattern` and `alpha_pattern` are matched against."""
+        return self.path if self.parameter is None else f"{self.path}.{self.parameter}"
+
+    @property
+    def anchor(self) -> Tensor | None:
+        """The tensor that says on which device the update computes, and how precisely."""
+        if self.parameter is not None:
+            return self.module._parameters[self.parameter]
+        return self.layer.anchor(self.module)
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B at rank `r`.
+
+        Raises:
+            TargetError: the module cannot carry such an update.
+        """
+        if self.parameter is not None:
+            return LoraParameters.shapes(self.module, self.parameter, r)
+        return self.layer.factor_shapes(self.module, r)
+
+    @property
+    def weight_path(self) -> str:
+        """Name of the weight that the update belongs to."""
+        return f"{self.path}.{self.layer.weight_name}"
 
 
 def walk(root: nn.Module) -> Iterator[Place]:

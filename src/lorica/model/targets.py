@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from lorica.config import LoraConfig, matches_pattern
 from lorica.errors import TargetError, listing, nearest
@@ -14,7 +14,6 @@ from lorica.layers import (
     AddedModule,
     LoraAttention,
     LoraConv1D,
-    LoraLayer,
     LoraParameters,
     SavedModule,
     layer_class,
@@ -36,58 +35,8 @@ from lorica.model.selection import (
     trained_whole,
     within_any,
 )
-from lorica.model.structure import Place, base_parameters, walk
+from lorica.model.structure import Place, Target, base_parameters, walk
 from lorica.model.tied import with_tied
-
-
-class Target(NamedTuple):
-    """A module to adapt, and the kind of layer it becomes.
-
-    Args:
-        path: of the module.
-        module: itself.
-        layer: what it becomes.
-        parameter: which of its parameters, where that is not the kind's own.
-        depth: how many parameters of the module that are adapted too it registered later.
-    """
-
-    path: str
-    module: nn.Module
-    layer: type[LoraLayer]
-    parameter: str | None = None
-    depth: int = 0
-
-    @property
-    def key(self) -> str:
-        """Its name in an adapter."""
-        return self.path + ".base_layer" * self.depth
-
-    @property
-    def pattern_path(self) -> str:
-        """What `rank_pattern` and `alpha_pattern` are matched against."""
-        return self.path if self.parameter is None else f"{self.path}.{self.parameter}"
-
-    @property
-    def anchor(self) -> Tensor | None:
-        """The tensor that says on which device the update computes, and how precisely."""
-        if self.parameter is not None:
-            return self.module._parameters[self.parameter]
-        return self.layer.anchor(self.module)
-
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B at rank `r`.
-
-        Raises:
-            TargetError: the module cannot carry such an update.
-        """
-        if self.parameter is not None:
-            return LoraParameters.shapes(self.module, self.parameter, r)
-        return self.layer.factor_shapes(self.module, r)
-
-    @property
-    def weight_path(self) -> str:
-        """Name of the weight that the update belongs to."""
-        return f"{self.path}.{self.layer.weight_name}"
 
 
 class Targets(NamedTuple):

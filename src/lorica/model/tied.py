@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,8 @@ from lorica.adapter import Factors
 from lorica.config import LoraConfig
 from lorica.errors import LoricaWarning, TargetError, listing
 from lorica.layers import LoraEmbedding, SavedModule
-from lorica.model.structure import Place, walk
+from lorica.model.structure import Place, Target, walk
 from lorica.roster import place as put
-
-if TYPE_CHECKING:
-    from lorica.model.targets import Target
 
 Pairs = Mapping[str, str]
 """Path of a module → path of the embedding whose update is its own."""

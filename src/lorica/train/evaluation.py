@@ -1,11 +1,12 @@
-"""How a trainer evaluates: rows beside outputs, and losses averaged over target tokens."""
+"""How a trainer evaluates: by length, rows beside their outputs, and losses averaged over target tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ else:
 class EvaluationMixin(_Base):
     """Gives metrics the rows they score, and the loss of token labels as a mean over all targets.
 
+    Rows are read longest first where a column says how long they are, which saves padding; outputs stand
+    beside their rows all the same.
     transformers averages the loss over rows, each with the mean of its batch, so it moves with the batch
     size wherever rows have unlike numbers of targets.
     Where only the loss is computed, its exponential is reported beside it as ``perplexity``.
@@ -40,27 +43,41 @@ class EvaluationMixin(_Base):
     ) -> None:
         """Keep the function."""
         self._rows: Any = None
+        self._order: list[int] | None = None
         self._targets: list[Tensor] = []
         if score is not None:
-            options["compute_metrics"] = lambda outcome: score(outcome, self._rows)
+            options["compute_metrics"] = lambda outcome: score(self._beside_rows(outcome), self._rows)
         super().__init__(*args, **options)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **options: Any) -> dict[str, float]:
         """Evaluate on rows; see transformers' Trainer."""
-        self._rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        self._look_at(self.eval_dataset if eval_dataset is None else eval_dataset)
         return super().evaluate(eval_dataset, *args, **options)
 
     def predict(self, test_dataset: Any, *args: Any, **options: Any) -> Any:
         """Predict for rows; see transformers' Trainer."""
-        self._rows = test_dataset
+        self._look_at(test_dataset)
         return super().predict(test_dataset, *args, **options)
 
+    def _look_at(self, rows: Any) -> None:
+        """Keep the rows, and the order in which they are read if that is not their own."""
+        self._rows, self._order = rows, None
+        column = self.args.length_column_name
+        if self.args.world_size <= 1 and column in getattr(rows, "column_names", ()):
+            lengths = rows[column][:]
+            self._order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
-        # In the order of the rows: transformers shuffles them by length, and metrics that look at both rows
-        # and outputs would pair the wrong ones.
-        if self.args.world_size <= 1:
-            return torch.utils.data.SequentialSampler(eval_dataset)
-        return None
+        # transformers' own order by length is drawn at random, so outputs could not be put beside their rows.
+        if self.args.world_size > 1:
+            return None
+        own = torch.utils.data.SequentialSampler(eval_dataset)
+        return own if self._order is None else cast(torch.utils.data.Sampler, self._order)
+
+    def _beside_rows(self, outcome: EvalPrediction) -> EvalPrediction:
+        """Outputs and labels in the rows' own order."""
+        parts = (outcome.predictions, outcome.label_ids, outcome.inputs, outcome.losses)
+        return EvalPrediction(*(back_in_order(part, self._order) for part in parts))
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **options: Any
@@ -93,7 +110,26 @@ class EvaluationMixin(_Base):
                     # Past 700 the exponential has no float.
                     found.metrics[name.removesuffix("loss") + "perplexity"] = math.exp(min(loss, 700.0))
         self._targets = []
-        return found
+        return found._replace(
+            predictions=back_in_order(found.predictions, self._order),
+            label_ids=back_in_order(found.label_ids, self._order),
+        )
+
+
+def back_in_order(read: Any, order: Sequence[int] | None) -> Any:
+    """Put what was read in another order back in its own.
+
+    Args:
+        read: arrays (rows, ...), also in tuples and dictionaries; None stays None.
+        order: places of the rows in the order in which they were read; None is their own.
+    """
+    if read is None or order is None:
+        return read
+    if isinstance(read, Mapping):
+        return {name: back_in_order(value, order) for name, value in read.items()}
+    if isinstance(read, (list, tuple)):
+        return tuple(back_in_order(value, order) for value in read)
+    return read[np.argsort(order)]
 
 
 def _are_tokens(labels: Any) -> bool:
