@@ -20,7 +20,7 @@ from typing import Any
 
 import harness
 import torch
-from orderings import ordering
+from orderings import ordering, tally
 
 from lorica.compare import Comparison, Table, compare, gather, write_table
 from lorica.compare.results import Results
@@ -97,13 +97,14 @@ def publish(file: str, table: Table, spec: Comparison, tasks: list[str]) -> None
         figure = f"\n\n![quality against trainable parameters](results/{name})"
     head, rows = table.rows()
     rates, chosen = table.rates()
+    orders = ordering(file, table, tasks)
     harness.publish(
         f"compare_{file}",
         title=TITLES[file],
-        claim=claim(table, tasks),
+        claim=f"{claim(table, tasks)} {tally(orders['rows'])}; docs/log.md says why, as far as it is known.",
         tables=[
             {"caption": table.caption + figure, "columns": head, "rows": rows},
-            ordering(file, table, tasks),
+            orders,
             {"caption": "The learning rates that were chosen.", "columns": rates, "rows": chosen},
         ],
         data=[dataclasses.asdict(score) for score in table.scores],

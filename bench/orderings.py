@@ -57,6 +57,14 @@ def verdict(better: Score, worse: Score) -> str:
     return f"{says} ({100 * difference if share else difference:+.1f})"
 
 
+def tally(rows: list[list[str]]) -> str:
+    """How many of the orderings in `ordering`'s rows are the paper's."""
+    said = [cell for row in rows for cell in row[2:]]
+    yes, no = (sum(cell.startswith(word) for cell in said) for word in ("yes", "no ("))
+    apart = sum(cell.startswith("not told") for cell in said)
+    return f"Of {len(said)} orderings {yes} are the paper's, {no} are not, {apart} are not told apart"
+
+
 def ordering(file: str, table: Table, tasks: list[str]) -> dict[str, Any]:
     """A row a pair, a column a task."""
     found = {(score.method, score.task): score for score in table.deciding}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from train import tiny
+from transformers import PreTrainedModel
 
 from lorica.errors import ConfigError, FileError, LoricaError
 from lorica.train import DataConfig, Recipe, evaluate, predict, tasks, train
@@ -39,6 +40,26 @@ def test_regression_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     said = predict(result.output, ["lovely great film", "awful grim plot"])
     assert [set(row) for row in said] == [{"text", "score"}] * 2
     assert json.loads((result.output / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+
+
+def test_a_new_output_starts_at_the_mean_of_the_numbers(tiny_model: Path, tmp_path: Path) -> None:
+    task, features = tasks.get("regression"), Dataset.from_dict({"labels": [1.0, 2.0, 6.0]})
+
+    def begun(folder: Path) -> tuple[PreTrainedModel, float, float]:
+        """A model, and its output's bias before and after it is begun."""
+        model = task.model(str(folder), DataConfig())
+        before = model.get_parameter("classifier.bias").item()
+        task.begin(model, features)
+        return model, before, model.get_parameter("classifier.bias").item()
+
+    model, *biases = begun(tiny_model)
+    assert biases == [0, 3]
+    model.get_parameter("classifier.bias").data.fill_(5.0)
+    model.save_pretrained(tmp_path / "trained")
+    assert begun(tmp_path / "trained")[1:] == (5, 5), "what was learned stays"
+    classes = tasks.get(CLASSES).model(str(tiny_model), DataConfig(labels=["a", "b", "c"]))
+    classes.save_pretrained(tmp_path / "classes")
+    assert begun(tmp_path / "classes")[2] == 3, "a head of another shape is a new one"
 
 
 def test_several_labels_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def prepare(recipe: Recipe, rows: sources.Rows | None = None) -> Prepared:
         LoricaError: something is missing or does not fit. Nothing has been written.
     """
     read = encode(recipe, rows)
-    model = load_model(read.recipe, read.task, read.tokenizer)
+    model = load_model(read.recipe, read)
     return Prepared(read.recipe, read.task, read.tokenizer, model, read.splits, read.data)
 
 
@@ -89,12 +89,14 @@ def encode(recipe: Recipe, rows: sources.Rows | None = None) -> Encoding:
     return Encoding(recipe, task, tokenizer, encoded, data)
 
 
-def load_model(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model of a recipe that `encode` completed, its new head drawn from the recipe's seed."""
+def load_model(recipe: Recipe, read: Encoding) -> PreTrainedModel:
+    """The model for rows that `encode` read, its new head drawn from the recipe's seed."""
+    task = read.task
     with quiet():
         transformers.set_seed(recipe.training.seed)
         model = task.model(recipe.model, recipe.data, **quantized_loading(recipe, task))
-    task.pad(model, tokenizer)
+    task.pad(model, read.tokenizer)
+    task.begin(model, read.splits["train"].features)
     return model
 
 

@@ -37,7 +37,7 @@ class SharedBase:
             self._rows[length] = encode(recipe)
         read = self._rows[length]
         if seed not in self._models:
-            model = load_model(read.recipe.replace(training={"seed": seed}), read.task, read.tokenizer)
+            model = load_model(read.recipe.replace(training={"seed": seed}), read)
             if self._models:  # only what is new hangs on the seed
                 share(model, next(iter(self._models.values())))
             self._models[seed] = model

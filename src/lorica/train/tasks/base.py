@@ -20,6 +20,9 @@ from lorica.train.embedded import resolve_model
 from lorica.train.recipe import DataConfig
 from lorica.train.rows import RowError
 
+NEW = "lorica_new"
+"""Attribute of a loaded model: names of the parameters that its files did not hold, which are random."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -168,8 +171,12 @@ class Task(ABC):
             options: more arguments of `from_pretrained`.
         """
         try:
-            model = getattr(transformers, self.auto_class).from_pretrained(
-                resolve_model(name), ignore_mismatched_sizes=True, **self.head(data), **options
+            model, report = getattr(transformers, self.auto_class).from_pretrained(
+                resolve_model(name),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **self.head(data),
+                **options,
             )
         except (OSError, ValueError) as error:
             raise FileError(
@@ -177,7 +184,19 @@ class Task(ABC):
             ) from error
         # The path on this machine would tell the adapter's other users nothing.
         model.config._name_or_path = model.name_or_path = name
+        other_shapes = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
+        setattr(model, NEW, {*report["missing_keys"], *other_shapes})
         return model
+
+    def begin(self, model: PreTrainedModel, features: Dataset) -> None:
+        """Set what of a new head the training rows tell before it learns; as a rule nothing.
+
+        Args:
+            model: as `model` returned it; its attribute `NEW` names the parameters that its files did not
+                hold.
+            features: the training rows, encoded.
+        """
+        return
 
 
 def own_loss(task: Task) -> Callable[[Any, Mapping[str, Any]], Tensor | None] | None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError
@@ -13,6 +16,7 @@ from lorica.train import metrics
 from lorica.train.columns import LABELS, find_label, find_texts, numbers
 from lorica.train.data import Splits
 from lorica.train.recipe import DataConfig
+from lorica.train.tasks.base import NEW
 from lorica.train.tasks.texts import TextTask, logits_of
 
 _SCORES = ("score", "similarity", "rating", "stars", "value")
@@ -44,6 +48,18 @@ class Regression(TextTask):
     def head(self, data: DataConfig) -> dict[str, Any]:
         """One output."""
         return {"num_labels": 1, "problem_type": "regression"}
+
+    def begin(self, model: PreTrainedModel, features: Dataset) -> None:
+        """A new output starts at the mean of the numbers.
+
+        From 0 all that the output reads is first pushed one way, and where the pooler saturates on that way
+        (BERT's does) the model ends with one number for all rows.
+        """
+        mean, new = float(np.mean(features["labels"])), getattr(model, NEW, ())
+        for name, parameter in model.named_parameters():
+            if name in new and name.endswith("bias") and parameter.shape == (1,):
+                with torch.no_grad():
+                    parameter.fill_(mean)
 
     def metrics(self, outcome: EvalPrediction, features: Dataset) -> dict[str, float]:
         """Pearson's and Spearman's correlation, squared and absolute error."""
