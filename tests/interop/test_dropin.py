@@ -249,7 +249,8 @@ def loading(p: Any, folder: Path) -> dict[str, Any]:
 def training(p: Any, folder: Path) -> dict[str, Any]:
     del folder
     name = "bert-classifier"
-    model = build(p, name, **CLASSIFIER)
+    # In double precision: AdamW's first steps make much of how a machine rounds a gradient near zero.
+    model = build(p, name, **CLASSIFIER).double()
     optimizer = importlib.import_module(f"{p.__name__}.optimizers").create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=4.0, loraplus_weight_decay=0.1
     )

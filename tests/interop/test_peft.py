@@ -52,8 +52,15 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return Zoo().to(dtype).eval()
 
 
+EXPERTS = ("mixtral", "qwen3-moe", "gpt-oss", "llama4")
+"""Their grouped products are not there in double precision."""
+
+
 @torch.no_grad()
 def logits(model: nn.Module, name: str) -> Tensor:
+    """What a model computes; of one in float32 in double precision, whichever way a machine rounds."""
+    if next(model.parameters()).dtype == torch.float32 and name not in EXPERTS:
+        model.double()
     if name == "zoo":
         return model(tokens())
     result = model(**batch(name))
@@ -319,7 +326,7 @@ class TestTransformers:
         expected = by_lorica("bert-classifier", self.CONFIG, tmp_path)
         model = transformer("bert-classifier")
         model.load_adapter(str(tmp_path))
-        agree(outputs(model.eval()), expected)
+        agree(logits(model.eval(), "bert-classifier"), expected)
 
     def test_saved_by_save_pretrained_here(self, tmp_path: Path) -> None:
         ours = lorica.adapt(transformer("bert-classifier"), lorica.LoraConfig(**self.CONFIG))

@@ -47,9 +47,9 @@ def config(*targets: str, **more: Any) -> lorica.LoraConfig:
     return lorica.LoraConfig(**fields | more)
 
 
-def build(*targets: str, **more: Any) -> Any:
+def build(*targets: str, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
     torch.manual_seed(0)
-    model = lorica.adapt(Model(), config(*targets, **more), seed=0)
+    model = lorica.adapt(Model(dtype=dtype), config(*targets, **more), seed=0)
     shake(model)
     return model
 
@@ -173,11 +173,11 @@ def test_one_copy_is_trained_of_both(whole: tuple[str, ...], tmp_path: Path) -> 
 
 
 def test_a_copy_a_pickle_and_a_file_are_tied_too(tmp_path: Path) -> None:
-    model = build("embed", "body")
+    model = build("embed", "body", dtype=torch.float64)
     y = model(IDS)
     lorica.save(model, tmp_path)
     torch.manual_seed(0)
-    loaded = lorica.load(Model(), tmp_path, trainable=True)
+    loaded = lorica.load(Model(dtype=torch.float64), tmp_path, trainable=True)
     again: Any
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded):
         assert torch.equal(again(IDS), y)
