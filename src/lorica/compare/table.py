@@ -9,6 +9,8 @@ from lorica.compare.check import lower_is_better
 from lorica.train.console import size
 
 NONE = "–"
+NO_SHARE = ("nist", "cider")
+"""Metrics that may be below 1 and are no share of anything: their scale has no end."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Score:
             return NONE
         if self.centre is None:
             return "diverged"
-        share = not lower_is_better(self.metric) and all(abs(v) <= 1 for v in self.values if v is not None)
+        bounded = not lower_is_better(self.metric) and self.metric not in NO_SHARE
+        share = bounded and all(abs(v) <= 1 for v in self.values if v is not None)
         scale, digits = (100, 1) if share else (1, 3 if lower_is_better(self.metric) else 2)
         spread = "" if self.deviation is None else f" ± {scale * self.deviation:.{digits}f}"
         few = f" ({len(self.values)} of {len(self.values) + self.missing})" if self.missing else ""
