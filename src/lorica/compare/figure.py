@@ -38,7 +38,7 @@ def draw(table: Table) -> Any:
         _panel(axis, table, [score for score in table.scores if score.column == name], marks)
         axis.set_title(name, fontsize=9)
     figure.supxlabel("trainable parameters", fontsize=9)
-    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=5, fontsize=7)
+    figure.legend(marks.values(), marks.keys(), loc="outside upper center", ncols=5, fontsize=7)
     return figure
 
 
