@@ -53,8 +53,8 @@ def verdict(better: Score, worse: Score) -> str:
     difference = better.centre - worse.centre
     noise = math.sqrt(((better.deviation or 0) ** 2 + (worse.deviation or 0) ** 2) / 2)
     says = "not told apart" if abs(difference) <= noise else "yes" if difference > 0 else "no"
-    share = all(abs(score.centre or 0) <= 1 for score in (better, worse))
-    return f"{says} ({100 * difference if share else difference:+.1f})"
+    scale = 100 if better.is_share and worse.is_share else 1
+    return f"{says} ({scale * difference:+.1f})"
 
 
 def tally(rows: list[list[str]]) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from lorica.cli.parsing import Parser
+from lorica.plain import as_json
 
 
 def parser() -> Parser:
@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
     spec = Comparison.load(parsed.file, **{name: value for name, value in given.items() if value})
     console = make_console(stderr=parsed.json)
     if parsed.counts:
-        _print_counts(console, spec, as_json=parsed.json)
+        _print_counts(console, spec, in_json=parsed.json)
         return 0
 
     from lorica.compare.folder import write_table
@@ -69,15 +69,13 @@ def _bold(cell: str) -> str:
     return f"[bold]{cell[2:-2]}[/bold]" if cell.startswith("**") else cell
 
 
-def _print_counts(console: Any, spec: Any, *, as_json: bool) -> None:
-    from dataclasses import asdict
-
+def _print_counts(console: Any, spec: Any, *, in_json: bool) -> None:
     from lorica.compare.counts import counts
     from lorica.train.console import print_table, size
 
     found = counts(spec)
-    if as_json:
-        print(json.dumps([asdict(each) for each in found], indent=2))
+    if in_json:
+        print(as_json(found))
         return
     for model in dict.fromkeys(each.model for each in found):
         rows = [

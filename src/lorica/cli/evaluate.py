@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from lorica.cli.parsing import Parser
 from lorica.cli.writing import add_generation, generation_of
+from lorica.plain import as_json
 
 
 def parser() -> Parser:
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
     generation = generation_of(parsed, recipe_of(parsed.directory).generation)
     metrics = evaluate(parsed.directory, parsed.test, generation=generation, predictions=parsed.predictions)
     if parsed.json:
-        print(json.dumps(metrics, indent=2))
+        print(as_json(metrics))
         return 0
     rows = int(metrics.pop("rows"))
     print_table(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 from lorica.cli.parsing import Parser
+from lorica.plain import as_json
 
 
 def parser() -> Parser:
@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
     )
     found = forgetting(parsed.runs, other)
     if parsed.json:
-        print(json.dumps([{**dataclasses.asdict(f), "forgotten": f.forgotten} for f in found], indent=2))
+        print(as_json([{**dataclasses.asdict(f), "forgotten": f.forgotten} for f in found]))
     else:
         show(found)
     return 0

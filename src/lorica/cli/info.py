@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from lorica.cli.parsing import Parser
+from lorica.plain import as_json
 
 
 def parser() -> Parser:
@@ -55,7 +55,7 @@ def run(argv: list[str]) -> int:
     parsed: Any = parser().parse_args(argv)
     found = describe(parsed.directory)
     if parsed.json:
-        print(json.dumps(found, indent=2))
+        print(as_json(found))
         return 0
 
     from lorica.train.console import make_console, print_table, size

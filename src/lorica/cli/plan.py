@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from lorica.cli.parsing import Parser
+from lorica.plain import as_json
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -69,7 +69,7 @@ def run(argv: list[str]) -> int:
             plans.append(plan(model, config, method=method, batch=parsed.batch, **settings))
     if parsed.json:
         found = [{**p.to_dict(), "memory": p.memory} for p in plans]
-        print(json.dumps(found if parsed.method == "all" else found[0], indent=2))
+        print(as_json(found if parsed.method == "all" else found[0]))
     else:
         print("\n\n".join(f"{p.method}\n{p}" for p in plans))
     return 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lorica.cli.parsing import Parser
 from lorica.cli.writing import add_generation, generation_of
+from lorica.plain import as_json
 
 
 def parser() -> Parser:
@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
     parsed: Any = parser().parse_args(argv)
 
     from lorica.errors import FileError
-    from lorica.train.files import write_atomically
+    from lorica.train.files import write_lines
     from lorica.train.use import predict, recipe_of
 
     path = Path(parsed.input)
@@ -49,15 +49,10 @@ def run(argv: list[str]) -> int:
         print(
             f"{rows[0]['label']}  {rows[0]['probability']:.4f}"
             if "label" in rows[0]
-            else json.dumps(rows[0], ensure_ascii=False)
+            else as_json(rows[0], indent=None)
         )
-        return 0
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if parsed.output is None:
-        print(lines, end="")
+    elif parsed.output is None:
+        print("".join(as_json(row, indent=None) + "\n" for row in rows), end="")
     else:
-        try:
-            write_atomically(Path(parsed.output), lines)
-        except OSError as error:
-            raise FileError(f"cannot write {parsed.output}: {error.strerror or error}") from error
+        write_lines(parsed.output, rows)
     return 0

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from lorica.checkpoint.atomic import Writer, replace_files
 from lorica.compare.figure import drawn
-from lorica.compare.results import plain
 from lorica.compare.table import Table
-from lorica.train.record import as_json, versions
+from lorica.plain import as_json
+from lorica.train.record import versions
 
 
 def write_table(table: Table, output: str | Path) -> list[Path]:
@@ -21,11 +21,11 @@ def write_table(table: Table, output: str | Path) -> list[Path]:
     Raises:
         FileError: the folder cannot be written.
     """
-    content = {**asdict(table), "versions": versions()}
+    data = as_json({**asdict(table), "versions": versions()})
     writers: dict[str, Writer] = {
         **drawn(table),
         "table.md": lambda path: _text(path, table.markdown()),
-        "table.json": lambda path: _text(path, as_json(plain(content))),
+        "table.json": lambda path: _text(path, data + "\n"),
     }
     replace_files(Path(output), writers)
     return [Path(output) / name for name in writers]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 from lorica.errors import FileError
+from lorica.plain import as_json, plain
 
 Row = dict[str, Any]
 
@@ -49,21 +49,10 @@ class Results:
         """Write a run's line."""
         row = plain(row)
         # What follows a line without an end would become part of it.
-        text = ("\n" if self._cut else "") + json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        text = ("\n" if self._cut else "") + as_json(row, indent=None) + "\n"
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         self._cut = False
         self.rows[row["key"]] = row
-
-
-def plain(value: Any) -> Any:
-    """Values as JSON has them: a number that is none, or infinite, is null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

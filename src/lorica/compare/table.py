@@ -49,15 +49,19 @@ class Score:
         rows = "" if self.size is None else f", n = {self.size:,}"
         return f"{self.task}{rows} ({self.metric})"
 
+    @property
+    def is_share(self) -> bool:
+        """Whether it reads best as per cent: a metric that ends at 1, such as accuracy."""
+        bounded = not lower_is_better(self.metric) and self.metric not in NO_SHARE
+        return bounded and all(abs(value) <= 1 for value in self.values if value is not None)
+
     def __str__(self) -> str:
         """Centre and deviation; shares as per cent."""
         if not self.values:
             return NONE
         if self.centre is None:
             return "diverged"
-        bounded = not lower_is_better(self.metric) and self.metric not in NO_SHARE
-        share = bounded and all(abs(v) <= 1 for v in self.values if v is not None)
-        scale, digits = (100, 1) if share else (1, 3 if lower_is_better(self.metric) else 2)
+        scale, digits = (100, 1) if self.is_share else (1, 3 if lower_is_better(self.metric) else 2)
         spread = "" if self.deviation is None else f" ± {scale * self.deviation:.{digits}f}"
         few = f" ({len(self.values)} of {len(self.values) + self.missing})" if self.missing else ""
         return f"{scale * self.centre:.{digits}f}{spread}{few}"

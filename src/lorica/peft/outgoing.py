@@ -17,7 +17,7 @@ from lorica.peft.tuner import LoraModel
 
 
 class Outgoing(nn.Module):
-    """The half of `PeftModel` that writes."""
+    """The part of `PeftModel` that writes."""
 
     base_model: LoraModel
 

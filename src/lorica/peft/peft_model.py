@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -16,29 +16,17 @@ from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import ConfigError
 from lorica.model.attach import attach_finite
 from lorica.model.merged import behind_merge
-from lorica.model.values import overwrite
 from lorica.peft import loading, places
 from lorica.peft.base import let_gradients_in, match_base_dtype, recomputes
 from lorica.peft.config import PeftType, TaskType, as_peft_config
+from lorica.peft.incoming import Incoming
 from lorica.peft.outgoing import Outgoing
 from lorica.peft.recognition import apparent_class, tell_transformers
 from lorica.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from lorica.peft.tuner import LoraModel
 
 
-class LoadResult(NamedTuple):
-    """What did not fit, as torch's `load_state_dict` tells it.
-
-    Args:
-        missing_keys: of the model, without a value.
-        unexpected_keys: without a place.
-    """
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-class PeftModel(Outgoing):
+class PeftModel(Incoming, Outgoing):
     """A model with LoRA adapters, under PEFT's names.
 
     The model itself is adapted in place and stays what it was: ``get_base_model()`` is the model that was
@@ -241,94 +229,7 @@ class PeftModel(Outgoing):
             if before is None:
                 self.base_model.enable_adapter_layers()
 
-    # Coming and going
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: CoreConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        """Add a new adapter, neither acting nor training yet: `set_adapter` has it do both.
-
-        Args:
-            adapter_name: of the adapter.
-            peft_config: what to train.
-            low_cpu_mem_usage: accepted; nothing is ever initialised twice here.
-            autocast_adapter_dtype: as for the class.
-
-        Raises:
-            AdapterError: the name is taken or cannot be one.
-            TargetError: a pattern matches nothing, or something that cannot be adapted.
-        """
-        self.base_model.inject_adapter(as_peft_config(peft_config), adapter_name)
-        if not autocast_adapter_dtype:
-            match_base_dtype(self.get_base_model(), adapter_name)
-
-    def load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | torch.device | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
-        **kwargs: Any,
-    ) -> LoadResult:
-        """Add a saved adapter, not acting yet; one that is there already takes the saved values.
-
-        Args:
-            model_id: folder, or name on the Hub.
-            adapter_name: to give it.
-            is_trainable: whether it trains further. If not, the model goes into evaluation mode.
-            torch_device: accepted; the adapter goes where its base is.
-            autocast_adapter_dtype: as for the class.
-            ephemeral_gpu_offload: accepted, and needless.
-            low_cpu_mem_usage: accepted; nothing is ever initialised only to be overwritten.
-            key_mapping: regular expression → replacement, for keys of modules renamed since.
-            kwargs: ``subfolder``, ``revision``, ``token`` and whatever else downloads take.
-
-        Returns:
-            Two empty lists: what does not fit is an error.
-
-        Raises:
-            FileError: a file is missing or damaged.
-            ConfigError: the configuration asks for what lorica does not carry.
-            AdapterError: with the whole list of what does not fit; the model is untouched.
-        """
-        found, options = places.split_hub(kwargs)
-        places.check_options(options)
-        folder = locate(model_id, **found)
-        model, before = self.get_base_model(), self.base_model.roster.active
-        adapter = loading.read(folder, key_mapping=loading.conversions(model, key_mapping))
-        if options.get("ignore_mismatched_sizes"):
-            live = lorica.extract(model, adapter_name).extras if adapter_name in self.peft_config else None
-            adapter = loading.fitting(adapter, live or model.state_dict())
-        if adapter_name in self.peft_config:
-            overwrite(model, adapter, adapter_name)
-        else:
-            attach_finite(
-                model, loading.as_trainable(adapter, is_trainable), adapter_name, trainable=is_trainable
-            )
-            if self.base_model._resting is not None:
-                lorica.active(model, before)
-        if not autocast_adapter_dtype:
-            match_base_dtype(model, adapter_name)
-        if not is_trainable:
-            self.eval()
-        return LoadResult([], [])
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off; if it acted alone, the first that is left acts.
-
-        Raises:
-            AdapterError: no such adapter.
-            StateError: an adapter is merged.
-        """
-        self.base_model.delete_adapter(adapter_name)
+    # From a folder
 
     @classmethod
     def from_pretrained(

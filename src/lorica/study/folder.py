@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from lorica.checkpoint.atomic import Writer, replace_files
+from lorica.plain import as_json
 from lorica.study.figures import drawn
 from lorica.study.page import page
-from lorica.study.report import Report, finite
+from lorica.study.report import Report
 
 
 def write_report(report: Report, out: str | Path) -> Path:
@@ -25,7 +25,7 @@ def write_report(report: Report, out: str | Path) -> Path:
         FileError: the folder cannot be written.
         MissingExtra: matplotlib is not installed.
     """
-    data = json.dumps(finite(report.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
+    data = as_json(report.to_dict(), indent=1)
     writers: dict[str, Writer] = {**drawn(report)}
     writers["study.json"] = lambda path: _text(path, data + "\n")
     writers["index.html"] = lambda path: _text(path, page(report))

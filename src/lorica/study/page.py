@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lorica.study.report import Report, finite, spread
+from lorica.plain import as_json
+from lorica.study.report import Report, spread
 from lorica.study.subspaces import expected_phi, random_phi
 
 _PANELS = 6  # layers of each projection that have a heat-map
@@ -18,7 +19,7 @@ _PANELS = 6  # layers of each projection that have a heat-map
 def page(report: Report) -> str:
     """The page's text; everything is inside it."""
     template = resources.files("lorica.study").joinpath("page.html").read_text(encoding="utf-8")
-    data = json.dumps(finite(sections(report)), ensure_ascii=False, allow_nan=False).replace("<", r"\u003c")
+    data = as_json(sections(report), indent=None).replace("<", r"\u003c")
     return template.replace("{{title}}", html.escape(report.name)).replace("{{data}}", data)
 
 

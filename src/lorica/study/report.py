@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -109,15 +106,6 @@ def gather(
         drift={path: row[3] for path, row in rows.items()},
         notes=(*notes, *(compared.notes if compared else ())),
     )
-
-
-def finite(value: Any) -> Any:
-    """Plain values with None in the place of NaN and infinity, which JSON has no way to write."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def spread(paths: list[str], count: int) -> list[str]:

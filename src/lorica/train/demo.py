@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from lorica.config import LoraConfig
 from lorica.errors import LoricaError
 from lorica.model import adapt, merge, save, trainable_parameters
+from lorica.plain import as_json
 from lorica.train.apart import apart
 from lorica.train.console import make_console
 from lorica.train.files import bytes_of, writable_directory, write_atomically
@@ -29,7 +30,7 @@ from lorica.train.memory import peak_memory
 from lorica.train.preparing import Prepared, prepare
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
-from lorica.train.record import as_json, versions
+from lorica.train.record import versions
 from lorica.train.use import open_run
 
 TITLES = {"frozen": "frozen encoder + head", "lora": "LoRA", "full": "full fine-tuning"}
@@ -122,7 +123,7 @@ def run_demo(recipe: Recipe, console: Console | None = None) -> Demo:
     demo = Demo(rows, difference, scale, same, _commands(recipe, output))
     write_atomically(
         output / "results.json",
-        as_json({**dataclasses.asdict(demo), "recipe": prepared.recipe, "versions": versions()}),
+        as_json({**dataclasses.asdict(demo), "recipe": prepared.recipe, "versions": versions()}) + "\n",
     )
     return demo
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.errors import FileError
+from lorica.plain import as_json
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -35,7 +35,7 @@ def write_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         FileError: the file cannot be written.
     """
     try:
-        write_atomically(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_atomically(Path(path), "".join(as_json(row, indent=None) + "\n" for row in rows))
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 

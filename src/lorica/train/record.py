@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset, Image
 
 from lorica.errors import ConfigError, FileError
+from lorica.plain import as_json
 from lorica.train.files import write_atomically
 from lorica.train.recipe import Recipe
 
@@ -50,7 +51,7 @@ class Record:
         """Write ``run.json`` into a folder, whole or not at all, and return its path."""
         seeds = {"training": self.recipe.training.seed, "split": self.recipe.data.split_seed}
         values = dataclasses.asdict(self)
-        write_atomically(directory / RECORD, as_json({**values, "seeds": seeds}))
+        write_atomically(directory / RECORD, as_json({**values, "seeds": seeds}) + "\n")
         return directory / RECORD
 
     @classmethod
@@ -123,7 +124,7 @@ def fingerprint(rows: Dataset) -> dict[str, Any]:
         values: dict[str, Any] = dict(batch)
         for name in images:
             values[name] = [_content(image) for image in values[name]]
-        digest.update(json.dumps(values, sort_keys=True, default=_plain).encode())
+        digest.update(json.dumps(values, sort_keys=True, default=_hashable).encode())
     return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 
@@ -146,11 +147,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def as_json(value: Any) -> str:
-    """Results as JSON, recipes and paths included."""
-    return json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n"
-
-
 def _content(image: dict[str, Any] | None) -> Any:
     if image is None or image["bytes"] is not None:
         return image and image["bytes"]
@@ -164,13 +160,9 @@ def _count(data: Mapping[str, Mapping[str, Any]], split: str) -> str:
     return f"{data[split]['rows']:,}" if split in data else "none"
 
 
-def _plain(item: Any) -> Any:
-    if isinstance(item, Path):
-        return str(item)
+def _hashable(item: Any) -> Any:
     if isinstance(item, bytes):
         return hashlib.sha256(item).hexdigest()
     if isinstance(item, (datetime.date, datetime.time)):
         return item.isoformat()
-    if dataclasses.is_dataclass(item) and not isinstance(item, type):
-        return dataclasses.asdict(item)
     raise TypeError(f"{type(item).__name__} has no form in JSON")

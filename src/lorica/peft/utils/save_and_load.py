@@ -14,7 +14,8 @@ from lorica.checkpoint.peft import read_tensors
 from lorica.checkpoint.peft_tensors import to_tensors
 from lorica.errors import AdapterError, lines
 from lorica.peft import loading, places, saving
-from lorica.peft.peft_model import LoadResult, PeftModel
+from lorica.peft.incoming import LoadResult
+from lorica.peft.peft_model import PeftModel
 
 _PREFIX = "base_model.model."
 
