@@ -23,7 +23,9 @@ import torch
 from orderings import ordering, tally
 
 from lorica.compare import Comparison, Table, compare, gather, write_table
+from lorica.compare.check import check
 from lorica.compare.results import Results
+from lorica.compare.runs import cells
 
 DATA = Path(os.environ.get("LORICA_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 FILES = Path(__file__).resolve().parents[1] / "recipes" / "compare"
@@ -54,7 +56,7 @@ def main() -> None:
     if not chosen.publish:
         compare(only(spec, chosen.tasks or list(spec.tasks)))
         exchange(lines, Path(spec.output) / "results.jsonl")
-    whole = [task for task in spec.tasks if is_whole(gather(only(spec, [task])))]
+    whole = [task for task in spec.tasks if is_whole(only(spec, [task]))]
     if not whole:
         raise SystemExit("not written: no task has all its runs yet")
     publish(chosen.file, gather(only(spec, whole)), spec, whole)
@@ -80,9 +82,11 @@ def only(spec: Comparison, tasks: list[str]) -> Comparison:
     return dataclasses.replace(spec, tasks={task: spec.tasks[task] for task in tasks})
 
 
-def is_whole(table: Table) -> bool:
-    """Whether every method has a result of every seed."""
-    return all(score.values and not score.missing for score in table.scores)
+def is_whole(spec: Comparison) -> bool:
+    """Whether every method has a result of every learning rate, and of every seed at the best."""
+    done = Results(Path(spec.output) / "results.jsonl")
+    tried = all(run.key in done for cell in cells(spec, check(spec)) for run in cell.trials)
+    return tried and all(score.values and not score.missing for score in gather(spec).scores)
 
 
 def publish(file: str, table: Table, spec: Comparison, tasks: list[str]) -> None:

@@ -99,6 +99,21 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
         | {"intermediate_size_mlp": 24, "interleave_moe_layer_step": 1},
     ),
+    "bloom": ("BloomConfig", "BloomForCausalLM", {"hidden_size": 16, "n_layer": 2, "n_head": 2} | _TEXT),
+    "bart": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {
+            "d_model": 16,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_ffn_dim": 24,
+            "decoder_ffn_dim": 24,
+        }
+        | {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        | _TEXT
+        | _LENGTH,
+    ),
     "vit": ("ViTConfig", "ViTForImageClassification", _SMALL | {"image_size": 8, "patch_size": 4}),
     "opt": (
         "OPTConfig",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,8 +106,8 @@ def causal_attention(attention: torch.nn.Module, x: Tensor) -> Tensor:
 
 
 def test_where_they_stand() -> None:
-    def places(name: str, config: MethodConfig) -> set[str]:
-        trained = trained_names(lorica.adapt(transformer(name), config))
+    def places(name: str, config: MethodConfig, **settings: Any) -> set[str]:
+        trained = trained_names(lorica.adapt(transformer(name, **settings), config))
         assert all(".bottleneck.default." in n for n in trained)
         return {n.split(".bottleneck.")[0] for n in trained}
 
@@ -116,6 +117,15 @@ def test_where_they_stand() -> None:
     decoder = {f"decoder.block.{i}.layer.{j}.dropout" for i in (0, 1) for j in (0, 1, 2)}
     assert places("t5", H) == decoder | {
         f"encoder.block.{i}.layer.{j}.dropout" for i in (0, 1) for j in (0, 1)
+    }
+    assert places("bloom", H) == {
+        f"transformer.h.{i}.{part}" for i in (0, 1) for part in ("self_attention.dense", "mlp.dense_4h_to_h")
+    }
+    halves = [f"model.{half}.layers.{i}" for half in ("encoder", "decoder") for i in (0, 1)]
+    assert places("bart", P) == {f"{block}.final_layer_norm" for block in halves}
+    assert places("opt", P) == {f"model.decoder.layers.{i}" for i in (0, 1)}
+    assert places("opt", P, do_layer_norm_before=False) == {
+        f"model.decoder.layers.{i}.final_layer_norm" for i in (0, 1)
     }
     assert places("bert", D) == {"encoder.layer.1.output.LayerNorm"}
 
@@ -192,3 +202,12 @@ def test_what_cannot_be_used() -> None:
         with pytest.raises(ConfigError, match=field):
             lorica.AdapterDConfig(**{field: wrong})  # type: ignore[arg-type]
     assert {config.family for config in (H, L, P, D)} == {"additive"}
+
+
+def test_stages_of_several_widths_are_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    swin = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2
+    )
+    with pytest.raises(TargetError, match="2 stages of blocks, each with a width of its own"):
+        lorica.adapt(transformers.SwinModel(swin), L)

@@ -43,7 +43,7 @@ def test_what_trains() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bloom"])
 def test_a_causal_model_sees_the_virtual_tokens(name: str) -> None:
     """The same model, given the embeddings by hand, in the order prefix, prompt, infix, target."""
     model = adapted(transformer(name), EMBED)
@@ -200,7 +200,7 @@ def test_packed_rows_and_odd_masks_are_refused() -> None:
     layers = lorica.adapt(transformer("gpt2"), LAYER).train()
     layers.activation_checkpointing_enable()
     with pytest.raises(StateError, match="gradient checkpointing"):
-        layers(input_ids=tokens, use_cache=False)
+        layers(input_ids=tokens, labels=tokens, use_cache=False)
 
 
 def test_what_cannot_be_used() -> None:
@@ -214,3 +214,41 @@ def test_what_cannot_be_used() -> None:
         lorica.adapt(transformer("gpt2"), [EMBED, LAYER])
     families: set[str] = {config.family for config in METHODS.values() if isinstance(config, MethodConfig)}
     assert families == {"additive"}
+
+
+@pytest.mark.parametrize("trainer", ["lorica", "transformers"])
+def test_smoothed_labels_still_say_where_the_prompt_ends(trainer: str, tmp_path: Path) -> None:
+    """A trainer that smooths labels computes the loss itself, and keeps them from the model."""
+    transformers = pytest.importorskip("transformers")
+    from lorica.train import Trainer
+
+    tokens = batch("gpt2")["input_ids"]
+    labels = tokens.clone()
+    labels[:, :4] = -100
+    model = lorica.adapt(transformer("gpt2"), lorica.PreEmbedConfig(prefix=0, infix=2))
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True
+    )
+    made = (Trainer if trainer == "lorica" else transformers.Trainer)(model=model, args=args)
+    step = {"input_ids": tokens, "labels": labels}
+    if trainer == "transformers":
+        with pytest.raises(StateError, match="an infix stands where the prompt ends"):
+            made.compute_loss(model.train(), step)
+        return
+    made.compute_loss(model.train(), step).backward()
+    (infix,) = (p for p in model.parameters() if p.requires_grad)
+    assert infix.grad is not None
+    assert infix.grad.abs().max() > 0
+    model.eval()
+    with torch.no_grad():
+        assert model(input_ids=tokens).logits.shape == (3, 7, 40)  # nothing of that call is left
+
+
+def test_labels_that_are_no_next_tokens_say_nothing_of_the_prompt() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.GPT2ForTokenClassification(transformer("gpt2").config).eval()
+    adapted(model, EMBED)
+    tokens = batch("gpt2")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, model(tokens, labels=tokens % 2).logits)

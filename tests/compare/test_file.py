@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import yaml
 from compare.spec import METHODS, content, spec, write
+from train import tiny
 
 from lorica.compare.check import check
 from lorica.compare.file import Comparison, FewShot
 from lorica.config import method_of
 from lorica.errors import ConfigError, FileError
+from lorica.train import Recipe
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -33,6 +35,8 @@ def test_paths_start_in_the_folder_of_rows(tmp_path: Path) -> None:
 
     assert train("rows/train.jsonl") == str(tmp_path / "rows" / "train.jsonl")
     assert train("missing.csv") == str(tmp_path / "missing.csv")
+    assert train("missing.tsv#train") == str(tmp_path / "missing.tsv") + "#train"
+    assert train("rows#test") == str(tmp_path / "rows") + "#test"
     assert train("/elsewhere/rows.csv") == "/elsewhere/rows.csv"
     assert train("nyu-mll/glue") == "nyu-mll/glue"
 
@@ -58,6 +62,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"methods": {"m": {"few-shot": {"shot": 1}}}}, "'methods.m.few-shot.shot'; did you mean 'shots'"),
     ({"methods": {"m": {"few-shot": {"shots": -1}}}}, "shots must be a whole number of at least 0"),
     ({"methods": {"m": {"few-shot": {"prompt": "x"}}}}, "prompt must say where the text goes"),
+    ({"methods": {"m": {"baseline": None}}}, "must say what trains"),
+    ({"methods": {"m": {"few-shot": {"prompt": ["{text}"]}}}}, "prompt must say where the text goes"),
     ({"seeds": []}, "seeds must be a list of at least one"),
     ({"seeds": [0, 0]}, "seeds must be different"),
     ({"seeds": ["0"]}, "seeds must be whole numbers"),
@@ -152,3 +158,30 @@ def test_yaml_without_a_point_is_a_rate(tmp_path: Path) -> None:
     text = yaml.safe_dump({**given, "methods": {"m": {"method": {}, "learning_rates": ["1e-3"]}}})
     (tmp_path / "c.yaml").write_text(text.replace("'1e-3'", "1e-3"))
     assert Comparison.load(tmp_path / "c.yaml").methods["m"].learning_rates == (1e-3,)
+
+
+def test_what_trains_is_said_anew_by_a_method(tmp_path: Path) -> None:
+    shared = {**content(tmp_path)["recipe"], "baseline": {"method": "bitfit"}}
+    made = spec(tmp_path, recipe=shared, methods={"LoRA": {"method": {"r": 2}}})
+    assert made.laid("mood", "LoRA").configuration() == Recipe().method.replace(r=2)
+
+
+def test_what_decides_is_the_presets_metric_or_the_recipes(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"task": "sequence-classification", "data": {"train": "rows"}}
+    for more, metric in (
+        ({}, "accuracy"),
+        ({"training": {"metric_for_best": "f1"}}, "f1"),
+        ({"training": {"metric_for_best": "f1"}, "metric": "matthews"}, "matthews"),
+    ):
+        assert check(spec(tmp_path, tasks={"mood": {**given, **more}})) == {"mood": metric}
+    names = {"good": "acceptable", "bad": "unacceptable"}
+    rows = [{"sentence": row["text"], "label": names[str(row["label"])]} for row in tiny.sentences(20)]
+    for split in ("train", "validation", "test"):
+        tiny.write_rows(tmp_path / "cola" / f"{split}.jsonl", rows)
+    cola = {"data": {"preset": "glue/cola", "train": "cola"}}
+    assert check(spec(tmp_path, tasks={"cola": cola})) == {"cola": "matthews"}
+
+
+def test_sizes_take_the_place_of_train_rows(tmp_path: Path) -> None:
+    tasks = {"mood": {"task": "sequence-classification", "data": {"train": "rows", "train_rows": 20}}}
+    check(spec(tmp_path, tasks=tasks, sizes=[30]))

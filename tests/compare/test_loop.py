@@ -36,7 +36,14 @@ class Made:
         self.done.append(run)
         scores = {s: {"accuracy": v, "f1": 1 - v} for s, v in (("validation", value), ("test", value - 0.1))}
         cost = {"trainable": 10, "checkpoint_bytes": 80, "step_seconds": 0.5, "peak_memory": None}
-        return {"key": run.key, "scores": scores, "learning_rate": run.rate, "seed": run.seed, **cost}
+        return {
+            "key": run.key,
+            "task": run.task,
+            "scores": scores,
+            "learning_rate": run.rate,
+            "seed": run.seed,
+            **cost,
+        }
 
     def compare(self, comparison: Comparison) -> Table:
         self.done.clear()
@@ -138,6 +145,9 @@ def test_not_a_number_never_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         ("diverged", False),
         ("40.0 ± 0.0", False),
     ]
+    made.score = lambda run: math.nan
+    worse = {"BitFit": {**METHODS["BitFit"], "learning_rates": [4e-2, 5e-2]}, "LoRA": METHODS["LoRA"]}
+    assert str(made.compare(spec(tmp_path, methods=worse)).scores[0]) == "diverged"
     text = (tmp_path / "out" / "results.jsonl").read_text()
     assert "NaN" not in text
     assert '"accuracy": null' in text
@@ -178,9 +188,14 @@ def test_a_metric_that_is_none_stops_at_the_first_run(
 ) -> None:
     made = Made(monkeypatch, by_rate)
     tasks = {"mood": {"data": {"train": "rows"}, "metric": "acuracy"}}
-    with pytest.raises(ConfigError, match="no metric 'acuracy' of the validation rows; there are: accuracy"):
+    with pytest.raises(
+        ConfigError, match="no metric 'acuracy' of the validation rows of mood; there are: acc"
+    ):
         made.compare(spec(tmp_path, tasks=tasks))
     assert len(made.done) == 1
+    made.compare(spec(tmp_path))
+    with pytest.raises(ConfigError, match="no metric 'acuracy'"):
+        loop.gather(spec(tmp_path, tasks=tasks))  # nor once there are results
 
 
 def test_a_line_cut_off_by_a_kill_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -225,3 +240,11 @@ def test_median_and_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     head, rows = table.rows()
     assert head[3:6] == ["mood, n = 20 (accuracy)", "mood (accuracy)", "average"]
     assert rows[0][3:6] == ["60.0 ± 15.3", "65.0 ± 15.3", "62.5"]
+
+
+def test_a_line_may_hold_any_character(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = Made(monkeypatch, by_rate)
+    made.compare(spec(tmp_path))
+    results = Results(tmp_path / "out" / "results.jsonl")
+    results.add({"key": "odd", "scores": {}, "separator": "\u2028 and \x85"})
+    assert Results(results.path).rows == results.rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -12,12 +13,15 @@ from typing import Any
 
 import pytest
 from compare.spec import METHODS, spec, write
+from rich.console import Console
+from train import tiny
 
 from lorica.cli import main
 from lorica.compare.fingerprint import fingerprint
 from lorica.compare.results import Results
 from lorica.compare.runs import cells
-from lorica.compare.work import Failed, in_own_process
+from lorica.compare.work import Failed, in_own_process, in_this_process
+from lorica.train import train
 from lorica.train.preparing import read
 
 # Rank 2 on two blocks' six matrices and on the pooler's.
@@ -34,6 +38,24 @@ def test_a_process_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "rows" / "train.jsonl").unlink()
     with pytest.raises(Failed, match=r"must hold train.csv|no train split"):
         in_own_process(first, tmp_path / "out")
+
+
+def test_a_run_begins_with_another_adapter(tmp_path: Path) -> None:
+    """A run has no checkpoint at first, so it starts, and does not go on."""
+    data = tiny.write_data(tmp_path / "rows")
+    given = tiny.recipe(tiny.write_model(tmp_path / "model"), data, tmp_path / "before", learning_rate=2e-2)
+    before = train(given, console=Console(file=io.StringIO())).metrics["validation"]
+    lora = {"method": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}, "learning_rates": [1e-9]}
+    warm = {**lora, "init_from": str(tmp_path / "before"), "init_head": True}
+    both = spec(tmp_path, methods={"cold": lora, "warm": warm})
+    runs = [cell.trials[0] for cell in cells(both, {"mood": "accuracy"})]
+    cold, begun = (in_this_process(run, tmp_path / "out")["scores"]["validation"] for run in runs)
+    assert begun == pytest.approx(before, rel=1e-5)
+    assert cold["loss"] != pytest.approx(begun["loss"], rel=1e-5)
+    (tmp_path / "before" / "README.md").write_text("another adapter's")
+    changed = [cell.trials[0].key for cell in cells(both, {"mood": "accuracy"})]
+    assert changed[0] == runs[0].key
+    assert changed[1] != runs[1].key
 
 
 def test_few_rows_are_among_more_and_the_others_stay_whole(tmp_path: Path) -> None:

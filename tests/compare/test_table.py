@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorica.compare.table import Score
+from lorica.compare.table import Cost, Score, Table
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,18 @@ def test_a_score_below_one_is_a_share_only_where_one_is_its_end(metric: str, sho
         missing=0,
     )
     assert str(score) == shown
+
+
+@pytest.mark.parametrize(
+    ("metrics", "average"),
+    [(("accuracy", "pearson"), "30.0"), (("mse", "mse"), None), (("bleu", "nist"), None)],
+)
+def test_only_shares_are_averaged(metrics: tuple[str, str], average: str | None) -> None:
+    scores = [
+        Score(task, None, metric, "LoRA", 1e-3, [value], value, None, 0)
+        for task, metric, value in zip(("a", "b"), metrics, (0.2, 0.4), strict=True)
+    ]
+    cost = Cost("LoRA", "reparametrisation", None, 1, 4, 0.1, None)
+    head, (row,) = Table(scores, [cost], "mean", "test", []).rows()
+    assert ("average" in head) is (average is not None)
+    assert average is None or row[head.index("average")] == average

@@ -41,12 +41,15 @@ _SUBLAYERS = (
     ),  # T5's encoder; its decoder is recognised first, below
     Sublayers(("attn", "crossattention"), "mlp"),  # GPT-2
     Sublayers(("self_attn",), "mlp"),  # Llama, Mistral, Qwen, Gemma, Phi, CLIP
-    Sublayers(("self_attention",), "mlp"),  # BLOOM, Falcon
+    # BLOOM, which adds the residuals inside these two modules; Falcon
+    Sublayers(("self_attention.dense",), "mlp.dense_4h_to_h"),
     Sublayers(("self_attn", "encoder_attn"), "fc2"),  # OPT, BART, Whisper
     Sublayers(("attention",), "mlp"),  # ViT, GPT-NeoX
     Sublayers(("attention.attention",), "mlp"),
     Sublayers(("attn.attention",), "mlp"),  # GPT-Neo
 )
+# BART's kin call the LayerNorm of the MLP alike, whether it stands before the MLP or behind the sum.
+_POST_NORM = ("Bart", "BlenderbotSmall", "LED", "Marian", "Mvp", "PLBart", "TrOCR")
 _T5_DECODER = Sublayers(("layer.0.dropout", "layer.1.dropout"), "layer.2.dropout")
 
 
@@ -84,7 +87,8 @@ def sublayers(block: Place) -> Sublayers:
     for known in (_T5_DECODER, *_SUBLAYERS):
         if known.attention[0] in has and known.mlp in has:
             attention = tuple(path for path in known.attention if path in has)
-            return known._replace(attention=attention, norm=known.norm if known.norm in has else None)
+            norm = "final_layer_norm" if _ends_in_norm(block.module) else known.norm
+            return known._replace(attention=attention, norm=norm if norm in has else None)
     raise TargetError(
         f"lorica does not know where the attention and the MLP of {block.path}, a "
         f"{type(block.module).__name__}, end"
@@ -102,6 +106,11 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     while issubclass(cls, SwappedModule):
         cls = cls.base_class
     return cls
+
+
+def _ends_in_norm(module: nn.Module) -> bool:
+    before = getattr(module, "do_layer_norm_before", None)  # OPT says where its own is
+    return own_class(module).__name__.startswith(_POST_NORM) if before is None else not before
 
 
 def _are_blocks(modules: nn.ModuleList) -> bool:

@@ -289,9 +289,14 @@ def hidden_size(root: nn.Module) -> int:
     """Width of a transformer's blocks.
 
     Raises:
-        TargetError: its configuration does not say.
+        TargetError: its configuration does not say, or its stages have each their own (Swin).
     """
     config = getattr(root, "config", None)
+    if isinstance(depths := getattr(config, "depths", None), (list, tuple)) and len(depths) > 1:
+        raise TargetError(
+            f"{type(root).__name__} has {len(depths)} stages of blocks, each with a width of its own; this "
+            "method needs one width for all"
+        )
     for name in ("hidden_size", "d_model", "n_embd", "dim"):
         d = getattr(config, name, None)
         if isinstance(d, int):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn import Parameter
 from lorica.baselines.positions import Layout, check_room, first_position, is_causal, lay_out, put
 from lorica.errors import StateError
 from lorica.layers.added import AddedModule, like
+from lorica.model.structure import find_adapted
 from lorica.roster import Roster
 
 _NOTE = "lorica_inserted"
@@ -47,8 +50,26 @@ class NoteLabels:
         self.roster = roster
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note them."""
-        self.roster.labels = kwargs.get("labels")
+        """Note them; where the call brings none, those of `noted_labels` stand."""
+        if "labels" in kwargs:
+            self.roster.labels = kwargs["labels"]
+
+
+@contextmanager
+def noted_labels(model: nn.Module, labels: Tensor | None) -> Iterator[None]:
+    """Within it, a call that brings no labels has these say where its prompts end.
+
+    A trainer that computes the loss itself, for smoothed labels say, keeps the labels from the model.
+    """
+    found = find_adapted(model)
+    if found is None:
+        yield
+        return
+    found[1].labels = labels
+    try:
+        yield
+    finally:
+        found[1].labels = None
 
 
 class PrefixedModel(AddedModule):
@@ -129,6 +150,12 @@ class PrefixedModel(AddedModule):
             )
         mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if given is None else given.long()
         check_room(self, x.shape[1], part.lengths)
+        told = labels is not None or self.__dict__["noting"] is None  # else there is no head to read words by
+        if part.lengths[1] and not told and self.training and torch.is_grad_enabled():
+            raise StateError(
+                "an infix stands where the prompt ends, and in training the labels say where: this call has "
+                "none; pass labels, or call model.eval() if this is no training"
+            )
         positions = call.get("position_ids")
         if given is None and positions is not None and bool((positions.diff(dim=-1) <= 0).any()):
             raise StateError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,23 @@ def put(x: Tensor, columns: Tensor, values: Tensor) -> Tensor:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether its attention looks back only."""
-    return any(getattr(module, "is_causal", False) for module in model.modules())
+    """Whether its attention looks back only.
+
+    Most architectures' attention says so itself. Of the others (BLOOM, MPT, CodeGen, XGLM), those that
+    transformers has for the next word and not for a masked one do.
+    """
+    if any(getattr(module, "is_causal", False) for module in model.modules()):
+        return True
+    config: Any = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    if kind is None or getattr(config, "is_encoder_decoder", False):
+        return False
+    from transformers.models.auto import modeling_auto
+
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
+        kind not in masked or bool(getattr(config, "is_decoder", False))
+    )
 
 
 def first_position(model: nn.Module) -> int:
@@ -66,7 +81,8 @@ def first_position(model: nn.Module) -> int:
 def context(model: nn.Module) -> int | None:
     """Positions that the model has, where it has a limit."""
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return positions - first_position(model) if isinstance(positions, int) else None
+    # XLNet's -1 says that there is no limit.
+    return positions - first_position(model) if isinstance(positions, int) and positions > 0 else None
 
 
 def check_room(model: nn.Module, tokens: int, lengths: tuple[int, int]) -> None:

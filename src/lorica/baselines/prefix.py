@@ -67,7 +67,7 @@ class _PrefixConfig(MethodConfig):
 
     def _on(self, root: nn.Module, place: Place, part: Inserted) -> Part:
         """The part of the model that gets the positions."""
-        if self.infix and place.module is not root and is_causal(place.module):
+        if self.infix and _writes(root) and is_causal(place.module):
             part.__dict__["caller"] = (root,)  # whose calls' labels say where the prompt ends
         return Part(*place[:2], PrefixedModel, part)
 
@@ -145,6 +145,12 @@ class PreLayerConfig(_PrefixConfig):
                 start = torch.empty(sum(self.lengths), hidden_size(root)).normal_(0.0, 0.02, generator=random)
                 parts.append(Part(*block[:2], PrefixedBlock, Inserted(self.lengths, start, block.module)))
         return Plan(parts=parts)
+
+
+def _writes(root: nn.Module) -> bool:
+    """Whether the model is one of language, so that labels are next tokens, and -100 in the prompt."""
+    head = getattr(root, "get_output_embeddings", None)
+    return head is not None and head() is not None
 
 
 def _inner(root: nn.Module) -> Place:

@@ -70,6 +70,8 @@ def _bold(cell: str) -> str:
 
 
 def _print_counts(console: Any, spec: Any, *, in_json: bool) -> None:
+    from rich.markup import escape
+
     from lorica.compare.counts import counts
     from lorica.train.console import print_table, size
 
@@ -80,7 +82,7 @@ def _print_counts(console: Any, spec: Any, *, in_json: bool) -> None:
     for model in dict.fromkeys(each.model for each in found):
         rows = [
             [
-                each.method,
+                escape(each.method),
                 each.family,
                 f"{each.trainable:,}",
                 f"{100 * each.trainable / each.total:.3f} %",
@@ -90,4 +92,4 @@ def _print_counts(console: Any, spec: Any, *, in_json: bool) -> None:
             if each.model == model
         ]
         head = ["method", "class", "trainable, head left out", "of the model", "file in float32"]
-        print_table(console, model, head, rows)
+        print_table(console, escape(model), head, rows)

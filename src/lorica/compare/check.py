@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
+from lorica.baselines.positions import is_causal
 from lorica.compare.file import Comparison
 from lorica.config import AdapterConfig
 from lorica.errors import ConfigError, LoricaError, lines
@@ -14,6 +11,7 @@ from lorica.model.skeleton import skeleton
 from lorica.train import tasks
 from lorica.train.embedded import resolve_model
 from lorica.train.preparing import read
+from lorica.train.recipe import Recipe
 from lorica.train.tasks import SequenceClassification, Task
 
 LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae", "ter")
@@ -32,7 +30,7 @@ def check(spec: Comparison) -> dict[str, str]:
     metrics: dict[str, str] = {}
     for name, entry in spec.tasks.items():
         try:
-            metrics[name] = entry.metric or _task(spec, name).best_metric
+            metrics[name] = entry.metric or _metric(spec, name)
             _check_rows(spec, name)
         except LoricaError as error:
             problems.append(f"{name}: {error}")
@@ -66,25 +64,31 @@ def check_method(spec: Comparison, name: str, method: str) -> None:
         if not is_causal(skeleton(model, "CAUSAL_LM")):
             raise ConfigError(f"few-shot needs a decoder, and {recipe.model} is none")
         return
-    config = recipe.configuration()
-    adapt(skeleton(model, task.task_type), config if config.task_type else _typed(config, task))
+    adapt(skeleton(model, task.task_type), typed(recipe.configuration(), task))
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Whether a model's attention sees only what came before."""
-    return any(getattr(module, "is_causal", False) for module in model.modules())
+def typed(config: AdapterConfig, task: Task) -> AdapterConfig:
+    """A configuration that trains the task's new head too."""
+    return config if config.task_type else config.replace(task_type=task.task_type)
 
 
-def _typed(config: AdapterConfig, task: Task) -> Any:
-    return config.replace(task_type=task.task_type)
+def _metric(spec: Comparison, name: str) -> str:
+    return _first(spec, name).training.metric_for_best or _task(spec, name).best_metric
+
+
+def _first(spec: Comparison, name: str) -> Recipe:
+    return spec.laid(name, next(iter(spec.methods)))
 
 
 def _task(spec: Comparison, name: str) -> Task:
-    return tasks.get(spec.laid(name, next(iter(spec.methods))).task)
+    return tasks.get(_first(spec, name).task)
 
 
 def _check_rows(spec: Comparison, name: str) -> None:
-    _, _, used = read(spec.laid(name, next(iter(spec.methods))))
+    recipe = _first(spec, name)
+    if spec.sizes != (None,):  # each takes the place of train_rows
+        recipe = recipe.replace(data={"train_rows": None})
+    _, _, used = read(recipe)
     if spec.split not in used:
         raise ConfigError(
             f"there are no {spec.split} rows to score; name some with data.{spec.split}, or choose another "

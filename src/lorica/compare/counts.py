@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorica.compare.check import typed
 from lorica.compare.file import Comparison
-from lorica.config import family_of
-from lorica.model import count
+from lorica.config import AdapterConfig, family_of
+from lorica.model import adapt, trainable_parameters
 from lorica.model.skeleton import skeleton
+from lorica.model.structure import saved_modules
+from lorica.train import tasks
 from lorica.train.embedded import resolve_model
+from lorica.train.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,20 @@ def counts(spec: Comparison) -> list[Count]:
                 recipe.model,
                 method,
                 "prompting" if prompting else family_of(config),
-                0 if prompting else count(config.replace(task_type=None), model).trainable,
+                0 if prompting else _trainable(model, config, tasks.get(recipe.task)),
                 totals[model],
             )
     return list(found.values())
+
+
+def _trainable(model: str, config: AdapterConfig, task: Task) -> int:
+    """Of the model that the task trains, its new head left out."""
+    adapted = adapt(skeleton(model, task.task_type), typed(config, task))
+    kept = config.modules_to_save or ()
+    heads = [
+        module.modules_to_save
+        for path, module in saved_modules(adapted).items()
+        if path.rpartition(".")[2] not in kept
+    ]
+    new = sum(p.numel() for head in heads for p in head.parameters())
+    return trainable_parameters(adapted).trainable - new

@@ -24,6 +24,7 @@ from lorica.train.recipe import Recipe
 SUMMARIES = ("mean", "median")
 SPLITS = ("test", "validation")
 _RECIPE = tuple(item.name for item in dataclasses.fields(Recipe) if item.name != "output")
+_ROWS = (".gz", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _WHOLE = ("baseline", "labels", "report_to")  # replaced as a whole, not laid over what was there
 
 
@@ -55,7 +56,7 @@ class FewShot:
         """Check the values."""
         if isinstance(self.shots, bool) or not isinstance(self.shots, int) or self.shots < 0:
             raise ConfigError(f"shots must be a whole number of at least 0, not {self.shots!r}")
-        if self.prompt is not None and "{text}" not in str(self.prompt):
+        if self.prompt is not None and "{text}" not in (self.prompt if isinstance(self.prompt, str) else ""):
             raise ConfigError(f"prompt must say where the text goes, as {{text}}, not {self.prompt!r}")
         if self.words is not None and not (
             isinstance(self.words, list) and all(isinstance(word, str) and word for word in self.words)
@@ -178,10 +179,13 @@ class Comparison:
         parts = (self.recipe, self.tasks[task].recipe, self.methods[method].recipe)
         content: dict[str, Any] = {}
         for part in parts:
+            for name, other in (("method", "baseline"), ("baseline", "method")):
+                if name in part:  # what trains is said anew
+                    content.pop(other, None)
             content = _over(content, part)
         recipe = presets.apply(Recipe.from_dict(content, f"{method} on {task}"))
         paths = {
-            name: str(found)
+            name: found
             for name in ("train", "validation", "test")
             if (found := _under(self.data, getattr(recipe.data, name))) is not None
         }
@@ -251,13 +255,13 @@ def _method(given: Any, where: str, problems: list[str]) -> MethodEntry:
     if not _fields(given, where, (*_RECIPE, *own), problems):
         return MethodEntry(recipe={})
     recipe = {name: value for name, value in given.items() if name not in own}
-    if sum(name in given for name in ("method", "baseline", "few-shot")) != 1:
+    if sum(given.get(name) is not None for name in ("method", "baseline", "few-shot")) != 1:
         problems.append(
             f"{where} must say what trains, by one of baseline (such as {{method: bitfit}}), method (LoRA) "
             "or few-shot"
         )
     few_shot = None
-    if "few-shot" in given:
+    if given.get("few-shot") is not None:
         known = tuple(item.name for item in dataclasses.fields(FewShot))
         if _fields(given["few-shot"], f"{where}.few-shot", known, problems):
             try:
@@ -276,7 +280,8 @@ def _method(given: Any, where: str, problems: list[str]) -> MethodEntry:
             found.append(math.nan)
         if not (isinstance(rate, (int, float, str)) and 0 < found[-1] < math.inf):
             problems.append(f"{where}.learning_rates must be positive numbers, not {rate!r}")
-    if found and (few_shot or "learning_rate" in (given.get("training") or {})):
+    training = given.get("training")
+    if found and (few_shot or (isinstance(training, Mapping) and "learning_rate" in training)):
         problems.append(f"{where} has learning_rates and " + ("few-shot" if few_shot else "a learning_rate"))
     series = given.get("series")
     series = None if series is None else str(series)
@@ -305,9 +310,10 @@ def _over(under: Any, over: Any) -> Any:
     return result
 
 
-def _under(folder: str | None, source: str | None) -> Path | None:
+def _under(folder: str | None, source: str | None) -> str | None:
     """A source of rows in the folder of rows, where it is a path that starts there."""
     if folder is None or source is None or Path(source).is_absolute():
         return None
-    found = Path(folder).expanduser() / source
-    return found if found.exists() or found.suffix in (".gz", ".jsonl", ".json", ".csv", ".parquet") else None
+    place, mark, split = source.partition("#")
+    found = Path(folder).expanduser() / place
+    return f"{found}{mark}{split}" if found.exists() or found.suffix in _ROWS else None

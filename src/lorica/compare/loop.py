@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -15,12 +14,12 @@ from rich.console import Console
 from lorica.compare.check import check
 from lorica.compare.choice import choose
 from lorica.compare.file import Comparison
-from lorica.compare.results import Results, Row
+from lorica.compare.results import Results, Row, score_of
 from lorica.compare.runs import Cell, Run, cells
 from lorica.compare.summary import summarise
 from lorica.compare.table import Table
 from lorica.compare.work import Failed, in_own_process, in_this_process
-from lorica.errors import ConfigError, LoricaError, listing
+from lorica.errors import LoricaError
 from lorica.train.console import duration, make_console
 from lorica.train.files import writable_directory
 
@@ -77,7 +76,8 @@ def compare(spec: Comparison, *, console: Console | None = None, in_process: boo
         The table; `write_table` writes it.
 
     Raises:
-        ConfigError: something in it does not fit; nothing has run then.
+        ConfigError: something in it does not fit; nothing has run then. A metric that a task does not have is
+            found when its first run ends.
         FileError: the rows cannot be read, or the output folder cannot be written.
     """
     console = console or make_console()
@@ -139,11 +139,8 @@ def _obtain(
 
 
 def _shown(row: Row, split: str, metric: str) -> str:
-    scores = row["scores"][split]
-    if metric not in scores:
-        raise ConfigError(f"there is no metric {metric!r} of the {split} rows; there are: {listing(scores)}")
-    value = scores[metric]
-    return "not a number" if value is None or not math.isfinite(value) else f"{value:.4f}"
+    value = score_of(row, split, metric)
+    return "not a number" if value is None else f"{value:.4f}"
 
 
 @contextlib.contextmanager

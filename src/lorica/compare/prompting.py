@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import random
 import re
 import tempfile
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
+from rich.console import Console
 from torch import Tensor
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalPrediction
@@ -24,6 +26,7 @@ from lorica.train import tasks
 from lorica.train.columns import check_texts
 from lorica.train.embedded import resolve_model
 from lorica.train.fitting import score
+from lorica.train.generation.scoring import writer_of
 from lorica.train.preparing import read
 from lorica.train.quiet import quiet
 from lorica.train.recipe import DataConfig, Recipe
@@ -213,6 +216,8 @@ def _complete(
         filter(None, (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length))
     )
     encoded = task.encode(rows, data, tokenizer, limit, "the rows")
+    silent = Console(file=io.StringIO())
+    writer = writer_of(recipe, task, tokenizer, model, [encoded.features], silent)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,
@@ -228,6 +233,7 @@ def _complete(
             processing_class=tokenizer,
             data_collator=task.collator(tokenizer),
             score=task.metrics,
+            writer=writer,
         )
         trainer.remove_callback(transformers.PrinterCallback)
         return score(trainer, encoded.features)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
-from lorica.errors import FileError
+from lorica.errors import ConfigError, FileError, listing
 from lorica.plain import as_json, plain
 
 Row = dict[str, Any]
@@ -28,7 +29,7 @@ class Results:
             text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         except OSError as error:
             raise FileError(f"cannot read {path}: {error.strerror or error}") from error
-        for line in text.splitlines():
+        for line in text.split("\n"):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
@@ -56,3 +57,17 @@ class Results:
             os.fsync(file.fileno())
         self._cut = False
         self.rows[row["key"]] = row
+
+
+def score_of(row: Row, split: str, metric: str) -> float | None:
+    """A run's score; None where it is no number, because the run diverged.
+
+    Raises:
+        ConfigError: there is no such metric.
+    """
+    scores = row["scores"].get(split, {})
+    if metric not in scores:
+        where = f"the {split} rows of {row['task']}"
+        raise ConfigError(f"there is no metric {metric!r} of {where}; there are: {listing(scores)}")
+    value = scores[metric]
+    return value if value is not None and math.isfinite(value) else None

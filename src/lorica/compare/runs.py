@@ -48,6 +48,8 @@ class Run:
         for name in ("train", "validation", "test"):
             if isinstance(source := getattr(self.recipe.data, name), str):
                 data[name] = fingerprint(source)
+        if self.recipe.init_from is not None:
+            content["init_from"] = fingerprint(self.recipe.init_from)
         content["model"] = fingerprint(resolve_model(self.recipe.model))
         if self.few_shot is not None:
             for name in ("method", "baseline"):

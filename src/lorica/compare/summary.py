@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,11 +9,10 @@ from dataclasses import replace
 from lorica.compare.check import lower_is_better
 from lorica.compare.choice import choose
 from lorica.compare.file import Comparison
-from lorica.compare.results import Results, Row
+from lorica.compare.results import Results, Row, score_of
 from lorica.compare.runs import Cell, Run
 from lorica.compare.table import Cost, Score, Table
 from lorica.config import family_of
-from lorica.errors import ConfigError, listing
 
 
 def summarise(spec: Comparison, plan: Sequence[Cell], results: Results, failures: dict[str, str]) -> Table:
@@ -31,7 +29,9 @@ def summarise(spec: Comparison, plan: Sequence[Cell], results: Results, failures
         found = [row for run in runs if (row := results.get(run.key)) is not None]
         rows[cell.method] += found
         for metric in (cell.metric, *cell.also):
-            values = [_value(row, spec.split, metric) for row in found]
+            values = [score_of(row, spec.split, metric) for row in found]
+            if best is None and any(run.key in results for run in cell.trials):
+                values = [None]  # every rate diverged
             scores.append(_score(spec, cell, best, metric, values))
     scores = [_marked(score, scores) for score in scores]
     costs = [
@@ -65,14 +65,6 @@ def _marked(score: Score, scores: list[Score]) -> Score:
     rivals = [sign * s.centre for s in scores if s.column == score.column and s.centre is not None]
     best = score.centre is not None and len(rivals) > 1 and sign * score.centre == max(rivals)
     return replace(score, best=best)
-
-
-def _value(row: Row, split: str, metric: str) -> float | None:
-    scores = row["scores"].get(split, {})
-    if metric not in scores:
-        raise ConfigError(f"there is no metric {metric!r} of the {split} rows; there are: {listing(scores)}")
-    value = scores[metric]
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _family(spec: Comparison, method: str) -> str:

@@ -121,8 +121,7 @@ class Table:
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Headings, and a row of cells a method; the best of a column between asterisks."""
         head = ["method", "class", "trainable", *self.columns]
-        judged = {score.column: lower_is_better(score.metric) for score in self.deciding}
-        averaged = len(judged) > 1 and len(set(judged.values())) == 1
+        averaged = len({s.column for s in self.deciding}) > 1 and all(s.is_share for s in self.deciding)
         head += ["average"] * averaged
         head += ["checkpoint", "s/step", "peak memory"]
         lines = []
@@ -150,10 +149,9 @@ class Table:
         return head, lines
 
     def _average(self, method: str) -> float | None:
-        """Mean over what the tasks are judged by, shares as per cent; None if one is missing."""
+        """Mean over what the tasks are judged by, in per cent; None if one is missing."""
         scores = [score for score in self.deciding if score.method == method]
-        shares = all(abs(s.centre) <= 1 for s in self.deciding if s.centre is not None)
-        if not shares or any(score.centre is None for score in scores):
+        if any(score.centre is None for score in scores):
             return None
         return 100 * statistics.mean(s.centre for s in scores if s.centre is not None)
 

@@ -46,7 +46,9 @@ class EvaluationMixin(_Base):
         self._order: list[int] | None = None
         self._targets: list[Tensor] = []
         if score is not None:
-            options["compute_metrics"] = lambda outcome: score(self._beside_rows(outcome), self._rows)
+            options["compute_metrics"] = lambda outcome: _scored(
+                score, self._beside_rows(outcome), self._rows
+            )
         super().__init__(*args, **options)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **options: Any) -> dict[str, float]:
@@ -114,6 +116,24 @@ class EvaluationMixin(_Base):
             predictions=back_in_order(found.predictions, self._order),
             label_ids=back_in_order(found.label_ids, self._order),
         )
+
+
+def _scored(
+    score: Callable[[EvalPrediction, Dataset], dict[str, float]], outcome: EvalPrediction, rows: Dataset
+) -> dict[str, float]:
+    """The metrics; none is a number where the model has diverged, whatever class its NaNs would stand for."""
+    given = outcome.predictions
+    parts = given if isinstance(given, tuple) else (given,)
+    if not any(_diverged(part) for part in parts):
+        return score(outcome, rows)
+    numbers: Any = tuple(np.nan_to_num(p) if _diverged(p) else p for p in parts)
+    outcome.predictions = numbers if isinstance(given, tuple) else numbers[0]
+    return dict.fromkeys(score(outcome, rows), math.nan)
+
+
+def _diverged(part: Any) -> bool:
+    # Models write -inf for what is out of the question.
+    return isinstance(part, np.ndarray) and part.dtype.kind == "f" and not (part < np.inf).all()
 
 
 def back_in_order(read: Any, order: Sequence[int] | None) -> Any:

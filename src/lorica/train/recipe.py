@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 
 from lorica.config import AdapterConfig, LoraConfig, as_config, read_config
-from lorica.errors import ConfigError, FileError, nearest
+from lorica.errors import ConfigError, FileError, listing, nearest
 from lorica.train.files import write_atomically
 from lorica.train.generation.config import GenerationConfig
 
@@ -366,7 +366,8 @@ def check_fields(values: Mapping[str, Any], where: str) -> None:
     """Refuse a recipe's plain values of which one belongs to no field.
 
     Raises:
-        ConfigError: naming every unknown field, with the nearest known one; or a part that holds no fields.
+        ConfigError: naming every unknown field, with the nearest known one; a part that holds no fields; or
+            every field that is null and must not be.
     """
     default = Recipe()
     if unknown := list(_unknown(values, default)):
@@ -374,6 +375,10 @@ def check_fields(values: Mapping[str, Any], where: str) -> None:
     for name, value in values.items():
         if dataclasses.is_dataclass(getattr(default, name)) and not isinstance(value, Mapping):
             raise ConfigError(f"{where}: {name} must hold fields, not {value!r}")
+    if empty := list(_empty(values, default)):
+        raise ConfigError(
+            f"{where}: {listing(empty)} must have a value, not null; leave it out for the default"
+        )
 
 
 def _unknown(content: Mapping[str, Any], known: Any, prefix: str = "") -> Iterator[str]:
@@ -383,6 +388,15 @@ def _unknown(content: Mapping[str, Any], known: Any, prefix: str = "") -> Iterat
             yield f"{prefix + str(key)!r}{nearest(str(key), names)}"
         elif dataclasses.is_dataclass(part := getattr(known, key)) and isinstance(value, Mapping):
             yield from _unknown(value, part, f"{prefix}{key}.")
+
+
+def _empty(content: Mapping[str, Any], known: Any, prefix: str = "") -> Iterator[str]:
+    types = {item.name: str(item.type) for item in dataclasses.fields(known)}
+    for key, value in content.items():
+        if value is None and "None" not in types[key]:
+            yield f"{prefix}{key}"
+        elif isinstance(value, Mapping) and dataclasses.is_dataclass(part := getattr(known, key)):
+            yield from _empty(value, part, f"{prefix}{key}.")
 
 
 def _expect(config: Any, name: str, ok: bool, expected: str) -> None:

@@ -17,6 +17,7 @@ from lorica.errors import ConfigError, LoricaError, listing
 from lorica.model import extract, save, trainable_parameters
 from lorica.train.batch_size import fitting_batch
 from lorica.train.card import about
+from lorica.train.checkpoints import last_checkpoint
 from lorica.train.console import make_console
 from lorica.train.data import Rows
 from lorica.train.files import bytes_of, sha256_of, writable_directory
@@ -100,7 +101,7 @@ def train(
     """
     console = console or make_console()
     _check_folder(Path(recipe.output), resume=resume, overwrite=overwrite)
-    if recipe.init_from is not None and not resume:
+    if recipe.init_from is not None and not _goes_on(Path(recipe.output), resume):
         read(recipe.init_from)  # a missing one is found at once
     with contextlib.nullcontext() if repeats is None else repeats.threads():
         prepared = prepare(recipe, rows)
@@ -148,12 +149,12 @@ def train_prepared(
     if task.modules_to_save and method.modules_to_save is None:
         method = method.replace(modules_to_save=list(task.modules_to_save))
     model = start(prepared, method, output, resume=resume, console=console)
-    if recipe.init_from is not None and not resume:
+    if recipe.init_from is not None and not _goes_on(output, resume):
         warm_start(model, read(recipe.init_from), head=recipe.init_head)
     count = trainable_parameters(model)
     console.print(str(count))
     learned = prepared.splits["train"].features
-    if recipe.training.auto_batch_size and not resume:
+    if recipe.training.auto_batch_size and not (resume and (output / RECIPE).is_file()):
         training = fitting_batch(model, task, prepared.tokenizer, learned, recipe.training, console)
         recipe = dataclasses.replace(recipe, training=training)
     recipe.save(output / RECIPE)
@@ -234,6 +235,11 @@ def _check_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
             "--overwrite, "
             "or choose another --output"
         )
+
+
+def _goes_on(output: Path, resume: bool) -> bool:
+    """Whether there is a checkpoint to go on from; a run that was stopped before its first starts again."""
+    return resume and last_checkpoint(output / "checkpoints") is not None
 
 
 def _as_before(recipe: Recipe, output: Path) -> Recipe:

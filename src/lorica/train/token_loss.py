@@ -15,6 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificat
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LabelSmoother
 
+from lorica.baselines.inserted import noted_labels
 from lorica.train.deferred import deferred_logits
 
 if TYPE_CHECKING:
@@ -79,7 +80,10 @@ class TokenLossMixin(_Base):
         """The loss of a micro-batch: its share of the mean over the step's targets."""
         labels = inputs.get("labels")
         other = self.args.label_smoothing_factor or self.compute_loss_func
-        if not self._mean_of_batch or other or labels is None or num_items_in_batch is None:
+        if other:
+            with noted_labels(model, labels):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._mean_of_batch or labels is None or num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # Some of these models would divide by the number of targets, and some would not: none is told it.
         self.model_accepts_loss_kwargs = False
