@@ -55,6 +55,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"methods": {"m": {"method": {}, "learning_rates": []}}}, "methods.m.learning_rates must be a list"),
     ({"methods": {"m": {"method": {}, "learning_rates": [1e-3, -1]}}}, "must be positive numbers, not -1"),
     ({"methods": {"m": {"method": {}, "learning_rates": ["fast"]}}}, "must be positive numbers, not 'fast'"),
+    ({"methods": {"m": {"method": {}, "learning_rates": [True]}}}, "must be positive numbers, not True"),
+    ({"methods": {"m": {"method": {}, "learning_rates": [1e-3, 0.001]}}}, "learning_rates must be different"),
     (
         {"methods": {"m": {"method": {}, "learning_rates": [1], "training": {"learning_rate": 1}}}},
         "has learning_rates and a learning_rate",

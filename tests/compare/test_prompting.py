@@ -113,6 +113,8 @@ def test_examples_before_a_prompt_to_complete(decoder: Path, tmp_path: Path) -> 
     none, three = (prompt(given, FewShot(shots=k))["scores"]["test"] for k in (0, 3))
     assert set(none) == set(three) == {"loss", "perplexity"}
     assert none["loss"] != three["loss"]
+    writing = given.replace(generation={"metrics": ["bleu"], "max_new_tokens": 2})
+    assert set(prompt(writing, FewShot(shots=1))["scores"]["test"]) == {"loss", "perplexity", "bleu"}
 
 
 def test_what_cannot_be_prompted(decoder: Path, tmp_path: Path) -> None:

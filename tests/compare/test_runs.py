@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 from compare.spec import METHODS, spec, write
 from rich.console import Console
+from tiny import transformer
 from train import tiny
 
+import lorica
 from lorica.cli import main
+from lorica.compare.counts import counts
 from lorica.compare.fingerprint import fingerprint
 from lorica.compare.results import Results
 from lorica.compare.runs import cells
@@ -120,7 +123,25 @@ def test_killed_it_goes_on_and_ends_with_the_same_table(tmp_path: Path) -> None:
     assert written >= {"table.md", "table.json", "results.jsonl"}
 
 
+def test_counts_are_of_what_is_trained_less_the_head(tmp_path: Path) -> None:
+    """The bare RoBERTa has a pooler, which its classifier has not."""
+    model = transformer("roberta")
+    model.save_pretrained(tmp_path / "roberta")
+    methods = {"FT": {"baseline": {"method": "full"}}, "LoRA": METHODS["LoRA"]}
+    tasks = {"mood": {"task": "sequence-classification", "data": {"train": "rows"}}}
+    made = spec(tmp_path, recipe={"model": str(tmp_path / "roberta")}, tasks=tasks, methods=methods)
+    head = sum(p.numel() for p in model.classifier.parameters())
+    full, lora = counts(made)
+    assert full.trainable == sum(p.numel() for p in model.parameters()) - head
+    config = made.laid("mood", "LoRA").configuration().replace(task_type="SEQ_CLS")
+    lorica.adapt(model, config)
+    assert lora.trainable == lorica.trainable_parameters(model).trainable - head
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = write(tmp_path, methods={"LoRA [/b]": METHODS["LoRA"]}, seeds=[0])
+    assert main(["compare", str(odd), "--counts"]) == 0
+    assert "LoRA [/b]" in capsys.readouterr().out
     file = write(tmp_path, methods={"LoRA": METHODS["LoRA"]}, seeds=[0])
     assert main(["compare", str(file), "--counts"]) == 0
     shown = capsys.readouterr().out

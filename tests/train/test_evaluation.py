@@ -95,3 +95,18 @@ def test_whatever_was_read_comes_back_in_order() -> None:
     assert nested[1][1] is None
     np.testing.assert_array_equal(nested[2]["x"], back)
     assert back_in_order(array, None) is array
+
+
+def test_a_model_that_has_diverged_has_no_scores(tmp_path: Path, rows: Dataset) -> None:
+    """Whatever class its NaNs stand for, some of the rows are of it."""
+
+    def score(outcome: Any, features: Dataset) -> dict[str, float]:
+        assert np.isfinite(outcome.predictions).all()
+        return {"accuracy": float((outcome.predictions.argmax(-1) == outcome.label_ids).mean())}
+
+    trainer = make_trainer(tmp_path, score=score)
+    assert 0 < trainer.evaluate(rows)["eval_accuracy"] < 1
+    model: Any = trainer.model
+    with torch.no_grad():
+        model.classifier.weight.fill_(torch.nan)
+    assert np.isnan(trainer.evaluate(rows)["eval_accuracy"])

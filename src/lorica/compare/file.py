@@ -278,8 +278,11 @@ def _method(given: Any, where: str, problems: list[str]) -> MethodEntry:
             found.append(float(rate))  # YAML's 1e-3, without a point, is a text
         except (TypeError, ValueError):
             found.append(math.nan)
-        if not (isinstance(rate, (int, float, str)) and 0 < found[-1] < math.inf):
+        named = isinstance(rate, (int, float, str)) and not isinstance(rate, bool)
+        if not (named and 0 < found[-1] < math.inf):
             problems.append(f"{where}.learning_rates must be positive numbers, not {rate!r}")
+    if len(set(found)) < len(found):
+        problems.append(f"{where}.learning_rates must be different, not {rates!r}")
     training = given.get("training")
     if found and (few_shot or (isinstance(training, Mapping) and "learning_rate" in training)):
         problems.append(f"{where} has learning_rates and " + ("few-shot" if few_shot else "a learning_rate"))

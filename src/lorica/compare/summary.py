@@ -29,7 +29,7 @@ def summarise(spec: Comparison, plan: Sequence[Cell], results: Results, failures
         found = [row for run in runs if (row := results.get(run.key)) is not None]
         rows[cell.method] += found
         for metric in (cell.metric, *cell.also):
-            values = [score_of(row, spec.split, metric) for row in found]
+            values: list[float | None] = [score_of(row, spec.split, metric) for row in found]
             if best is None and any(run.key in results for run in cell.trials):
                 values = [None]  # every rate diverged
             scores.append(_score(spec, cell, best, metric, values))
