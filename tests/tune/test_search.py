@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from train import tiny
 
 from lorica.cli import main
 from lorica.errors import ConfigError, LoricaError
 from lorica.train import Recipe, evaluate
+from lorica.train.arguments import LOWER_IS_BETTER, training_arguments
 from lorica.tune import (
     Evaluation,
     Goal,
     Halving,
+    Population,
     RampConfig,
     Record,
     SearchConfig,
@@ -28,6 +31,7 @@ from lorica.tune import (
 )
 from lorica.tune.crew import Crew
 from lorica.tune.figures import write_figures
+from lorica.tune.referee import mode_of
 from lorica.tune.searching import best_of
 from lorica.tune.targets import query_and_value
 
@@ -136,6 +140,58 @@ def test_values_that_do_not_go_together_fail_alone(make_recipe: Make, tmp_path: 
     found = search(recipe, space, tmp_path / "s", config, console=silent())
     assert [record.status for record in found.records] == ["finished", "failed"] * 2
     assert "nothing" in (found.records[1].error or "")
+
+
+@pytest.mark.parametrize("metric", sorted(LOWER_IS_BETTER))
+def test_less_of_an_error_is_better(make_recipe: Make, metric: str) -> None:
+    goal = Goal.of(make_recipe(metric_for_best=f"eval_{metric}"))
+    assert goal == Goal(metric, "min")
+    records = [
+        Record(name, {}, "finished", [Evaluation(1, 1, 1.0, {metric: value}, 1.0)])
+        for name, value in (("bad", 9.0), ("good", 0.1))
+    ]
+    assert best_of(records, goal) is records[1]
+    assert mode_of("accuracy") == "max"
+
+
+def test_a_preset_decides_as_in_training(make_recipe: Make, tmp_path: Path) -> None:
+    rows = [
+        {"sentence1": "lovely film " + "fine " * (i % 4), "sentence2": "awful plot", "label": float(i % 5)}
+        for i in range(24)
+    ]
+    path = str(tiny.write_rows(tmp_path / "rows.jsonl", rows))
+    data = {"preset": "glue/stsb", "train": path, "validation": path}
+    recipe = make_recipe(epochs=1).replace(data=data)
+    config = SearchConfig(trials=1, scheduler="none")
+    found = search(recipe, {"method.r": {"choice": [1]}}, tmp_path / "s", config, console=silent())
+    assert found.goal == Goal("pearson", "max")
+    assert found.folder is not None
+    assert Recipe.load(found.folder / "recipe.yaml").task == "regression"
+    rising = ramp(recipe, tmp_path / "ramp", RampConfig(limit=1), console=silent())
+    assert (rising.goal, rising.r) == (found.goal, 1)
+    ours = Population({"a": recipe, "b": recipe.replace(method={"r": 1})}, tmp_path / "p", console=silent())
+    for record in ours.run():
+        assert record.status == "finished", record.error
+        saved = Recipe.load(ours.folder(record.name) / "recipe.yaml")
+        assert (saved.task, saved.training.metric_for_best) == ("regression", "pearson")
+        assert "pearson" in record.metrics["validation"]
+
+
+def test_the_mode_reaches_the_trainer(make_recipe: Make, tmp_path: Path) -> None:
+    """A metric of the user's own, of which the name does not say which way it goes."""
+    for mode, greater in (("min", False), ("max", True)):
+        made = Goal("wer", mode).into(make_recipe())
+        assert training_arguments(made.training, tmp_path, "f1", validated=True).greater_is_better is greater
+        assert Goal.of(made) == Goal("wer", mode)
+    assert made.training.arguments == {}, "what the name says already is not written down"
+    config = SearchConfig(trials=1, slots=1, metric="loss", mode="max", scheduler="none")
+    recipe, space = make_recipe(epochs=3), {"method.r": {"choice": [2]}}
+    found = search(recipe, space, tmp_path / "s", config, console=silent())
+    assert found.best is not None
+    assert found.best.best("loss", "min") < found.best.best("loss", "max")
+    assert found.best.metrics["validation"]["loss"] == pytest.approx(found.best.best("loss", "max"))
+    again = search(recipe, space, tmp_path / "s", config, resume=True, console=silent())
+    assert again.goal == found.goal
 
 
 def test_not_a_number_never_wins() -> None:

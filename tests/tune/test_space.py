@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorica.errors import ConfigError, FileError
-from lorica.train import Recipe
+from lorica.train import DataConfig, Recipe, presets
 from lorica.tune import Space
 from lorica.tune.expression import Expression
 from lorica.tune.space import documents
@@ -106,6 +106,13 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 def test_what_no_recipe_can_be_is_refused(make_recipe: Make, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Space(fields).check(make_recipe())
+
+
+def test_a_default_that_a_preset_replaces_is_refused() -> None:
+    recipe = presets.apply(Recipe(data=DataConfig(preset="glue/cola")))
+    fields = {"data.text": {"choice": ["sentence", None]}, "method.r": {"choice": [1]}}
+    with pytest.raises(ConfigError, match=r"data\.text = None: left at its default, it becomes 'sentence'"):
+        Space(fields).check(recipe)
 
 
 def test_values_reach_the_recipe_and_ties_follow(make_recipe: Make) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from lorica.errors import ConfigError, LoricaError
+from lorica.train import presets
 from lorica.train.console import make_console
 from lorica.train.files import writable_directory
 from lorica.train.recipe import Recipe
@@ -68,7 +69,9 @@ class Population:
             raise ConfigError(f"slots must be at least 1, not {slots}")
         if isinstance(recipes, Sequence):
             recipes = {f"{i:03d}": recipe for i, recipe in enumerate(recipes)}
-        self._source = iter(recipes.items()) if isinstance(recipes, Mapping) else recipes
+        if isinstance(recipes, Mapping):  # an iterator's are applied as they come
+            recipes = iter([(name, presets.apply(recipe)) for name, recipe in recipes.items()])
+        self._source = ((name, presets.apply(recipe)) for name, recipe in recipes)
         self.directory = Path(directory)
         self.slots = slots
         self.journal = Journal(self.directory / JOURNAL)

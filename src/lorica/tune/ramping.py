@@ -16,6 +16,7 @@ from lorica.checkpoint.atomic import Writer, replace_files
 from lorica.config import LoraConfig
 from lorica.errors import ConfigError, require
 from lorica.study.figures import save_figure, sheet
+from lorica.train import presets
 from lorica.train.recipe import Recipe
 from lorica.tune.journal import Record
 from lorica.tune.population import Population
@@ -128,6 +129,7 @@ def ramp(
     config = config or RampConfig()
     if recipe.baseline is not None or not isinstance(recipe.method, LoraConfig):
         raise ConfigError("a ramp is over LoRA's rank, and the recipe trains a baseline")
+    recipe = presets.apply(recipe)
     goal = Goal.of(recipe)
     method = recipe.method
     records: dict[int, Record] = {}

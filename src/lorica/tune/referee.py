@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lorica.train import tasks
+from lorica.train.arguments import LOWER_IS_BETTER
 from lorica.train.recipe import Recipe
 from lorica.tune.halving import RunAll, Scheduler
 from lorica.tune.journal import Evaluation, Journal, Record, Status, score_of
+
+GREATER = "greater_is_better"
+"""Transformers' argument that says what its name does not: which way a metric goes."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,17 @@ class Goal:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Goal:
-        """A recipe's own: its `metric_for_best`, or its task's."""
+        """A recipe's own: its `metric_for_best`, or its task's; and what it says of ``greater_is_better``."""
         metric = (recipe.training.metric_for_best or tasks.get(recipe.task).best_metric).removeprefix("eval_")
-        return cls(metric, mode_of(metric))
+        greater = recipe.training.arguments.get(GREATER)
+        return cls(metric, mode_of(metric) if greater is None else "max" if greater else "min")
+
+    def into(self, recipe: Recipe) -> Recipe:
+        """A recipe whose best checkpoint is the best by this goal."""
+        arguments = {name: value for name, value in recipe.training.arguments.items() if name != GREATER}
+        if self.mode != mode_of(self.metric):
+            arguments[GREATER] = self.mode == "max"
+        return recipe.replace(training={"metric_for_best": self.metric, "arguments": arguments})
 
     def score(self, metrics: Mapping[str, float]) -> float:
         """The metric, such that higher is better."""
@@ -37,7 +49,7 @@ class Goal:
 
 def mode_of(metric: str) -> str:
     """Whether more of a metric is better ("max") or less ("min")."""
-    return "min" if metric in ("loss", "perplexity", "ter") else "max"
+    return "min" if metric in LOWER_IS_BETTER else "max"
 
 
 class Referee:

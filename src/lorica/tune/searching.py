@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from lorica.errors import ConfigError, LoricaError, listing
-from lorica.train import tasks
+from lorica.train import presets, tasks
 from lorica.train.console import make_console
 from lorica.train.files import writable_directory, write_atomically
 from lorica.train.recipe import Recipe
@@ -84,9 +84,10 @@ def search(
         LoricaError: the folder holds another search.
     """
     config, console = config or SearchConfig(), console or make_console()
+    recipe = presets.apply(recipe)
     space = space if isinstance(space, Space) else Space(space) if space else _documents(recipe)
     goal = _goal(recipe, config)
-    recipe = recipe.replace(training={"metric_for_best": goal.metric})
+    recipe = goal.into(recipe)
     space.check(recipe)
     _check_validated(recipe, config)
     sampler = make_sampler(config.algorithm, space, config.seed, 2 if config.small else 1)
@@ -187,7 +188,7 @@ class _Trials(Iterator[tuple[str, Recipe]]):
             self._index += 1
             self.values[name] = dict(values)
             try:
-                return name, self._space.recipe(self._recipe, values)
+                return name, presets.apply(self._space.recipe(self._recipe, values))
             except (LoricaError, TypeError, ValueError) as error:  # values that do not go together
                 if known is None or known.status not in ENDED:
                     self.journal.begin(name, values)
@@ -223,10 +224,8 @@ def _documents(recipe: Recipe) -> Space:
 
 def _goal(recipe: Recipe, config: SearchConfig) -> Goal:
     own = Goal.of(recipe)
-    if config.metric is None:
-        return Goal(own.metric, config.mode or own.mode)
-    metric = config.metric.removeprefix("eval_")
-    return Goal(metric, config.mode or mode_of(metric))
+    metric = own.metric if config.metric is None else config.metric.removeprefix("eval_")
+    return Goal(metric, config.mode or (own.mode if metric == own.metric else mode_of(metric)))
 
 
 def _check_validated(recipe: Recipe, config: SearchConfig) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from lorica.errors import ConfigError, FileError, LoricaError, lines, nearest
+from lorica.train import presets
 from lorica.train.recipe import Recipe
 from lorica.tune.expression import Expression, field_named
 
@@ -174,7 +175,7 @@ class Space:
             for value in dimension.samples():
                 try:
                     _check_type(name, dimension, value)
-                    self.recipe(base, {**first, name: value})
+                    _check_kept(name, value, self.recipe(base, {**first, name: value}))
                 except (LoricaError, TypeError, ValueError) as error:
                     problems.append(f"{name} = {value!r}: {error}")
         if problems:
@@ -264,6 +265,13 @@ def _check_type(name: str, dimension: Dimension, value: Any) -> None:
         wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
         hint = "; YAML reads 1e-5 as text: write 1.0e-5" if isinstance(value, str) else ""
         raise ConfigError(f"expected {wanted}{hint}")
+
+
+def _check_kept(name: str, value: Any, made: Recipe) -> None:
+    """Refuse a field's default where the recipe's preset fills in another value."""
+    filled = fields_of(presets.apply(made))[name]
+    if filled != value:
+        raise ConfigError(f"left at its default, it becomes {filled!r} by the preset {made.data.preset!r}")
 
 
 def _as_typed(name: str, value: Any) -> Any:
