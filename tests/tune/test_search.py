@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -247,6 +250,29 @@ def test_rungs_reach_as_far_as_thelongest_trial(make_recipe: Make) -> None:
     assert next(notes(recipe, grid, config)) == "the grid has 4 combinations; the first 3 are tried (trials)"
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"reduction_factor": 1.0}, "reduction_factor must be more than 1, not 1"),
+        ({"grace_period": 5, "max_t": 4}, "grace_period must be from 1 to max_t"),
+        ({"grace_period": 0, "scheduler": "median"}, "grace_period must be at least 1, not 0"),
+        ({"max_t": 0}, "max_t must be None or at least 1, not 0"),
+        ({"engine": "ray"}, "ray"),
+    ],
+)
+def test_a_rule_that_cannot_be_leaves_the_folder_free(
+    make_recipe: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    values: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray.tune", None)
+    with pytest.raises(LoricaError, match=message):
+        search(make_recipe(), SPACE, tmp_path / "s", SearchConfig(**values), console=silent())
+    assert not (tmp_path / "s").exists()
+
+
 def test_no_validation_rows_are_refused(make_recipe: Make, tiny_data: Path, tmp_path: Path) -> None:
     rows = {"train": str(tiny_data / "train.jsonl"), "validation_fraction": 0.0}
     with pytest.raises(ConfigError, match="needs validation rows"):
@@ -295,7 +321,7 @@ def test_the_ramp_ends_where_a_doubling_no_longer_pays(
         goal = self._referee.goal_of(recipe)
         metrics = {"accuracy": scores[recipe.method.r], "parameters": 10.0 * recipe.method.r}
         self._referee.evaluated(name, goal, metrics, 1, 1.0, 0.0)
-        raise RuntimeError("no need to train")
+        return SimpleNamespace(metrics={"validation": metrics})
 
     monkeypatch.setattr(Crew, "_train", pretended)
     found = ramp(make_recipe(), tmp_path / "ramp", RampConfig(gain=0.01), console=silent())
@@ -309,6 +335,59 @@ def test_the_ramp_ends_where_a_doubling_no_longer_pays(
     real = ramp(make_recipe(epochs=1, max_steps=1), tmp_path / "b", RampConfig(limit=2), console=silent())
     assert [step.r for step in real.steps] == [1, 2]
     assert real.r in (1, 2)
+
+
+def test_a_rank_that_fails_is_passed_over_said_and_tried_again(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, broken = {1: 0.9, 2: 0.5, 4: 0.7, 8: 0.7}, {1}
+    trained: list[int] = []
+
+    def pretended(self: Any, name: str, recipe: Recipe, *args: Any, **options: Any) -> Any:
+        trained.append(recipe.method.r)
+        metrics = {"accuracy": scores[recipe.method.r], "parameters": 10.0}
+        self._referee.evaluated(name, self._referee.goal_of(recipe), metrics, 1, 1.0, 0.0)
+        if recipe.method.r in broken:
+            raise RuntimeError("out of memory")
+        return SimpleNamespace(metrics={})
+
+    monkeypatch.setattr(Crew, "_train", pretended)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    output = io.StringIO()
+    found = ramp(make_recipe(), tmp_path / "r", console=Console(file=output, width=200))
+    assert "no figure: matplotlib is not installed" in output.getvalue()
+    assert trained == [1, 2, 4, 8]
+    assert "r=1 failed: RuntimeError: out of memory; run again to try it again" in str(found)
+    assert "take r=4: r=8 adds less than 0.005" in str(found)
+    broken.clear()
+    found = ramp(make_recipe(), tmp_path / "r", console=silent())
+    assert trained == [1, 2, 4, 8, 1]
+    assert "take r=1: r=2 adds less than 0.005" in str(found)
+    broken |= {2, 4, 8, 16}
+    found = ramp(make_recipe(), tmp_path / "last", console=silent())
+    assert trained[5:] == [1, 2, 4], "two failures in a row end it"
+    assert "take r=1: the largest that could be trained" in str(found)
+    broken.add(1)
+    assert "no rank could be trained" in str(ramp(make_recipe(), tmp_path / "none", console=silent()))
+
+
+def test_a_ramp_takes_its_own_trials_alone(make_recipe: Make, tmp_path: Path) -> None:
+    recipe, config = make_recipe(epochs=1, max_steps=1), RampConfig(limit=1)
+    ramp(recipe, tmp_path / "r", config, console=silent())
+    other = recipe.replace(training={"learning_rate": 1e-9})
+    with pytest.raises(ConfigError, match=r"ramp in .* was started otherwise: recipe\.training was"):
+        ramp(other, tmp_path / "r", config, console=silent())
+    with pytest.raises(ConfigError, match=r"ramp\.start was 1, now 2"):
+        ramp(recipe, tmp_path / "r", RampConfig(start=2), console=silent())
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "search.json").write_text("{}")
+    with pytest.raises(LoricaError, match=r"holds trials, but no ramp\.json"):
+        ramp(recipe, tmp_path / "s", config, console=silent())
+    with pytest.raises(LoricaError, match=r"holds trials, but no search\.json"):
+        search(recipe, SPACE, tmp_path / "r", console=silent())
 
 
 def test_the_command(make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

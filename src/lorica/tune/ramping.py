@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import itertools
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +17,16 @@ from rich.console import Console
 
 from lorica.checkpoint.atomic import Writer, replace_files
 from lorica.config import LoraConfig
-from lorica.errors import ConfigError, require
+from lorica.errors import ConfigError, LoricaError, listing
 from lorica.study.figures import save_figure, sheet
 from lorica.train import presets
+from lorica.train.console import make_console
+from lorica.train.files import writable_directory, write_atomically
 from lorica.train.recipe import Recipe
 from lorica.tune.journal import Record
-from lorica.tune.population import Population
+from lorica.tune.population import JOURNAL, TRIALS, Population
 from lorica.tune.referee import Goal
+from lorica.tune.settings import RAMP, SEARCH, changes
 
 FIGURE = "ramp"
 
@@ -62,11 +68,13 @@ class Step:
         r: the rank.
         score: best score on the validation rows; NaN if training failed.
         parameters: how many were trained.
+        error: why it failed.
     """
 
     r: int
     score: float
     parameters: int
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,16 +100,18 @@ class Ramp:
         for step in self.steps:
             gained = _gained(self.goal, before, step.score)
             shown = "" if math.isnan(gained) else f"{gained:+.4f}"
-            rows.append(f"{step.r:>4}  {step.parameters:>12,}  {step.score:>10.4f}  {shown:>8}")
-            before = step.score
+            score = f"{step.score:.4f}" if step.error is None else "failed"
+            rows.append(f"{step.r:>4}  {step.parameters:>12,}  {score:>10}  {shown:>8}")
+            before = before if math.isnan(step.score) else step.score
+        rows += [f"r={s.r} failed: {s.error}; run again to try it again" for s in self.steps if s.error]
         if self.r is None:
             return "\n".join([*rows, "no rank could be trained"])
-        last = self.steps[-1].r
-        why = (
-            f"the largest tried; the gain was still above {self.gain:g}"
-            if last == self.r
-            else f"r={self.r * 2} adds less than {self.gain:g}"
-        )
+        ranks = [step.r for step in _scored(self.steps)]
+        if self.r < ranks[-1]:
+            why = f"r={ranks[ranks.index(self.r) + 1]} adds less than {self.gain:g}"
+        else:
+            why = "the largest that could be trained" if self.steps[-1].error else "the largest tried"
+            why += f"; the gain was still above {self.gain:g}" if len(ranks) > 1 else ""
         return "\n".join([*rows, f"take r={self.r}: {why}"])
 
 
@@ -115,7 +125,7 @@ def ramp(
     """Train a recipe at rising ranks, over one base, until another doubling no longer pays.
 
     ``lora_alpha`` keeps its ratio to r, so that only the rank changes. Ranks that the folder holds already
-    are not trained again.
+    are not trained again, unless they failed.
 
     Args:
         recipe: what to train; its `method` is LoRA.
@@ -124,9 +134,10 @@ def ramp(
         console: where to show progress. None makes one.
 
     Raises:
-        ConfigError: the recipe trains another method.
+        ConfigError: the recipe trains another method, or the folder holds a ramp of another recipe.
+        LoricaError: the folder holds something else.
     """
-    config = config or RampConfig()
+    config, console = config or RampConfig(), console or make_console()
     if recipe.baseline is not None or not isinstance(recipe.method, LoraConfig):
         raise ConfigError("a ramp is over LoRA's rank, and the recipe trains a baseline")
     recipe = presets.apply(recipe)
@@ -136,15 +147,20 @@ def ramp(
 
     def rising() -> Iterator[tuple[str, Recipe]]:
         r = config.start
-        while r <= config.limit and not _levelled(_steps(records, goal), goal, config.gain):
-            alpha = method.lora_alpha * r / method.r
-            alpha = int(alpha) if alpha.is_integer() else alpha
-            yield f"r{r:03d}", recipe.replace(method={"r": r, "lora_alpha": alpha})
+        while r <= config.limit:
+            if r not in records:
+                if r not in failed and _levelled(_steps(records, goal), goal, config.gain):
+                    return
+                alpha = method.lora_alpha * r / method.r
+                alpha = int(alpha) if alpha.is_integer() else alpha
+                yield f"r{r:03d}", recipe.replace(method={"r": r, "lora_alpha": alpha})
             r *= 2
 
     def told(record: Record) -> None:
         records[record.values["method.r"]] = record
 
+    directory = Path(directory)
+    _keep_settings(directory, recipe, config)
     population = Population(
         rising(),
         directory,
@@ -153,32 +169,57 @@ def ramp(
         told=told,
         console=console,
     )
+    failed = set()
     for record in population.journal.records.values():
-        if record.status in ("finished", "failed"):
+        if record.status == "finished":
             told(record)
+        elif record.status == "failed":
+            failed.add(record.values["method.r"])
+            record.status = "waiting"
     population.run(resume=True)
     steps = _steps(records, goal)
-    chosen = next((a.r for a, b in _pairs(steps) if not _pays(goal, config.gain, a, b)), None)
-    if chosen is None:
-        chosen = next((step.r for step in reversed(steps) if not math.isnan(step.score)), None)
+    scored = _scored(steps)
+    chosen = next((a.r for a, b in itertools.pairwise(scored) if not _pays(goal, config.gain, a, b)), None)
+    if chosen is None and scored:
+        chosen = scored[-1].r
     found = Ramp(goal, config.gain, tuple(steps), chosen)
-    _draw(found, Path(directory))
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("no figure: matplotlib is not installed; it comes with: pip install 'lorica[study]'")
+    else:
+        _draw(found, directory)
     return found
+
+
+def _keep_settings(directory: Path, recipe: Recipe, config: RampConfig) -> None:
+    """Write down what a ramp is started with; refuse a folder whose trials are of something else."""
+    there = directory / RAMP
+    content = {"recipe": dataclasses.asdict(recipe), "ramp": dataclasses.asdict(config)}
+    text = json.dumps(content, indent=2, default=str) + "\n"
+    if there.is_file():
+        if changed := changes(there, text, free=("ramp.limit", "ramp.gain")):
+            raise ConfigError(
+                f"the ramp in {directory} was started otherwise: {listing(changed)}. Choose another folder"
+            )
+    elif any((directory / name).exists() for name in (SEARCH, JOURNAL, TRIALS)):
+        raise LoricaError(f"{directory} holds trials, but no {RAMP}; choose another folder")
+    writable_directory(directory)
+    write_atomically(there, text)
 
 
 def _steps(records: dict[int, Record], goal: Goal) -> list[Step]:
     return [
         Step(
             r,
-            record.best(goal.metric, goal.mode),
+            math.nan if record.status == "failed" else record.best(goal.metric, goal.mode),
             int(record.evaluations[-1].metrics["parameters"]) if record.evaluations else 0,
+            record.error,
         )
         for r, record in sorted(records.items())
     ]
 
 
-def _pairs(steps: list[Step]) -> Iterator[tuple[Step, Step]]:
-    yield from itertools.pairwise(steps)
+def _scored(steps: Sequence[Step]) -> list[Step]:
+    return [step for step in steps if not math.isnan(step.score)]
 
 
 def _gained(goal: Goal, before: float, now: float) -> float:
@@ -190,12 +231,13 @@ def _pays(goal: Goal, gain: float, before: Step, now: Step) -> bool:
 
 
 def _levelled(steps: list[Step], goal: Goal, gain: float) -> bool:
-    return any(not _pays(goal, gain, before, now) for before, now in _pairs(steps))
+    """Whether more rank is not worth trying: the last doubling did not pay, or two in a row failed."""
+    if len(steps) > 1 and not _scored(steps[-2:]):
+        return True
+    return any(not _pays(goal, gain, before, now) for before, now in itertools.pairwise(_scored(steps)))
 
 
 def _draw(found: Ramp, directory: Path) -> None:
-    require("matplotlib", extra="study")
-
     def draw() -> Any:
         figure, (axes,) = sheet(1, "Rank against quality")
         axes.plot([step.r for step in found.steps], [step.score for step in found.steps], "o-")

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorica.errors import ConfigError, LoricaError, listing
+from lorica.errors import ConfigError, LoricaError, listing, require
 from lorica.train import presets, tasks
 from lorica.train.console import make_console
 from lorica.train.files import writable_directory, write_atomically
@@ -95,19 +95,22 @@ def search(
     engine = config.engine
     if engine == "auto":
         engine = "population" if reason is None and config.address is None else "ray"
+    if engine == "ray":
+        require("ray.tune", extra="tune")
+    longer = longest(recipe, space)
+    rule = config.rule(longer)
     directory = Path(directory)
     check_same(directory, recipe, space, config, resume=resume)
     writable_directory(directory)
     write_atomically(directory / SEARCH, settings(recipe, space, config))
     console.print(_announced(engine, config, reason), soft_wrap=True)
-    longer = longest(recipe, space)
     for note in notes(longer, sampler, config):
         console.print(note, soft_wrap=True)
 
     trials = _Trials(recipe, space, sampler, config, goal)
     ends = math.inf if config.time_budget is None else time.monotonic() + config.time_budget
     options: dict[str, Any] = {
-        "scheduler": config.rule(longer),
+        "scheduler": rule,
         "goal": goal,
         "values": lambda name, recipe: trials.values[name],
         "console": console,

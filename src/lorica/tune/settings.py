@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lorica.tune.samplers import ALGORITHMS
 from lorica.tune.space import Space
 
 SEARCH = "search.json"
+RAMP = "ramp.json"
 ENGINES = ("auto", "population", "ray")
 
 
@@ -79,9 +81,11 @@ class SearchConfig:
             if value not in known:
                 hint = nearest(str(value), [each for each in known if each])
                 raise ConfigError(f"{name} must be one of {known}, not {value!r}{hint}")
-        for name, least in (("trials", 1), ("slots", 1), ("retries", 0)):
+        for name, least in (("trials", 1), ("slots", 1), ("retries", 0), ("grace_period", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.max_t is not None and self.max_t < 1:
+            raise ConfigError(f"max_t must be None or at least 1, not {self.max_t}")
         if self.time_budget is not None and not self.time_budget > 0:
             raise ConfigError(f"time_budget must be more than 0 seconds, not {self.time_budget}")
         if self.small and self.algorithm != "tpe":
@@ -109,8 +113,25 @@ def settings(recipe: Recipe, space: Space, config: SearchConfig) -> str:
     return json.dumps(content, indent=2, default=str) + "\n"
 
 
-_FREE = ("trials", "time_budget", "slots", "resources", "address", "retries", "engine")
+FREE = ("trials", "time_budget", "slots", "resources", "address", "retries", "engine")
 """What may differ when a search is resumed: how much of it, and where."""
+
+
+def changes(there: Path, now: str, free: Collection[str]) -> list[str]:
+    """In what new settings differ from those that a file holds.
+
+    Args:
+        there: the file.
+        now: the new ones, as JSON.
+        free: what may differ, as ``part.name``.
+    """
+    before, after = json.loads(there.read_text(encoding="utf-8")), json.loads(now)
+    return [
+        f"{part}.{key} was {before[part].get(key)!r}, now {after[part].get(key)!r}"
+        for part in after
+        for key in {**before[part], **after[part]}
+        if before[part].get(key) != after[part].get(key) and f"{part}.{key}" not in free
+    ]
 
 
 def check_same(directory: Path, recipe: Recipe, space: Space, config: SearchConfig, *, resume: bool) -> None:
@@ -122,20 +143,14 @@ def check_same(directory: Path, recipe: Recipe, space: Space, config: SearchConf
     """
     there = directory / SEARCH
     if not there.is_file():
-        if (directory / JOURNAL).exists() or (directory / TRIALS).exists():
+        if any((directory / name).exists() for name in (RAMP, JOURNAL, TRIALS)):
             raise LoricaError(f"{directory} holds trials, but no {SEARCH}; choose another folder")
         return
     if not resume:
         raise LoricaError(
             f"{directory} holds a search already. Continue it with --resume, or choose another folder"
         )
-    before, now = json.loads(there.read_text(encoding="utf-8")), json.loads(settings(recipe, space, config))
-    changed = [
-        f"{part}.{key} was {before[part].get(key)!r}, now {now[part].get(key)!r}"
-        for part in now
-        for key in {**before[part], **now[part]}
-        if before[part].get(key) != now[part].get(key) and not (part == "search" and key in _FREE)
-    ]
+    changed = changes(there, settings(recipe, space, config), [f"search.{name}" for name in FREE])
     if changed:
         raise ConfigError(
             f"the search in {directory} was started otherwise: {listing(changed)}. Resume it as it was with: "
