@@ -396,13 +396,25 @@ def test_the_command(make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFi
     space.write_text("method.r: {choice: [1, 2]}\n")
     out = str(tmp_path / "out")
     options = ["--space", str(space), "--algorithm", "grid", "--scheduler", "none", "--out", out]
-    assert main(["tune", str(recipe), *options]) == 0
+    assert main(["tune", str(recipe), *options, "--trials", "1"]) == 0
     said = capsys.readouterr().out
-    assert "2 trials by accuracy" in said
+    assert "1 trials by accuracy" in said
     assert "its own adapter and recipe are in" in said
     assert main(["tune", "--resume", out]) == 0
-    assert main(["tune", str(recipe), "--resume", out]) == 1
-    assert "leave them out" in capsys.readouterr().err
+    assert "1 trials by accuracy" in capsys.readouterr().out
+    # What says how much there is to search may be other than before; nothing else is taken, or passed over.
+    assert main(["tune", "--resume", out, "--trials", "2"]) == 0
+    assert "2 trials by accuracy" in capsys.readouterr().out
+    assert reopen(out)[2] == SearchConfig(trials=2, algorithm="grid", scheduler="none")
+    for options, named in (
+        ([str(recipe), "--resume", out], "recipe"),
+        (["--resume", out, "--metric", "loss", "--out", "x"], "--metric, --out"),
+        ([str(recipe), "--ramp", "--metric", "loss", "--space", "x"], "--metric, --space"),
+        (["--ramp", "--resume", out], "--resume"),
+        ([str(recipe), "--rank.gain", "0.1"], "--rank"),
+    ):
+        assert main(["tune", *options]) == 1
+        assert f"leave out {named}\n" in capsys.readouterr().err
     space.write_text("method.rr: {choice: [1, 2]}\n")
     assert main(["tune", str(recipe), "--space", str(space), "--out", str(tmp_path / "x")]) == 1
     assert "did you mean 'method.r'" in capsys.readouterr().err

@@ -10,17 +10,19 @@ from typing import Any
 
 from lorica.cli import INTERRUPTED
 from lorica.cli.parsing import Parser
-from lorica.errors import ConfigError
+from lorica.errors import ConfigError, listing
 
 
 def parser() -> Parser:
     """The command's options."""
     from lorica.tune import RampConfig, SearchConfig
+    from lorica.tune.settings import FREE
 
     result = Parser(
         "tune",
         usage="lorica tune [RECIPE.yaml] [--space SPACE.yaml] [--trials N] [--algorithm random|tpe|grid] ... "
-        "[--out DIR]\n       lorica tune --resume DIR\n       lorica tune [RECIPE.yaml] --ramp [--out DIR]",
+        "[--out DIR]\n       lorica tune --resume DIR [--trials N] [--slots N] ...\n"
+        "       lorica tune [RECIPE.yaml] --ramp [--rank.limit R] [--rank.gain GAIN] [--out DIR]",
         description="Search for the best values of a recipe's fields. Trials that differ only in what can be "
         "joint are trained together over one base; others run in processes of Ray Tune.",
     )
@@ -36,8 +38,13 @@ def parser() -> Parser:
         type=str | None,
         help="YAML file of the fields to search (default: what LoRA's tutorials search)",
     )
-    add("--out", type=str, default="runs/tune", help="folder to write (default: runs/tune)")
-    add("--resume", type=str | None, help="go on with the search that this folder holds")
+    add("--out", type=str | None, help="folder to write (default: runs/tune, or runs/ramp with --ramp)")
+    add(
+        "--resume",
+        type=str | None,
+        help="go on with the search that this folder holds; how much of it, and where, may be other than "
+        f"before: {', '.join(f'--{name}' for name in FREE)}",
+    )
     add("--ramp", action="store_true", help="look for the rank that is enough: double it while that helps")
     result.add_class_arguments(SearchConfig)
     result.add_class_arguments(RampConfig, nested_key="rank")
@@ -49,27 +56,27 @@ def run(argv: list[str]) -> int:
     from lorica.train.console import make_console
     from lorica.train.recipe import Recipe
     from lorica.tune import SearchConfig, Space, ramp, reopen, search
+    from lorica.tune.settings import FREE
 
     command = parser()
     parsed: Any = command.parse_args(argv)
+    values = command.instantiate(parsed)
+    flat = vars(command.parse_args(argv, defaults=False).as_flat())
+    given = {name.partition(".")[0] for name, value in flat.items() if value is not None}
+    _check_together(given, parsed)
     console = make_console()
-    if parsed.resume is not None and (parsed.recipe is not None or parsed.space is not None):
-        raise ConfigError("--resume takes the recipe and the space from the folder; leave them out")
-    if parsed.ramp:
-        values = command.instantiate(parsed)
-        recipe = Recipe.load(parsed.recipe) if parsed.recipe is not None else Recipe()
-        advised = ramp(recipe, parsed.out, values.rank, console=console)
-        console.print(str(advised), soft_wrap=True)
-        return 0
+    config = SearchConfig(**{item.name: values[item.name] for item in dataclasses.fields(SearchConfig)})
     if parsed.resume is not None:
-        recipe, space, config = reopen(parsed.resume)
+        recipe, space, before = reopen(parsed.resume)
+        config = dataclasses.replace(before, **{name: values[name] for name in FREE if name in given})
         out = parsed.resume
     else:
         recipe = Recipe.load(parsed.recipe) if parsed.recipe is not None else Recipe()
         space = Space.load(parsed.space) if parsed.space is not None else None
-        values = command.instantiate(parsed)
-        config = SearchConfig(**{item.name: values[item.name] for item in dataclasses.fields(SearchConfig)})
-        out = parsed.out
+        out = parsed.out or ("runs/ramp" if parsed.ramp else "runs/tune")
+    if parsed.ramp:
+        console.print(str(ramp(recipe, out, values.rank, console=console)), soft_wrap=True)
+        return 0
     try:
         result = search(recipe, space, out, config, resume=parsed.resume is not None, console=console)
     except KeyboardInterrupt:
@@ -84,3 +91,20 @@ def run(argv: list[str]) -> int:
         f"next: lorica evaluate {folder}   lorica train {shlex.quote(str(Path(folder) / 'recipe.yaml'))}"
     )
     return 0
+
+
+def _check_together(given: set[str], parsed: Any) -> None:
+    """Refuse options that would have no effect beside others."""
+    from lorica.tune.settings import FREE
+
+    if parsed.ramp:
+        useless = given - {"recipe", "ramp", "rank", "out"}
+        why = "--ramp takes no options but --rank.* and --out; what decides is the recipe's metric_for_best"
+    elif parsed.resume is not None:
+        useless = given - {"resume", *FREE}
+        why = "--resume takes the recipe, the space and the other options from the folder"
+    else:
+        useless, why = given & {"rank"}, "--rank.* are options of --ramp"
+    if useless:
+        named = listing(name if name == "recipe" else f"--{name}" for name in sorted(useless))
+        raise ConfigError(f"{why}; leave out {named}")
