@@ -146,6 +146,71 @@ def test_language_models(model_type: str) -> None:
     assert study.plan(small, classifier, batch=2, length=16).trainable > 0
 
 
+def test_conv1d_is_packed_too() -> None:
+    """GPT-2's layers, which transformers stores transposed: bitsandbytes packs them all the same."""
+    small = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 100}
+    plain, packed = (study.plan(small, gpt3(2, ["c_attn"]), method=m, length=16) for m in ("lora", "qlora"))
+    assert plain.weights - packed.weights == pytest.approx(2 * 12 * 64 * 64 * (4 - 4.127 / 8), rel=0.01)
+
+
+def test_a_head_that_the_folder_names(tmp_path: Any) -> None:
+    """As if its task had been said: with labels, so that the loss counts."""
+    t5 = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    t5 |= {"vocab_size": 40}
+    gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40}
+    cases = (
+        (t5, "T5ForConditionalGeneration", "SEQ_2_SEQ_LM", ["q"]),
+        (gpt2, "GPT2LMHeadModel", "CAUSAL_LM", ["c_attn"]),
+    )
+    for fields, name, task, targets in cases:
+        (tmp_path / "config.json").write_text(json.dumps(fields | {"architectures": [name]}))
+        config = lorica.LoraConfig(r=2, target_modules=targets, task_type=task)
+        said = study.plan(fields, config, batch=2, length=8)
+        found = study.plan(str(tmp_path), config.replace(task_type=None), batch=2, length=8)
+        assert (found.activations, found.flops) == (said.activations, said.flops)
+    bare = study.plan(t5, lorica.LoraConfig(r=2, target_modules=["q"]), batch=2, length=8)
+    assert bare.flops > 0
+    one = study.plan(BERT | {"num_labels": 1}, HEAD, batch=2, length=8)
+    assert one.flops > 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "places"),
+    [
+        (BERT | {"max_position_embeddings": 20}, 20),
+        (BERT | {"model_type": "roberta", "max_position_embeddings": 22, "pad_token_id": 1}, 20),
+        ({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 20}, 20),
+        (
+            {
+                "model_type": "distilbert",
+                "dim": 16,
+                "n_layers": 1,
+                "n_heads": 2,
+                "max_position_embeddings": 20,
+            },
+            20,
+        ),
+        (BERT | {"model_type": "llama", "max_position_embeddings": 20}, None),
+    ],
+)
+def test_no_more_tokens_than_places(fields: dict[str, Any], places: int | None) -> None:
+    config = lorica.LoraConfig(r=2, task_type="SEQ_CLS")
+    if places is None:  # turned by angles, of which there are always more
+        assert study.plan(fields, config, batch=1, length=64).flops > 0
+        return
+    assert study.plan(fields, config, batch=1, length=places).flops > 0
+    with pytest.raises(
+        ConfigError, match=f"length must be at most {places}, the positions that .* has, not 21"
+    ):
+        study.plan(fields, config, batch=1, length=21)
+
+
+def test_a_model_that_wants_other_inputs_is_refused() -> None:
+    clip = {"model_type": "clip", "projection_dim": 8}
+    with pytest.raises(ConfigError, match="CLIPModel cannot be planned: a step on its input_ids alone fails"):
+        study.plan(clip, lorica.LoraConfig(r=2, target_modules=["q_proj"]), batch=1, length=8)
+
+
 def test_images() -> None:
     small = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     small |= {"intermediate_size": 32, "image_size": 16, "patch_size": 8}

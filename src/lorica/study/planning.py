@@ -32,6 +32,16 @@ GPT3 = {
 OPTIMIZERS = {"adamw": 2, "sgd": 0, "momentum": 1}
 """Copies of what trains that an optimizer keeps."""
 
+# The end of a model's class name → what it learns, where nobody says it.
+_HEADS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForMaskedLM": "TOKEN_CLS",  # a label a token here too
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
 _NF4 = (
     4 + 8 / 64 + 32 / (64 * 256)
 )  # bits a weight: blocks of 64 with an 8-bit scale, and theirs in blocks of 256
@@ -196,12 +206,18 @@ class Planner:
         self.method, self.dtype, self.checkpointing = method, dtype, checkpointing
         self.optimizer = optimizer
         config = config or LoraConfig(task_type="CAUSAL_LM" if model == "gpt3" else None)
-        self.task = config.task_type
-        self.model = skeleton(GPT3 if model == "gpt3" else model, self.task, dtype=dtype).train()
+        self.model = skeleton(GPT3 if model == "gpt3" else model, config.task_type, dtype=dtype).train()
+        self.name = type(self.model).__name__
+        head = next((task for end, task in _HEADS.items() if self.name.endswith(end)), None)
+        self.task = config.task_type or head
         settings: Any = self.model.config
         settings.use_cache = False  # as trainers do: a cache is for generation
         self.full_checkpoint = _bytes(self.model.parameters())
-        self.dense = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        self.positions = _positions(self.model)
+        # What bitsandbytes packs when transformers loads a model.
+        from transformers.pytorch_utils import Conv1D
+
+        self.dense = [m for m in self.model.modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
         outputs: Any = getattr(self.model, "get_output_embeddings", None)
         self.head = outputs() if outputs else None
         if method != "full":
@@ -213,7 +229,14 @@ class Planner:
             raise ConfigError(f"batch and length must be at least 1, not {batch} and {length}")
         parameters = list(self.model.parameters())
         trained = [p for p in parameters if p.requires_grad]
-        step = trace(self.model, self._inputs(batch, length), checkpointing=self.checkpointing)
+        inputs = self._inputs(batch, length)
+        try:
+            step = trace(self.model, inputs, checkpointing=self.checkpointing)
+        except Exception as error:  # of the model's own code, which may be anybody's
+            raise ConfigError(
+                f"{self.name} cannot be planned: a step on its {listing(inputs)} alone fails with "
+                f"{type(error).__name__}: {error}"
+            ) from error
         gradients, weights = _bytes(trained), _bytes(parameters)
         passing = 0
         if self.method == "qlora":
@@ -247,12 +270,24 @@ class Planner:
                     batch, config.num_channels, *size, dtype=self.dtype, device="meta"
                 )
             }
+        if self.positions is not None and length > self.positions:
+            raise ConfigError(
+                f"length must be at most {self.positions}, the positions that {self.name} has, not {length}"
+            )
         ids = torch.empty(batch, length, dtype=torch.long, device="meta")
+        for name in (
+            "pad_token_id",
+            "decoder_start_token_id",
+        ):  # which does not matter; that there is one does
+            if getattr(config, name, None) is None:
+                setattr(config, name, 0)
         if self.task == "SEQ_CLS":
-            config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
-            return {"input_ids": ids, "labels": ids[:, 0]}
+            labels = ids[:, 0]
+            return {"input_ids": ids, "labels": labels if config.num_labels > 1 else labels.to(self.dtype)}
         if self.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS"):
             return {"input_ids": ids, "labels": ids}
+        if getattr(config, "is_encoder_decoder", False):
+            return {"input_ids": ids, "decoder_input_ids": ids}
         return {"input_ids": ids}
 
     def _assumptions(self) -> tuple[str, ...]:
@@ -272,6 +307,19 @@ class Planner:
                 f"one layer at a time stands beside that in {name}"
             )
         return tuple(lines)
+
+
+def _positions(model: nn.Module) -> int | None:
+    """How many tokens a model has places for; None where it needs no table of them."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    tables = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and ("position" in path or path.endswith("wpe"))
+    ]
+    # RoBERTa's count from behind the padding's place.
+    places = [t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables]
+    return min(most, *places) if isinstance(most, int) and places else None
 
 
 def _bytes(tensors: Any) -> int:
