@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 
 from lorica.errors import ConfigError
-from lorica.tune import Space
+from lorica.train import Recipe
+from lorica.tune import Evaluation, Goal, Record, SearchConfig, Space
+from lorica.tune.journal import Journal, Status
 from lorica.tune.samplers import make_sampler
+from lorica.tune.searching import _Trials
 
 SPACE = Space(
     {
@@ -74,6 +79,38 @@ def test_tpe_goes_on_as_if_it_had_not_stopped() -> None:
     for i, values in enumerate(found[:14]):
         again.tell(values, [score(values) if i != 3 else math.nan])
     assert again.values(14) == found[14]
+
+
+def test_tpe_goes_on_beside_trials_under_way(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Two at once; what runs at the moment of the interruption counts in the next draws as it did."""
+    pytest.importorskip("optuna", reason="needs lorica[tune]")
+    space = Space({"learning_rate": {"loguniform": [1e-5, 1e-1]}, "r": {"integer": [1, 64]}})
+    config = SearchConfig(trials=60, algorithm="tpe")
+
+    def begin(known: Mapping[str, Record]) -> _Trials:
+        sampler = make_sampler("tpe", space, seed=0)
+        trials = _Trials(make_recipe(), space, sampler, config, Goal("accuracy", "max"))
+        journal = Journal(tmp_path / "none.jsonl")
+        journal.records.update(known)
+        trials.recall(journal)
+        return trials
+
+    def record(name: str, status: Status) -> Record:
+        values = whole.values[name]
+        scores = {"accuracy": score(values) - abs(values["method.r"] - 20) / 20}
+        return Record(name, values, status, [Evaluation(1, 1, 1.0, scores, 1.0)])
+
+    whole = begin({})
+    running = [next(whole)[0], next(whole)[0]]
+    known: dict[str, Record] = {}
+    while len(whole.values) < 40:
+        name = running.pop(len(whole.values) % 2)
+        whole.told(record(name, "finished"))
+        known = {n: record(n, "running" if n in running else "finished") for n in whole.values}
+        running.append(next(whole)[0])
+    again = begin(known)
+    assert [next(again)[0] for _ in whole.values][-1] == running[-1]
+    assert again.values == whole.values
 
 
 def test_two_objectives() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +133,19 @@ def test_values_reach_the_recipe_and_ties_follow(make_recipe: Make) -> None:
     assert [len(list(space.grid())), len(space.searched)] == [4, 2]
     with pytest.raises(ConfigError, match="lora_dropout is a range; list values to try"):
         list(Space({"lora_dropout": {"uniform": [0, 1]}, "r": {"choice": [1]}}).grid())
+
+
+def test_tuples_are_lists() -> None:
+    """A search that is resumed reads its space and its trials from JSON."""
+    made = Space(
+        {"method.target_modules": {"choice": (("query",), ("query", "value"))}, "r": {"integer": (1, 4)}}
+    )
+    assert made.dimensions == Space(json.loads(json.dumps(written(made)))).dimensions
+    assert made.draw(Random(0))["method.target_modules"] in (["query"], ["query", "value"])
+
+
+def written(space: Space) -> dict[str, Any]:
+    return {name: {d.kind: d.given} for name, d in space.dimensions.items()}
 
 
 def test_draws_stay_inside_and_are_spread() -> None:

@@ -34,7 +34,10 @@ class Sampler(ABC):
     def values(self, index: int) -> dict[str, Any] | None:
         """Values of the searched fields for trial `index`, from 0; None when there are no more."""
 
-    def tell(self, values: Mapping[str, Any], scores: Sequence[float]) -> None:  # noqa: B027 - not all listen
+    def take_up(self, values: Mapping[str, Any]) -> None:  # noqa: B027 - not all listen
+        """Hear that a trial of a search that is resumed is under way; all known are told in their order."""
+
+    def tell(self, values: Mapping[str, Any], scores: Sequence[float]) -> None:  # noqa: B027
         """Hear what a trial came to, one number an objective; higher is better."""
 
 
@@ -93,6 +96,11 @@ class TPESampler(Sampler):
         self._asked.append((values, asked))
         return values
 
+    def take_up(self, values: Mapping[str, Any]) -> None:
+        """Let it stand in the study as running: the next are drawn away from it."""
+        self._study.enqueue_trial(self._params(values))
+        self._asked.append((dict(values), self._study.ask(self._places)))
+
     def tell(self, values: Mapping[str, Any], scores: Sequence[float]) -> None:
         """Hear it; a trial without a finite score counts as failed."""
         state = self._optuna.trial.TrialState
@@ -106,10 +114,12 @@ class TPESampler(Sampler):
                     self._study.tell(asked, state=state.FAIL)
                 return
         if finite:  # of the run that is resumed
-            params = {name: self._write(name, values[name]) for name in self._places}
             self._study.add_trial(
                 self._optuna.trial.create_trial(
-                    params=params, distributions=self._places, values=list(scores), state=state.COMPLETE
+                    params=self._params(values),
+                    distributions=self._places,
+                    values=list(scores),
+                    state=state.COMPLETE,
                 )
             )
 
@@ -141,9 +151,12 @@ class TPESampler(Sampler):
         dimension = self.space.searched[name]
         return dimension.given[drawn] if dimension.kind == "choice" else drawn
 
-    def _write(self, name: str, value: Any) -> Any:
-        dimension = self.space.searched[name]
-        return dimension.given.index(value) if dimension.kind == "choice" else value
+    def _params(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values as the study holds them."""
+        return {
+            name: d.given.index(values[name]) if d.kind == "choice" else values[name]
+            for name, d in self.space.searched.items()
+        }
 
 
 def make_sampler(algorithm: str, space: Space, seed: int, objectives: int = 1) -> Sampler:

@@ -200,11 +200,13 @@ class _Trials(Iterator[tuple[str, Recipe]]):
         raise StopIteration
 
     def recall(self, journal: Journal) -> None:
-        """Take the search's journal, and tell the sampler of the trials that ended before."""
+        """Take the search's journal, and tell the sampler of the trials that were made before."""
         self.journal = journal
         for record in journal.records.values():
             if record.status in ENDED:
                 self.told(record)
+            else:
+                self._sampler.take_up(record.values)
 
     def told(self, record: Record) -> None:
         """Tell the sampler what a trial came to: its best score, and how few parameters it trains."""

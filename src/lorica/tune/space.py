@@ -43,6 +43,7 @@ class Dimension:
         Raises:
             ConfigError: an unknown kind, an empty choice, or ends that are none.
         """
+        object.__setattr__(self, "given", _listed(self.given))  # as a resumed search finds it
         if self.kind not in KINDS:
             raise ConfigError(
                 f"there is no {self.kind!r}{nearest(self.kind, KINDS)}; expected one of {KINDS}"
@@ -236,6 +237,13 @@ def _unnested(fields: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[t
             yield from ((f"{name}.{leaf}", inner) for leaf, inner in given.items())
         else:
             yield str(name), given
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists, all the way down."""
+    if isinstance(value, Mapping):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _dimension(given: Any) -> Dimension:
