@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from typing import Any
 
 import pytest
 
 from lorica.errors import ConfigError
-from lorica.tune import Halving, Median, RunAll
+from lorica.tune import Halving, Median, RunAll, Scheduler
 
 
 def scores(trials: int, times: int, seed: int) -> dict[tuple[int, str], float]:
@@ -18,33 +19,53 @@ def scores(trials: int, times: int, seed: int) -> dict[tuple[int, str], float]:
     return {(time, f"t{i}"): draw.random() for time in range(1, times + 1) for i in range(trials)}
 
 
-@pytest.mark.parametrize(("grace", "factor", "max_t"), [(1, 2, 10), (2, 3, 20), (1, 4, 5)])
-def test_halving_as_ray_decides(grace: int, factor: int, max_t: int) -> None:
+@pytest.mark.parametrize(
+    ("grace", "factor", "max_t"), [(1, 2, 10), (2, 3, 20), (1, 4, 5), (1, 2.5, 20), (1, 1.3, 12), (2, 1.5, 6)]
+)
+def test_halving_as_ray_decides(grace: int, factor: float, max_t: int) -> None:
     pytest.importorskip("ray", reason="needs lorica[tune]")
-    from ray.tune.experiment import Trial
-    from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+    from ray.tune.schedulers import AsyncHyperBandScheduler
 
     theirs = AsyncHyperBandScheduler(
         metric="score", mode="max", grace_period=grace, reduction_factor=factor, max_t=max_t
     )
     ours = Halving(grace_period=grace, reduction_factor=factor, max_t=max_t)
+    assert 0 < decided_alike(ours, theirs, max_t - 1, seed=grace) < 8
+
+
+@pytest.mark.parametrize("grace", [1, 2, 3])
+def test_the_median_as_ray_decides(grace: int) -> None:
+    pytest.importorskip("ray", reason="needs lorica[tune]")
+    from ray.tune.schedulers import MedianStoppingRule
+
+    theirs = MedianStoppingRule(
+        time_attr="training_iteration",
+        metric="score",
+        mode="max",
+        grace_period=grace,
+        min_time_slice=math.inf,
+    )
+    assert 0 < decided_alike(Median(grace_period=grace), theirs, 8, seed=grace) < 8
+
+
+def decided_alike(ours: Scheduler, theirs: Any, times: int, seed: int) -> int:
+    """Ask both of eight trials, one evaluation after the other; how many left."""
+    from ray.tune.experiment import Trial
+    from ray.tune.schedulers import TrialScheduler
+
     trials = {f"t{i}": Trial("x", stub=True, trial_id=f"t{i}") for i in range(8)}
     for trial in trials.values():
-        theirs.on_trial_add(None, trial)  # type: ignore[arg-type]
-    gone, stops = set(), 0
-    for (time, name), score in scores(8, max_t - 1, seed=grace).items():
+        theirs.on_trial_add(None, trial)
+    gone = set()
+    for (time, name), score in scores(8, times, seed).items():
+        score -= int(name[1:]) / 4
         if name in gone:
             continue
-        said = theirs.on_trial_result(
-            None,  # type: ignore[arg-type]
-            trials[name],
-            {"training_iteration": time, "score": score},
-        )
+        said = theirs.on_trial_result(None, trials[name], {"training_iteration": time, "score": score})
         assert ours.stops(name, time, score) == (said == TrialScheduler.STOP)
         if said == TrialScheduler.STOP:
             gone.add(name)
-            stops += 1
-    assert 0 < stops < 8
+    return len(gone)
 
 
 def test_halving_by_hand() -> None:
@@ -65,7 +86,7 @@ def test_the_median_by_hand() -> None:
         if name in gone:
             continue
         seen.setdefault(name, []).append(score - int(name[1:]) / 4)
-        others = [statistics.fmean(s[:time]) for n, s in seen.items() if n != name and len(s) >= time]
+        others = [statistics.fmean(s[1:time]) for n, s in seen.items() if n != name and len(s) >= time > 1]
         expected = time >= 2 and len(others) >= 3 and max(seen[name]) < statistics.median(others)
         assert rule.stops(name, time, seen[name][-1]) == expected
         if expected:

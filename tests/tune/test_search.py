@@ -188,7 +188,7 @@ def test_the_mode_reaches_the_trainer(make_recipe: Make, tmp_path: Path) -> None
         assert Goal.of(made) == Goal("wer", mode)
     assert made.training.arguments == {}, "what the name says already is not written down"
     config = SearchConfig(trials=1, slots=1, metric="loss", mode="max", scheduler="none")
-    recipe, space = make_recipe(epochs=3), {"method.r": {"choice": [2]}}
+    recipe, space = make_recipe(epochs=3, load_best=False), {"method.r": {"choice": [2]}}
     found = search(recipe, space, tmp_path / "s", config, console=silent())
     assert found.best is not None
     assert found.best.best("loss", "min") < found.best.best("loss", "max")
@@ -236,13 +236,19 @@ def test_rungs_reach_as_far_as_thelongest_trial(make_recipe: Make) -> None:
     from lorica.tune.searching import longest, notes
 
     config, recipe = SearchConfig(trials=3, max_t=20), make_recipe(epochs=2)
-    for epochs, most in ((8, 8), ({"choice": [3, 9]}, 9), ({"tied": "4*r"}, 4)):
+    for epochs, most in ((8, 8), ({"choice": [3, 9]}, 9), ({"tied": "4*r"}, 16)):
         space = Space({**SPACE, "training.epochs": epochs})
         made = longest(recipe, space)
         assert made.training.epochs == most
         rule = SearchConfig().rule(made)
         assert isinstance(rule, Halving)
         assert max(rule.rungs) < most <= 2 * max(rule.rungs) + 1
+    # Steps that are counted decide, whatever epochs says; where only the rows would tell, there is no end.
+    stepped = recipe.replace(training={"max_steps": 100, "eval_steps": 10})
+    for made, most in ((stepped, 10), (recipe.replace(training={"max_steps": 100}), 100)):
+        rule = SearchConfig().rule(made)
+        assert isinstance(rule, Halving)
+        assert rule.max_t == most
     assert "max_t is 20, and a trial has 2 evaluations" in next(
         notes(recipe, make_sampler("random", Space(SPACE), 0), config)
     )

@@ -62,8 +62,8 @@ class Halving(Scheduler):
     grace_period: int = 1
     reduction_factor: float = 2.0
     max_t: int = 100
-    rungs: dict[int, dict[str, float]] = field(init=False)
-    """Rung → trial → its score there."""
+    rungs: dict[float, dict[str, float]] = field(init=False)
+    """Rung → trial → its score there. A rung between two evaluations is reached with the later one."""
 
     def __post_init__(self) -> None:
         """Lay out the rungs."""
@@ -75,7 +75,7 @@ class Halving(Scheduler):
             raise ConfigError(f"reduction_factor must be more than 1, not {self.reduction_factor}")
         self.rungs = {}
         k = 0
-        while (rung := int(self.grace_period * self.reduction_factor**k)) < self.max_t:
+        while math.ceil(rung := self.grace_period * self.reduction_factor**k) < self.max_t:
             self.rungs[rung] = {}
             k += 1
 
@@ -99,11 +99,12 @@ class Median(Scheduler):
     """A trial leaves when its best score is worse than the median of the others' running averages.
 
     Args:
-        grace_period: evaluations from which on it can.
+        grace_period: evaluations from which on it can; the averages are from there on too.
         min_samples: others that must have come as far.
 
     Source:
-        Golovin et al., Google Vizier (2017), section 3.2.2.
+        Golovin et al., Google Vizier (2017), section 3.2.2; the averages are those that Ray Tune's
+        MedianStoppingRule takes.
     """
 
     grace_period: int = 1
@@ -116,12 +117,14 @@ class Median(Scheduler):
             return True
         own = self._scores.setdefault(trial, [])
         own.append(score)
+        if time < self.grace_period:
+            return False
         others = [
-            statistics.fmean(scores[:time])
+            statistics.fmean(scores[self.grace_period - 1 : time])
             for name, scores in self._scores.items()
             if name != trial and len(scores) >= time
         ]
-        if time < self.grace_period or len(others) < self.min_samples:
+        if len(others) < self.min_samples:
             return False
         return max(own) < statistics.median(others)
 

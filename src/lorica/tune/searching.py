@@ -27,7 +27,7 @@ from lorica.tune.population import TRIALS, Population
 from lorica.tune.referee import Goal, mode_of
 from lorica.tune.results import trials_table, write_table
 from lorica.tune.samplers import Sampler, make_sampler
-from lorica.tune.settings import SEARCH, SearchConfig, check_same, settings
+from lorica.tune.settings import SEARCH, SearchConfig, check_same, evaluations, settings
 from lorica.tune.space import Space, documents
 
 BEST = "best"
@@ -87,7 +87,8 @@ def search(
     recipe = presets.apply(recipe)
     space = space if isinstance(space, Space) else Space(space) if space else _documents(recipe)
     goal = _goal(recipe, config)
-    recipe = goal.into(recipe)
+    # A trial ranks by its best evaluation, so that is what it must end with.
+    recipe = goal.into(recipe).replace(training={"load_best": True})
     space.check(recipe)
     _check_validated(recipe, config)
     sampler = make_sampler(config.algorithm, space, config.seed, 2 if config.small else 1)
@@ -261,23 +262,20 @@ def _announced(engine: str, config: SearchConfig, reason: str | None) -> str:
 
 
 def longest(recipe: Recipe, space: Space) -> Recipe:
-    """A trial of as many epochs as any has."""
-    made = space.recipe(recipe, {name: d.samples()[0] for name, d in space.searched.items()})
-    epochs = space.searched.get("training.epochs")
-    return made if epochs is None else made.replace(training={"epochs": max(epochs.given)})
+    """The trial with the most evaluations, of those that have one field at an end and the others first."""
+    first = {name: d.samples()[0] for name, d in space.searched.items()}
+    made = [
+        space.recipe(recipe, {**first, name: value})
+        for name, d in space.searched.items()
+        for value in d.samples()
+    ]
+    return max(made, key=lambda each: evaluations(each) or math.inf)
 
 
 def notes(recipe: Recipe, sampler: Sampler, config: SearchConfig) -> Iterator[str]:
     """What a user may not expect of this configuration."""
     if math.inf > sampler.size > config.trials:
         yield f"the grid has {sampler.size} combinations; the first {config.trials} are tried (trials)"
-    evaluations = math.ceil(recipe.training.epochs)
-    if (
-        config.scheduler == "asha"
-        and recipe.training.eval_steps is None
-        and (config.max_t or 0) > evaluations
-    ):
-        yield (
-            f"max_t is {config.max_t}, and a trial has {evaluations} evaluations, one an epoch; rungs after "
-            "them are never reached"
-        )
+    there = evaluations(recipe)
+    if config.scheduler == "asha" and there is not None and (config.max_t or 0) > there:
+        yield f"max_t is {config.max_t}, and a trial has {there} evaluations; rungs after that wait for none"

@@ -31,7 +31,8 @@ class SearchConfig:
         scheduler: who leaves early: "asha" (successive halving), "median" or "none".
         grace_period: evaluations before a trial can leave.
         reduction_factor: ASHA lets the best 1/`reduction_factor` of a rung go on.
-        max_t: evaluations of a whole trial, for ASHA's rungs. None takes the recipe's, one an epoch.
+        max_t: evaluations of a whole trial, for ASHA's rungs. None takes the recipe's, and 100 where only
+            its rows would tell.
         metric: metric on the validation rows that decides. None takes the recipe's or its task's.
         mode: "max" or "min". None knows by the metric's name.
         small: search for few trained parameters too, as a second objective of "tpe".
@@ -97,9 +98,16 @@ class SearchConfig:
             return RunAll()
         if self.scheduler == "median":
             return Median(grace_period=self.grace_period)
-        evaluations = 100 if recipe.training.eval_steps else math.ceil(recipe.training.epochs)
-        longest = self.max_t or max(evaluations, self.grace_period)
+        longest = self.max_t or max(evaluations(recipe) or 100, self.grace_period)
         return Halving(self.grace_period, self.reduction_factor, longest)
+
+
+def evaluations(recipe: Recipe) -> int | None:
+    """How many a trial has; None where that hangs on how many rows there are."""
+    training = recipe.training
+    if training.eval_steps is None:
+        return math.ceil(training.epochs) if training.max_steps is None else None
+    return None if training.max_steps is None else training.max_steps // training.eval_steps
 
 
 def settings(recipe: Recipe, space: Space, config: SearchConfig) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from types import UnionType
 from typing import Any
 
 import yaml
@@ -20,7 +21,11 @@ from lorica.train.recipe import Recipe
 from lorica.tune.expression import Expression, field_named
 
 KINDS = ("choice", "uniform", "loguniform", "integer", "tied", "value")
-_FIXED = ("output",)
+_FIXED = {
+    "output": "is each trial's own folder",
+    "training.metric_for_best": "decides between trials: give metric and mode to the search",
+    "training.load_best": "is on in a search: a trial is what its best checkpoint is",
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,9 @@ class Space:
             try:
                 full = field_named(name, known, "the space")
                 if full in _FIXED:
-                    raise ConfigError(f"{full} is each trial's own folder, and cannot be searched")
+                    raise ConfigError(f"{full} cannot be in a space; it {_FIXED[full]}")
+                if full in self.dimensions:
+                    raise ConfigError(f"{full} is in the space twice")
                 self.dimensions[full] = _dimension(given)
             except ConfigError as error:
                 problems.append(f"{name}: {error}")
@@ -172,6 +179,12 @@ class Space:
         """
         first = {name: dimension.samples()[0] for name, dimension in self.searched.items()}
         problems = []
+        for name, dimension in self.dimensions.items():
+            if dimension.kind == "value":
+                try:
+                    _check_type(name, dimension, dimension.given)
+                except ConfigError as error:
+                    problems.append(f"{name} = {dimension.given!r}: {error}")
         for name, dimension in self.searched.items():
             for value in dimension.samples():
                 try:
@@ -259,8 +272,10 @@ def _types(name: str) -> tuple[type, ...]:
     part, _, leaf = name.rpartition(".")
     owner = type(getattr(Recipe(), part)) if part else Recipe
     hint = typing.get_type_hints(owner)[leaf]
-    options = typing.get_args(hint) if not isinstance(hint, type) else (hint,)
-    return options if all(isinstance(option, type) for option in options) else ()
+    union = typing.get_origin(hint) in (typing.Union, UnionType)
+    options = typing.get_args(hint) if union else (hint,)
+    plain = all(isinstance(option, type) and typing.get_origin(option) is None for option in options)
+    return options if plain else ()
 
 
 def _check_type(name: str, dimension: Dimension, value: Any) -> None:
