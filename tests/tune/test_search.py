@@ -12,12 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from rich.console import Console
 from train import tiny
 
 from lorica.cli import main
 from lorica.errors import ConfigError, LoricaError
 from lorica.train import Recipe, evaluate
+from lorica.train import data as sources
 from lorica.train.arguments import LOWER_IS_BETTER, training_arguments
 from lorica.tune import (
     Evaluation,
@@ -34,8 +36,9 @@ from lorica.tune import (
 )
 from lorica.tune.crew import Crew
 from lorica.tune.figures import write_figures
+from lorica.tune.journal import Journal
 from lorica.tune.referee import mode_of
-from lorica.tune.searching import best_of
+from lorica.tune.searching import _why_apart, best_of, longest
 from lorica.tune.targets import query_and_value
 
 Make = Callable[..., Recipe]
@@ -283,6 +286,69 @@ def test_no_validation_rows_are_refused(make_recipe: Make, tiny_data: Path, tmp_
     rows = {"train": str(tiny_data / "train.jsonl"), "validation_fraction": 0.0}
     with pytest.raises(ConfigError, match="needs validation rows"):
         search(make_recipe().replace(data=rows), SPACE, tmp_path / "s", console=silent())
+
+
+def test_validation_rows_may_lie_beside_the_training_rows(
+    make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the Hub, where no name tells."""
+    rows = Dataset.from_list(tiny.sentences(24))
+    monkeypatch.setattr(sources, "read", lambda name, subset: {"train": rows, "validation": rows})
+    recipe = make_recipe(epochs=1, max_steps=1).replace(
+        data={"train": "own/rows", "validation_fraction": 0.0}
+    )
+    config = SearchConfig(trials=1, scheduler="none")
+    found = search(recipe, {"method.r": {"choice": [1]}}, tmp_path / "s", config, console=silent())
+    assert found.best is not None
+
+
+def test_what_a_space_fixes_counts_in_whether_trials_share_a_base(make_recipe: Make) -> None:
+    for fields, reason in (
+        ({"quantization": "nf4"}, "its base is quantized (nf4)"),
+        ({"training.gradient_checkpointing": True}, "training.gradient_checkpointing changes how"),
+        ({"data.train_rows": {"tied": "10*r"}}, "data.train_rows changes the base, the rows or"),
+        ({"training.bf16": True, "training.epochs": {"tied": "r"}}, None),
+    ):
+        space = Space({**fields, "method.r": {"choice": [1, 2]}})
+        found = _why_apart(longest(make_recipe(), space), space)
+        assert (found or "").startswith(reason or "\n") or found is reason
+
+
+def test_a_misspelt_metric_ends_the_search(make_recipe: Make, tmp_path: Path) -> None:
+    config = SearchConfig(trials=5, slots=1, metric="acuracy", scheduler="none")
+    recipe, space = make_recipe(epochs=1, max_steps=1), {"method.r": {"choice": [1, 2]}}
+    for resume in (False, True):
+        found = search(recipe, space, tmp_path / "s", config, resume=resume, console=silent())
+        assert [record.status for record in found.records] == ["failed"]
+        assert "no metric 'acuracy'; did you mean 'accuracy'" in (found.records[0].error or "")
+
+
+def test_what_is_resumed_counts_from_the_start(make_recipe: Make, tmp_path: Path) -> None:
+    """Though only one trial at a time has begun again."""
+    journal = Journal(tmp_path / "results.jsonl")
+    for i in range(4):
+        journal.begin(f"{i:03d}", {})
+        journal.evaluated(f"{i:03d}", Evaluation(1, 1, 1.0, {"accuracy": 0.1 * i}, 1.0))
+    recipes = {name: make_recipe() for name in journal.records}
+    for goal in (Goal("accuracy", "max"), None):
+        rule = Halving(max_t=4)
+        Population(recipes, tmp_path, scheduler=rule, goal=goal, console=silent())
+        assert len(rule.rungs[1]) == 4
+
+
+def test_not_a_number_is_null_in_the_file(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "results.jsonl")
+    journal.begin("a", {"method.r": 1})
+    journal.evaluated("a", Evaluation(1, 1, 1.0, {"loss": math.nan, "perplexity": math.inf}, 1.0))
+    journal.ended("a", "finished", metrics={"validation": {"loss": math.nan}})
+    said = (tmp_path / "results.jsonl").read_text()
+    assert '"loss": null, "perplexity": null' in said
+    assert "NaN" not in said
+    record = Journal(tmp_path / "results.jsonl").record("a")
+    assert math.isnan(record.evaluations[0].metrics["loss"])
+    assert math.isnan(record.metrics["validation"]["loss"])
+    assert math.isnan(record.best("perplexity", "max"))
+    assert math.isnan(journal.record("a").best("perplexity", "max")), "the same before and after"
 
 
 def test_the_model_is_asked_for_its_projections(make_recipe: Make) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorica.errors import FileError, nearest
+from lorica.plain import plain
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 ENDED: tuple[Status, ...] = ("finished", "stopped", "failed")
@@ -69,18 +70,22 @@ class Record:
         return math.nan if best is None else score_of(best.metrics, metric)
 
 
+class NoMetric(FileError):
+    """An evaluation lacks the metric that decides."""
+
+
 def score_of(metrics: Mapping[str, float], metric: str) -> float:
-    """A metric by its name.
+    """A metric by its name; NaN where it is not finite.
 
     Raises:
-        FileError: there is none of that name; the message lists those there are.
+        NoMetric: there is none of that name; the message lists those there are.
     """
     name = metric.removeprefix("eval_")
     if name not in metrics:
-        raise FileError(
+        raise NoMetric(
             f"the evaluation has no metric {name!r}{nearest(name, metrics)}; it has: {', '.join(metrics)}"
         )
-    return float(metrics[name])
+    return float(metrics[name]) if math.isfinite(metrics[name]) else math.nan
 
 
 class Journal:
@@ -126,12 +131,12 @@ class Journal:
     def _end(self, name: str, status: Status, more: Mapping[str, Any]) -> None:
         record = self.record(name)
         record.status, record.error = status, more.get("error")
-        record.metrics = more.get("metrics") or {}
+        record.metrics = {split: _scores(found) for split, found in (more.get("metrics") or {}).items()}
 
     def _write(self, row: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, default=str) + "\n")
+            file.write(json.dumps(plain(row), default=str, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -150,8 +155,14 @@ class Journal:
     def _take(self, row: dict[str, Any]) -> None:
         name = row.pop("trial")
         if "time" in row:
+            row["metrics"] = _scores(row["metrics"])
             self.record(name).evaluations.append(Evaluation(**row))
         elif "status" in row:
             self._end(name, row.pop("status"), row)
         else:
             self.record(name).values = row["values"]
+
+
+def _scores(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """As they were: what is not a finite number is null in JSON."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}

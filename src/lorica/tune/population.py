@@ -69,8 +69,10 @@ class Population:
             raise ConfigError(f"slots must be at least 1, not {slots}")
         if isinstance(recipes, Sequence):
             recipes = {f"{i:03d}": recipe for i, recipe in enumerate(recipes)}
-        if isinstance(recipes, Mapping):  # an iterator's are applied as they come
-            recipes = iter([(name, presets.apply(recipe)) for name, recipe in recipes.items()])
+        known: dict[str, Recipe] = {}
+        if isinstance(recipes, Mapping):
+            known = {name: presets.apply(recipe) for name, recipe in recipes.items()}
+            recipes = iter(known.items())
         self._source = ((name, presets.apply(recipe)) for name, recipe in recipes)
         self.directory = Path(directory)
         self.slots = slots
@@ -79,6 +81,9 @@ class Population:
         self._told = told or (lambda record: None)
         self._board = Board(console or make_console())
         self._referee = Referee(self.journal, scheduler, goal, self._board.show)
+        for name in self.journal.records:
+            if name in known:
+                self._referee.recall(name, self._referee.goal_of(known[name]))
 
     def folder(self, name: str) -> Path:
         """A trial's own folder."""

@@ -75,19 +75,26 @@ class Referee:
         self.goal = goal
         self.shows = shows
         self._recalled: set[str] = set()
+        for name in list(journal.records) if goal is not None else ():
+            self.recall(name, goal)
 
     def goal_of(self, recipe: Recipe) -> Goal:
         """What counts for a recipe."""
         return self.goal or Goal.of(recipe)
 
     def begins(self, name: str, recipe: Recipe, values: Mapping[str, object]) -> Record:
-        """A trial exists; what is known of it counts again."""
-        record, goal = self.journal.begin(name, values), self.goal_of(recipe)
-        for each in record.evaluations if name not in self._recalled else ():
-            self.scheduler.recall(name, each.time, goal.score(each.metrics))
-        self._recalled.add(name)
+        """A trial exists."""
+        record = self.journal.begin(name, values)
+        self.recall(name, self.goal_of(recipe))
         self.shows(record)
         return record
+
+    def recall(self, name: str, goal: Goal) -> None:
+        """Let what the journal holds of a trial count again, once."""
+        if name not in self._recalled:
+            self._recalled.add(name)
+            for each in self.journal.record(name).evaluations:
+                self.scheduler.recall(name, each.time, goal.score(each.metrics))
 
     def runs(self, name: str) -> None:
         """A trial is under way."""

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from lorica.errors import ConfigError, LoricaError, listing, require
+from lorica.train import data as sources
 from lorica.train import presets, tasks
 from lorica.train.console import make_console
 from lorica.train.files import writable_directory, write_atomically
@@ -22,7 +23,7 @@ from lorica.train.recipe import Recipe
 from lorica.train.run import RECIPE
 from lorica.tune.figures import write_figures
 from lorica.tune.joining import shared_fields, why_alone
-from lorica.tune.journal import ENDED, Journal, Record
+from lorica.tune.journal import ENDED, Journal, NoMetric, Record
 from lorica.tune.population import TRIALS, Population
 from lorica.tune.referee import Goal, mode_of
 from lorica.tune.results import trials_table, write_table
@@ -90,15 +91,15 @@ def search(
     # A trial ranks by its best evaluation, so that is what it must end with.
     recipe = goal.into(recipe).replace(training={"load_best": True})
     space.check(recipe)
-    _check_validated(recipe, config)
+    longer = longest(recipe, space)
+    _check_validated(longer)
     sampler = make_sampler(config.algorithm, space, config.seed, 2 if config.small else 1)
-    reason = _why_apart(recipe, space)
+    reason = _why_apart(longer, space)
     engine = config.engine
     if engine == "auto":
         engine = "population" if reason is None and config.address is None else "ray"
     if engine == "ray":
         require("ray.tune", extra="tune")
-    longer = longest(recipe, space)
     rule = config.rule(longer)
     directory = Path(directory)
     check_same(directory, recipe, space, config, resume=resume)
@@ -126,7 +127,7 @@ def search(
 
         count = min(config.trials, sampler.size)
         runner = RaySearch(
-            trials, recipe, directory, config, count=int(count), joint=reason is None, **options
+            trials, longer, directory, config, count=int(count), joint=reason is None, **options
         )
         trials.recall(runner.journal)
         records = runner.run(ends)
@@ -178,12 +179,13 @@ class _Trials(Iterator[tuple[str, Recipe]]):
         self._recipe, self._space, self._sampler = recipe, space, sampler
         self._config, self._goal = config, goal
         self._index = 0
+        self._ends = False
         self._told: set[str] = set()
 
     def __next__(self) -> tuple[str, Recipe]:
         """The next trial: one that was made before, as it was, or a new one."""
         assert self.journal is not None
-        while self._index < self._config.trials:
+        while self._index < self._config.trials and not self._ends:
             name = f"{self._index:03d}"
             known = self.journal.records.get(name)
             values = known.values if known is not None else self._sampler.values(self._index)
@@ -214,6 +216,8 @@ class _Trials(Iterator[tuple[str, Recipe]]):
         if record.name in self._told:
             return
         self._told.add(record.name)
+        # Nothing has the metric that decides: all others would train to their first evaluation for nothing.
+        self._ends = self._ends or (record.error or "").startswith(f"{NoMetric.__name__}: ")
         score = record.best(self._goal.metric, self._goal.mode)
         scores = [score if self._goal.mode == "max" else -score]
         if self._config.small:
@@ -234,9 +238,9 @@ def _goal(recipe: Recipe, config: SearchConfig) -> Goal:
     return Goal(metric, config.mode or (own.mode if metric == own.metric else mode_of(metric)))
 
 
-def _check_validated(recipe: Recipe, config: SearchConfig) -> None:
+def _check_validated(recipe: Recipe) -> None:
     data = recipe.data
-    if data.validation is None and data.validation_fraction == 0 and not Path(data.train).is_dir():
+    if data.validation is None and data.validation_fraction == 0 and sources.load(data).validation is None:
         raise ConfigError(
             "a search needs validation rows; give data.validation, or a data.validation_fraction above 0"
         )
@@ -244,8 +248,8 @@ def _check_validated(recipe: Recipe, config: SearchConfig) -> None:
 
 
 def _why_apart(recipe: Recipe, space: Space) -> str | None:
-    """Why the trials of a space cannot share a base; None if they can."""
-    apart = [name for name in space.searched if not shared_fields(name)]
+    """Why the trials of a space, of which the recipe is one, cannot share a base; None if they can."""
+    apart = [name for name, d in space.dimensions.items() if d.kind != "value" and not shared_fields(name)]
     if apart:
         return f"{listing(apart)} changes the base, the rows or how the base is computed"
     return why_alone(recipe)
@@ -278,4 +282,7 @@ def notes(recipe: Recipe, sampler: Sampler, config: SearchConfig) -> Iterator[st
         yield f"the grid has {sampler.size} combinations; the first {config.trials} are tried (trials)"
     there = evaluations(recipe)
     if config.scheduler == "asha" and there is not None and (config.max_t or 0) > there:
-        yield f"max_t is {config.max_t}, and a trial has {there} evaluations; rungs after that wait for none"
+        yield (
+            f"max_t is {config.max_t}, and a trial has {there} evaluations; rungs after them are never "
+            "reached"
+        )
