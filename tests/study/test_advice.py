@@ -44,6 +44,7 @@ def test_smallest_ranks(adapter: lorica.Adapter) -> None:
     assert advice.before == 4 * (3 * 40 + 80)
     assert advice.kept > 0.99
     assert "q of layer 0: this adapter used 1.0 of its 4 ranks; 1 keep 99% of the energy" in str(advice)
+    assert "keep 99.9% of the energy" in str(study.advise(adapter, energy=0.999))
     assert json.loads(json.dumps(advice.to_dict()))["config"]["r"] == 1
 
 

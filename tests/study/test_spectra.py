@@ -12,7 +12,7 @@ from study import made
 
 from lorica import Factors, study
 from lorica.checkpoint import loralib
-from lorica.errors import ConfigError
+from lorica.errors import AdapterError, ConfigError
 
 
 def only(f: Factors) -> study.Spectrum:
@@ -93,3 +93,11 @@ def test_as_plain_values() -> None:
 def test_no_share(energy: float) -> None:
     with pytest.raises(ConfigError, match="energy must be a share"):
         only(made.gaussian(4, 4, 2)).needed(energy)
+
+
+def test_what_is_no_number_is_named() -> None:
+    f = made.gaussian(8, 6, 2)
+    f.B[0, 0] = math.nan
+    for study_it in (study.spectrum, study.advise, study.gather, study.correlation):
+        with pytest.raises(AdapterError, match=r"h\.0\.q: B holds NaN or infinity"):
+            study_it(made.adapter({"h.0.q": f}))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from study import made
 
-from lorica import Factors, study
+from lorica import Adapter, Factors, LoraConfig, study
 from lorica.errors import AdapterError, ConfigError
 
 
@@ -146,3 +146,5 @@ def test_out_of_range() -> None:
         found.at(3, 3)
     with pytest.raises(ConfigError, match="rank must be at least 1"):
         study.correlation(made.adapter({"a": made.gaussian(6, 5, 2)}), rank=0)
+    with pytest.raises(AdapterError, match="the adapter has no factors"):
+        study.correlation(Adapter(LoraConfig(r=2, target_modules=["q"]), {}))

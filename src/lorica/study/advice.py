@@ -222,7 +222,7 @@ def _sentence(name: str, s: Spectrum, needed: int, energy: float) -> str:
     if not s.norm:
         return f"{name}: its update is zero; it learned nothing"
     used = f"used {s.effective_rank:.1f} of its {s.r} ranks"
-    return f"{name}: this adapter {used}; {needed} keep {energy:.0%} of the energy"
+    return f"{name}: this adapter {used}; {needed} keep {100 * energy:.6g}% of the energy"
 
 
 def _evidence(

@@ -27,9 +27,13 @@ class Update(NamedTuple):
     Vh: Float[Tensor, "k d_in"]
 
 
-def singular_values(factors: Factors) -> Float[Tensor, " k"]:
-    """All singular values of ``scale·B·A``, the largest first, zeros included, in float64."""
-    B, A = blocks_of_sum([(factors, 1.0)])
+def singular_values(factors: Factors, path: str = "the update") -> Float[Tensor, " k"]:
+    """All singular values of ``scale·B·A``, the largest first, zeros included, in float64.
+
+    Raises:
+        AdapterError: it holds what is no finite number.
+    """
+    B, A = _blocks(factors, path)
     R, R_right = (torch.linalg.qr(matrix, mode="r").R for matrix in (B, A.mT))
     return torch.linalg.svdvals(R @ R_right.mT).flatten().sort(descending=True).values
 
@@ -38,7 +42,8 @@ def decompose(factors: Factors, path: str = "the update") -> Update:
     """Singular value decomposition of ``scale·B·A``, in float64.
 
     Raises:
-        AdapterError: it is zero, or of a grouped convolution, which is no single product.
+        AdapterError: it is zero, holds what is no finite number, or is of a grouped convolution, which is no
+            single product.
     """
     found = taken_apart(*_single(factors, path))
     U, S, Vh = found.cut(_rank(found.S[0], path, "its update"))
@@ -57,7 +62,8 @@ def directions(factors: Factors, side: Side, path: str = "the update") -> Float[
         A column each: d_in long for ``"A"`` and ``"input"``, d_out for ``"B"`` and ``"output"``.
 
     Raises:
-        AdapterError: there are none, as for a B that is still zero; or it is a grouped convolution's.
+        AdapterError: there are none, as for a B that is still zero; it holds what is no finite number; or it
+            is a grouped convolution's.
         ConfigError: there is no such side.
     """
     if side not in get_args(Side):
@@ -108,6 +114,13 @@ def _single(factors: Factors, path: str) -> tuple[Tensor, Tensor]:
             f"{path} is a convolution in {factors.groups} groups, whose update is that many products with no "
             "common directions; its spectrum can be had"
         )
+    return _blocks(factors, path)
+
+
+def _blocks(factors: Factors, path: str) -> tuple[Tensor, Tensor]:
+    for name in ("A", "B"):
+        if not getattr(factors, name).isfinite().all():
+            raise AdapterError(f"{path}: {name} holds NaN or infinity, so its update has no spectrum")
     return blocks_of_sum([(factors, 1.0)])
 
 

@@ -57,7 +57,7 @@ def _advice(report: Report) -> list[dict[str, Any]]:
         [_label(report, path), found.r, found.used, found.needed, found.rank, found.kept]
         for path, found in a.layers.items()
     ]
-    columns = ["layer", "rank", "effective", f"for {a.energy:.0%}", "proposed", "kept"]
+    columns = ["layer", "rank", "effective", f"for {100 * a.energy:.6g}%", "proposed", "kept"]
     return [head, {"kind": "table", "title": "Ranks, layer by layer", "columns": columns, "rows": rows}]
 
 

@@ -75,14 +75,17 @@ def spectrum(adapter: Adapter) -> SpectrumReport:
     From the factors alone: two thin QR and the SVD of an r × r matrix, in float64. DoRA's magnitudes and a
     bias on B are no part of it; the values of a grouped convolution are those of all its groups.
 
+    Raises:
+        AdapterError: an update holds what is no finite number.
+
     Source: Hu et al., 2021, §7.2.
     """
-    return SpectrumReport({path: of_layer(factors) for path, factors in adapter.factors.items()})
+    return SpectrumReport({path: of_layer(factors, path) for path, factors in adapter.factors.items()})
 
 
-def of_layer(factors: Factors) -> Spectrum:
+def of_layer(factors: Factors, path: str = "the update") -> Spectrum:
     """The spectrum of one update."""
-    S = singular_values(factors)
+    S = singular_values(factors, path)
     squares = S.square()
     total = squares.sum()
     shape = factors.B.shape[0], factors.A[0].numel() * factors.groups

@@ -198,7 +198,7 @@ def correlation(adapter: Adapter, *, side: Side = "A", rank: int | None = None) 
         rank: how many leading directions of each; None takes the smallest rank there is.
 
     Raises:
-        AdapterError: an update has no directions.
+        AdapterError: an update has no directions, or there is no update.
         ConfigError: the rank is less than 1, or there is no such side.
 
     Source: Hu et al., 2021, appendix H.1.
@@ -206,6 +206,8 @@ def correlation(adapter: Adapter, *, side: Side = "A", rank: int | None = None) 
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1, not {rank}")
     bases = {path: directions(f, side, path) for path, f in adapter.factors.items()}
+    if not bases:
+        raise AdapterError("the adapter has no factors, so there are no layers to compare")
     rank = min(U.shape[1] for U in bases.values()) if rank is None else rank
     found = torch.full((len(bases), len(bases)), torch.nan, dtype=torch.float64)
     cut = [U[:, :rank] for U in bases.values()]
