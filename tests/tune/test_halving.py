@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,11 +40,7 @@ def test_the_median_as_ray_decides(grace: int) -> None:
     from ray.tune.schedulers import MedianStoppingRule
 
     theirs = MedianStoppingRule(
-        time_attr="training_iteration",
-        metric="score",
-        mode="max",
-        grace_period=grace,
-        min_time_slice=math.inf,
+        time_attr="training_iteration", metric="score", mode="max", grace_period=grace
     )
     assert 0 < decided_alike(Median(grace_period=grace), theirs, 8, seed=grace) < 8
 
@@ -53,15 +50,17 @@ def decided_alike(ours: Scheduler, theirs: Any, times: int, seed: int) -> int:
     from ray.tune.experiment import Trial
     from ray.tune.schedulers import TrialScheduler
 
+    controller = SimpleNamespace(get_live_trials=list)  # none waits for a place
     trials = {f"t{i}": Trial("x", stub=True, trial_id=f"t{i}") for i in range(8)}
     for trial in trials.values():
-        theirs.on_trial_add(None, trial)
+        theirs.on_trial_add(controller, trial)
     gone = set()
     for (time, name), score in scores(8, times, seed).items():
         score -= int(name[1:]) / 4
         if name in gone:
             continue
-        said = theirs.on_trial_result(None, trials[name], {"training_iteration": time, "score": score})
+        result = {"training_iteration": time, "score": score}
+        said = theirs.on_trial_result(controller, trials[name], result)
         assert ours.stops(name, time, score) == (said == TrialScheduler.STOP)
         if said == TrialScheduler.STOP:
             gone.add(name)

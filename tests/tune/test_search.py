@@ -161,7 +161,7 @@ def test_less_of_an_error_is_better(make_recipe: Make, metric: str) -> None:
 
 
 def test_a_preset_decides_as_in_training(make_recipe: Make, tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, object]] = [
         {"sentence1": "lovely film " + "fine " * (i % 4), "sentence2": "awful plot", "label": float(i % 5)}
         for i in range(24)
     ]

@@ -75,8 +75,9 @@ class Referee:
         self.goal = goal
         self.shows = shows
         self._recalled: set[str] = set()
-        for name in list(journal.records) if goal is not None else ():
-            self.recall(name, goal)
+        if goal is not None:
+            for name in journal.records:
+                self.recall(name, goal)
 
     def goal_of(self, recipe: Recipe) -> Goal:
         """What counts for a recipe."""
