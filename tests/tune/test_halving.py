@@ -96,6 +96,7 @@ def test_the_median_by_hand() -> None:
 def test_not_a_number_leaves_and_does_not_count() -> None:
     rule = Halving()
     assert rule.stops("nan", 1, math.nan)
+    assert rule.stops("infinite", 1, -math.inf)
     assert rule.rungs[1] == {}
     assert Median().stops("nan", 1, math.nan)
     assert not RunAll().stops("nan", 1, math.nan)

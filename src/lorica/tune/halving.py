@@ -81,7 +81,7 @@ class Halving(Scheduler):
 
     def stops(self, trial: str, time: int, score: float) -> bool:
         """Whether it falls short at the latest rung that it has reached."""
-        if math.isnan(score):
+        if not math.isfinite(score):
             return True
         for rung in sorted(self.rungs, reverse=True):
             scores = self.rungs[rung]
@@ -113,7 +113,7 @@ class Median(Scheduler):
 
     def stops(self, trial: str, time: int, score: float) -> bool:
         """Whether its best is below the others' median."""
-        if math.isnan(score):
+        if not math.isfinite(score):
             return True
         own = self._scores.setdefault(trial, [])
         own.append(score)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from lorica.train import tasks
+from lorica.train import presets, tasks
 from lorica.train.arguments import LOWER_IS_BETTER
 from lorica.train.recipe import Recipe
 from lorica.tune.halving import RunAll, Scheduler
@@ -30,6 +30,7 @@ class Goal:
     @classmethod
     def of(cls, recipe: Recipe) -> Goal:
         """A recipe's own: its `metric_for_best`, or its task's; and what it says of ``greater_is_better``."""
+        recipe = presets.apply(recipe)
         metric = (recipe.training.metric_for_best or tasks.get(recipe.task).best_metric).removeprefix("eval_")
         greater = recipe.training.arguments.get(GREATER)
         return cls(metric, mode_of(metric) if greater is None else "max" if greater else "min")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorica.errors import ConfigError, LoricaError, listing, nearest
 from lorica.train.recipe import Recipe
@@ -133,13 +134,20 @@ def changes(there: Path, now: str, free: Collection[str]) -> list[str]:
         now: the new ones, as JSON.
         free: what may differ, as ``part.name``.
     """
-    before, after = json.loads(there.read_text(encoding="utf-8")), json.loads(now)
+    before, after = (dict(_flat(json.loads(text))) for text in (there.read_text(encoding="utf-8"), now))
     return [
-        f"{part}.{key} was {before[part].get(key)!r}, now {after[part].get(key)!r}"
-        for part in after
-        for key in {**before[part], **after[part]}
-        if before[part].get(key) != after[part].get(key) and f"{part}.{key}" not in free
+        f"{name} was {before.get(name)!r}, now {after.get(name)!r}"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name) and not any(f"{name}.".startswith(f"{each}.") for each in free)
     ]
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def check_same(directory: Path, recipe: Recipe, space: Space, config: SearchConfig, *, resume: bool) -> None:

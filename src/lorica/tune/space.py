@@ -185,7 +185,8 @@ class Space:
                     _check_type(name, dimension, dimension.given)
                 except ConfigError as error:
                     problems.append(f"{name} = {dimension.given!r}: {error}")
-        for name, dimension in self.searched.items():
+        # One that is wrong in all recipes would be found again with every other.
+        for name, dimension in self.searched.items() if not problems else ():
             for value in dimension.samples():
                 try:
                     _check_type(name, dimension, value)
@@ -286,7 +287,7 @@ def _check_type(name: str, dimension: Dimension, value: Any) -> None:
     boolean = isinstance(value, bool) and bool not in types
     if types and (boolean or not isinstance(value, wide)):
         wanted = " or ".join("None" if t is type(None) else t.__name__ for t in types)
-        hint = "; YAML reads 1e-5 as text: write 1.0e-5" if isinstance(value, str) else ""
+        hint = "; YAML reads 1e-5 as text: write 1.0e-5" if isinstance(value, str) and float in types else ""
         raise ConfigError(f"expected {wanted}{hint}")
 
 
