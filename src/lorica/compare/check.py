@@ -9,12 +9,11 @@ from lorica.errors import ConfigError, LoricaError, lines
 from lorica.model import adapt
 from lorica.model.skeleton import skeleton
 from lorica.train import tasks
+from lorica.train.arguments import LOWER_IS_BETTER
 from lorica.train.embedded import resolve_model
 from lorica.train.preparing import read
 from lorica.train.recipe import Recipe
 from lorica.train.tasks import SequenceClassification, Task
-
-LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae", "ter")
 
 
 def check(spec: Comparison) -> dict[str, str]:
