@@ -254,6 +254,22 @@ class TestBase:
         hub.add("user/base", {**content, **shards})
         assert sorted(open_checkpoint(files.locate_base("user/base")).home) == ["a", "b"]
 
+    @pytest.mark.parametrize(
+        ("index", "said"),
+        [
+            (b"{", "cannot be read as JSON"),
+            (b"[]", "should hold a JSON object"),
+            (b"{}", "has no weight_map"),
+            (b'{"weight_map": {"a": 5}}', "should name files that stand beside it"),
+            (b'{"weight_map": {"a": "../../stolen"}}', "should name files that stand beside it"),
+        ],
+    )
+    def test_an_index_that_is_none(self, index: bytes, said: str, hub: Hub) -> None:
+        hub.add("user/base", {"config.json": self.CONFIG, "model.safetensors.index.json": index})
+        with pytest.raises(FileError, match=said):
+            files.locate_base("user/base")
+        assert not [line for line in hub.requests if "stolen" in line]
+
     def test_what_is_here_wins(self, hub: Hub, tmp_path: Path) -> None:
         (tmp_path / "base").mkdir()
         assert files.locate_base("base") == Path("base")

@@ -19,6 +19,7 @@ import lorica
 from lorica import checkpoint
 from lorica.adapter import Adapter
 from lorica.checkpoint import stream
+from lorica.checkpoint.stream.shards import read_shard
 from lorica.errors import FileError, LoricaWarning
 
 TIED = {"tie_word_embeddings": True}
@@ -164,6 +165,44 @@ def test_untouched_files_are_the_bases_and_other_forms_of_the_weights_stay_behin
     tensors = read_all(tmp_path / "out")
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     assert index["weight_map"].keys() == tensors.keys()
+
+
+def test_files_of_any_name_are_carried_over(toy: tuple[Path, Adapter], tmp_path: Path) -> None:
+    base, value = toy
+    names = ("manifest.json", "manifest.part", "lock", "files/parts", "parts/lock", "lock.part")
+    for name in names:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(f"the base's {name}")
+    stream.merge(base, value, tmp_path / "out")
+    for name in names:
+        assert (tmp_path / "out" / name).read_text() == f"the base's {name}"
+    assert not (tmp_path / "out" / ".merging").exists()
+
+
+@pytest.mark.parametrize("file", ["../victim/model.safetensors", "ABSOLUTE", "sub/x", 5, None, ["x"], ""])
+def test_an_index_that_names_files_elsewhere(file: Any, toy: tuple[Path, Adapter], tmp_path: Path) -> None:
+    base, value = toy
+    victim = write_base(tmp_path / "victim", read_all(base)) / "model.safetensors"
+    before = victim.read_bytes()
+    file = str(victim) if file == "ABSOLUTE" else file
+    index = {"weight_map": dict.fromkeys(read_all(base), file)}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileError, match="should name files that stand beside it"):
+        stream.merge(base, value, tmp_path / "out")
+    assert victim.read_bytes() == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_headers_that_other_writers_make(tmp_path: Path) -> None:
+    """An empty tensor before or after the one that starts where it stands, and metadata that are null."""
+    described = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    for i, header in enumerate(
+        ({"a": described, "z": empty}, {"__metadata__": None, "z": empty, "a": described})
+    ):
+        text = json.dumps(header).encode()
+        (tmp_path / f"{i}.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+        assert list(read_shard(tmp_path / f"{i}.safetensors").entries) == ["z", "a"]
 
 
 def test_a_file_system_that_cannot_copy_by_itself(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -70,10 +71,24 @@ def test_a_finished_file_that_was_changed_is_written_again(toy: tuple[Path, Adap
     out = tmp_path / "out"
     with pytest.raises(Stop):
         stream.merge(*toy, out, progress=stop_at(0.6))
-    (out / ".merging" / "model-00001-of-00003.safetensors").write_bytes(b"")
+    (out / ".merging" / "files" / "model-00001-of-00003.safetensors").write_bytes(b"")
     assert "model-00001-of-00003.safetensors" not in stream.merge(*toy, out).resumed
     stream.merge(*toy, tmp_path / "whole")
     assert_same(read_all(tmp_path / "whole"), read_all(out))
+
+
+@pytest.mark.parametrize("name", ["../victim.txt", "ABSOLUTE"])
+def test_a_manifest_that_names_files_elsewhere(name: str, toy: tuple[Path, Adapter], tmp_path: Path) -> None:
+    victim = tmp_path / "victim.txt"
+    victim.write_text("mine")
+    (tmp_path / "out" / ".merging").mkdir(parents=True)
+    name = str(victim) if name == "ABSOLUTE" else name
+    done = {name: {"identity": [0, 0], "record": None}}
+    for content in ({"job": {}, "done": done}, {"done": {}}, {"job": {}, "done": []}, []):
+        (tmp_path / "out" / ".merging" / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(FileError, match=r"manifest\.json is damaged: .*; remove .* and start again"):
+            stream.merge(*toy, tmp_path / "out", resume=False)
+    assert victim.read_text() == "mine"
 
 
 def test_a_full_disk(toy: tuple[Path, Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ or with `push`. huggingface_hub does the travelling: its cache, its token, ``HF_
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import warnings
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from lorica.adapter import Adapter
 from lorica.checkpoint import peft
+from lorica.checkpoint.index import read_index
 from lorica.checkpoint.peft import CARD_FILE, CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
 from lorica.errors import ConfigError, FileError, LoricaError, LoricaWarning, MissingExtra, require
 
@@ -131,8 +131,8 @@ def locate_base(name: str | os.PathLike[str]) -> Path:
         one commit.
 
     Raises:
-        FileError: the repository or its safetensors are not there, or cannot be had. What is not there on
-            disk is left to the reader to say.
+        FileError: the repository or its safetensors are not there, or cannot be had; or its index is damaged,
+            or names a file outside it. What is not there on disk is left to the reader to say.
         MissingExtra: a repository is named, and huggingface_hub is not installed.
     """
     here = Path(name)
@@ -148,7 +148,7 @@ def locate_base(name: str | os.PathLike[str]) -> Path:
             if isinstance(error, hub.errors.LocalEntryNotFoundError):
                 raise
             index = Path(hub.hf_hub_download(name, f"{_BASE_WEIGHTS}.index.json", **options))
-            for shard in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+            for shard in sorted(set(read_index(index)[1].values())):
                 hub.hf_hub_download(name, shard, **options)
     return config.parent
 

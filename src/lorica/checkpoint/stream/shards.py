@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lorica.checkpoint.index import read_index, read_object
 from lorica.errors import FileError, lines
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -102,14 +103,15 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         folder: with `model.safetensors`, or with `model.safetensors.index.json` and the shards it lists.
 
     Raises:
-        FileError: there are no safetensors, or a file is missing, truncated or damaged.
+        FileError: there are no safetensors, a file is missing, truncated or damaged, or the index names a shard
+            that is not beside it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileError(
             f"{folder} is not a folder; give the folder that holds the base's config.json and weights"
         )
-    config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     for name in WEIGHTS:
         if (folder / name).is_file():
             shard = read_shard(folder / name)
@@ -126,10 +128,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
             f"{folder} should hold {WEIGHTS[0]} or one {WEIGHTS[0]}.index.json, and it has {have}; "
             "load the base with its library and save it again as safetensors"
         )
-    index = _json(folder / indices[0])
-    home = index.get("weight_map")
-    if not isinstance(home, dict) or not home:
-        raise FileError(f"{folder / indices[0]} has no weight_map; the file is damaged")
+    index, home = read_index(folder / indices[0])
     shards = {name: read_shard(folder / name) for name in sorted(set(home.values()))}
     lost = [f"{name}: not in {file}" for name, file in home.items() if name not in shards[file].entries]
     if lost:
@@ -146,7 +145,8 @@ def open_file(path: Path) -> Checkpoint:
     config = path.with_name("config.json")
     shard = read_shard(path)
     home = dict.fromkeys(shard.entries, path.name)
-    return Checkpoint(path.parent, {path.name: shard}, home, None, _json(config) if config.is_file() else {})
+    content = read_object(config) if config.is_file() else {}
+    return Checkpoint(path.parent, {path.name: shard}, home, None, content)
 
 
 def read_shard(path: Path) -> Shard:
@@ -161,14 +161,15 @@ def read_shard(path: Path) -> Shard:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if length <= status.st_size - 8 else b""
         content = json.loads(text)
-        metadata = content.pop("__metadata__", {})
+        metadata = dict(content.pop("__metadata__", None) or {})
         start = 8 + length
+        # An empty tensor stands where the next one begins.
         entries = sorted(
-            (_entry(name, item, start) for name, item in content.items()), key=lambda entry: entry.offset
+            (_entry(name, item, start) for name, item in content.items()), key=lambda entry: entry[3:]
         )
     except FileNotFoundError:
         raise FileError(f"{path} is not there; the checkpoint is incomplete, download it again") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FileError(f"{path} is not a safetensors file, or it is truncated: {error}") from error
     end = start
     for entry in entries:
@@ -242,16 +243,6 @@ def _entry(name: str, item: Mapping[str, Any], start: int) -> Entry:
     return Entry(
         name, str(item["dtype"]), tuple(map(int, item["shape"])), start + int(first), int(last) - int(first)
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path} cannot be read as JSON: {error}; the file is damaged") from error
-    if not isinstance(content, dict):
-        raise FileError(f"{path} should hold a JSON object, not a {type(content).__name__}")
-    return content
 
 
 def same_bytes(base: Checkpoint, one: str, other: str, *, block: int = 1 << 22) -> bool:

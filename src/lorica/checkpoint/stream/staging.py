@@ -1,8 +1,8 @@
 """A folder that is written over minutes, may be interrupted at any moment, and goes on from there.
 
 OUT/.merging/manifest.json     what is being made of what, and which files are finished
-OUT/.merging/NAME.part         the file being written
-OUT/.merging/NAME              finished files, flushed to the disk before the manifest says so
+OUT/.merging/parts/NAME        the file being written
+OUT/.merging/files/NAME        finished files, flushed to the disk before the manifest says so
 OUT/NAME                       all, moved here once every one is finished; what makes the folder load, last
 """
 
@@ -12,7 +12,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Self
 
 from lorica.checkpoint.atomic import flush
@@ -32,6 +32,8 @@ class Staging:
 
     def __init__(self, out: Path, job: Mapping[str, Any], done: dict[str, Any]) -> None:
         self.out, self.folder, self._job, self._done = out, out / FOLDER, dict(job), done
+        # Apart from the manifest and the lock, whose names a checkpoint's own files may have.
+        self._parts, self._files = self.folder / "parts", self.folder / "files"
 
     @classmethod
     @contextlib.contextmanager
@@ -71,7 +73,7 @@ class Staging:
 
     def part(self, name: str) -> Path:
         """Where to write a file before it is finished."""
-        path = self.folder / f"{name}.part"
+        path = self._parts / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -82,7 +84,8 @@ class Staging:
             name: of the file, written to `part`.
             record: JSON to be had again from `record`.
         """
-        part, path = self.part(name), self.folder / name
+        part, path = self._parts / name, self._files / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         flush(part)
         part.replace(path)
         flush(path.parent)
@@ -95,9 +98,9 @@ class Staging:
         What makes the folder load comes last; until then nobody takes it for whole.
         """
         for name in names:
-            if (self.folder / name).is_file():
+            if (self._files / name).is_file():
                 (self.out / name).parent.mkdir(parents=True, exist_ok=True)
-                (self.folder / name).replace(self.out / name)
+                (self._files / name).replace(self.out / name)
         flush(self.out)
         self.discard()
 
@@ -113,12 +116,12 @@ class Staging:
             (self.out / name).unlink(missing_ok=True)
         self._done.clear()
         self._write_manifest()
-        for path in self.folder.iterdir():
-            if path.name not in (_MANIFEST, _LOCK):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for folder in (self._parts, self._files):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(folder)
 
     def _is_intact(self, name: str) -> bool:
-        for path in (self.folder / name, self.out / name):
+        for path in (self._files / name, self.out / name):
             with contextlib.suppress(FileNotFoundError):
                 return _identity(path) == self._done[name]["identity"]
         return False
@@ -149,14 +152,24 @@ def _alone(out: Path, folder: Path) -> Iterator[None]:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
     try:
-        return json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        job, done = content["job"], content["done"]
+        # What is named here may be removed; it is in this folder, or nobody's business.
+        if all(_is_inside(name) and {"identity", "record"} <= note.keys() for name, note in done.items()):
+            return {"job": dict(job), "done": done}
+        problem: object = "it names what no merge writes"
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise FileError(
-            f"{folder / _MANIFEST} is damaged: {error}; remove {folder} and start again"
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problem = error
+    raise FileError(f"{path} is damaged: {problem}; remove {folder} and start again")
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePath(name)
+    return not path.anchor and ".." not in path.parts
 
 
 def _other_job(out: Path, before: Mapping[str, Any], job: Mapping[str, Any]) -> str:
