@@ -103,8 +103,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         folder: with `model.safetensors`, or with `model.safetensors.index.json` and the shards it lists.
 
     Raises:
-        FileError: there are no safetensors, a file is missing, truncated or damaged, or the index names a shard
-            that is not beside it.
+        FileError: there are no safetensors; a file is missing, truncated or damaged; or the index names a
+            shard that is not beside it.
     """
     folder = Path(folder)
     if not folder.is_dir():
