@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import Toy, shake, tokens
 from torch import Tensor
 
@@ -65,11 +66,34 @@ def test_the_other_adapter_acts_as_on_a_model_of_its_own(settings: dict[str, Any
     torch.testing.assert_close(outputs(PeftModel.from_pretrained(toy(), tmp_path / "again")), outputs(other))
 
 
-def test_from_tensors() -> None:
-    other = wrapped(2, r=3)
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_in_place_of_one_whose_start_was_taken_out_of_the_base(start: str, tmp_path: Path) -> None:
+    other = wrapped(2, r=2)
+    other.save_pretrained(tmp_path)
+    model = wrapped(1, init_lora_weights=start)
+    hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(outputs(model), outputs(other))
+
+
+@pytest.mark.parametrize("name", ["default", "0", "1"])
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"target_modules": ["embed"]}], ids=str)
+def test_from_tensors(settings: dict[str, Any], name: str) -> None:
+    config = LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": ["up", "down"]} | settings)
+    other, model = (get_peft_model(toy(), config, name).eval() for _ in range(2))
+    shake(other, 2)
+    tensors = {key: p.detach() for key, p in other.named_parameters() if "lora_" in key}
+    hotswap_adapter_from_state_dict(model, tensors, name, config)
+    torch.testing.assert_close(outputs(model), outputs(other))
+
+
+def test_renamed_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = wrapped(2)
+    other.save_pretrained(tmp_path)
+    old = {key.replace(".up.", ".raise."): tensor for key, tensor in load_peft_weights(tmp_path).items()}
+    save_file(old, tmp_path / "adapter_model.safetensors")
+    monkeypatch.setattr(Toy, "_checkpoint_conversion_mapping", {r"\.raise\.": ".up."}, raising=False)
     model = wrapped(1)
-    tensors = {name: p.detach() for name, p in other.named_parameters() if "lora_" in name}
-    hotswap_adapter_from_state_dict(model, tensors, "default", LoraConfig(r=3, lora_alpha=6))
+    hotswap_adapter(model, tmp_path, "default")
     torch.testing.assert_close(outputs(model), outputs(other))
 
 
@@ -82,6 +106,15 @@ def test_what_acts_and_trains_stays_so(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in model.parameters())
     hotswap_adapter(model, tmp_path, "default")
     assert model.active_adapters == ["default"]
+
+
+def test_what_is_frozen_in_part_stays_so(tmp_path: Path) -> None:
+    wrapped(2, r=6).save_pretrained(tmp_path)
+    model = wrapped(1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    hotswap_adapter(model, tmp_path, "default")
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_B"}
 
 
 def test_compiled_code_stays_valid(tmp_path: Path, unchecked_shapes: None) -> None:

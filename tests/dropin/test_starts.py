@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from packing import quantized
-from tiny import VOCABULARY, batch, transformer
+from tiny import VOCABULARY, batch, shake, transformer
 from torch import Tensor, nn
 
 import lorica
 from lorica import peft
-from lorica.errors import AdapterError, ConfigError
+from lorica.errors import AdapterError, ConfigError, StateError
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -172,3 +172,59 @@ class TestSignatures:
             *("ArrowConfig", "BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig"),
             *("GPTQLoraLinear", "convert_to_lora", "save_as_lora", "create_arrow_model"),
         }
+
+
+class TestTakenOut:
+    """Values of an adapter whose start was taken out of W0: an update of W0, of twice the rank."""
+
+    @pytest.fixture(params=["pissa", "olora"])
+    def model(self, request: pytest.FixtureRequest) -> peft.PeftModel:
+        config = peft.LoraConfig(
+            r=2, target_modules=TARGETS, init_lora_weights=request.param, modules_to_save=["norm"]
+        )
+        return peft.get_peft_model(transformer("llama"), config).eval()
+
+    @staticmethod
+    @torch.no_grad()
+    def logits(model: nn.Module) -> Tensor:
+        return model(**batches(1)[0]).logits
+
+    @pytest.mark.parametrize("acting", [True, False])
+    def test_the_values_come_back(self, model: peft.PeftModel, acting: bool) -> None:
+        shake(model, 1)
+        first = self.logits(model)
+        values = {key: value.clone() for key, value in peft.get_peft_model_state_dict(model).items()}
+        shake(model, 2)
+        assert not torch.allclose(self.logits(model), first, atol=1e-3)
+        if not acting:
+            model.base_model.disable_adapter_layers()
+        found = peft.set_peft_model_state_dict(model, values)
+        model.base_model.enable_adapter_layers()
+        assert found == ([], [])
+        torch.testing.assert_close(self.logits(model), first, atol=1e-5, rtol=1e-4)
+
+    def test_those_that_train_alone(self, model: peft.PeftModel) -> None:
+        shake(model, 1)
+        first = self.logits(model)
+        values = {
+            key.replace(".modules_to_save", "").replace(".default", ""): value.detach().clone()
+            for key, value in model.named_parameters()
+            if value.requires_grad
+        }
+        shake(model, 2)
+        assert peft.set_peft_model_state_dict(model, values) == ([], [])
+        torch.testing.assert_close(self.logits(model), first, rtol=0, atol=0)
+
+    def test_what_cannot_be_changes_nothing(self, model: peft.PeftModel) -> None:
+        values = {key: value.clone() for key, value in peft.get_peft_model_state_dict(model).items()}
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        next(value for key, value in values.items() if "norm" in key).fill_(3)
+        broken = {**values, next(iter(values)): torch.full_like(next(iter(values.values())), float("nan"))}
+        with pytest.raises(AdapterError, match="NaN"):
+            peft.set_peft_model_state_dict(model, broken)
+        with pytest.raises(AdapterError, match="do not fit"):
+            peft.set_peft_model_state_dict(model, {**values, next(iter(values)): torch.zeros(3, 3)})
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        model.merge_adapter()
+        with pytest.raises(StateError, match="is merged"):
+            peft.set_peft_model_state_dict(model, values)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 import lorica
 from lorica.adapter import Adapter, Factors
@@ -26,6 +28,12 @@ from lorica.peft import loading, places
 from lorica.peft.config import as_peft_config
 
 _PREFIX = "base_model.model."
+# Where the adapter's name is in a live name, and what the file has not behind it.
+_LIVE = (
+    r"\.(lora_[AB]|modules_to_save)\.{name}(?=\.)"
+    r"|\.(lora_magnitude_vector)\.{name}\.weight$"
+    r"|\.(lora_embedding_[AB]|trainable_tokens_delta)\.{name}$"
+)
 
 
 def hotswap_adapter(
@@ -51,7 +59,8 @@ def hotswap_adapter(
     """
     hub, rest = places.split_hub(kwargs)
     places.check_options(rest)
-    _exchange(model, loading.read(locate(model_name_or_path, **hub)), adapter_name)
+    renames = loading.conversions(adapted(model)[0], None)
+    _exchange(model, loading.read(locate(model_name_or_path, **hub), key_mapping=renames), adapter_name)
 
 
 def hotswap_adapter_from_state_dict(
@@ -74,9 +83,9 @@ def hotswap_adapter_from_state_dict(
         AdapterError: no adapter of that name, or the new one does not fit; nothing has changed.
         StateError: an adapter is merged.
     """
+    live = re.compile(_LIVE.format(name=re.escape(adapter_name)))
     tensors = {
-        _PREFIX
-        + key.removeprefix(_PREFIX).replace(f".{adapter_name}.", ".").removesuffix(f".{adapter_name}"): tensor
+        _PREFIX + live.sub(r".\1\2\3", key.removeprefix(_PREFIX)): tensor
         for key, tensor in state_dict.items()
     }
     adapter = from_tensors(tensors, as_peft_config(config))
@@ -125,7 +134,8 @@ def _exchange(model: nn.Module, new: Adapter, name: str) -> None:
     roster.known(name)
     roster.check_unmerged("swap an adapter")
     live = lorica.extract(root, name)
-    if not _fits_in(new, live):
+    # Where its start was taken out of W0, the old one's place is beside another weight.
+    if roster.starts.get(name) or not _fits_in(new, live):
         _replace(model, new, name)
         return
     with torch.no_grad():
@@ -175,7 +185,8 @@ def _replace(model: nn.Module, new: Adapter, name: str) -> None:
     """Take the old adapter off and put the new one on; if that cannot be, the old one comes back."""
     root, roster = adapted(model)
     active, old = roster.active, lorica.extract(root, name)
-    trains = any(parameter.requires_grad for parameter in _parameters(root, name))
+    trained = {place: parameter.requires_grad for place, parameter in _parameters(root, name)}
+    trains = any(trained.values())
     lorica.detach(root, name)
     try:
         attach_finite(root, new, name, trainable=trains)
@@ -184,11 +195,16 @@ def _replace(model: nn.Module, new: Adapter, name: str) -> None:
         raise
     finally:
         lorica.active(root, active)
+        for place, parameter in _parameters(root, name):
+            parameter.requires_grad_(trained.get(place, trains))
 
 
-def _parameters(root: nn.Module, name: str) -> list[nn.Parameter]:
-    layers = (layer for layer in lora_layers(root).values() if name in layer.scaling)
-    return [parameter for layer in layers for parameter in layer.factor_parameters(name)]
+def _parameters(root: nn.Module, name: str) -> Iterator[tuple[tuple[str, int], Parameter]]:
+    """An adapter's A and B, each by its layer and its place there."""
+    for path, layer in lora_layers(root).items():
+        if name in layer.scaling:
+            for i, parameter in enumerate(layer.factor_parameters(name)):
+                yield (path, i), parameter
 
 
 def _at_rank(adapter: Adapter, rank: int) -> Adapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft import read_tensors
 from lorica.checkpoint.peft_tensors import to_tensors
 from lorica.errors import AdapterError, lines
+from lorica.model.structure import adapted
+from lorica.model.values import as_trained, overwrite
 from lorica.peft import loading, places, saving
 from lorica.peft.incoming import LoadResult
 from lorica.peft.peft_model import PeftModel
@@ -27,7 +30,10 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """An adapter's tensors by their names in PEFT's file; they share memory with the model.
+    """An adapter's tensors by their names in PEFT's file.
+
+    They share memory with the model, but for A and B where the start was taken out of W0 (PiSSA, OLoRA,
+    CorDA, LoRA-GA): there they are of twice the rank, an update of W0 itself, as in the file.
 
     Args:
         model: wrapped or not; without the wrapper the keys lack ``base_model.model.``.
@@ -57,6 +63,8 @@ def set_peft_model_state_dict(
     Args:
         model: wrapped or not.
         peft_model_state_dict: values by their names in PEFT's file, with ``base_model.model.`` or without.
+            Where the start was taken out of W0, either what `get_peft_model_state_dict` gives, or A and B as
+            they train, which is what PEFT's gives.
         adapter_name: of the adapter.
         ignore_mismatched_sizes: leave out what has another shape, in place of an error.
         low_cpu_mem_usage: accepted; the values are copied in place.
@@ -66,22 +74,38 @@ def set_peft_model_state_dict(
 
     Raises:
         AdapterError: no such adapter, or the whole list of what has another shape; the model is untouched.
+        StateError: the adapter's start was taken out of W0, and is merged.
     """
-    live = to_tensors(saving.outgoing(model, adapter_name, None, False))
     given = {_PREFIX + key.removeprefix(_PREFIX): tensor for key, tensor in peft_model_state_dict.items()}
-    wrong = [
-        f"{key}: {tuple(given[key].shape)} is given, the model has {tuple(tensor.shape)}"
-        for key, tensor in live.items()
-        if key in given and given[key].shape != tensor.shape
-    ]
+    adapter = saving.outgoing(model, adapter_name, None, False)
+    live = to_tensors(adapter)
+    if adapter.trained_as is not None:
+        root, roster = adapted(model)
+        roster.check_unmerged("give the adapter another start")
+        training = as_trained(root, adapter_name)
+        as_it_trains = not _misfits(given, to_tensors(training))
+        adapter = training if as_it_trains else copy.deepcopy(adapter)  # of which A and B are copies anyway
+        live = to_tensors(adapter)
+    wrong = _misfits(given, live)
     if wrong and not ignore_mismatched_sizes:
         raise AdapterError(f"the values do not fit the adapter {adapter_name!r}:\n{lines(wrong)}")
     with torch.no_grad():
         for key, tensor in live.items():
             if key in given and given[key].shape == tensor.shape:
                 tensor.copy_(given[key])
+    if adapter.trained_as is not None:
+        overwrite(model, adapter, adapter_name)
     missing = [key for key in live if key not in given]
     return LoadResult(missing, [key for key in given if key not in live])
+
+
+def _misfits(given: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the shapes of values, for a message."""
+    return [
+        f"{key}: {tuple(given[key].shape)} is given, the model has {tuple(tensor.shape)}"
+        for key, tensor in live.items()
+        if key in given and given[key].shape != tensor.shape
+    ]
 
 
 def load_peft_weights(
