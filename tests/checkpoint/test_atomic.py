@@ -44,6 +44,19 @@ def test_a_writer_that_fails_leaves_the_old_files(tmp_path: Path) -> None:
         assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "1", "key": "2"}
 
 
+def test_what_does_not_belong_to_the_new_set_goes_with_the_old_key(tmp_path: Path) -> None:
+    replace_files(tmp_path, {"old": text("1"), "key": text("1")})
+
+    def fail(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(FileError):
+        replace_files(tmp_path, {"new": fail, "key": text("2")}, gone=["old"])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"old": "1", "key": "1"}
+    replace_files(tmp_path, {"new": text("2"), "key": text("2")}, gone=["old", "never there"])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"new": "2", "key": "2"}
+
+
 @pytest.mark.parametrize("call", range(3))
 def test_a_rename_that_fails_leaves_a_set_without_its_key_or_the_whole(
     call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -87,6 +100,9 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 import lorica
+from lorica.checkpoint import write
+
+pickled = sys.argv[2] == "pickled"
 
 def adapter(value):
     config = lorica.LoraConfig(r=1, target_modules=["q"], lora_alpha=value)
@@ -116,7 +132,7 @@ def save(folder, how, at):
                 raise OSError(28, "No space left on device")
     sys.addaudithook(hook)
     try:
-        lorica.write(adapter(2.0), folder)
+        write(adapter(2.0), folder, pickled=pickled)
     except lorica.LoricaError as error:
         os._exit(1 if isinstance(error, lorica.errors.FileError) else 2)
     except BaseException:
@@ -141,9 +157,10 @@ print(json.dumps(results))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_interrupted_anywhere_the_folder_holds_old_or_new_or_refuses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["safetensors", "pickled"])
+def test_interrupted_anywhere_the_folder_holds_old_or_new_or_refuses(form: str, tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", _INTERRUPT, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _INTERRUPT, str(tmp_path), form], capture_output=True, text=True, check=True
     )
     results = json.loads(run.stdout)
     *killed, last = map(tuple, results["kill"])

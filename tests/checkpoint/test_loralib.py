@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -267,20 +268,22 @@ class TestFiles:
         with pytest.raises(ConfigError, match="lora_alpha must be a positive number, not 0"):
             files.read(tmp_path / "x.pt", 0)
 
-    def test_a_failed_write_leaves_the_old_file(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        adapter = files.from_tensors({f"q.lora_{side}": torch.ones(2, 2) for side in "AB"}, 2)
-        path = files.write(adapter, tmp_path / "x.pt")
+    @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+    def test_a_full_disk_leaves_the_old_file(self, name: str, tmp_path: Path) -> None:
+        small, big = (
+            files.from_tensors({"q.lora_A": torch.ones(2, size), "q.lora_B": torch.ones(size, 2)}, 2)
+            for size in (2, 20_000)
+        )
+        path = files.write(small, tmp_path / name)
         before = path.read_bytes()
-
-        def full(*_: object) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(torch, "save", full)
-        with pytest.raises(FileError, match="No space left"):
-            files.write(adapter, path)
-        assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        try:
+            with pytest.raises(FileError, match="cannot write to"):
+                files.write(big, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [file.name for file in tmp_path.iterdir()] == [name]
         assert path.read_bytes() == before
 
     @pytest.mark.parametrize(
@@ -288,6 +291,7 @@ class TestFiles:
         [
             (b"", "truncated or damaged"),
             (b"nonsense", "truncated or damaged"),
+            (b"\x80\x02.", "truncated or damaged"),
             ([1, 2], "should hold tensors by name, not a list"),
             ({"a.lora_A": 3}, "should hold tensors by name"),
         ],

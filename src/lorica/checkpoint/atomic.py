@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from lorica.errors import FileError
@@ -13,7 +12,7 @@ from lorica.errors import FileError
 Writer = Callable[[Path], None]
 
 
-def replace_files(directory: Path, writers: Mapping[str, Writer]) -> None:
+def replace_files(directory: Path, writers: Mapping[str, Writer], *, gone: Iterable[str] = ()) -> None:
     """Write several files that belong together into a folder.
 
     All are written beside their places first, and then renamed. The last one named is the key without which
@@ -24,6 +23,7 @@ def replace_files(directory: Path, writers: Mapping[str, Writer]) -> None:
     Args:
         directory: made if it is not there.
         writers: file name → function that writes that file's content to a given path.
+        gone: names of files that do not belong to the new set, to be removed if they are there.
 
     Raises:
         FileError: the folder cannot be made or written.
@@ -35,8 +35,8 @@ def replace_files(directory: Path, writers: Mapping[str, Writer]) -> None:
                 write(Path(stage) / name)
                 flush(Path(stage) / name)
             *_, key = writers
-            with contextlib.suppress(FileNotFoundError):
-                (directory / key).unlink()
+            for name in (key, *gone):
+                (directory / name).unlink(missing_ok=True)
             for name in writers:
                 (Path(stage) / name).replace(directory / name)
         flush(directory)

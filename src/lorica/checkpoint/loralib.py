@@ -8,13 +8,10 @@ A file of loralib's holds neither alpha nor which layers it was made with: both 
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -22,6 +19,7 @@ from lorica.adapter import TOKEN_ROWS, Adapter, Factors
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.derived import derived_config
 from lorica.checkpoint.fused import Parts, ends_with, fused_parts, groups, packed, unpacked
+from lorica.checkpoint.tensors import load, save
 from lorica.errors import AdapterError, ConfigError, FileError, lines, listing, nearest
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
@@ -106,13 +104,12 @@ def write(
     if file.suffix not in SUFFIXES or file.is_dir():
         raise FileError(f"{file} should be a file that ends in one of {', '.join(SUFFIXES)}")
     adapter.check_finite()
-    # Copies of their own: a view would bring the whole of what it is a part of.
     named = to_tensors(adapter, fused_parts(enable_lora, split))
+    # One memory block may stand under two names only as copies.
     tensors = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in named.items()
     }
-    save = safetensors.torch.save_file if file.suffix == ".safetensors" else torch.save
-    replace_files(file.parent, {file.name: lambda target: save(tensors, target)})
+    replace_files(file.parent, {file.name: lambda target: save(target, tensors)})
     return file
 
 
@@ -262,19 +259,7 @@ def _file(path: Path) -> Path:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        safetensors.SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-    ) as e:
-        raise FileError(f"{path} is truncated or damaged, or no checkpoint: {e}") from e
+    data = load(path)
     if isinstance(data, dict):
         data = next((data[key] for key in _WRAPPERS if isinstance(data.get(key), dict)), data)
         if all(isinstance(key, str) and isinstance(t, Tensor) for key, t in data.items()):

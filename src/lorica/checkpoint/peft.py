@@ -15,20 +15,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
-import torch
 from torch import Tensor
 
 from lorica.adapter import Adapter
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.card import model_card
 from lorica.checkpoint.peft_tensors import from_tensors, to_tensors
+from lorica.checkpoint.tensors import SAFETENSORS, load, save
 from lorica.config import AdapterConfig, LoraConfig, read_config
 from lorica.errors import AdapterError, ConfigError, FileError
 
@@ -55,7 +53,7 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
     Args:
         adapter: what to write; tensors keep their dtype.
         directory: made if it is not there. Other files in it are left alone, and so is a model card that
-            somebody edited.
+            somebody edited; weights in the other form go.
         pickled: write `adapter_model.bin`, a pickle of tensors, in place of safetensors, for readers that
             know nothing else.
 
@@ -79,16 +77,13 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
         metadata[_TRAINED_AS] = json.dumps(adapter.trained_as.to_dict(), sort_keys=True)
     text = json.dumps({**adapter.config.to_dict(), "inference_mode": True}, indent=2, sort_keys=True) + "\n"
     card = model_card(adapter, folder / CARD_FILE)
+    weights, stale = (PICKLED_FILE, WEIGHTS_FILE) if pickled else (WEIGHTS_FILE, PICKLED_FILE)
     writers = {
         **({} if card is None else {CARD_FILE: lambda path: _write_text(path, card)}),
-        PICKLED_FILE if pickled else WEIGHTS_FILE: lambda path: (
-            torch.save(tensors, path) if pickled else _write_tensors(path, tensors, metadata)
-        ),
+        weights: lambda path: _write_tensors(path, tensors, metadata),
         CONFIG_FILE: lambda path: _write_text(path, text),
     }
-    if pickled:  # or it would be read in place of the other
-        (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-    replace_files(folder, writers)
+    replace_files(folder, writers, gone=[stale])
     return folder
 
 
@@ -207,35 +202,21 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
     """
     folder = Path(directory)
     path, pickled = folder / WEIGHTS_FILE, folder / PICKLED_FILE
-    try:
-        if path.is_file():
-            return safetensors.torch.load_file(path)
-        if pickled.is_file():
-            return _named_tensors(torch.load(pickled, map_location="cpu", weights_only=True))
-    except (
-        safetensors.SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-    ) as error:
-        raise FileError(f"{path if path.is_file() else pickled} is truncated or damaged: {error}") from error
-    raise FileError(f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}; the adapter was not saved to its end")
-
-
-def _named_tensors(data: object) -> dict[str, Tensor]:
+    path = path if path.is_file() else pickled
+    if not path.is_file():
+        raise FileError(
+            f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}; the adapter was not saved to its end"
+        )
+    data = load(path)
     if isinstance(data, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in data.items()):
         return dict(data)
-    raise ValueError(f"it should hold tensors by name, not a {type(data).__name__} of something else")
+    raise FileError(f"{path} should hold tensors by name, not a {type(data).__name__} of something else")
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    try:
-        safetensors.torch.save_file(tensors, path, metadata=metadata)
-    except safetensors.SafetensorError as error:  # a full disk comes as this, too
-        raise OSError(str(error)) from error
-    _sort_header(path)
+    save(path, tensors, metadata)
+    if path.suffix == SAFETENSORS:
+        _sort_header(path)
 
 
 def _sort_header(path: Path) -> None:
