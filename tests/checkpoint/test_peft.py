@@ -283,11 +283,16 @@ class TestRead:
         )
         assert lorica.read(folder).lora.r == 2
 
-    def test_an_attention_written_by_peft_acted_twice_where_it_was_trained(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "written", [{"peft_version": "0.21.2"}, {"megatron_core": "megatron.core"}], ids=["0.21", "0.17"]
+    )
+    def test_an_attention_written_by_peft_acted_twice_where_it_was_trained(
+        self, written: dict[str, str], tmp_path: Path
+    ) -> None:
         model = adapted(Zoo(), lorica.LoraConfig(r=2, target_modules=["attention", "linear"]))
         adapter = lorica.extract(model)
         lorica.save(model, tmp_path)
-        edit_config(tmp_path, peft_version="0.21.2")
+        edit_config(tmp_path, **written)
         read = lorica.read(tmp_path)
         for path, times in (("attention", 1), ("attention.out_proj", 2), ("linear", 1)):
             assert torch.equal(read.factors[path].B, times * adapter.factors[path].B)

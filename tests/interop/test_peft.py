@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from tiny import VOCABULARY, batch, outputs, shake, tokens, transformer
 from torch import Tensor, nn
 
 import lorica
+import lorica.peft
 
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'lorica[peers]'")
 
@@ -230,6 +232,19 @@ def test_an_attention_that_peft_trained_acts_here_as_it_did_there(
 ) -> None:
     expected = by_peft("zoo", attention, tmp_path)
     agree(logits(lorica.load(build("zoo"), tmp_path), "zoo"), expected)
+
+
+def test_so_it_does_where_its_values_are_set(attention: dict[str, Any], tmp_path: Path) -> None:
+    expected = by_peft("zoo", attention | {"bias": "none"}, tmp_path)
+    config = tmp_path / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({key: fields[key] for key in fields if key != "peft_version"}))  # as by 0.17
+    model = lorica.peft.get_peft_model(
+        build("zoo"), lorica.peft.LoraConfig(**attention).replace(bias="none")
+    ).eval()
+    found = lorica.peft.set_peft_model_state_dict(model, lorica.peft.load_peft_weights(tmp_path))
+    assert found == ([], [])
+    agree(logits(model, "zoo"), expected)
 
 
 def test_an_attention_trained_here_counts_its_output_twice_in_peft(

@@ -38,6 +38,12 @@ CARD_FILE = "README.md"
 # In the header of the weights, where other readers do not look: what `Adapter.trained_as` holds.
 _TRAINED_AS = "lorica_trained_as"
 
+# Settings that PEFT writes and lorica does not. Before 0.18 it did not write its version.
+_OF_PEFT = ("peft_version", "megatron_core")
+
+# An nn.MultiheadAttention's output projection, inside what PEFT put around the attention.
+_OUTPUT = ".base_layer.out_proj.lora_B.weight"
+
 
 def is_adapter(directory: str | Path) -> bool:
     """Whether a folder holds an adapter: its configuration and its weights."""
@@ -123,10 +129,9 @@ def read(directory: str | Path) -> Adapter:
     config, provenance = _read_config(folder)
     tensors = read_tensors(folder)
     try:
-        adapter = from_tensors(tensors, config)
+        adapter = from_tensors(as_trained(tensors, provenance), config)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
-    adapter = as_trained(adapter, provenance)
     adapter.check_finite()
     return dataclasses.replace(adapter, trained_as=_read_trained_as(folder))
 
@@ -143,27 +148,24 @@ def _read_trained_as(folder: Path) -> LoraConfig | None:
         raise FileError(f"the header of {path} is damaged: {_TRAINED_AS} in it is wrong: {error}") from error
 
 
-def as_trained(adapter: Adapter, provenance: Mapping[str, Any]) -> Adapter:
-    """The adapter with the effect it had where it was trained.
+def as_trained(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an adapter with the effect it had where it was trained.
 
     Args:
-        adapter: as its file has it.
+        tensors: as its file has them, by their names there.
         provenance: the settings beside it, which say who wrote it.
 
     PEFT (up to 0.21.2 at least) applies the update of an nn.MultiheadAttention's output projection twice, in
     training and after. Files that it wrote therefore mean twice what they say there.
     """
-    attention = [
-        path
-        for path in adapter.factors
-        if path.endswith(".out_proj") and path.removesuffix(".out_proj") in adapter.factors
-    ]
-    if "peft_version" not in provenance or not attention:
-        return adapter
-    doubled = {
-        path: dataclasses.replace(f, B=2 * f.B) for path, f in adapter.factors.items() if path in attention
+    if not any(name in provenance for name in _OF_PEFT):
+        return dict(tensors)
+    outputs = {
+        key
+        for key in tensors
+        if key.endswith(_OUTPUT) and f"{key.removesuffix(_OUTPUT)}.lora_A.weight" in tensors
     }
-    return dataclasses.replace(adapter, factors={**adapter.factors, **doubled})
+    return {key: 2 * tensor if key in outputs else tensor for key, tensor in tensors.items()}
 
 
 def _read_config(folder: Path) -> tuple[AdapterConfig, Mapping[str, Any]]:

@@ -37,9 +37,9 @@ def read(
     """
     settings = read_settings(folder)
     config = LoraConfig.from_dict(settings) if config is None else config
-    tensors = renamed(read_tensors(folder), key_mapping or {})
+    tensors = renamed(as_trained(read_tensors(folder), settings), key_mapping or {})
     try:
-        adapter = as_trained(from_tensors(tensors, config), settings)
+        adapter = from_tensors(tensors, config)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
     adapter.check_finite()

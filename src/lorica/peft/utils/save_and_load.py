@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lorica.checkpoint.hub import locate
-from lorica.checkpoint.peft import read_tensors
+from lorica.checkpoint.peft import CONFIG_FILE, as_trained, read_settings, read_tensors
 from lorica.checkpoint.peft_tensors import to_tensors
 from lorica.errors import AdapterError, lines
+from lorica.model import values
 from lorica.model.structure import adapted
-from lorica.model.values import as_trained, overwrite
 from lorica.peft import loading, places, saving
 from lorica.peft.incoming import LoadResult
 from lorica.peft.peft_model import PeftModel
@@ -82,7 +82,7 @@ def set_peft_model_state_dict(
     if adapter.trained_as is not None:
         root, roster = adapted(model)
         roster.check_unmerged("give the adapter another start")
-        training = as_trained(root, adapter_name)
+        training = values.as_trained(root, adapter_name)
         as_it_trains = not _misfits(given, to_tensors(training))
         adapter = training if as_it_trains else copy.deepcopy(adapter)  # of which A and B are copies anyway
         live = to_tensors(adapter)
@@ -94,7 +94,7 @@ def set_peft_model_state_dict(
             if key in given and given[key].shape == tensor.shape:
                 tensor.copy_(given[key])
     if adapter.trained_as is not None:
-        overwrite(model, adapter, adapter_name)
+        values.overwrite(model, adapter, adapter_name)
     missing = [key for key in live if key not in given]
     return LoadResult(missing, [key for key in given if key not in live])
 
@@ -116,6 +116,8 @@ def load_peft_weights(
 ) -> dict[str, Tensor]:
     """The tensors of a saved adapter by their names in the file.
 
+    What PEFT saved of an nn.MultiheadAttention's output projection is doubled, for it acted twice there.
+
     Args:
         model_id: folder, or name on the Hub.
         device: to put them on; None leaves them on the CPU.
@@ -127,5 +129,8 @@ def load_peft_weights(
     """
     hub, rest = places.split_hub(hf_hub_download_kwargs)
     places.check_options(rest)
-    tensors = loading.renamed(read_tensors(locate(model_id, **hub)), key_mapping or {})
+    folder = locate(model_id, **hub)
+    # PEFT reads weights that stand there alone.
+    settings = read_settings(folder) if (folder / CONFIG_FILE).is_file() else {}
+    tensors = loading.renamed(as_trained(read_tensors(folder), settings), key_mapping or {})
     return {key: tensor.to(device or "cpu") for key, tensor in tensors.items()}
