@@ -109,6 +109,29 @@ def saving(p: Any, folder: Path) -> dict[str, Any]:
     }
 
 
+def saving_whole(p: Any, folder: Path) -> dict[str, Any]:
+    results = {}
+    for names in (
+        ["norm"],
+        ["head"],
+        ["tion_layernorm", "lp.up_proj", "1.input_layernorm"],
+        ["norm", "lm_head"],
+    ):
+        model = build(p, "llama", **CAUSAL, modules_to_save=names)
+        model.add_adapter("other", p.LoraConfig(**CAUSAL, modules_to_save=names))
+        place = folder / "_".join(names)
+        model.save_pretrained(place)
+        again = p.PeftModel.from_pretrained(transformer("llama"), place, is_trainable=True)
+        bare = p.inject_adapter_in_model(p.LoraConfig(**CAUSAL, modules_to_save=names), transformer("llama"))
+        model.load_adapter(place, "default")
+        results["_".join(names)] = {
+            "trains": [trains(model), trains(again), trains(bare)],
+            "logits": [logits(model, "llama"), logits(again.eval(), "llama")],
+            "tensors": safetensors.torch.load_file(place / "adapter_model.safetensors"),
+        }
+    return results
+
+
 def choosing(p: Any, folder: Path) -> dict[str, Any]:
     name = "bert"
     model = build(p, name, target_modules=["query", "value"])
@@ -357,6 +380,7 @@ def casting(p: Any, folder: Path) -> dict[str, Any]:
 SCRIPTS: list[Script] = [
     counting,
     saving,
+    saving_whole,
     choosing,
     disabling,
     merging,

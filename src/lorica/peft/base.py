@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lorica.config import LoraConfig
 from lorica.layers import SwappedModule
-from lorica.model.structure import lora_layers
+from lorica.model.selection import HEADS
+from lorica.model.structure import lora_layers, walk
 
 
 def brought(module: SwappedModule) -> Iterator[tuple[str, Parameter]]:
@@ -25,6 +27,27 @@ def recomputes(model: nn.Module) -> bool:
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     name = next((name for name in names if hasattr(type(model), name)), None)
     return True if name is None else bool(getattr(model, name))
+
+
+def named_whole(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The configuration with names of whole parts for what `modules_to_save` means in PEFT.
+
+    There a name is any ending of a module's: "norm" means every ``input_layernorm`` too, and "head" an
+    ``lm_head``.
+
+    Args:
+        model: the base.
+        config: as it was given.
+    """
+    given, heads = config.modules_to_save or [], HEADS.get(config.task_type or "", ())
+    paths = [place.path for place in walk(model) if place.path]
+    names: list[str] = []
+    for name in dict.fromkeys([*given, *heads]):
+        parts = name.count(".") + 1
+        endings = [".".join(path.split(".")[-parts:]) for path in paths if path.endswith(name)]
+        names += endings or [name]
+    names = [name for name in dict.fromkeys(names) if name in given or name not in heads]
+    return config if names == given else config.replace(modules_to_save=names)
 
 
 def let_gradients_in(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 import lorica
 from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import ConfigError
+from lorica.peft.base import named_whole
 from lorica.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
 from lorica.peft.config import as_peft_config
 from lorica.peft.config import get_peft_config as get_peft_config
@@ -78,7 +79,7 @@ def inject_adapter_in_model(
         TargetError: a pattern matches nothing, or something that cannot be adapted.
         ConfigError: `state_dict` names no module.
     """
-    config = as_peft_config(peft_config)
+    config = named_whole(model, as_peft_config(peft_config))
     if state_dict is not None:
         named = {key[: key.index(mark)] for key in state_dict for mark in _MARKS if mark in key}
         if not named:

@@ -17,6 +17,7 @@ from lorica.errors import ConfigError
 from lorica.model.eva import Progress
 from lorica.model.preprocess import Data
 from lorica.model.watching import Batches, run
+from lorica.peft.base import named_whole
 
 
 def forward_fn_dict(model: nn.Module, model_input: Any) -> Any:
@@ -101,6 +102,7 @@ def get_eva_state_dict(
     _check(prepare_model_inputs_fn, prepare_layer_inputs_fn)
     _check_alone(gather_distributed_inputs)
     name = adapter_name if peft_config is None else None
+    peft_config = peft_config and named_whole(model, peft_config)
     with _bar(show_progress_bar) as progress:
         return lorica.get_eva_state_dict(
             model, dataloader, peft_config, name=name, forward=forward_fn or run, progress=progress
@@ -122,6 +124,7 @@ def preprocess_corda(
             `corda_config` is there.
         hooked_model: the model that `run_model` runs, where it is another.
     """
+    lora_config = named_whole(model, lora_config)
     lorica.preprocess_corda(model, lora_config, run_model, hooked_model=hooked_model)
 
 
@@ -139,7 +142,7 @@ def preprocess_loraga(
         train_step: a function that runs the model on some data and calls `backward`, or batches.
         cache_file: file for the gradients; read if it is there.
     """
-    lorica.preprocess_loraga(model, lora_config, train_step, cache_file)
+    lorica.preprocess_loraga(model, named_whole(model, lora_config), train_step, cache_file)
 
 
 def replace_lora_weights_loftq(

@@ -24,7 +24,7 @@ from lorica.model.attach import attach_finite
 from lorica.model.merged import behind_merge, settle
 from lorica.model.mount import open_for
 from lorica.model.structure import find_adapted, walk
-from lorica.peft.base import brought
+from lorica.peft.base import brought, named_whole
 from lorica.roster import Roster
 
 
@@ -59,7 +59,7 @@ class LoraModel(nn.Module):
         if isinstance(config, Mapping):
             config = config[adapter_name]
         if config is not None:
-            lorica.adapt(model, config, adapter_name)
+            lorica.adapt(model, named_whole(model, config), adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own."""
@@ -262,7 +262,7 @@ class LoraModel(nn.Module):
             TargetError: a pattern matches nothing, or something that cannot be adapted.
         """
         before = self.roster.active
-        lorica.adapt(self.model, config, adapter_name)
+        lorica.adapt(self.model, named_whole(self.model, config), adapter_name)
         lorica.active(self.model, before)
         self.set_requires_grad(adapter_name, False)
 
