@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from tiny import batch, transformer
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 import lorica.peft
 
@@ -220,6 +221,23 @@ def rows(p: Any, folder: Path) -> dict[str, Any]:
     return results
 
 
+def generating(p: Any, folder: Path) -> dict[str, Any]:
+    del folder
+    model = build(p, "llama", **CAUSAL)
+    before = model.generation_config.max_new_tokens
+    ids = batch("llama")["input_ids"][:, :2]
+    model.generation_config = GenerationConfig(
+        max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return {
+        "before": before,
+        "tokens": model.generate(input_ids=ids),
+        "more": model.generate(input_ids=ids, generation_config=model.generation_config, max_new_tokens=4),
+        "after": model.get_base_model().generation_config.max_new_tokens,
+        "none": hasattr(build(p, "bert", target_modules=["query"]), "generation_config"),
+    }
+
+
 def inspecting(p: Any, folder: Path) -> dict[str, Any]:
     del folder
     model = build(p, "bert-classifier", **CLASSIFIER)
@@ -385,6 +403,7 @@ SCRIPTS: list[Script] = [
     disabling,
     merging,
     rows,
+    generating,
     inspecting,
     loading,
     training,

@@ -135,6 +135,15 @@ class PeftModel(Incoming, Outgoing):
         """The base's dtype, if it says."""
         return getattr(self.base_model, "dtype", None)
 
+    @property
+    def generation_config(self) -> Any:
+        """How the model generates; what is set here is the model's own."""
+        return self.get_base_model().generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.get_base_model().generation_config = value
+
     def get_base_model(self) -> nn.Module:
         """The model itself."""
         return self.base_model.model
