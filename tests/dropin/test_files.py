@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +170,28 @@ class TestSaving:
         torch.testing.assert_close(table.detach(), base.get_input_embeddings().weight.detach())
         with pytest.raises(ConfigError, match="save_embedding_layers"):
             model.save_pretrained(tmp_path, save_embedding_layers="always")
+
+    def test_embeddings_that_were_resized(self, tmp_path: Path) -> None:
+        """Of a base whose classes transformers does not know by name."""
+        made: Any = transformer("llama")
+        Config = type("OwnConfig", (type(made.config),), {"model_type": "own"})
+        Model: Any = type("OwnModel", (type(made),), {"config_class": Config})
+        Model(Config(**{**made.config.to_dict(), "model_type": "own"})).save_pretrained(tmp_path / "base")
+        fields = json.loads((tmp_path / "base" / "config.json").read_text())
+        fields["auto_map"] = {"AutoConfig": "configuration_own.OwnConfig"}
+        (tmp_path / "base" / "config.json").write_text(json.dumps(fields))
+        for rows in (made.config.vocab_size, 48):
+            base = Model.from_pretrained(tmp_path / "base")
+            base.resize_token_embeddings(rows, mean_resizing=False)
+            model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+            model.save_pretrained(tmp_path / "out")
+            tables = [key for key in load_peft_weights(tmp_path / "out") if "lora_" not in key]
+            assert bool(tables) is (rows == 48)
+        (tmp_path / "base" / "config.json").write_text("{")
+        with pytest.warns(LoricaWarning, match="cannot be read .*so it is not known whether the vocabulary"):
+            model.save_pretrained(tmp_path / "out")
+        shutil.rmtree(tmp_path / "base")
+        model.save_pretrained(tmp_path / "out")
 
     @pytest.mark.parametrize("rooted", [False, True])
     def test_on_the_untouched_base(self, rooted: bool, tmp_path: Path) -> None:

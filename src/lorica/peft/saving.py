@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import lorica
 from lorica import checkpoint
 from lorica.adapter import Adapter
 from lorica.config import LoraConfig
-from lorica.errors import AdapterError, ConfigError, require
+from lorica.errors import AdapterError, ConfigError, LoricaWarning
 from lorica.model.merged import behind_merge
 from lorica.model.structure import adapted, walk
 
@@ -76,13 +77,22 @@ def _tables(root: nn.Module) -> dict[str, Tensor]:
 def _resized(root: nn.Module) -> bool:
     """Whether the vocabulary is another than that of the base on disk; nothing is fetched to find out."""
     config: Any = getattr(root, "config", None)
-    name = getattr(config, "_name_or_path", None)
-    if not name or getattr(config, "vocab_size", None) is None:
+    name, read = getattr(config, "_name_or_path", None), getattr(type(config), "from_pretrained", None)
+    if not name or read is None or getattr(config, "vocab_size", None) is None:
         return False
-    transformers = require("transformers", extra="train")
     try:
-        original = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):
+        # Of its own class, which the base's code may have brought: to look that up may ask for trust.
+        original = read(name, local_files_only=True)
+    except Exception as error:
+        # OSError is how transformers says that nothing is there; before it says anything else, it read it.
+        if not isinstance(error, OSError) or (Path(name) / "config.json").is_file():
+            warnings.warn(
+                f"the configuration of the base {name} cannot be read ({error}), so it is not known whether "
+                "the vocabulary was resized, and the embeddings are not saved; save_embedding_layers=True "
+                "saves them",
+                LoricaWarning,
+                stacklevel=4,
+            )
         return False
     return getattr(original, "vocab_size", config.vocab_size) != config.vocab_size
 
