@@ -203,6 +203,22 @@ class TestTakenOut:
         assert found == ([], [])
         torch.testing.assert_close(self.logits(model), first, atol=1e-5, rtol=1e-4)
 
+    def test_it_trains_on_as_it_did(self, model: peft.PeftModel, tmp_path: Path) -> None:
+        shake(model, 1)
+        model.save_pretrained(tmp_path)
+        wanted = {key: p.shape for key, p in model.named_parameters() if p.requires_grad}
+        fresh = peft.get_peft_model(transformer("llama"), peft.LoraConfig(r=2, target_modules=TARGETS))
+        fresh.load_adapter(tmp_path, "again", is_trainable=True)
+        fresh.set_adapter("again")
+        whole = peft.PeftModel.from_pretrained(transformer("llama"), tmp_path, is_trainable=True)
+        for name, again in (("default", whole), ("again", fresh)):
+            trains = {key: p.shape for key, p in again.named_parameters() if p.requires_grad}
+            assert trains == {key.replace("default", name): shape for key, shape in wanted.items()}
+            config = again.peft_config[name]
+            assert config.replace(inference_mode=False) == model.peft_config["default"]
+            config.base_model_name_or_path = "it/can/be/assigned"
+            torch.testing.assert_close(self.logits(again), self.logits(model), atol=1e-5, rtol=1e-4)
+
     def test_those_that_train_alone(self, model: peft.PeftModel) -> None:
         shake(model, 1)
         first = self.logits(model)

@@ -133,11 +133,16 @@ def read(directory: str | Path) -> Adapter:
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
     adapter.check_finite()
-    return dataclasses.replace(adapter, trained_as=_read_trained_as(folder))
+    return dataclasses.replace(adapter, trained_as=read_trained_as(folder))
 
 
-def _read_trained_as(folder: Path) -> LoraConfig | None:
-    path = folder / WEIGHTS_FILE
+def read_trained_as(directory: str | Path) -> LoraConfig | None:
+    """What `Adapter.trained_as` holds of an adapter in a folder.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    path = Path(directory) / WEIGHTS_FILE
     if not path.is_file():
         return None
     with safetensors.safe_open(path, "pt") as file:

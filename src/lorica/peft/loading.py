@@ -11,10 +11,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lorica.adapter import Adapter
-from lorica.checkpoint.peft import as_trained, read_settings, read_tensors
+from lorica.checkpoint.peft import as_trained, read_settings, read_tensors, read_trained_as
 from lorica.checkpoint.peft_tensors import from_tensors
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, listing
-from lorica.peft.config import LoraConfig
+from lorica.peft.config import LoraConfig, as_peft_config
 
 _PREFIX = "base_model.model."
 
@@ -36,14 +36,16 @@ def read(
         AdapterError: the tensors are not what the configuration says.
     """
     settings = read_settings(folder)
-    config = LoraConfig.from_dict(settings) if config is None else config
-    tensors = renamed(as_trained(read_tensors(folder), settings), key_mapping or {})
+    found = as_trained(read_tensors(folder), settings)
+    tensors = renamed(found, key_mapping or {})
+    # How it trains is told by the names that modules had then, and goes with the configuration of then.
+    told = read_trained_as(folder) if config is None and tensors.keys() == found.keys() else None
     try:
-        adapter = from_tensors(tensors, config)
+        adapter = from_tensors(tensors, LoraConfig.from_dict(settings) if config is None else config)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
     adapter.check_finite()
-    return adapter
+    return dataclasses.replace(adapter, trained_as=None if told is None else as_peft_config(told))
 
 
 def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> dict[str, Tensor]:
@@ -67,7 +69,12 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> di
 
 def as_trainable(adapter: Adapter, trainable: bool) -> Adapter:
     """The adapter with a configuration that says whether it trains."""
-    return dataclasses.replace(adapter, config=adapter.config.replace(inference_mode=not trainable))
+    told = adapter.trained_as
+    return dataclasses.replace(
+        adapter,
+        config=adapter.config.replace(inference_mode=not trainable),
+        trained_as=None if told is None else told.replace(inference_mode=not trainable),
+    )
 
 
 def conversions(model: nn.Module, given: Mapping[str, str] | None) -> Mapping[str, str] | None:
