@@ -93,6 +93,36 @@ def test_a_hundred_merges_in_bfloat16_leave_every_bit() -> None:
     assert weights(model) == before
 
 
+@pytest.mark.parametrize("before", ["merged", "disabled", "acting"])
+def test_a_merge_that_fails_leaves_the_model_as_it_was(before: str) -> None:
+    model = adapters(toy(), "other")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".other." in name:
+                parameter.fill_(float("nan"))
+    if before == "merged":
+        model.merge_adapter(["default"])
+    elif before == "disabled":
+        model.base_model.disable_adapter_layers()
+    expected = model(tokens()), model.get_model_status(), model.base_model._resting
+    with pytest.raises(AdapterError, match="NaN"):
+        model.merge_adapter(["other"])
+    found = model(tokens()), model.get_model_status(), model.base_model._resting
+    assert torch.equal(found[0], expected[0])
+    assert found[1:] == expected[1:]
+
+
+def test_two_that_cannot_act_together_are_refused_while_disabled_too() -> None:
+    model = toy(modules_to_save=["head"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"]))
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(AdapterError, match="cannot act together"):
+        model.base_model.set_adapter(["default", "other"])
+    assert not model.has_active_enabled_adapter
+    model.base_model.enable_adapter_layers()
+    assert model.active_adapters == ["default"]
+
+
 def test_a_misspelt_target_beside_a_right_one_is_refused() -> None:
     with pytest.raises(TargetError, match=r"'upp'.*did you mean 'up'"):
         get_peft_model(Toy(), LoraConfig(target_modules=["up", "upp"]))

@@ -124,9 +124,9 @@ class LoraModel(nn.Module):
                 stacklevel=2,
             )
             lorica.restore(self.model)
-        if self._resting is None:
-            lorica.active(self.model, names)
-        else:
+        lorica.active(self.model, names)  # while disabled too: it refuses those that cannot act together
+        if self._resting is not None:
+            lorica.disabled(self.model)
             self._resting = names
         for name in self.roster.configs:
             self.set_requires_grad(name, name in names and not inference_mode)
@@ -201,11 +201,19 @@ class LoraModel(nn.Module):
                 warnings.warn(f"{listing(map(repr, merged))} is merged already", LoricaWarning, stacklevel=2)
             return
         resting, self._resting = self._resting, None
-        if merged:
-            lorica.restore(self.model)
-        elif resting is not None:
-            lorica.active(self.model, resting)
-        lorica.merge(self.model, [*merged, *new], into="quantized")
+        try:
+            if merged:
+                lorica.restore(self.model)
+            elif resting is not None:
+                lorica.active(self.model, resting)
+            lorica.merge(self.model, [*merged, *new], into="quantized")
+        except Exception:
+            if merged:
+                lorica.merge(self.model, merged, into="quantized")
+            elif resting is not None:
+                lorica.disabled(self.model)
+                self._resting = resting
+            raise
 
     def unmerge_adapter(self) -> None:
         """Take what is merged out again: W0 is back bit for bit."""
