@@ -219,6 +219,56 @@ class TestSaving:
             assert type(twin) is PeftModel
             torch.testing.assert_close(outputs(twin), outputs(model))
 
-    def test_what_means_nothing_is_refused(self, tmp_path: Path) -> None:
+    def test_what_means_nothing_is_refused_before_anything_is_written(self, tmp_path: Path) -> None:
+        model = wrapped()
         with pytest.raises(ConfigError, match="max_shard_size"):
-            wrapped().save_pretrained(tmp_path, max_shard_size="1GB")
+            model.save_pretrained(tmp_path / "out", max_shard_size="1GB")
+        with pytest.raises(AdapterError, match="no adapter is named 'other'"):
+            model.save_pretrained(tmp_path / "out", selected_adapters=["default", "other"])
+        with pytest.raises(ConfigError, match="a list of names, not one string 'default'"):
+            model.save_pretrained(tmp_path / "out", selected_adapters="default")
+        assert not (tmp_path / "out").exists()
+        model.save_pretrained(tmp_path / "out", save_function=torch.save)
+
+
+class TestGathered:
+    """Values from a state dict, as accelerate's scripts and sharded training give them."""
+
+    def test_of_the_whole_model(self, tmp_path: Path) -> None:
+        model = wrapped(modules_to_save=["head"], bias="lora_only")
+        model.add_adapter("frozen", LoraConfig(r=2, target_modules=["down"]))
+        given = {key: 2 * value for key, value in model.state_dict().items()}
+        for before in ("", "module.", "_orig_mod.", "module._orig_mod."):
+            model.save_pretrained(tmp_path, state_dict={before + key: value for key, value in given.items()})
+            found = load_peft_weights(tmp_path)
+            for key, value in lorica.peft.get_peft_model_state_dict(model).items():
+                assert torch.equal(found[key], 2 * value)
+            assert load_peft_weights(tmp_path / "frozen")
+
+    def test_of_what_trains_alone(self, tmp_path: Path) -> None:
+        model = wrapped()
+        model.add_adapter("frozen", LoraConfig(r=2, target_modules=["down"]))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_B.default" in name)
+        given = {name: 3 * p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        model.save_pretrained(tmp_path, state_dict=given)
+        found = load_peft_weights(tmp_path)
+        for key, value in lorica.peft.get_peft_model_state_dict(model).items():
+            assert torch.equal(found[key], (3 if "lora_B" in key else 1) * value)
+
+    def test_what_is_not_the_adapters_is_refused(self, tmp_path: Path) -> None:
+        model = wrapped()
+        given = model.state_dict()
+        first, second, *_ = (key for key in given if "lora_A" in key)
+        for wrong, said in (
+            ({f"other.{key}": value for key, value in given.items()}, "missing: blocks.0.up.lora_A"),
+            ({key: value for key, value in given.items() if key != second}, "missing: blocks.1.up.lora_A"),
+            ({**given, first: given[first][:1]}, r"shape of blocks\.0\.up\.lora_A.*\(1, 6\), .* \(2, 6\)"),
+            ({}, "and has nothing"),
+        ):
+            with pytest.raises(AdapterError, match=said):
+                model.save_pretrained(tmp_path / "out", state_dict=wrong)
+        model.requires_grad_(False)
+        with pytest.raises(AdapterError, match="missing"):
+            model.save_pretrained(tmp_path / "out", state_dict={f"other.{key}": given[key] for key in given})
+        assert not (tmp_path / "out").exists()

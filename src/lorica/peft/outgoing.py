@@ -46,22 +46,30 @@ class Outgoing(nn.Module):
                 its start changed the base (PiSSA, OLoRA, CorDA, LoRA-GA): writes one of twice the rank that
                 does the same on the untouched base.
             state_dict: take the values from here, by their live names.
-            kwargs: none; named in the error.
+            kwargs: ``save_function``, which accelerate's scripts pass; accepted, and needless.
 
         Raises:
-            AdapterError: no such adapter, or a tensor holds NaN or infinity.
+            AdapterError: no such adapter; `state_dict` is not of it; or a tensor holds NaN or infinity.
+            ConfigError: another argument.
             FileError: the folder cannot be written.
         """
+        if unknown := kwargs.keys() - {"save_function"}:
+            raise ConfigError(f"save_pretrained of an adapter takes no {listing(sorted(unknown))}")
+        names = self._selected(selected_adapters)
         if is_main_process:
-            for name in list(self.base_model.peft_config) if selected_adapters is None else selected_adapters:
-                self.base_model.roster.known(name)
+            for name in names:
                 adapter = saving.outgoing(self, name, state_dict, save_embedding_layers)
                 if path_initial_model_for_weight_conversion is not None:
                     adapter = saving.on_untouched_base(adapter, path_initial_model_for_weight_conversion)
                 folder = Path(save_directory) if name == "default" else Path(save_directory) / name
                 checkpoint.write(adapter, folder, pickled=not safe_serialization)
-        if kwargs:
-            raise ConfigError(f"save_pretrained of an adapter takes no {listing(kwargs)}")
+
+    def _selected(self, names: Sequence[str] | None) -> list[str]:
+        """The adapters to write, all of which there are."""
+        if isinstance(names, str):
+            raise ConfigError(f"selected_adapters takes a list of names, not one string {names!r}")
+        roster = self.base_model.roster
+        return list(roster.configs) if names is None else [roster.known(name) for name in names]
 
     def push_to_hub(
         self,
@@ -94,7 +102,7 @@ class Outgoing(nn.Module):
             MissingExtra: huggingface_hub is not installed.
         """
         url = ""
-        for name in list(self.base_model.peft_config) if selected_adapters is None else selected_adapters:
+        for name in self._selected(selected_adapters):
             url = lorica.push_to_hub(
                 saving.outgoing(self, name),
                 repo_id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +18,12 @@ import lorica
 from lorica import checkpoint
 from lorica.adapter import Adapter
 from lorica.config import LoraConfig
-from lorica.errors import AdapterError, ConfigError, LoricaWarning
+from lorica.errors import AdapterError, ConfigError, LoricaWarning, lines, listing
 from lorica.model.merged import behind_merge
 from lorica.model.structure import adapted, walk
 
-_PREFIX = "base_model.model."
+# What wrapping, compiling and data parallelism put into a name.
+_WRAPPERS = re.compile(r"^(?:(?:_orig_mod\.|module\.)*base_model\.model\.|_orig_mod\.)")
 
 
 def outgoing(
@@ -40,19 +42,63 @@ def outgoing(
             they have other rows than the base's own configuration says.
 
     Raises:
-        AdapterError: no such adapter.
+        AdapterError: no such adapter; or `state_dict` lacks what trains of it, or holds it in another shape.
         ConfigError: `save_embedding_layers` is something else.
     """
     root, _ = adapted(model)
-    gathered = {key.removeprefix(_PREFIX): value for key, value in (state_dict or {}).items()}
+    gathered = None if state_dict is None else _Gathered(state_dict)
     with behind_merge(root):
         adapter = lorica.extract(root, name, state_dict=gathered)
+    if gathered is not None:
+        gathered.check(name, root)
     if save_embedding_layers not in (True, False, "auto"):
         raise ConfigError(f'save_embedding_layers is True, False or "auto", not {save_embedding_layers!r}')
     if save_embedding_layers is True or (save_embedding_layers == "auto" and _resized(root)):
         own = {f"{path}.weight": table for path, table in _tables(root).items()}
         adapter = dataclasses.replace(adapter, extras={**own, **adapter.extras})
     return dataclasses.replace(adapter, config=_telling_base(adapter.lora, root))
+
+
+class _Gathered(dict[str, Tensor]):
+    """Values by their live names, as sharded training gathers them; it notes what it is asked for."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
+        super().__init__({_WRAPPERS.sub("", key): value for key, value in state_dict.items()})
+        self._live: dict[str, Tensor] = {}
+
+    def __bool__(self) -> bool:
+        """An empty one is asked too."""
+        return True
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of that name, or else the live one."""
+        self._live[key] = default
+        return super().get(key, default)
+
+    def check(self, adapter: str, root: nn.Module) -> None:
+        """Refuse values that are not the adapter's.
+
+        What is frozen may be missing: DeepSpeed leaves it out. A shard is flat or empty, and says no shape.
+
+        Raises:
+            AdapterError: with the whole list.
+        """
+        of_model = not self.keys().isdisjoint(name for name, _ in root.named_parameters())
+        problems = [
+            f"missing: {key}"
+            for key, live in self._live.items()
+            if key not in self and (live.requires_grad or not of_model)
+        ]
+        problems += [
+            f"shape of {key}: {tuple(self[key].shape)}, on the model {tuple(live.shape)}"
+            for key, live in self._live.items()
+            if key in self and live.dim() > 1 and live.numel() and self[key].shape != live.shape
+        ]
+        if problems:
+            raise AdapterError(
+                f"state_dict should hold the values of the adapter {adapter!r} by their names in "
+                f"model.state_dict(), and has {listing(list(self)[:3]) or 'nothing'}, ...:\n{lines(problems)}"
+            )
 
 
 def _telling_base(config: LoraConfig, root: nn.Module) -> LoraConfig:
