@@ -68,8 +68,15 @@ def test_it_can_be_read_from_the_top_of_the_package() -> None:
 
 
 class TestFinite:
-    def test_finite_passes_integers_too(self) -> None:
+    def test_finite_passes_whatever_the_dtype(self) -> None:
         adapter(steps=torch.tensor(3)).check_finite()
+        adapter(turns=torch.ones(3, dtype=torch.complex64).conj()).check_finite()
+        adapter(small=torch.ones(3).to(torch.float8_e4m3fn)).check_finite()
+
+    @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e5m2, torch.bfloat16])
+    def test_what_is_not_is_found_in_any_dtype(self, dtype: torch.dtype) -> None:
+        with pytest.raises(AdapterError, match="NaN or infinity in head;"):
+            adapter(head=torch.tensor([1, math.nan]).to(dtype)).check_finite()
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     def test_all_that_is_not_is_named(self, bad: float) -> None:

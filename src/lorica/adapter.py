@@ -196,14 +196,22 @@ class Adapter:
         Raises:
             AdapterError: naming each tensor that holds one.
         """
+        named = {name: _summable(tensor) for name, tensor in self.named_tensors().items()}
         # A sum is finite only if all its terms are, and much cheaper than a look at each; it may overflow,
         # though.
-        suspects = {n: t for n, t in self.named_tensors().items() if not math.isfinite(t.sum().item())}
+        suspects = {n: t for n, t in named.items() if not math.isfinite(t.sum().item())}
         bad = [name for name, t in suspects.items() if not torch.isfinite(t).all()]
         if bad:
             raise AdapterError(
                 f"the adapter holds NaN or infinity in {listing(bad)}; the training that made it diverged"
             )
+
+
+def _summable(tensor: Tensor) -> Tensor:
+    """The same numbers in a dtype that is added up: not in 8 bits, and real."""
+    if tensor.is_complex():
+        return torch.view_as_real(tensor.resolve_conj())
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 def check_name(name: str) -> str:

@@ -292,7 +292,9 @@ class TestPushing:
 
         model = peft.get_peft_model(Toy(), peft.LoraConfig(r=2, target_modules=["up"]))
         model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["down"]))
-        url = model.push_to_hub("user/toy", token=TOKEN, commit_message="Both", revision="mine")
+        with pytest.raises(ConfigError, match="push_to_hub of an adapter takes no tags"):
+            model.push_to_hub("user/toy", tags=["mine"])
+        url = model.push_to_hub("user/toy", use_auth_token=TOKEN, commit_message="Both", revision="mine")
         repository = hub.repositories["user/toy"]
         sha = repository.branches["mine"]
         assert url == f"{hub.url}/user/toy/commit/{sha}"

@@ -460,6 +460,13 @@ class TestRefused:
             folder, AdapterError
         )
 
+    def test_complex_numbers(self, folder: Path) -> None:
+        key = "base_model.model.blocks.0.up.lora_A.weight"
+        edit_weights(folder, lambda t: t.update({key: t[key].to(torch.complex64)}))
+        assert "blocks.0.up: A (torch.complex64) and B (torch.float32) should be real" in self.refusal(
+            folder, AdapterError
+        )
+
     def test_no_update_at_all(self, folder: Path) -> None:
         edit_weights(folder, lambda t: [t.pop(name) for name in list(t) if ".lora_" in name])
         assert "there is no lora_A or lora_B in it" in self.refusal(folder, AdapterError)

@@ -9,7 +9,7 @@ import torch
 from tiny import Toy, batch, bits, shake, tokens, transformer
 from torch import Tensor, nn
 
-from lorica.errors import AdapterError, TargetError
+from lorica.errors import AdapterError, StateError, TargetError
 from lorica.peft import LoraConfig, PeftModel, get_peft_model
 
 
@@ -262,3 +262,12 @@ def test_a_dilated_convolution_runs_and_merges() -> None:
     x = torch.randn(2, 3, 9)
     y = model(x)
     torch.testing.assert_close(model.merge_and_unload()(x), y, rtol=1e-5, atol=1e-5)
+
+
+def test_where_no_adapter_is_left_that_is_said(tmp_path: Any) -> None:
+    model = toy()
+    model.delete_adapter("default")
+    with pytest.raises(StateError, match="no adapter acts; the model has: none"):
+        _ = model.active_peft_config
+    with pytest.raises(StateError, match="no adapter acts"):
+        model.create_or_update_model_card(tmp_path)

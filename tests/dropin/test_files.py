@@ -109,8 +109,10 @@ class TestLoading:
         torch.testing.assert_close(outputs(again), outputs(model))
         with pytest.raises(AdapterError, match=r"blocks\.0\.sideways is not in the model"):
             PeftModel.from_pretrained(toy(), tmp_path, key_mapping={"raise": "sideways"})
-        with pytest.raises(ConfigError, match="key_mapping"):
-            PeftModel.from_pretrained(toy(), tmp_path, key_mapping={"(": ""})
+        wrong: list[dict[Any, Any]] = [{"(": ""}, {"up": r"\9"}, {"up": None}, {r"blocks\.\d": "blocks.0"}]
+        for key_mapping in wrong:
+            with pytest.raises(ConfigError, match="key_mapping"):
+                PeftModel.from_pretrained(toy(), tmp_path, key_mapping=key_mapping)
 
     def test_a_head_of_another_size_stays_the_models(self, tmp_path: Path) -> None:
         model = wrapped(modules_to_save=["head"])
@@ -132,6 +134,22 @@ class TestLoading:
             PeftModel.from_pretrained(toy(), tmp_path, torch_dtype=torch.float16)
         with pytest.raises(ConfigError, match="AutoPeftModelFor"):
             AutoPeftModel.from_pretrained(transformer_adapter(tmp_path / "t"))
+
+    @pytest.mark.parametrize(
+        "mapping",
+        [
+            ["x"],
+            {"parent_library": 5, "base_model_class": "x"},
+            {"parent_library": "transformers", "base_model_class": "NoSuchModel"},
+            {"parent_library": "transformers.nowhere", "base_model_class": "BertModel"},
+            {"parent_library": "transformers.utils", "base_model_class": "logging"},
+        ],
+    )
+    def test_a_class_of_the_base_that_is_not_there(self, mapping: Any, tmp_path: Path) -> None:
+        config = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "auto_mapping": mapping}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError, match="base's class"):
+            AutoPeftModel.from_pretrained(tmp_path)
 
     def test_a_second_wrapper_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="PeftModel already"):

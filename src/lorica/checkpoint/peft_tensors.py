@@ -189,6 +189,8 @@ def _mismatch(A: Tensor, B: Tensor, r: int, kind: Kind) -> str | None:
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} are not the two halves of an update"
     if A.shape[0] != r:
         return f"its rank is {A.shape[0]}, but the configuration says r={r}"
+    if A.is_complex() or B.is_complex():
+        return f"A ({A.dtype}) and B ({B.dtype}) should be real"
     inner = B.shape[1]
     if inner != r and not (kind == "conv" and inner and r % inner == 0):
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} do not share one rank"

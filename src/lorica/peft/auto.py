@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -103,20 +103,41 @@ class AutoPeftModel:
                 name = expected.__name__.replace("PeftModel", "AutoPeftModel")
                 raise ConfigError(f"the adapter is for {saved.task_type}; use {name}, not {cls.__name__}")
         elif cls.target_class is None:
-            mapping = saved.auto_mapping or {}
-            package, name = mapping.get("parent_library"), mapping.get("base_model_class")
-            if not package or not name:
-                raise ConfigError(
-                    "the adapter has no task and does not name its base's class; use the "
-                    "AutoPeftModelFor... of its task"
-                )
-            if not any(package == entry or package.startswith(f"{entry}.") for entry in allowed):
-                raise ConfigError(
-                    f"the adapter's file wants {package!r} imported; if you trust it, pass "
-                    f"import_allowlist=[{package.split('.')[0]!r}]"
-                )
-            return getattr(importlib.import_module(package), name)
+            return _named_class(saved.auto_mapping, allowed)
         return getattr(require("transformers", extra="train"), cls.target_class or "AutoModel")
+
+
+def _named_class(mapping: Any, allowed: Sequence[str]) -> Any:
+    """The class of the base that an adapter's file names.
+
+    Raises:
+        ConfigError: it names none, or one that is not there, or in a package that is not allowed.
+    """
+    mapping = mapping if isinstance(mapping, Mapping) else {}
+    package, name = mapping.get("parent_library"), mapping.get("base_model_class")
+    if not isinstance(package, str) or not isinstance(name, str) or not package or not name:
+        raise ConfigError(
+            "the adapter has no task and does not name its base's class; use the AutoPeftModelFor... of its "
+            "task"
+        )
+    if not any(package == entry or package.startswith(f"{entry}.") for entry in allowed):
+        raise ConfigError(
+            f"the adapter's file wants {package!r} imported; if you trust it, pass "
+            f"import_allowlist=[{package.split('.')[0]!r}]"
+        )
+    try:
+        found = getattr(importlib.import_module(package), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the adapter's file names {package}.{name} as its base's class, and that is not to be had: "
+            f"{error}. Install what brings it, or load the base yourself and call "
+            "PeftModel.from_pretrained(base, ...)"
+        ) from error
+    if not hasattr(found, "from_pretrained"):
+        raise ConfigError(
+            f"the adapter's file names {package}.{name} as its base's class, which cannot load one"
+        )
+    return found
 
 
 def _make_room(base: Any, folder: os.PathLike[str], options: dict[str, Any]) -> None:

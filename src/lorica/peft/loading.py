@@ -52,18 +52,21 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> di
     """The tensors with each key changed by the first expression that matches it.
 
     Raises:
-        ConfigError: an expression is none.
+        ConfigError: an expression or a replacement is none, or two keys become one.
     """
+    result: dict[str, Tensor] = {}
     try:
         patterns = [(re.compile(pattern), new) for pattern, new in key_mapping.items()]
-    except re.error as error:
-        raise ConfigError(f"key_mapping holds what is no regular expression: {error}") from error
-    result = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX)
-        changes = (pattern.subn(new, name) for pattern, new in patterns)
-        name = next((changed for changed, times in changes if times), name)
-        result[_PREFIX + name if key.startswith(_PREFIX) else name] = tensor
+        for key, tensor in tensors.items():
+            name = key.removeprefix(_PREFIX)
+            changes = (pattern.subn(new, name) for pattern, new in patterns)
+            name = next((changed for changed, times in changes if times), name)
+            name = _PREFIX + name if key.startswith(_PREFIX) else name
+            if name in result:
+                raise ConfigError(f"key_mapping makes one key of two: {key} becomes {name}, as another did")
+            result[name] = tensor
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"key_mapping holds no regular expression or replacement: {error}") from error
     return result
 
 

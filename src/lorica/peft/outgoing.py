@@ -81,6 +81,7 @@ class Outgoing(nn.Module):
         revision: str | None = None,
         create_pr: bool = False,
         selected_adapters: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> str:
         """Upload adapters, a commit for each: "default" to the top, others to folders of their names.
 
@@ -92,15 +93,21 @@ class Outgoing(nn.Module):
             revision: branch; made if it is not there.
             create_pr: open a pull request in place of committing.
             selected_adapters: names; None takes all.
+            kwargs: ``use_auth_token``, the old name of `token`; ``use_temp_dir`` and ``max_shard_size``,
+                accepted and needless.
 
         Returns:
             URL of the last commit, or of the pull request.
 
         Raises:
             AdapterError: no such adapter.
+            ConfigError: another argument.
             FileError: the Hub cannot be reached or refuses.
             MissingExtra: huggingface_hub is not installed.
         """
+        if unknown := kwargs.keys() - {"use_auth_token", "use_temp_dir", "max_shard_size"}:
+            raise ConfigError(f"push_to_hub of an adapter takes no {listing(sorted(unknown))}")
+        token = kwargs.get("use_auth_token") if token is None else token
         url = ""
         for name in self._selected(selected_adapters):
             url = lorica.push_to_hub(
@@ -116,6 +123,11 @@ class Outgoing(nn.Module):
         return url
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write the model card of the adapter that acts; one that somebody edited stays."""
-        adapter = saving.outgoing(self, self.base_model.active_adapters[0], None, False)
+        """Write the model card of the adapter that acts; one that somebody edited stays.
+
+        Raises:
+            StateError: none does.
+            FileError: the folder cannot be written.
+        """
+        adapter = saving.outgoing(self, self.base_model.first_active, None, False)
         checkpoint.write_card(adapter, Path(output_dir))

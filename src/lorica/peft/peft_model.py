@@ -117,8 +117,12 @@ class PeftModel(Incoming, Outgoing):
 
     @property
     def active_peft_config(self) -> Any:
-        """Configuration of the adapter that acts."""
-        return self.peft_config[self.active_adapters[0]]
+        """Configuration of the adapter that acts.
+
+        Raises:
+            StateError: none does.
+        """
+        return self.peft_config[self.base_model.first_active]
 
     @property
     def has_active_enabled_adapter(self) -> bool:

@@ -100,6 +100,19 @@ class LoraModel(nn.Module):
         return self.active_adapters
 
     @property
+    def first_active(self) -> str:
+        """The adapter that acts, or the first of several.
+
+        Raises:
+            StateError: none acts.
+        """
+        names = self.active_adapters
+        if not names:
+            have = listing(map(repr, self.peft_config)) or "none"
+            raise StateError(f"no adapter acts; the model has: {have}. set_adapter(name) has one act")
+        return names[0]
+
+    @property
     def merged_adapters(self) -> list[str]:
         """Adapters in the weights at the moment."""
         return list(self.roster.merged)
