@@ -467,6 +467,20 @@ class TestRefused:
             folder, AdapterError
         )
 
+    def test_two_keys_for_one_tensor(self, folder: Path) -> None:
+        up, head = "base_model.model.blocks.0", "base_model.model.head"
+        twice = {
+            f"{up}.base_layer.up.lora_A.weight": torch.zeros(2, 6),
+            f"{head}.modules_to_save.bias": torch.full((3,), 7.0),
+            f"{up}.up.lora_embedding_A": torch.zeros(2, 6),
+            f"{up}.up.lora_embedding_B": torch.zeros(12, 2),
+        }
+        edit_weights(folder, lambda t: t.update(twice))
+        message = self.refusal(folder, AdapterError)
+        assert "up.lora_A.weight: another key means the same (A), with other values" in message
+        assert "bias: another key means the same (head.bias), with other values" in message
+        assert "blocks.0.up: has updates of two kinds" in message
+
     def test_no_update_at_all(self, folder: Path) -> None:
         edit_weights(folder, lambda t: [t.pop(name) for name in list(t) if ".lora_" in name])
         assert "there is no lora_A or lora_B in it" in self.refusal(folder, AdapterError)

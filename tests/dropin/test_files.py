@@ -151,9 +151,12 @@ class TestLoading:
         with pytest.raises(ConfigError, match="base's class"):
             AutoPeftModel.from_pretrained(tmp_path)
 
-    def test_a_second_wrapper_is_refused(self) -> None:
+    def test_a_second_wrapper_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="PeftModel already"):
             get_peft_model(wrapped(), LoraConfig(r=2, target_modules=["down"]), "other")
+        wrapped().save_pretrained(tmp_path)
+        with pytest.raises(ConfigError, match=r"PeftModel already; model\.load_adapter"):
+            PeftModel.from_pretrained(wrapped(), tmp_path, "other")
         with pytest.raises(ConfigError, match="mixed=True"):
             get_peft_model(toy(), LoraConfig(), mixed=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import warnings
 import zlib
@@ -173,6 +174,7 @@ def disabling(p: Any, folder: Path) -> dict[str, Any]:
         with model.disable_adapter():
             inside.append(logits(model, name))
         inside.append(logits(model, name))
+        inside.append(logits(model, name, adapter_names=["default", "__base__", "default"]))
     results: dict[str, Any] = {"inside": inside, "after": logits(model, name)}
     model.base_model.disable_adapter_layers()
     results["off"] = (logits(model, name), model.active_adapters)
@@ -380,18 +382,21 @@ def combining(p: Any, folder: Path) -> dict[str, Any]:
 
 def casting(p: Any, folder: Path) -> dict[str, Any]:
     results = {}
-    for cast in (True, False):
+    kinds: list[dict[str, Any]] = [{}, {"use_dora": True}, {"lora_bias": True}]
+    for cast, settings in itertools.product((True, False), kinds):
+        place = folder / "_".join([str(cast), *settings])
+        config = p.LoraConfig(**CAUSAL, **settings)
         model = p.get_peft_model(
-            transformer("llama", dtype=torch.bfloat16), p.LoraConfig(**CAUSAL), autocast_adapter_dtype=cast
+            transformer("llama", dtype=torch.bfloat16), config, autocast_adapter_dtype=cast
         )
-        model.save_pretrained(folder / str(cast))
+        model.save_pretrained(place)
         again = p.PeftModel.from_pretrained(
-            transformer("llama", dtype=torch.bfloat16), folder / str(cast), autocast_adapter_dtype=cast
+            transformer("llama", dtype=torch.bfloat16), place, autocast_adapter_dtype=cast
         )
-        results[str(cast)] = [
+        results[place.name] = [
             {str(q.dtype) for n, q in m.named_parameters() if "lora_" in n} for m in (model, again)
         ]
-        results[f"{cast} runs"] = logits(model, "llama").dtype
+        results[f"{place.name} runs"] = logits(model, "llama").dtype
     return results
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lorica.adapter import TOKEN_ROWS, Adapter, Factors, Kind
@@ -69,6 +70,13 @@ class _Sorted:
     added: dict[str, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    def put(self, place: dict[str, Tensor], name: str, key: str, tensor: Tensor) -> None:
+        """Take a tensor for what it is; two keys may mean the same only with the same values."""
+        before = place.setdefault(name, tensor)
+        alike = before.shape == tensor.shape and before.dtype == tensor.dtype
+        if before is not tensor and not (alike and torch.equal(before, tensor)):
+            self.problems.append(f"{key}: another key means the same ({name}), with other values")
+
 
 def from_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> Adapter:
     """An adapter from tensors by the names they have in PEFT's file.
@@ -103,21 +111,21 @@ def _sort(tensors: Mapping[str, Tensor], *, takes_added: bool) -> _Sorted:
             feature = _UNSUPPORTED[unsupported[0]]
             found.problems.append(f"{key}: belongs to {feature}, which lorica does not support here")
         elif key.startswith(_ADDED) and takes_added:
-            found.added[key.removeprefix(_ADDED)] = tensor
+            found.put(found.added, key.removeprefix(_ADDED), key, tensor)
         elif not key.startswith(_PREFIX):
             found.problems.append(f"{key}: does not start with {_PREFIX!r}")
         elif key.endswith(f".{_MAGNITUDE}"):
-            found.magnitudes[_path(key.removesuffix(f".{_MAGNITUDE}"))] = tensor.flatten()
+            found.put(found.magnitudes, _path(key.removesuffix(f".{_MAGNITUDE}")), key, tensor.flatten())
         elif key.endswith(_BIAS):
-            found.on_B[_path(key.removesuffix(_BIAS))] = tensor
+            found.put(found.on_B, _path(key.removesuffix(_BIAS)), key, tensor)
         elif (hit := _SIDE.match(key)) is None:
-            found.extras[_path(key).replace(".modules_to_save.", ".")] = tensor
+            found.put(found.extras, _path(key).replace(".modules_to_save.", "."), key, tensor)
         elif bool(hit["embedding"]) == bool(hit["leaf"]):
             expected = "no " if hit["embedding"] else ""
             found.problems.append(f"{key}: expected {expected}'.weight' at its end")
         else:
             kind: Kind = "embedding" if hit["embedding"] else "conv" if tensor.dim() > 2 else "linear"
-            found.halves.setdefault((_path(hit["path"]), kind), {})[hit["side"]] = tensor
+            found.put(found.halves.setdefault((_path(hit["path"]), kind), {}), hit["side"], key, tensor)
     return found
 
 
@@ -126,7 +134,9 @@ def _paired(found: _Sorted, lora: LoraConfig | None) -> dict[str, Factors]:
     factors: dict[str, Factors] = {}
     problems = found.problems
     for (path, kind), sides in found.halves.items():
-        if missing := {"A", "B"} - sides.keys():
+        if path in factors:
+            problems.append(f"{path}: has updates of two kinds, {factors[path].kind} and {kind}")
+        elif missing := {"A", "B"} - sides.keys():
             problems.append(f"{path}: lora_{missing.pop()} is missing")
         elif lora is None:
             problems.append(f"{path}: has a low-rank update, which the configuration says nothing of")

@@ -62,7 +62,7 @@ def let_gradients_in(model: nn.Module) -> None:
 
 
 def match_base_dtype(model: nn.Module, name: str) -> None:
-    """Give an adapter's factors the dtype of the weights beside them.
+    """Give an adapter's updates the dtype of the weights beside them.
 
     Args:
         model: the base.
@@ -71,8 +71,10 @@ def match_base_dtype(model: nn.Module, name: str) -> None:
     for layer in lora_layers(model).values():
         weight = layer.base_weight
         if name in layer.scaling and weight.is_floating_point():
-            for parameter in layer.factor_parameters(name):
-                parameter.data = parameter.data.to(weight.dtype)
+            more = (layer.magnitude_parameter(name), layer.bias_parameter(name))
+            for parameter in (*layer.factor_parameters(name), *more):
+                if parameter is not None:
+                    parameter.data = parameter.data.to(weight.dtype)
 
 
 def _require_grads(module: nn.Module, args: object, output: Tensor) -> None:

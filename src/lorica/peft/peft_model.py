@@ -56,11 +56,7 @@ class PeftModel(Incoming, Outgoing):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        if isinstance(model, PeftModel):
-            raise ConfigError(
-                "the model is a PeftModel already; model.add_adapter(name, config) gives it another adapter, "
-                "model.unload() the base back"
-            )
+        _check_bare(model, "add_adapter(name, config)")
         self._wrap(LoraModel(model, as_peft_config(peft_config), adapter_name))
         if not autocast_adapter_dtype:
             match_base_dtype(self.get_base_model(), adapter_name)
@@ -201,9 +197,12 @@ class PeftModel(Incoming, Outgoing):
             return nullcontext()
         if isinstance(adapter_names, str):
             raise ConfigError(f"adapter_names takes a name for each row, not one string {adapter_names!r}")
-        return lorica.mixed(
-            self.get_base_model(), [None if name == "__base__" else name for name in adapter_names]
-        )
+        names = [None if name == "__base__" else name for name in adapter_names]
+        if self.base_model._resting is not None:  # what is disabled acts on no row
+            for name in filter(None, names):
+                self.base_model.roster.known(name)
+            return nullcontext()
+        return lorica.mixed(self.get_base_model(), names)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """Let the embeddings' output carry gradients, which a recomputed block needs."""
@@ -277,9 +276,11 @@ class PeftModel(Incoming, Outgoing):
 
         Raises:
             FileError: a file is missing or damaged.
-            ConfigError: the configuration asks for what lorica does not carry.
+            ConfigError: the configuration asks for what lorica does not carry, or the model is wrapped
+                already.
             AdapterError: with the whole list of what does not fit; the model is untouched.
         """
+        _check_bare(model, "load_adapter(folder, name)")
         found, options = places.split_hub(kwargs)
         places.check_options(options)
         key_mapping = loading.conversions(model, key_mapping)
@@ -295,6 +296,14 @@ class PeftModel(Incoming, Outgoing):
         if not autocast_adapter_dtype:
             match_base_dtype(model, adapter_name)
         return wrapped if is_trainable else wrapped.eval()
+
+
+def _check_bare(model: nn.Module, instead: str) -> None:
+    if isinstance(model, PeftModel):
+        raise ConfigError(
+            f"the model is a PeftModel already; model.{instead} gives it another adapter, model.unload() the "
+            "base back"
+        )
 
 
 class _WithHead(PeftModel):
