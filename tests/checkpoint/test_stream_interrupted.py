@@ -77,11 +77,12 @@ def test_a_finished_file_that_was_changed_is_written_again(toy: tuple[Path, Adap
     assert_same(read_all(tmp_path / "whole"), read_all(out))
 
 
-@pytest.mark.parametrize("name", ["../victim.txt", "ABSOLUTE"])
+@pytest.mark.parametrize("name", ["../victim.txt", "ABSOLUTE", "link/victim.txt"])
 def test_a_manifest_that_names_files_elsewhere(name: str, toy: tuple[Path, Adapter], tmp_path: Path) -> None:
     victim = tmp_path / "victim.txt"
     victim.write_text("mine")
     (tmp_path / "out" / ".merging").mkdir(parents=True)
+    (tmp_path / "out" / "link").symlink_to(tmp_path)
     name = str(victim) if name == "ABSOLUTE" else name
     done = {name: {"identity": [0, 0], "record": None}}
     for content in ({"job": {}, "done": done}, {"done": {}}, {"job": {}, "done": []}, []):

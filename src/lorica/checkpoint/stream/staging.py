@@ -12,7 +12,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Self
 
 from lorica.checkpoint.atomic import flush
@@ -157,7 +157,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         job, done = content["job"], content["done"]
         # What is named here may be removed; it is in this folder, or nobody's business.
-        if all(_is_inside(name) and {"identity", "record"} <= note.keys() for name, note in done.items()):
+        if all(
+            _is_inside(folder.parent, name) and {"identity", "record"} <= note.keys()
+            for name, note in done.items()
+        ):
             return {"job": dict(job), "done": done}
         problem: object = "it names what no merge writes"
     except FileNotFoundError:
@@ -167,9 +170,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     raise FileError(f"{path} is damaged: {problem}; remove {folder} and start again")
 
 
-def _is_inside(name: str) -> bool:
-    path = PurePath(name)
-    return not path.anchor and ".." not in path.parts
+def _is_inside(out: Path, name: str) -> bool:
+    return (out / name).resolve().is_relative_to(out.resolve())
 
 
 def _other_job(out: Path, before: Mapping[str, Any], job: Mapping[str, Any]) -> str:
