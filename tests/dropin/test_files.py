@@ -130,6 +130,8 @@ class TestLoading:
         wrapped().save_pretrained(tmp_path)
         with pytest.raises(ConfigError, match="'devcie_map'; did you mean 'device_map'"):
             PeftModel.from_pretrained(toy(), tmp_path, devcie_map="auto")
+        with pytest.raises(ConfigError, match="'revison'; did you mean 'revision'"):
+            PeftConfig.from_pretrained(tmp_path, revison="main")
         with pytest.warns(LoricaWarning, match="torch_dtype is for loading the base"):
             PeftModel.from_pretrained(toy(), tmp_path, torch_dtype=torch.float16)
         with pytest.raises(ConfigError, match="AutoPeftModelFor"):

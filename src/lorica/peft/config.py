@@ -17,7 +17,7 @@ from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft import CONFIG_FILE, read_settings
 from lorica.config.inits import without_idle
 from lorica.errors import ConfigError, nearest
-from lorica.peft.places import split_hub
+from lorica.peft.places import check_options, split_hub
 
 
 class PeftType(enum.StrEnum):
@@ -163,9 +163,10 @@ class PeftConfig(core.LoraConfig):
 
         Raises:
             FileError: there is none.
-            ConfigError: it asks for what lorica does not carry.
+            ConfigError: it asks for what lorica does not carry, or an argument is unknown.
         """
-        hub, _ = split_hub({**kwargs, "subfolder": subfolder})
+        hub, rest = split_hub({**kwargs, "subfolder": subfolder})
+        check_options(rest)
         folder = locate(pretrained_model_name_or_path, **hub)
         return LoraConfig.from_dict(read_settings(folder))
 
