@@ -139,6 +139,22 @@ def test_compiled_code_stays_valid(tmp_path: Path, unchecked_shapes: None) -> No
             torch.testing.assert_close(outputs(compiled), outputs(other))
 
 
+@pytest.mark.parametrize("start", ["orthogonal", "gaussian", "pissa", "loftq"])
+def test_filling_up_leaves_what_the_model_computes(start: str) -> None:
+    model = wrapped(1, r=2, init_lora_weights=start)
+    before = outputs(model)
+    prepare_model_for_compiled_hotswap(model, target_rank=5)
+    torch.testing.assert_close(outputs(model), before)
+
+
+def test_a_base_that_was_quantized_for_a_rank_is_not_filled_up() -> None:
+    model = wrapped(1, r=2, init_lora_weights="loftq", loftq_config={"loftq_iter": 4})
+    before = outputs(model)
+    with pytest.raises(AdapterError, match="make it with r=5"):
+        prepare_model_for_compiled_hotswap(model, target_rank=5)
+    torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
+
+
 def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     wide = get_peft_model(Toy(dim=8), LoraConfig(r=4, target_modules=["up", "down"]))
     shake(wide)

@@ -49,8 +49,8 @@ def outgoing(
     gathered = None if state_dict is None else _Gathered(state_dict)
     with behind_merge(root):
         adapter = lorica.extract(root, name, state_dict=gathered)
-    if gathered is not None:
-        gathered.check(name, root)
+        if gathered is not None:
+            gathered.check(name, root)
     if save_embedding_layers not in (True, False, "auto"):
         raise ConfigError(f'save_embedding_layers is True, False or "auto", not {save_embedding_layers!r}')
     if save_embedding_layers is True or (save_embedding_layers == "auto" and _resized(root)):

@@ -21,6 +21,7 @@ from lorica.adapter import Adapter, Factors
 from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft_tensors import from_tensors
 from lorica.config import LoraConfig as CoreConfig
+from lorica.config import changes_base
 from lorica.errors import AdapterError, ConfigError, StateError, lines
 from lorica.model.attach import attach_finite
 from lorica.model.structure import adapted, lora_layers
@@ -112,7 +113,8 @@ def prepare_model_for_compiled_hotswap(
     Raises:
         StateError: the model is compiled already, or carries no adapter.
         ConfigError: the rank is none, or lower than an adapter's.
-        AdapterError: a grouped convolution, whose factors cannot be filled up.
+        AdapterError: a grouped convolution, or a base that LoftQ quantized for a rank: neither can be filled
+            up.
     """
     if hasattr(model, "_orig_mod") and check_compiled == "error":
         raise StateError("the model is compiled already; prepare it first, then call torch.compile")
@@ -213,6 +215,11 @@ def _at_rank(adapter: Adapter, rank: int) -> Adapter:
     if grouped:
         raise AdapterError(f"grouped convolutions cannot be filled up to a rank:\n{lines(grouped)}")
     config = adapter.lora
+    if config.loftq_config is not None and config.loftq_config.loftq_iter > 1:
+        raise AdapterError(
+            f"in its rounds after the first LoftQ quantized the base to suit r={config.r}, so the adapter "
+            f"cannot be filled up; make it with r={rank}"
+        )
     factors = {
         path: dataclasses.replace(f, A=_padded(f.A, 0, rank), B=_padded(f.B, 1, rank))
         for path, f in adapter.factors.items()
@@ -222,7 +229,11 @@ def _at_rank(adapter: Adapter, rank: int) -> Adapter:
     alphas = {path: scale * rank**power for path, scale in scales.items()}
     common = max(alphas.values(), key=list(alphas.values()).count)
     patterns = {path.replace(".", r"\."): alpha for path, alpha in alphas.items() if alpha != common}
-    config = config.replace(r=rank, lora_alpha=common, rank_pattern={}, alpha_pattern=patterns)
+    # It has started already; how may not go with any rank.
+    start = config.init_lora_weights if changes_base(config.init_lora_weights) else True
+    config = config.replace(init_lora_weights=start).replace(
+        r=rank, lora_alpha=common, rank_pattern={}, alpha_pattern=patterns
+    )
     return Adapter(config, factors, adapter.extras)
 
 
