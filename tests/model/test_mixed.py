@@ -61,6 +61,65 @@ def test_trained_biases_are_refused() -> None:
         lorica.mixed(model, ["one", None])
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["up"], init_lora_weights="pissa"),
+        LoraConfig(r=2, target_modules=["up"], bias="all"),
+        LoraConfig(r=2, target_modules=["attention"]),
+        LoraConfig(r=2, target_modules=["down"], modules_to_save=["head"]),
+    ],
+    ids=["start", "biases", "attention", "head"],
+)
+def test_the_active_adapter_acts_on_no_row_that_does_not_name_it(config: LoraConfig) -> None:
+    model: Any = Toy()
+    model.attention = nn.MultiheadAttention(6, 1, batch_first=True)
+    model.norm.register_forward_pre_hook(lambda _, args: model.attention(*args * 3)[0])
+    base = model(tokens())
+    lorica.adapt(model, LoraConfig(r=2, target_modules=["down"], init_lora_weights=False), "one")
+    lorica.adapt(model, config, "other")
+    shake(model)
+    other = model(tokens())
+    with lorica.active(model, "one"):
+        one = model(tokens())
+    assert not torch.allclose(other, base)
+    with lorica.mixed(model, [None, "one", None]):
+        torch.testing.assert_close(model(tokens()), torch.stack([base[0], one[1], base[2]]))
+    assert torch.equal(model(tokens()), other)
+
+
+def test_a_choice_for_all_rows_ends_the_mixture_and_gives_it_back() -> None:
+    model = Toy()
+    for name in ("one", "two"):
+        lorica.adapt(model, LoraConfig(r=2, target_modules=["up"], init_lora_weights=False), name)
+    two = model(tokens())
+    lorica.mixed(model, ["one", None, "two"])
+    mixture = model(tokens())
+    with lorica.active(model, "two"):
+        assert torch.equal(model(tokens()), two)
+    assert torch.equal(model(tokens()), mixture)
+    lorica.adapt(model, LoraConfig(r=2, target_modules=["down"], init_lora_weights=False), "three")
+    three = model(tokens())
+    with lorica.mixed(model, ["three", "three", "three"]):
+        torch.testing.assert_close(model(tokens()), three)
+
+
+def test_a_mixture_goes_on_when_another_adapter_is_attached() -> None:
+    model = lorica.adapt(Toy(), LoraConfig(r=2, target_modules=["up"], init_lora_weights=False), "one")
+    value = lorica.extract(model)
+    with lorica.mixed(model, ["one", None, None]):
+        mixture = model(tokens())
+        lorica.attach(model, value, "late")
+        assert torch.equal(model(tokens()), mixture)
+
+
+def test_a_mixture_cannot_be_left_while_merged() -> None:
+    model = lorica.adapt(Toy(), LoraConfig(r=2, target_modules=["up"], bias="all"), "one")
+    shake(model)
+    with pytest.raises(StateError, match="while 'one' is merged"), lorica.mixed(model, [None]):
+        lorica.merge(model, "one")
+
+
 def test_a_fused_attention_is_refused() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
     lorica.adapt(model, LoraConfig(r=1, target_modules=["attention"]), "one")

@@ -40,8 +40,6 @@ class AddedModule(SwappedModule):
     def acting_part(self, kind: type[P]) -> P | None:
         """The active adapter's part, or None where the module acts alone."""
         # There is one at most: the roster lets no two act that bring the same part.
-        if self.roster.rows is not None:
-            return None
         for name in self.roster.active:
             if name in self.parts:
                 part = self.parts[name]

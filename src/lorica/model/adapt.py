@@ -116,7 +116,7 @@ def _adapt(root: nn.Module, roster: Roster, config: AdapterConfig, name: str, se
         tied,
         trainable=trainable,
     )
-    roster.activate(root, (name,))
+    active(root, name)
     if lora is not None and lora.init_lora_weights in FROM_DATA:
         root.__dict__.pop(PREPARED, None)
 
@@ -193,9 +193,9 @@ def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
 class active:
     """Let exactly the named adapters act; their updates add up. As a context manager, undone on exit.
 
-    Like `torch.set_grad_enabled` it takes effect when it is made, so a plain call switches for good. It costs
-    the same however many layers and adapters there are, and changes neither `requires_grad` nor the training
-    mode.
+    They act on all rows, though others were `mixed` before. Like `torch.set_grad_enabled` it takes effect
+    when it is made, so a plain call switches for good. It costs the same however many layers and adapters
+    there are, and changes neither `requires_grad` nor the training mode.
 
     Args:
         model: adapted model.
@@ -209,8 +209,9 @@ class active:
     def __init__(self, model: nn.Module, names: str | Iterable[str]) -> None:
         self._root, self._roster = adapted(model)
         self._roster.check_unmerged("choose another adapter")
-        self._before = self._roster.active
+        self._before, self._rows = self._roster.active, self._roster.rows
         self._roster.activate(self._root, (names,) if isinstance(names, str) else tuple(names))
+        self._roster.rows = None
 
     def __enter__(self) -> None:
         """Nothing more to do."""
@@ -221,6 +222,7 @@ class active:
         self._roster.activate(
             self._root, tuple(name for name in self._before if name in self._roster.configs)
         )
+        self._roster.rows = self._rows
 
 
 def disabled(model: nn.Module) -> active:

@@ -148,7 +148,7 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
                 tensor.copy_(adapter.added[key])
         for table, parameter in rows:
             parameter.copy_(adapter.extras[f"{table.path}.{TOKEN_ROWS}"])
-    if not roster.active:
+    if len(roster.configs) == 1:
         roster.activate(root, (name,))
 
 

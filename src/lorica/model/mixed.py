@@ -9,15 +9,17 @@ from torch import nn
 from lorica.config import method_of
 from lorica.errors import AdapterError, StateError, listing
 from lorica.layers.rows import Rows
+from lorica.model.adapt import disabled
 from lorica.model.structure import adapted, lora_layers
 
 
 class mixed:
     """Let each row of the batch have an adapter of its own, or none; the base runs once on all of them.
 
-    Takes effect at once; as a context manager, undone on exit. Holds inside `generate` too, with beams. In
-    inference the adapters' factors are stacked once for each call of `mixed`, and anew after a pass under
-    gradients, in which every row trains its own adapter; factors changed in another way need another call.
+    The adapters that were active act on no row but those that name them. Takes effect at once; as a context
+    manager, undone on exit. Holds inside `generate` too, with beams. In inference the adapters' factors are
+    stacked once for each call of `mixed`, and anew after a pass under gradients, in which every row trains
+    its own adapter; factors changed in another way need another call.
 
     Args:
         model: adapted model.
@@ -31,19 +33,19 @@ class mixed:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str | None]) -> None:
-        root, self._roster = adapted(model)
-        self._roster.check_unmerged("mix adapters")
+        root, roster = adapted(model)
+        roster.check_unmerged("mix adapters")
         rows = Rows(tuple(names))
         if not rows.names:
             raise AdapterError("mixed needs a name (or None) for each row of the batch, and got none")
-        used = [self._roster.known(name) for name in dict.fromkeys(rows.names) if name is not None]
+        used = [roster.known(name) for name in dict.fromkeys(rows.names) if name is not None]
         for name in used:
-            if self._roster.parts.get(name):
+            if roster.parts.get(name):
                 raise AdapterError(
-                    f"{name!r} ({method_of(self._roster.configs[name])}) adds parts to the model, which "
+                    f"{name!r} ({method_of(roster.configs[name])}) adds parts to the model, which "
                     "cannot differ by row; only LoRA's updates and heads can"
                 )
-            own = self._roster.stand_ins(name)
+            own = roster.stand_ins(name)
             if own:
                 raise AdapterError(
                     f"{name!r} brings parameters in place of the base's ({listing(own, limit=3)}), which "
@@ -55,12 +57,13 @@ class mixed:
                     f"{path} is read past its layer, as one weight for all rows; "
                     "adapters on it cannot be mixed in a batch"
                 )
-        self._before = self._roster.rows
-        self._roster.rows = rows
+        # An active adapter's stand-ins and fused updates act on every row alike.
+        self._choice = disabled(model)
+        roster.rows = rows
 
     def __enter__(self) -> None:
         """Nothing more to do."""
 
     def __exit__(self, *error: object) -> None:
         """Go back to what held before."""
-        self._roster.rows = self._before
+        self._choice.__exit__(*error)
