@@ -163,7 +163,26 @@ class Roster:
 
     def base_parameter(self, root: nn.Module, path: str) -> Parameter:
         """The base's own parameter of that name, whatever stands in its place."""
-        return self.originals[path] if path in self.originals else root.get_parameter(path)
+        return self.originals[path] if path in self.originals else parameter_at(root, path)
+
+
+def parameter_at(root: nn.Module, path: str) -> Parameter:
+    """The parameter of that name, whatever an attribute shows in its stead."""
+    owner, leaf = owner_of(root, path)
+    parameter = owner._parameters[leaf]
+    assert parameter is not None
+    return parameter
+
+
+def owner_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter or buffer of that name, and its name there."""
+    *owners, leaf = path.split(".")
+    module = root
+    for name in owners:
+        child = module._modules[name]
+        assert child is not None
+        module = child
+    return module, leaf
 
 
 def place(root: nn.Module, path: str, parameter: Parameter) -> Parameter:
@@ -171,13 +190,12 @@ def place(root: nn.Module, path: str, parameter: Parameter) -> Parameter:
 
     It follows what was there to the device and dtype that the model moved to in the meantime.
     """
-    owner, _, leaf = path.rpartition(".")
-    parameters = root.get_submodule(owner)._parameters
-    before = parameters[leaf]
+    owner, leaf = owner_of(root, path)
+    before = owner._parameters[leaf]
     assert before is not None
     if parameter.device != before.device or parameter.dtype != before.dtype:
         parameter.data = parameter.data.to(before)
-    parameters[leaf] = parameter
+    owner._parameters[leaf] = parameter
     return before
 
 

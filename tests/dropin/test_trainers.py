@@ -64,6 +64,18 @@ def test_an_adapted_head_that_trl_would_read_past_is_refused(tmp_path: Path) -> 
         sft(tmp_path, model).train()
 
 
+def test_a_head_trained_whole_is_what_trl_reads(tmp_path: Path) -> None:
+    model = training.model(modules_to_save=["lm_head"])
+    head = model.get_base_model().get_output_embeddings()
+    frozen, trained = head._parameters["weight"].clone(), head.modules_to_save["default"].weight.clone()
+    sft(tmp_path, model, max_steps=1).train()
+    assert torch.equal(head._parameters["weight"], frozen)
+    assert not torch.equal(head.modules_to_save["default"].weight, trained)
+    lorica.mixed(model, ["default"])
+    with pytest.raises(StateError, match=r"lm_head carries an adapter"):
+        model(torch.tensor([[3, 4]]), labels=torch.tensor([[3, 4]]), fused_lm_head=True)
+
+
 def test_so_is_that_of_a_model_without_a_wrapper(tmp_path: Path) -> None:
     base = transformer("llama")
     model = lorica.adapt(base, lorica.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))

@@ -13,11 +13,12 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from tiny import shake
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import lorica
-from lorica.errors import TargetError
+from lorica.errors import StateError, TargetError
 from lorica.layers import LoraAttention, LoraAttentionOutput, LoraReadLinear
 
 DIM, LENGTH = 8, 5
@@ -243,6 +244,83 @@ class TestEncoderLayer:
             lorica.LoricaError, match=r"linear2 is a Doubling .* reads its weight without calling it"
         ):
             lorica.attach(other, adapter)
+
+
+class TestTrainedWhole:
+    """Parts of an encoder layer with a copy: torch's kernels see the copy's weights, and these train."""
+
+    PARTS = ("self_attn", "self_attn.out_proj", "linear1", "linear2", "norm1", "norm2")
+
+    @staticmethod
+    def layer(*parts: str) -> tuple[Any, Any]:
+        """A layer with parts trained whole, and one that holds the copies' weights itself."""
+        torch.manual_seed(0)
+        model: Any = nn.TransformerEncoderLayer(DIM, 2, 12, dropout=0.0, batch_first=True)
+        expected = copy.deepcopy(model)
+        target = "linear2" if "linear1" in parts else "linear1"  # left as it is, for B is zero
+        lorica.adapt(model, lorica.LoraConfig(target_modules=[target], modules_to_save=list(parts)))
+        for part in parts:
+            shake(model.get_submodule(part).modules_to_save)
+        for part in parts:
+            twin = model.get_submodule(part).modules_to_save["default"]
+            expected.get_submodule(part).load_state_dict(twin.state_dict())
+        return model, expected
+
+    @pytest.mark.parametrize("part", PARTS)
+    def test_on_every_path(self, part: str, fused_calls: list[str]) -> None:
+        model, expected = self.layer(part)
+        x = torch.randn(3, LENGTH, DIM)
+        torch.testing.assert_close(model(x), expected(x))
+        torch.testing.assert_close(model.eval()(x), expected.eval()(x))
+        fused_calls.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), expected(x))
+        assert fused_calls == ["_transformer_encoder_layer_fwd"] * 2
+
+    @pytest.mark.parametrize("part", PARTS)
+    def test_it_trains(self, part: str) -> None:
+        model, expected = self.layer(part)
+        x, weights = torch.randn(3, LENGTH, DIM), torch.randn(3, LENGTH, DIM)
+        (model(x) * weights).sum().backward()
+        (expected(x) * weights).sum().backward()
+        twin = model.get_submodule(part).modules_to_save["default"]
+        assert all(p.requires_grad for p in twin.parameters())
+        for name, parameter in twin.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected.get_parameter(f"{part}.{name}").grad)
+
+    @pytest.mark.parametrize("part", PARTS)
+    def test_disabled_merged_restored_detached(self, part: str) -> None:
+        model, expected = self.layer(part)
+        before = lorica.detach(copy.deepcopy(model))
+        assert type(before.get_submodule(part)) is type(expected.get_submodule(part))
+        model, expected, before = (m.eval() for m in (model, expected, before))
+        x = torch.randn(3, LENGTH, DIM)
+        with torch.no_grad():
+            with lorica.disabled(model):
+                assert torch.equal(model(x), before(x))
+            assert torch.equal(model(x), expected(x))
+            lorica.merge(model)
+            assert torch.equal(model(x), expected(x))
+            lorica.restore(model)
+            assert torch.equal(model(x), expected(x))
+            lorica.detach(model)
+            assert torch.equal(model(x), before(x))
+
+    def test_another_adapter_starts_from_the_original(self) -> None:
+        model, _ = self.layer("norm1", "self_attn")
+        base = {name: t.clone() for name, t in model.state_dict().items() if "modules_to_save" not in name}
+        lorica.adapt(model, lorica.BitFitConfig(), "biases")
+        for name, slot in model.lorica_roster.slots["biases"].items():
+            assert torch.equal(slot, base[name])
+        with lorica.disabled(model):
+            now = model.state_dict()
+            assert all(torch.equal(now[name], tensor) for name, tensor in base.items())
+
+    def test_rows_cannot_differ(self) -> None:
+        model = nn.Sequential(nn.TransformerEncoderLayer(DIM, 2, 12), nn.Linear(DIM, 3))
+        lorica.adapt(model, lorica.LoraConfig(target_modules=["1"], modules_to_save=["norm1"]))
+        with pytest.raises(StateError, match="norm1 is read past its layer"):
+            lorica.mixed(model, ["default", None])
 
 
 class TestEncoder:

@@ -75,3 +75,22 @@ class SavedModule(SwappedModule):
                 "can be put together row by row"
             )
         return torch.cat(parts).index_select(0, torch.cat(places).argsort())
+
+
+class ReadSavedModule(SavedModule):
+    """A module trained whole whose weights are read past its forward, so it shows the acting copy's.
+
+    `nn.MultiheadAttention` never calls its `out_proj`; in evaluation `nn.TransformerEncoderLayer` hands the
+    weights of all its parts to one fused kernel; and a fused loss multiplies by the output head's.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        """A parameter, buffer or part: the acting copy's."""
+        # Called for those alone; plain attributes are found without it.
+        twin = None if name in self.own_modules else self.acting_copy()
+        return super().__getattr__(name) if twin is None else getattr(twin, name)
+
+
+def read_by(parent: nn.Module | None) -> bool:
+    """Whether a module reads the weights of its parts without calling them, always or at times."""
+    return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)

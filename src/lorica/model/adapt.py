@@ -259,6 +259,6 @@ def _norms(target: Target, weight: Parameter | None, A: Parameter, B: Parameter,
 
 def _slots(root: nn.Module, roster: Roster, paths: Iterable[str]) -> dict[str, Parameter]:
     """A copy of each named parameter of the base; tied ones stay tied."""
-    bases = {path: roster.originals.get(path, root.get_parameter(path)) for path in paths}
+    bases = {path: roster.base_parameter(root, path) for path in paths}
     own = {base: Parameter(base.detach().clone()) for base in bases.values()}
     return {path: own[base] for path, base in bases.items()}

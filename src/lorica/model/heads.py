@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from lorica.errors import StateError
-from lorica.layers import LoraLayer
+from lorica.layers import LoraLayer, SavedModule
 
 
 def check_head(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Refuse a loss that multiplies by the head's raw weight while the head carries an update.
 
     TRL's trainers and Liger's kernels do so to spare the logits; the update would neither act nor train. A
-    hook on a model that carries adapters, before each call.
+    head trained whole shows them its copy's weight, but not one for each row. A hook on a model that carries
+    adapters, before each call.
 
     Args:
         model: the model.
@@ -32,7 +33,9 @@ def check_head(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     if not fused:
         return
     head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    if isinstance(head, LoraLayer) and head.acting():
+    if not isinstance(head, LoraLayer | SavedModule):
+        return
+    if head.roster.rows is not None or (isinstance(head, LoraLayer) and head.acting()):
         path = next(path for path, module in model.named_modules() if module is head)
         raise StateError(
             f"{path} carries an adapter, but this trainer's fused loss reads {path}.weight without calling "

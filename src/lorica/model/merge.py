@@ -37,7 +37,7 @@ from lorica.model.packed import (
 from lorica.model.rounding import MergeReport, state_loss
 from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules, token_modules
 from lorica.model.ties import Ties
-from lorica.roster import place
+from lorica.roster import owner_of, place
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -290,9 +290,8 @@ def _put(module: nn.Module, path: str, tensor: Any) -> Any:
         return set_attribute(module, path, tensor)
     if isinstance(tensor, Parameter):
         return place(module, path, tensor)
-    owner, _, leaf = path.rpartition(".")
-    buffers = module.get_submodule(owner)._buffers
-    before = buffers[leaf]
+    owner, leaf = owner_of(module, path)
+    before = owner._buffers[leaf]
     assert before is not None
-    buffers[leaf] = tensor
+    owner._buffers[leaf] = tensor
     return before

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from torch import nn
 
 from lorica.config import method_of
 from lorica.errors import AdapterError, StateError, listing
+from lorica.layers import LoraLayer, SavedModule, read_by
 from lorica.layers.rows import Rows
 from lorica.model.adapt import disabled
-from lorica.model.structure import adapted, lora_layers
+from lorica.model.structure import adapted, walk
 
 
 class mixed:
@@ -28,8 +29,8 @@ class mixed:
     Raises:
         AdapterError: no such adapter, or one that brings parameters of its own which cannot differ by row
             (trained biases).
-        StateError: an adapter is merged, or one of these acts inside a fused attention, which has one weight
-            for all rows.
+        StateError: an adapter is merged, or one of these acts inside a fused attention or encoder, which has
+            one weight for all rows.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str | None]) -> None:
@@ -51,8 +52,13 @@ class mixed:
                     f"{name!r} brings parameters in place of the base's ({listing(own, limit=3)}), which "
                     "cannot differ by row. If that is its start, lorica.extract it, and attach that instead"
                 )
-        for path, layer in lora_layers(root).items():
-            if not layer.rows_differ and any(name in layer.scaling for name in used):
+        for path, module, parent in walk(root):
+            own: Container[str] = ()
+            if isinstance(module, LoraLayer) and not module.rows_differ:
+                own = module.scaling
+            elif isinstance(module, SavedModule) and read_by(parent):
+                own = module.modules_to_save
+            if any(name in own for name in used):
                 raise StateError(
                     f"{path} is read past its layer, as one weight for all rows; "
                     "adapters on it cannot be mixed in a batch"

@@ -19,16 +19,18 @@ from lorica.layers import (
     LoraLayer,
     LoraParameters,
     Part,
+    ReadSavedModule,
     SavedModule,
     TrainedTokens,
+    read_by,
     tie_factors,
 )
 from lorica.layers.quantized import hold_layout
 from lorica.model import pretrained
-from lorica.model.structure import ROSTER, Target, added_modules, base_parameters, find_adapted
+from lorica.model.structure import ROSTER, Target, added_modules, base_parameters, find_adapted, output_head
 from lorica.model.tied import tie_copies
 from lorica.model.tokens import TokenTarget
-from lorica.roster import Roster, Start
+from lorica.roster import Roster, Start, owner_of
 
 
 class Mount(NamedTuple):
@@ -155,8 +157,10 @@ def mount(
     own = (*saved, *(path for table, _ in tokens for path in table.modules))
     if own:
         roster.whole[name] = own
-    for module in saved.values():
-        host = module if isinstance(module, SavedModule) else SavedModule.take(module, roster)
+    for path, module in saved.items():
+        parent, _ = owner_of(root, path)
+        kind = ReadSavedModule if read_by(parent) or module is output_head(root) else SavedModule
+        host = module if isinstance(module, SavedModule) else kind.take(module, roster)
         host.add_copy(name, trainable=trainable)
     lora, _ = members(config)
     if lora is not None and lora.ensure_weight_tying:

@@ -13,7 +13,7 @@ from lorica.errors import TargetError, listing, nearest
 from lorica.layers import AddedModule, LoraEmbedding, LoraLayer, SavedModule, layer_class
 from lorica.layers.conv import LoraConv
 from lorica.model.adaptable import check_whole
-from lorica.model.structure import Place
+from lorica.model.structure import Place, output_head
 
 # Query and value projections as the architectures name them, most specific first: the usual choice where none
 # is given.
@@ -103,7 +103,7 @@ def _usual(root: nn.Module, places: list[Place]) -> list[Place]:
 
 
 def _all_linear(root: nn.Module, places: list[Place]) -> list[Place]:
-    head = _output_head(root)
+    head = output_head(root)
     chosen = [
         p
         for p in places
@@ -117,13 +117,6 @@ def _all_linear(root: nn.Module, places: list[Place]) -> list[Place]:
             f'target_modules="all-linear", but {type(root).__name__} has no linear layer besides its head'
         )
     return chosen
-
-
-def _output_head(root: nn.Module) -> nn.Module | None:
-    try:
-        return root.get_output_embeddings()  # type: ignore[operator, no-any-return]
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
 
 
 def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:

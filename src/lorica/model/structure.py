@@ -124,6 +124,14 @@ def token_modules(root: nn.Module) -> dict[str, TrainedTokens]:
     return {place.path: place.module for place in walk(root) if isinstance(place.module, TrainedTokens)}
 
 
+def output_head(root: nn.Module) -> nn.Module | None:
+    """The output head of a transformers model, if it says so."""
+    try:
+        return root.get_output_embeddings()  # type: ignore[operator, no-any-return]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
 def find_adapted(model: nn.Module) -> tuple[nn.Module, Roster] | None:
     """The adapted model in `model` and its roster: itself, or what a wrapper such as DDP holds."""
     for place in walk(model):

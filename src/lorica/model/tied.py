@@ -16,6 +16,7 @@ from lorica.config import LoraConfig
 from lorica.errors import LoricaWarning, TargetError, listing
 from lorica.layers import LoraEmbedding, SavedModule
 from lorica.model.structure import Place, Target, walk
+from lorica.roster import parameter_at
 from lorica.roster import place as put
 
 Pairs = Mapping[str, str]
@@ -188,7 +189,7 @@ def tie_copies(saved: Mapping[str, nn.Module], name: str) -> None:
         assert isinstance(module, SavedModule)
         copy = module.modules_to_save[name]
         for leaf, own in list(copy.named_parameters(remove_duplicate=False)):
-            base = module.get_parameter(leaf)
+            base = parameter_at(module, leaf)
             if first.setdefault(base, own) is not own:
                 put(copy, leaf, first[base])
 
