@@ -331,7 +331,7 @@ class TestRefused:
         with torch.no_grad():
             rows_of(model, "two")[0] = float("nan")
         lorica.merge(model, "one")
-        with pytest.raises(AdapterError, match="NaN or infinity in embed"):
+        with pytest.raises(AdapterError, match="embed: the merged rows would hold NaN"):
             lorica.switch(model, "two")
         lorica.restore(model)
         before = record(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -377,6 +378,77 @@ class TestSwitch:
         lorica.merge(model, "a")
         before = record(model)
         with pytest.raises(AdapterError, match=r"NaN or infinity in blocks\.1\.down \(A\)"):
+            lorica.switch(model, "b")
+        assert record(model) == before
+
+    @pytest.mark.parametrize("several", [False, True])
+    def test_an_overflow_of_the_weights_own_type_leaves_the_merged_one_in_place(self, several: bool) -> None:
+        model = model_with(WHOLE, CONFIG, WHOLE, model=Toy(dtype=torch.float16))
+        for factor in ("A", "B"):
+            getattr(lorica.extract(model, "c").factors["blocks.1.down"], factor).mul_(1e3)
+        lorica.merge(model, ["b", "a"] if several else "a")
+        before = record(model)
+        with pytest.raises(
+            AdapterError, match=r"blocks\.1\.down: the merged weight would hold NaN or infinity"
+        ):
+            lorica.switch(model, "c")
+        assert record(model) == before
+        lorica.switch(model, "b")
+        lorica.switch(model, "a")
+        assert model.get_parameter("head.bias").isfinite().all()
+
+    def test_so_does_one_of_magnitudes(self) -> None:
+        model = model_with(
+            CONFIG, CONFIG.replace(target_modules=["up"], use_dora=True), model=Toy(dtype=torch.float16)
+        )
+        magnitude = lorica.extract(model, "b").factors["blocks.0.up"].magnitude
+        assert magnitude is not None
+        magnitude.fill_(1e6)
+        lorica.merge(model, "a")
+        before = record(model)
+        with pytest.raises(
+            AdapterError, match=r"blocks\.0\.up: the merged weight would hold NaN or infinity"
+        ):
+            lorica.switch(model, "b")
+        assert record(model) == before
+
+    def test_rows_that_overflow_leave_the_merged_one_in_place(self) -> None:
+        rows = lorica.LoraConfig(r=2, target_modules=["up"], trainable_token_indices={"embed": [1, 5]})
+        model: Any = model_with(
+            CONFIG.replace(target_modules=["up", "down"]), rows, model=Toy(dtype=torch.float16)
+        )
+        with torch.no_grad():
+            model.embed.token_adapter.trainable_tokens_delta["b"].mul_(1e6)
+        lorica.merge(model, "a")
+        before = record(model)
+        with pytest.raises(AdapterError, match="embed: the merged rows would hold NaN or infinity"):
+            lorica.switch(model, "b")
+        assert record(model) == before
+        lorica.restore(model)
+
+    def test_out_of_inference_mode(self) -> None:
+        model = model_with(WHOLE, WHOLE)
+        lorica.merge(model, "b")
+        expected = state(model)
+        lorica.restore(model)
+        with torch.inference_mode():
+            lorica.merge(model, "a")
+        lorica.switch(model, "b")
+        assert state(model) == expected
+        x = torch.randn(2, 6, requires_grad=True)
+        model.get_submodule("blocks.0.up")(x).sum().backward()
+
+    def test_an_interrupt_leaves_the_merged_one_in_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = model_with(WHOLE, WHOLE)
+        lorica.merge(model, "a")
+        before = record(model)
+
+        def interrupt(*_: Any) -> Any:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(importlib.import_module("lorica.model.merge"), "with_rows", interrupt)
+        with pytest.raises(KeyboardInterrupt):
             lorica.switch(model, "b")
         assert record(model) == before
 

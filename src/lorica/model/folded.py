@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lorica.adapter import Factors
 from lorica.errors import AdapterError, StateError
 from lorica.folding import each_on_one_thread, one_thread
 from lorica.layers import LoraLayer, TrainedTokens
@@ -36,7 +37,7 @@ def merged_states(
     fold_all(layers, parameters, names)
     for path, own in parameters.items():
         for leaf, parameter in own.items():
-            _check_finite(path, leaf, parameter)
+            check_finite(path, leaf, parameter)
     with one_thread():
         return {
             path: parameters[path] if path in parameters else _packed_state(path, layer, names, plain)
@@ -54,20 +55,40 @@ def _packed_state(
                 state[leaf] = Parameter(part.to(plain), requires_grad=False)
             else:
                 state |= layer.storing(leaf, part)
-            _check_finite(path, leaf, state[leaf] if type(state[leaf]) is Parameter else part)
+            check_finite(path, leaf, state[leaf] if type(state[leaf]) is Parameter else part)
     except StateError as error:
         raise StateError(f"{path}: {error}") from None
     return state
 
 
+def may_overflow(layer: LoraLayer, name: str) -> bool:
+    """Whether the size of an adapter's factors leaves open that what it makes of a finite W0 is finite.
+
+    ``|s·B·A| ≤ s·r·max|A|·max|B|``, and what is less than half of the last place of a dtype's largest number
+    takes no number beyond that. A look at the merged weights themselves would cost a good part of the fold.
+    """
+    limits = [torch.finfo(layer.get_base(leaf).dtype) for leaf in layer.changed((name,))]
+    limit = min(info.max * info.eps / 4 for info in limits)
+    for _, _, holder in layer.holders(name):
+        factors: Factors = holder.factors(name)
+        if factors.magnitude is not None or factors.bias is not None:
+            return True
+        sizes = [factor.abs().max().item() for factor in (factors.A, factors.B)]
+        if not abs(factors.scale) * factors.r * sizes[0] * sizes[1] < limit:  # as NaN is not
+            return True
+    return False
+
+
 def room(layer: LoraLayer, names: tuple[str, ...], held: dict[str, Parameter]) -> dict[str, Parameter]:
     """Parameters for what takes the base's place, by their names; those that are `held`, or new ones."""
-    return {
-        leaf: held[leaf]
-        if leaf in held
-        else Parameter(torch.empty_like(layer.get_base(leaf)), requires_grad=False)
-        for leaf in layer.changed(names)
-    }
+    return {leaf: _like(layer.get_base(leaf), held.get(leaf)) for leaf in layer.changed(names)}
+
+
+def _like(base: Parameter, held: Parameter | None) -> Parameter:
+    if held is not None and held.device == base.device and held.dtype == base.dtype:
+        return held
+    with torch.inference_mode(False):  # what is made in that mode cannot be written to again outside it
+        return Parameter(torch.empty_like(base), requires_grad=False)
 
 
 def fold_all(
@@ -97,13 +118,14 @@ def with_rows(
             rows = module.token_adapter.trainable_tokens_delta[name]
             key = module.base_weight, rows
             if key not in made:
-                _check_finite(path, "rows", rows.to(module.base_weight.dtype))
+                check_finite(path, "rows", rows.to(module.base_weight.dtype))
                 made[key] = Parameter(module.with_rows(name).detach(), requires_grad=False)
             tables[path] = {"weight": made[key]}
     return tables
 
 
-def _check_finite(path: str, leaf: str, merged: Tensor) -> None:
+def check_finite(path: str, leaf: str, merged: Tensor) -> None:
+    """Refuse a merged parameter that holds NaN or infinity; whoever calls this leaves the model as it was."""
     # A sum is finite only if all its terms are, and much cheaper than a look at each.
     if not math.isfinite(merged.detach().sum().item()) and not merged.isfinite().all():
         raise AdapterError(

@@ -10,7 +10,7 @@ runs, saves and compiles as the base does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,7 +22,15 @@ from lorica.errors import StateError
 from lorica.layers import LayerState, LoraLayer, SavedModule, SwappedModule, TrainedTokens
 from lorica.layers.quantized import set_attribute
 from lorica.model import pretrained
-from lorica.model.folded import check_mergeable, fold_all, merged_states, room, with_rows
+from lorica.model.folded import (
+    check_finite,
+    check_mergeable,
+    fold_all,
+    may_overflow,
+    merged_states,
+    room,
+    with_rows,
+)
 from lorica.model.methods import check_merges
 from lorica.model.packed import (
     Into,
@@ -37,7 +45,7 @@ from lorica.model.packed import (
 from lorica.model.rounding import MergeReport, state_loss
 from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules, token_modules
 from lorica.model.ties import Ties
-from lorica.roster import owner_of, place
+from lorica.roster import Roster, owner_of, place
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -122,7 +130,7 @@ def merge(
         weights = plain_weights(packed, merged, plain) if plain is not None else {}
         tables = with_rows(token_modules(root), chosen)
         losses = {path: state_loss(layers[path], chosen, state) for path, state in merged.items()}
-    except Exception:
+    except BaseException:
         roster.activate(root, before)
         raise
     pretrained.leave(root)
@@ -157,7 +165,8 @@ def switch(model: nn.Module, name: str) -> None:
 
     Raises:
         StateError: a layer cannot take its update. What was merged stays so.
-        AdapterError: no such adapter, or it holds NaN or infinity. What was merged stays so.
+        AdapterError: no such adapter, or it holds NaN or infinity, or a merged weight would. What was merged
+            stays so.
     """
     root, roster = adapted(model)
     check_merges(roster, (name,))
@@ -171,31 +180,32 @@ def switch(model: nn.Module, name: str) -> None:
     for item in aside.modules:
         SwappedModule.enter(item.module, item.state)
     try:
-        layers = {
-            item.path: item.module
-            for item in aside.modules
-            if isinstance(item.module, LoraLayer) and name in item.module.scaling
-        }
+        layers = _layers(aside, (name,))
         check_mergeable(layers, (name,))
-        factors = {
-            path + key: holder.factors(name)
-            for path, layer in layers.items()
-            for key, _, holder in layer.holders(name)
-        }
-        rows = {path: m.token_adapter.trainable_tokens_delta for path, m in _with_rows(aside).items()}
-        extras = {path: own[name].detach() for path, own in rows.items() if name in own}
-        Adapter(roster.configs[name], factors, extras).check_finite()
+        doubtful = [path for path, layer in layers.items() if may_overflow(layer, name)]
+        if doubtful:
+            factors = {
+                path + key: holder.factors(name)
+                for path, layer in layers.items()
+                for key, _, holder in layer.holders(name)
+            }
+            Adapter(roster.configs[name], factors).check_finite()
         aside.ties.redo(root)
-        for item in aside.modules:
-            _put_back(item)
-        roster.activate(root, (name,))
-        _refill(aside, layers, name)
+        try:
+            _refill(root, roster, (name,))
+            for path in doubtful:
+                for leaf in layers[path].changed((name,)):
+                    check_finite(path, leaf, layers[path].get_base(leaf))
+            roster.merged = (name,)
+        except BaseException:
+            _refill(root, roster, roster.merged)
+            raise
+        finally:
+            aside.ties.undo(root)
     finally:
         for item in aside.modules:
             assert isinstance(item.module, SwappedModule)
-            item.module.leave()
-    aside.ties.undo(root)
-    roster.merged = (name,)
+            item.state = item.module.leave()
 
 
 def restore(model: M) -> M:
@@ -233,7 +243,7 @@ def _exchange(model: nn.Module, name: str, before: tuple[str, ...], into: Into) 
     restore(model)
     try:
         merge(model, name, into=into)
-    except Exception:
+    except BaseException:
         merge(model, before, into=into)
         raise
 
@@ -249,20 +259,34 @@ def _set_aside(path: str, module: SwappedModule, merged: dict[str, Any], names: 
     return item
 
 
-def _refill(aside: _Merged, layers: Mapping[str, LoraLayer], name: str) -> None:
-    """Make the modules hold what the adapter makes of them, or what the base has where it does nothing."""
+def _refill(root: nn.Module, roster: Roster, names: tuple[str, ...]) -> None:
+    """Make the modules hold what the adapters make of them, or what the base has where they do nothing."""
+    aside: _Merged = roster.aside
+    for item in aside.modules:
+        _put_back(item)
+    roster.activate(root, names)
+    layers = _layers(aside, names)
     merged: dict[str, dict[str, Parameter]] = {}
     for item in aside.modules:
         if isinstance(item.module, SavedModule):
-            _show_copy(item, item.module, (name,))
-        elif isinstance(item.module, LoraLayer) and item.path in layers:
-            merged[item.path] = room(layers[item.path], (name,), item.merged)
+            _show_copy(item, item.module, names)
+        elif item.path in layers:
+            merged[item.path] = room(layers[item.path], names, item.merged)
             item.merged |= merged[item.path]
-    fold_all(layers, merged, (name,))
-    merged |= with_rows(_with_rows(aside), (name,))
+    fold_all(layers, merged, names)
+    merged |= with_rows(_with_rows(aside), names)
     for item in aside.modules:
         for leaf, parameter in merged.get(item.path, {}).items():
             item.originals[leaf] = _put(item.module, leaf, parameter)
+
+
+def _layers(aside: _Merged, names: tuple[str, ...]) -> dict[str, LoraLayer]:
+    """Path → layer that one of the adapters has an update for."""
+    return {
+        item.path: item.module
+        for item in aside.modules
+        if isinstance(item.module, LoraLayer) and any(name in item.module.scaling for name in names)
+    }
 
 
 def _with_rows(aside: _Merged) -> dict[str, TrainedTokens]:

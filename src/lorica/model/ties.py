@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.model.structure import base_parameters
-from lorica.roster import place
+from lorica.roster import parameter_at, place
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class Ties:
         what is still the same must then be written under each of its names, for the reader will not tie it.
         """
         self._join(root)
-        apart = [names for names in self.groups if len({root.get_parameter(name) for name in names}) > 1]
+        apart = [names for names in self.groups if len({parameter_at(root, name) for name in names}) > 1]
         config = getattr(root, "config", None)
         tied = config is not None and getattr(config, "tie_word_embeddings", False)
         if apart and tied:
@@ -55,7 +55,7 @@ class Ties:
             for names in self.groups:
                 held: set[Parameter] = set()
                 for name in names:
-                    parameter = root.get_parameter(name)
+                    parameter = parameter_at(root, name)
                     if parameter in held:
                         copy = Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
                         self.copies[name] = place(root, name, copy)
@@ -65,9 +65,9 @@ class Ties:
     def _join(self, root: nn.Module) -> None:
         """Make one again what was merged apart and is equal, as one update of tied tables leaves it."""
         for names in self.groups:
-            first = root.get_parameter(names[0])
+            first = parameter_at(root, names[0])
             for name in names[1:]:
-                other = root.get_parameter(name)
+                other = parameter_at(root, name)
                 if other is not first and _equal(first, other):
                     self.joined.append(place(root, name, first))
                     other.data = first.data
