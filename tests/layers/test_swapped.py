@@ -125,6 +125,16 @@ class TestInPlace:
         assert type(model.head).__module__ == "torch.nn.modules.linear"
         assert "(head): LoraLinear(" in repr(model)
 
+    def test_what_was_taken_off_follows_the_module(self) -> None:
+        model: Any = Toy()
+        lorica.adapt(model, LoraConfig(target_modules=["up"], modules_to_save=["head"]))
+        for module in (model.blocks[0]["up"], model.head):
+            state = module.leave()
+            module.eval().to("meta")
+            swapped_class(state.mixin, type(module)).enter(module, state)
+            assert not any(part.training for part in module.modules())
+            assert all(parameter.device.type == "meta" for parameter in module.parameters())
+
     def test_one_class_for_each_pair(self) -> None:
         model, _ = oracle.adapted(Toy(), "up", "down")
         assert (

@@ -302,6 +302,38 @@ class TestRestore:
             assert bits(outputs(twin)) == bits(outputs(model))
             assert bits(outputs(lorica.detach(lorica.restore(twin)))) == bits(base)
 
+    @pytest.mark.parametrize("training", [True, False])
+    def test_the_mode_chosen_while_merged_holds_for_all(self, training: bool) -> None:
+        model: Any = Toy()
+        model.head = nn.Sequential(nn.Dropout(), nn.Linear(6, 3))
+        model_with(WHOLE, WHOLE, model=model)
+        model.train(not training)
+        lorica.merge(model, "a")
+        model.train(training)
+        lorica.switch(model, "b")
+        model.train(not training)
+        lorica.switch(model, "a")
+        model.train(training)
+        lorica.restore(model)
+        assert all(module.training is training for module in model.modules())
+
+    @pytest.mark.parametrize("switch", [True, False])
+    def test_a_conversion_while_merged_reaches_what_was_set_aside(self, switch: bool) -> None:
+        model: Any = Toy()
+        model.head = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3))
+        rows = {"trainable_token_indices": {"embed": [1, 5]}, "target_modules": ["up"]}
+        model_with(WHOLE.replace(**rows), WHOLE.replace(**rows), model=model)
+        expected = copy.deepcopy(model).double().eval()
+        lorica.merge(model, "a")
+        model.double().eval()
+        for name in "ba" if switch else "":
+            lorica.switch(model, name)
+            with lorica.active(expected, name):
+                torch.testing.assert_close(outputs(model), outputs(expected))
+        lorica.restore(model)
+        assert state(model) == state(expected)
+        assert torch.equal(outputs(model), outputs(expected))
+
     def test_nothing_to_restore(self) -> None:
         with pytest.raises(StateError, match="nothing is merged"):
             lorica.restore(model_with(CONFIG))

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
+import torch
 from torch import nn
 from torch.nn import Parameter
 
@@ -51,11 +52,23 @@ class Factor(nn.Module):
 
 
 class LayerState(NamedTuple):
-    """What `leave` took off a module, for `enter` to put back."""
+    """What `leave` took off a module, for `enter` to put back; and how the module was then.
+
+    Args:
+        mixin: what its class was joined with.
+        modules: its own modules.
+        attributes: its own attributes.
+        training: whether the module was in training.
+        device: of its first parameter.
+        dtype: of its first parameter.
+    """
 
     mixin: type[SwappedModule]
     modules: dict[str, nn.Module]
     attributes: dict[str, Any]
+    training: bool
+    device: torch.device | None
+    dtype: torch.dtype | None
 
 
 class SwappedModule(nn.Module):
@@ -108,21 +121,32 @@ class SwappedModule(nn.Module):
 
     def leave(self) -> LayerState:
         """Become the original class again; returns what `enter` needs to undo that."""
+        modules = {
+            name: module for name in self.own_modules if (module := self._modules.pop(name, None)) is not None
+        }
+        first = _first_parameter(self)
         state = LayerState(
             self.mixin(),
-            {
-                name: module
-                for name in self.own_modules
-                if (module := self._modules.pop(name, None)) is not None
-            },
+            modules,
             {name: self.__dict__.pop(name) for name in self.own_attributes},
+            self.training,
+            None if first is None else first.device,
+            None if first is None else first.dtype,
         )
         self.__class__ = self.base_class  # pyright: ignore[reportAttributeAccessIssue]
         return state
 
     @staticmethod
     def enter(module: nn.Module, state: LayerState) -> None:
-        """Undo `leave`."""
+        """Undo `leave`; what was taken off follows the module to the mode, device and dtype it has now."""
+        first = _first_parameter(module)
+        if first is not None and (first.device, first.dtype) != (state.device, state.dtype):
+            dtype = first.dtype if first.dtype != state.dtype else None
+            for own in state.modules.values():
+                own.to(first.device, dtype)
+        if module.training != state.training:
+            for own in state.modules.values():
+                own.train(module.training)
         module.__class__ = swapped_class(state.mixin, type(module))
         module._modules.update(state.modules)
         module.__dict__.update(state.attributes)
@@ -135,6 +159,16 @@ class SwappedModule(nn.Module):
     def mixin(cls) -> type[SwappedModule]:
         """What `swapped_class` joined with the module's own class."""
         return cls.swapped_by
+
+
+def _first_parameter(module: nn.Module) -> Parameter | None:
+    """A module's own first parameter, or that of the first of its parts that has one."""
+    # `parameters()` would take longer than the rest of `leave`.
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    parts = (_first_parameter(part) for part in module._modules.values() if part is not None)
+    return next((parameter for parameter in parts if parameter is not None), None)
 
 
 @functools.cache

@@ -317,5 +317,5 @@ def _put(module: nn.Module, path: str, tensor: Any) -> Any:
     owner, leaf = owner_of(module, path)
     before = owner._buffers[leaf]
     assert before is not None
-    owner._buffers[leaf] = tensor
+    owner._buffers[leaf] = tensor.to(before.device, before.dtype)
     return before

@@ -39,7 +39,7 @@ def behind_merge(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for item in roster.aside.modules:
-            item.module.leave()
+            item.state = item.module.leave()
         roster.merged = merged
 
 
