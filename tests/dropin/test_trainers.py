@@ -66,7 +66,8 @@ def test_an_adapted_head_that_trl_would_read_past_is_refused(tmp_path: Path) -> 
 
 def test_a_head_trained_whole_is_what_trl_reads(tmp_path: Path) -> None:
     model = training.model(modules_to_save=["lm_head"])
-    head = model.get_base_model().get_output_embeddings()
+    base: Any = model.get_base_model()
+    head = base.get_output_embeddings()
     frozen, trained = head._parameters["weight"].clone(), head.modules_to_save["default"].weight.clone()
     sft(tmp_path, model, max_steps=1).train()
     assert torch.equal(head._parameters["weight"], frozen)
