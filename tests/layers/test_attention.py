@@ -344,6 +344,22 @@ class TestEncoder:
         slow = model(x, src_key_padding_mask=padding())
         torch.testing.assert_close(y[~padding()], slow[~padding()], rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+    @pytest.mark.parametrize("part", ["layers.0", "self_attn", "norm1"])
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_parts_trained_whole_with_padding(self, part: str, grad: bool) -> None:
+        layer = nn.TransformerEncoderLayer(DIM, 2, 12, dropout=0.0, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 2)
+        model = nn.ModuleDict({"encoder": encoder, "out": nn.Linear(DIM, 3)})
+        lorica.adapt(model, lorica.LoraConfig(target_modules=["out"], modules_to_save=[part]))
+        shake(model)
+        x = torch.randn(3, LENGTH, DIM)
+        expected = encoder(x, src_key_padding_mask=padding())
+        model.eval()
+        with torch.set_grad_enabled(grad):
+            y = encoder(x, src_key_padding_mask=padding())
+        torch.testing.assert_close(y[~padding()], expected[~padding()], rtol=1e-4, atol=1e-5)
+
     def test_layers_cloned_from_an_adapted_one_have_updates_of_their_own(self) -> None:
         layer, before = oracle.adapted(nn.TransformerEncoderLayer(DIM, 2, 12, batch_first=True), *ENCODER)
         twin = copy.deepcopy(layer)

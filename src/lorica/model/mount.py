@@ -158,10 +158,9 @@ def mount(
     if own:
         roster.whole[name] = own
     for path, module in saved.items():
-        parent, _ = owner_of(root, path)
-        kind = ReadSavedModule if read_by(parent) or module is output_head(root) else SavedModule
-        host = module if isinstance(module, SavedModule) else kind.take(module, roster)
-        host.add_copy(name, trainable=trainable)
+        if not isinstance(module, SavedModule):
+            module = _saved_class(root, path, module).take(module, roster)
+        module.add_copy(name, trainable=trainable)
     lora, _ = members(config)
     if lora is not None and lora.ensure_weight_tying:
         tie_copies(saved, name)
@@ -199,6 +198,14 @@ def remove_parts(root: nn.Module, name: str) -> None:
             host.leave()
             if host is root:
                 pretrained.enter(root)
+
+
+def _saved_class(root: nn.Module, path: str, module: nn.Module) -> type[SavedModule]:
+    """What a module that is to be trained whole becomes: whether others read its weights past its forward."""
+    parent, _ = owner_of(root, path)
+    # nn.TransformerEncoder looks into its first layer to choose a path for all of them.
+    read = read_by(parent) or isinstance(module, nn.TransformerEncoderLayer) or module is output_head(root)
+    return ReadSavedModule if read else SavedModule
 
 
 def _train(parameter: Parameter, trainable: bool) -> Parameter:
