@@ -198,6 +198,18 @@ class TestMerge:
         assert record(model) == before
         assert list(lorica.extract(model).lora.target_modules or ()) == ["up", "down", "embed"]
 
+    def test_an_interrupt_leaves_the_model_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = model_with(WHOLE, WHOLE)
+        before = record(model)
+
+        def interrupt(*_: Any) -> Any:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(importlib.import_module("lorica.model.merge"), "with_rows", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            lorica.merge(model, "a")
+        assert record(model) == before
+
     def test_an_overflow_of_the_weights_own_type_is_refused(self) -> None:
         model = model_with(CONFIG, model=Toy(dtype=torch.float16))
         lorica.extract(model).factors["embed"].B.mul_(1e6)
