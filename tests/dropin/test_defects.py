@@ -9,7 +9,7 @@ import torch
 from tiny import Toy, batch, bits, shake, tokens, transformer
 from torch import Tensor, nn
 
-from lorica.errors import AdapterError, StateError, TargetError
+from lorica.errors import AdapterError, LoricaWarning, StateError, TargetError
 from lorica.peft import LoraConfig, PeftModel, get_peft_model
 
 
@@ -151,6 +151,15 @@ def test_loading_and_adding_leave_alone_what_trains(tmp_path: Any) -> None:
         after = requires_grad(each)
         assert {name: after[name] for name in before} == before
         assert not any(trains for name, trains in after.items() if name not in before)
+
+
+def test_values_of_another_scale_are_taken_as_peft_does_and_said(tmp_path: Any) -> None:
+    model = toy()
+    model.save_pretrained(tmp_path)
+    other = toy(lora_alpha=64)
+    with pytest.warns(LoricaWarning, match=r"scale of blocks\.0\.up"):
+        other.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(update(other, "default"), 8 * update(model, "default"))
 
 
 def update(model: PeftModel, name: str) -> Tensor:

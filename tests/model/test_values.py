@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from tiny import Toy, adapted, bits, outputs, record, shake, transformer
 from torch import nn
 
 import lorica
-from lorica.errors import AdapterError, StateError
-from lorica.model.values import overwrite
+from lorica.errors import AdapterError, LoricaWarning, StateError
+from lorica.model.values import as_trained, overwrite
 
 CONFIG = lorica.LoraConfig(r=2, target_modules=["up", "embed"], modules_to_save=["head"], bias="lora_only")
 
@@ -284,8 +285,55 @@ class TestOverwrite:
             "  unexpected: other (B)",
             "  shape of blocks.0.up (A): (3, 6) in the adapter, (2, 6) on the model",
             "  shape of blocks.0.up (B): (12, 3) in the adapter, (12, 2) on the model",
+            "  scale of blocks.0.up: 2.66667 in the adapter, 4 on the model",
         ]
         assert record(model) == before
+
+    @pytest.mark.parametrize(
+        ("theirs", "ours", "problem"),
+        [
+            ({"lora_alpha": 64}, {}, "scale of blocks.0.up: 32 in the adapter, 4 on the model"),
+            ({}, {"use_rslora": True}, "scale of blocks.0.up: 4 in the adapter, 5.65685 on the model"),
+            (
+                {"trainable_token_indices": {"embed": [1, 2]}},
+                {"trainable_token_indices": {"embed": [3, 4]}},
+                "tokens of embed: [1, 2] in the adapter, [3, 4] on the model",
+            ),
+            (
+                {},
+                {"init_lora_weights": "pissa"},
+                "init_lora_weights: True in the adapter, 'pissa' on the model; each means another base",
+            ),
+            (
+                {"init_lora_weights": "loftq"},
+                {},
+                "init_lora_weights: 'loftq' in the adapter, True on the model; each means another base",
+            ),
+        ],
+    )
+    def test_values_that_mean_something_else(
+        self, theirs: dict[str, Any], ours: dict[str, Any], problem: str
+    ) -> None:
+        config = lorica.LoraConfig(r=2, target_modules=["0.up"])
+        adapter = trained(config.replace(**theirs))
+        model = adapted(fresh(), config.replace(**ours))
+        before = record(model)
+        with pytest.raises(AdapterError, match=re.escape(f"on the model:\n  {problem}")):
+            overwrite(model, adapter)
+        assert record(model) == before
+        with pytest.warns(LoricaWarning, match=re.escape(problem)):
+            overwrite(model, adapter, strict=False)
+        assert {n: bits(t) for n, t in as_trained(model).named_tensors().items()} == {
+            n: bits(t) for n, t in adapter.named_tensors().items()
+        }
+
+    def test_the_same_tokens_in_another_form(self) -> None:
+        config = lorica.LoraConfig(r=2, target_modules=["query"], trainable_token_indices=[1, 2])
+        source = adapted(transformer("bert"), config)
+        named = config.replace(trainable_token_indices={"word_embeddings": [1, 2]})
+        model = adapted(transformer("bert"), named, seed=1)
+        overwrite(model, lorica.extract(source))
+        assert bits(outputs(model)) == bits(outputs(source))
 
     def test_numbers_that_are_none(self) -> None:
         model = adapted(fresh(), CONFIG)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -11,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.adapter import TOKEN_ROWS, Adapter, Factors
-from lorica.config import LoraConfig
-from lorica.errors import AdapterError, lines
+from lorica.config import LoraConfig, changes_base, members
+from lorica.errors import AdapterError, LoricaWarning, TargetError, lines
 from lorica.layers import LoraLayer, tied_factors
 from lorica.layers.added import join
 from lorica.model.starting import less
 from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules, token_modules
+from lorica.model.tokens import token_targets
 from lorica.roster import Roster, Start
 
 
@@ -107,7 +110,7 @@ def as_trained(
     return Adapter(config, factors, extras, added)
 
 
-def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None) -> None:
+def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None, *, strict: bool = True) -> None:
     """Give an adapter that is already on the model the values of another of the same make.
 
     Nothing else changes: not which adapter acts, not what trains, not the training mode.
@@ -116,16 +119,20 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None) -> No
         model: adapted model.
         adapter: the values to take.
         name: of the adapter on the model; None takes the only one, or the only active one.
+        strict: whether other scales, tokens or starts are an error too, and not just a warning.
 
     Raises:
-        AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is
-            untouched.
+        AdapterError: with the whole list of what is missing, unexpected, of another shape or means something
+            else; the model is untouched.
         StateError: an adapter is merged, or none was ever put on.
+
+    Warns:
+        LoricaWarning: unless `strict`, with the list of what means something else here.
     """
     root, roster = adapted(model)
     adapter.check_finite()
     name = roster.one(name)
-    own, starts = roster.starts.get(name, {}), {}
+    own, starts, given = roster.starts.get(name, {}), {}, adapter
     if any(start.A is not None for start in own.values()):
         config = roster.configs[name]
         assert isinstance(config, LoraConfig)
@@ -134,7 +141,8 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None) -> No
             adapter = dataclasses.replace(adapter, trained_as=adapter.trained_as or config)
         if adapter.trained_as is not None:
             adapter, starts = adapter.without_starts()
-    live, new = as_trained(model, name).named_tensors(), adapter.named_tensors()
+    there = as_trained(model, name)
+    live, new = there.named_tensors(), adapter.named_tensors()
     problems = [f"missing: {key}" for key in live if key not in new]
     problems += [f"unexpected: {key}" for key in new if key not in live]
     problems += [
@@ -143,8 +151,15 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None) -> No
         if key in new and live[key].shape != new[key].shape
     ]
     problems = problems or _torn(live, new)
-    if problems:
-        raise AdapterError(f"the adapter does not fit the one on the model:\n{lines(problems)}")
+    unlike = [*_scales(there, given), *_tokens(root, name, adapter), *_base(there, adapter, starts)]
+    if problems or (unlike and strict):
+        raise AdapterError(f"the adapter does not fit the one on the model:\n{lines([*problems, *unlike])}")
+    if unlike:
+        warnings.warn(
+            f"the values come from an adapter of another make than the one on the model:\n{lines(unlike)}",
+            LoricaWarning,
+            stacklevel=3,
+        )
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(new[key])
@@ -153,6 +168,37 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None) -> No
                 path_of_weight = f"{path}.{layer.weight_name}"
                 weight = roster.base_parameter(root, path_of_weight)
                 _restart(own[path_of_weight], layer, weight, *starts[path], layer.scaling[name])
+
+
+def _scales(there: Adapter, adapter: Adapter) -> Iterator[str]:
+    """Updates that are multiplied by another number in the adapter."""
+    for path, factors in adapter.factors.items():
+        ours = there.factors[path].scale if path in there.factors else factors.scale
+        if not math.isclose(factors.scale, ours, rel_tol=1e-6):
+            yield f"scale of {path}: {factors.scale:g} in the adapter, {ours:g} on the model"
+
+
+def _tokens(root: nn.Module, name: str, adapter: Adapter) -> Iterator[str]:
+    """Tables whose rows are other tokens' in the adapter."""
+    lora, _ = members(adapter.config)
+    try:
+        theirs = {table.path: table.indices for table in token_targets(root, lora, (), ())}
+    except TargetError as error:
+        yield str(error)
+        return
+    for path, module in token_modules(root).items():
+        ours = module.token_adapter.indices.get(name)
+        if path in theirs and ours is not None and theirs[path] != ours:
+            yield f"tokens of {path}: {[*theirs[path]]} in the adapter, {[*ours]} on the model"
+
+
+def _base(there: Adapter, adapter: Adapter, starts: Mapping[str, object]) -> Iterator[str]:
+    """Factors that stand beside another weight than the model's own, and bring no start to make it from."""
+    ours, theirs = (
+        a.config.init_lora_weights if isinstance(a.config, LoraConfig) else True for a in (there, adapter)
+    )
+    if ours != theirs and (changes_base(ours) or changes_base(theirs)) and not starts:
+        yield f"init_lora_weights: {theirs!r} in the adapter, {ours!r} on the model; each means another base"
 
 
 def _torn(live: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[str]:

@@ -103,7 +103,8 @@ class Incoming(nn.Module):
             live = lorica.extract(model, adapter_name).extras if there else None
             adapter = loading.fitting(adapter, live or model.state_dict())
         if there:
-            overwrite(model, adapter, adapter_name)
+            # PEFT takes the values alone, whatever the settings that are there make of them.
+            overwrite(model, adapter, adapter_name, strict=False)
         else:
             attach_finite(
                 model, loading.as_trainable(adapter, is_trainable), adapter_name, trainable=is_trainable
