@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -315,6 +315,27 @@ class TestTrainedWhole:
         assert bits(outputs(model)) == bits(a)
         assert not torch.allclose(a, b)
         assert set(lorica.extract(model, "b").extras) == {"head.weight", "head.bias"}
+
+    @pytest.mark.parametrize("acting", [UP.replace(bias="all"), lorica.FullConfig()])
+    @pytest.mark.parametrize(
+        "added", [{"modules_to_save": ["head"]}, {"trainable_token_indices": {"embed": [4, 7]}}]
+    )
+    def test_what_an_adapter_trains_whole_starts_from_the_base_whatever_acts(
+        self, acting: lorica.AdapterConfig, added: dict[str, Any]
+    ) -> None:
+        model = Toy()
+        base = outputs(model)
+        lorica.adapt(model, acting, "a")
+        shake(model)
+        lorica.adapt(model, UP.replace(**added), "b")
+        assert bits(outputs(model)) == bits(base)
+
+    def test_tables_are_tied_as_in_the_base_whatever_acts(self) -> None:
+        model = transformer("gpt2")
+        config = lorica.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights="pissa")
+        lorica.adapt(model, config, "a")  # in whose head a weight of its own stands
+        with pytest.raises(TargetError, match="lm_head: another adapter has made it a LoraLinear"):
+            lorica.adapt(model, lorica.LoraConfig(r=2, trainable_token_indices=[4, 7]), "b")
 
     def test_two_biases_or_heads_cannot_act_together(self) -> None:
         for what in ({"bias": "all"}, {"modules_to_save": ["head"]}):

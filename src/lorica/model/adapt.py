@@ -33,7 +33,7 @@ from lorica.model.structure import (
 )
 from lorica.model.tied import check_pair, pairs, warn_if_idle
 from lorica.model.tokens import starting_rows, token_targets
-from lorica.roster import Roster
+from lorica.roster import Roster, parameter_at
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -74,8 +74,9 @@ def adapt(
     """
     root, roster = open_for(model, name)
     config = as_config(config)
-    with uncollected(), stacked(root, roster, config):
+    with uncollected(), stacked(root, roster, config), roster.base_in_place(root):
         _adapt(root, roster, config, name, seed)
+    active(root, name)
     return model
 
 
@@ -94,13 +95,12 @@ def _adapt(root: nn.Module, roster: Roster, config: AdapterConfig, name: str, se
         heads = {table: targets[path] for path, table in shared.items()}
         tied = [(targets[path], table) for path, table in shared.items()]
         warn_if_idle(root, lora, (*targets, *found.saved, *(table.path for table in tokens)))
-        with roster.base_in_place(root):
-            mounts = [
-                _fresh(target, lora, seed, prepared(root), heads.get(target.path))
-                for target in found.layers
-                if target.path not in shared
-            ]
-    slots = _slots(root, roster, found.trained)
+        mounts = [
+            _fresh(target, lora, seed, prepared(root), heads.get(target.path))
+            for target in found.layers
+            if target.path not in shared
+        ]
+    slots = _slots(root, found.trained)
     rows = [(table, starting_rows(table)) for table in tokens]
     trainable = not found.config.inference_mode
     mount(
@@ -116,7 +116,6 @@ def _adapt(root: nn.Module, roster: Roster, config: AdapterConfig, name: str, se
         tied,
         trainable=trainable,
     )
-    active(root, name)
     if lora is not None and lora.init_lora_weights in FROM_DATA:
         root.__dict__.pop(PREPARED, None)
 
@@ -257,8 +256,8 @@ def _norms(target: Target, weight: Parameter | None, A: Parameter, B: Parameter,
     return Parameter(functional.row_norm(target.layer.as_matrix(weight), A.flatten(1), B.flatten(1), scale))
 
 
-def _slots(root: nn.Module, roster: Roster, paths: Iterable[str]) -> dict[str, Parameter]:
+def _slots(root: nn.Module, paths: Iterable[str]) -> dict[str, Parameter]:
     """A copy of each named parameter of the base; tied ones stay tied."""
-    bases = {path: roster.base_parameter(root, path) for path in paths}
+    bases = {path: parameter_at(root, path) for path in paths}
     own = {base: Parameter(base.detach().clone()) for base in bases.values()}
     return {path: own[base] for path, base in bases.items()}

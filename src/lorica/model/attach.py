@@ -63,8 +63,10 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
 def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> M:
     """As `attach`, for an adapter that is known to be finite: one that was just read is."""
     root, roster = open_for(model, name)
-    with uncollected(), stacked(root, roster, adapter.config):
+    with uncollected(), stacked(root, roster, adapter.config), roster.base_in_place(root):
         _attach(root, roster, adapter, name, trainable)
+    if len(roster.configs) == 1:
+        roster.activate(root, (name,))
     return model
 
 
@@ -76,7 +78,7 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
     places = {place.path: place for place in walk(root) if place.path}
     saved = outermost(ending_in(places.values(), adapter.config.modules_to_save or []))
     plan = plan_methods(root, adapter.config, saved)
-    slots = _slots(root, roster, adapter, saved)
+    slots = _slots(root, adapter, saved)
     for path, module in saved.items():
         check_whole(path, module)
     lora, _ = members(adapter.config)
@@ -110,13 +112,12 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
     tied = _tied(root, lora, adapter)
     mounts, shared = [], [(target, tied[target.path]) for target in targets if target.path in tied]
     dropout = lora.lora_dropout if lora else 0.0
-    with roster.base_in_place(root):
-        begun = [
-            taken_out(target, *starts[path], factors.scale)
-            if path in starts
-            else again(target, adapter.config, prepared(root))
-            for target, (path, factors) in zip(targets, adapter.factors.items(), strict=True)
-        ]
+    begun = [
+        taken_out(target, *starts[path], factors.scale)
+        if path in starts
+        else again(target, adapter.config, prepared(root))
+        for target, (path, factors) in zip(targets, adapter.factors.items(), strict=True)
+    ]
     for target, factors, start in zip(targets, adapter.factors.values(), begun, strict=True):
         if target.path in tied:
             continue
@@ -148,8 +149,6 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
                 tensor.copy_(adapter.added[key])
         for table, parameter in rows:
             parameter.copy_(adapter.extras[f"{table.path}.{TOKEN_ROWS}"])
-    if len(roster.configs) == 1:
-        roster.activate(root, (name,))
 
 
 def _tied(root: nn.Module, config: LoraConfig | None, adapter: Adapter) -> dict[str, str]:
@@ -189,9 +188,7 @@ def _parameter_target(
     return target
 
 
-def _slots(
-    root: nn.Module, roster: Roster, adapter: Adapter, saved: dict[str, nn.Module]
-) -> dict[str, Parameter]:
+def _slots(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> dict[str, Parameter]:
     """Single parameters that the adapter brings: the biases it trained, and whatever else differs.
 
     PEFT writes an adapted embedding's own table beside its factors; as a rule it is the base's, and there is
@@ -205,14 +202,13 @@ def _slots(
     slots = {}
     for path, tensor in adapter.extras.items():
         if path in have and have[path].shape == tensor.shape and not within_any(path, saved):
-            base = roster.originals.get(path, have[path])
+            base = have[path]
             copy = tensor.to(base, copy=True)
             if path in trained or not torch.equal(copy, base):
                 slots[path] = own.setdefault(base, Parameter(copy))  # what is tied in the base stays tied
     for path in trained:
-        base = roster.originals.get(path, have[path])
-        if base in own:
-            slots.setdefault(path, own[base])
+        if have[path] in own:
+            slots.setdefault(path, own[have[path]])
     return slots
 
 
