@@ -337,6 +337,25 @@ class TestTrainedWhole:
         with pytest.raises(TargetError, match="lm_head: another adapter has made it a LoraLinear"):
             lorica.adapt(model, lorica.LoraConfig(r=2, trainable_token_indices=[4, 7]), "b")
 
+    def test_a_head_that_cannot_be_copied(self) -> None:
+        model = Toy()
+        adapter = lorica.extract(adapted(Toy(), UP.replace(modules_to_save=["norm", "head"])))
+        model.head.last = model.head(torch.zeros(6))  # what a call left behind
+        before = record(model)
+        for put_on in (
+            lambda: lorica.adapt(model, UP.replace(modules_to_save=["norm", "head"])),
+            lambda: lorica.attach(model, adapter),
+        ):
+            with pytest.raises(TargetError, match="head cannot be trained whole, for it cannot be copied"):
+                put_on()
+            assert record(model) == before
+            assert type(model.head) is nn.Linear
+        lorica.adapt(model, UP.replace(modules_to_save=["norm"]), "a")
+        with pytest.raises(TargetError, match="head cannot be trained whole"):
+            lorica.adapt(model, UP.replace(modules_to_save=["norm", "head"]), "b")
+        assert list(lorica.adapters(model)) == ["a"]
+        assert record(lorica.detach(model)) == before
+
     def test_two_biases_or_heads_cannot_act_together(self) -> None:
         for what in ({"bias": "all"}, {"modules_to_save": ["head"]}):
             model = lorica.adapt(lorica.adapt(Toy(), UP.replace(**what), "a"), UP.replace(**what), "b")

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from lorica.adapter import check_name
 from lorica.config import AdapterConfig, members
-from lorica.errors import AdapterError
+from lorica.errors import AdapterError, TargetError
 from lorica.layers import (
     LoraEmbedding,
     LoraLayer,
@@ -125,7 +125,11 @@ def mount(
         tokens: tables with their trained rows.
         tied: targets that share the factors of an embedding, and its path.
         trainable: whether all of these train.
+
+    Raises:
+        TargetError: a module cannot be copied; the model is untouched.
     """
+    _copy(root, roster, name, saved, trainable=trainable)
     if not roster.configs:
         roster.frozen = [parameter for parameter in base_parameters(root).values() if parameter.requires_grad]
         for parameter in roster.frozen:
@@ -157,10 +161,6 @@ def mount(
     own = (*saved, *(path for table, _ in tokens for path in table.modules))
     if own:
         roster.whole[name] = own
-    for path, module in saved.items():
-        if not isinstance(module, SavedModule):
-            module = _saved_class(root, path, module).take(module, roster)
-        module.add_copy(name, trainable=trainable)
     lora, _ = members(config)
     if lora is not None and lora.ensure_weight_tying:
         tie_copies(saved, name)
@@ -174,6 +174,30 @@ def mount(
         add_part(root, roster, name, part, trainable=trainable)
     if slots:
         roster.slots[name] = {path: _train(parameter, trainable) for path, parameter in slots.items()}
+
+
+def _copy(
+    root: nn.Module, roster: Roster, name: str, saved: Mapping[str, nn.Module], *, trainable: bool
+) -> None:
+    """Give each module a copy for an adapter; where one cannot be copied, none has any."""
+    hosts: list[SavedModule] = []
+    for path, module in saved.items():
+        if not isinstance(module, SavedModule):
+            module = _saved_class(root, path, module).take(module, roster)
+        hosts.append(module)
+        try:
+            module.add_copy(name, trainable=trainable)
+        except Exception as error:
+            for host in hosts:
+                if name in host.modules_to_save:
+                    host.remove_copy(name)
+                if not host.modules_to_save:
+                    host.leave()
+            raise TargetError(
+                f"{path} cannot be trained whole, for it cannot be copied; drop what a call left in it, "
+                "such as its last output; of weight_norm take torch.nn.utils.parametrizations.weight_norm. "
+                f"Copying said: {error}"
+            ) from error
 
 
 def add_part(root: nn.Module, roster: Roster, name: str, part: Part, *, trainable: bool) -> None:
