@@ -99,14 +99,15 @@ def row_norm(
     """Euclidean norm of each row of ``W0 + scale·B·A``, without forming it; no gradient flows through it.
 
     ``‖W0‖² + 2·scale·Σ B⊙(W0·Aᵀ) + scale²·Σ (B·A·Aᵀ)⊙B``, row by row: two thin products instead of a matrix
-    of W0's size. In A's dtype, but the product with W0 in the lower of the two.
+    of W0's size. In A's dtype, but the product with W0 in the lower of the two. No row's norm is quite 0, so
+    that a magnitude over it is a number: 1 where both are of a row of zeros.
     """
     with torch.no_grad():
         lower = min(weight.dtype, A.dtype, key=lambda dtype: dtype.itemsize)
         cross = (weight.to(lower) @ A.to(lower).t()).to(A.dtype)
         square = torch.linalg.vector_norm(weight, dim=1, dtype=A.dtype).square()
         square += (2 * scale) * (B * cross).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)
-        return square.clamp_min_(0).sqrt_()
+        return square.clamp_min_(torch.finfo(A.dtype).tiny).sqrt_()
 
 
 def dora_linear(

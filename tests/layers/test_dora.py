@@ -79,6 +79,31 @@ def test_output_and_gradients_of_the_definition(case: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_row_of_zeros(case: str) -> None:
+    layer, shape = copy.deepcopy(CASES[case][0]), CASES[case][1]
+    layer.get_parameter("weight").data[2] = 0
+    x = torch.randn(shape, requires_grad=True)
+    model, host = adapted(layer, shaken=False)
+    y = model(x)
+    torch.testing.assert_close(y, layer(x), rtol=1e-6, atol=1e-6)
+    along = torch.randn_like(y)
+    got = torch.autograd.grad(y, [x, *parameters(host)], along)
+    assert all(bool(gradient.isfinite().all()) for gradient in got)
+    dB = got[2]
+    assert bool(dB[2].any())  # the row learns a direction, and then a magnitude
+    lorica.merge(model)
+    torch.testing.assert_close(model(x), y, rtol=1e-6, atol=1e-6)
+    lorica.restore(model)
+    with torch.no_grad():
+        host.factor_parameters("default")[1].sub_(0.1 * dB)
+    y = model(x)
+    dm = torch.autograd.grad(y, parameters(host)[2], along)[0]
+    assert bool(dm[2].abs() > 1e-3)
+    assert lorica.merge(model).worst[1] < 1e-5
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_falls_on_the_low_rank_path_alone() -> None:
     model, host = adapted(nn.Linear(5, 7), lora_dropout=0.5)
     x = torch.randn(64, 5)
