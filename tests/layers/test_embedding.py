@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lorica
-from lorica.errors import TargetError
+from lorica.errors import StateError, TargetError
 from lorica.functional import drop_rate
 from lorica.layers import LoraEmbedding
 
@@ -88,6 +88,14 @@ class Shifted(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input + 2)
+
+
+def test_a_table_that_rescales_its_rows_is_not_merged() -> None:
+    model, _ = oracle.adapted(nn.Sequential(nn.Embedding(10, 6, max_norm=1.0)), "0")
+    y = model(TOKENS)
+    with pytest.raises(StateError, match="0: max_norm=1 holds the rows of W0 to that norm"):
+        lorica.merge(model)
+    assert torch.equal(model(TOKENS), y)
 
 
 def test_a_table_that_looks_up_other_rows_is_refused() -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lorica import functional
 from lorica.adapter import Kind
+from lorica.errors import StateError
 from lorica.layers.base import LoraLayer
 
 
@@ -25,6 +26,7 @@ class LoraEmbedding(LoraLayer):
     transposed: ClassVar[bool] = True
     takes_bias: ClassVar[bool] = False
     padding_idx: int | None
+    max_norm: float | None
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
 
@@ -50,3 +52,15 @@ class LoraEmbedding(LoraLayer):
             rows = rows * functional.dropout(torch.ones_like(rows[..., :1]), p)
         # Gemma's embeddings multiply what they look up; the update is part of what is looked up.
         return rows @ B.t() * (scale * getattr(self, "embed_scale", 1.0))
+
+    def check_mergeable(self) -> None:
+        """As `LoraLayer.check_mergeable`.
+
+        Raises:
+            StateError: the table rescales its rows as it looks them up, and would rescale the sum.
+        """
+        if self.max_norm is not None:
+            raise StateError(
+                f"max_norm={self.max_norm:g} holds the rows of W0 to that norm, and the update is added to "
+                "them; merged, it would hold their sum to it. Use the adapter unmerged"
+            )
