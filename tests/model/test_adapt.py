@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -161,6 +162,24 @@ def test_a_wrapper_around_the_model_is_seen_through() -> None:
     assert list(lorica.adapters(wrapped[0])) == ["default", "second"]
     lorica.detach(wrapped)
     assert lorica.adapters(wrapped) == {}
+
+
+def test_several_models_adapted_by_themselves_are_not_taken_for_one(tmp_path: Path) -> None:
+    pair = nn.ModuleDict({"a": adapted(Toy(), UP), "b": adapted(Toy(), UP)})
+    before = record(pair)
+    for call in (
+        lorica.merge,
+        lorica.detach,
+        lorica.extract,
+        lorica.adapters,
+        lorica.disabled,
+        lambda model: lorica.save(model, tmp_path),
+        lambda model: lorica.adapt(model, UP, "second"),
+    ):
+        with pytest.raises(StateError, match="a, b of this ModuleDict were each adapted by themselves"):
+            call(pair)
+    assert record(pair) == before
+    assert lorica.adapters(nn.ModuleDict({"a": pair["a"], "again": pair["a"]})).keys() == {"default"}
 
 
 def test_inference_mode_attaches_frozen() -> None:

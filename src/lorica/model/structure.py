@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lorica.errors import StateError
+from lorica.errors import StateError, listing
 from lorica.layers import AddedModule, LoraLayer, LoraParameters, SavedModule, SwappedModule, TrainedTokens
 from lorica.roster import Roster
 
@@ -133,19 +133,40 @@ def output_head(root: nn.Module) -> nn.Module | None:
 
 
 def find_adapted(model: nn.Module) -> tuple[nn.Module, Roster] | None:
-    """The adapted model in `model` and its roster: itself, or what a wrapper such as DDP holds."""
-    for place in walk(model):
-        roster = place.module.__dict__.get(ROSTER)
-        if roster is not None:
-            return place.module, roster
-    return None
+    """The adapted model in `model` and its roster: itself, or what a wrapper such as DDP holds.
+
+    Raises:
+        StateError: it holds several, each adapted by itself.
+    """
+    found: dict[str, tuple[nn.Module, Roster]] = {}
+    seen: set[nn.Module] = set()
+    ahead = [("", model)]
+    while ahead:
+        path, module = ahead.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        roster = module.__dict__.get(ROSTER)
+        if roster is not None:  # looking further inside would cost time at every call, and find nothing
+            found[path] = module, roster
+            continue
+        prefix = f"{path}." if path else ""
+        ahead += [
+            (prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None
+        ]
+    if len(found) > 1:
+        raise StateError(
+            f"{listing(found)} of this {type(model).__name__} were each adapted by themselves; call this on "
+            "each of them, or adapt the whole model in their place"
+        )
+    return next(iter(found.values()), None)
 
 
 def adapted(model: nn.Module) -> tuple[nn.Module, Roster]:
     """As `find_adapted`, where there must be one.
 
     Raises:
-        StateError: the model carries no adapter, or is only a part of the model that does.
+        StateError: the model carries no adapter, is only a part of the model that does, or holds several.
     """
     found = find_adapted(model)
     if found is not None:
