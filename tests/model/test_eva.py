@@ -106,6 +106,26 @@ def test_the_configuration_says_what_came_of_it(adjust: bool, tmp_path: Path) ->
     torch.testing.assert_close(outputs(lorica.load(toy(), tmp_path)), outputs(model), rtol=1e-6, atol=1e-6)
 
 
+def test_a_rank_is_of_its_own_layer_alone(tmp_path: Path) -> None:
+    def nested() -> nn.Module:
+        torch.manual_seed(0)
+        parts = {"up": nn.Linear(6, 6), "block": nn.ModuleDict({"up": nn.Linear(6, 6)})}
+        return nn.ModuleDict(parts)
+
+    model = lorica.adapt(nested(), config(r=2, target_modules=["up"]))
+    found = {"up": torch.randn(4, 6), "block.up": torch.randn(2, 6)}
+    lorica.initialize_lora_eva_weights(model, eva_state_dict=found)
+    settled = lorica.extract(model).lora
+    assert [settled.rank(path) for path in found] == [4, 2]
+    lorica.save(model, tmp_path)
+    loaded = lorica.extract(lorica.load(nested(), tmp_path))
+    assert {path: f.r for path, f in loaded.factors.items()} == {"up": 4, "block.up": 2}
+    peft = pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(nested(), tmp_path)
+    shapes = {n: p.shape[0] for n, p in theirs.named_parameters() if "lora_A" in n}
+    assert sorted(shapes.values()) == [2, 4]
+
+
 def test_a_layer_left_without_rank_is_itself_again() -> None:
     model = lorica.adapt(toy(), config())
     found = lorica.get_eva_state_dict(model, batches())

@@ -165,6 +165,13 @@ def test_a_convolution_in_groups_has_a_rank_for_each_of_them() -> None:
         study.advise(value, budget=step - 1)
 
 
+def test_a_proposed_rank_is_of_its_own_layer_alone() -> None:
+    value = made.adapter({path: layer([1, 1, 1, 1], i) for i, path in enumerate(["q", "h.q", "h.v"])})
+    ranks = {"q": 3, "h.q": 2, "h.v": 2}
+    config = study.advice.proposed(value, ranks)
+    assert {path: config.rank(path) for path in ranks} == ranks
+
+
 def test_nothing_to_advise() -> None:
     zero = made.adapter({"q": Factors(made.columns(5, 2, 0).mT, 0 * made.columns(6, 2, 1), 1.0)})
     with pytest.raises(ConfigError, match="has not been trained"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorica.adapter import Adapter, Factors
-from lorica.config import LoraConfig
+from lorica.config import LoraConfig, exactly
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, lines, listing
 
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -34,7 +33,7 @@ def describing(config: LoraConfig, factors: Mapping[str, Factors]) -> LoraConfig
     The commonest rank is `r`; a layer of another has a pattern that matches its path alone.
     """
     (r, _), *_ = Counter(f.r for f in factors.values()).most_common(1)
-    ranks = {f"^{re.escape(path)}": f.r for path, f in factors.items() if f.r != r}
+    ranks = {exactly(path): f.r for path, f in factors.items() if f.r != r}
     if config.init_lora_weights == "orthogonal":  # which knows even ranks only
         config = config.replace(init_lora_weights=True)
     return config.replace(r=r, lora_alpha=r, rank_pattern=ranks, alpha_pattern=dict(ranks), use_rslora=False)

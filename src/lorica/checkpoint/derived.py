@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lorica.adapter import Factors
-from lorica.config import LoraConfig
+from lorica.config import LoraConfig, exactly
 
 
 def derived_config(factors: Mapping[str, Factors], extras: Iterable[str], **settings: Any) -> LoraConfig:
@@ -50,7 +50,7 @@ def _patterns(values: Mapping[str, float], usual: float) -> dict[str, Any]:
     for path, value in values.items():
         by_leaf.setdefault(_leaf(path), set()).add(value)
     return {
-        _leaf(path) if len(by_leaf[_leaf(path)]) == 1 else f"^{re.escape(path)}": value
+        _leaf(path) if len(by_leaf[_leaf(path)]) == 1 else exactly(path): value
         for path, value in values.items()
         if value != usual
     }

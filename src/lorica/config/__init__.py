@@ -19,4 +19,5 @@ from lorica.config.method import family_of as family_of
 from lorica.config.method import members as members
 from lorica.config.method import method_of as method_of
 from lorica.config.method import read_config as read_config
+from lorica.config.patterns import exactly as exactly
 from lorica.config.patterns import matches_pattern as matches_pattern

@@ -20,6 +20,11 @@ def matches_pattern(key: str, path: str) -> bool:
     return re.fullmatch(with_prefix(key), path) is not None
 
 
+def exactly(path: str) -> str:
+    """The key that speaks of the module at `path` alone; not of one whose path ends so."""
+    return f"^{re.escape(path)}"
+
+
 def with_prefix(key: str) -> str:
     """The regular expression that a key stands for: it may be the end of a path, from a dot on."""
     return rf"(.*\.)?({key})"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica import init
-from lorica.config import EvaConfig, LoraConfig
+from lorica.config import EvaConfig, LoraConfig, exactly
 from lorica.errors import AdapterError, ConfigError, listing
 from lorica.layers import LoraLayer
 from lorica.model.selection import shortest_suffixes
@@ -294,10 +294,10 @@ def _with_ranks(root: nn.Module, config: LoraConfig, ranks: Mapping[str, int]) -
         if not rank:
             continue
         if rank != config.r:
-            rank_pattern[path] = rank
+            rank_pattern[exactly(path)] = rank
         alpha = config.alpha(path) * (rank / before if keep else 1)
         if alpha != config.lora_alpha:
-            alpha_pattern[path] = alpha
+            alpha_pattern[exactly(path)] = alpha
     paths = [place.path for place in walk(root) if place.path]
     chosen = [path for path, rank in ranks.items() if rank]
     names = config.target_modules if len(chosen) == len(ranks) else shortest_suffixes(chosen, paths)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lorica.adapter import Adapter
 from lorica.algebra import compress, error
 from lorica.algebra.settings import describing
-from lorica.config import LoraConfig
+from lorica.config import LoraConfig, exactly
 from lorica.errors import AdapterError, ConfigError, listing
 from lorica.study.places import spots
 from lorica.study.results import Result
@@ -179,8 +179,8 @@ def proposed(adapter: Adapter, ranks: Mapping[str, int]) -> LoraConfig:
     return adapter.lora.replace(
         r=r,
         lora_alpha=usual,
-        rank_pattern={path: rank for path, rank in chosen.items() if rank != r},
-        alpha_pattern={path: alpha(path) for path in chosen if alpha(path) != usual},
+        rank_pattern={exactly(path): rank for path, rank in chosen.items() if rank != r},
+        alpha_pattern={exactly(path): alpha(path) for path in chosen if alpha(path) != usual},
         target_modules=adapter.lora.target_modules if whole else sorted(chosen),
         layers_to_transform=adapter.lora.layers_to_transform if whole else None,
         layers_pattern=adapter.lora.layers_pattern if whole else None,

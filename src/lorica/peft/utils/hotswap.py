@@ -21,7 +21,7 @@ from lorica.adapter import Adapter, Factors
 from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft_tensors import from_tensors
 from lorica.config import LoraConfig as CoreConfig
-from lorica.config import changes_base
+from lorica.config import changes_base, exactly
 from lorica.errors import AdapterError, ConfigError, StateError, lines
 from lorica.model.attach import attach_finite
 from lorica.model.structure import adapted, lora_layers
@@ -228,7 +228,7 @@ def _at_rank(adapter: Adapter, rank: int) -> Adapter:
     power = 0.5 if config.use_rslora else 1.0
     alphas = {path: scale * rank**power for path, scale in scales.items()}
     common = max(alphas.values(), key=list(alphas.values()).count)
-    patterns = {path.replace(".", r"\."): alpha for path, alpha in alphas.items() if alpha != common}
+    patterns = {exactly(path): alpha for path, alpha in alphas.items() if alpha != common}
     # It has started already; how may not go with any rank.
     start = config.init_lora_weights if changes_base(config.init_lora_weights) else True
     config = config.replace(init_lora_weights=start).replace(
