@@ -317,6 +317,17 @@ class TestAutocast:
             assert value.dtype == (torch.bfloat16 if name == "y" else torch.float32)
             assert (value.double() - expected[name]).norm() <= 4e-2 * expected[name].norm()
 
+    @pytest.mark.parametrize("p", [0.0, 0.1])
+    def test_a_backward_pass_under_it_of_a_forward_pass_outside(self, p: float) -> None:
+        given, along = operands((4, 5), 32, 24, 8), torch.randn(4, 5, 24)
+        torch.manual_seed(0)
+        expected = torch.autograd.grad(lora_linear(*given, 0.5, p), given, along)
+        torch.manual_seed(0)
+        y = lora_linear(*given, 0.5, p)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = torch.autograd.grad(y, given, along)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
     def test_float64_stays_as_in_torchs_own_linear(self) -> None:
         given = operands(dtype=torch.float64)
         with torch.autocast("cpu", dtype=torch.bfloat16):

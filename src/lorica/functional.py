@@ -165,12 +165,7 @@ def lora_linear(
         The output, of x's leading shape and d_out.
     """
     device = x.device.type
-    # Autocast leaves float64 alone; and some devices (meta) do not know it.
-    if (
-        x.dtype != torch.float64
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-    ):
+    if x.dtype != torch.float64 and _autocasts(device):  # which leaves float64 alone
         dtype = torch.get_autocast_dtype(device)
         x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
@@ -179,6 +174,11 @@ def lora_linear(
     if not torch.is_grad_enabled():  # without autograd's bookkeeping, which small batches feel
         return _sum(x, weight, bias, A, B, scale, p).y
     return _LoraLinear.apply(x, weight, bias, A, B, scale, p)  # type: ignore[no-any-return]
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on; some devices (meta) do not know it."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _down(x: Tensor, A: Tensor) -> Tensor:
@@ -291,6 +291,14 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if _autocasts(dy.device.type):  # what is in place must be of the forward pass's dtype
+            with torch.autocast(dy.device.type, enabled=False):
+                return _LoraLinear.gradients(ctx, dy)
+        return _LoraLinear.gradients(ctx, dy)
+
+    @staticmethod
+    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the forward pass's arguments, in their order."""
         rows, weight, A, B, mask, u = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_A = ctx.needs_input_grad[:4]
         dy = dy.reshape(-1, dy.shape[-1])
@@ -330,8 +338,8 @@ def packed_linear(
         The output, in the dtype that `multiply` returns. The update is computed in x's dtype, or autocast's.
     """
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else x.dtype
+    autocast = x.dtype != torch.float64 and _autocasts(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         y = multiply(x)
         return y if A is None or B is None else y + low_rank(x.to(dtype), A, B, scale, p).to(y.dtype)
