@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import oracle
 import pytest
 import torch
 from tiny import Toy, record
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import lorica
 from lorica import LoraConfig
-from lorica.errors import StateError, TargetError
+from lorica.errors import AdapterError, StateError, TargetError
 
 
 class TestNotYetAdaptable:
@@ -49,6 +51,23 @@ class TestNotYetAdaptable:
         model = Toy()
         nn.utils.parametrizations.weight_norm(model.head)
         self.refused(model, "head", "head: its weight is computed")
+
+    @pytest.mark.parametrize("how", [prune.identity, nn.utils.parametrizations.weight_norm])
+    def test_a_bias_that_is_computed(self, how: Callable[..., object]) -> None:
+        model = Toy()
+        how(model.head, "bias")
+        self.refused(model, "head", "head: its bias is computed")
+
+    def test_an_attribute_of_its_own_by_the_name_of_the_layers(self) -> None:
+        class Scaled(nn.Linear):
+            scaling = 0.5
+
+        model = Toy()
+        model.head = Scaled(6, 3)
+        self.refused(model, "head", "head is a Scaled with scaling of its own")
+        adapter = lorica.extract(oracle.adapted(Toy(), "head")[0])
+        with pytest.raises(AdapterError, match="head is a Scaled with scaling of its own"):
+            lorica.attach(model, adapter)
 
     def test_a_shape_that_is_not_known_yet(self) -> None:
         self.refused(nn.Sequential(nn.LazyLinear(3)), "0", "0 is a LazyLinear whose shape is not known yet")

@@ -59,6 +59,12 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
             f"{path}: its {layer.weight_name} is computed (weight_norm, parametrize), so an update "
             "has none to stand beside; remove the parametrization first"
         )
+    if issubclass(layer, LoraLinear) and "bias" not in module._parameters:
+        raise TargetError(
+            f"{path}: its bias is computed (prune, parametrize), so the adapted layer has none to read; make "
+            "it a parameter first (torch.nn.utils.prune.remove, remove_parametrizations)"
+        )
+    _check_names(place, layer)
     if isinstance(weight, UninitializedParameter):
         raise TargetError(
             f"{path} is a {kind} whose shape is not known yet; run the model once, then adapt it"
@@ -77,6 +83,23 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
         raise TargetError(
             f"{path} is a {kind} with a forward of its own, which may look up other rows than it is given; "
             "lorica adapts embeddings that look up as nn.Embedding does"
+        )
+
+
+def _check_names(place: Place, layer: type[LoraLayer]) -> None:
+    """Refuse a module with an attribute of its own where the layer is to have one.
+
+    Raises:
+        TargetError: naming both.
+    """
+    path, module, _ = place
+    if isinstance(module, SwappedModule):
+        return
+    taken = [name for name in (*layer.own_modules, *layer.own_attributes) if hasattr(module, name)]
+    if taken:
+        raise TargetError(
+            f"{path} is a {type(module).__name__} with {listing(taken)} of its own, and an adapted layer "
+            "keeps its own there; rename it there, or leave the module out"
         )
 
 
@@ -177,6 +200,7 @@ def check_parameter(place: Place, leaf: str) -> None:
     """
     name, module = f"{place.path}.{leaf}", place.module
     check_replaceable(place.path, module)
+    _check_names(place, LoraParameters)
     if isinstance(module, SwappedModule) and not isinstance(module, LoraParameters):
         raise TargetError(
             f"{name}: another adapter has made {place.path} a {type(module).__name__}; adapt it as a module, "
