@@ -119,6 +119,16 @@ class TestCorda:
         with pytest.raises(AdapterError, match="no finite covariance"):
             init.Covariance().add(bad)
 
+    def test_a_sum_that_overflows_is_refused(self) -> None:
+        total = init.Covariance(torch.float16)
+        with pytest.raises(AdapterError, match=r"outgrew torch\.float16 at batch 4"):  # noqa: PT012
+            for _ in range(9):
+                total.add(torch.ones(20000, 4))
+
+    def test_a_covariance_that_is_none_is_refused(self) -> None:
+        with pytest.raises(AdapterError, match="has no inverse"):
+            init.orient(matrix().float(), torch.full((17, 17), torch.inf), 4)
+
     def test_no_inputs_are_refused(self) -> None:
         with pytest.raises(AdapterError, match="never called"):
             init.Covariance().mean()

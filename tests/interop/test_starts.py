@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lorica
 from lorica import init
+from lorica.config import exactly
 from lorica.model.structure import lora_layers
 
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'lorica[peers]'")
@@ -106,8 +107,13 @@ def test_lora_ga_starts_from_the_same_vectors_up_to_their_signs(direction: str, 
 def test_eva_shares_out_the_same_ranks_for_nearly_the_same_directions() -> None:
     mine, other = ours("eva"), theirs("eva")
     config, peer_config = lorica.extract(mine).lora, other.peft_config["default"]
-    assert config.rank_pattern == peer_config.rank_pattern
-    assert config.alpha_pattern == pytest.approx(peer_config.alpha_pattern)
+    # PEFT's keys are bare paths, which it reads as patterns.
+    ranks, alphas = (
+        {exactly(path): value for path, value in pattern.items()}
+        for pattern in (peer_config.rank_pattern, peer_config.alpha_pattern)
+    )
+    assert config.rank_pattern == ranks
+    assert config.alpha_pattern == pytest.approx(alphas)
     for layer, peer in pairs(mine, other):
         A, _ = layer.factor_parameters("default")
         assert (torch.linalg.svdvals(A @ peer.lora_A.default.weight.T) > 0.9).all()

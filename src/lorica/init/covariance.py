@@ -12,6 +12,7 @@ from lorica.errors import AdapterError
 from lorica.init.lowrank import Triple
 
 _TOLERATED = 0.05  # ‖C·C⁻¹ − 1‖ up to which an inverse counts as one
+_DOUBLINGS = 24  # of what is added; long before, it outweighs the rest
 
 
 class Covariance:
@@ -29,7 +30,7 @@ class Covariance:
         """Add a batch of inputs, (..., d_in).
 
         Raises:
-            AdapterError: it holds NaN or infinity, or nothing but zeros.
+            AdapterError: it holds NaN or infinity, or nothing but zeros; or the sum outgrows its dtype.
         """
         rows = x.detach().reshape(-1, x.shape[-1]).to(self.dtype)
         rows = rows / rows.max().abs()
@@ -37,6 +38,11 @@ class Covariance:
         if not torch.isfinite(product).all():
             raise AdapterError("its inputs have no finite covariance: they hold NaN, infinity or only zeros")
         self.total = product if self.total is None else self.total.add_(product)
+        if not torch.isfinite(self.total).all():
+            raise AdapterError(
+                f"the covariance of its inputs outgrew {self.dtype} at batch {self.batches + 1}; take fewer "
+                "or smaller batches, or leave out use_float16_for_covariance"
+            )
         self.batches += 1
 
     def mean(self) -> Tensor:
@@ -79,16 +85,22 @@ def orient(
     Returns:
         The terms.
 
+    Raises:
+        AdapterError: no such sum has an inverse.
+
     Source: Yang et al., 2024, §3.2.
     """
-    damping, mean = 0.01, covariance.diagonal().mean()
+    mean = covariance.diagonal().mean()
     one = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    while True:
-        C = covariance + damping * mean * one
-        inverse = torch.linalg.inv(C)
+    for doublings in range(_DOUBLINGS):
+        C = covariance + 0.01 * 2**doublings * mean * one
+        inverse = torch.linalg.inv_ex(C).inverse
         if torch.dist(C @ inverse, one) < _TOLERATED:
             break
-        damping *= 2
+    else:
+        raise AdapterError(
+            "the covariance of its inputs has no inverse: it holds NaN, infinity or only zeros"
+        )
     U, S, Vh = torch.linalg.svd(weight @ C, full_matrices=False)
     part = slice(None, r) if method == "ipm" else slice(len(S) - r, None)
     return Oriented(U[:, part], S[part], Vh[part] @ inverse)
