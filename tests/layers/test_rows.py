@@ -98,6 +98,21 @@ def test_what_was_trained_meanwhile_is_seen(model: Any) -> None:
         torch.testing.assert_close(after, one_by_one(model, tokens, NAMES))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("first", [True, False])
+def test_under_autocast_and_without(first: bool) -> None:
+    model, _ = oracle.adapted(nn.Sequential(nn.Linear(5, 7)), "0", name="a")
+    x = torch.randn(3, 5)
+    with lorica.mixed(model, ["a", None, "a"]):
+        for enabled in (first, not first):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                y = model(x)
+                expected = torch.cat([model[0].base_forward(x[i : i + 1]) for i in range(3)])
+            assert y.dtype == expected.dtype == (torch.bfloat16 if enabled else torch.float32)
+            torch.testing.assert_close(y[1], expected[1])
+            assert not torch.allclose(y[0], expected[0])
+
+
 @pytest.mark.parametrize("length", [1, 4])
 def test_one_token_or_several(length: int) -> None:
     model, _ = oracle.adapted(nn.Sequential(nn.Linear(8, 6)), "0", name="a", r=2)

@@ -65,7 +65,9 @@ class Rows:
     """
 
     names: tuple[str | None, ...]
-    _stacked: dict[tuple[Hashable, int], Stacked | None] = field(default_factory=dict, repr=False)
+    _stacked: dict[tuple[Hashable, int, torch.dtype], Stacked | None] = field(
+        default_factory=dict, repr=False
+    )
     _answers: dict[Hashable, bool] = field(default_factory=dict, repr=False)
 
     def segments(self, x: Tensor, present: Collection[str]) -> Segments:
@@ -114,12 +116,12 @@ class Rows:
         Args:
             y: the base's output (rows, ..., d_out), contiguous; written to.
             x: the layer's input (rows, ..., d_in).
-            layer: tells this layer's stack from others'; factors are stacked once for each layer and number
-                of rows.
+            layer: tells this layer's stack from others'; factors are stacked once for each layer, number of
+                rows and dtype.
             present: adapters that have an update for this layer.
             stack: stacks their factors.
         """
-        key = (layer, x.shape[0])
+        key = (layer, x.shape[0], y.dtype)
         if key not in self._stacked:
             self._stacked[key] = _stacked(self.segments(x, present), x, stack)
         plan = self._stacked[key]
