@@ -285,6 +285,17 @@ class TestMaking:
         assert layer(x).shape == (1, 3, 3, 3)
         assert lora.Conv2d(2, 3, (3, 1))(x).shape == (1, 3, 3, 5)
 
+    @pytest.mark.parametrize("p", [0.0, 0.5])
+    def test_a_convolution_in_another_memory_layout(self, p: float) -> None:
+        x, layer = torch.randn(1, 2, 5, 5), lora.Conv2d(2, 3, 3, r=2, lora_dropout=p)
+        nn.init.normal_(layer.lora_B)
+        same = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+        for training in (True, False, True):
+            torch.manual_seed(0)
+            expected = layer.train(training)(x)
+            torch.manual_seed(0)
+            torch.testing.assert_close(same.train(training)(x), expected)
+
     @pytest.mark.parametrize(
         ("make_layer", "message"),
         [

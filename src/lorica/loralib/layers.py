@@ -291,7 +291,7 @@ class ConvLoRA(MergingLayer):
         W0, p = self.conv.weight, self._drop_rate()
         left, right = self.product()
         if p == 0:
-            matrix = W0.view(left.shape[0], right.shape[1])
+            matrix = W0.reshape(left.shape[0], right.shape[1])
             folded = torch.addmm(matrix, left, right, alpha=self.scaling).view(W0.shape)
             return self.conv._conv_forward(x, folded, self.conv.bias)
         update = (left @ right).view(W0.shape) * self.scaling
