@@ -7,6 +7,7 @@ evaluation without gradients (the fused kernels), nested tensors.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import lorica
-from lorica.errors import StateError, TargetError
+from lorica.errors import AdapterError, StateError, TargetError
 from lorica.layers import LoraAttention, LoraAttentionOutput, LoraReadLinear
 
 DIM, LENGTH = 8, 5
@@ -171,6 +172,11 @@ class TestMultiheadAttention:
         base = nn.ModuleDict({"attention": nn.MultiheadAttention(DIM, 2)})
         with pytest.raises(TargetError, match="set lora_dropout=0"):
             oracle.adapted(base, "attention", lora_dropout=0.1)
+        adapter = lorica.extract(oracle.adapted(copy.deepcopy(base), "attention")[0])
+        adapter = dataclasses.replace(adapter, config=adapter.lora.replace(lora_dropout=0.1))
+        with pytest.raises(AdapterError, match="set lora_dropout=0"):
+            lorica.attach(base, adapter, trainable=True)
+        lorica.attach(base, adapter)  # which trains no further
 
 
 class TestEncoderLayer:

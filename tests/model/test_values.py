@@ -134,6 +134,9 @@ class TestAttach:
         assert bits(outputs(model)) == a
         lorica.active(model, "b")
         assert bits(outputs(model)) == bits(outputs(lorica.attach(fresh(), trained(seed=1))))
+        lorica.disabled(model)
+        lorica.attach(model, trained(seed=2), "c")
+        assert bits(outputs(model)) == bits(outputs(fresh()))
 
     def test_detaching_gives_the_model_back(self) -> None:
         model = fresh()

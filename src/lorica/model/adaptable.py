@@ -138,6 +138,19 @@ def check_bias(place: Place, layer: type[LoraLayer]) -> None:
         )
 
 
+def check_dropout(place: Place, layer: type[LoraLayer]) -> None:
+    """Refuse to drop inputs where the update is folded into the weight.
+
+    Raises:
+        TargetError: naming the module.
+    """
+    if not layer.takes_dropout:
+        raise TargetError(
+            f"{place.path}: the update of an attention's fused weight has no input of its own to drop; "
+            "set lora_dropout=0 for it"
+        )
+
+
 def check_looked_up(places: Iterable[Place], chosen: Collection[str]) -> None:
     """Refuse an embedding that only holds the table in which others look up, as T5's `shared` does.
 

@@ -18,6 +18,7 @@ from lorica.layers import AddedModule, Plan, SavedModule, layer_class
 from lorica.model.adaptable import (
     check_adaptable,
     check_bias,
+    check_dropout,
     check_looked_up,
     check_magnitudes,
     check_whole,
@@ -82,6 +83,7 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
     for path, module in saved.items():
         check_whole(path, module)
     lora, _ = members(adapter.config)
+    dropout = lora.lora_dropout if lora else 0.0
     targets: list[Target] = []
     problems: list[str] = []
     try:
@@ -96,7 +98,7 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
             if factors.kind == "parameter" and lora is not None:
                 targets.append(_parameter_target(parameters, path, factors, lora))
             else:
-                targets.append(_target(places, path, factors))
+                targets.append(_target(places, path, factors, drops=trainable and dropout > 0))
         except TargetError as error:
             problems.append(str(error))
     problems += [
@@ -111,7 +113,6 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
         adapter, starts = adapter.without_starts()
     tied = _tied(root, lora, adapter)
     mounts, shared = [], [(target, tied[target.path]) for target in targets if target.path in tied]
-    dropout = lora.lora_dropout if lora else 0.0
     begun = [
         taken_out(target, *starts[path], factors.scale)
         if path in starts
@@ -212,7 +213,7 @@ def _slots(root: nn.Module, adapter: Adapter, saved: dict[str, nn.Module]) -> di
     return slots
 
 
-def _target(places: Mapping[str, Place], path: str, factors: Factors) -> Target:
+def _target(places: Mapping[str, Place], path: str, factors: Factors, *, drops: bool) -> Target:
     """The module that an update is for.
 
     Raises:
@@ -227,6 +228,8 @@ def _target(places: Mapping[str, Place], path: str, factors: Factors) -> Target:
             f"kind of {path}: {factors.kind} in the adapter, {type(place.module).__name__} in the model"
         )
     check_adaptable(place, layer)
+    if drops:
+        check_dropout(place, layer)
     if factors.magnitude is not None:
         check_magnitudes(place, layer)
     if factors.bias is not None:

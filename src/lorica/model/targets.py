@@ -21,6 +21,7 @@ from lorica.layers import (
 from lorica.model.adaptable import (
     check_adaptable,
     check_bias,
+    check_dropout,
     check_looked_up,
     check_magnitudes,
     check_parameter,
@@ -141,11 +142,8 @@ def as_target(place: Place, config: LoraConfig) -> Target:
         check_magnitudes(place, layer)
     if config.lora_bias:
         check_bias(place, layer)
-    if config.lora_dropout and not layer.takes_dropout:
-        raise TargetError(
-            f"{path}: the update of an attention's fused weight has no input of its own to drop; "
-            "set lora_dropout=0 for it"
-        )
+    if config.lora_dropout:
+        check_dropout(place, layer)
     return Target(path, module, layer)
 
 
