@@ -68,7 +68,7 @@ def _random_bytes(like: Tensor) -> Tensor:
     if numpy is None or like.device.type != "cpu" or type(like) is not Tensor or _traced():
         drawn = torch.randint(whole.min, whole.max, (words,), dtype=torch.int64, device=like.device)
         return drawn.view(torch.uint8)
-    seed = int(torch.randint(whole.min, whole.max, (), dtype=torch.int64)) - whole.min
+    seed = int(torch.randint(whole.min, whole.max, (), dtype=torch.int64, device=like.device)) - whole.min
     return torch.from_numpy(numpy.random.SFC64(seed).random_raw(words).view(numpy.uint8))
 
 

@@ -147,6 +147,13 @@ class TestDare:
         torch.manual_seed(1)
         assert torch.equal(first, once())
 
+    def test_torchs_default_device_has_no_say(self) -> None:
+        terms = pair()
+        first = algebra.combine(terms, method="dare_linear", density=0.5, seed=1)
+        with torch.device("meta"):
+            again = algebra.combine(terms, method="dare_linear", density=0.5, seed=1)
+        assert torch.equal(first.factors["table"].A, again.factors["table"].A)
+
 
 class TestElements:
     def test_trim(self) -> None:

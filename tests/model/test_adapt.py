@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -153,6 +154,28 @@ def test_operations_on_a_part_of_the_model_say_so() -> None:
     model = lorica.adapt(Toy(), UP)
     with pytest.raises(StateError, match="whole model"):
         lorica.disabled(model.blocks)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(UP.replace(init_lora_weights=value) for value in (True, False, "gaussian", "orthogonal", "eva")),
+        *(UP.replace(init_lora_weights=value) for value in ("pissa", "pissa_niter_4", "olora", "loftq")),
+        EVERYTHING,
+        UP.replace(lora_bias=True, init_lora_weights=False),
+    ],
+)
+def test_torchs_default_device_has_no_say(config: lorica.LoraConfig) -> None:
+    ids, base = tokens(), Toy().train()
+
+    def made() -> tuple[dict[str, bytes], bytes]:
+        torch.manual_seed(2)
+        model = lorica.adapt(copy.deepcopy(base), config)
+        return {n: bits(p) for n, p in model.named_parameters()}, bits(model(ids))
+
+    expected = made()
+    with torch.device("meta"):
+        assert made() == expected
 
 
 def test_a_wrapper_around_the_model_is_seen_through() -> None:

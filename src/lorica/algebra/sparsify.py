@@ -23,7 +23,7 @@ def drop_and_rescale(tensor: Tensor, density: float, random: torch.Generator) ->
 
     Source: Yu et al., 2023, "Language Models are Super Mario" (DARE), §3.2.
     """
-    mask = torch.bernoulli(torch.full(tensor.shape, density), generator=random)
+    mask = torch.bernoulli(torch.full(tensor.shape, density, device="cpu"), generator=random)
     return tensor * mask.to(tensor) / density
 
 

@@ -70,10 +70,10 @@ class Bottleneck(nn.Module):
         random: torch.Generator,
     ) -> None:
         super().__init__()
-        down = torch.empty(r, d).normal_(0.0, std, generator=random)
-        self.norm = Norm(like(host, torch.ones(d)), like(host, torch.zeros(d))) if norm else None
-        self.down = Projection(like(host, down), like(host, torch.zeros(r)))
-        self.up = Projection(like(host, torch.zeros(d, r)), like(host, torch.zeros(d)))
+        down = torch.empty(r, d, device="cpu").normal_(0.0, std, generator=random)
+        self.norm = Norm(like(host, down.new_ones(d)), like(host, down.new_zeros(d))) if norm else None
+        self.down = Projection(like(host, down), like(host, down.new_zeros(r)))
+        self.up = Projection(like(host, down.new_zeros(d, r)), like(host, down.new_zeros(d)))
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorica import init
 from lorica.baselines.blocks import stacks
@@ -71,6 +71,11 @@ class _PrefixConfig(MethodConfig):
             part.__dict__["caller"] = (root,)  # whose calls' labels say where the prompt ends
         return Part(*place[:2], PrefixedModel, part)
 
+    def _drawn(self, root: nn.Module, random: torch.Generator) -> Tensor:
+        """A small start of the positions (positions, d)."""
+        start = torch.empty(sum(self.lengths), hidden_size(root), device="cpu")
+        return start.normal_(0.0, 0.02, generator=random)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreEmbedConfig(_PrefixConfig):
@@ -98,7 +103,7 @@ class PreEmbedConfig(_PrefixConfig):
         random = init.generator(seed, place.path)
         patches = _embeddings_of_patches(place)
         if patches is not None:
-            start = torch.empty(sum(self.lengths), hidden_size(root)).normal_(0.0, 0.02, generator=random)
+            start = self._drawn(root, random)
             inner = Part(
                 patches.path,
                 patches.module,
@@ -107,7 +112,7 @@ class PreEmbedConfig(_PrefixConfig):
             )
             return Plan(parts=[self._on(root, place, Inserted(self.lengths)), inner])
         words = place.module.get_input_embeddings().weight.detach()  # type: ignore[operator]
-        drawn = torch.randint(len(words), (sum(self.lengths),), generator=random)
+        drawn = torch.randint(len(words), (sum(self.lengths),), generator=random, device="cpu")
         part = Inserted(self.lengths, words[drawn.to(words.device)], place.module)
         return Plan(parts=[self._on(root, place, part)])
 
@@ -142,7 +147,7 @@ class PreLayerConfig(_PrefixConfig):
         for stack in stacks(root):
             for block in (block for block in stack if block.path.startswith(inside)):
                 random = init.generator(seed, block.path)
-                start = torch.empty(sum(self.lengths), hidden_size(root)).normal_(0.0, 0.02, generator=random)
+                start = self._drawn(root, random)
                 parts.append(Part(*block[:2], PrefixedBlock, Inserted(self.lengths, start, block.module)))
         return Plan(parts=parts)
 

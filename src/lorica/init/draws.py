@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 
 def draw_seed() -> int:
     """Take one seed from torch's global generator, so that `torch.manual_seed` fixes the adapter too."""
-    return int(torch.randint(2**62, ()).item())
+    return int(torch.randint(2**62, (), device="cpu").item())
 
 
 def generator(seed: int, path: str) -> torch.Generator:
@@ -43,13 +44,12 @@ def start(
     Returns:
         A and B.
     """
+    A, B = (torch.zeros(shape, dtype=dtype, device="cpu") for shape in shapes)
     if embedding:
-        A, B = torch.zeros(shapes[0], dtype=dtype), torch.empty(shapes[1], dtype=dtype)
         B.normal_(generator=random)
         if init is False:
             A.normal_(generator=random)
         return A, B
-    A, B = torch.empty(shapes[0], dtype=dtype), torch.zeros(shapes[1], dtype=dtype)
     if init == "gaussian":
         A.normal_(0.0, 1 / A.shape[0], generator=random)
         return A, B
@@ -63,16 +63,16 @@ def start(
 
 def start_bias(d_out: int, r: int, init: bool | str, random: torch.Generator) -> Tensor:
     """The bias on B (d_out,) at the start: zero, or uniform where `init` is False, as A and B then are."""
-    bias = torch.zeros(d_out)
+    bias = torch.zeros(d_out, device="cpu")
     return bias.uniform_(-1 / math.sqrt(r), 1 / math.sqrt(r), generator=random) if init is False else bias
 
 
 def _orthogonal(A: Tensor, B: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
     # A is mixed from one half of an orthonormal basis of the rank, B from the other: B·A = 0.
-    r = len(A)
-    basis = torch.linalg.qr(torch.randn(r, r, generator=random, dtype=A.dtype)).Q
-    A = basis[0::2].t() @ torch.randn(r // 2, A.shape[1], generator=random, dtype=A.dtype) / 10
-    B = torch.randn(len(B), r // 2, generator=random, dtype=B.dtype) @ basis[1::2] / 10
+    r, draw = len(A), partial(torch.randn, generator=random, dtype=A.dtype, device="cpu")
+    basis = torch.linalg.qr(draw(r, r)).Q
+    A = basis[0::2].t() @ draw(r // 2, A.shape[1]) / 10
+    B = draw(len(B), r // 2) @ basis[1::2] / 10
     return A, B
 
 

@@ -42,7 +42,7 @@ def lora_ga(
 
     Source: Wang, Yu and Li, 2024, algorithm 1.
     """
-    first, second = torch.arange(r), torch.arange(r, 2 * r)
+    first, second = torch.arange(2 * r, device="cpu").split(r)
     if config.direction == "ArB2r":
         for_A, for_B = first, second
     elif config.direction == "A2rBr":
@@ -50,7 +50,7 @@ def lora_ga(
     elif config.direction == "ArBr":
         for_A, for_B = 2 * first + 1, 2 * first
     else:
-        for_A = for_B = torch.randperm(2 * r, generator=random)[:r]
+        for_A = for_B = torch.randperm(2 * r, generator=random, device="cpu")[:r]
     A, largest = triples.Vh[for_A], triples.S[for_B]
     B = triples.U[:, for_B] * largest
     if config.scale == "stable":

@@ -35,7 +35,7 @@ class IncrementalSVD:
         self.scatter: Tensor | None = None
         self.S: Tensor | None = None
         self.Vh: Tensor | None = None
-        self.settled = torch.zeros(k)
+        self.settled = torch.zeros(k, device="cpu")
 
     def add(self, x: Float[Tensor, "rows d_in"]) -> None:
         """Take in a batch of rows.

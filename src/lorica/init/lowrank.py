@@ -52,7 +52,8 @@ def leading(
     width = min(k + oversampling, *matrix.shape)
     if niter is None:
         return Triple(*torch.linalg.svd(matrix, full_matrices=False)).first(k)
-    test = torch.randn(matrix.shape[1], width, generator=random, dtype=matrix.dtype).to(matrix.device)
+    test = torch.randn(matrix.shape[1], width, generator=random, dtype=matrix.dtype, device="cpu")
+    test = test.to(matrix.device)
     Q = _basis(matrix @ test)
     for _ in range(niter):
         Q = _basis(matrix @ _basis(matrix.t() @ Q))

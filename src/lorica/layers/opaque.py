@@ -50,7 +50,7 @@ class LoraOpaque(LoraLayer):
                 "format with lorica.layers.quantized.register"
             )
         if has_own_forward(self.base_class):
-            x = torch.randn(4, self.factor_shapes(self, 1)[0][1], dtype=weight.dtype)
+            x = torch.randn(4, self.factor_shapes(self, 1)[0][1], dtype=weight.dtype, device="cpu")
             check_multiplies(self, x.to(weight.device), F.linear)
 
 

@@ -43,7 +43,7 @@ class Buffers:
         """`count` elements of arbitrary content; what was taken for this purpose before is overwritten."""
         size = count * dtype.itemsize
         if purpose not in self._memory or self._memory[purpose].numel() < size:
-            self._memory[purpose] = torch.empty(size, dtype=torch.uint8)
+            self._memory[purpose] = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._memory[purpose][:size].view(dtype)
 
 
