@@ -76,6 +76,28 @@ class TestNotYetAdaptable:
         )
 
 
+class Scales(nn.Linear):
+    """With a forward and argument names of its own."""
+
+    def forward(self, hidden: Tensor, by: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(hidden) * by
+
+
+@pytest.mark.parametrize(
+    ("layer", "given"),
+    [
+        (nn.Linear(5, 7), {"input": torch.randn(3, 5)}),
+        (nn.Conv1d(5, 7, 3), {"input": torch.randn(2, 5, 9)}),
+        (nn.Embedding(5, 7), {"input": torch.tensor([1, 2])}),
+        (Scales(5, 7), {"by": torch.randn(3, 1), "hidden": torch.randn(3, 5)}),
+    ],
+)
+def test_inputs_have_the_names_that_the_base_gives_them(layer: nn.Module, given: dict[str, Tensor]) -> None:
+    model, _ = oracle.adapted(nn.Sequential(layer), "0")
+    order = reversed(list(given.values()))
+    torch.testing.assert_close(model[0](**given), model[0](*order), rtol=0, atol=0)
+
+
 class TestForwardsOfTheirOwn:
     """A layer that does more than multiply by its weight cannot take its update into the weight."""
 

@@ -39,6 +39,12 @@ def test_any_leading_shape(make: Make, kind: type, leading: tuple[int, ...]) -> 
         assert model(x).shape == before(x).shape
 
 
+def test_conv1d_calls_its_input_x() -> None:
+    model, _ = oracle.adapted(nn.Sequential(conv1d(8, 6)), "0")
+    x = torch.randn(3, 8)
+    assert torch.equal(model[0](x=x), model[0](x))
+
+
 def test_a_single_vector() -> None:
     model, before = oracle.adapted(nn.Sequential(nn.Linear(8, 6)), "0")
     assert oracle.assert_as_folded(model, before, torch.randn(8, requires_grad=True)).shape == (6,)

@@ -5,6 +5,8 @@ Each kind of layer is one small subclass, joined with the module's own class by 
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -104,9 +106,10 @@ class LoraLayer(SwappedModule):
         weight = self.base_weight.detach()[rows].flatten(1)
         return weight if dtype is None else weight.to(dtype)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer returns, plus the active adapters' updates."""
-        y = self.base_forward(x, *args, **kwargs)
+        y = self.base_forward(*args, **kwargs)
+        x = args[0] if args else kwargs[_first_parameter(self.base_class)]
         if self.roster.rows is not None:
             return self.roster.rows.add(y, x, self.scaling.keys(), self.effect)
         base = y
@@ -114,9 +117,9 @@ class LoraLayer(SwappedModule):
             y = y + self.effect(name, x, base)
         return y
 
-    def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer returns."""
-        return super().forward(x, *args, **kwargs)
+        return super().forward(*args, **kwargs)
 
     def effect(self, name: str, x: Tensor, base: Tensor) -> Tensor:
         """What one adapter adds to the output `base` that the base layer has for `x`."""
@@ -331,3 +334,9 @@ class LoraLayer(SwappedModule):
         """The matrices whose product, times the scale, is the update laid out as ``W0.flatten(1)``."""
         A, B = (factor.detach().to(dtype).flatten(1) for factor in self.factor_parameters(name))
         return (A.t(), B.t()) if self.transposed else (B, A)
+
+
+@functools.cache
+def _first_parameter(cls: type[nn.Module]) -> str:
+    """Name of what a module's forward takes first, besides itself."""
+    return list(inspect.signature(cls.forward).parameters)[1]

@@ -23,29 +23,29 @@ class LoraLinear(LoraLayer):
         """W0 as (d_out, d_in), and the bias."""
         return self.as_matrix(self.base_weight), self._parameters["bias"]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to ``(..., d_in)``; returns ``(..., d_out)``."""
         rows = self.roster.rows
         if rows is not None:
             if torch.is_grad_enabled():
                 rows.forget()
-                return super().forward(x)
+                return super().forward(input)
             if rows.asked(self, self.is_more_than_factors):
-                return super().forward(x)
-            y = F.linear(x, *self._base())
-            return rows.add_stacked_(y, x, self, self.scaling.keys(), partial(self._stack, y.dtype))
+                return super().forward(input)
+            y = F.linear(input, *self._base())
+            return rows.add_stacked_(y, input, self, self.scaling.keys(), partial(self._stack, y.dtype))
         names = self.acting()
         if len(names) != 1:
-            return super().forward(x)
+            return super().forward(input)
         A, B, scale, p = self.update_of(names[0])
         ratio = self.ratio(names[0])
         if ratio is not None:
-            return functional.dora_linear(x, *self._base(), A, B, ratio, scale, p)
+            return functional.dora_linear(input, *self._base(), A, B, ratio, scale, p)
         weight, bias = self._base()
         shift = self.shift(names[0])
         if shift is not None:
             bias = shift.to(weight.dtype) if bias is None else bias + shift.to(bias.dtype)
-        return functional.lora_linear(x, weight, bias, A, B, scale, p)
+        return functional.lora_linear(input, weight, bias, A, B, scale, p)
 
     def is_more_than_factors(self) -> bool:
         """Whether an adapter has magnitudes or a bias beside A and B."""
@@ -70,6 +70,10 @@ class LoraConv1D(LoraLinear):
     """transformers' Conv1D (GPT-2): a linear layer whose weight is stored (d_in, d_out)."""
 
     transposed: ClassVar[bool] = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `LoraLinear.forward`; transformers calls the input x."""
+        return super().forward(x)
 
 
 def presented(layer: LoraLayer) -> Tensor:

@@ -89,14 +89,14 @@ class TrainedTokens(SwappedModule):
         W0, rows = self.base_weight, self.token_adapter.trainable_tokens_delta[name]
         return W0.index_copy(0, self._index(name), rows.to(W0.dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the table to ids, or the head to ``(..., dim)``."""
         rows = self.roster.rows
         if rows is None:
-            return self._apply_rows(self._acting(), x)
+            return self._apply_rows(self._acting(), input)
         parts, places = [], []
-        for name, index in rows.groups(x, self.adapters):
-            parts.append(self._apply_rows(name, x.index_select(0, index)))
+        for name, index in rows.groups(input, self.adapters):
+            parts.append(self._apply_rows(name, input.index_select(0, index)))
             places.append(index)
         return torch.cat(parts).index_select(0, torch.cat(places).argsort())
 

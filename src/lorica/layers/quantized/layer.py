@@ -27,12 +27,12 @@ _BLOCK = 1 << 22  # elements of W0 that are unpacked at once to measure its rows
 class LoraQuantized(LoraOpaque):
     """A linear layer whose weight is packed in a way that a `Quantizer` reads and writes."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to ``(..., d_in)``; returns ``(..., d_out)``."""
         names = self.acting()
-        if self.roster.rows is not None or len(names) != 1 or args or kwargs:
-            return super().forward(x, *args, **kwargs)
-        y = self._product(x, *self.update_of(names[0]))
+        if self.roster.rows is not None or len(names) != 1 or len(args) != 1 or kwargs:
+            return super().forward(*args, **kwargs)
+        y = self._product(args[0], *self.update_of(names[0]))
         ratio = self.ratio(names[0])
         if ratio is None:
             shift = self.shift(names[0])
@@ -40,9 +40,10 @@ class LoraQuantized(LoraOpaque):
         ratio, bias = ratio.to(y.dtype), getattr(self, "bias", None)
         return y * ratio if bias is None else torch.addcmul(bias.to(y.dtype) * (1 - ratio), y, ratio)
 
-    def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the quantized layer returns; its gradient is that of a product with the unpacked weight."""
-        return super().base_forward(x, *args, **kwargs) if args or kwargs else self._product(x)
+        only = len(args) == 1 and not kwargs
+        return self._product(args[0]) if only else super().base_forward(*args, **kwargs)
 
     def _product(
         self, x: Tensor, A: Tensor | None = None, B: Tensor | None = None, scale: float = 0.0, p: float = 0.0
