@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lorica import functional
@@ -343,6 +344,22 @@ class TestAutocast:
 
 
 class TestTransforms:
+    @pytest.mark.filterwarnings(
+        "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+    )  # torch's own use
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_forward_mode(self, grad: bool) -> None:
+        given = operands(dtype=torch.float64).map(Tensor.detach)
+        tangents = given.map(torch.randn_like)
+        x, weight, bias, A, B = given
+        expected = oracle.lora_linear(x, weight, bias, A, B, 0.5)
+        step = oracle.lora_linear(*(t + 1e-6 * d for t, d in zip(given, tangents, strict=True)), 0.5)
+        with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+            duals = [forward_ad.make_dual(t, d) for t, d in zip(given, tangents, strict=True)]
+            y, dy = forward_ad.unpack_dual(lora_linear(*duals, 0.5))
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(dy, (step - expected) / 1e-6, rtol=1e-4, atol=1e-4)
+
     def test_grad(self) -> None:
         given = operands()
         x, weight, bias, A, B = given.map(Tensor.detach)

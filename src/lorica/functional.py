@@ -173,7 +173,10 @@ def lora_linear(
         return F.linear(x, weight, bias) + low_rank(x, A, B, scale, p)
     if not torch.is_grad_enabled():  # without autograd's bookkeeping, which small batches feel
         return _sum(x, weight, bias, A, B, scale, p).y
-    return _LoraLinear.apply(x, weight, bias, A, B, scale, p)  # type: ignore[no-any-return]
+    try:
+        return _LoraLinear.apply(x, weight, bias, A, B, scale, p)  # type: ignore[no-any-return]
+    except _ForwardMode:
+        return F.linear(x, weight, bias) + low_rank(x, A, B, scale, p)
 
 
 def _autocasts(device: str) -> bool:
@@ -274,6 +277,10 @@ def _sum(
     return _Sum(shaped, rows, mask, u, scale)
 
 
+class _ForwardMode(Exception):
+    """Tangents are asked for along with the output (`torch.autograd.forward_ad`)."""
+
+
 class _LoraLinear(torch.autograd.Function):
     """`lora_linear` by hand."""
 
@@ -295,6 +302,11 @@ class _LoraLinear(torch.autograd.Function):
             with torch.autocast(dy.device.type, enabled=False):
                 return _LoraLinear.gradients(ctx, dy)
         return _LoraLinear.gradients(ctx, dy)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        """Leave it to plain operations."""
+        raise _ForwardMode
 
     @staticmethod
     def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
