@@ -11,6 +11,7 @@ from study import made
 import lorica
 from lorica import Factors, study
 from lorica.errors import AdapterError, ConfigError
+from lorica.study.advice import proposed
 from lorica.study.places import spots
 
 
@@ -168,7 +169,7 @@ def test_a_convolution_in_groups_has_a_rank_for_each_of_them() -> None:
 def test_a_proposed_rank_is_of_its_own_layer_alone() -> None:
     value = made.adapter({path: layer([1, 1, 1, 1], i) for i, path in enumerate(["q", "h.q", "h.v"])})
     ranks = {"q": 3, "h.q": 2, "h.v": 2}
-    config = study.advice.proposed(value, ranks)
+    config = proposed(value, ranks)
     assert {path: config.rank(path) for path in ranks} == ranks
 
 

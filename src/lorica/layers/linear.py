@@ -71,7 +71,7 @@ class LoraConv1D(LoraLinear):
 
     transposed: ClassVar[bool] = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As `LoraLinear.forward`; transformers calls the input x."""
         return super().forward(x)
 
