@@ -109,7 +109,7 @@ class LoraLayer(SwappedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer returns, plus the active adapters' updates."""
         y = self.base_forward(*args, **kwargs)
-        x = args[0] if args else kwargs[_first_parameter(self.base_class)]
+        x = args[0] if args else kwargs[_input_name(self.base_class)]
         if self.roster.rows is not None:
             return self.roster.rows.add(y, x, self.scaling.keys(), self.effect)
         base = y
@@ -337,6 +337,6 @@ class LoraLayer(SwappedModule):
 
 
 @functools.cache
-def _first_parameter(cls: type[nn.Module]) -> str:
+def _input_name(cls: type[nn.Module]) -> str:
     """Name of what a module's forward takes first, besides itself."""
     return list(inspect.signature(cls.forward).parameters)[1]
