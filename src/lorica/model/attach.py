@@ -55,6 +55,7 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
     Raises:
         AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is
             untouched.
+        TargetError: a module that it trains whole cannot be; the model is untouched.
         StateError: an adapter is merged.
     """
     adapter.check_finite()

@@ -92,6 +92,9 @@ class Incoming(nn.Module):
             FileError: a file is missing or damaged.
             ConfigError: the configuration asks for what lorica does not carry.
             AdapterError: with the whole list of what does not fit; the model is untouched.
+
+        Warns:
+            LoricaWarning: one that is there has another scale, tokens or start than the saved values.
         """
         found, options = places.split_hub(kwargs)
         places.check_options(options)
