@@ -81,6 +81,18 @@ def test_whole_numbers_may_be_ids_of_given_names() -> None:
 
 
 @pytest.mark.parametrize(
+    ("learned", "value"), [([1, 2, 5], 0), ([-1, 1], 0), ([0, 1, 2, 4], 3), (["1", "2", "other"], 0)]
+)
+def test_a_number_the_training_rows_lack_is_no_place_among_numbers(learned: list[Any], value: int) -> None:
+    names = columns.label_names(rows(label=learned), "label")
+    with pytest.raises(RowError, match=f"row 1 of the test rows has the label {value} in column 'label', wh"):
+        columns.label_ids(rows(label=[value]), "label", names, "the test rows")
+    lists = rows(label=[[value]])
+    with pytest.raises(RowError, match=f"row 1 of the test rows has the label {value} in column 'label', wh"):
+        columns.label_list_ids(lists, "label", names, "the test rows")
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         (["a", "a"], "all labels in column 'label' of the training rows are 'a'"),

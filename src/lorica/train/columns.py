@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -146,16 +146,14 @@ def label_names(rows: Dataset, column: str, where: str = "the training rows") ->
 def label_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> list[int]:
     """Id of each row's label.
 
-    A value is looked up among the names; a whole number that is no name is an id itself.
+    A value is looked up among the names. Where none of them is a whole number, a whole number is an id.
 
     Raises:
         ConfigError: there is no such column.
         RowError: rows have no label, or one that is none of the names.
     """
     needs_column(rows, column, where)
-    ids = {name: i for i, name in enumerate(names)}
-    find = partial(_id, feature=rows.features[column], ids=ids, column=column)
-    return read_each(rows[column], find, where)
+    return read_each(rows[column], _finder(rows.features[column], names, column), where)
 
 
 def label_list_names(rows: Dataset, column: str, where: str = "the training rows") -> list[str]:
@@ -185,9 +183,7 @@ def label_list_ids(rows: Dataset, column: str, names: Sequence[str], where: str)
         RowError: rows have no list, a list has a gap, or a label is none of the names.
     """
     needs_column(rows, column, where)
-    find = partial(
-        _id, feature=_inner(rows, column), ids={name: i for i, name in enumerate(names)}, column=column
-    )
+    find = _finder(_inner(rows, column), names, column)
     return read_each(rows[column], lambda items: [find(item) for item in _items(items, column)], where)
 
 
@@ -275,13 +271,20 @@ def _items(value: Any, column: str) -> list[Any]:
     return value
 
 
-def _id(raw: Any, feature: Any, ids: dict[str, int], column: str) -> int:
+def _finder(feature: Any, names: Sequence[str], column: str) -> Callable[[Any], int]:
+    # Where names are numbers, a number that is none of them is a class that the training rows lack.
+    places = 0 if any(name.removeprefix("-").isdecimal() for name in names) else len(names)
+    ids = {name: i for i, name in enumerate(names)}
+    return partial(_id, feature=feature, ids=ids, places=places, column=column)
+
+
+def _id(raw: Any, feature: Any, ids: dict[str, int], places: int, column: str) -> int:
     if isinstance(feature, ClassLabel) and isinstance(raw, int) and 0 <= raw < len(feature.names):
         raw = feature.names[raw]
     value = _value(raw, column)
     if str(value) in ids:
         return ids[str(value)]
-    if isinstance(value, int) and 0 <= value < len(ids):
+    if isinstance(value, int) and 0 <= value < places:
         return value
     hint = nearest(str(value), ids)
     raise Unusable(
