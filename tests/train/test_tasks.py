@@ -147,3 +147,26 @@ def test_the_head_fits_the_classes(tiny_model: Path) -> None:
 def test_a_task_must_say_everything() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Task()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "padded"),
+    [
+        ("sequence-classification", [0, 1], [0, 1]),
+        ("token-classification", [[0, 1, 0], [1, 0]], [[0, 1, 0], [1, 0, -100]]),
+        ("question-answering", [0, 1], [0, 1]),
+        ("causal-lm", [[2, 5, 3], [2, 3]], [[2, 5, 3], [2, 3, -100]]),
+        ("seq2seq-lm", [[2, 5, 3], [2, 3]], [[2, 5, 3], [2, 3, -100]]),
+    ],
+)
+def test_batches_are_padded_on_the_right_whatever_the_tokenizers_side(
+    name: str, labels: list[Any], padded: list[Any]
+) -> None:
+    left = tiny.tokenizer()
+    left.padding_side = "left"
+    rows = [{"input_ids": [2, 5, 3], "labels": labels[0]}, {"input_ids": [2, 3], "labels": labels[1]}]
+    batch = tasks.get(name).collator(left)(rows)
+    assert batch["input_ids"].tolist() == [[2, 5, 3], [2, 3, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == padded
+    assert left.padding_side == "left"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -202,6 +203,17 @@ class Task(ABC):
 def own_loss(task: Task) -> Callable[[Any, Mapping[str, Any]], Tensor | None] | None:
     """A task's loss, or None where the model's is its own, and the outputs need not be kept for it."""
     return None if type(task).loss is Task.loss else task.loss
+
+
+def padded_right(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, for batches that are padded on the right, whichever side its own is.
+
+    Places of tokens are counted from the left. The tokenizer itself, which is saved with the adapter, keeps
+    its side.
+    """
+    result = copy.copy(tokenizer)
+    result.padding_side = "right"
+    return result
 
 
 def needs_tokens(rows: Sequence[Sequence[int]], where: str) -> None:

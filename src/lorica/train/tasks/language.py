@@ -14,7 +14,7 @@ from lorica.errors import ConfigError
 from lorica.train.columns import check_texts
 from lorica.train.recipe import DataConfig
 from lorica.train.rows import Unusable, read_each
-from lorica.train.tasks.base import Task
+from lorica.train.tasks.base import Task, padded_right
 
 
 class LanguageTask(Task):
@@ -40,7 +40,7 @@ class LanguageTask(Task):
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
         """Pad tokens and targets to the longest row of the batch."""
-        return DataCollatorForSeq2Seq(tokenizer)
+        return DataCollatorForSeq2Seq(padded_right(tokenizer))
 
     def metrics(self, outcome: EvalPrediction, features: Dataset) -> dict[str, float]:
         """None but the loss and the perplexity, which the trainer computes."""

@@ -29,7 +29,7 @@ from lorica.train.columns import check_texts, find_label, find_texts, needs_colu
 from lorica.train.data import Splits
 from lorica.train.recipe import DataConfig
 from lorica.train.rows import Unusable, read_each
-from lorica.train.tasks.base import Encoded, Task, needs_tokens
+from lorica.train.tasks.base import Encoded, Task, needs_tokens, padded_right
 from lorica.train.tasks.texts import softmax, split_pairs
 
 _LABELS = ("answers", "answer", "label", "labels")
@@ -129,7 +129,7 @@ class QuestionAnswering(Task):
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
         """Pad to the longest window of the batch."""
-        return DataCollatorWithPadding(tokenizer)
+        return DataCollatorWithPadding(padded_right(tokenizer))
 
     def loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Cross-entropy of the first and the last token, over the tokens of each window, not its padding.

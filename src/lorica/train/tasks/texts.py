@@ -13,7 +13,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from lorica.errors import ConfigError
 from lorica.train.columns import check_texts
 from lorica.train.recipe import DataConfig
-from lorica.train.tasks.base import Encoded, Task, needs_tokens
+from lorica.train.tasks.base import Encoded, Task, needs_tokens, padded_right
 
 
 class TextTask(Task):
@@ -54,7 +54,7 @@ class TextTask(Task):
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
         """Pad to the longest row of the batch."""
-        return DataCollatorWithPadding(tokenizer)
+        return DataCollatorWithPadding(padded_right(tokenizer))
 
     def rows(self, texts: Sequence[str], data: DataConfig) -> Dataset:
         """A row for each text; a pair is given as two texts with a tab between."""

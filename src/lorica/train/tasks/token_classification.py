@@ -18,7 +18,7 @@ from lorica.train.data import Splits
 from lorica.train.metrics.tagging import OUTSIDE, marks_spans, seqeval, spans, tagging
 from lorica.train.recipe import DataConfig
 from lorica.train.rows import RowError, Unusable, read_each
-from lorica.train.tasks.base import Encoded, Task, needs_tokens
+from lorica.train.tasks.base import Encoded, Task, needs_tokens, padded_right
 from lorica.train.tasks.texts import logits_of, named_outputs, softmax
 
 _WORDS = ("tokens", "words", "text")
@@ -92,7 +92,7 @@ class TokenClassification(Task):
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForTokenClassification:
         """Pad tokens and classes to the longest row of the batch."""
-        return DataCollatorForTokenClassification(tokenizer)
+        return DataCollatorForTokenClassification(padded_right(tokenizer))
 
     def metrics(self, outcome: EvalPrediction, features: Dataset) -> dict[str, float]:
         """Of spans where the classes mark any: F1, precision and recall by seqeval; else those of words."""
