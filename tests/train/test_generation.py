@@ -18,7 +18,7 @@ import lorica
 from lorica.errors import LoricaError
 from lorica.train import DataConfig, GenerationConfig, evaluate, predict, tasks, train
 from lorica.train.generation.scoring import asked
-from lorica.train.generation.writing import write
+from lorica.train.generation.writing import settings_of, write
 from lorica.train.metrics import written
 
 LM, S2S = "causal-lm", "seq2seq-lm"
@@ -99,6 +99,14 @@ def test_each_prompt_may_have_an_adapter_of_its_own() -> None:
 def test_what_cannot_be_written(options: Any, prompts: list[list[int]], message: str) -> None:
     with pytest.raises(LoricaError, match=message):
         write(decoder(), tokenizer(), prompts, GenerationConfig(**options))
+
+
+def test_a_text_ends_with_the_tokenizers_token_too() -> None:
+    model = restless(decoder())
+    model.generation_config.eos_token_id = 9
+    assert settings_of(model, tokenizer(), GenerationConfig()).eos_token_id == [9, 3]
+    given = GenerationConfig(arguments={"eos_token_id": 5})
+    assert settings_of(model, tokenizer(), given).eos_token_id == 5
 
 
 def test_several_texts_need_beams_or_drawing_and_an_encoder_writes_none(tiny_model: Path) -> None:

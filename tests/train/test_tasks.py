@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
+from tiny import transformer
 from train import tiny
 from transformers.trainer_utils import EvalPrediction
 
@@ -142,6 +144,21 @@ def test_the_head_fits_the_classes(tiny_model: Path) -> None:
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
     assert model.config.num_labels == 3
     assert model.name_or_path == str(tiny_model)
+
+
+def test_a_classifier_reads_the_last_token_before_the_padding(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(tmp_path)
+    model = transformer("llama-classifier")  # whose configuration says that 0 pads
+    found = TASK.tokenizer(str(tmp_path))
+    TASK.pad(model, found)
+    rows = [{"input_ids": [2, 5, 6, 7, 8]}, {"input_ids": [2, 6]}]
+    collate = TASK.collator(found)
+    with torch.no_grad():
+        together = model(**collate(rows)).logits
+        alone = torch.cat([model(**collate([row])).logits for row in rows])
+    torch.testing.assert_close(together, alone)
 
 
 def test_a_task_must_say_everything() -> None:

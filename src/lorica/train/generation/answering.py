@@ -71,7 +71,7 @@ def generate(
     if not isinstance(task, LanguageTask):
         raise ConfigError(f"{task.name} writes no text; `lorica predict` gives its answers")
     config = generation or trained.recipe.generation
-    settings_of(model, config, sequences)
+    settings_of(model, tokenizer, config, sequences)
     names = _beside(model, adapters)
     if merged and adapters:
         raise ConfigError("one adapter can be merged, not several; leave out merged, or the other adapters")

@@ -93,7 +93,7 @@ class Writer:
             LoricaError: a metric or a setting is unknown, or a prompt too long.
         """
         check(self.config.metrics)
-        settings_of(model, self.config)
+        settings_of(model, self.tokenizer, self.config)
         check_context(model, asked(features).prompts, self.config)
 
     def note(self) -> None:

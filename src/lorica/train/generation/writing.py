@@ -53,7 +53,7 @@ def write(
     Raises:
         LoricaError: the model writes no text, or a prompt and what is to be written pass its context.
     """
-    settings = settings_of(model, config, sequences)
+    settings = settings_of(model, tokenizer, config, sequences)
     check_context(model, prompts, config)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts: list[list[str]] = [[] for _ in prompts]
@@ -76,9 +76,12 @@ def write(
 
 
 def settings_of(
-    model: PreTrainedModel, config: GenerationConfig, sequences: int = 1
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GenerationConfig,
+    sequences: int = 1,
 ) -> transformers.GenerationConfig:
-    """What transformers' `generate` is asked for.
+    """What transformers' `generate` is asked for: texts end with the model's tokens or the tokenizer's.
 
     Raises:
         ConfigError: the model writes no text, or the settings contradict each other.
@@ -105,9 +108,13 @@ def settings_of(
     chosen = {name: getattr(config, name) for name in (*names, *_SAMPLING, *_SEARCHING) if name not in idle}
     own: Any = model.generation_config
     tokens = {name: value for name, value in own.to_dict().items() if name.endswith("_token_id")}
+    ends = tokens.get("eos_token_id")
+    ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+    # What is learned ends with the tokenizer's, which may be none of the model's.
+    ends += [end for end in [tokenizer.eos_token_id] if end is not None and end not in ends]
+    tokens["eos_token_id"] = ends or None
     if tokens.get("pad_token_id") is None:
-        end = tokens.get("eos_token_id")
-        tokens["pad_token_id"] = end[0] if isinstance(end, list) else end
+        tokens["pad_token_id"] = ends[0] if ends else None
     return transformers.GenerationConfig(
         **{**tokens, **chosen, "num_return_sequences": sequences, **config.arguments}
     )

@@ -159,9 +159,10 @@ class Task(ABC):
         return tokenizer
 
     def pad(self, model: PreTrainedModel, tokenizer: Any) -> None:
-        """Tell the model which token pads, where its configuration does not say."""
-        if getattr(model.config, "pad_token_id", None) is None and hasattr(tokenizer, "pad_token_id"):
-            model.config.pad_token_id = tokenizer.pad_token_id
+        """Tell the model which token pads; a classifier reads the last one before it."""
+        token = getattr(tokenizer, "pad_token_id", None)
+        if token is not None:
+            model.config.pad_token_id = token
 
     def model(self, name: str, data: DataConfig, **options: Any) -> PreTrainedModel:
         """Load a pretrained model with this task's head, new unless the model has one of that shape.
