@@ -11,9 +11,10 @@ import torch
 import transformers
 from datasets import Dataset
 from torch import Tensor
+from torch.nn import functional as F
 from train import tiny
 
-from lorica.train import DataConfig, Trainer, TrainingConfig, tasks
+from lorica.train import DataConfig, Task, Trainer, TrainingConfig, tasks
 from lorica.train.arguments import training_arguments
 from lorica.train.data import Splits
 from lorica.train.tasks.base import own_loss
@@ -111,6 +112,28 @@ def test_batches_change_neither_loss_nor_gradient(name: str, family: str, tmp_pa
         )
         assert shown == pytest.approx(loss, abs=1e-6)
         assert ((step - whole).norm() / whole.norm()).item() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("sequence-classification", "Bert"), ("sequence-classification", "Llama"), ("causal-lm", "Llama")],
+)
+def test_a_loss_of_ones_own_is_averaged_over_the_batches_of_a_step(
+    name: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def own(self: Task, outputs: Any, inputs: Any) -> Tensor:
+        logits, labels = outputs.logits, inputs["labels"]
+        if labels.dim() == 2:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return 2 * F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+    expected, plain = gradient(name, family, tmp_path, batch_size=8)
+    monkeypatch.setattr(type(tasks.get(name)), "loss", own)
+    # Of three rows a batch, the last has two.
+    for size in (8, 4, 3, 1):
+        step, shown = gradient(name, family, tmp_path, batch_size=size, gradient_accumulation=-(-8 // size))
+        assert shown == pytest.approx(2 * plain, abs=1e-6)
+        assert ((step - 2 * expected).norm() / expected.norm()).item() <= 1e-6
 
 
 @pytest.mark.parametrize(("name", "family"), CASES)

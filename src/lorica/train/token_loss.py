@@ -91,8 +91,14 @@ class TokenLossMixin(_Base):
             found = super().compute_loss(model, inputs, return_outputs)
         finally:
             self.model_accepts_loss_kwargs = True
-        share = labels.ne(-100).sum() / num_items_in_batch * self._copies()
+        share = self._share(labels, num_items_in_batch)
         return (found[0] * share, found[1]) if return_outputs else found * share
+
+    def _share(self, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
+        """A micro-batch's part of the step's targets: what its mean loss counts in the sum of all."""
+        # A model that predicts the next token has no target in a row's first place.
+        targets = labels[..., 1:] if self._loss_shifts_labels else labels
+        return targets.ne(-100).sum() / num_items_in_batch * self._copies()
 
     def _copies(self) -> int:
         """By what a loss is multiplied that was divided by the targets of all processes."""

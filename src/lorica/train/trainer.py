@@ -134,7 +134,10 @@ class Trainer(
         found = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss, outputs = found
         own = self.loss(outputs, inputs)
-        loss = loss if own is None else own
+        if own is not None:
+            labels = inputs.get("labels")
+            counted = labels is not None and num_items_in_batch is not None
+            loss = own * self._share(labels, num_items_in_batch) if counted else own
         return (loss, outputs) if return_outputs else loss
 
     def get_optimizer_cls_and_kwargs(  # pyright: ignore[reportIncompatibleMethodOverride]
