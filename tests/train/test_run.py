@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,8 +12,10 @@ from safetensors.torch import load_file
 from train import tiny
 
 from lorica.errors import ConfigError, FileError, LoricaError
+from lorica.plain import as_json
 from lorica.train import Recipe, RowError, evaluate, predict, train
-from lorica.train.record import as_json
+from lorica.train.callbacks import CheckpointCallback
+from lorica.train.fitting import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,68 @@ def test_a_second_run_must_say_what_it_wants(make_recipe: Callable[..., Recipe])
     assert train(recipe.replace(training={"learning_rate": 0.5}), overwrite=True).steps == 2
 
 
+def stopped_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the next run hear a Ctrl-C in a step."""
+    before = CheckpointCallback.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == step:
+            self.interrupt()
+        before(self, args, state, control, **more)
+
+    monkeypatch.setattr(CheckpointCallback, "on_step_end", on_step_end)
+
+
+def test_what_is_overwritten_is_not_read_beside_the_new_recipe(
+    make_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(max_steps=4)
+    output = train(recipe).output
+    stopped_after(monkeypatch, 1)
+    turned = recipe.replace(data={"labels": ["good", "bad"]})
+    with pytest.raises(Interrupted):
+        train(turned, overwrite=True)
+    with pytest.raises(FileError, match="training did not finish: resume it with --resume"):
+        predict(output, ["great film"])
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoints", "recipe.yaml"]
+    monkeypatch.undo()
+    assert train(turned, resume=True).steps == 4
+    assert predict(output, ["great film"])
+
+
+def test_a_run_goes_on_with_the_rows_it_began_with(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny.write_data(tmp_path / "rows")
+    recipe = make_recipe(max_steps=4).replace(data={"train": str(data)})
+    stopped_after(monkeypatch, 1)
+    with pytest.raises(Interrupted):
+        train(recipe)
+    monkeypatch.undo()
+    before = (data / "train.jsonl").read_text()
+    tiny.write_rows(data / "train.jsonl", tiny.sentences(40, seed=5))
+    with pytest.raises(ConfigError, match=r"have changed: the train rows \(40 then, 40 now\).*--overwrite"):
+        train(recipe, resume=True)
+    (data / "train.jsonl").write_text(before)
+    assert train(recipe, resume=True).steps == 4
+
+
+def test_a_run_that_failed_at_once_leaves_nothing_to_continue(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe(max_steps=1, arguments={"optim": "nosuch"})
+    with pytest.raises(ConfigError, match="nosuch"):
+        train(recipe)
+    assert (Path(recipe.output) / "recipe.yaml").is_file()
+    recipe = make_recipe(max_steps=1)
+    assert train(recipe).steps == 1
+
+
+def test_a_run_does_not_go_on_by_another_method(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe(max_steps=1)
+    train(recipe)
+    with pytest.raises(ConfigError, match="another recipe: baseline was None, now"):
+        train(recipe.replace(baseline={"method": "bitfit"}), resume=True)
+
+
 def test_the_same_seed_gives_the_same_file(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     def made(name: str, seed: int) -> bytes:
         recipe = make_recipe(max_steps=3, seed=seed).replace(output=str(tmp_path / name))
@@ -198,5 +263,5 @@ def test_a_recipe_survives_as_it_was_written(run: Path) -> None:
 
 
 def test_what_has_no_form_in_json() -> None:
-    with pytest.raises(TypeError, match="object has no form in JSON"):
+    with pytest.raises(TypeError, match="not JSON serializable"):
         as_json({"x": object()})

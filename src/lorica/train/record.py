@@ -80,12 +80,7 @@ class Record:
         Raises:
             ConfigError: naming each split that changed.
         """
-        changed = [
-            f"the {split} rows ({_count(self.data, split)} then, {_count(data, split)} now)"
-            for split in dict.fromkeys([*self.data, *data])
-            if self.data.get(split, {}).get("sha256") != data.get(split, {}).get("sha256")
-        ]
-        if changed:
+        if changed := changed_rows(self.data, data):
             raise ConfigError(
                 f"the data of the recorded run have changed: {', '.join(changed)}. Bring back the rows as "
                 "they were, or repeat the run on the new ones with --changed_data"
@@ -109,6 +104,20 @@ class Record:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+def changed_rows(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The splits whose rows are others, such as ``the train rows (40 then, 42 now)``.
+
+    Args:
+        before: split → `fingerprint` of its rows.
+        now: the same, of another time.
+    """
+    return [
+        f"the {split} rows ({_count(before, split)} then, {_count(now, split)} now)"
+        for split in dict.fromkeys([*before, *now])
+        if before.get(split, {}).get("sha256") != now.get(split, {}).get("sha256")
+    ]
 
 
 def fingerprint(rows: Dataset) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,22 +16,25 @@ from rich.console import Console
 from lorica.checkpoint import read, write_card
 from lorica.errors import ConfigError, LoricaError, listing
 from lorica.model import extract, save, trainable_parameters
+from lorica.plain import as_json
 from lorica.train.batch_size import fitting_batch
 from lorica.train.card import about
 from lorica.train.checkpoints import last_checkpoint
 from lorica.train.console import make_console
 from lorica.train.data import Rows
-from lorica.train.files import bytes_of, sha256_of, writable_directory
+from lorica.train.files import bytes_of, sha256_of, writable_directory, write_atomically
 from lorica.train.fitting import fit
 from lorica.train.generation.scoring import writer_of
 from lorica.train.preparing import Prepared, prepare
 from lorica.train.recipe import Recipe
-from lorica.train.record import RECORD, Record, machine, versions
+from lorica.train.record import RECORD, Record, changed_rows, machine, versions
 from lorica.train.starts import start
 from lorica.train.summary import announce
 from lorica.train.warm_start import warm_start
 
 RECIPE = "recipe.yaml"
+ROWS = "rows.json"
+"""Beside the checkpoints: how many rows each split of the run has, and what they are known by."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,12 @@ def train_prepared(
     """
     recipe, task = prepared.recipe, prepared.task
     output = writable_directory(recipe.output)
-    if resume:
+    held = resume and bool(_held(output))
+    if held:
         recipe = _as_before(recipe, output)
+        _check_rows(prepared, output)
     elif overwrite:
-        for old in ("checkpoints", "tensorboard"):
-            shutil.rmtree(output / old, ignore_errors=True)
-        (output / RECORD).unlink(missing_ok=True)
+        _clear(output)
     announce(prepared, console)
 
     scored = [split for split in ("validation", "test") if split in prepared.splits]
@@ -154,10 +158,11 @@ def train_prepared(
     count = trainable_parameters(model)
     console.print(str(count))
     learned = prepared.splits["train"].features
-    if recipe.training.auto_batch_size and not (resume and (output / RECIPE).is_file()):
+    if recipe.training.auto_batch_size and not held:
         training = fitting_batch(model, task, prepared.tokenizer, learned, recipe.training, console)
         recipe = dataclasses.replace(recipe, training=training)
     recipe.save(output / RECIPE)
+    write_atomically(writable_directory(output / "checkpoints") / ROWS, as_json(prepared.data) + "\n")
     done = fit(
         model,
         task,
@@ -228,13 +233,43 @@ def _compare_end(before: Record, recipe: Recipe, result: Result, console: Consol
 def _check_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ConfigError("--resume continues a run and --overwrite throws it away; choose one")
-    held = [name for name in (RECIPE, "checkpoints", "adapter_config.json") if (output / name).exists()]
-    if held and not resume and not overwrite:
+    if (held := _held(output)) and not resume and not overwrite:
         raise LoricaError(
             f"{output} holds a run already ({', '.join(held)}). Continue it with --resume, replace it with "
             "--overwrite, "
             "or choose another --output"
         )
+
+
+def _held(output: Path) -> list[str]:
+    """What a folder holds of a run; a recipe alone is left where one failed before its first checkpoint."""
+    of = ("adapter_config.json", "config.json", "checkpoints/checkpoint-*")
+    found = [path for pattern in of for path in sorted(output.glob(pattern))]
+    return [str(path.relative_to(output)) for path in found]
+
+
+def _clear(output: Path) -> None:
+    """Remove a run: whatever of it were left would be read beside the new run's recipe if that is stopped."""
+    for old in ("checkpoints", "tensorboard"):
+        shutil.rmtree(output / old, ignore_errors=True)
+    for pattern in (RECIPE, RECORD, "README.md", "adapter_*", "tokenizer*"):
+        for file in output.glob(pattern):
+            file.unlink()
+
+
+def _check_rows(prepared: Prepared, output: Path) -> None:
+    """Refuse to go on with other rows than those that a run began with.
+
+    Raises:
+        ConfigError: they are others.
+    """
+    with contextlib.suppress(FileNotFoundError):  # earlier versions did not write it
+        before = json.loads((output / "checkpoints" / ROWS).read_text(encoding="utf-8"))
+        if changed := changed_rows(before, prepared.data):
+            raise ConfigError(
+                f"the data of the run in {output} have changed: {', '.join(changed)}. Bring back the rows as "
+                "they were, or start anew with --overwrite"
+            )
 
 
 def _goes_on(output: Path, resume: bool) -> bool:
@@ -270,7 +305,7 @@ def _as_before(recipe: Recipe, output: Path) -> Recipe:
 
 def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, item in value.items():
-        if isinstance(item, dict) and not prefix:
+        if isinstance(item, dict) and not prefix and key != "baseline":
             yield from _flat(item, f"{key}.")
         else:
             yield prefix + key, item

@@ -60,20 +60,21 @@ def open_run(directory: str | Path) -> Trained:
     directory = Path(directory)
     recipe = recipe_of(directory)
     task = tasks.get(recipe.task)
+    adapted = is_adapter(directory)
+    if not adapted and not (directory / "config.json").is_file():
+        hint = (
+            "; training did not finish: resume it with --resume"
+            if last_checkpoint(directory / "checkpoints")
+            else ""
+        )
+        raise FileError(f"{directory} holds neither an adapter nor a model{hint}")
     with quiet():
         tokenizer = task.tokenizer(str(directory))
-        if is_adapter(directory):
+        if adapted:
             base = task.model(recipe.model, recipe.data, **quantized_loading(recipe, task))
             model = load(base, directory)
-        elif (directory / "config.json").is_file():
-            model = task.model(str(directory), recipe.data)
         else:
-            hint = (
-                "; training did not finish: resume it with --resume"
-                if last_checkpoint(directory / "checkpoints")
-                else ""
-            )
-            raise FileError(f"{directory} holds neither an adapter nor a model{hint}")
+            model = task.model(str(directory), recipe.data)
     task.pad(model, tokenizer)
     return Trained(recipe, task, tokenizer, model.eval())
 
