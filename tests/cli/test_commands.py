@@ -144,6 +144,22 @@ def test_predict(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "there is no file" in capsys.readouterr().err
     assert main(["predict", run, "a film", "--output", str(tmp_path / "no" / "folder.jsonl")]) == 1
     assert "cannot write" in capsys.readouterr().err
+    assert main(["predict", run, str(place / "data")]) == 1
+    assert "data is a folder; give a file of rows" in capsys.readouterr().err
+    (tmp_path / "notes.md").write_text("a lovely film")
+    assert main(["predict", run, str(tmp_path / "notes.md")]) == 1
+    assert "cannot tell the format" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("evaluate", "--predictions"), ("generate", "a film", "--out")])
+def test_what_cannot_be_written_is_said_first(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *options = command
+    (tmp_path / "run").mkdir()
+    Recipe().save(tmp_path / "run" / "recipe.yaml")  # without an adapter, which would be said next
+    assert main([name, str(tmp_path / "run"), *options, str(tmp_path / "no" / "lines.jsonl")]) == 1
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_merge(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +170,8 @@ def test_merge(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert not lorica.adapters(model)
     assert main(["evaluate", str(tmp_path / "merged")]) == 0
+    assert main(["merge", str(place / "model"), str(place / "run"), str(tmp_path / "m"), "--restart"]) == 2
+    assert "--restart belongs to --stream" in capsys.readouterr().err
     assert main(["merge", str(place / "model"), str(place / "run"), str(tmp_path / "merged")]) == 1
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 import lorica
 from lorica import LoraConfig
+from lorica.cli import main
 from lorica.errors import ConfigError, FileError
 from lorica.train import Recipe, predict, train
 from lorica.train.merging import merge_checkpoint
@@ -34,6 +35,16 @@ def test_a_merged_checkpoint_stands_alone(run: Recipe, tmp_path: Path) -> None:
     for merged, adapted in zip(predict(out, texts), predict(run.output, texts), strict=True):
         assert merged["probabilities"] == pytest.approx(adapted["probabilities"], abs=1e-5)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_merged_checkpoint_pads_with_the_adapters_token(run: Recipe, tmp_path: Path) -> None:
+    (Path(run.output) / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[UNK]"})
+    )
+    _, out = merge_checkpoint(run.model, run.output, tmp_path / "merged")
+    assert main(["merge", run.model, run.output, str(tmp_path / "streamed"), "--stream"]) == 0
+    for folder in (out, tmp_path / "streamed"):
+        assert json.loads((folder / "config.json").read_text())["pad_token_id"] == 1
 
 
 def test_an_adapter_without_a_recipe_brings_its_own_head(run: Recipe, tmp_path: Path) -> None:

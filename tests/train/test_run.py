@@ -80,6 +80,14 @@ def test_the_adapter_learned_and_scores_the_same_when_loaded(run: Path) -> None:
     assert scores["accuracy"] >= 0.9
 
 
+def test_evaluate_takes_as_many_test_rows_as_the_recipe_names(make_recipe: Callable[..., Recipe]) -> None:
+    recipe = make_recipe(max_steps=1).replace(data={"test_rows": 5})
+    result = train(recipe)
+    scores = evaluate(result.output)
+    assert scores.pop("rows") == result.rows["test"] == 5
+    assert scores == pytest.approx(result.metrics["test"], abs=1e-6)
+
+
 def test_evaluate_on_other_rows(run: Path, tmp_path: Path) -> None:
     rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.sentences(20, seed=9))
     assert evaluate(run, str(rows))["rows"] == 20

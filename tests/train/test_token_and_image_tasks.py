@@ -14,6 +14,7 @@ from train import tiny
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from transformers.trainer_utils import EvalPrediction
 
+from lorica.cli import main
 from lorica.errors import LoricaError
 from lorica.train import DataConfig, predict, tasks, train
 from lorica.train.data import Splits
@@ -103,6 +104,11 @@ def test_images_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     said = predict(result.output, [rows[0]["image"], rows[1]["image"]])
     assert [row["label"] for row in said] == ["dark", "light"]
     assert said[0]["image"] == rows[0]["image"]
+    assert main(["predict", str(result.output), rows[1]["image"]]) == 0
+    assert capsys.readouterr().out.startswith("light  ")
+    merged = tmp_path / "merged"
+    assert main(["merge", str(tmp_path / "model"), str(result.output), str(merged)]) == 0
+    assert [row["label"] for row in predict(merged, [rows[0]["image"]])] == ["dark"]
 
 
 def test_an_image_that_does_not_decode(tmp_path: Path) -> None:

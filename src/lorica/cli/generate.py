@@ -48,9 +48,11 @@ def run(argv: list[str]) -> int:
     parsed: Any = parser().parse_args(argv)
     prompts = _prompts(parsed)
 
-    from lorica.train.files import write_lines
+    from lorica.train.files import writable_file, write_lines
     from lorica.train.generation.answering import generate, opened
 
+    if parsed.out is not None:
+        writable_file(parsed.out)
     trained = opened(parsed.source)
     config = generation_of(parsed, trained.recipe.generation)
     alone = len(prompts) == parsed.sequences == config.num_beams == 1 and not parsed.adapter

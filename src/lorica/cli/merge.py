@@ -47,7 +47,10 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Merge, save, and say what rounding cost."""
-    parsed: Any = parser().parse_args(argv)
+    command = parser()
+    parsed: Any = command.parse_args(argv)
+    if parsed.restart and not parsed.stream:
+        command.error("--restart belongs to --stream")
 
     from lorica.train.console import make_console, size
     from lorica.train.files import bytes_of
@@ -61,16 +64,14 @@ def run(argv: list[str]) -> int:
         report, out = merge_checkpoint(parsed.base, parsed.adapter, parsed.out, dtype=parsed.dtype)
     path, worst = report.worst
     head, *lines = str(report).splitlines()
-    layers = lines[: len(report.layers)]
-    console.print(head)
-    for line in layers[:10]:
-        console.print(line)
-    if len(layers) > 10:
-        console.print(f"  ... and {len(layers) - 10} more layers that lost less")
-    for line in lines[len(layers) :]:
-        console.print(line)
-    console.print(f"worst: {path}, {worst:.2e} of its update")
-    console.print(f"wrote a plain checkpoint of {size(bytes_of(Path(out)))} to {out}")
+    layers, rest = lines[: len(report.layers)], lines[len(report.layers) :]
+    more = [f"  ... and {len(layers) - 10} more layers that lost less"] if len(layers) > 10 else []
+    made = [
+        f"worst: {path}, {worst:.2e} of its update",
+        f"wrote a plain checkpoint of {size(bytes_of(Path(out)))} to {out}",
+    ]
+    for line in (head, *layers[:10], *more, *rest, *made):
+        console.print(line, markup=False)  # brackets in a path are no markup
     return 0
 
 
@@ -100,15 +101,18 @@ def _stream(parsed: Any) -> StreamReport:
 
 
 def _labels(adapter: Path) -> dict[str, Any]:
-    """What an adapter's recipe says of its head, as `config.json` has it."""
+    """What an adapter's recipe says of its head and its padding, as `config.json` has it."""
     from lorica.train import tasks
     from lorica.train.recipe import Recipe
 
     if not (adapter / "recipe.yaml").is_file():
         return {}
     recipe = Recipe.load(adapter / "recipe.yaml")
-    head = tasks.get(recipe.task).head(recipe.data)
+    task = tasks.get(recipe.task)
+    head = task.head(recipe.data)
     head.pop("num_labels", None)  # as many as there are names
+    if (adapter / "tokenizer_config.json").is_file():
+        head["pad_token_id"] = task.tokenizer(str(adapter)).pad_token_id
     return json.loads(json.dumps(head))  # whose keys are text
 
 

@@ -17,8 +17,8 @@ def parser() -> Parser:
     result.add_argument(
         "input",
         type=str,
-        help="a text (of a pair: two texts with a tab between), a .txt file of one a line, or a csv, tsv, "
-        "json, jsonl (.gz) or parquet file",
+        help="a text (of a pair: two texts with a tab between) or an image's path, a .txt file of one a "
+        "line, or a csv, tsv, json, jsonl (.gz) or parquet file",
     )
     result.add_argument(
         "--output",
@@ -35,15 +35,24 @@ def run(argv: list[str]) -> int:
     parsed: Any = parser().parse_args(argv)
 
     from lorica.errors import FileError
-    from lorica.train.files import write_lines
+    from lorica.train import tasks
+    from lorica.train.files import writable_file, write_lines
+    from lorica.train.reading import format_of
     from lorica.train.use import predict, recipe_of
 
+    recipe = recipe_of(parsed.directory)
     path = Path(parsed.input)
-    known = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".gz", ".parquet", ".arrow")
-    if path.suffix in known and " " not in parsed.input and not path.is_file():
+    holds_rows = path.suffix == ".txt" or format_of(path) is not None
+    there = len(parsed.input) < 1024 and path.exists()
+    if holds_rows and " " not in parsed.input and not there:
         raise FileError(f"there is no file {path}")
-    from_file = len(parsed.input) < 1024 and path.is_file()
-    generation = generation_of(parsed, recipe_of(parsed.directory).generation)
+    if there and path.is_dir():
+        raise FileError(f"{path} is a folder; give a file of rows, or a text (one word alone in a .txt file)")
+    # A file by any other name is one that no rows can be read from, unless the task itself reads it.
+    from_file = there and (holds_rows or not tasks.get(recipe.task).reads_files)
+    if parsed.output is not None:
+        writable_file(parsed.output)
+    generation = generation_of(parsed, recipe.generation)
     rows = predict(parsed.directory, path if from_file else [parsed.input], generation=generation)
     if not (from_file or parsed.json or parsed.output):
         print(

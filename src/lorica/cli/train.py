@@ -99,10 +99,12 @@ def show(console: Any, recipe: Recipe, result: Any) -> None:
     console.print(
         f"{result.steps:,} steps in {duration(result.seconds)}; {result.trainable:,} of "
         f"{result.parameters:,} parameters trained; "
-        f"adapter of {size(result.checkpoint_bytes)} in {result.output}"
+        f"adapter of {size(result.checkpoint_bytes)} in {result.output}",
+        markup=False,  # brackets in a path are none
     )
     folder = shlex.quote(str(result.output))
     console.print(
         f"next: lorica evaluate {folder}   lorica predict {folder} TEXT   lorica merge "
-        f"{shlex.quote(recipe.model)} {folder} OUT"
+        f"{shlex.quote(recipe.model)} {folder} OUT",
+        markup=False,
     )

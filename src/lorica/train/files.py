@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -54,6 +55,23 @@ def writable_directory(path: str | Path) -> Path:
     except OSError as error:
         reason = error.strerror or str(error)
         raise FileError(f"cannot write to {path}: {reason}; choose another folder") from error
+    return path
+
+
+def writable_file(path: str | Path) -> Path:
+    """See that a file can be written, before what belongs in it is made.
+
+    Raises:
+        FileError: its folder is missing or refuses a file, or it is a folder itself.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from lorica.adapter import Adapter
 from lorica.checkpoint import read
@@ -68,8 +69,12 @@ def merge_checkpoint(
         writable_directory(out.parent)
         stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         try:
+            reader = _reader(adapter, base, recipe)
+            if recipe is not None:
+                tasks.get(recipe.task).pad(model, reader)
+            if reader is not None:
+                reader.save_pretrained(stage)
             model.save_pretrained(stage)
-            _tokenizer(adapter, base, stage)
             if recipe is not None:
                 shutil.copyfile(adapter / "recipe.yaml", stage / "recipe.yaml")
             stage.chmod(0o755)
@@ -130,11 +135,13 @@ def _outputs(adapter: Adapter) -> int | None:
     return min(rows, default=None)
 
 
-def _tokenizer(adapter: Path, base: str, out: Path) -> None:
-    """Add the adapter's own tokenizer, or the base's, or none: a model of images has none."""
-    own = (adapter / "tokenizer_config.json").is_file()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(adapter) if own else resolve_model(base))
-    except (OSError, ValueError):
-        return
-    tokenizer.save_pretrained(out)
+def _reader(adapter: Path, base: str, recipe: Recipe | None) -> Any:
+    """What turns the model's inputs into numbers, the adapter's own or else the base's, or None."""
+    own = any((adapter / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
+    source = str(adapter) if own else base
+    if recipe is not None:
+        return tasks.get(recipe.task).tokenizer(source)
+    for kind in (AutoTokenizer, AutoImageProcessor):
+        with contextlib.suppress(OSError, ValueError):
+            return kind.from_pretrained(resolve_model(source))
+    return None

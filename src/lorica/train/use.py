@@ -21,6 +21,7 @@ from lorica.train import presets, tasks
 from lorica.train.checkpoints import last_checkpoint
 from lorica.train.console import make_console
 from lorica.train.data import Rows
+from lorica.train.files import writable_file
 from lorica.train.fitting import score
 from lorica.train.generation import GenerationConfig
 from lorica.train.generation.scoring import Writer, written_scores
@@ -108,7 +109,7 @@ def evaluate(
     Args:
         directory: the folder that `train` filled.
         test: rows to score it on, in any form that `DataConfig.train` takes, or in memory. None takes the
-            test rows of its recipe.
+            test rows of its recipe, as many as it names.
         generation: how a language model writes text, and by what that is scored. None takes its recipe's.
         predictions: file for what it wrote: JSON lines of ``prompt``, ``generated`` and ``references``.
 
@@ -119,6 +120,8 @@ def evaluate(
         FileError: the folder or the rows are missing.
         ConfigError: the rows do not have the columns or labels that the model was trained on.
     """
+    if predictions is not None:
+        writable_file(predictions)
     trained = open_run(directory)
     recipe = trained.recipe
     if test is not None:
@@ -128,7 +131,7 @@ def evaluate(
         found = sources.labelled(sources.load(recipe.data), recipe.data).used()
         if "test" not in found:
             raise FileError("the recipe has no test rows with labels; name some with --data.test")
-        used = found["test"]
+        used = sources.part(found["test"], "test", recipe.data)
     with quiet():
         encoded, _ = encode_split(recipe, trained.task, trained.tokenizer, used)
     recipe = recipe if generation is None else recipe.replace(generation=generation)

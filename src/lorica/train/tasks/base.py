@@ -62,6 +62,7 @@ class Task(ABC):
         modules_to_save: new modules that train whole, where PEFT has no `task_type` that says so.
         reads_outputs: whether `metrics` looks at the model's outputs. A language model's, which are as many
             numbers a token as there are words, are better not kept: its evaluation is loss and perplexity.
+        reads_files: whether what a row is read from may be the path of a file, such as an image's.
         writes: whether its answer is a text that the model writes; see `LanguageTask`.
     """
 
@@ -72,6 +73,7 @@ class Task(ABC):
     label_columns: ClassVar[tuple[str, ...]] = ("labels",)
     reads_outputs: ClassVar[bool] = True
     modules_to_save: ClassVar[tuple[str, ...]] = ()
+    reads_files: ClassVar[bool] = False
     writes: ClassVar[bool] = False
 
     @abstractmethod

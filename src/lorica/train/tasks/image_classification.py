@@ -36,6 +36,7 @@ class ImageClassification(Task):
     auto_class = "AutoModelForImageClassification"
     best_metric = "accuracy"
     modules_to_save = ("classifier",)
+    reads_files = True
 
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
         """Find the image and label columns, and the classes' names."""
