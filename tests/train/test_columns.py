@@ -76,6 +76,17 @@ def test_a_data_sets_own_names_are_kept() -> None:
     assert columns.label_ids(table, "label", ["pos", "neg"], "the rows") == [0, 1]
 
 
+def test_a_data_sets_own_classes_may_be_given_other_names() -> None:
+    of = Features({"label": ClassLabel(names=["neg", "pos"])})
+    table = Dataset.from_dict({"label": [1, 0]}, of)
+    assert columns.label_ids(table, "label", ["negative", "positive"], "the rows") == [1, 0]
+    with pytest.raises(RowError, match="has the label -1"):
+        columns.label_ids(Dataset.from_dict({"label": [-1]}, of), "label", ["bad", "good"], "the rows")
+    # One of the names says that they are in an order of their own.
+    with pytest.raises(RowError, match="row 2 of the rows has the label 'neg'"):
+        columns.label_ids(table, "label", ["pos", "negative"], "the rows")
+
+
 def test_whole_numbers_may_be_ids_of_given_names() -> None:
     assert columns.label_ids(rows(label=[0, 1]), "label", ["neg", "pos"], "the rows") == [0, 1]
 

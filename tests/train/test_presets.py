@@ -72,6 +72,16 @@ def test_glue_from_the_hub(name: str, tiny_model: Path, monkeypatch: pytest.Monk
     assert {split: len(each) for split, each in found.splits.items()} == {"train": 12, "validation": rows}
 
 
+def test_film_reviews_from_the_hub(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    rows = Dataset.from_dict({"text": ["film", "song"] * 3, "label": [0, 1] * 3}, features)
+    of: Any = {"train": rows, "validation": rows, "test": rows}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset: DatasetDict(of))
+    found = prepare(Recipe(model=str(tiny_model), data=DataConfig(preset="rotten_tomatoes")))
+    assert found.recipe.data.labels == ["negative", "positive"]
+    assert found.splits["test"].features["labels"] == [0, 1] * 3
+
+
 def test_rows_of_ones_own_in_the_same_columns(
     tiny_model: Path, tmp_path: Path, make_recipe: Callable[..., Recipe]
 ) -> None:

@@ -146,7 +146,8 @@ def label_names(rows: Dataset, column: str, where: str = "the training rows") ->
 def label_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> list[int]:
     """Id of each row's label.
 
-    A value is looked up among the names. Where none of them is a whole number, a whole number is an id.
+    A value is looked up among the names. Where none of them is a whole number, a whole number is an id; so is
+    one of a data set's own classes, where as many others are named in their place.
 
     Raises:
         ConfigError: there is no such column.
@@ -274,13 +275,16 @@ def _items(value: Any, column: str) -> list[Any]:
 def _finder(feature: Any, names: Sequence[str], column: str) -> Callable[[Any], int]:
     # Where names are numbers, a number that is none of them is a class that the training rows lack.
     places = 0 if any(name.removeprefix("-").isdecimal() for name in names) else len(names)
+    own = list(feature.names) if isinstance(feature, ClassLabel) else []
+    if len(own) == len(names) and not set(own) & set(names):
+        own = list(names)  # the classes were given other names
     ids = {name: i for i, name in enumerate(names)}
-    return partial(_id, feature=feature, ids=ids, places=places, column=column)
+    return partial(_id, own=own, ids=ids, places=places, column=column)
 
 
-def _id(raw: Any, feature: Any, ids: dict[str, int], places: int, column: str) -> int:
-    if isinstance(feature, ClassLabel) and isinstance(raw, int) and 0 <= raw < len(feature.names):
-        raw = feature.names[raw]
+def _id(raw: Any, own: list[str], ids: dict[str, int], places: int, column: str) -> int:
+    if isinstance(raw, int) and 0 <= raw < len(own):
+        raw = own[raw]
     value = _value(raw, column)
     if str(value) in ids:
         return ids[str(value)]
