@@ -144,6 +144,29 @@ def test_a_row_is_learned_with_each_of_its_references_and_asked_once(task: str) 
     assert len(encode(plain, task=task)) == 2
 
 
+@pytest.mark.parametrize("right", ["great", " ".join(tiny.OTHER)])
+def test_what_is_written_from_does_not_hang_on_what_would_be_right(right: str) -> None:
+    rows = {"prompt": [" ".join((*tiny.GOOD, *tiny.OTHER)), "film"], "completion": [right] * 2}
+    features = encode(rows, limit=10, separator=" ").features
+    assert [tokenizer().decode(ids) for ids in asked(features).prompts] == [
+        " ".join((*tiny.GOOD, *tiny.OTHER)[-10:]),
+        "[CLS] film",
+    ]
+
+
+def test_a_conversation_that_is_cut_asks_for_its_last_answer() -> None:
+    said = [" ".join(tiny.GOOD), "film", " ".join(tiny.BAD), "song"]
+    roles = ["user", "assistant"] * 2
+    messages = [{"role": role, "content": content} for role, content in zip(roles, said, strict=True)]
+    for limit in (32, 8):
+        wanted = asked(encode({"messages": [messages]}, limit=limit, template=TEMPLATE).features)
+        assert wanted.references == [["song"]]
+        (prompt,) = wanted.prompts
+        ends = tokenizer(TEMPLATE)(f"{said[2]} assistant", add_special_tokens=False)["input_ids"]
+        assert prompt[-len(ends) :] == ends
+        assert len(prompt) <= limit
+
+
 def test_an_empty_list_leaves_the_one_text_and_a_gap_is_refused() -> None:
     rows: dict[str, Any] = {"context": ["film"], "completion": ["great"], "references": [[]]}
     assert asked(encode(rows).features).references == [["great"]]

@@ -35,6 +35,8 @@ else:
 PROMPT, GROUP, REFERENCE = "prompt_tokens", "group", "reference"
 """Columns of encoded rows that the model does not see: how many of the tokens are the prompt, which rows ask
 the same, and the text that this row holds for it."""
+APART = "prompt_ids"
+"""A column more, where rows are cut: the prompt's tokens, where the row's own do not begin with them."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ def asked(features: Dataset) -> Asked:
     prompts: dict[int, list[int]] = {}
     references: dict[int, list[str]] = {}
     columns = (features[name] for name in (GROUP, PROMPT, "input_ids", REFERENCE))
-    for group, length, ids, text in zip(*columns, strict=True):
-        prompts.setdefault(group, list(ids[:length]))
+    apart = features[APART] if APART in features.column_names else [None] * len(features)
+    for group, length, ids, text, own in zip(*columns, apart, strict=True):
+        prompts.setdefault(group, list(ids[:length] if own is None else own))
         references.setdefault(group, []).append(text)
     return Asked(list(prompts.values()), list(references.values()))
 

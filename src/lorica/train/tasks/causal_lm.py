@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lorica.errors import ConfigError, FileError
 from lorica.train.columns import check_texts, find_texts
 from lorica.train.data import Splits
-from lorica.train.generation.scoring import GROUP, PROMPT, REFERENCE
+from lorica.train.generation.scoring import APART, GROUP, PROMPT, REFERENCE
 from lorica.train.recipe import DataConfig
 from lorica.train.rows import RowError, read_each
 from lorica.train.tasks.base import Encoded
@@ -93,7 +93,11 @@ class CausalLanguageModelling(LanguageTask):
         *,
         labelled: bool = True,
     ) -> Encoded:
-        """Tokenize; a row too long loses the start of its prompt first, then the end of its completion."""
+        """Tokenize; a row too long loses the start of its prompt first, then the end of its completion.
+
+        What is written from in an evaluation is the prompt alone: cut by its own length, not by that of the
+        text that would be right.
+        """
         assert data.text is not None
         limit = min(max_length, tokenizer.model_max_length)
         if data.label is not None:
@@ -146,7 +150,7 @@ class CausalLanguageModelling(LanguageTask):
 
 
 def _rows(found: list[Written], limit: int, where: str) -> Encoded:
-    names = ("input_ids", "attention_mask", "labels", "length", PROMPT, GROUP, REFERENCE)
+    names = ("input_ids", "attention_mask", "labels", "length", PROMPT, APART, GROUP, REFERENCE)
     columns: dict[str, list[Any]] = {name: [] for name in names}
     lengths: dict[int, int] = {}
     empty: list[int] = []
@@ -160,8 +164,9 @@ def _rows(found: list[Written], limit: int, where: str) -> Encoded:
         ids, labels = ids[cut : cut + limit], labels[cut : cut + limit]
         if all(label == _IGNORED for label in labels[1:]):
             empty.append(each.row)
-        read = sum(len(tokens) for tokens, _ in each.pieces[:-1]) - cut
-        values = (ids, [1] * len(ids), labels, len(ids), read, each.group, each.reference)
+        asked = [token for tokens, _ in each.pieces[:-1] for token in tokens]
+        apart = None if asked == ids[: len(asked)] else asked[-limit:]
+        values = (ids, [1] * len(ids), labels, len(ids), len(asked), apart, each.group, each.reference)
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
     if empty:
