@@ -58,6 +58,8 @@ def test_the_lowest_loss_is_the_best(tmp_path: Path) -> None:
         ({"arguments": {"adam_beta_2": 0.9}}, "have no 'adam_beta_2'; did you mean 'adam_beta2'"),
         ({"arguments": {"optim": "sgdd"}}, "transformers refuses these training arguments"),
         ({"fp16": True}, "fp16 needs a GPU"),
+        ({"report_to": ["wandbb"]}, "a tracker that transformers does not have; did you mean 'wandb'"),
+        ({"report_to": ["comet_ml"]}, "names 'comet_ml', whose package is not installed here"),
     ],
 )
 def test_what_cannot_be_used_is_refused(
@@ -66,6 +68,12 @@ def test_what_cannot_be_used_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
         training_arguments(TrainingConfig(**values), tmp_path, "accuracy", validated=True)
+
+
+def test_a_schedule_ends_below_where_it_begins() -> None:
+    with pytest.raises(ConfigError, match="learning_rate must be more than 1e-7, where the polynomial"):
+        TrainingConfig(learning_rate=1e-8, lr_scheduler="polynomial")
+    TrainingConfig(learning_rate=1e-8)
 
 
 def test_an_old_gpu_has_no_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,11 @@ def test_one_row_cannot_be_split(tmp_path: Path) -> None:
         data.load(DataConfig(train=str(tmp_path / "train.jsonl")))
 
 
+def test_rows_too_few_for_the_share_set_aside() -> None:
+    with pytest.raises(ConfigError, match=r"validation_fraction is 0.9, of 2 rows .* none to learn from"):
+        data.load(DataConfig(validation_fraction=0.9), Dataset.from_list(ROWS[:2]))
+
+
 def test_an_unreachable_hub_is_said_so() -> None:
     with pytest.raises(
         FileError,

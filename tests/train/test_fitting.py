@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import lorica
 from lorica.config import read_config
-from lorica.errors import StateError
+from lorica.errors import ConfigError, StateError
 from lorica.train import Fit, Prepared, Recipe, fit, prepare
 from lorica.train.demo import freeze_encoder
 
@@ -52,6 +52,37 @@ def test_one_function_trains_an_adapter_a_head_or_everything(
     scores = done.evaluate(prepare(recipe).splits["test"].features)
     kinds = {"f1", "f1_macro", "f1_binary", "precision", "recall", "matthews", "roc_auc"}
     assert set(scores) == {"loss", "accuracy", *kinds}
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("acuracy", "'acuracy', which these validation rows do not give; did you mean 'accuracy'"),
+        ("roc_auc", "'roc_auc', .*they give: loss, accuracy"),
+    ],
+)
+def test_a_metric_that_no_evaluation_gives_is_refused_before_training(
+    make_recipe: Callable[..., Recipe], metric: str, message: str
+) -> None:
+    recipe = make_recipe(metric_for_best=metric, eval_batch_size=4)
+    prepared = prepare(recipe)
+    validation = prepared.splits["validation"].features
+    validation = validation.filter(lambda row: row["labels"] == 0)  # of one class there is no ROC
+    with pytest.raises(ConfigError, match=message):
+        fit(
+            prepared.model, prepared.task, prepared.tokenizer, prepared.splits["train"].features, validation,
+            recipe.training, recipe.output, console=Console(file=io.StringIO()),
+        )  # fmt: skip
+    assert not list(Path(recipe.output).glob("checkpoints/checkpoint-*"))
+
+
+def test_looking_for_the_metric_changes_no_number(make_recipe: Callable[..., Recipe]) -> None:
+    def weights(**training: Any) -> bytes:
+        shutil.rmtree(make_recipe().output, ignore_errors=True)
+        done = start(make_recipe(**training, max_steps=3, load_best=True, eval_steps=3))
+        return b"".join(p.detach().numpy().tobytes() for p in done.model.parameters() if p.requires_grad)
+
+    assert weights(metric_for_best="roc_auc", eval_batch_size=1) == weights()
 
 
 def test_the_last_evaluation_is_that_of_the_model(make_recipe: Callable[..., Recipe]) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import datetime
+import decimal
 import hashlib
 import json
 from collections.abc import Callable
@@ -122,6 +124,18 @@ def test_rows_are_known_by_their_content(tmp_path: Path) -> None:
     assert fingerprint(rows)["rows"] == 2500
     moved = rows.select([1, 0, *range(2, 2500)])
     assert fingerprint(moved) != fingerprint(rows)
+
+
+def test_any_column_counts() -> None:
+    values = {
+        "price": [decimal.Decimal("1.20")],
+        "span": [datetime.timedelta(seconds=1)],
+        "day": [datetime.datetime(2026, 1, 2)],
+    }
+    first = fingerprint(Dataset.from_dict(values))
+    assert first == fingerprint(Dataset.from_dict(values))
+    for name, other in {"price": decimal.Decimal("1.30"), "span": datetime.timedelta(seconds=2)}.items():
+        assert fingerprint(Dataset.from_dict({**values, name: [other]})) != first
 
 
 def test_images_are_known_by_their_bytes(tmp_path: Path) -> None:

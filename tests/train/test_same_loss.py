@@ -146,6 +146,16 @@ def test_batches_change_no_loss_of_an_evaluation(name: str, family: str, tmp_pat
     assert losses[0] == pytest.approx(loss, abs=1e-6)
 
 
+def test_labels_may_be_smoothed_for_an_encoder_and_decoder(tmp_path: Path) -> None:
+    smoothed = {"arguments": {"label_smoothing_factor": 0.1}}
+    whole, loss = gradient("seq2seq-lm", "T5", tmp_path, batch_size=8, **smoothed)
+    step, shown = gradient("seq2seq-lm", "T5", tmp_path, batch_size=2, gradient_accumulation=4, **smoothed)
+    assert shown == pytest.approx(loss, abs=1e-6)
+    assert ((step - whole).norm() / whole.norm()).item() <= 1e-6
+    found = trainer("seq2seq-lm", "T5", tmp_path, eval_batch_size=3, **smoothed).evaluate()
+    assert found["eval_loss"] == pytest.approx(loss, abs=1e-6)
+
+
 def test_the_loss_of_completions_is_the_hand_computed_sum(tmp_path: Path) -> None:
     _, rows, model, _ = setting("causal-lm", "Llama")
     total, count = 0.0, 0

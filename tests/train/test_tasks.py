@@ -9,11 +9,13 @@ import torch
 from datasets import Dataset
 from tiny import transformer
 from train import tiny
+from transformers import BertConfig, GPT2Config, RobertaConfig, T5Config, XLNetConfig
 from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError, FileError
 from lorica.train import DataConfig, Task, register, tasks
 from lorica.train.data import Splits
+from lorica.train.positions import positions_of
 from lorica.train.tasks import SequenceClassification
 
 TASK = SequenceClassification()
@@ -159,6 +161,28 @@ def test_a_classifier_reads_the_last_token_before_the_padding(tmp_path: Path) ->
         together = model(**collate(rows)).logits
         alone = torch.cat([model(**collate([row])).logits for row in rows])
     torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (BertConfig(max_position_embeddings=64), 64),
+        (RobertaConfig(max_position_embeddings=66, pad_token_id=1), 64),
+        (GPT2Config(n_positions=64), 64),
+        (XLNetConfig(), None),
+        (T5Config(), None),
+    ],
+)
+def test_no_row_is_longer_than_the_model_takes(config: Any, most: int | None, tmp_path: Path) -> None:
+    assert positions_of(config) == most
+    tokenizer = tiny.tokenizer()
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    found = TASK.tokenizer(str(tmp_path))
+    rows = Dataset.from_dict({"text": ["film " * 80, "song"], "label": [0, 1]})
+    data = DataConfig(text="text", label="label", labels=["bad", "good"])
+    assert TASK.encode(rows, data, found, 512, "the rows").features["length"][0] == (most or 82)
 
 
 def test_a_task_must_say_everything() -> None:

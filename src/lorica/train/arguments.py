@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from lorica.errors import ConfigError, nearest
+from lorica.errors import ConfigError, listing, nearest
 from lorica.train.recipe import TrainingConfig
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse", "mae", "ter"})
@@ -105,6 +105,7 @@ def check_device(config: TrainingConfig) -> None:
     """
     _check_extra(config)
     _check_precision(config)
+    _check_trackers(config)
 
 
 def _check_extra(config: TrainingConfig) -> None:
@@ -124,3 +125,19 @@ def _check_precision(config: TrainingConfig) -> None:
         )
     if config.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         raise ConfigError("bf16 needs a GPU of the Ampere generation or newer; use fp16 on this one")
+
+
+def _check_trackers(config: TrainingConfig) -> None:
+    wanted = [name for name in config.report_to if name not in ("tensorboard", "flyte", "all", "none")]
+    if not wanted:
+        return
+    from transformers import integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    known, there = INTEGRATION_TO_CALLBACK, integrations.get_available_reporting_integrations()
+    for name in wanted:
+        if name not in known:
+            hint = nearest(name, known) or f"; it has: {listing(known)}"
+            raise ConfigError(f"report_to names {name!r}, a tracker that transformers does not have{hint}")
+        if name not in there:
+            raise ConfigError(f"report_to names {name!r}, whose package is not installed here")

@@ -76,7 +76,13 @@ def load(data: DataConfig, rows: Rows | None = None) -> Splits:
             raise FileError(f"{name} has {len(train)} row, too few to set some aside; give --data.validation")
         # The places are divided, not the rows, so that an error can tell which row of the file it means.
         places = Dataset.from_dict({"place": range(len(train))})
-        drawn = places.train_test_split(test_size=data.validation_fraction, seed=data.split_seed)
+        try:
+            drawn = places.train_test_split(test_size=data.validation_fraction, seed=data.split_seed)
+        except ValueError as error:
+            raise ConfigError(
+                f"data.validation_fraction is {data.validation_fraction}, of {len(train):,} rows in {name}, "
+                "which leaves none to learn from; take a smaller one, or give --data.validation"
+            ) from error
         kept, aside = (list(drawn[part]["place"]) for part in ("train", "test"))
         found["validation"] = train.select(aside), origin.select(aside)
         train, origin = train.select(kept), origin.select(kept)

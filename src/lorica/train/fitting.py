@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import (
@@ -22,7 +23,7 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerState
 
-from lorica.errors import LoricaError
+from lorica.errors import ConfigError, LoricaError, listing, nearest
 from lorica.train.arguments import training_arguments
 from lorica.train.callbacks import CheckpointCallback, ProgressCallback, interruptible
 from lorica.train.checkpoints import STATE, discard_incomplete, find_best, last_checkpoint
@@ -165,6 +166,8 @@ def fit(
             start = last_checkpoint(checkpoints)
             if start is not None:
                 find_best(start)
+        if start is None and validation is not None and make_trainer is Trainer:
+            _check_metric(trainer, validation, task)
         began = time.perf_counter()
         try:
             with interruptible(saving, console) if hear_interrupts else contextlib.nullcontext():
@@ -180,6 +183,28 @@ def fit(
         time.perf_counter() - began,
         progress.median_step_seconds,
         list(trainer.state.log_history),
+    )
+
+
+def _check_metric(trainer: Trainer, validation: Dataset, task: Task) -> None:
+    """Refuse a metric for the best checkpoint that an evaluation would not give, before the first epoch.
+
+    Raises:
+        ConfigError: there is no such metric.
+    """
+    metric = (trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric in ("loss", task.best_metric):
+        return
+    found: dict[str, float] = {}
+    with torch.random.fork_rng():  # the run's own numbers stay as they were
+        # A few rows show it; some metrics need rows of every class.
+        for count in (min(trainer.args.eval_batch_size, len(validation)), len(validation)):
+            found = score(trainer, validation.select(range(count)))
+            if metric in found:
+                return
+    raise ConfigError(
+        f"training.metric_for_best is {metric!r}, which these validation rows do not "
+        f"give{nearest(metric, found)}; they give: {listing(found)}"
     )
 
 

@@ -192,6 +192,13 @@ class TrainingConfig:
         _expect(self, "save_total_limit", self.save_total_limit >= 1, "at least 1")
         _expect(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "a share in [0, 1)")
         _expect(self, "lr_scheduler", self.lr_scheduler in SCHEDULERS, f"one of {SCHEDULERS}")
+        ends = self.lr_scheduler == "polynomial" and "lr_scheduler_kwargs" not in self.arguments
+        _expect(
+            self,
+            "learning_rate",
+            not ends or self.learning_rate > 1e-7,
+            "more than 1e-7, where the polynomial schedule ends",
+        )
         _expect(self, "fp16", not (self.fp16 and self.bf16), "False where bf16 is True")
 
 

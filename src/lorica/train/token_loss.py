@@ -81,6 +81,11 @@ class TokenLossMixin(_Base):
         labels = inputs.get("labels")
         other = self.args.label_smoothing_factor or self.compute_loss_func
         if other:
+            bare: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+            shift = getattr(bare, "prepare_decoder_input_ids_from_labels", None)
+            if shift is not None and labels is not None and "decoder_input_ids" not in inputs:
+                # The labels are kept from the model, which would make the decoder's inputs of them.
+                inputs = {**inputs, "decoder_input_ids": shift(labels=labels)}
             with noted_labels(model, labels):
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._mean_of_batch or labels is None or num_items_in_batch is None:

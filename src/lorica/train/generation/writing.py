@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorica.errors import ConfigError, LoricaError, nearest
 from lorica.model import mixed
 from lorica.train.generation.config import GenerationConfig
+from lorica.train.positions import positions_of
 
 _OWN = ("num_return_sequences", "max_length", "use_cache")
 _SAMPLING = ("temperature", "top_k", "top_p")
@@ -126,7 +127,7 @@ def check_context(model: PreTrainedModel, prompts: Sequence[Sequence[int]], conf
     Raises:
         LoricaError: naming the first, its tokens and the model's.
     """
-    places = getattr(model.config, "max_position_embeddings", None)
+    places = positions_of(model.config)
     empty = next((row for row, ids in enumerate(prompts) if not len(ids)), None)
     if empty is not None:
         raise LoricaError(f"prompt {empty + 1} gives no tokens, so there is nothing to write on from")

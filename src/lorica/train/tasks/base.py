@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from transformers.trainer_utils import EvalPrediction
 from lorica.errors import ConfigError, FileError
 from lorica.train.data import Splits
 from lorica.train.embedded import resolve_model
+from lorica.train.positions import positions_of
 from lorica.train.recipe import DataConfig
 from lorica.train.rows import RowError
 
@@ -142,6 +144,8 @@ class Task(ABC):
     def tokenizer(self, name: str) -> Any:
         """Load a model's tokenizer, or whatever turns its inputs into numbers.
 
+        Its `model_max_length` is lowered to what the model takes.
+
         Raises:
             FileError: there is none.
             ConfigError: it has no token to pad with.
@@ -158,6 +162,9 @@ class Task(ABC):
                     "different lengths cannot share a batch; set its pad_token and save it"
                 )
             tokenizer.pad_token = tokenizer.eos_token
+        with contextlib.suppress(OSError, ValueError):  # an adapter's folder has no model's configuration
+            most = positions_of(transformers.AutoConfig.from_pretrained(resolve_model(name)))
+            tokenizer.model_max_length = min(tokenizer.model_max_length, most or tokenizer.model_max_length)
         return tokenizer
 
     def pad(self, model: PreTrainedModel, tokenizer: Any) -> None:
