@@ -14,7 +14,8 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from lorica.errors import ConfigError, FileError
-from lorica.train import DataConfig, data
+from lorica.train import DataConfig, Recipe, data
+from lorica.train.preparing import encode
 
 ROWS = [{"text": "NA", "label": 1}, {"text": 'a "quoted", text', "label": 0}, {"text": "null", "label": 1}]
 
@@ -313,11 +314,29 @@ def test_a_folder_of_images_with_metadata(tmp_path: Path) -> None:
         data.read(str(tmp_path))
 
 
-def test_test_rows_without_labels_are_left_out() -> None:
-    labels = {"label": [0, 1] * 4}
-    rows = Dataset.from_dict({"text": ["a"] * 8, **labels})
-    blank = Dataset.from_dict({"text": ["a"] * 8, "label": [-1] * 8})
-    config = DataConfig(label="label")
-    left = data.labelled(data.load(config, DatasetDict({"train": rows, "test": blank})), config)
-    kept = data.labelled(data.load(config, DatasetDict({"train": rows, "test": rows})), config)
-    assert (left.test, len(kept.test or [])) == (None, 8)
+@pytest.mark.parametrize(
+    ("test", "kept"),
+    [
+        ({"label": [0, 1]}, True),
+        ({"label": [-1, -1]}, False),
+        ({"label": [None, None]}, False),
+        ({"id": [7, 8]}, False),
+        ({"label": [None, None], "references": [["a"], ["b"]]}, True),
+    ],
+)
+def test_test_rows_without_labels_are_left_out(test: dict[str, Any], kept: bool) -> None:
+    rows = Dataset.from_dict({"text": ["a"] * 8, "label": [0, 1] * 4})
+    found = data.load(DataConfig(), {"train": rows, "test": Dataset.from_dict({"text": ["a", "b"], **test})})
+    assert (data.labelled(found, DataConfig(label="label")).test is not None) == kept
+    assert data.labelled(found, DataConfig(label="label", test="mine.csv")).test is not None
+    columns = DataConfig(labels=["label", "other"])  # a column for each class
+    assert (data.labelled(found, columns).test is not None) == ("id" not in test)
+
+
+def test_a_folder_whose_test_rows_lack_the_column_of_labels(tmp_path: Path) -> None:
+    rows = [{"text": str(i), "label": "x" if i % 2 else "y"} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.csv").write_text("id,text\n1,a\n")
+    found = encode(Recipe(data=DataConfig(train=str(tmp_path))))
+    assert set(found.splits) == {"train", "validation"}
+    assert found.unlabelled == str(tmp_path / "test.csv")

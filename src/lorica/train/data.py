@@ -116,9 +116,15 @@ def in_memory(rows: Rows) -> dict[str, Dataset]:
 
 def labelled(splits: Splits, data: DataConfig) -> Splits:
     """The splits without test rows that nobody named and that have no labels, as public data sets do."""
-    if splits.test is None or data.test is not None or data.label not in splits.test.column_names:
+    if splits.test is None or data.test is not None:
         return splits
-    absent = all(label in (None, "", -1) for label in splits.test[data.label])
+    columns = splits.test.column_names
+    labels = [data.label] if data.label is not None else data.labels or []
+    if not labels or data.references in columns:
+        return splits
+    absent = not set(labels) & set(columns)
+    if data.label in columns:
+        absent = all(label in (None, "", -1) for label in splits.test[data.label])
     return replace(splits, test=None) if absent else splits
 
 

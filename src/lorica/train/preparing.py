@@ -34,6 +34,7 @@ class Prepared:
         splits: encoded rows by split: ``train``, and ``validation`` and ``test`` where there are any.
         data: split → ``rows`` and ``sha256`` of the rows as they came (see `fingerprint`); ``skipped``, how
             many more could not be used, and ``first_skipped``, what was wrong with the first of these.
+        unlabelled: source of test rows that are left out because they have no labels, or None.
     """
 
     recipe: Recipe
@@ -42,6 +43,7 @@ class Prepared:
     model: PreTrainedModel
     splits: dict[str, Encoded]
     data: dict[str, dict[str, Any]]
+    unlabelled: str | None = None
 
     def features(self, split: str) -> Dataset | None:
         """Encoded rows of a split, or None."""
@@ -56,6 +58,7 @@ class Encoding(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     splits: dict[str, Encoded]
     data: dict[str, dict[str, Any]]
+    unlabelled: str | None = None
 
 
 def prepare(recipe: Recipe, rows: sources.Rows | None = None) -> Prepared:
@@ -72,12 +75,12 @@ def prepare(recipe: Recipe, rows: sources.Rows | None = None) -> Prepared:
     """
     read = encode(recipe, rows)
     model = load_model(read.recipe, read)
-    return Prepared(read.recipe, read.task, read.tokenizer, model, read.splits, read.data)
+    return Prepared(read.recipe, read.task, read.tokenizer, model, read.splits, read.data, read.unlabelled)
 
 
 def encode(recipe: Recipe, rows: sources.Rows | None = None) -> Encoding:
     """Read and encode the rows; `prepare` without the model."""
-    recipe, task, used = read(recipe, rows)
+    recipe, task, used, unlabelled = _read(recipe, rows)
     encoded, data = {}, {}
     with quiet():
         tokenizer = task.tokenizer(recipe.model)
@@ -86,7 +89,7 @@ def encode(recipe: Recipe, rows: sources.Rows | None = None) -> Encoding:
             data[name] = {**fingerprint(own.rows), "skipped": own.skipped}
             if own.first is not None:
                 data[name]["first_skipped"] = own.first
-    return Encoding(recipe, task, tokenizer, encoded, data)
+    return Encoding(recipe, task, tokenizer, encoded, data, unlabelled)
 
 
 def load_model(recipe: Recipe, read: Encoding) -> PreTrainedModel:
@@ -118,6 +121,10 @@ def read(recipe: Recipe, rows: sources.Rows | None = None) -> tuple[Recipe, Task
     Returns:
         The recipe with what was found, its task, and the rows of each split.
     """
+    return _read(recipe, rows)[:3]
+
+
+def _read(recipe: Recipe, rows: sources.Rows | None) -> tuple[Recipe, Task, dict[str, Used], str | None]:
     recipe = presets.apply(recipe, own_rows=rows is not None)
     if rows is not None:
         recipe = recipe.replace(data={"train": sources.IN_PYTHON})
@@ -133,6 +140,8 @@ def read(recipe: Recipe, rows: sources.Rows | None = None) -> tuple[Recipe, Task
         data, train = use(train, resolve, skip=recipe.data.skip_bad)
     except ConfigError as error:
         raise ConfigError(f"{train.origin.source}: {error}") from error
-    used = {**sources.labelled(splits, data).used(), "train": train}
+    kept = sources.labelled(splits, data)
+    left_out = splits.used()["test"].origin.source if kept.test is not splits.test else None
+    used = {**kept.used(), "train": train}
     recipe = dataclasses.replace(recipe, data=data)
-    return recipe, task, {split: sources.part(each, split, data) for split, each in used.items()}
+    return recipe, task, {split: sources.part(each, split, data) for split, each in used.items()}, left_out

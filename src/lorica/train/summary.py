@@ -28,6 +28,8 @@ def lines(prepared: Prepared) -> Iterator[str]:
     classes = f" ({listing(data.labels, limit=6)})" if data.labels else ""
     target = f" → {data.label}{classes}" if data.label else f" →{classes}" if classes else ""
     yield f"{prepared.recipe.model}: {columns}{target}; {rows} rows"
+    if prepared.unlabelled is not None:
+        yield f"{prepared.unlabelled} has no labels, and is not scored"
     yield from prepared.task.remarks(data)
     for split, facts in prepared.data.items():
         if facts["skipped"]:
