@@ -47,6 +47,12 @@ def test_the_lowest_loss_is_the_best(tmp_path: Path) -> None:
     assert args.greater_is_better is False
 
 
+def test_what_stops_early_may_end_with_its_last_weights(tmp_path: Path) -> None:
+    config = TrainingConfig(load_best=False, early_stopping_patience=2)
+    args = training_arguments(config, tmp_path, "accuracy", validated=True)
+    assert (args.load_best_model_at_end, args.metric_for_best_model) == (False, "accuracy")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

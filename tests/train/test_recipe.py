@@ -93,6 +93,16 @@ def test_replace_reaches_into_a_part() -> None:
     assert recipe.output == "elsewhere"
 
 
+def test_a_path_is_its_text() -> None:
+    recipe = Recipe(
+        model=Path("a") / "model",  # type: ignore[arg-type]
+        output=Path("runs") / "a",  # type: ignore[arg-type]
+        data=DataConfig(train=Path("rows.csv"), test=Path("test.csv")),  # type: ignore[arg-type]
+    )
+    assert (recipe.model, recipe.output, recipe.data.train) == ("a/model", "runs/a", "rows.csv")
+    assert "output: runs/a" in recipe.to_yaml()
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=[path.name for path in RECIPES])
 def test_the_recipes_that_come_along_load(path: Path) -> None:
     assert Recipe.load(path).output.startswith("runs/")

@@ -54,6 +54,16 @@ def test_words_past_the_length_have_no_class() -> None:
     assert said == {"labels": ["x", "x", None], "probabilities": [0.5, 0.5, None]}
 
 
+def test_the_share_of_words_that_are_scored_stands_beside_the_scores() -> None:
+    rows = {"tokens": [["great", "film", "song", "plot"]], "tags": [["x", "y", "x", "y"]]}
+    for limit, read in ((4, {"words_read": 0.5}), (16, {})):
+        features = encode(TOKENS, rows, limit=limit).features
+        outcome = EvalPrediction(predictions=np.zeros((1, 6, 2)), label_ids=np.array([]))
+        found = tasks.get(TOKENS).metrics(outcome, features)
+        assert found["accuracy"] == 0.5
+        assert {name: value for name, value in found.items() if name == "words_read"} == read
+
+
 def test_words_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"tokens": words, "tags": ["PRAISE" if word in tiny.GOOD else "O" for word in words]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -98,3 +99,15 @@ def test_what_a_preset_fills_in() -> None:
 def test_rows_of_another_set(row: dict[str, Any], message: str) -> None:
     with pytest.raises(LoricaError, match=message):
         presets.lay_out(Dataset.from_list([row]), "dart")
+
+
+def test_rows_of_another_form_are_left_out_if_that_is_wanted() -> None:
+    good = {"tripleset": [["a", "B", "c"]], "target": "x"}
+    rows = Dataset.from_list([{**good, "tripleset": None}, *[good] * 5])
+    config = DataConfig(preset="dart", validation_fraction=0.0)
+    with pytest.raises(LoricaError, match="row 1 of the train rows is no row of 'dart'"):
+        load(config, rows)
+    used = load(dataclasses.replace(config, skip_bad=True), rows).used()["train"]
+    assert (len(used.rows), used.skipped, used.origin.number(0)) == (5, 1, 2)
+    assert used.first is not None
+    assert used.first.startswith("row 1 of the train rows is no row of 'dart'")

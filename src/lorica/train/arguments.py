@@ -74,7 +74,7 @@ def training_arguments(
         "save_strategy": strategy if validated else "epoch",
         **every,
         "save_total_limit": config.save_total_limit,
-        "load_best_model_at_end": best,
+        "load_best_model_at_end": best and config.load_best,
         "metric_for_best_model": metric if best else None,
         "greater_is_better": metric.removeprefix("eval_") not in LOWER_IS_BETTER if best else None,
         "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",

@@ -13,7 +13,7 @@ from lorica.train import presets
 from lorica.train.reading import IN_PYTHON, SPLITS, describe
 from lorica.train.reading import read as read
 from lorica.train.recipe import DataConfig
-from lorica.train.rows import Origin, RowError, Used
+from lorica.train.rows import Origin, Used, use
 
 Rows = Dataset | DatasetDict | Mapping[str, Dataset]
 """Rows that are in memory: of one split, or of several by their names."""
@@ -28,12 +28,14 @@ class Splits:
         validation: rows that choose the best checkpoint, or None.
         test: rows for the final score, or None.
         origins: where each split's rows came from.
+        skipped: split → how many more there were that could not be used, and what was wrong with the first.
     """
 
     train: Dataset
     validation: Dataset | None = None
     test: Dataset | None = None
     origins: Mapping[str, Origin] = field(default_factory=dict)
+    skipped: Mapping[str, tuple[int, str | None]] = field(default_factory=dict)
 
     def items(self) -> Iterator[tuple[str, Dataset]]:
         """Name and rows of each split there is."""
@@ -44,7 +46,9 @@ class Splits:
     def used(self) -> dict[str, Used]:
         """Rows of each split there is, and where they came from."""
         return {
-            name: Used(rows, self.origins.get(name) or Origin(f"the {name} rows"))
+            name: Used(
+                rows, self.origins.get(name) or Origin(f"the {name} rows"), *self.skipped.get(name, (0, None))
+            )
             for name, rows in self.items()
         }
 
@@ -86,9 +90,13 @@ def load(data: DataConfig, rows: Rows | None = None) -> Splits:
         kept, aside = (list(drawn[part]["place"]) for part in ("train", "test"))
         found["validation"] = train.select(aside), origin.select(aside)
         train, origin = train.select(kept), origin.select(kept)
-    origins = {"train": origin, **{split: pair[1] for split, pair in found.items()}}
     parts = {"train": (train, origin), **found}
-    return Splits(**{split: _laid_out(*pair, data.preset) for split, pair in parts.items()}, origins=origins)
+    laid = {split: laid_out(Used(*pair), data) for split, pair in parts.items()}
+    return Splits(
+        **{split: used.rows for split, used in laid.items()},
+        origins={split: used.origin for split, used in laid.items()},
+        skipped={split: (used.skipped, used.first) for split, used in laid.items()},
+    )
 
 
 def load_test(source: str | Rows, subset: str | None = None) -> Used:
@@ -96,6 +104,16 @@ def load_test(source: str | Rows, subset: str | None = None) -> Used:
     found = read(source, subset) if isinstance(source, str) else in_memory(source)
     split = "test" if set(SPLITS["test"]) & set(found) else "train"
     return Used(*_split(found, split, source if isinstance(source, str) else IN_PYTHON))
+
+
+def laid_out(used: Used, data: DataConfig) -> Used:
+    """Rows as the preset's task reads them, if there is a preset.
+
+    Raises:
+        RowError: rows have another form, and the configuration does not say to leave them out.
+    """
+    rows, used = use(used, lambda rows: presets.lay_out(rows, data.preset), skip=data.skip_bad)
+    return replace(used, rows=rows)
 
 
 def in_memory(rows: Rows) -> dict[str, Dataset]:
@@ -153,13 +171,6 @@ def part(used: Used, split: str, data: DataConfig) -> Used:
     order = list(range(total))
     random.Random(data.split_seed).shuffle(order)
     return used.select(sorted(order[:count]))
-
-
-def _laid_out(rows: Dataset, origin: Origin, preset: str | None) -> Dataset:
-    try:
-        return presets.lay_out(rows, preset)
-    except RowError as error:
-        raise error.found_in(origin) from error
 
 
 def _named(source: str, split: str, subset: str | None) -> tuple[Dataset, Origin]:

@@ -86,6 +86,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        _as_texts(self, "train", "validation", "test")
         _expect(self, "validation_fraction", 0 <= self.validation_fraction < 1, "a share in [0, 1)")
         _expect(self, "stride", self.stride is None or self.stride >= 0, "None, or 0 or more")
         _expect(self, "fraction", self.fraction is None or 0 < self.fraction <= 1, "a share in (0, 1]")
@@ -246,6 +247,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        _as_texts(self, "model", "init_from", "output")
         self.configuration()
         _expect(
             self,
@@ -404,6 +406,13 @@ def _empty(content: Mapping[str, Any], known: Any, prefix: str = "") -> Iterator
             yield f"{prefix}{key}"
         elif isinstance(value, Mapping) and dataclasses.is_dataclass(part := getattr(known, key)):
             yield from _empty(value, part, f"{prefix}{key}.")
+
+
+def _as_texts(config: Any, *names: str) -> None:
+    """Take a path as its text, which YAML and JSON have a form for."""
+    for name in names:
+        if isinstance(value := getattr(config, name), Path):
+            object.__setattr__(config, name, str(value))
 
 
 def _expect(config: Any, name: str, ok: bool, expected: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +125,7 @@ def evaluate(
     trained = open_run(directory)
     recipe = trained.recipe
     if test is not None:
-        used = sources.load_test(test, recipe.data.subset)
-        used = replace(used, rows=presets.lay_out(used.rows, recipe.data.preset))
+        used = sources.laid_out(sources.load_test(test, recipe.data.subset), recipe.data)
     else:
         found = sources.labelled(sources.load(recipe.data), recipe.data).used()
         if "test" not in found:

@@ -95,7 +95,11 @@ class TokenClassification(Task):
         return DataCollatorForTokenClassification(padded_right(tokenizer))
 
     def metrics(self, outcome: EvalPrediction, features: Dataset) -> dict[str, float]:
-        """Of spans where the classes mark any: F1, precision and recall by seqeval; else those of words."""
+        """Of spans where the classes mark any: F1, precision and recall by seqeval; else those of words.
+
+        Words past the longest length are not scored; ``words_read`` is the share of the others, where there
+        are any.
+        """
         names: list[str] = features.features[_TRUE].feature.names
         outputs = logits_of(outcome.predictions)
         true = features[_TRUE]
@@ -103,9 +107,12 @@ class TokenClassification(Task):
             [int(row[token].argmax()) for _, token in firsts]
             for row, firsts in zip(outputs, features["first_tokens"], strict=True)
         ]
-        if not marks_spans(names):
-            return metrics.classification(np.concatenate(said), np.concatenate(true))
-        return tagging(*([[names[each] for each in row] for row in rows] for rows in (said, true)))
+        if marks_spans(names):
+            scores = tagging(*([[names[each] for each in row] for row in rows] for rows in (said, true)))
+        else:
+            scores = metrics.classification(np.concatenate(said), np.concatenate(true))
+        read, words = sum(map(len, said)), sum(features["words"])
+        return scores if read == words else {**scores, "words_read": read / words}
 
     def remarks(self, data: DataConfig) -> list[str]:
         """That words are scored, and not spans."""
