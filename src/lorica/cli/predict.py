@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
     recipe = recipe_of(parsed.directory)
     path = Path(parsed.input)
     holds_rows = path.suffix == ".txt" or format_of(path) is not None
-    there = len(parsed.input) < 1024 and path.exists()
+    there = 0 < len(parsed.input) < 1024 and path.exists()
     if holds_rows and " " not in parsed.input and not there:
         raise FileError(f"there is no file {path}")
     if there and path.is_dir():
