@@ -136,8 +136,10 @@ class Trainer(
         own = self.loss(outputs, inputs)
         if own is not None:
             labels = inputs.get("labels")
-            counted = labels is not None and num_items_in_batch is not None
-            loss = own * self._share(labels, num_items_in_batch) if counted else own
+            if labels is None or num_items_in_batch is None:
+                loss = own
+            else:
+                loss = own * self._share(labels, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def get_optimizer_cls_and_kwargs(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -170,8 +170,8 @@ class Task(ABC):
     def pad(self, model: PreTrainedModel, tokenizer: Any) -> None:
         """Tell the model which token pads; a classifier reads the last one before it."""
         token = getattr(tokenizer, "pad_token_id", None)
-        if token is not None:
-            model.config.pad_token_id = token
+        for config in (model.config, model.config.get_text_config()) if token is not None else ():
+            config.pad_token_id = token
 
     def model(self, name: str, data: DataConfig, **options: Any) -> PreTrainedModel:
         """Load a pretrained model with this task's head, new unless the model has one of that shape.
