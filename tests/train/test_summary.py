@@ -91,3 +91,12 @@ def test_what_a_row_says_is_no_markup(tmp_path: Path, text: str) -> None:
     reason = next(line for line in lines if "left out" in line)
     assert reason.startswith("1 train rows are left out, the first of them because row 2 of ")
     assert f"{{'role': '{text}'}}" in reason or text in reason
+
+
+def test_test_rows_without_labels_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    tiny.write_rows(tmp_path / "train.jsonl", tiny.sentences(8))
+    tiny.write_rows(tmp_path / "test.jsonl", [{"text": "film"}])
+    output = io.StringIO()
+    recipe = Recipe(model=str(tiny_model), data=DataConfig(train=str(tmp_path)))
+    announce(prepare(recipe), Console(file=output, width=60))
+    assert f"{tmp_path / 'test.jsonl'} has no labels, and is not scored\n" in output.getvalue()
