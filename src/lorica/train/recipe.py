@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 
 from lorica.config import AdapterConfig, LoraConfig, as_config, read_config
-from lorica.errors import ConfigError, FileError, listing, nearest
+from lorica.errors import ConfigError, FileError
+from lorica.train.fields import check_fields
 from lorica.train.files import write_atomically
 from lorica.train.generation.config import GenerationConfig
 
@@ -312,7 +313,7 @@ class Recipe:
         Raises:
             ConfigError: there is a field that does not exist, or a value of the wrong type.
         """
-        check_fields(values, where)
+        check_fields(values, cls(), where)
         import jsonargparse
 
         parser = _parser()
@@ -367,45 +368,8 @@ def check_file(path: str | Path) -> Mapping[str, Any]:
         raise FileError(
             f"the recipe {path} must hold fields such as 'task:' and 'model:', not {type(content).__name__}"
         )
-    check_fields(content, str(path))
+    check_fields(content, Recipe(), str(path))
     return content
-
-
-def check_fields(values: Mapping[str, Any], where: str) -> None:
-    """Refuse a recipe's plain values of which one belongs to no field.
-
-    Raises:
-        ConfigError: naming every unknown field, with the nearest known one; a part that holds no fields; or
-            every field that is null and must not be.
-    """
-    default = Recipe()
-    if unknown := list(_unknown(values, default)):
-        raise ConfigError(f"{where}: unknown field {'; unknown field '.join(unknown)}")
-    for name, value in values.items():
-        if dataclasses.is_dataclass(getattr(default, name)) and not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: {name} must hold fields, not {value!r}")
-    if empty := list(_empty(values, default)):
-        raise ConfigError(
-            f"{where}: {listing(empty)} must have a value, not null; leave it out for the default"
-        )
-
-
-def _unknown(content: Mapping[str, Any], known: Any, prefix: str = "") -> Iterator[str]:
-    names = [item.name for item in dataclasses.fields(known)]
-    for key, value in content.items():
-        if key not in names:
-            yield f"{prefix + str(key)!r}{nearest(str(key), names)}"
-        elif dataclasses.is_dataclass(part := getattr(known, key)) and isinstance(value, Mapping):
-            yield from _unknown(value, part, f"{prefix}{key}.")
-
-
-def _empty(content: Mapping[str, Any], known: Any, prefix: str = "") -> Iterator[str]:
-    types = {item.name: str(item.type) for item in dataclasses.fields(known)}
-    for key, value in content.items():
-        if value is None and "None" not in types[key]:
-            yield f"{prefix}{key}"
-        elif isinstance(value, Mapping) and dataclasses.is_dataclass(part := getattr(known, key)):
-            yield from _empty(value, part, f"{prefix}{key}.")
 
 
 def _as_texts(config: Any, *names: str) -> None:
