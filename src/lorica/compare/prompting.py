@@ -27,6 +27,7 @@ from lorica.train.columns import check_texts
 from lorica.train.embedded import resolve_model
 from lorica.train.fitting import score
 from lorica.train.generation.scoring import writer_of
+from lorica.train.positions import positions_of
 from lorica.train.preparing import read
 from lorica.train.quiet import quiet
 from lorica.train.recipe import DataConfig, Recipe
@@ -96,8 +97,7 @@ class _Classifier:
         if data.text_pair and "{text_pair}" not in self.template:
             raise ConfigError("few-shot.prompt must say where the second text goes, as {text_pair}")
         self.examples = self._draw(train, recipe.training.seed)
-        limit = getattr(model.config, "max_position_embeddings", None)
-        self.limit = min(filter(None, (limit, tokenizer.model_max_length)))
+        self.limit = _room(model, tokenizer)
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         self.start = [] if start is None else [start]
         self.endings = [self._ids(f" {word}") for word in self.words]
@@ -191,6 +191,11 @@ class _Classifier:
         return torch.where(back <= torch.tensor(ends)[:, None], likelihood, 0.0).sum(-1)
 
 
+def _room(model: Any, tokenizer: Any) -> int:
+    """Tokens that the model reads at once."""
+    return min(filter(None, (positions_of(model.config), tokenizer.model_max_length)))
+
+
 def _examples_before(data: DataConfig, settings: FewShot, train: Dataset, seed: int) -> str:
     if settings.shots > len(train):
         raise ConfigError(f"there are {len(train)} training rows, fewer than shots={settings.shots}")
@@ -212,10 +217,7 @@ def _complete(
     assert data.text is not None
     texts = [before + text for text in rows[data.text]]
     rows = rows.remove_columns(data.text).add_column(data.text, texts)  # type: ignore[arg-type,call-arg]
-    limit = min(
-        filter(None, (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length))
-    )
-    encoded = task.encode(rows, data, tokenizer, limit, "the rows")
+    encoded = task.encode(rows, data, tokenizer, _room(model, tokenizer), "the rows")
     silent = Console(file=io.StringIO())
     writer = writer_of(recipe, task, tokenizer, model, [encoded.features], silent)
     with tempfile.TemporaryDirectory() as folder:
