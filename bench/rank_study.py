@@ -162,9 +162,9 @@ def shared(runs: dict[tuple[str, int], Run]) -> list[dict[str, Any]]:
     """
     large, small = (f"r{RANKS[0]}", f"r{RANKS[1]}")
     adapters = {key: runs[key].adapter for key in ((large, 0), (large, 1), (small, 0))}
-    ranks = study.similarity(adapters[small, 0], adapters[large, 1])
-    started = study.similarity(adapters[small, 0], adapters[large, 0])
-    seeds = study.similarity(adapters[large, 0], adapters[large, 1])
+    ranks = study.similarity(adapters[small, 0], adapters[large, 1], side="A")
+    started = study.similarity(adapters[small, 0], adapters[large, 0], side="A")
+    seeds = study.similarity(adapters[large, 0], adapters[large, 1], side="A")
     places = spots(ranks.layers)
     found = []
     for path, two in ranks.layers.items():

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,18 +10,16 @@ import torch
 from study import made
 
 import lorica
-from lorica import study
+from lorica import algebra, study
 from lorica.checkpoint import loralib
 from lorica.cli import main
+from lorica.cli.study import facts_of
 from lorica.errors import AdapterError, FileError
+from lorica.study import figures
 from lorica.study.folder import write_report
 from lorica.study.report import gather, spread
 
 pytest.importorskip("matplotlib")
-
-BROWSER = next(
-    (found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None
-)
 
 
 def trained(seed: int, r: int = 4) -> lorica.Adapter:
@@ -73,55 +68,21 @@ def test_the_page_needs_nothing_else(written: Path) -> None:
     Links().feed(text)
     assert links == ["data:,"]
     assert "<b>mine" not in text  # names are text, wherever they come from
-    sections = json.loads(re.findall(r'id="data">(.*?)</script>', text, flags=re.DOTALL)[0])
-    titles = " ".join(section["title"] for section in sections)
-    for part in ("Advice", "Spectra", "figures 3 and 6", "table 7", "figure 8"):
+    data = json.loads(re.findall(r'id="data">(.*?)</script>', text, flags=re.DOTALL)[0])
+    titles = " ".join(section["title"] for section in data["sections"])
+    for part in ("Which rank is enough", "Singular values", "figures 3 and 6", "table 7", "figure 8"):
         assert part in titles
+    assert ["compared with", "other"] in data["facts"]
+    assert {title for title, _ in data["facts"]} >= {"parameters", "date"}
+    for section in data["sections"]:
+        assert section["kind"] != "heat" or (section["scale"] and section["y"] and section["max"] >= 1)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")
-@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (390, False)])
-def test_in_a_browser(width: int, dark: bool, written: Path, tmp_path: Path) -> None:
-    """It draws itself without an error, has something in every section, and is no wider than a phone."""
-    probe = """<script>
-    addEventListener("error", event => document.body.dataset.failed = event.message);
-    addEventListener("load", () => {
-      const boxes = [...document.querySelectorAll("section")];
-      const button = document.querySelectorAll("th button")[1];
-      button.click();
-      const rows = [...button.closest("table").querySelectorAll("tbody tr")];
-      const column = rows.map(r => +r.children[1].textContent);
-      const over = new PointerEvent("pointermove", {clientX: 60, clientY: 60});
-      document.querySelector("canvas").dispatchEvent(over);
-      Object.assign(document.body.dataset, {
-        sections: boxes.length, empty: boxes.filter(b => b.children.length < 2).length,
-        sorted: column.every((x, i) => !i || column[i - 1] >= x),
-        tip: document.getElementById("tip").textContent,
-        wide: document.documentElement.scrollWidth > innerWidth,
-        back: getComputedStyle(document.body).backgroundColor,
-      });
-    });</script>"""
-    page = tmp_path / "probed.html"
-    text = written.read_text(encoding="utf-8")
-    page.write_text(text.replace("<head>", "<head>" + probe), encoding="utf-8")
-    theme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", *theme]
-    if folder := os.environ.get("LORICA_SCREENSHOTS"):
-        shot = Path(folder) / f"report-{width}-{'dark' if dark else 'light'}.png"
-        subprocess.run(
-            [*command, f"--screenshot={shot}", written.as_uri()], check=True, timeout=60, capture_output=True
-        )
-    done = subprocess.run(
-        [*command, "--dump-dom", page.as_uri()], check=True, timeout=60, capture_output=True, text=True
-    )
-    body = re.findall(r"<body[^>]*>", done.stdout)[0]
-    found = dict(re.findall(r'data-(\w+)="([^"]*)"', body))
-    assert "failed" not in found, found
-    assert int(found["sections"]) >= 8
-    assert (found["empty"], found["sorted"], found["wide"]) == ("0", "true", "false")
-    assert re.search(r": \d", found["tip"])
-    assert (found["back"] == "rgb(20, 24, 28)") is dark
+def test_the_recipe_beside_it_is_read_and_not_run(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("task: evil.py:Task\ndata: {train: reviews.csv}\n")
+    assert facts_of(str(tmp_path)) == {"task": "evil.py:Task", "trained on": "reviews.csv"}
+    (tmp_path / "recipe.yaml").write_text("[" * 3000)
+    assert facts_of(str(tmp_path)) == {}
 
 
 def test_two_seeds_of_one_rank_are_the_other_figure(tmp_path: Path) -> None:
@@ -179,3 +140,67 @@ def test_bad_input(tmp_path: Path, base: Path) -> None:
 def test_spread() -> None:
     assert spread(list("abc"), 6) == list("abc")
     assert spread([str(i) for i in range(96)], 5) == ["0", "24", "48", "71", "95"]
+
+
+def whole() -> lorica.Adapter:
+    return lorica.Adapter(lorica.FullConfig(), {}, {"h.0.q.weight": torch.randn(4, 4)})
+
+
+def test_what_has_no_low_rank_update_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AdapterError, match=r"no update s·B·A to study: its method is full, .* 1 tensors"):
+        gather(whole())
+    with pytest.raises(AdapterError, match="no layer that can be compared"):
+        gather(trained(0), against=whole())
+    lorica.write(whole(), tmp_path / "full")
+    assert main(["study", str(tmp_path / "full"), "--out", str(tmp_path / "out")]) == 1
+    assert "lorica study forget" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_updates_of_stacked_experts_are_no_single_product() -> None:
+    """Their factors interleave the experts', so a product of the two would be something else."""
+    stack = lorica.Factors(torch.randn(6, 5), torch.randn(4, 6), 1.0, "parameter")
+    config = lorica.LoraConfig(r=2, target_modules=[], target_parameters=["mlp.up"])
+    adapter = lorica.Adapter(config, {"h.0.mlp": stack})
+    looks = [study.spectrum, study.norms, study.correlation, study.advise, gather]
+    for look in (*looks, lambda a: study.similarity(a, a, paths=["h.0.mlp"])):
+        with pytest.raises(AdapterError, match="is the update of a parameter"):
+            look(adapter)
+
+
+def test_a_compressed_copy_is_no_stranger() -> None:
+    """Other factors of the same ΔW share all its directions, and so does its best cut as many as it has."""
+    one = trained(0, 6)
+    mixes = {path: torch.randn(6, 6).double() + 4 * torch.eye(6).double() for path in one.factors}
+    copies = {
+        path: lorica.Factors(
+            mixes[path] @ f.A.double(), f.B.double() @ torch.linalg.inv(mixes[path]), f.scale
+        )
+        for path, f in one.factors.items()
+    }
+    small = algebra.compress(one, rank=2)[0]
+    for other, share in ((made.adapter(copies), None), (small, 2)):
+        report = gather(one, against=other)
+        assert report.similarity is not None
+        assert report.written is not None
+        for path, f in one.factors.items():
+            S = torch.linalg.svdvals(made.dense(f))
+            kept = float((S[:share].square().sum() / S.square().sum()).sqrt())
+            for side in (report.similarity, report.written):
+                phi = side.layers[path].phi
+                assert torch.allclose(phi.diagonal(), torch.ones(len(phi.diagonal())).to(phi), atol=1e-5)
+            assert report.alike[path].cosine == pytest.approx(kept, abs=1e-6)
+
+
+def test_names_in_a_figure_stand_at_their_own_rows() -> None:
+    layers = {f"h.{i}.{n}": made.gaussian(6, 5, 2, seed=i) for i in range(60) for n in ("q", "v")}
+    report = gather(made.adapter(layers))
+    axis = figures.layers_among_themselves(report).axes[0]
+    paths = list(layers)
+    for ticks, texts in (
+        (axis.get_xticks(), axis.get_xticklabels()),
+        (axis.get_yticks(), axis.get_yticklabels()),
+    ):
+        for tick, text in zip(ticks, texts, strict=True):
+            block, name = text.get_text().split()
+            assert paths[round(tick) - 1] == f"h.{block}.{name}"

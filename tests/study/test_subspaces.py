@@ -92,7 +92,7 @@ def test_two_adapters_compare_what_both_have() -> None:
         "only the second adapts h.0.k",
     ):
         assert part in notes
-    assert "h.0.up and h.0.up cannot be compared by A: the directions of one have 5 dimensions" in notes
+    assert "h.0.up and h.0.up cannot be compared by input: the directions of one have 5 dimensions" in notes
     assert list(study.similarity(one, two, side="B").layers) == ["h.0.q", "h.0.up"]
     with pytest.raises(AdapterError, match="have 5 dimensions, those of the other 7"):
         study.similarity(one, two, paths=["h.0.up"])

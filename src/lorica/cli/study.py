@@ -57,6 +57,7 @@ def run(argv: list[str]) -> int:
         against_name=_name(parsed.against or ""),
         energy=parsed.energy,
         budget=parsed.budget,
+        facts=facts_of(parsed.adapter),
     )
     page = write_report(report, parsed.out)
     for note in report.notes:
@@ -78,6 +79,21 @@ def read(path: str, alpha: float | None) -> Adapter:
     from lorica.checkpoint import loralib
 
     return loralib.read(path, alpha) if Path(path).is_file() else checkpoint.read(path)
+
+
+def facts_of(path: str) -> dict[str, str]:
+    """What the recipe beside an adapter says of it; nothing in it is run, and a damaged one says nothing."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load((Path(path) / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+    if not isinstance(recipe, dict):
+        return {}
+    data = recipe.get("data")
+    found = {"task": recipe.get("task"), "trained on": data.get("train") if isinstance(data, dict) else None}
+    return {title: text for title, text in found.items() if isinstance(text, str)}
 
 
 def _name(path: str) -> str:

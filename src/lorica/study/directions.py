@@ -118,6 +118,11 @@ def _single(factors: Factors, path: str) -> tuple[Tensor, Tensor]:
 
 
 def _blocks(factors: Factors, path: str) -> tuple[Tensor, Tensor]:
+    if factors.kind == "parameter":
+        raise AdapterError(
+            f"{path} is the update of a parameter (target_parameters), which may stack many experts' and is "
+            "no single product B·A; study an adapter without target_parameters"
+        )
     for name in ("A", "B"):
         if not getattr(factors, name).isfinite().all():
             raise AdapterError(f"{path}: {name} holds NaN or infinity, so its update has no spectrum")

@@ -14,6 +14,7 @@ from lorica.study.report import Report
 from lorica.study.subspaces import random_phi
 
 _WIDE = 4  # panels in a row
+_NAMES = 48  # along a side of a map
 
 
 def drawn(report: Report) -> dict[str, Writer]:
@@ -27,7 +28,7 @@ def drawn(report: Report) -> dict[str, Writer]:
     if report.similarity:
         figures["similarity"] = lambda: _similarity(report)
     if report.correlation:
-        figures["layers"] = lambda: _correlation(report)
+        figures["layers"] = lambda: layers_among_themselves(report)
     if report.amplification:
         figures["amplification"] = lambda: _table_7(report)
     if report.overlap:
@@ -68,17 +69,26 @@ def _title(report: Report, path: str) -> str:
     return path if spot.layer is None else f"{spot.projection}, layer {spot.layer}"
 
 
+def _short(report: Report, path: str) -> str:
+    spot = report.spots[path]
+    return path if spot.layer is None else f"{spot.layer} {spot.projection}"
+
+
 def _spectra(report: Report) -> Any:
     names = list(dict.fromkeys(report.spots[path].projection for path in report.spectrum.layers))
-    figure, axes = sheet(len(names), f"Singular values of the updates of {report.name}")
+    figure, axes = sheet(
+        len(names), f"Singular values of ΔW in {report.name}; darker lines are earlier blocks"
+    )
     for axis, name in zip(axes, names, strict=True):
+        axis.sharey(axes[0])  # one scale for all, so that they can be compared
         found = [(p, s) for p, s in report.spectrum.layers.items() if report.spots[p].projection == name]
         for i, (_, s) in enumerate(found):
             shade = 0.15 + 0.7 * i / max(len(found) - 1, 1)
             if s.norm:
                 axis.semilogy(range(1, len(s.values) + 1), s.values, color=str(shade), marker=".")
         axis.set_title(name, fontsize=9)
-        axis.set_xlabel("direction", fontsize=8)
+        axis.set_xlabel("singular direction, the strongest first", fontsize=8)
+        axis.set_ylabel("singular value", fontsize=8)
     return figure
 
 
@@ -86,8 +96,7 @@ def _heat(figure: Any, axes: list[Any], panels: list[tuple[str, Any, str, str]])
     image = None
     for axis, (title, phi, one, other) in zip(axes, panels, strict=True):
         rows, columns = phi.shape
-        first = 0 if one == "layer" else 1  # layers are counted from 0, directions from 1
-        sides = (first - 0.5, columns + first - 0.5, rows + first - 0.5, first - 0.5)
+        sides = (0.5, columns + 0.5, rows + 0.5, 0.5)  # directions are counted from 1
         image = axis.imshow(
             phi.tolist(), vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=sides
         )
@@ -95,26 +104,35 @@ def _heat(figure: Any, axes: list[Any], panels: list[tuple[str, Any, str, str]])
         axis.set_xlabel(other, fontsize=8)
         axis.set_ylabel(one, fontsize=8)
         axis.tick_params(labelsize=6)
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="φ")
 
 
 def _similarity(report: Report) -> Any:
     found = report.similarity
     assert found is not None
     paths = chosen(report, list(found.layers))
-    panels = [(_title(report, p), found.layers[p].phi, "i", "j") for p in paths]
+    sides = (f"first i of {report.name}", f"first j of {report.against}")
+    panels = [(_title(report, p), found.layers[p].phi, *sides) for p in paths]
     one = found.layers[paths[0]]
-    panels.append(("random Gaussian", random_phi(one.d, *one.phi.shape), "i", "j"))
+    panels.append(("two random subspaces", random_phi(one.d, *one.phi.shape), "i", "j"))
     figure, axes = sheet(len(panels), similarity_title(report))
     _heat(figure, axes, panels)
     return figure
 
 
-def _correlation(report: Report) -> Any:
+def layers_among_themselves(report: Report) -> Any:
+    """Each layer with each, named at its own row and column."""
     found = report.correlation
     assert found is not None
-    figure, axes = sheet(1, f"A's first {found.rank} directions, each layer with each (appendix H.1)")
-    _heat(figure, axes, [("", found.phi, "layer", "layer")])
+    title = f"What the first {found.rank} directions of each ΔW read, each layer with each (appendix H.1)"
+    figure, (axis,) = sheet(1, title)
+    _heat(figure, [axis], [("", found.phi, "layer", "layer")])
+    step = -(-len(found.paths) // _NAMES)
+    places = range(1, len(found.paths) + 1, step)
+    names = [_short(report, found.paths[i - 1]) for i in places]
+    axis.set_yticks(places, names, fontsize=5)
+    axis.set_xticks(places, names, fontsize=5, rotation=90)
+    figure.set_size_inches(6.5, 5.5)
     return figure
 
 

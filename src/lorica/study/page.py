@@ -11,21 +11,32 @@ from torch import Tensor
 
 from lorica.plain import as_json
 from lorica.study.report import Report, spread
-from lorica.study.subspaces import expected_phi, random_phi
+from lorica.study.subspaces import Similarity, SimilarityReport, expected_phi, random_phi
 
-_PANELS = 6  # layers of each projection that have a heat-map
+_PANELS = 6  # layers of each projection that have a heat map
+_PHI = (
+    "φ(i, j) is the share that the first i directions of one and the first j of the other have in common: 1 "
+    "where the smaller span lies within the larger, 0 where they are orthogonal."
+)
 
 
 def page(report: Report) -> str:
     """The page's text; everything is inside it."""
     template = resources.files("lorica.study").joinpath("page.html").read_text(encoding="utf-8")
-    data = as_json(sections(report), indent=None).replace("<", r"\u003c")
-    return template.replace("{{title}}", html.escape(report.name)).replace("{{data}}", data)
+    data = as_json({"facts": facts(report), "sections": sections(report)}, indent=None)
+    title = html.escape(f"What {report.name} learned")
+    return template.replace("{{title}}", title).replace("{{data}}", data.replace("<", r"\u003c"))
+
+
+def facts(report: Report) -> list[list[str]]:
+    """What stands at the top: title and text."""
+    more = {"compared with": report.against} if report.against else {}
+    return [[title, text] for title, text in {**report.facts, **more}.items()]
 
 
 def sections(report: Report) -> list[dict[str, Any]]:
-    """What the page shows, in order: texts, tables, lines and heat-maps."""
-    return [
+    """What the page shows, in order: texts, tables, lines and heat maps; the first few stand open."""
+    found = [
         *_advice(report),
         _ranks(report),
         _spectra(report),
@@ -35,6 +46,7 @@ def sections(report: Report) -> list[dict[str, Any]]:
         *_overlap(report),
         _layers(report),
     ]
+    return [{**section, "open": i < 2} for i, section in enumerate(found)]
 
 
 def _label(report: Report, path: str) -> str:
@@ -49,24 +61,45 @@ def _advice(report: Report) -> list[dict[str, Any]]:
     a = report.advice
     proposal = (
         f"r = {a.config.r}, with other ranks for {len(a.config.rank_pattern)} layers: {a.parameters:,} "
-        f"parameters instead of {a.before:,}, with {a.kept:.2%} of the energy"
+        f"parameters instead of {a.before:,}, with {a.kept:.2%} of the energy ‖ΔW‖²"
     )
     pattern = json.dumps(a.config.rank_pattern, indent=1)
-    head = {"kind": "text", "title": "Advice", "lines": [proposal, *a.evidence, *texts], "code": pattern}
+    head = {"kind": "text", "title": "Which rank is enough", "lines": [proposal, *a.evidence, *texts]}
     rows = [
         [_label(report, path), found.r, found.used, found.needed, found.rank, found.kept]
         for path, found in a.layers.items()
     ]
-    columns = ["layer", "rank", "effective", f"for {100 * a.energy:.6g}%", "proposed", "kept"]
-    return [head, {"kind": "table", "title": "Ranks, layer by layer", "columns": columns, "rows": rows}]
+    percent = f"{100 * a.energy:.6g}%"
+    table = {
+        "kind": "table",
+        "title": "Ranks, layer by layer",
+        "text": f"The trained rank r; the effective rank of ΔW = s·B·A; the smallest rank that keeps "
+        f"{percent} of ‖ΔW‖²; the proposed rank, and the share of ‖ΔW‖² that it keeps.",
+        "columns": ["layer", "r", "effective rank", f"rank for {percent}", "proposed rank", "‖ΔW‖² kept"],
+        "rows": rows,
+    }
+    return [{**head, "code": pattern}, table]
 
 
 def _ranks(report: Report) -> dict[str, Any]:
     grid, layers, names = _grid(report)
     values = [[grid.get((layer, name)) for layer in layers] for name in names]
     panel = {"title": "", "rows": names, "columns": [str(x) for x in layers], "values": values}
-    text = "exp of the entropy of the energy's shares: 1 where one direction has all of it"
-    return {"kind": "heat", "title": "Effective rank by layer", "text": text, "panels": [panel]}
+    text = (
+        "exp of the entropy of the shares of ‖ΔW‖²: 1 where one singular direction has all of it, r where "
+        "all r have as much."
+    )
+    most = max((found.r for found in report.spectrum.layers.values()), default=1)
+    return {
+        "kind": "heat",
+        "title": "Effective rank by layer",
+        "text": text,
+        "panels": [panel],
+        "x": "block" if any(spot.layer is not None for spot in report.spots.values()) else "",
+        "y": "target module",
+        "max": most,
+        "scale": "effective rank",
+    }
 
 
 def _grid(report: Report) -> tuple[dict[tuple[int | str, str], float], list[int | str], list[str]]:
@@ -83,9 +116,15 @@ def _spectra(report: Report) -> dict[str, Any]:
     for path, found in report.spectrum.layers.items():
         line = {"name": _label(report, path), "values": found.values}
         panels.setdefault(report.spots[path].projection, []).append(line)
-    text = "singular values of each layer's update, logarithmic; darker lines are earlier layers"
-    shown = [{"title": name, "lines": lines} for name, lines in panels.items()]
-    return {"kind": "lines", "title": "Spectra", "text": text, "panels": shown}
+    return {
+        "kind": "lines",
+        "title": "Singular values of ΔW",
+        "text": "All panels have the same axes. Where a line falls off early, less rank would do.",
+        "panels": [{"title": name, "lines": lines} for name, lines in panels.items()],
+        "x": "singular direction, the strongest first",
+        "y": "singular value (log)",
+        "scale": ["first block", "last block"],
+    }
 
 
 def chosen(report: Report, paths: list[str]) -> list[str]:
@@ -103,42 +142,69 @@ def _similarity(report: Report) -> list[dict[str, Any]]:
     if found is None:
         return []
     paths = chosen(report, list(found.layers))
-    panels = [_phi(_label(report, p), found.layers[p].phi, report.name, str(report.against)) for p in paths]
+    panels = [_phi(report, p, found.layers[p].phi) for p in paths]
     one = found.layers[paths[0]]
     rows, columns = one.phi.shape
+    panels.append({**_phi(report, "", random_phi(one.d, rows, columns)), "title": "two random subspaces"})
     level = expected_phi(one.d, rows, columns)
-    panels.append(_phi("random", random_phi(one.d, rows, columns), "random", "random"))
+    table = {
+        "kind": "table",
+        "title": f"In common with {report.against}, layer by layer",
+        "text": "Cosine: 1 where the two ΔW are the same up to a factor, 0 where they have nothing to do "
+        "with each other. φ of all directions that read (right singular vectors) and that write "
+        "(left ones), each beside what two random subspaces would have in common.",
+        "columns": ["layer", "cosine", "φ(1, 1)", "φ reads", "by chance", "φ writes", "by chance"],
+        "rows": [
+            [
+                _label(report, p),
+                report.alike[p].cosine if p in report.alike else None,
+                s.at(1, 1),
+                *_all_of(s),
+                *_all_of(report.written.layers[p] if _has(report.written, p) else None),
+            ]
+            for p, s in found.layers.items()
+        ],
+    }
     return [
         {
             "kind": "heat",
             "title": similarity_title(report),
-            "text": f"φ(i, j) of the leading directions of A; by chance φ({rows}, {columns}) is {level:.4f}",
+            "text": f"Directions of ΔW that read. {_PHI} Two random subspaces would have "
+            f"φ({rows}, {columns}) = {level:.4f} in common on average, as in the last panel.",
             "panels": panels,
+            "x": f"first j directions of {report.against}",
+            "y": f"first i of {report.name}",
             "max": 1,
+            "scale": "φ",
+            "chance": level,
         },
-        {
-            "kind": "table",
-            "title": "Shared directions, layer by layer",
-            "columns": ["layer", "φ(1, 1)", "φ of all", "by chance"],
-            "rows": [
-                [_label(report, p), s.at(1, 1), float(s.phi[-1, -1]), s.by_chance(*s.phi.shape)]
-                for p, s in found.layers.items()
-            ],
-        },
+        table,
     ]
 
 
+def _has(report: SimilarityReport | None, path: str) -> bool:
+    return report is not None and path in report.layers
+
+
+def _all_of(found: Similarity | None) -> list[float | None]:
+    """φ of all directions, and its level of chance."""
+    return [None, None] if found is None else [float(found.phi[-1, -1]), found.by_chance(*found.phi.shape)]
+
+
 def similarity_title(report: Report) -> str:
-    """Which of the paper's figures the comparison is: of two ranks, or of two runs of one."""
+    """What is compared, and which of the paper's figures that is: of two ranks, or of two runs of one."""
     layers = report.similarity.layers.values() if report.similarity else ()
     same = all(s.phi.shape[0] == s.phi.shape[1] for s in layers)
-    return f"Subspace similarity to {report.against} (figures {'4 and 7' if same else '3 and 6'})"
+    return f"Subspace similarity with {report.against} (figures {'4 and 7' if same else '3 and 6'})"
 
 
-def _phi(title: str, phi: Tensor, one: str, other: str) -> dict[str, Any]:
+def _phi(report: Report, path: str, phi: Tensor) -> dict[str, Any]:
     count = [[str(i + 1) for i in range(n)] for n in phi.shape]
     values = [[round(x, 4) for x in row] for row in phi.tolist()]
-    return {"title": title, "rows": count[0], "columns": count[1], "values": values, "axes": [one, other]}
+    panel = {"rows": count[0], "columns": count[1], "values": values}
+    if not path:
+        return panel
+    return {**panel, "title": _label(report, path), "group": report.spots[path].projection}
 
 
 def _correlation(report: Report) -> list[dict[str, Any]]:
@@ -146,20 +212,33 @@ def _correlation(report: Report) -> list[dict[str, Any]]:
     if found is None:
         return []
     names = [_label(report, path) for path in found.paths]
-    # Each layer with itself is 1, beside which the others would all look alike.
-    values = [
-        [None if x != x or i == j else round(x, 4) for j, x in enumerate(row)]
-        for i, row in enumerate(found.phi.tolist())
+    values = [[None if x != x else round(x, 4) for x in row] for row in found.phi.tolist()]
+    widths = {report.spectrum.layers[path].shape[1] for path in found.paths}
+    levels = [expected_phi(d, found.rank, found.rank) for d in sorted(widths)]
+    text = (
+        f"φ({found.rank}, {found.rank}) of what each layer's ΔW reads with what each other's reads (appendix "
+        "H.1); grey where the two read from spaces of different widths. Two random subspaces would have "
+        f"{' or '.join(f'{level:.4f}' for level in levels)} in common on average, by their width."
+    )
+    return [
+        {
+            "kind": "heat",
+            "title": "Similarity between layers",
+            "text": text,
+            "panels": [{"title": "", "rows": names, "columns": names, "values": values}],
+            "x": "layer",
+            "y": "layer",
+            "max": 1,
+            "scale": "φ",
+            "chance": levels[0],
+        }
     ]
-    panel = {"title": "", "rows": names, "columns": names, "values": values}
-    text = f"φ({found.rank}, {found.rank}) of A's directions, each layer with each other (appendix H.1)"
-    return [{"kind": "heat", "title": "Layers among themselves", "text": text, "panels": [panel]}]
 
 
 def _table_7(report: Report) -> list[dict[str, Any]]:
     if not report.amplification:
         return []
-    columns = ["layer", "r", "‖UᵀWVᵀ‖ of ΔW", "of W", "random", "by chance", "‖ΔW‖", "‖W‖", "factor"]
+    columns = ["layer", "r", "‖UᵀWVᵀ‖ of ΔW", "of W", "random", "by chance", "‖ΔW‖", "‖W‖", "amplification"]
     rows = [
         [
             _label(report, p),
@@ -174,23 +253,43 @@ def _table_7(report: Report) -> list[dict[str, Any]]:
         ]
         for p, a in report.amplification.items()
     ]
-    return [{"kind": "table", "title": "Amplification (table 7)", "columns": columns, "rows": rows}]
+    text = (
+        "How much W does in r directions: in those of ΔW, in its own strongest, in random ones. "
+        "Amplification is ‖ΔW‖ over the first of these: how much louder ΔW makes what W does there."
+    )
+    return [
+        {"kind": "table", "title": "Amplification (table 7)", "text": text, "columns": columns, "rows": rows}
+    ]
 
 
 def _overlap(report: Report) -> list[dict[str, Any]]:
-    paths = chosen(report, list(report.overlap))
-    if not paths:
+    if not report.overlap:
         return []
-    panels = [_phi(_label(report, p), report.overlap[p].phi, "W", "ΔW") for p in paths]
-    panels.append(_phi("random", report.overlap[paths[0]].random, "W", "random"))
-    text = "φ(i, j) of W's strongest tenth of directions and those of ΔW, which read"
-    return [{"kind": "heat", "title": "Overlap with W (figure 8)", "text": text, "panels": panels, "max": 1}]
+    paths = chosen(report, list(report.overlap))
+    panels = [_phi(report, p, report.overlap[p].phi) for p in paths]
+    one = report.overlap[paths[0]]
+    panels.append({**_phi(report, "", one.random), "title": "random in place of ΔW"})
+    level = expected_phi(one.d, *one.phi.shape)
+    return [
+        {
+            "kind": "heat",
+            "title": "Overlap with W (figure 8)",
+            "text": f"The strongest tenth of W's singular directions and those of ΔW, which read. {_PHI} "
+            f"Random directions in place of ΔW's would have {level:.4f} in common with all of W's.",
+            "panels": panels,
+            "x": "first j directions of ΔW",
+            "y": "first i of W",
+            "max": 1,
+            "scale": "φ",
+            "chance": level,
+        }
+    ]
 
 
 def _layers(report: Report) -> dict[str, Any]:
     columns = ["layer", "‖A‖", "‖B‖", "‖ΔW‖", "stable rank", "shape"]
     if report.drift:
-        columns += ["‖ΔW‖ / ‖W‖", "lost in bfloat16", "weights moved"]
+        columns += ["‖ΔW‖ / ‖W‖", "lost in bfloat16", "weights changed"]
     rows = []
     for path, n in report.norms.items():
         s = report.spectrum.layers.get(path)
@@ -200,4 +299,7 @@ def _layers(report: Report) -> dict[str, Any]:
             d = report.drift.get(path)
             row += [n.relative, d.lost if d else None, d.moved if d else None]
         rows.append(row)
-    return {"kind": "table", "title": "Sizes", "columns": columns, "rows": rows}
+    text = "Frobenius norms. Stable rank: ‖ΔW‖² over the largest singular value squared."
+    if report.drift:
+        text += " Lost in bfloat16: the share of ΔW that rounding the merged weight takes away."
+    return {"kind": "table", "title": "Norms", "text": text, "columns": columns, "rows": rows}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from lorica.adapter import Adapter
+from lorica.config import method_of
+from lorica.errors import AdapterError
+from lorica.study.adding import Interference, between
 from lorica.study.advice import Advice, advise
 from lorica.study.base import base_weights
 from lorica.study.places import Spot, spots
@@ -24,13 +29,16 @@ class Report(Result):
 
     Args:
         name: of the adapter.
+        facts: what it is, such as its base, its task and the date of the report: title → text.
         spots: module path → block and projection.
         spectrum: what each layer's update is made of.
         advice: what rank would have done.
         norms: module path → norms.
-        correlation: A's directions of each layer with each; None where an update has none.
+        correlation: what each layer's update reads with what each other's reads; None for fewer than two.
         against: name of another adapter, if one was given.
-        similarity: with that one, by A's directions.
+        similarity: with that one: the directions of ΔW that read (its right singular vectors).
+        written: the same of those that write (the left ones).
+        alike: module path → the cosine of the two ΔW, and how far they read and write the same.
         amplification: module path → table 7, with a base.
         overlap: module path → figure 8, with a base.
         drift: module path → loss to a merge in bfloat16, with a base.
@@ -38,6 +46,7 @@ class Report(Result):
     """
 
     name: str
+    facts: dict[str, str]
     spots: dict[str, Spot]
     spectrum: SpectrumReport
     advice: Advice | None
@@ -45,6 +54,8 @@ class Report(Result):
     correlation: LayerCorrelation | None
     against: str | None
     similarity: SimilarityReport | None
+    written: SimilarityReport | None
+    alike: dict[str, Interference]
     amplification: dict[str, Amplification]
     overlap: dict[str, Overlap]
     drift: dict[str, Drift]
@@ -60,6 +71,7 @@ def gather(
     against_name: str = "the other adapter",
     energy: float = 0.99,
     budget: int | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> Report:
     """Study an adapter; the base's weights are read once, one at a time.
 
@@ -71,13 +83,16 @@ def gather(
         against_name: its name in the report.
         energy: share of each layer's energy that the advice keeps.
         budget: the most parameters that the advice may propose.
+        facts: more to say of it at the top, title → text; `None` adds nothing to what its config says.
 
     Raises:
-        AdapterError: the base does not fit the adapter, or nothing in the other adapter can be compared.
+        AdapterError: the base does not fit the adapter, nothing in the other adapter can be compared, or the
+            adapter has no update of low rank, as one of full fine-tuning.
         ConfigError: `energy` or `budget` is out of range.
         FileError: the base cannot be read.
     """
     notes: list[str] = []
+    _check_studied(adapter, name)
     found = spectrum(adapter)
     trained = {path: f for path, f in adapter.factors.items() if found.layers[path].norm}
     if len(trained) < len(adapter.factors):
@@ -85,14 +100,24 @@ def gather(
     single = {path: f for path, f in trained.items() if f.groups == 1}
     if len(single) < len(trained):
         notes.append("convolutions in groups have a spectrum, and no common directions to compare")
+    if any(f.magnitude is not None or f.bias is not None for f in trained.values()):
+        notes.append("of DoRA's magnitudes and of biases on B nothing is said here: this is about s·B·A")
     rest = Adapter(adapter.config, single, adapter.extras)
     rows: dict[str, tuple[Norms, Amplification, Overlap, Drift]] = {}
     if base is not None and single:
         for w in base_weights(rest, base):
             rows[w.path] = (normed(w.factors, w), amplified(w), overlapped(w), drifted(w, torch.bfloat16))
-    compared = None if against is None else similarity(adapter, against)
+    compared = written = None
+    alike: dict[str, Interference] = {}
+    if against is not None:
+        compared = similarity(adapter, against)
+        paths = list(compared.layers)
+        same = [p for p in paths if _shape(adapter, p) == _shape(against, p)]
+        written = similarity(adapter, against, side="output", paths=same) if same else None
+        alike = {p: between(adapter.factors[p], against.factors[p], p) for p in same}
     return Report(
         name=name,
+        facts={**_facts(adapter, base), **({} if facts is None else facts)},
         spots=spots([*adapter.factors, *rows]),
         spectrum=found,
         advice=advise(adapter, energy=energy, budget=budget) if trained else None,
@@ -101,6 +126,8 @@ def gather(
         correlation=correlation(rest) if len(single) > 1 else None,
         against=None if against is None else against_name,
         similarity=compared,
+        written=written,
+        alike=alike,
         amplification={path: row[1] for path, row in rows.items()},
         overlap={path: row[2] for path, row in rows.items()},
         drift={path: row[3] for path, row in rows.items()},
@@ -113,3 +140,35 @@ def spread(paths: list[str], count: int) -> list[str]:
     if len(paths) <= count:
         return paths
     return [paths[round(i * (len(paths) - 1) / (count - 1))] for i in range(count)]
+
+
+def _check_studied(adapter: Adapter, name: str) -> None:
+    """Refuse what has no update of low rank.
+
+    Raises:
+        AdapterError: saying what it has instead.
+    """
+    if not adapter.factors:
+        held = len(adapter.extras) + len(adapter.added)
+        raise AdapterError(
+            f"{name} has no update s·B·A to study: its method is {method_of(adapter.config)}, of which it "
+            f"holds {held:,} tensors. `lorica info` lists them; `lorica study forget` says what they "
+            "cost elsewhere"
+        )
+
+
+def _shape(adapter: Adapter, path: str) -> tuple[int, int]:
+    B, A = (block.shape for block in adapter.factors[path].blocks())
+    return B[1], A[2]
+
+
+def _facts(adapter: Adapter, base: str | Path | None) -> dict[str, str]:
+    """What its configuration says."""
+    config = adapter.config
+    found = {
+        "base model": config.base_model_name_or_path or (None if base is None else str(base)),
+        "task": config.task_type,
+        "parameters": f"{adapter.numel:,}",
+        "date": datetime.date.today().isoformat(),
+    }
+    return {title: text for title, text in found.items() if text}

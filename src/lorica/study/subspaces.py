@@ -2,7 +2,8 @@
 
     φ(i, j) = ‖U₁..ᵢᵀ · V₁..ⱼ‖² / min(i, j)        1: the smaller span is inside the other; 0: orthogonal
 
-For random directions in d dimensions the expected φ is max(i, j) / d.
+For random directions in d dimensions the expected φ is max(i, j) / d. Directions are those of ΔW = scale·B·A
+itself unless said otherwise: any B·G⁻¹ and G·A make the same ΔW, and A alone orders its directions otherwise.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class LayerCorrelation(Result):
 
 
 def compare(
-    one: Factors, other: Factors, *, side: Side = "A", names: tuple[str, str] = ("one", "other")
+    one: Factors, other: Factors, *, side: Side = "input", names: tuple[str, str] = ("one", "other")
 ) -> Similarity:
     """Similarity of any two updates: of two adapters, two projections or two layers; ranks may differ.
 
@@ -150,7 +151,7 @@ def compare(
 
 
 def similarity(
-    one: Adapter, other: Adapter, *, side: Side = "A", paths: Iterable[str] | None = None
+    one: Adapter, other: Adapter, *, side: Side = "input", paths: Iterable[str] | None = None
 ) -> SimilarityReport:
     """Similarity of two adapters in each layer that both have: two seeds, two ranks, two tasks.
 
@@ -189,7 +190,7 @@ def similarity(
     return SimilarityReport(layers, tuple(notes))
 
 
-def correlation(adapter: Adapter, *, side: Side = "A", rank: int | None = None) -> LayerCorrelation:
+def correlation(adapter: Adapter, *, side: Side = "input", rank: int | None = None) -> LayerCorrelation:
     """φ between all layers of one adapter: which read the same directions of the residual stream.
 
     Args:

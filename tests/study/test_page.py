@@ -1,0 +1,109 @@
+"""The report's page as a browser shows it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from study import made
+
+from lorica.study.folder import write_report
+from lorica.study.report import gather
+
+pytest.importorskip("matplotlib")
+
+BROWSER = next(
+    (found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None
+)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")
+@pytest.mark.parametrize(("width", "dark", "blocks"), [(1200, False, 3), (1200, True, 70), (390, False, 24)])
+def test_in_a_browser(width: int, dark: bool, blocks: int, tmp_path: Path) -> None:
+    """It draws itself without an error, has something in every section, and is no wider than a phone."""
+    names = ("q_proj", "v_proj", "down")
+    paths = [f"h.{i}.{name}" for i in range(blocks) for name in names]
+    one, two = (
+        made.adapter({path: made.gaussian(24, 24, r, seed=7 * i + r) for i, path in enumerate(paths)})
+        for r in (4, 6)
+    )
+    base = made.write_base(tmp_path / "base", {f"{path}.weight": torch.randn(24, 24) for path in paths})
+    report = gather(one, name="mine", base=base, against=two, against_name="other")
+    written = write_report(report, tmp_path / "report")
+    probe = """<script>
+    addEventListener("error", event => document.body.dataset.failed = event.message);
+    addEventListener("load", async () => {
+      const boxes = [...document.querySelectorAll("details.section")];
+      const folded = boxes.filter(b => !b.open).length;
+      for (const link of document.querySelectorAll("nav a")) link.click();
+      for (const fold of document.querySelectorAll("details")) fold.open = true;
+      await new Promise(done => setTimeout(done, 1000));
+      let off = 0, named = 0, covered = 0;
+      for (const heat of document.querySelectorAll(".heat")) {
+        const canvas = heat.querySelector("canvas"), map = canvas.getBoundingClientRect();
+        for (const [kind, n, from, size, a, b] of [
+          [".rows", canvas.height, map.top, map.height, "top", "bottom"],
+          [".columns", canvas.width, map.left, map.width, "left", "right"],
+        ]) {
+          const spans = [...heat.querySelectorAll(kind + " span")];
+          const every = JSON.parse(heat.dataset[kind.slice(1)]);
+          spans.forEach((span, k) => {
+            const at = span.getBoundingClientRect(), i = every.indexOf(span.textContent);
+            off = Math.max(off, Math.abs((at[a] + at[b]) / 2 - from - (i + .5) / n * size));
+            const next = spans[k + 1] && spans[k + 1].getBoundingClientRect();
+            if (next && next[a] < at[b] - 2) covered++;
+            named++;
+          });
+        }
+      }
+      const button = document.querySelectorAll("th button")[1];
+      button.click();
+      const rows = [...button.closest("table").querySelectorAll("tbody tr")];
+      const column = rows.map(r => +r.children[1].textContent);
+      const over = new PointerEvent("pointermove", {clientX: 60, clientY: 60});
+      document.querySelector("canvas").dispatchEvent(over);
+      Object.assign(document.body.dataset, {
+        sections: boxes.length, empty: boxes.filter(b => b.children.length < 2).length, folded, off, named,
+        covered, contents: document.querySelectorAll("nav a").length,
+        sorted: column.every((x, i) => !i || column[i - 1] >= x),
+        tip: document.getElementById("tip").textContent,
+        wide: document.documentElement.scrollWidth > innerWidth,
+        back: getComputedStyle(document.body).backgroundColor,
+      });
+    });</script>"""
+    page = tmp_path / "probed.html"
+    text = written.read_text(encoding="utf-8")
+    page.write_text(text.replace("<head>", "<head>" + probe), encoding="utf-8")
+    theme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", *theme]
+    if folder := os.environ.get("LORICA_SCREENSHOTS"):
+        shot = Path(folder) / f"report-{width}-{'dark' if dark else 'light'}.png"
+        subprocess.run(
+            [*command, f"--screenshot={shot}", written.as_uri()], check=True, timeout=60, capture_output=True
+        )
+    done = subprocess.run(
+        [*command, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
+        check=True,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    body = re.findall(r"<body[^>]*>", done.stdout)[0]
+    found = dict(re.findall(r'data-(\w+)="([^"]*)"', body))
+    assert "failed" not in found, found
+    assert int(found["sections"]) >= 8
+    assert (found["empty"], found["sorted"], found["wide"]) == ("0", "true", "false")
+    assert re.search(r": \d", found["tip"])
+    assert (found["back"] == "rgb(20, 24, 28)") is dark
+    assert found["contents"] == found["sections"]
+    assert int(found["folded"]) >= 5
+    # Each name stands at the middle of its row or column, and none covers the next.
+    assert int(found["named"]) > 20
+    assert float(found["off"]) < 1.5
+    assert found["covered"] == "0"
