@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lorica import LoraConfig
 from lorica.config import BIASES, TASK_TYPES, matches_pattern
-from lorica.errors import ConfigError
+from lorica.errors import ConfigError, LoricaWarning, UnknownField
 
 words = st.text("abcdefghij_", min_size=1, max_size=6)
 names = st.lists(words, min_size=1, max_size=3)
@@ -90,7 +90,6 @@ class TestRefused:
             ("lora_dropout", False),
             ("bias", "some"),
             ("bias", None),
-            ("task_type", "CLASSIFY"),
             ("init_lora_weights", "xavier"),
             ("init_lora_weights", 1),
             ("use_rslora", 1),
@@ -141,13 +140,25 @@ class TestRefused:
             LoraConfig(**{field: value})
 
     def test_layers_pattern_alone(self) -> None:
-        with pytest.raises(ConfigError, match="set layers_to_transform too"):
+        with pytest.raises(ConfigError, match="`layers_to_transform` must also be specified"):
             LoraConfig(layers_pattern="h")
 
     @pytest.mark.parametrize("pattern", ["all-linear", r".*\.query"])
     def test_block_indices_beside_a_regular_expression(self, pattern: str) -> None:
-        with pytest.raises(ConfigError, match="list of target_modules"):
+        with pytest.raises(ConfigError, match="cannot be used when `target_modules` is a str"):
             LoraConfig(target_modules=pattern, layers_to_transform=[0])
+
+    def test_a_task_that_there_is_not(self) -> None:
+        with pytest.raises(ConfigError, match=r"Invalid task type: 'CLASSIFY'. Must be one of .* SEQ_CLS, "):
+            LoraConfig(task_type="CLASSIFY")
+
+    @pytest.mark.parametrize("start", ["Gaussian", "OLoRA", "PiSSA", "PISSA_niter_4", "EVA"])
+    def test_the_case_of_a_start_does_not_matter(self, start: str) -> None:
+        assert LoraConfig(init_lora_weights=start).init_lora_weights == start.lower()
+
+    def test_a_start_that_is_not_carried(self) -> None:
+        with pytest.raises(ConfigError, match=r"MiCA.*is not carried"):
+            LoraConfig(init_lora_weights="mica")
 
     def test_a_wrong_change(self) -> None:
         with pytest.raises(ConfigError, match="r must be"):
@@ -244,16 +255,28 @@ class TestFromDict:
         )
         assert config == LoraConfig(r=4, target_modules=["value", "query"])
 
-    @pytest.mark.parametrize(
-        ("key", "value"),
-        [
-            ("use_qalora", True),
-            ("something_of_tomorrow", 1),
-        ],
-    )
-    def test_what_cannot_be_honoured_is_refused_by_name(self, key: str, value: Any) -> None:
-        with pytest.raises(ConfigError, match=key):
-            LoraConfig.from_dict({"peft_type": "LORA", key: value})
+    def test_what_cannot_be_honoured_is_refused_by_name(self) -> None:
+        with pytest.raises(ConfigError, match="use_qalora"):
+            LoraConfig.from_dict({"peft_type": "LORA", "use_qalora": True})
+
+    def test_a_field_of_a_later_peft_is_left_out_with_a_warning_that_names_it(self) -> None:
+        with pytest.warns(LoricaWarning, match=r"\['of_tomorrow'\].*of_tomorrow=1") as seen:
+            config = LoraConfig.from_dict({"peft_type": "LORA", "r": 4, "of_tomorrow": 1, "unset": False})
+        assert config == LoraConfig(r=4)
+        assert len(seen) == 1
+
+    def test_an_unknown_field_of_what_nobody_says_is_pefts(self) -> None:
+        with pytest.raises(UnknownField, match=r"required keys: \{'peft_type'\}.*foo='bar'"):
+            LoraConfig.from_dict({"r": 4, "foo": "bar"})
+
+    @pytest.mark.parametrize("merges", [True, False])
+    def test_a_file_of_peft_before_its_fourth_version(self, merges: bool) -> None:
+        old = {"enable_lora": None, "merge_weights": merges, "peft_type": "LORA", "r": 2}
+        assert LoraConfig.from_dict(old) == LoraConfig(r=2)
+
+    def test_an_update_of_parts_of_a_fused_projection(self) -> None:
+        with pytest.raises(ConfigError, match="enable_lora"):
+            LoraConfig.from_dict({"enable_lora": [True, False, True], "peft_type": "LORA"})
 
     @pytest.mark.parametrize(
         ("key", "value", "method"),

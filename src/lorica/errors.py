@@ -1,6 +1,6 @@
 """Every error lorica raises on purpose.
 
-All derive from `LoricaError`, and also from the built-in a caller would reach for (`ValueError`,
+All derive from `LoricaError`, and also from the built-in a caller would reach for (`ValueError`, `TypeError`,
 `RuntimeError`, `ImportError`), so that neither ``except LoricaError`` nor ``except ValueError`` misses one. A
 message names the thing, says what was expected and what came, and suggests the fix.
 """
@@ -21,6 +21,14 @@ class ConfigError(LoricaError, ValueError):
     """A configuration holds a value that cannot be used."""
 
 
+class ConfigTypeError(ConfigError, TypeError):
+    """A configuration, or an argument, is of a type that cannot be used."""
+
+
+class UnknownField(ConfigTypeError):
+    """A configuration has a field that nobody knows."""
+
+
 class TargetError(LoricaError, ValueError):
     """A pattern names a module that the model does not have, or that cannot be adapted."""
 
@@ -33,7 +41,7 @@ class FileError(LoricaError, ValueError):
     """A file of an adapter is missing, damaged, or not what it claims to be."""
 
 
-class StateError(LoricaError, RuntimeError):
+class StateError(LoricaError, ValueError, RuntimeError):
     """The operation is not possible in the model's present state (merged, not adapted, ...)."""
 
 

@@ -35,11 +35,14 @@ def test_it_says_what_the_adapter_is(tmp_path: Path) -> None:
     front, _, body = text.removeprefix("---\n").partition("---\n")
     assert front.splitlines() == [
         "base_model: someone/base",
-        "library_name: lorica",
+        "library_name: peft",
         "pipeline_tag: text-classification",
         "tags:",
         "- lora",
+        "- lorica",
         "- adapter",
+        "- base_model:adapter:someone/base",
+        "- transformers",
     ]
     for line in (
         "# A LoRA adapter for someone/base",
@@ -55,7 +58,7 @@ def test_it_says_what_the_adapter_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("base", [None, "/models/private/base", "../a/b/c"])
 def test_a_path_is_not_given_out_as_a_name_on_the_hub(base: str | None, tmp_path: Path) -> None:
     text = card(tmp_path, base_model_name_or_path=base)
-    assert "base_model:" not in text
+    assert "base_model" not in text
     assert "| rank | 2 |" in text
 
 

@@ -31,7 +31,8 @@ def test_it_starts_as_a_copy_that_trains_and_the_original_stays_frozen() -> None
     assert isinstance(model.head, SavedModule)
     assert isinstance(model.head, nn.Linear)
     assert type(copy) is nn.Linear
-    assert model.head.weight is own
+    assert model.head._parameters["weight"] is own
+    assert model.head.weight is copy.weight
     assert not own.requires_grad
     assert copy.weight.requires_grad
     assert torch.equal(copy.weight, own)

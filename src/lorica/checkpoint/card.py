@@ -41,11 +41,14 @@ def model_card(adapter: Adapter, existing: Path, about: str = "") -> str | None:
     head = [
         "---",
         *([f"base_model: {base}"] if on_hub else []),
-        "library_name: lorica",
+        # The Hub knows the library of the format by this name, and shows how to load it.
+        f"library_name: {'lorica' if others else 'peft'}",
         *([f"pipeline_tag: {pipeline}"] if pipeline else []),
         "tags:",
         *(["- lora"] if lora else []),
+        "- lorica",
         "- adapter",
+        *([f"- base_model:adapter:{base}", "- transformers"] if on_hub else []),
         "---",
         "",
         _MARK,

@@ -81,7 +81,10 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
     metadata = {"format": "pt"}
     if adapter.trained_as is not None:
         metadata[_TRAINED_AS] = json.dumps(adapter.trained_as.to_dict(), sort_keys=True)
-    text = json.dumps({**adapter.config.to_dict(), "inference_mode": True}, indent=2, sort_keys=True) + "\n"
+    settings = {**adapter.config.to_dict(), "inference_mode": True}
+    # Of which PEFT a configuration is says how its file's tensors count, and these are written anew.
+    settings.pop("peft_version", None)
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     card = model_card(adapter, folder / CARD_FILE)
     weights, stale = (PICKLED_FILE, WEIGHTS_FILE) if pickled else (WEIGHTS_FILE, PICKLED_FILE)
     writers = {
@@ -163,7 +166,8 @@ def as_trained(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> 
     PEFT (up to 0.21.2 at least) applies the update of an nn.MultiheadAttention's output projection twice, in
     training and after. Files that it wrote therefore mean twice what they say there.
     """
-    if not any(name in provenance for name in _OF_PEFT):
+    by_lorica = str(provenance.get("peft_version", "")).endswith("+lorica")
+    if by_lorica or not any(name in provenance for name in _OF_PEFT):
         return dict(tensors)
     outputs = {
         key

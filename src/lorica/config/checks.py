@@ -13,7 +13,7 @@ from lorica.errors import ConfigError, listing
 if TYPE_CHECKING:
     from lorica.config.lora import LoraConfig
 
-TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 BIASES = ("none", "all", "lora_only")
 
 
@@ -52,11 +52,11 @@ def check(config: LoraConfig) -> None:
         "a probability in [0, 1)",
     )
     expect("bias", config.bias in BIASES, f"one of {BIASES}")
-    expect(
-        "task_type",
-        config.task_type is None or config.task_type in TASK_TYPES,
-        f"None or one of {TASK_TYPES}",
-    )
+    if config.task_type is not None and config.task_type not in TASK_TYPES:
+        raise ConfigError(
+            f"Invalid task type: {config.task_type!r}. Must be one of the following task types: "
+            f"{', '.join(TASK_TYPES)}. Or leave it out"
+        )
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, name)
         expect(
@@ -104,12 +104,13 @@ def check(config: LoraConfig) -> None:
             )
     if config.lora_bias and config.use_dora:
         raise ConfigError(
-            "lora_bias and use_dora do not go together: DoRA has no place for a bias on B; set one of them"
+            "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False: it has no "
+            "place for a bias on B"
         )
     if config.lora_bias and config.init_lora_weights not in (True, False):
         raise ConfigError(
-            f"lora_bias goes with init_lora_weights=True or False, not {config.init_lora_weights!r}, which "
-            "says nothing of a bias"
+            "The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
+            f"init_lora_weights={config.init_lora_weights} instead: that says nothing of a bias"
         )
     layers = config.layers_to_transform
     indices = [layers] if isinstance(layers, int) else layers
@@ -118,14 +119,16 @@ def check(config: LoraConfig) -> None:
         indices is None or (isinstance(indices, list) and indices != [] and all(map(_is_index, indices))),
         "None, a block index, or a list of at least one",
     )
+    for name in ("layers_to_transform", "layers_pattern"):
+        if getattr(config, name) is not None and isinstance(config.target_modules, str):
+            raise ConfigError(
+                f"`{name}` cannot be used when `target_modules` is a str. Put the block indices into the "
+                "regular expression, or give a list of names"
+            )
     if layers is None and config.layers_pattern:
         raise ConfigError(
-            "layers_pattern only says where layers_to_transform counts; set layers_to_transform too"
-        )
-    if layers is not None and isinstance(config.target_modules, str):
-        raise ConfigError(
-            "layers_to_transform works with a list of target_modules (or None); put the block "
-            "indices into the regular expression instead"
+            "When `layers_pattern` is specified, `layers_to_transform` must also be specified. The pattern "
+            "only says where those indices count"
         )
     for name in ("target_modules", "exclude_modules"):
         _check_regex(name, getattr(config, name))

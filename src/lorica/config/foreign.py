@@ -6,10 +6,11 @@ for.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from lorica.errors import ConfigError, lines, nearest
+from lorica.errors import ConfigError, LoricaWarning, UnknownField, lines, listing, nearest
 
 
 class _Foreign(NamedTuple):
@@ -21,7 +22,7 @@ class _Foreign(NamedTuple):
 
 
 _PLAIN = "train plain LoRA, use_dora=True or use_rslora=True"
-_FOREIGN = {
+FOREIGN = {
     "velora_config": _Foreign("VeLoRA", "to save memory, use gradient checkpointing with plain LoRA"),
     "kasa_config": _Foreign(
         "KaSA, which cuts off a part of the base's weights", f"{_PLAIN}; none of them touches the base"
@@ -36,13 +37,17 @@ _FOREIGN = {
     ),
     "use_qalora": _Foreign("QA-LoRA", "train plain LoRA beside the quantized base", False),
     "qalora_group_size": _Foreign("QA-LoRA", "leave it out", 16),
+    "enable_lora": _Foreign(
+        "an update of parts of a fused projection",
+        "convert it with `lorica convert`, from loralib's own file",
+    ),
     "megatron_config": _Foreign(
         "Megatron's parallel layers", "adapt the model in transformers' form and shard it with fully_shard"
     ),
     "megatron_core": _Foreign("Megatron's parallel layers", "leave it out", "megatron.core"),
 }
-# Fields that say who wrote the file, or how PEFT ran, not what to do.
-_PROVENANCE = ("peft_type", "peft_version", "auto_mapping", "runtime_config")
+# Fields that say who wrote the file, or how PEFT ran, not what to do (merge_weights: PEFT before 0.4).
+_PROVENANCE = ("peft_type", "peft_version", "auto_mapping", "runtime_config", "merge_weights")
 
 
 def without_foreign(
@@ -57,20 +62,38 @@ def without_foreign(
 
     Raises:
         ConfigError: with the whole list of what is asked for and not carried, and what to do instead.
+        UnknownField: a field that nobody knows, in what PEFT did not write.
+
+    Warns:
+        LoricaWarning: naming the fields of a file of PEFT's that nobody knows: a later PEFT wrote it.
     """
     kept: dict[str, Any] = {}
-    refused = []
+    refused, unknown = [], []
     for name, value in fields.items():
-        foreign = _FOREIGN.get(name)
+        foreign = FOREIGN.get(name)
         if name in known or (strict and foreign is None and name not in _PROVENANCE):
             kept[name] = value
         elif foreign is not None and value and value != foreign.inert:
             refused.append(f"{name}={value!r}: {foreign.method} is not carried; {foreign.instead}")
         elif foreign is None and name not in _PROVENANCE and value:
-            refused.append(f"{name}={value!r}: not known{nearest(name, known)}")
+            unknown.append(name)
     if refused:
         raise ConfigError(
             f"the configuration asks for what lorica does not support:\n{lines(refused)}\n"
             "Going on without would give another model than the one asked for."
+        )
+    if unknown:
+        hints = listing(f"{name}={fields[name]!r}{nearest(name, known)}" for name in sorted(unknown))
+        if "peft_type" not in fields:
+            raise UnknownField(
+                f"The LoraConfig config that is trying to be loaded is missing required keys: "
+                f"{{'peft_type'}}. So it is no file of PEFT's, and these fields are not known: {hints}"
+            )
+        warnings.warn(
+            f"Unexpected keyword arguments {sorted(unknown)} for class LoraConfig, these are ignored. A "
+            "later PEFT has them, or they are misspelt; if they change what is computed, this is another "
+            f"model: {hints}",
+            LoricaWarning,
+            stacklevel=3,
         )
     return kept

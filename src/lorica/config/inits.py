@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,8 +145,8 @@ class CordaConfig(InitConfig):
     """
 
     belongs_to: ClassVar[str] = "corda"
-    cache_file: str | None = None
-    covariance_file: str | None = None
+    cache_file: str | os.PathLike[str] | None = None
+    covariance_file: str | os.PathLike[str] | None = None
     corda_method: Literal["ipm", "kpm"] = "ipm"
     verbose: bool = False
     use_float16_for_covariance: bool = False
@@ -153,6 +154,10 @@ class CordaConfig(InitConfig):
 
     def __post_init__(self) -> None:
         """Check the values."""
+        for name in ("cache_file", "covariance_file"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
         self._expect("corda_method", self.corda_method in ("ipm", "kpm"), "'ipm' or 'kpm'")
         for name in ("cache_file", "covariance_file"):
             value = getattr(self, name)
@@ -214,10 +219,14 @@ def check_init(config: LoraConfig) -> None:
     """
     value = config.init_lora_weights
     if not _is_known(value):
+        if value == "mica":
+            raise ConfigError(
+                "init_lora_weights='mica': MiCA, which trains A alone, is not carried; take 'pissa' or 'eva'"
+            )
         hint = nearest(value, INITS[2:]) if isinstance(value, str) else ""  # pyright: ignore[reportArgumentType]
         raise ConfigError(f"init_lora_weights must be one of {INITS}, not {value!r}{hint}")
     for name, settings in SETTINGS.items():
-        if getattr(config, name) is not None and value != settings.belongs_to:
+        if not config.keeps_idle and getattr(config, name) is not None and value != settings.belongs_to:
             raise ConfigError(
                 f"{name} is set, but only init_lora_weights={settings.belongs_to!r} reads it, and that is "
                 f"{value!r}"

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from lorica.config.checks import check
 from lorica.config.foreign import without_foreign
@@ -107,6 +107,9 @@ class LoraConfig:
         ConfigError: a value is out of range or of the wrong type.
     """
 
+    keeps_idle: ClassVar[bool] = False
+    """Whether settings of a start that is not the one chosen may stand there, as PEFT lets them."""
+
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0
@@ -165,6 +168,8 @@ class LoraConfig:
         object.__setattr__(self, "trainable_token_indices", list(tokens) if _is_row(tokens) else tokens)
         if self.task_type is not None:
             object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))
+        if isinstance(self.init_lora_weights, str):
+            object.__setattr__(self, "init_lora_weights", self.init_lora_weights.lower())
         for name, settings in SETTINGS.items():
             value = settings.from_value(getattr(self, name))
             if value is None and self.init_lora_weights == settings.belongs_to:
@@ -187,7 +192,7 @@ class LoraConfig:
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
-        return dataclasses.replace(self, **without_idle(changes))
+        return dataclasses.replace(self, **(changes if self.keeps_idle else without_idle(changes)))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` holds them, ``peft_type`` included."""
@@ -225,6 +230,11 @@ class LoraConfig:
         kept = without_foreign(data, known)
         # PEFT lets settings of another start stand beside the one that is used.
         start = data.get("init_lora_weights")
-        idle = {name for name, settings in SETTINGS.items() if start != settings.belongs_to}
+        start = start.lower() if isinstance(start, str) else start
+        idle = (
+            set()
+            if cls.keeps_idle
+            else {name for name, settings in SETTINGS.items() if start != settings.belongs_to}
+        )
         # PEFT writes null for a pattern or list that was never set.
         return cls(**{key: value for key, value in kept.items() if value is not None and key not in idle})

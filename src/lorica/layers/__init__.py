@@ -23,7 +23,6 @@ from lorica.layers.opaque import LoraOpaque as LoraOpaque
 from lorica.layers.opaque import is_linear_like
 from lorica.layers.quantized import LoraQuantized as LoraQuantized
 from lorica.layers.quantized import quantizer_of
-from lorica.layers.saved import ReadSavedModule as ReadSavedModule
 from lorica.layers.saved import SavedModule as SavedModule
 from lorica.layers.saved import read_by as read_by
 from lorica.layers.swapped import LayerState as LayerState

@@ -13,7 +13,13 @@ from lorica.layers.swapped import SwappedModule
 
 
 class SavedModule(SwappedModule):
-    """A module with a trained copy for each adapter; the active adapter's copy answers in its place."""
+    """A module with a trained copy for each adapter; the active adapter's copy answers in its place.
+
+    Whoever reads its parameters, buffers or parts, or assigns one, means the acting copy's: a script that
+    starts a head anew, a fused loss that multiplies by the head's weight, `nn.MultiheadAttention` and
+    `nn.TransformerEncoderLayer`, which never call some of their parts. `state_dict` and `named_parameters`
+    have both, each by its name.
+    """
 
     label: ClassVar[str] = "Saved"
     own_modules = ("modules_to_save",)
@@ -54,6 +60,20 @@ class SavedModule(SwappedModule):
         # There is one at most: the roster lets no two act that bring the same module.
         return next((copy for name, copy in self.modules_to_save.items() if name in self.roster.active), None)
 
+    def __getattr__(self, name: str) -> Any:
+        """A parameter, buffer or part: the acting copy's."""
+        # Called for those alone; plain attributes are found without it.
+        twin = None if name in self.own_modules else self.acting_copy()
+        return super().__getattr__(name) if twin is None else getattr(twin, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign a parameter, buffer or part of the acting copy; anything else is the module's own."""
+        twin = self.acting_copy() if name in _held(self) else None
+        if twin is None:
+            super().__setattr__(name, value)
+        else:
+            setattr(twin, name, value)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the acting copy, or the original; where rows have adapters of their own, each row's."""
         if self.roster.rows is not None:
@@ -77,18 +97,10 @@ class SavedModule(SwappedModule):
         return torch.cat(parts).index_select(0, torch.cat(places).argsort())
 
 
-class ReadSavedModule(SavedModule):
-    """A module trained whole whose weights are read past its forward, so it shows the acting copy's.
-
-    `nn.MultiheadAttention` never calls its `out_proj`; in evaluation `nn.TransformerEncoderLayer` hands the
-    weights of all its parts to one fused kernel; and a fused loss multiplies by the output head's.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        """A parameter, buffer or part: the acting copy's."""
-        # Called for those alone; plain attributes are found without it.
-        twin = None if name in self.own_modules else self.acting_copy()
-        return super().__getattr__(name) if twin is None else getattr(twin, name)
+def _held(module: nn.Module) -> set[str]:
+    """Names of a module's parameters, buffers and parts, but for the copies."""
+    tables = (module.__dict__.get(table, {}) for table in ("_parameters", "_buffers", "_modules"))
+    return {name for table in tables for name in table} - {"modules_to_save"}
 
 
 def read_by(parent: nn.Module | None) -> bool:

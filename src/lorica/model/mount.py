@@ -19,18 +19,16 @@ from lorica.layers import (
     LoraLayer,
     LoraParameters,
     Part,
-    ReadSavedModule,
     SavedModule,
     TrainedTokens,
-    read_by,
     tie_factors,
 )
 from lorica.layers.quantized import hold_layout
 from lorica.model import pretrained
-from lorica.model.structure import ROSTER, Target, added_modules, base_parameters, find_adapted, output_head
+from lorica.model.structure import ROSTER, Target, added_modules, base_parameters, find_adapted
 from lorica.model.tied import tie_copies
 from lorica.model.tokens import TokenTarget
-from lorica.roster import Roster, Start, owner_of
+from lorica.roster import Roster, Start
 
 
 class Mount(NamedTuple):
@@ -183,7 +181,7 @@ def _copy(
     hosts: list[SavedModule] = []
     for path, module in saved.items():
         if not isinstance(module, SavedModule):
-            module = _saved_class(root, path, module).take(module, roster)
+            module = SavedModule.take(module, roster)
         hosts.append(module)
         try:
             module.add_copy(name, trainable=trainable)
@@ -222,14 +220,6 @@ def remove_parts(root: nn.Module, name: str) -> None:
             host.leave()
             if host is root:
                 pretrained.enter(root)
-
-
-def _saved_class(root: nn.Module, path: str, module: nn.Module) -> type[SavedModule]:
-    """What a module that is to be trained whole becomes: whether others read its weights past its forward."""
-    parent, _ = owner_of(root, path)
-    # nn.TransformerEncoder looks into its first layer to choose a path for all of them.
-    read = read_by(parent) or isinstance(module, nn.TransformerEncoderLayer) or module is output_head(root)
-    return ReadSavedModule if read else SavedModule
 
 
 def _train(parameter: Parameter, trainable: bool) -> Parameter:

@@ -8,7 +8,7 @@ adapter-only checkpoints.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,11 +71,20 @@ class Pretrained(SwappedModule):
             raise ConfigError("lorica writes safetensors only; leave out safe_serialization=False")
         if not is_main_process:
             return
+        for name, folder in self._folders(save_directory):
+            checkpoint.write(extract(self, name, state_dict=state_dict), folder)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Write the adapters' model cards, which transformers' Trainer asks for; one that is there stays."""
+        for name, folder in self._folders(output_dir):
+            checkpoint.write_card(extract(self, name), folder)
+
+    def _folders(self, directory: str | Path) -> Iterator[tuple[str, Path]]:
+        """Each adapter's name, and the folder that it goes to."""
         _, roster = adapted(self)
         for name in roster.configs:
             at_top = len(roster.configs) == 1 or name == "default"
-            folder = Path(save_directory) if at_top else Path(save_directory) / name
-            checkpoint.write(extract(self, name, state_dict=state_dict), folder)
+            yield name, Path(directory) if at_top else Path(directory) / name
 
 
 def enter(root: nn.Module) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,13 @@ from lorica import config as core
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft import CONFIG_FILE, read_settings
-from lorica.config.inits import without_idle
-from lorica.errors import ConfigError, nearest
+from lorica.config.foreign import FOREIGN, without_foreign
+from lorica.config.inits import SETTINGS
+from lorica.errors import ConfigError, LoricaWarning, nearest
 from lorica.peft.places import check_options, split_hub
+
+__version__ = "0.21.2+lorica"
+"""Of PEFT, whose names and files these are; what comes after the plus tells lorica's files from PEFT's."""
 
 
 class PeftType(enum.StrEnum):
@@ -52,13 +57,18 @@ class LoraRuntimeConfig:
 class PeftConfig(core.LoraConfig):
     """What to train; see `lorica.LoraConfig` for every field.
 
-    A field may be assigned later, and is checked then as it was at first. What PEFT has and lorica does not
-    is refused by name.
+    A field may be assigned later. Values that do not go together may stand there meanwhile, as they do where
+    several fields are assigned one after the other; whoever uses the configuration checks it. What PEFT has
+    and lorica does not is refused by name.
 
     Raises:
         ConfigError: a value is out of range, or asks for what lorica does not carry.
+
+    Warns:
+        LoricaWarning: settings of a start stand there that is not the one chosen.
     """
 
+    keeps_idle: ClassVar[bool] = True
     _beside: ClassVar[tuple[str, ...]] = ("auto_mapping", "peft_version", "runtime_config")
 
     auto_mapping: dict[str, str] | None
@@ -75,20 +85,41 @@ class PeftConfig(core.LoraConfig):
             runtime = LoraRuntimeConfig(**runtime)
         self.__dict__.update(
             auto_mapping=settings.pop("auto_mapping", None),
-            peft_version=settings.pop("peft_version", None),
+            peft_version=settings.pop("peft_version", None) or __version__,
             runtime_config=runtime,
         )
         super().__init__(**settings)
+        for name, kind in SETTINGS.items():
+            if getattr(self, name) is not None and self.init_lora_weights != kind.belongs_to:
+                warnings.warn(
+                    f"`{name}` specified but will be ignored when `init_lora_weights` is not "
+                    f"'{kind.belongs_to}'.",
+                    LoricaWarning,
+                    stacklevel=3,
+                )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assign a field, with the checks it had at first."""
+        """Assign a field."""
         fields = [item.name for item in dataclasses.fields(self)]
         if name in fields:
-            self.__dict__.update(self.replace(**{name: value}).__dict__)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", LoricaWarning)  # one field may come before the other
+                try:
+                    self.__dict__.update(self.replace(**{name: value}).__dict__)
+                except ConfigError:
+                    self.__dict__[name] = value
         elif name in self._beside:
             self.__dict__[name] = value
+        elif name in FOREIGN:
+            without_foreign({name: value}, fields)
         else:
             raise ConfigError(f"{type(self).__name__} has no field {name!r}{nearest(name, fields)}")
+
+    def __getattr__(self, name: str) -> Any:
+        """A field of PEFT's that is not carried: what asks for nothing."""
+        if name in FOREIGN:
+            return FOREIGN[name].inert
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     @property
     def peft_type(self) -> PeftType:
@@ -108,12 +139,23 @@ class PeftConfig(core.LoraConfig):
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
         beside = {name: self.__dict__[name] for name in self._beside}
-        return dataclasses.replace(self, **beside | without_idle(changes))
+        return dataclasses.replace(self, **beside | changes)
+
+    def checked(self) -> Self:
+        """Itself, once its values are known to go together.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LoricaWarning)
+            self.replace()
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` holds them."""
-        # Not peft_version: what PEFT itself wrote, it applied in ways of its own.
-        return {**super().to_dict(), "auto_mapping": self.auto_mapping}
+        beside = {"auto_mapping": self.auto_mapping, "peft_version": self.peft_version}
+        return {**super().to_dict(), **beside}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
@@ -124,7 +166,7 @@ class PeftConfig(core.LoraConfig):
         """
         config = super().from_dict(data)
         config.__dict__["auto_mapping"] = data.get("auto_mapping")
-        config.__dict__["peft_version"] = data.get("peft_version")
+        config.__dict__["peft_version"] = data.get("peft_version") or __version__
         return config
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -138,7 +180,7 @@ class PeftConfig(core.LoraConfig):
             ConfigError: another argument.
             FileError: the folder cannot be written.
         """
-        data = {**self.to_dict(), "inference_mode": True}
+        data = self.to_dict()
         if (mapping := kwargs.pop("auto_mapping_dict", None)) is not None:
             data["auto_mapping"] = mapping
         if kwargs:
@@ -177,8 +219,9 @@ class PeftConfig(core.LoraConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
-        """The fields in a file, unchecked."""
-        return json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+        """The fields in a file, unchecked; how PEFT ran is none of them."""
+        data = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+        return {name: value for name, value in data.items() if name != "runtime_config"}
 
 
 class LoraConfig(PeftConfig):
@@ -195,7 +238,7 @@ def as_peft_config(config: core.LoraConfig) -> LoraConfig:
         ConfigError: it is another library's.
     """
     if isinstance(config, LoraConfig):
-        return config
+        return config.checked()
     if isinstance(config, core.LoraConfig):
         return LoraConfig(**vars(config))
     raise ConfigError(
