@@ -17,6 +17,9 @@ from torch.nn import Parameter
 from lorica.config import AdapterConfig
 from lorica.errors import AdapterError, StateError, listing, nearest
 
+_COMPILED = "_orig_mod"
+"""Name of the module that `torch.compile` wraps."""
+
 
 @dataclass(eq=False)
 class Start:
@@ -176,13 +179,30 @@ def parameter_at(root: nn.Module, path: str) -> Parameter:
 
 def owner_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module that holds the parameter or buffer of that name, and its name there."""
-    *owners, leaf = path.split(".")
-    module = root
-    for name in owners:
+    owner, _, leaf = path.rpartition(".")
+    return module_at(root, owner), leaf
+
+
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """The module of that name; wrappers that `torch.compile` put around modules are no part of names."""
+    module = uncompiled(root)
+    for name in path.split(".") if path else ():
         child = module._modules[name]
         assert child is not None
-        module = child
-    return module, leaf
+        module = uncompiled(child)
+    return module
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module inside the wrapper that `torch.compile(module)` returns; others are returned as they are."""
+    while (inside := module._modules.get(_COMPILED)) is not None:
+        module = inside
+    return module
+
+
+def as_uncompiled(name: str) -> str:
+    """A live name of a tensor or module without what `torch.compile` put into it."""
+    return name.replace(f"{_COMPILED}.", "")
 
 
 def place(root: nn.Module, path: str, parameter: Parameter) -> Parameter:

@@ -190,7 +190,8 @@ def _parameter_names(host: str, config: LoraConfig) -> list[str]:
 
 def _path(key: str) -> str:
     """A module's path in the base, from PEFT's key for it."""
-    host, inside = _host(key.removeprefix(_PREFIX))
+    # PEFT writes what torch.compile put into the names.
+    host, inside = _host(key.removeprefix(_PREFIX).replace("_orig_mod.", ""))
     return re.sub(r"(\.base_layer)+\.", ".", host) + inside
 
 

@@ -28,7 +28,7 @@ from lorica.model import pretrained
 from lorica.model.structure import ROSTER, Target, added_modules, base_parameters, find_adapted
 from lorica.model.tied import tie_copies
 from lorica.model.tokens import TokenTarget
-from lorica.roster import Roster, Start
+from lorica.roster import Roster, Start, module_at, uncompiled
 
 
 class Mount(NamedTuple):
@@ -47,12 +47,14 @@ class Mount(NamedTuple):
 def open_for(model: nn.Module, name: str) -> tuple[nn.Module, Roster]:
     """The adapted model in `model` and its roster; where there is none yet, `model` and a new roster.
 
+    A model that `torch.compile` wrapped is adapted inside its wrapper.
+
     Raises:
         AdapterError: the name is taken, or cannot be one.
         StateError: an adapter is merged.
     """
     check_name(name)
-    root, roster = find_adapted(model) or (model, Roster())
+    root, roster = find_adapted(model) or (uncompiled(model), Roster())
     roster.check_unmerged("add an adapter")
     if name in roster.configs:
         raise AdapterError(
@@ -149,7 +151,7 @@ def mount(
         if bias is not None:
             host.add_bias(name, _train(bias, trainable))
     for target, path in tied:
-        module, table = target.module, root.get_submodule(path)
+        module, table = target.module, module_at(root, path)
         assert isinstance(table, LoraEmbedding)
         host = module if isinstance(module, LoraLayer) else target.layer.take(module, roster)
         tie_factors(host, name, table)

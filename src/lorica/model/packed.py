@@ -22,6 +22,7 @@ from lorica.errors import ConfigError, StateError, listing
 from lorica.layers.quantized import dequantize, quantizer_of
 from lorica.model.adaptable import check_replaceable
 from lorica.model.structure import base_parameters, walk
+from lorica.roster import module_at
 
 Into = Literal["quantized", "dequantized"]
 
@@ -124,7 +125,7 @@ def unpack(root: nn.Module, weights: Mapping[str, Parameter]) -> Unpacked:
     """
     layers = []
     for path, weight in weights.items():
-        module = root.get_submodule(path)
+        module = module_at(root, path)
         bias = getattr(module, "bias", None)
         hiding = {name: module.__dict__.pop(name) for name in ("weight", "bias") if name in module.__dict__}
         layers.append(_Layer(module, type(module), dict(module._parameters), hiding))

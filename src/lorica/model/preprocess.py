@@ -23,6 +23,7 @@ from lorica.model.starting import PREPARED, Source, base_weight, check_start
 from lorica.model.structure import Target, find_adapted
 from lorica.model.targets import resolve
 from lorica.model.watching import Batches, as_it_was, run, run_all, watching
+from lorica.roster import module_at, uncompiled
 
 Data = Batches | Callable[[], Any]
 T = TypeVar("T")
@@ -134,7 +135,7 @@ def _targets(model: nn.Module, config: LoraConfig, value: str) -> tuple[nn.Modul
             f"init_lora_weights is {config.init_lora_weights!r}; set it to {value!r}, and give adapt the "
             "same configuration"
         )
-    root, roster = find_adapted(model) or (model, None)
+    root, roster = find_adapted(model) or (uncompiled(model), None)
     if roster is not None:
         roster.check_unmerged("look at the layers")
         if roster.active:
@@ -174,10 +175,10 @@ def _covariances(
 
 def _twin(model: nn.Module, target: Target) -> nn.Module:
     """The module of this model that a target stands for."""
-    root, _ = find_adapted(model) or (model, None)
+    root, _ = find_adapted(model) or (uncompiled(model), None)
     try:
-        return root.get_submodule(target.path)
-    except AttributeError:
+        return module_at(root, target.path)
+    except KeyError:
         raise AdapterError(f"hooked_model has no {target.path}; it must be of the model's own make") from None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorica.errors import StateError, listing
 from lorica.layers import AddedModule, LoraLayer, LoraParameters, SavedModule, SwappedModule, TrainedTokens
-from lorica.roster import Roster
+from lorica.roster import Roster, uncompiled
 
 ROSTER = "lorica_roster"
 """Attribute of the adapted model that holds its roster."""
@@ -74,9 +74,12 @@ class Target(NamedTuple):
 
 
 def walk(root: nn.Module) -> Iterator[Place]:
-    """Every module of the base once, in registration order, without what lorica added."""
+    """Every module of the base once, in registration order, without what lorica added.
+
+    A module that `torch.compile` wrapped stands under the name of its wrapper.
+    """
     seen: set[nn.Module] = set()
-    ahead = [Place("", root, None)]
+    ahead = [Place("", uncompiled(root), None)]
     while ahead:
         place = ahead.pop()
         path, module, _ = place
@@ -88,7 +91,7 @@ def walk(root: nn.Module) -> Iterator[Place]:
             prefix = f"{path}." if path else ""
             added = module.own_modules if isinstance(module, SwappedModule) else ()
             ahead += [
-                Place(prefix + name, child, module)
+                Place(prefix + name, uncompiled(child), module)
                 for name, child in reversed(module._modules.items())
                 if child is not None and name not in added
             ]

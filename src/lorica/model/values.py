@@ -20,7 +20,7 @@ from lorica.layers.added import join
 from lorica.model.starting import less
 from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules, token_modules
 from lorica.model.tokens import token_targets
-from lorica.roster import Roster, Start
+from lorica.roster import Roster, Start, as_uncompiled
 
 
 def extract(
@@ -63,6 +63,8 @@ def as_trained(
     name = roster.one(name)
     roster.check_unmerged("take an adapter out")
     gathered = state_dict or {}
+    if any(as_uncompiled(key) != key for key in gathered):
+        gathered = {as_uncompiled(key): tensor for key, tensor in gathered.items()}
 
     def value(path: str, tensor: Tensor) -> Tensor:
         return gathered.get(path, tensor).detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -50,6 +51,8 @@ def watching(modules: Mapping[str, nn.Module], look: Callable[[str, Tensor], Non
         return show
 
     with contextlib.ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # what was compiled before does not call new hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for path, module in modules.items():
             handle = module.register_forward_pre_hook(hook(path), with_kwargs=True)
             stack.callback(handle.remove)

@@ -21,9 +21,10 @@ from lorica.config import LoraConfig
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, lines, listing
 from lorica.model.merged import behind_merge
 from lorica.model.structure import adapted, walk
+from lorica.roster import as_uncompiled
 
-# What wrapping, compiling and data parallelism put into a name.
-_WRAPPERS = re.compile(r"^(?:(?:_orig_mod\.|module\.)*base_model\.model\.|_orig_mod\.)")
+# What wrapping and data parallelism put into a name.
+_WRAPPERS = re.compile(r"^(?:module\.)*base_model\.model\.")
 
 
 def outgoing(
@@ -63,7 +64,7 @@ class _Gathered(dict[str, Tensor]):
     """Values by their live names, as sharded training gathers them; it notes what it is asked for."""
 
     def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
-        super().__init__({_WRAPPERS.sub("", key): value for key, value in state_dict.items()})
+        super().__init__({_WRAPPERS.sub("", as_uncompiled(key)): value for key, value in state_dict.items()})
         self._live: dict[str, Tensor] = {}
 
     def __bool__(self) -> bool:
@@ -83,7 +84,8 @@ class _Gathered(dict[str, Tensor]):
         Raises:
             AdapterError: with the whole list.
         """
-        of_model = not self.keys().isdisjoint(name for name, _ in root.named_parameters())
+        live = (as_uncompiled(name) for name, _ in root.named_parameters())
+        of_model = not self.keys().isdisjoint(live)
         problems = [
             f"missing: {key}"
             for key, live in self._live.items()

@@ -24,7 +24,7 @@ from lorica.layers import (
 from lorica.model.merged import behind_merge
 from lorica.model.structure import find_adapted, walk
 from lorica.peft.base import brought
-from lorica.roster import Roster
+from lorica.roster import Roster, uncompiled
 
 Irregular = Literal["irregular"]
 
@@ -127,7 +127,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         StateError: it has no adapters.
     """
     layers = get_layer_status(model)
-    root, roster = find_adapted(model) or (model, Roster())
+    root, roster = find_adapted(model) or (uncompiled(model), Roster())
     wrapped = root is not model
     names = sorted({name for layer in layers for name in layer.available_adapters})
     with behind_merge(root):
