@@ -143,10 +143,13 @@ class Roster:
                     )
                     raise AdapterError(f"{listing(map(repr, names))} cannot act together: {why}")
             taken |= own
-        incoming = {path: p for name in names for path, p in self.stand_ins(name).items()}
+        incoming = {path: (name, p) for name in names for path, p in self.stand_ins(name).items()}
         for path, parameter in self.originals.items():
             place(root, path, parameter)
-        self.originals = {path: place(root, path, parameter) for path, parameter in incoming.items()}
+            _tell(root, path, None)
+        self.originals = {path: place(root, path, parameter) for path, (_, parameter) in incoming.items()}
+        for path, original in self.originals.items():
+            _tell(root, path, (incoming[path][0], original))
         self.active = names
 
     @contextlib.contextmanager
@@ -217,6 +220,13 @@ def place(root: nn.Module, path: str, parameter: Parameter) -> Parameter:
         parameter.data = parameter.data.to(before)
     owner._parameters[leaf] = parameter
     return before
+
+
+def _tell(root: nn.Module, path: str, displaced: tuple[str, Parameter] | None) -> None:
+    """Tell an adapted layer whose weight stands in W0's place, and what W0 is; None that W0 stands."""
+    owner, leaf = owner_of(root, path)
+    if "displaced" in owner.__dict__ and leaf == owner.weight_name:
+        owner.__dict__["displaced"] = displaced
 
 
 def _overlap(path: str, other: str) -> bool:

@@ -30,10 +30,11 @@ class LoraLayer(SwappedModule):
         scaling: adapter name → α/r or α/√r.
         lora_magnitude_vector: adapter name → trained magnitude of each output (DoRA); others have none.
         lora_dropout: adapter name → dropout probability.
+        displaced: the acting adapter whose own weight stands in W0's place, and W0; None where W0 stands.
     """
 
     own_modules = ("lora_A", "lora_B", "lora_magnitude_vector")
-    own_attributes = ("roster", "scaling", "lora_dropout")
+    own_attributes = ("roster", "scaling", "lora_dropout", "displaced")
     kind: ClassVar[Kind] = "linear"
     weight_name: ClassVar[str] = "weight"
     """Name of the base's parameter that the update belongs to."""
@@ -51,10 +52,11 @@ class LoraLayer(SwappedModule):
     lora_magnitude_vector: nn.ModuleDict
     scaling: dict[str, float]
     lora_dropout: dict[str, float]
+    displaced: tuple[str, Parameter] | None
 
     def prepare(self) -> None:  # noqa: D102
         self._modules.update({name: blank(nn.ModuleDict) for name in self.own_modules})
-        self.__dict__.update(scaling={}, lora_dropout={})
+        self.__dict__.update(scaling={}, lora_dropout={}, displaced=None)
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -80,10 +82,28 @@ class LoraLayer(SwappedModule):
 
     @property
     def base_weight(self) -> Tensor:
-        """W0, as it is stored."""
+        """W0, as it is stored; or what an acting adapter put in its place."""
         weight = self._parameters[self.weight_name]
         assert weight is not None
         return weight
+
+    def weight_beside(self, name: str) -> Tensor | None:
+        """W0, where another adapter's weight stands in its place; None where the adapter's own base stands.
+
+        An adapter turns (DoRA) the weight that it was made beside. What others put in W0's place is their
+        effect, and adds up with its own.
+        """
+        if self.displaced is None or self.displaced[0] == name:
+            return None
+        stands = self.base_weight
+        return self.displaced[1].to(device=stands.device, dtype=stands.dtype)
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the base layer makes of `x` with another weight in the layout of its own, and no bias."""
+        raise StateError(
+            f"{self.base_class.__name__} has a forward of its own, and one adapter's weight stands in its "
+            "own's place; another that scales its rows (DoRA) cannot act beside that"
+        )
 
     def get_base(self, leaf: str) -> Parameter:
         """A parameter of the base by its name."""
@@ -105,6 +125,11 @@ class LoraLayer(SwappedModule):
         """Rows of W0 as it is laid out, as a matrix, in its own dtype or another; not to be written to."""
         weight = self.base_weight.detach()[rows].flatten(1)
         return weight if dtype is None else weight.to(dtype)
+
+    def rows_beside(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
+        """As `base_rows`, of the weight that an adapter was made beside."""
+        own = self.weight_beside(name)
+        return self.base_rows(rows, dtype) if own is None else own.detach()[rows].flatten(1).to(dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer returns, plus the active adapters' updates."""
@@ -131,7 +156,11 @@ class LoraLayer(SwappedModule):
         if ratio is None:
             return update
         ratio, bias = self.along_outputs(ratio.to(base.dtype)), getattr(self, "bias", None)
-        without_bias = base if bias is None else base - self.along_outputs(bias)
+        own = self.weight_beside(name)
+        if own is not None:
+            without_bias = self.multiply(x, own).to(base.dtype)
+        else:
+            without_bias = base if bias is None else base - self.along_outputs(bias)
         return ratio * update + (ratio - 1) * without_bias
 
     def update(self, name: str, x: Tensor) -> Tensor:
@@ -183,10 +212,12 @@ class LoraLayer(SwappedModule):
         if magnitude is None:
             return None
         A, B = (factor.flatten(1).to(dtype or factor.dtype) for factor in self.factor_parameters(name))
-        return magnitude / self.row_norm(self, A, B, self.scaling[name])
+        return magnitude / self.row_norm(self, A, B, self.scaling[name], self.weight_beside(name))
 
     @classmethod
-    def row_norm(cls, module: nn.Module, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def row_norm(
+        cls, module: nn.Module, A: Tensor, B: Tensor, scale: float, weight: Tensor | None = None
+    ) -> Tensor:
         """Euclidean norm of each row of ``W0 + scale·B·A`` (d_out,), in A's dtype.
 
         Args:
@@ -194,8 +225,9 @@ class LoraLayer(SwappedModule):
             A: (r, d_in).
             B: (d_out, r).
             scale: factor of the product.
+            weight: taken for W0, in its layout; None takes what stands in the module.
         """
-        weight = module._parameters[cls.weight_name]
+        weight = module._parameters[cls.weight_name] if weight is None else weight
         assert weight is not None
         # float64 is asked for where rounding is measured; else the product with W0 stays in W0's dtype.
         weight = weight.to(A.dtype) if A.dtype == torch.float64 else weight
@@ -317,9 +349,10 @@ class LoraLayer(SwappedModule):
             if ratio is None:
                 result = fold(result, left, right, self.scaling[name])
             else:
-                turned = fold(W0, left, right, self.scaling[name])
+                own = self.rows_beside(name, slice(None), W0.dtype)
+                turned = fold(own, left, right, self.scaling[name])
                 turned *= self.along_rows(ratio.detach().to(W0.dtype))
-                result = turned if len(names) == 1 else result + (turned - W0)
+                result = turned if len(names) == 1 else result + (turned - own)
         return result
 
     def along_outputs(self, vector: Tensor) -> Tensor:

@@ -49,6 +49,11 @@ class LoraConv(LoraLayer):
         A, B, scale, p = self.update_of(name)
         return scale * self._point(self._down(functional.dropout(x, p), A.to(x.dtype)), B.to(x.dtype))
 
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+        if has_own_forward(self.base_class):
+            return super().multiply(x, weight)
+        return self._conv_forward(x, weight, None)
+
     def along_outputs(self, vector: Tensor) -> Tensor:  # noqa: D102
         return vector.view(-1, *(1 for _ in self.stride))
 

@@ -53,6 +53,9 @@ class LoraEmbedding(LoraLayer):
         # Gemma's embeddings multiply what they look up; the update is part of what is looked up.
         return rows @ B.t() * (scale * getattr(self, "embed_scale", 1.0))
 
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+        return F.embedding(x, weight, self.padding_idx) * getattr(self, "embed_scale", 1.0)
+
     def check_mergeable(self) -> None:
         """As `LoraLayer.check_mergeable`.
 

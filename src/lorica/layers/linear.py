@@ -36,7 +36,7 @@ class LoraLinear(LoraLayer):
             return rows.add_stacked_(y, input, self, self.scaling.keys(), partial(self._stack, y.dtype))
         names = self.acting()
         if len(names) != 1:
-            return super().forward(input)
+            return super().forward(input) if names else self.base_forward(input)
         A, B, scale, p = self.update_of(names[0])
         ratio = self.ratio(names[0])
         if ratio is not None:
@@ -46,6 +46,13 @@ class LoraLinear(LoraLayer):
         if shift is not None:
             bias = shift.to(weight.dtype) if bias is None else bias + shift.to(bias.dtype)
         return functional.lora_linear(input, weight, bias, A, B, scale, p)
+
+    def base_forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """``W0·x + b``, whatever the attribute `weight` shows."""
+        return F.linear(input, *self._base())
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+        return F.linear(x, self.as_matrix(weight))
 
     def is_more_than_factors(self) -> bool:
         """Whether an adapter has magnitudes or a bias beside A and B."""
@@ -82,14 +89,17 @@ def presented(layer: LoraLayer) -> Tensor:
     names = layer.acting()
     if not names:
         return weight
-    W0 = result = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    stands = result = weight.to(torch.promote_types(weight.dtype, torch.float32))
     for name in names:
         A, B, scale, _ = layer.update_of(name)
+        A, B = A.to(result.dtype), B.to(result.dtype)
         ratio = layer.ratio(name)
         if ratio is None:
             result = torch.addmm(result, B, A, alpha=scale)
         else:
-            result = result + (ratio.unsqueeze(1) * torch.addmm(W0, B, A, alpha=scale) - W0)
+            own = layer.weight_beside(name)
+            own = stands if own is None else own.to(result.dtype)
+            result = result + (ratio.unsqueeze(1) * torch.addmm(own, B, A, alpha=scale) - own)
     return result.to(weight.dtype)
 
 

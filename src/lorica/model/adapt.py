@@ -12,7 +12,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn import Parameter
 
-from lorica import functional, init
+from lorica import init
 from lorica.config import AdapterConfig, LoraConfig, as_config
 from lorica.config.inits import FROM_DATA
 from lorica.layers.quantized import release_layout
@@ -251,9 +251,7 @@ def _fresh(
 
 def _norms(target: Target, weight: Parameter | None, A: Parameter, B: Parameter, scale: float) -> Parameter:
     """DoRA's magnitudes at the start: what leaves the weight as it is."""
-    if weight is None:
-        return Parameter(target.layer.row_norm(target.module, A.flatten(1), B.flatten(1), scale))
-    return Parameter(functional.row_norm(target.layer.as_matrix(weight), A.flatten(1), B.flatten(1), scale))
+    return Parameter(target.layer.row_norm(target.module, A.flatten(1), B.flatten(1), scale, weight))
 
 
 def _slots(root: nn.Module, paths: Iterable[str]) -> dict[str, Parameter]:

@@ -60,7 +60,7 @@ def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, row
     """
     W = stored.detach().flatten(1)
     products = [
-        (*layer.product(name, torch.float64), layer.scaling[name], layer.ratio(name, torch.float64))
+        (name, *layer.product(name, torch.float64), layer.scaling[name], layer.ratio(name, torch.float64))
         for name in names
         if name in layer.scaling
     ]
@@ -69,12 +69,13 @@ def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, row
         part = slice(i, i + rows)
         base = layer.base_rows(part, torch.float64)
         delta = torch.zeros_like(base)
-        for left, right, scale, ratio in products:
+        for name, left, right, scale, ratio in products:
             update = scale * (left[part] @ right)
             if ratio is not None:
                 ratio = layer.along_rows(ratio.detach())
                 ratio = ratio if layer.transposed else ratio[part]
-                update = ratio * (base + update) - base
+                own = layer.rows_beside(name, part, torch.float64)
+                update = ratio * (own + update) - own
             delta += update
         lost += float((W[part].double() - base - delta).square().sum())
         total += float(delta.square().sum())

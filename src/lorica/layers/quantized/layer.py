@@ -65,8 +65,12 @@ class LoraQuantized(LoraOpaque):
         )
 
     @classmethod
-    def row_norm(cls, module: nn.Module, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def row_norm(
+        cls, module: nn.Module, A: Tensor, B: Tensor, scale: float, weight: Tensor | None = None
+    ) -> Tensor:
         """As `LoraLayer.row_norm`, with a block of W0's rows unpacked at a time."""
+        if weight is not None:
+            return super().row_norm(module, A, B, scale, weight)
         parts = [
             functional.row_norm(registry.dequantize(module, rows, A.dtype), A, B[rows], scale)
             for rows in blocks(module)

@@ -1,0 +1,402 @@
+"""Sets of adapters acting together on one layer, of every kind and in every mode, against a dense weight.
+
+What the layer must compute is the base with ``W0 + Σ (Wᵢ − W0)``, where Wᵢ is the weight that adapter i alone
+makes: ``W0 + s·B·A``, for DoRA its rows at their trained magnitudes, for a start that was taken out of W0 the
+rest with the trained product. All in float64, outputs and gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from tiny import record
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import lorica
+from lorica.baselines import BitFitConfig, FullConfig
+from lorica.config import AdapterConfig
+from lorica.errors import AdapterError
+from lorica.layers import LoraLayer
+from lorica.model.merged import behind_merge
+from lorica.model.structure import adapted as roster_of
+
+DIM, ROWS = 6, 3
+NAMES = ("one", "two", "three")
+EXAMPLES = 300 if os.environ.get("LORICA_EXPLORE") else 10
+
+
+class Doubling(nn.Linear):
+    """A layer with a forward of its own, to which updates are added."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 1
+
+
+class Conv1D(nn.Module):
+    """transformers' Conv1D, imported where it is used."""
+
+    def __new__(cls, *sizes: int) -> Any:
+        return pytest.importorskip("transformers.pytorch_utils").Conv1D(*sizes)
+
+
+class Kind(NamedTuple):
+    """A model of one layer, or of torch's modules that read weights past it.
+
+    Args:
+        make: the model.
+        x: its input.
+        targets: modules to adapt.
+        read: whether weights are read without calling their layers.
+        decomposes: whether a start can be taken out of its weights.
+        biases: whether there are any.
+    """
+
+    make: Callable[[], nn.Module]
+    x: Callable[[], Tensor]
+    targets: tuple[str, ...] = ("0",)
+    read: bool = False
+    decomposes: bool = True
+    biases: bool = True
+
+
+def rows(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(ROWS, *shape, dtype=torch.float64)
+
+
+class SelfAttention(nn.Module):
+    """Calls torch's attention as a model does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(DIM, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def encoder(**given: Any) -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(DIM, 2, 7, dropout=0.0, batch_first=True, **given)
+
+
+def decoder() -> nn.Module:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerDecoderLayer(DIM, 2, 7, dropout=0.0, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, 0.5 * x)
+
+    return Decoder()
+
+
+KINDS = {
+    "linear": Kind(lambda: nn.Sequential(nn.Linear(DIM, 7)), rows(4, DIM)),
+    "linear without bias": Kind(
+        lambda: nn.Sequential(nn.Linear(DIM, 5, bias=False)), rows(DIM), biases=False
+    ),
+    "two linears": Kind(
+        lambda: nn.Sequential(nn.Linear(DIM, 7), nn.Tanh(), nn.Linear(7, 4)), rows(DIM), ("0", "2")
+    ),
+    "transformers' Conv1D": Kind(lambda: nn.Sequential(Conv1D(7, DIM)), rows(2, DIM)),
+    "own forward": Kind(lambda: nn.Sequential(Doubling(DIM, 7)), rows(DIM), decomposes=False),
+    "conv1d": Kind(
+        lambda: nn.Sequential(nn.Conv1d(DIM, 4, 3, padding=1, padding_mode="circular")),
+        rows(DIM, 5),
+        decomposes=False,
+    ),
+    "conv2d": Kind(
+        lambda: nn.Sequential(nn.Conv2d(DIM, 4, (2, 3), stride=2)), rows(DIM, 4, 5), decomposes=False
+    ),
+    "embedding": Kind(
+        lambda: nn.Sequential(nn.Embedding(9, DIM)),
+        lambda: torch.randint(0, 9, (ROWS, 4)),
+        decomposes=False,
+        biases=False,
+    ),
+    "attention": Kind(SelfAttention, rows(4, DIM), ("attention",), read=True),
+    "attention's output": Kind(SelfAttention, rows(4, DIM), ("out_proj",), read=True),
+    "encoder layer": Kind(encoder, rows(4, DIM), ("linear1", "linear2"), read=True),
+    "encoder layer, all": Kind(
+        lambda: encoder(norm_first=True), rows(4, DIM), ("self_attn", "linear1", "linear2"), read=True
+    ),
+    "encoder": Kind(
+        lambda: nn.TransformerEncoder(encoder(), 2, enable_nested_tensor=False),
+        rows(4, DIM),
+        ("linear1", "linear2"),
+        read=True,
+    ),
+    "decoder": Kind(decoder, rows(4, DIM), ("multihead_attn", "linear1", "linear2"), read=True),
+}
+
+TAKEN_OUT = ("pissa", "olora", "loftq")
+INITS = (False, "orthogonal", *TAKEN_OUT)
+
+
+@st.composite
+def adapters(draw: st.DrawFn, kind: Kind) -> list[AdapterConfig]:
+    """One to three adapters of any make that the kind can carry, and that can act together."""
+    made: list[AdapterConfig] = []
+    replaces = False
+    for _ in range(draw(st.integers(1, 3))):
+        method = draw(st.sampled_from(["lora", "lora", "lora", "dora", "dora", "bitfit", "full"]))
+        if method == "bitfit":
+            if kind.biases:
+                made.append(BitFitConfig())
+            continue
+        if method == "full":
+            made.append(FullConfig())
+            continue
+        inits = [i for i in INITS if not i or (kind.decomposes and not (replaces and i in TAKEN_OUT))]
+        init = draw(st.sampled_from(inits))
+        replaces |= init in TAKEN_OUT
+        given: dict[str, Any] = {
+            "r": draw(st.sampled_from([2, 4] if init == "orthogonal" else [1, 2, 3])),
+            "lora_alpha": draw(st.sampled_from([1, 3, 4])),
+            "use_rslora": draw(st.booleans()),
+            "target_modules": [*kind.targets],
+            "init_lora_weights": init,
+            "use_dora": method == "dora",
+        }
+        if kind.biases and not kind.read and method == "lora" and init is False:
+            given["lora_bias"] = draw(st.booleans())
+        made.append(lorica.LoraConfig(**given))
+    assume(sum(isinstance(config, lorica.LoraConfig) for config in made) > 0)
+    return made
+
+
+class Dense:
+    """The judge: what each adapter alone makes of every parameter of the base."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.base = copy.deepcopy(model)
+        self.rests: dict[tuple[str, str], Tensor] = {}
+
+    def noticed(self, model: nn.Module, name: str) -> None:
+        """Note what an adapter's start, which acts alone and untrained, leaves of W0."""
+        config = lorica.adapters(model)[name]
+        if not isinstance(config, lorica.LoraConfig) or config.init_lora_weights not in TAKEN_OUT:
+            return
+        for path, layer in _layers(model, name):
+            full = f"{path}.{layer.weight_name}"
+            if config.init_lora_weights == "loftq":  # W0 quantized: no difference of two matrices
+                self.rests[name, full] = layer.base_weight.detach().clone()
+            else:
+                start = oracle.delta(layer, name).detach()
+                self.rests[name, full] = self.base.get_parameter(full).detach() - start
+
+    def parameters(self, model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+        """The base's parameters with all that the named adapters make of them."""
+        own = dict(self.base.named_parameters())
+        result: dict[str, Tensor] = {**own}
+        _, roster = roster_of(model)
+        for name in names:
+            for path, slot in roster.slots.get(name, {}).items():
+                result[path] = result[path] + (slot - own[path])
+            for path, layer in _layers(model, name):
+                full = f"{path}.{layer.weight_name}"
+                made = self.rests.get((name, full), own[full]) + oracle.delta(layer, name)
+                magnitude = layer.magnitude_parameter(name)
+                if magnitude is not None:
+                    made = _turned(layer, made, magnitude)
+                result[full] = result[full] + (made - own[full])
+                bias = layer.bias_parameter(name)
+                if bias is not None:
+                    result[f"{path}.bias"] = result[f"{path}.bias"] + layer.scaling[name] * bias
+        return result
+
+    def __call__(self, model: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor:
+        return functional_call(self.base, self.parameters(model, names), (x,))
+
+
+def _turned(layer: LoraLayer, weight: Tensor, magnitude: Tensor) -> Tensor:
+    """Rows, one for each output, brought to their magnitudes; the norm is taken as a constant."""
+    by_columns = isinstance(layer, nn.Embedding) or "Conv1D" in type(layer).__name__
+    matrix = weight.mT if by_columns else weight.flatten(1)
+    turned = magnitude[:, None] * matrix / matrix.norm(dim=1, keepdim=True).detach()
+    return turned.mT if by_columns else turned.view(weight.shape)
+
+
+def _layers(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
+    return [
+        (path, layer)
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and name in layer.scaling
+    ]
+
+
+def trained(model: nn.Module, name: str) -> list[Tensor]:
+    """Everything that one adapter trains."""
+    _, roster = roster_of(model)
+    own: list[Tensor] = [*roster.slots.get(name, {}).values()]
+    for _, layer in _layers(model, name):
+        more = (layer.magnitude_parameter(name), layer.bias_parameter(name))
+        own += [*layer.factor_parameters(name), *(p for p in more if p is not None)]
+    return own
+
+
+def build(kind: Kind, configs: Sequence[AdapterConfig], *, shaken: bool = True) -> tuple[nn.Module, Dense]:
+    """A model that carries the adapters, each trained a little, and its judge."""
+    torch.manual_seed(1)
+    model = kind.make().double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    dense = Dense(model)
+    for name, config in zip(NAMES, configs, strict=False):
+        lorica.adapt(model, config, name, seed=len(name))
+        dense.noticed(model, name)
+        if shaken:
+            with torch.no_grad():
+                for parameter in trained(model, name):
+                    parameter += 0.2 * torch.randn_like(parameter)
+    return model, dense
+
+
+def close(got: Any, want: Any) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
+
+
+def gradients(y: Tensor, asked: Sequence[Tensor], along: Tensor) -> list[Tensor]:
+    """Of ``y · along``; zeros for what has no part in it."""
+    return list(
+        torch.autograd.grad(y, asked, along, retain_graph=True, allow_unused=True, materialize_grads=True)
+    )
+
+
+def check(model: nn.Module, dense: Dense, x: Tensor, names: Sequence[str], *, merged: bool = False) -> None:
+    """Outputs in every mode, and the gradients of all that acts."""
+    for training in (True, False):
+        model.train(training)
+        dense.base.train(training)
+        inputs = x.detach().clone().requires_grad_() if x.is_floating_point() else x
+        y = model(inputs)
+        if merged:
+            with behind_merge(model):
+                want = dense(model, inputs, names)
+        else:
+            want = dense(model, inputs, names)
+        close(y, want)
+        asked = [inputs] if inputs.requires_grad else []
+        asked += [] if merged else [p for name in names for p in trained(model, name)]
+        if asked and y.requires_grad:
+            along = torch.randn_like(y)
+            close(gradients(y, asked, along), gradients(want, asked, along))
+        with torch.no_grad():
+            close(model(x), want)
+
+
+def refused(names: Sequence[str], configs: dict[str, AdapterConfig]) -> bool:
+    """Whether more than one of these brings its own version of one parameter."""
+    taken_out = [
+        n
+        for n in names
+        if isinstance(c := configs[n], lorica.LoraConfig) and c.init_lora_weights in TAKEN_OUT
+    ]
+    full = [n for n in names if isinstance(configs[n], FullConfig)]
+    biases = [n for n in names if isinstance(configs[n], BitFitConfig)]
+    return len(full) > 1 or len(biases) > 1 or bool(full and (biases or taken_out)) or len(taken_out) > 1
+
+
+@pytest.mark.parametrize("case", KINDS)
+@settings(
+    max_examples=EXAMPLES, report_multiple_bugs=False, suppress_health_check=[HealthCheck.filter_too_much]
+)
+@given(data=st.data())
+def test_any_set_in_any_mode(case: str, data: st.DataObject) -> None:
+    kind = KINDS[case]
+    configs = data.draw(adapters(kind))
+    names = NAMES[: len(configs)]
+    model, dense = build(kind, configs)
+    x = kind.x()
+    acting = [n for n in names if data.draw(st.booleans(), label=n)] or [names[0]]
+    if refused(acting, lorica.adapters(model)):
+        with pytest.raises(AdapterError, match="cannot act together"):
+            lorica.active(model, acting)
+        acting = [names[0]]
+    lorica.active(model, acting)
+    check(model, dense, x, acting)
+    with lorica.disabled(model):
+        check(model, dense, x, [])
+    if not all(isinstance(lorica.adapters(model)[n], lorica.LoraConfig) for n in acting):
+        acting = [n for n in acting if isinstance(lorica.adapters(model)[n], lorica.LoraConfig)]
+        lorica.active(model, acting)
+    if not acting:
+        return
+    before = record(model)
+    report = lorica.merge(model)
+    assert report.worst[1] < 1e-9
+    check(model, dense, x, acting, merged=True)
+    for name in names:
+        if isinstance(lorica.adapters(model)[name], lorica.LoraConfig):
+            lorica.switch(model, name)
+            check(model, dense, x, [name], merged=True)
+    lorica.restore(model)
+    assert record(model) == before
+    check(model, dense, x, acting)
+
+
+@pytest.mark.parametrize("case", [name for name, kind in KINDS.items() if not kind.read])
+@settings(
+    max_examples=EXAMPLES, report_multiple_bugs=False, suppress_health_check=[HealthCheck.filter_too_much]
+)
+@given(data=st.data())
+def test_any_adapter_for_each_row(case: str, data: st.DataObject) -> None:
+    kind = KINDS[case]
+    configs = data.draw(adapters(kind))
+    model, dense = build(kind, configs)
+    _, roster = roster_of(model)
+    can = [name for name in NAMES[: len(configs)] if not roster.stand_ins(name)]
+    assume(can)
+    x = kind.x()
+    names = [data.draw(st.sampled_from([None, *can])) for _ in range(len(x))]
+    want = torch.cat(
+        [dense(model, x[i : i + 1], [] if name is None else [name]) for i, name in enumerate(names)]
+    )
+    model.train(data.draw(st.booleans()))
+    with lorica.mixed(model, names):
+        y = model(x)
+        close(y, want)
+        with torch.no_grad():
+            close(model(x), want)
+    asked = [p for name in dict.fromkeys(names) if name is not None for p in trained(model, name)]
+    if asked:
+        along = torch.randn_like(y)
+        close(gradients(y, asked, along), gradients(want, asked, along))
+
+
+@pytest.mark.parametrize("case", [name for name, kind in KINDS.items() if kind.decomposes])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_an_untrained_start_changes_nothing_beside_others(case: str, init: str) -> None:
+    kind = KINDS[case]
+    common: dict[str, Any] = {"r": 2, "target_modules": [*kind.targets]}
+    others = [
+        lorica.LoraConfig(**common, use_dora=True, init_lora_weights=False),
+        lorica.LoraConfig(**common, init_lora_weights=False),
+    ]
+    model, _ = build(kind, others)
+    x = kind.x()
+    lorica.active(model, NAMES[:2])
+    y = model(x)
+    lorica.adapt(model, lorica.LoraConfig(**common, init_lora_weights=init), "three", seed=0)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        lorica.active(model, NAMES)
+        close(model(x), y)
+        lorica.merge(model)
+        close(model(x), y)
+        lorica.switch(model, "three")
+        alone = model(x)
+        lorica.restore(model)
+        with lorica.disabled(model):
+            close(alone, model(x))
+        close(model(x), y)
