@@ -39,6 +39,8 @@ class LoraLinear(LoraLayer):
             return super().forward(input) if names else self.base_forward(input)
         A, B, scale, p = self.update_of(names[0])
         ratio = self.ratio(names[0])
+        if ratio is not None and self.weight_beside(names[0]) is not None:
+            return super().forward(input)
         if ratio is not None:
             return functional.dora_linear(input, *self._base(), A, B, ratio, scale, p)
         weight, bias = self._base()
