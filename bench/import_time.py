@@ -12,7 +12,7 @@ import harness
 
 STATEMENTS = {
     "import torch": "import torch",
-    "import lorica": "import lorica",
+    "import lorica": "import lorica; lorica.adapt, lorica.load",  # which imports its core
     "import peft": "import peft",
     "lorica --help": "import sys; sys.argv = ['lorica', '--help']; from lorica.cli import main; main()",
 }

@@ -160,7 +160,7 @@ def _similarity(report: Report) -> list[dict[str, Any]]:
                 report.alike[p].cosine if p in report.alike else None,
                 s.at(1, 1),
                 *_all_of(s),
-                *_all_of(report.written.layers[p] if _has(report.written, p) else None),
+                *_all_of(report.written.layers.get(p) if report.written else None),
             ]
             for p, s in found.layers.items()
         ],
@@ -180,10 +180,6 @@ def _similarity(report: Report) -> list[dict[str, Any]]:
         },
         table,
     ]
-
-
-def _has(report: SimilarityReport | None, path: str) -> bool:
-    return report is not None and path in report.layers
 
 
 def _all_of(found: Similarity | None) -> list[float | None]:
