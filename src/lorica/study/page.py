@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorica.plain import as_json
 from lorica.study.report import Report, spread
-from lorica.study.subspaces import Similarity, SimilarityReport, expected_phi, random_phi
+from lorica.study.subspaces import Similarity, expected_phi, random_phi
 
 _PANELS = 6  # layers of each projection that have a heat map
 _PHI = (
