@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from lorica.errors import FileError, lines
+from lorica.reading import read_object
 
 
 def read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -18,7 +18,10 @@ def read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     Raises:
         FileError: it is damaged, or names what is no file beside it.
     """
-    content = read_object(path)
+    try:
+        content = read_object(path)
+    except FileNotFoundError:
+        raise FileError(f"{path} is not there") from None
     home = content.get("weight_map")
     if not isinstance(home, dict) or not home:
         raise FileError(f"{path} has no weight_map; the file is damaged")
@@ -28,22 +31,12 @@ def read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             f"{path} should name files that stand beside it, such as 'model-00001-of-00002.safetensors', and "
             f"has:\n{lines(wrong)}"
         )
+    metadata = content.get("metadata")
+    if not isinstance(metadata, dict | None):
+        raise FileError(
+            f"{path} should hold an object as its metadata, not {metadata!r}; the file is damaged"
+        )
     return content, home
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        FileError: it holds something else, or is damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileError(f"{path} cannot be read as JSON: {error}; the file is damaged") from error
-    if not isinstance(content, dict):
-        raise FileError(f"{path} should hold a JSON object, not a {type(content).__name__}")
-    return content
 
 
 def _is_plain(file: object) -> bool:

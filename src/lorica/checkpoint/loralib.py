@@ -19,7 +19,7 @@ from lorica.adapter import TOKEN_ROWS, Adapter, Factors
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.derived import derived_config
 from lorica.checkpoint.fused import Parts, ends_with, fused_parts, groups, packed, unpacked
-from lorica.checkpoint.tensors import load, save
+from lorica.checkpoint.tensors import load, named_tensors, save
 from lorica.errors import AdapterError, ConfigError, FileError, lines, listing, nearest
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
@@ -230,6 +230,8 @@ def _pair(sides: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     A, B = sides["lora_A"], sides["lora_B"]
     if A.dim() != 2 or B.dim() != 2 or 0 in (*A.shape, *B.shape):
         raise AdapterError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are not the two halves of an update")
+    if not A.is_floating_point() or not B.is_floating_point():
+        raise AdapterError(f"A ({A.dtype}) and B ({B.dtype}) should be real numbers, such as float32")
     return A, B
 
 
@@ -262,6 +264,4 @@ def _load(path: Path) -> dict[str, Tensor]:
     data = load(path)
     if isinstance(data, dict):
         data = next((data[key] for key in _WRAPPERS if isinstance(data.get(key), dict)), data)
-        if all(isinstance(key, str) and isinstance(t, Tensor) for key, t in data.items()):
-            return dict(data)
-    raise FileError(f"{path} should hold tensors by name, not a {type(data).__name__} of something else")
+    return named_tensors(data, path)

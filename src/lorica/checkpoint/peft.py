@@ -19,16 +19,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from torch import Tensor
 
 from lorica.adapter import Adapter
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.card import model_card
 from lorica.checkpoint.peft_tensors import from_tensors, to_tensors
-from lorica.checkpoint.tensors import SAFETENSORS, load, save
+from lorica.checkpoint.tensors import SAFETENSORS, load, named_tensors, read_metadata, save
 from lorica.config import AdapterConfig, LoraConfig, read_config
 from lorica.errors import AdapterError, ConfigError, FileError
+from lorica.reading import parse_json, read_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -148,10 +148,12 @@ def read_trained_as(directory: str | Path) -> LoraConfig | None:
     path = Path(directory) / WEIGHTS_FILE
     if not path.is_file():
         return None
-    with safetensors.safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(_TRAINED_AS)
+    text = read_metadata(path).get(_TRAINED_AS)
+    if text is None:
+        return None
+    fields = parse_json(text, f"{_TRAINED_AS} in the header of {path}")
     try:
-        return None if text is None else LoraConfig.from_dict(json.loads(text))
+        return LoraConfig.from_dict(fields)
     except (ValueError, TypeError, AttributeError) as error:
         raise FileError(f"the header of {path} is damaged: {_TRAINED_AS} in it is wrong: {error}") from error
 
@@ -192,17 +194,11 @@ def read_settings(directory: str | Path) -> Mapping[str, Any]:
         FileError: there is none, or it is damaged.
     """
     folder = Path(directory)
-    path = folder / CONFIG_FILE
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(folder / CONFIG_FILE)
     except FileNotFoundError:
         have = "it is not there" if not folder.exists() else "it has none"
         raise FileError(f"{folder} is not an adapter: it should hold {CONFIG_FILE}, and {have}") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise FileError(f"{path} cannot be read as JSON: {error}; the file is damaged") from error
-    if not isinstance(data, dict):
-        raise FileError(f"{path} should hold a JSON object, not a {type(data).__name__}")
-    return data
 
 
 def read_tensors(directory: str | Path) -> dict[str, Tensor]:
@@ -218,10 +214,7 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
         raise FileError(
             f"{folder} has {CONFIG_FILE} but no {WEIGHTS_FILE}; the adapter was not saved to its end"
         )
-    data = load(path)
-    if isinstance(data, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in data.items()):
-        return dict(data)
-    raise FileError(f"{path} should hold tensors by name, not a {type(data).__name__} of something else")
+    return named_tensors(load(path), path)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

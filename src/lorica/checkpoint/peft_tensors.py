@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorica.adapter import TOKEN_ROWS, Adapter, Factors, Kind
-from lorica.config import AdapterConfig, LoraConfig, members
+from lorica.config import AdapterConfig, LoraConfig, full_match, members
 from lorica.errors import AdapterError, lines
 
 _PREFIX = "base_model.model."
@@ -159,6 +159,12 @@ def _paired(found: _Sorted, lora: LoraConfig | None) -> dict[str, Factors]:
             factors[path] = Factors(sides["A"], sides["B"], lora.scale(path), kind, magnitude, bias)
             problems += _disagreements(path, _MAGNITUDE, magnitude, "use_dora", lora.use_dora)
             problems += _disagreements(path, "lora_B.bias", bias, "lora_bias", lora.lora_bias)
+            vectors = {_MAGNITUDE: magnitude, "lora_B.bias": bias}
+            problems += [
+                f"{path}: {part} {tuple(v.shape)} ({v.dtype}) should be a real vector ({len(sides['B'])},)"
+                for part, v in vectors.items()
+                if v is not None and (v.shape != sides["B"].shape[:1] or not v.is_floating_point())
+            ]
     return factors
 
 
@@ -181,7 +187,7 @@ def _parameter_names(host: str, config: LoraConfig) -> list[str]:
     """The names that `target_parameters` may mean at a module; none where it is a target itself."""
     modules = config.target_modules
     if isinstance(modules, str):
-        is_target = re.fullmatch(modules, host) is not None
+        is_target = full_match(modules, host)
     else:
         is_target = any(f".{host}".endswith(f".{name}") for name in modules or [])
     parts = [] if is_target else [name.rpartition(".") for name in config.target_parameters or []]
@@ -196,16 +202,26 @@ def _path(key: str) -> str:
 
 
 def _mismatch(A: Tensor, B: Tensor, r: int, kind: Kind) -> str | None:
-    if A.dim() < 2 or B.dim() != A.dim():
+    if (A.dim() != 2 if kind == "embedding" else A.dim() < 2) or B.dim() != A.dim():
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} are not the two halves of an update"
     if A.shape[0] != r:
         return f"its rank is {A.shape[0]}, but the configuration says r={r}"
-    if A.is_complex() or B.is_complex():
-        return f"A ({A.dtype}) and B ({B.dtype}) should be real"
+    if problem := _not_real(A, B):
+        return problem
     inner = B.shape[1]
     if inner != r and not (kind == "conv" and inner and r % inner == 0):
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} do not share one rank"
+    if B.shape[2:].numel() != 1 or B.shape[0] % (r // inner):
+        return (
+            f"B {tuple(B.shape)} is not that of a convolution with a kernel of one, beside A {tuple(A.shape)}"
+        )
     return None
+
+
+def _not_real(A: Tensor, B: Tensor) -> str | None:
+    if A.is_floating_point() and B.is_floating_point():
+        return None
+    return f"A ({A.dtype}) and B ({B.dtype}) should be real numbers, such as float32"
 
 
 def _stack_mismatch(A: Tensor, B: Tensor, r: int) -> str | None:
@@ -214,7 +230,7 @@ def _stack_mismatch(A: Tensor, B: Tensor, r: int) -> str | None:
             f"A {tuple(A.shape)} and B {tuple(B.shape)} are not the two halves of updates of rank {r}, one "
             "for each expert"
         )
-    return None
+    return _not_real(A, B)
 
 
 def _wrap(path: str, wrapped: Mapping[str, int], *, whole: bool) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import re
 from typing import TYPE_CHECKING, Any
 
 from lorica.config.inits import check_init
+from lorica.config.matching import why_unreadable
+from lorica.config.numbers import is_count, is_index, is_number
 from lorica.config.patterns import with_prefix
 from lorica.errors import ConfigError, listing
 
@@ -17,20 +17,8 @@ TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS
 BIASES = ("none", "all", "lora_only")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_rank(value: Any) -> bool:
-    return _is_index(value) and value >= 1
-
-
 def _is_range(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_index, value)) and value[0] < value[1]
+    return isinstance(value, list) and len(value) == 2 and all(map(is_index, value)) and value[0] < value[1]
 
 
 def check(config: LoraConfig) -> None:
@@ -44,11 +32,11 @@ def check(config: LoraConfig) -> None:
         if not ok:
             raise ConfigError(f"{name} must be {expected}, not {getattr(config, name)!r}")
 
-    expect("r", _is_rank(config.r), "a whole number of at least 1")
-    expect("lora_alpha", _is_number(config.lora_alpha) and config.lora_alpha > 0, "a positive number")
+    expect("r", is_count(config.r), "a whole number of at least 1")
+    expect("lora_alpha", is_number(config.lora_alpha) and config.lora_alpha > 0, "a positive number")
     expect(
         "lora_dropout",
-        _is_number(config.lora_dropout) and 0 <= config.lora_dropout < 1,
+        is_number(config.lora_dropout) and 0 <= config.lora_dropout < 1,
         "a probability in [0, 1)",
     )
     expect("bias", config.bias in BIASES, f"one of {BIASES}")
@@ -66,12 +54,12 @@ def check(config: LoraConfig) -> None:
         )
     expect(
         "rank_pattern",
-        all(map(_is_rank, config.rank_pattern.values())),
+        all(map(is_count, config.rank_pattern.values())),
         "a map to whole numbers of at least 1",
     )
     expect(
         "alpha_pattern",
-        all(_is_number(alpha) and alpha > 0 for alpha in config.alpha_pattern.values()),
+        all(is_number(alpha) and alpha > 0 for alpha in config.alpha_pattern.values()),
         "a map to positive numbers",
     )
     flags = ("lora_bias", "use_dora", "use_rslora", "fan_in_fan_out", "ensure_weight_tying", "inference_mode")
@@ -93,6 +81,8 @@ def check(config: LoraConfig) -> None:
         ranges is None or (isinstance(ranges, list) and bool(ranges) and all(map(_is_range, ranges))),
         "None or a list of ranges [start, end) of blocks",
     )
+    for name in ("base_model_name_or_path", "revision"):
+        expect(name, isinstance(getattr(config, name), str | None), "None or a text")
     _check_tokens(config.trainable_token_indices)
     nothing = config.target_modules == [] and not config.target_parameters
     expect("target_modules", config.target_modules != "" and not nothing, "None or name at least one module")
@@ -116,7 +106,7 @@ def check(config: LoraConfig) -> None:
     indices = [layers] if isinstance(layers, int) else layers
     expect(
         "layers_to_transform",
-        indices is None or (isinstance(indices, list) and indices != [] and all(map(_is_index, indices))),
+        indices is None or (isinstance(indices, list) and indices != [] and all(map(is_index, indices))),
         "None, a block index, or a list of at least one",
     )
     for name in ("layers_to_transform", "layers_pattern"):
@@ -143,7 +133,7 @@ def _check_tokens(given: Any) -> None:
         given if isinstance(given, dict) else {} if given is None else {"embedding": given}
     )
     for name, indices in tables.items():
-        whole = isinstance(indices, list) and indices and all(map(_is_index, indices))
+        whole = isinstance(indices, list) and indices and all(map(is_index, indices))
         if not isinstance(name, str) or not name or not whole:
             raise ConfigError(
                 "trainable_token_indices must be a list of at least one token's index, or a map from names "
@@ -156,10 +146,5 @@ def _check_tokens(given: Any) -> None:
 
 
 def _check_regex(name: str, pattern: object, used: str | None = None) -> None:
-    if isinstance(pattern, str):
-        try:
-            re.compile(used or pattern)
-        except re.error as error:
-            raise ConfigError(
-                f"{name} holds {pattern!r}, which is not a regular expression: {error}"
-            ) from error
+    if isinstance(pattern, str) and (reason := why_unreadable(used or pattern)):
+        raise ConfigError(f"{name} holds {pattern!r}, which is not a regular expression: {reason}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
+from lorica.config.numbers import is_count, is_number
 from lorica.errors import ConfigError, listing, nearest
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ BASE_KEPT = (True, False, "gaussian", "orthogonal", "eva")
 FROM_DATA = ("eva", "corda", "lora_ga")
 """Starts that look at data first."""
 INITS = (*BASE_KEPT, "pissa", "pissa_niter_[number]", "olora", "corda", "lora_ga", "loftq")
-_NITER = re.compile(r"pissa_niter_(\d+)")
+_NITER = re.compile(r"pissa_niter_(\d{1,9})")
 
 
 def niter(init: bool | str) -> int | None:
@@ -90,7 +90,7 @@ class LoftQConfig(InitConfig):
     def __post_init__(self) -> None:
         """Check the values."""
         self._expect("loftq_bits", self.loftq_bits in (4, 8), "4 (NF4) or 8")
-        self._expect("loftq_iter", _is_count(self.loftq_iter), "a whole number of at least 1")
+        self._expect("loftq_iter", is_count(self.loftq_iter), "a whole number of at least 1")
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ class EvaConfig(InitConfig):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        self._expect("rho", _is_number(self.rho) and self.rho >= 1, "a number of at least 1")
-        self._expect("tau", _is_number(self.tau) and 0 <= self.tau <= 1, "in [0, 1]")
+        self._expect("rho", is_number(self.rho) and self.rho >= 1, "a number of at least 1")
+        self._expect("tau", is_number(self.tau) and 0 <= self.tau <= 1, "in [0, 1]")
         self._expect("label_mask_value", isinstance(self.label_mask_value, int), "a whole number")
         for name in ("use_label_mask", "whiten", "adjust_scaling_factors"):
             self._expect(name, isinstance(getattr(self, name), bool), "True or False")
@@ -192,7 +192,7 @@ class LoraGAConfig(InitConfig):
         self._expect("direction", self.direction in get_args(Direction), f"one of {get_args(Direction)}")
         self._expect("scale", self.scale in get_args(Scaling), f"one of {get_args(Scaling)}")
         self._expect(
-            "stable_gamma", _is_number(self.stable_gamma) and self.stable_gamma > 0, "a positive number"
+            "stable_gamma", is_number(self.stable_gamma) and self.stable_gamma > 0, "a positive number"
         )
 
 
@@ -239,11 +239,3 @@ def check_init(config: LoraConfig) -> None:
 def _is_known(init: object) -> bool:
     named = isinstance(init, str) and ((init in INITS and "[" not in init) or niter(init) is not None)
     return isinstance(init, bool) or named
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

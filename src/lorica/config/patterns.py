@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from lorica.config.matching import full_match
+
 
 def first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first key that speaks of the module at `path`; `default` if none does."""
@@ -17,7 +19,7 @@ def first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 def matches_pattern(key: str, path: str) -> bool:
     """Whether a key of `rank_pattern` or `alpha_pattern` speaks of the module at `path`."""
-    return re.fullmatch(with_prefix(key), path) is not None
+    return full_match(with_prefix(key), path)
 
 
 def exactly(path: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from lorica.config import AdapterConfig, LoraConfig
+from lorica.config import AdapterConfig, LoraConfig, full_match
 from lorica.errors import TargetError, listing, nearest
 from lorica.layers import AddedModule, LoraEmbedding, LoraLayer, SavedModule, layer_class
 from lorica.layers.conv import LoraConv
@@ -77,7 +77,7 @@ def _with_outputs(chosen: list[Place], places: list[Place]) -> list[Place]:
 
 def _match(name: str, patterns: list[str] | str, places: list[Place]) -> list[Place]:
     if isinstance(patterns, str):
-        hits = [p for p in places if re.fullmatch(patterns, p.path)]
+        hits = [p for p in places if full_match(patterns, p.path)]
         if not hits:
             raise TargetError(f"{name}={patterns!r} matches no module{hint(patterns, places)}")
         return hits

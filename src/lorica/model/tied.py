@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.adapter import Factors
-from lorica.config import LoraConfig
+from lorica.config import LoraConfig, full_match
 from lorica.errors import LoricaWarning, TargetError, listing
 from lorica.layers import LoraEmbedding, SavedModule
 from lorica.model.structure import Place, Target, walk
@@ -96,7 +96,7 @@ def with_tied(root: nn.Module, config: LoraConfig, among: Collection[str] | None
 
 def _matching(patterns: list[str] | str | None, paths: Iterable[str]) -> list[str]:
     if isinstance(patterns, str):
-        return [path for path in paths if re.fullmatch(patterns, path)]
+        return [path for path in paths if full_match(patterns, path)]
     ends = tuple(f".{name}" for name in patterns or ())
     return [path for path in paths if f".{path}".endswith(ends)]
 
