@@ -33,9 +33,7 @@ def read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         )
     metadata = content.get("metadata")
     if not isinstance(metadata, dict | None):
-        raise FileError(
-            f"{path} should hold an object as its metadata, not {metadata!r}; the file is damaged"
-        )
+        raise FileError(f"{path} should hold an object as metadata, not {metadata!r}; the file is damaged")
     return content, home
 
 

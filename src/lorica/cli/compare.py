@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.cli.parsing import Parser
+from lorica.cli.parsing import Parser, add_trust
 from lorica.plain import as_json
 
 
@@ -23,6 +23,7 @@ def parser() -> Parser:
     add("--table", action="store_true", help="print the table of what has run so far, and run nothing")
     add("--in_process", action="store_true", help="run here, not in a process each: no peak memory then")
     add("--json", action="store_true", help="print JSON at the end instead of a table")
+    add_trust(result)
     return result
 
 
@@ -34,7 +35,8 @@ def run(argv: list[str]) -> int:
     from lorica.train.console import make_console
 
     given = {name: getattr(parsed, name) for name in ("data", "output")}
-    spec = Comparison.load(parsed.file, **{name: value for name, value in given.items() if value})
+    changes = {name: value for name, value in given.items() if value}
+    spec = Comparison.load(parsed.file, trust_task=parsed.trust_task, **changes)
     console = make_console(stderr=parsed.json)
     if parsed.counts:
         _print_counts(console, spec, in_json=parsed.json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.cli.parsing import Parser
+from lorica.cli.parsing import Parser, add_trust
 from lorica.cli.writing import add_generation, generation_of
 from lorica.plain import as_json
 
@@ -27,6 +27,7 @@ def parser() -> Parser:
         help="file for the texts that a language model wrote, with their references, as JSON lines",
     )
     add_generation(result)
+    add_trust(result)
     return result
 
 
@@ -37,8 +38,14 @@ def run(argv: list[str]) -> int:
     from lorica.train.console import make_console, print_table, scores
     from lorica.train.use import evaluate, recipe_of
 
-    generation = generation_of(parsed, recipe_of(parsed.directory).generation)
-    metrics = evaluate(parsed.directory, parsed.test, generation=generation, predictions=parsed.predictions)
+    generation = generation_of(parsed, recipe_of(parsed.directory, trust_task=parsed.trust_task).generation)
+    metrics = evaluate(
+        parsed.directory,
+        parsed.test,
+        generation=generation,
+        predictions=parsed.predictions,
+        trust_task=parsed.trust_task,
+    )
     if parsed.json:
         print(as_json(metrics))
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lorica.cli.parsing import Parser
+from lorica.cli.parsing import Parser, add_trust
 from lorica.plain import as_json
 
 
@@ -39,6 +39,7 @@ def parser() -> Parser:
         help="column of the classes (default: found by its name)",
     )
     add("--json", action="store_true", help="print JSON instead of a table")
+    add_trust(result)
     return result
 
 
@@ -60,7 +61,7 @@ def run(argv: list[str]) -> int:
         text_pair=parsed.text_pair,
         label=parsed.label,
     )
-    found = forgetting(parsed.runs, other)
+    found = forgetting(parsed.runs, other, trust_task=parsed.trust_task)
     if parsed.json:
         print(as_json([{**dataclasses.asdict(f), "forgotten": f.forgotten} for f in found]))
     else:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorica.cli.parsing import Parser
+from lorica.cli.parsing import Parser, add_trust
 from lorica.cli.writing import add_generation, generation_of
 
 
@@ -40,6 +40,7 @@ def parser() -> Parser:
     result.add_argument("--sequences", type=int, default=1, help="texts a prompt; needs beams or sampling")
     result.add_argument("--seed", type=int, default=0, help="seed of sampling")
     add_generation(result)
+    add_trust(result)
     return result
 
 
@@ -53,7 +54,7 @@ def run(argv: list[str]) -> int:
 
     if parsed.out is not None:
         writable_file(parsed.out)
-    trained = opened(parsed.source)
+    trained = opened(parsed.source, trust_task=parsed.trust_task)
     config = generation_of(parsed, trained.recipe.generation)
     alone = len(prompts) == parsed.sequences == config.num_beams == 1 and not parsed.adapter
     live = alone and parsed.out is None and sys.stdout.isatty()

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorica.cli.parsing import Parser
+from lorica.cli.parsing import Parser, add_trust
 from lorica.errors import FileError, LoricaWarning
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def parser() -> Parser:
         action="store_true",
         help="with --stream: throw away what an interrupted merge left, and start afresh",
     )
+    add_trust(result)
     return result
 
 
@@ -61,7 +62,9 @@ def run(argv: list[str]) -> int:
     else:
         from lorica.train.merging import merge_checkpoint
 
-        report, out = merge_checkpoint(parsed.base, parsed.adapter, parsed.out, dtype=parsed.dtype)
+        report, out = merge_checkpoint(
+            parsed.base, parsed.adapter, parsed.out, dtype=parsed.dtype, trust_task=parsed.trust_task
+        )
     path, worst = report.worst
     head, *lines = str(report).splitlines()
     layers, rest = lines[: len(report.layers)], lines[len(report.layers) :]
@@ -95,19 +98,19 @@ def _stream(parsed: Any) -> StreamReport:
             parsed.out,
             dtype=dtype,
             resume=not parsed.restart,
-            config=_labels(Path(parsed.adapter)),
+            config=_labels(Path(parsed.adapter), trust_task=parsed.trust_task),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
 
 
-def _labels(adapter: Path) -> dict[str, Any]:
+def _labels(adapter: Path, *, trust_task: bool) -> dict[str, Any]:
     """What an adapter's recipe says of its head and its padding, as `config.json` has it."""
     from lorica.train import tasks
     from lorica.train.recipe import Recipe
 
     if not (adapter / "recipe.yaml").is_file():
         return {}
-    recipe = Recipe.load(adapter / "recipe.yaml")
+    recipe = Recipe.load(adapter / "recipe.yaml", trust_task=trust_task)
     task = tasks.get(recipe.task)
     head = task.head(recipe.data)
     head.pop("num_labels", None)  # as many as there are names

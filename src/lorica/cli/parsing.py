@@ -13,6 +13,15 @@ from lorica.errors import nearest
 _UNKNOWN = re.compile(r"(?:Unrecognized arguments: |Option '?|unrecognized arguments: )-*([\w.]+)")
 
 
+def add_trust(parser: Parser) -> None:
+    """Give a command that uses a recipe's task the option to run one that is code."""
+    parser.add_argument(
+        "--trust_task",
+        action="store_true",
+        help="use the file's or folder's task also where it is Python code (file.py:Class), which runs then",
+    )
+
+
 class Parser(jsonargparse.ArgumentParser):
     """A parser that answers wrong usage in three lines, not with every option there is."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorica.cli.parsing import Parser
+from lorica.cli.parsing import Parser, add_trust
 from lorica.cli.writing import add_generation, generation_of
 from lorica.plain import as_json
 
@@ -27,6 +27,7 @@ def parser() -> Parser:
     )
     result.add_argument("--json", action="store_true", help="print JSON lines also for a single text")
     add_generation(result)
+    add_trust(result)
     return result
 
 
@@ -40,7 +41,7 @@ def run(argv: list[str]) -> int:
     from lorica.train.reading import format_of
     from lorica.train.use import predict, recipe_of
 
-    recipe = recipe_of(parsed.directory)
+    recipe = recipe_of(parsed.directory, trust_task=parsed.trust_task)
     path = Path(parsed.input)
     holds_rows = path.suffix == ".txt" or format_of(path) is not None
     there = 0 < len(parsed.input) < 1024 and path.exists()
@@ -53,7 +54,12 @@ def run(argv: list[str]) -> int:
     if parsed.output is not None:
         writable_file(parsed.output)
     generation = generation_of(parsed, recipe.generation)
-    rows = predict(parsed.directory, path if from_file else [parsed.input], generation=generation)
+    rows = predict(
+        parsed.directory,
+        path if from_file else [parsed.input],
+        generation=generation,
+        trust_task=parsed.trust_task,
+    )
     if not (from_file or parsed.json or parsed.output):
         print(
             f"{rows[0]['label']}  {rows[0]['probability']:.4f}"

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lorica.cli import INTERRUPTED
-from lorica.cli.parsing import Parser
+from lorica.cli.parsing import Parser, add_trust
 from lorica.train.recipe import Recipe, add_recipe, check_file, from_parsed
+from lorica.train.trust import check_trusted
 
 
 def parser() -> Parser:
@@ -37,6 +38,7 @@ def parser() -> Parser:
     result.add_argument(
         "--changed_data", action="store_true", help="with --from: go on though the rows have changed"
     )
+    add_trust(result)
     return result
 
 
@@ -44,9 +46,8 @@ def run(argv: list[str]) -> int:
     """Train, and show the scores."""
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
-    for flag, value in itertools.pairwise(argv):
-        if flag == "--config":
-            check_file(value)
+    for path in _given(argv, "--config"):
+        check_file(path)
     command = parser()
     parsed: Any = command.parse_args(argv)
     path = parsed["from"]
@@ -58,12 +59,14 @@ def run(argv: list[str]) -> int:
     from lorica.train.record import Record
     from lorica.train.run import RECIPE, train
 
-    repeats = None if path is None else Record.load(path)
+    repeats = None if path is None else Record.load(path, trust_task=True)  # seen to below
     if repeats is not None:
         # The recorded recipe comes first, so that the options override it.
         recorded = json.dumps(dataclasses.asdict(repeats.recipe))
         parsed = command.parse_args(["--config", recorded, *argv])
     recipe = from_parsed(command, parsed)
+    typed = recipe.task in _given(argv, "--task")  # and by nobody but the user
+    check_trusted(recipe.task, "the recipe", trust_task=parsed.trust_task or typed)
     console = make_console()
     try:
         result = train(
@@ -83,6 +86,12 @@ def run(argv: list[str]) -> int:
         return INTERRUPTED
     show(console, recipe, result)
     return 0
+
+
+def _given(argv: list[str], flag: str) -> list[str]:
+    """What stands behind an option, in either of its forms."""
+    apart = [value for name, value in itertools.pairwise(argv) if name == flag]
+    return [*apart, *(each.removeprefix(f"{flag}=") for each in argv if each.startswith(f"{flag}="))]
 
 
 def show(console: Any, recipe: Recipe, result: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.cli import INTERRUPTED
-from lorica.cli.parsing import Parser
+from lorica.cli.parsing import Parser, add_trust
 from lorica.errors import ConfigError, listing
 
 
@@ -46,6 +46,7 @@ def parser() -> Parser:
         f"before: {', '.join(f'--{name}' for name in FREE)}",
     )
     add("--ramp", action="store_true", help="look for the rank that is enough: double it while that helps")
+    add_trust(result)
     result.add_class_arguments(SearchConfig)
     result.add_class_arguments(RampConfig, nested_key="rank")
     return result
@@ -67,11 +68,15 @@ def run(argv: list[str]) -> int:
     console = make_console()
     config = SearchConfig(**{item.name: values[item.name] for item in dataclasses.fields(SearchConfig)})
     if parsed.resume is not None:
-        recipe, space, before = reopen(parsed.resume)
+        recipe, space, before = reopen(parsed.resume, trust_task=parsed.trust_task)
         config = dataclasses.replace(before, **{name: values[name] for name in FREE if name in given})
         out = parsed.resume
     else:
-        recipe = Recipe.load(parsed.recipe) if parsed.recipe is not None else Recipe()
+        recipe = (
+            Recipe.load(parsed.recipe, trust_task=parsed.trust_task)
+            if parsed.recipe is not None
+            else Recipe()
+        )
         space = Space.load(parsed.space) if parsed.space is not None else None
         out = parsed.out or ("runs/ramp" if parsed.ramp else "runs/tune")
     if parsed.ramp:
@@ -98,10 +103,10 @@ def _check_together(given: set[str], parsed: Any) -> None:
     from lorica.tune.settings import FREE
 
     if parsed.ramp:
-        useless = given - {"recipe", "ramp", "rank", "out"}
+        useless = given - {"recipe", "ramp", "rank", "out", "trust_task"}
         why = "--ramp takes no options but --rank.* and --out; what decides is the recipe's metric_for_best"
     elif parsed.resume is not None:
-        useless = given - {"resume", *FREE}
+        useless = given - {"resume", "trust_task", *FREE}
         why = "--resume takes the recipe, the space and the other options from the folder"
     else:
         useless, why = given & {"rank"}, "--rank.* are options of --ramp"

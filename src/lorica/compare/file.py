@@ -117,6 +117,7 @@ class Comparison:
         data: folder from which relative paths of rows start. None is the current one.
         output: folder for results.jsonl, the table and the plot.
         keep: keep each run's adapter, in ``runs/`` there.
+        trust_task: tasks may be code, ``file.py:Class``. No file can say so; its user does.
     """
 
     tasks: dict[str, TaskEntry]
@@ -129,13 +130,15 @@ class Comparison:
     data: str | None = None
     output: str = "runs/compare"
     keep: bool = False
+    trust_task: bool = False
 
     @classmethod
-    def load(cls, path: str | Path, **changes: Any) -> Comparison:
+    def load(cls, path: str | Path, *, trust_task: bool = False, **changes: Any) -> Comparison:
         """Read a comparison from a YAML file.
 
         Args:
             path: of the file.
+            trust_task: take it also where a task of it is code, ``file.py:Class``, which then runs here.
             changes: fields to set in place of what it says.
 
         Raises:
@@ -150,16 +153,18 @@ class Comparison:
             raise FileError(f"the comparison {path} is not YAML: {error}") from error
         if not isinstance(content, Mapping):
             raise FileError(f"the comparison {path} must hold 'tasks:' and 'methods:'")
-        return cls.from_dict({**content, **changes}, str(path))
+        return cls.from_dict({**content, **changes}, str(path), trust_task=trust_task)
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any], where: str = "the comparison") -> Comparison:
+    def from_dict(
+        cls, content: Mapping[str, Any], where: str = "the comparison", *, trust_task: bool = False
+    ) -> Comparison:
         """Read a comparison from what its YAML file would hold; see `load`."""
         problems: list[str] = []
         values = dict(_values(content, problems))
         if problems:
             raise ConfigError(f"{where}:\n{lines(problems)}")
-        return cls(**values)
+        return cls(**values, trust_task=trust_task)
 
     def laid(self, task: str, method: str) -> Recipe:
         """The recipe of a method on a task.
@@ -183,7 +188,7 @@ class Comparison:
                 if name in part:  # what trains is said anew
                     content.pop(other, None)
             content = _over(content, part)
-        recipe = presets.apply(Recipe.from_dict(content, f"{method} on {task}"))
+        recipe = presets.apply(Recipe.from_dict(content, f"{method} on {task}", trust_task=self.trust_task))
         paths = {
             name: found
             for name in ("train", "validation", "test")
@@ -193,7 +198,7 @@ class Comparison:
 
 
 def _values(content: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[str, Any]]:
-    known = [item.name for item in dataclasses.fields(Comparison)]
+    known = [item.name for item in dataclasses.fields(Comparison) if item.name != "trust_task"]
     problems += [
         f"unknown field {name!r}{nearest(str(name), known)}" for name in content if name not in known
     ]

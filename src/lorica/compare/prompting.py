@@ -56,7 +56,8 @@ def prompt(recipe: Recipe, settings: FewShot) -> dict[str, Any]:
     data, splits = recipe.data, {name: own.rows for name, own in used.items()}
     with quiet():
         tokenizer = task.tokenizer(recipe.model)
-        model = transformers.AutoModelForCausalLM.from_pretrained(resolve_model(recipe.model)).eval()
+        base = resolve_model(recipe.model)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False).eval()
         task.pad(model, tokenizer)
         scored = {name: rows for name, rows in splits.items() if name != "train"}
         if isinstance(task, SequenceClassification):

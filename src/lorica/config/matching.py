@@ -1,4 +1,4 @@
-"""Does a regular expression match a module's path? In bounded time, whoever wrote the expression.
+r"""Does a regular expression match a module's path? In bounded time, whoever wrote the expression.
 
 Python's own engine tries one way after another, and a pattern such as ``(a*)*b`` has as many ways as there
 are subsets of the path. A configuration comes out of a file that somebody else wrote, so a pattern is
@@ -7,7 +7,7 @@ once, as a set of positions:
 
     path        e n c . q        a set of positions: bit p is set where a match may have come to p
     .*  from {0}                 {0, 1, 2, 3, 4, 5}
-    then \\.                      {4}
+    then \.                      {4}
 
 Both give the same answer; the second takes time that grows with the length of pattern and path.
 """
@@ -81,7 +81,7 @@ class _Prepared:
         return self._easy[size]
 
     def part(self, item: Item, flags: int) -> tuple[tuple[str, int], re.Pattern[str]]:
-        """One node of the tree as a pattern of its own, with a key: what it takes is decided by Python alone."""
+        """One node of the tree as a pattern of its own, with a key: Python alone decides what it takes."""
         if id(item) not in self._keys:
             self._keys[id(item)] = repr(item)
         key = self._keys[id(item)], flags
@@ -250,6 +250,6 @@ class _Positions:
 
     def _refused(self, why: str) -> ConfigError:
         return ConfigError(
-            f"the regular expression {_short(self._made.pattern)!r} {why}: it might never end. Write it without repetitions inside "
-            "repetitions, or list the names"
+            f"the regular expression {_short(self._made.pattern)!r} {why}: it might never end. Write it "
+            "without repetitions inside repetitions, or list the names"
         )

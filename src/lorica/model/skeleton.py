@@ -59,7 +59,7 @@ def _configuration(transformers: Any, model: Any) -> Any:
             fields = dict(model)
             return transformers.AutoConfig.for_model(fields.pop("model_type", ""), **fields)
         if isinstance(model, (str, Path)):
-            return transformers.AutoConfig.from_pretrained(model)
+            return transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise ConfigError(f"no model configuration can be had from {model!r}: {reason}") from error

@@ -69,13 +69,16 @@ class Forgetting:
         return self.after - self.before if self.other_metric == LOSS else self.before - self.after
 
 
-def forgetting(runs: Sequence[str | Path], other: DataConfig) -> list[Forgetting]:
+def forgetting(
+    runs: Sequence[str | Path], other: DataConfig, *, trust_task: bool = False
+) -> list[Forgetting]:
     """Score trained models, and the bases they came from, on data that they were not trained for.
 
     Args:
         runs: folders that `train` filled, of one task; LoRA and other methods may stand side by side.
         other: the other data. A probe is fitted on its training rows and scored on its test rows, or on
             validation rows where it has none; of a language model the loss is taken on these alone.
+        trust_task: as in `open_run`.
 
     Raises:
         FileError: a folder or the rows are missing.
@@ -86,13 +89,13 @@ def forgetting(runs: Sequence[str | Path], other: DataConfig) -> list[Forgetting
         raise ConfigError("name at least one folder of `lorica train`")
     found: list[Forgetting] = []
     for run in runs:
-        trained = open_run(run)
+        trained = open_run(run, trust_task=trust_task)
         if found and trained.task.best_metric != found[0].metric:
             raise ConfigError(
                 f"{run} was trained for {trained.task.best_metric}, {found[0].run} for {found[0].metric}; "
                 "runs are compared on one task"
             )
-        results = Record.load(run).results
+        results = Record.load(run, trust_task=trust_task).results
         learned = _learned(results, run, trained.task.best_metric)
         metric, before, after = _elsewhere(trained, other)
         found.append(

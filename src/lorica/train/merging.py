@@ -35,7 +35,7 @@ _AUTO_CLASSES = {
 
 
 def merge_checkpoint(
-    base: str, adapter: str | Path, out: str | Path, *, dtype: str = "auto"
+    base: str, adapter: str | Path, out: str | Path, *, dtype: str = "auto", trust_task: bool = False
 ) -> tuple[MergeReport, Path]:
     """Fold an adapter into its base and write a plain checkpoint: weights, configuration, tokenizer.
 
@@ -48,6 +48,7 @@ def merge_checkpoint(
         adapter: folder of the adapter, lorica's or PEFT's.
         out: folder to write; new or empty.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for the base's own.
+        trust_task: as in `lorica.train.Recipe.load`, for the recipe beside the adapter.
 
     Returns:
         What rounding cost, and the folder.
@@ -61,7 +62,8 @@ def merge_checkpoint(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileError(f"{out} is there already and not empty; choose a new folder")
     value = read(adapter)
-    recipe = Recipe.load(adapter / "recipe.yaml") if (adapter / "recipe.yaml").is_file() else None
+    path = adapter / "recipe.yaml"
+    recipe = Recipe.load(path, trust_task=trust_task) if path.is_file() else None
     model = load_base(base, value, recipe, dtype)
     with quiet():
         attach(model, value)
@@ -108,7 +110,11 @@ def load_base(base: str, adapter: Adapter, recipe: Recipe | None, dtype: str = "
     with quiet():
         try:
             return getattr(transformers, auto).from_pretrained(
-                resolve_model(base), dtype=dtype, ignore_mismatched_sizes=True, **options
+                resolve_model(base),
+                dtype=dtype,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **options,
             )
         except (OSError, ValueError) as error:
             raise FileError(
@@ -118,9 +124,12 @@ def load_base(base: str, adapter: Adapter, recipe: Recipe | None, dtype: str = "
 
 def _architecture(base: str) -> str:
     try:
-        architectures = AutoConfig.from_pretrained(resolve_model(base)).architectures or []
+        architectures = (
+            AutoConfig.from_pretrained(resolve_model(base), trust_remote_code=False).architectures or []
+        )
     except (OSError, ValueError) as error:
         raise FileError(f"cannot load the base {base!r}: {str(error).strip().splitlines()[0]}") from error
+    architectures = config.architectures or []
     if len(architectures) == 1 and hasattr(transformers, architectures[0]):
         return architectures[0]
     raise ConfigError(
@@ -143,5 +152,5 @@ def _reader(adapter: Path, base: str, recipe: Recipe | None) -> Any:
         return tasks.get(recipe.task).tokenizer(source)
     for kind in (AutoTokenizer, AutoImageProcessor):
         with contextlib.suppress(OSError, ValueError):
-            return kind.from_pretrained(resolve_model(source))
+            return kind.from_pretrained(resolve_model(source), trust_remote_code=False)
     return None

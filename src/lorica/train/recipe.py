@@ -16,6 +16,7 @@ from lorica.errors import ConfigError, FileError
 from lorica.train.fields import check_fields
 from lorica.train.files import write_atomically
 from lorica.train.generation.config import GenerationConfig
+from lorica.train.trust import check_trusted
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -293,27 +294,37 @@ class Recipe:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Recipe:
+    def load(cls, path: str | Path, *, trust_task: bool = False) -> Recipe:
         """Read a recipe from a YAML file; fields it leaves out keep their defaults.
+
+        Args:
+            path: of the file.
+            trust_task: take it also where its task is code, ``file.py:Class``, which runs when it is used.
 
         Raises:
             FileError: there is no such file, or it is not YAML.
-            ConfigError: it has a field that does not exist, or a value of the wrong type.
+            ConfigError: it has a field that does not exist, or a value of the wrong type; or its task is code
+                that is not trusted.
         """
-        return cls.from_dict(check_file(path), str(path))
+        return cls.from_dict(check_file(path), str(path), trust_task=trust_task)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "the recipe") -> Recipe:
+    def from_dict(
+        cls, values: Mapping[str, Any], where: str = "the recipe", *, trust_task: bool = False
+    ) -> Recipe:
         """Make a recipe of plain values, as JSON and YAML hold them.
 
         Args:
             values: fields by name, those of a part in a mapping of their own.
             where: what to call them in an error.
+            trust_task: as in `load`.
 
         Raises:
-            ConfigError: there is a field that does not exist, or a value of the wrong type.
+            ConfigError: there is a field that does not exist, or a value of the wrong type; or the task is
+                code that is not trusted.
         """
         check_fields(values, cls(), where)
+        check_trusted(values.get("task"), where, trust_task=trust_task)
         import jsonargparse
 
         parser = _parser()

@@ -56,12 +56,17 @@ class Record:
         return directory / RECORD
 
     @classmethod
-    def load(cls, path: str | Path) -> Record:
+    def load(cls, path: str | Path, *, trust_task: bool = False) -> Record:
         """Read a ``run.json``, or the one in a folder.
+
+        Args:
+            path: of the file, or its folder.
+            trust_task: as in `Recipe.load`.
 
         Raises:
             FileError: there is none, or it is not one.
-            ConfigError: its recipe has a field that this version does not know.
+            ConfigError: its recipe has a field that this version does not know, or a task that is code and
+                not trusted.
         """
         path = Path(path)
         path = path / RECORD if path.is_dir() else path
@@ -72,7 +77,7 @@ class Record:
             raise FileError(f"cannot read the run {path}: {error.strerror or error}") from error
         except (ValueError, TypeError, KeyError) as error:
             raise FileError(f"{path} is no {RECORD} of `lorica train`: {error!r}") from error
-        parts["recipe"] = Recipe.from_dict(parts["recipe"], str(path))
+        parts["recipe"] = Recipe.from_dict(parts["recipe"], str(path), trust_task=trust_task)
         return cls(**parts)
 
     def check_data(self, data: Mapping[str, Mapping[str, Any]]) -> None:

@@ -285,7 +285,7 @@ def _as_before(recipe: Recipe, output: Path) -> Recipe:
     """
     if not (output / RECIPE).is_file():
         return recipe
-    saved = Recipe.load(output / RECIPE)
+    saved = Recipe.load(output / RECIPE, trust_task=True)  # compared, not used
     if recipe.training.auto_batch_size:
         sizes = {name: getattr(saved.training, name) for name in ("batch_size", "gradient_accumulation")}
         recipe = recipe.replace(training=sizes)

@@ -52,14 +52,19 @@ class Trained:
     model: PreTrainedModel
 
 
-def open_run(directory: str | Path) -> Trained:
+def open_run(directory: str | Path, *, trust_task: bool = False) -> Trained:
     """Load what `train` left in a folder, or what ``lorica merge`` made of it.
+
+    Args:
+        directory: the folder.
+        trust_task: use it also where its recipe's task is code, ``file.py:Class``, which then runs here.
 
     Raises:
         FileError: the folder is no such folder.
+        ConfigError: the task is code, and not trusted.
     """
     directory = Path(directory)
-    recipe = recipe_of(directory)
+    recipe = recipe_of(directory, trust_task=trust_task)
     task = tasks.get(recipe.task)
     adapted = is_adapter(directory)
     if not adapted and not (directory / "config.json").is_file():
@@ -80,8 +85,12 @@ def open_run(directory: str | Path) -> Trained:
     return Trained(recipe, task, tokenizer, model.eval())
 
 
-def recipe_of(directory: str | Path) -> Recipe:
+def recipe_of(directory: str | Path, *, trust_task: bool = False) -> Recipe:
     """The recipe in a folder that `train` filled.
+
+    Args:
+        directory: the folder.
+        trust_task: as in `Recipe.load`.
 
     Raises:
         FileError: the folder is no such folder.
@@ -94,7 +103,7 @@ def recipe_of(directory: str | Path) -> Recipe:
             f"{directory} has no {RECIPE}, so it was not made by `lorica train`; expected that command's "
             "--output folder"
         )
-    return Recipe.load(directory / RECIPE)
+    return Recipe.load(directory / RECIPE, trust_task=trust_task)
 
 
 def evaluate(
@@ -103,6 +112,7 @@ def evaluate(
     *,
     generation: GenerationConfig | None = None,
     predictions: str | Path | None = None,
+    trust_task: bool = False,
 ) -> dict[str, float]:
     """Score a trained model.
 
@@ -112,6 +122,7 @@ def evaluate(
             test rows of its recipe, as many as it names.
         generation: how a language model writes text, and by what that is scored. None takes its recipe's.
         predictions: file for what it wrote: JSON lines of ``prompt``, ``generated`` and ``references``.
+        trust_task: as in `open_run`.
 
     Returns:
         The task's metrics, the loss, and ``rows``, how many there were.
@@ -122,7 +133,7 @@ def evaluate(
     """
     if predictions is not None:
         writable_file(predictions)
-    trained = open_run(directory)
+    trained = open_run(directory, trust_task=trust_task)
     recipe = trained.recipe
     if test is not None:
         used = sources.laid_out(sources.load_test(test, recipe.data.subset), recipe.data)
@@ -147,6 +158,7 @@ def predict(
     texts: Sequence[str] | str | Path | Dataset,
     *,
     generation: GenerationConfig | None = None,
+    trust_task: bool = False,
 ) -> list[dict[str, Any]]:
     """Predict with a trained model.
 
@@ -155,6 +167,7 @@ def predict(
         texts: texts; or rows in memory, or a file of them in any form that `DataConfig.train` takes; a
             ``.txt`` file holds one text a line.
         generation: how a language model writes. None takes its recipe's.
+        trust_task: as in `open_run`.
 
     Returns:
         A dictionary for each row: the texts, and what the task says of them, such as ``label`` and
@@ -164,7 +177,7 @@ def predict(
         FileError: the folder or the file is missing.
         ConfigError: the rows do not have the columns that the model was trained on.
     """
-    trained = open_run(directory)
+    trained = open_run(directory, trust_task=trust_task)
     recipe, task = trained.recipe, trained.task
     where = "the rows"
     if isinstance(texts, Dataset):

@@ -162,7 +162,8 @@ def keep_best(result: SearchResult) -> None:
         copy = Path(stage) / BEST
         left_out = shutil.ignore_patterns("checkpoints", "tensorboard", "log.txt")
         shutil.copytree(result.directory / TRIALS / result.best.name, copy, ignore=left_out)
-        Recipe.load(copy / RECIPE).replace(output=str(target)).save(copy / RECIPE)
+        made = Recipe.load(copy / RECIPE, trust_task=True)  # written by this very search
+        made.replace(output=str(target)).save(copy / RECIPE)
         if target.exists():
             target.rename(Path(stage) / "before")
         copy.rename(target)

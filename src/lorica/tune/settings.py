@@ -174,8 +174,12 @@ def check_same(directory: Path, recipe: Recipe, space: Space, config: SearchConf
         )
 
 
-def reopen(directory: str | Path) -> tuple[Recipe, Space, SearchConfig]:
+def reopen(directory: str | Path, *, trust_task: bool = False) -> tuple[Recipe, Space, SearchConfig]:
     """What a search in a folder was started with.
+
+    Args:
+        directory: the folder.
+        trust_task: as in `Recipe.load`.
 
     Raises:
         LoricaError: there is none.
@@ -184,5 +188,5 @@ def reopen(directory: str | Path) -> tuple[Recipe, Space, SearchConfig]:
     if not path.is_file():
         raise LoricaError(f"{directory} holds no search: there is no {path}")
     content = json.loads(path.read_text(encoding="utf-8"))
-    recipe = Recipe.from_dict(content["recipe"], str(path))
+    recipe = Recipe.from_dict(content["recipe"], str(path), trust_task=trust_task)
     return recipe, Space(content["space"]), SearchConfig(**content["search"])

@@ -18,6 +18,7 @@ import yaml
 from lorica.errors import ConfigError, FileError, LoricaError, lines, nearest
 from lorica.train import presets
 from lorica.train.recipe import Recipe
+from lorica.train.trust import names_code
 from lorica.tune.expression import Expression, field_named
 
 KINDS = ("choice", "uniform", "loguniform", "integer", "tied", "value")
@@ -114,6 +115,9 @@ class Space:
                 self.dimensions[full] = _dimension(given)
             except ConfigError as error:
                 problems.append(f"{name}: {error}")
+        task = self.dimensions.get("task")
+        if task is not None and any(map(names_code, _flattened(task.given))):
+            problems.append("task: code of your own is named by the recipe, not by a space")
         if not problems and not self.searched:
             problems.append("nothing to search: give a field a choice, uniform, loguniform or integer")
         if problems:
@@ -258,6 +262,10 @@ def _listed(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _listed(item) for key, item in value.items()}
     return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _flattened(value: Any) -> list[Any]:
+    return [part for item in value for part in _flattened(item)] if isinstance(value, list) else [value]
 
 
 def _dimension(given: Any) -> Dimension:

@@ -23,7 +23,8 @@ def query_and_value(recipe: Recipe) -> tuple[str, str]:
     """
     with quiet(), torch.device("meta"):
         try:
-            model = AutoModel.from_config(AutoConfig.from_pretrained(resolve_model(recipe.model)))
+            config = AutoConfig.from_pretrained(resolve_model(recipe.model), trust_remote_code=False)
+            model = AutoModel.from_config(config)
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read the configuration of {recipe.model!r}: {error}") from error
     leaves = {

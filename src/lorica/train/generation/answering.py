@@ -41,6 +41,7 @@ def generate(
     sequences: int = 1,
     seed: int = 0,
     stream: Callable[[str], object] | None = None,
+    trust_task: bool = False,
 ) -> list[dict[str, Any]]:
     """Write texts.
 
@@ -57,6 +58,7 @@ def generate(
         sequences: texts a prompt, which need beams or sampling.
         seed: seed of sampling.
         stream: called with the text of a single prompt as it comes.
+        trust_task: as in `lorica.train.open_run`, for a source that is a folder.
 
     Returns:
         A dictionary for each text: ``prompt``, ``generated``, and ``adapter`` where there are several.
@@ -66,7 +68,7 @@ def generate(
     """
     if not len(prompts):
         raise ConfigError("there is no prompt to write on from")
-    trained = source if isinstance(source, Trained) else opened(source)
+    trained = source if isinstance(source, Trained) else opened(source, trust_task=trust_task)
     task, model, tokenizer = trained.task, trained.model, trained.tokenizer
     if not isinstance(task, LanguageTask):
         raise ConfigError(f"{task.name} writes no text; `lorica predict` gives its answers")
@@ -108,7 +110,7 @@ def generate(
     ]
 
 
-def opened(source: str | Path) -> Trained:
+def opened(source: str | Path, *, trust_task: bool = False) -> Trained:
     """Load what there is to write with; see `generate`.
 
     Raises:
@@ -116,7 +118,7 @@ def opened(source: str | Path) -> Trained:
     """
     folder = Path(source)
     if (folder / RECIPE).is_file():
-        return open_run(folder)
+        return open_run(folder, trust_task=trust_task)
     name, adapter = str(source), is_adapter(folder)
     if adapter:
         base = read_settings(folder).get("base_model_name_or_path")
@@ -128,7 +130,7 @@ def opened(source: str | Path) -> Trained:
         name = str(base)
     try:
         with quiet():
-            config = transformers.AutoConfig.from_pretrained(resolve_model(name))
+            config = transformers.AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileError(f"cannot load a model from {name!r}: {reason}") from error

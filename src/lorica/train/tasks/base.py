@@ -151,7 +151,9 @@ class Task(ABC):
             ConfigError: it has no token to pad with.
         """
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model(name))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                resolve_model(name), trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise FileError(f"cannot load a tokenizer from {name!r}: {_reason(error, name)}") from error
         if tokenizer.pad_token is None:
@@ -163,7 +165,8 @@ class Task(ABC):
                 )
             tokenizer.pad_token = tokenizer.eos_token
         with contextlib.suppress(OSError, ValueError):  # an adapter's folder has no model's configuration
-            most = positions_of(transformers.AutoConfig.from_pretrained(resolve_model(name)))
+            config = transformers.AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
+            most = positions_of(config)
             tokenizer.model_max_length = min(tokenizer.model_max_length, most or tokenizer.model_max_length)
         return tokenizer
 
@@ -185,6 +188,7 @@ class Task(ABC):
             model, report = getattr(transformers, self.auto_class).from_pretrained(
                 resolve_model(name),
                 ignore_mismatched_sizes=True,
+                trust_remote_code=False,
                 output_loading_info=True,
                 **self.head(data),
                 **options,

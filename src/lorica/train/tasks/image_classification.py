@@ -115,7 +115,9 @@ class ImageClassification(Task):
             FileError: there is none.
         """
         try:
-            return transformers.AutoImageProcessor.from_pretrained(resolve_model(name))
+            return transformers.AutoImageProcessor.from_pretrained(
+                resolve_model(name), trust_remote_code=False
+            )
         except (OSError, ValueError, ImportError) as error:
             raise FileError(f"cannot load an image processor from {name!r}: {str(error).strip()}") from error
 
