@@ -156,7 +156,9 @@ def test_a_task_in_a_file_of_the_users_own(tiny_model: Path, tiny_data: Path, tm
     (tmp_path / "own.py").write_text(OWN)
     recipe = tiny.recipe(tiny_model, tiny_data, tmp_path / "out", max_steps=1)
     result = train(recipe.replace(task=f"{tmp_path / 'own.py'}:Shouting"))
-    assert predict(result.output, ["film"])[0]["label"] in ("GOOD", "BAD")
+    assert predict(result.output, ["film"], trust_task=True)[0]["label"] in ("GOOD", "BAD")
+    with pytest.raises(ConfigError, match="trust_task"):
+        predict(result.output, ["film"])
     assert tasks.get(str(tmp_path / "own.py")).name == "shouting"
 
 
