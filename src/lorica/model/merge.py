@@ -45,6 +45,7 @@ from lorica.model.packed import (
 from lorica.model.rounding import MergeReport, state_loss
 from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules, token_modules
 from lorica.model.ties import Ties
+from lorica.model.untouched import Held, check_untouched, held
 from lorica.roster import Roster, owner_of, place
 
 M = TypeVar("M", bound=nn.Module)
@@ -59,6 +60,11 @@ class _Aside:
     state: LayerState
     originals: dict[str, Any]
     merged: dict[str, Any] = field(default_factory=dict)
+    held: Held = field(default_factory=dict)
+
+    def note(self) -> None:
+        """Note what stands in the module now that it is merged."""
+        self.held = held(self.module, self.originals)
 
 
 @dataclass(eq=False)
@@ -150,6 +156,8 @@ def merge(
     if weights:
         aside.unpacked = unpack(root, weights)
     untied = ties.undo(root)
+    for item in aside.modules:
+        item.note()
     roster.merged, roster.aside = chosen, aside
     return MergeReport(chosen, losses, untied)
 
@@ -164,7 +172,8 @@ def switch(model: nn.Module, name: str) -> None:
         name: of the adapter.
 
     Raises:
-        StateError: a layer cannot take its update. What was merged stays so.
+        StateError: a layer cannot take its update, or merged weights were written to or replaced since. What
+            was merged stays so.
         AdapterError: no such adapter, or it holds NaN or infinity, or a merged weight would. What was merged
             stays so.
     """
@@ -174,6 +183,7 @@ def switch(model: nn.Module, name: str) -> None:
         merge(model, name)
         return
     aside: _Merged = roster.aside
+    _check_untouched(root, aside)
     if aside.into is not None:
         _exchange(model, name, roster.merged, aside.into)
         return
@@ -206,6 +216,7 @@ def switch(model: nn.Module, name: str) -> None:
         for item in aside.modules:
             assert isinstance(item.module, SwappedModule)
             item.state = item.module.leave()
+            item.note()
 
 
 def restore(model: M) -> M:
@@ -220,12 +231,14 @@ def restore(model: M) -> M:
         The same model.
 
     Raises:
-        StateError: nothing is merged.
+        StateError: nothing is merged; or merged weights were written to or replaced since. The model is
+            untouched.
     """
     root, roster = adapted(model)
     if not roster.merged:
         raise StateError("nothing is merged, so there is nothing to restore")
     aside: _Merged = roster.aside
+    _check_untouched(root, aside)
     if aside.unpacked is not None:
         repack(root, aside.unpacked)
     for item in aside.modules:
@@ -236,6 +249,11 @@ def restore(model: M) -> M:
     roster.merged, roster.aside = (), None
     roster.activate(root, aside.before)
     return model
+
+
+def _check_untouched(root: nn.Module, aside: _Merged) -> None:
+    for item in aside.modules:
+        check_untouched(root, item.path, item.module, item.held)
 
 
 def _exchange(model: nn.Module, name: str, before: tuple[str, ...], into: Into) -> None:

@@ -20,6 +20,7 @@ from lorica.layers import SwappedModule
 from lorica.model.heads import check_head
 from lorica.model.structure import adapted
 from lorica.model.values import extract
+from lorica.model.vocabulary import resized, with_resized_tables
 
 
 class Pretrained(SwappedModule):
@@ -72,7 +73,8 @@ class Pretrained(SwappedModule):
         if not is_main_process:
             return
         for name, folder in self._folders(save_directory):
-            checkpoint.write(extract(self, name, state_dict=state_dict), folder)
+            adapter = extract(self, name, state_dict=state_dict)
+            checkpoint.write(with_resized_tables(adapter, self, state_dict), folder)
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write the adapters' model cards, which transformers' Trainer asks for; one that is there stays."""
@@ -85,6 +87,29 @@ class Pretrained(SwappedModule):
         for name in roster.configs:
             at_top = len(roster.configs) == 1 or name == "default"
             yield name, Path(directory) if at_top else Path(directory) / name
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As the model's own, where no adapter changes the tables; new rows are saved with the adapters.
+
+        Args:
+            new_num_tokens: as transformers has it.
+            pad_to_multiple_of: likewise.
+            args: likewise.
+            kwargs: likewise.
+
+        Raises:
+            StateError: an adapter changes one of the tables.
+        """
+        if new_num_tokens is None and pad_to_multiple_of is None:
+            return super().resize_token_embeddings(*args, **kwargs)  # pyright: ignore
+        with resized(self):
+            return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)  # pyright: ignore
 
 
 def enter(root: nn.Module) -> None:

@@ -12,8 +12,10 @@ from lorica import checkpoint
 from lorica.adapter import Adapter
 from lorica.errors import ConfigError
 from lorica.model.attach import attach_finite
+from lorica.model.structure import adapted
 from lorica.model.values import as_trained as live
 from lorica.model.values import extract, overwrite
+from lorica.model.vocabulary import with_resized_tables
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,6 +31,9 @@ def save(
     What is written is an update of the base as it was before `adapt`, whatever `init_lora_weights` took out
     of it: the start is added with the other sign, for twice the rank, and any reader of PEFT's files computes
     the same. lorica takes the two apart again to train on.
+
+    Where the vocabulary of a transformers model was resized since the base was saved, the file holds the
+    embedding tables too: no reader has their new rows. `load` puts them on a model of that size.
 
     Args:
         model: adapted model.
@@ -46,7 +51,8 @@ def save(
         FileError: the folder cannot be written.
         StateError: an adapter is merged, or none was ever put on.
     """
-    return checkpoint.write(live(model, name) if as_trained else extract(model, name), directory)
+    adapter = live(model, name) if as_trained else extract(model, name)
+    return checkpoint.write(with_resized_tables(adapter, adapted(model)[0]), directory)
 
 
 def push_to_hub(
@@ -86,7 +92,7 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as stage:
         if isinstance(source, nn.Module):
-            source = extract(source, name)
+            source = with_resized_tables(extract(source, name), adapted(source)[0])
         elif name is not None:
             raise ConfigError(
                 f"name={name!r} chooses among a model's adapters; {type(source).__name__} has one"

@@ -18,7 +18,14 @@ from lorica.errors import AdapterError, LoricaWarning, TargetError, lines
 from lorica.layers import LoraLayer, tied_factors
 from lorica.layers.added import join
 from lorica.model.starting import less
-from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules, token_modules
+from lorica.model.structure import (
+    adapted,
+    added_modules,
+    base_parameters,
+    lora_layers,
+    saved_modules,
+    token_modules,
+)
 from lorica.model.tokens import token_targets
 from lorica.roster import Roster, Start, as_uncompiled
 
@@ -144,7 +151,7 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None, *, st
         if adapter.trained_as is not None:
             adapter, starts = adapter.without_starts()
     there = as_trained(model, name)
-    live, new = there.named_tensors(), adapter.named_tensors()
+    live, new = there.named_tensors(), _without_tables(adapter, there, root).named_tensors()
     problems = [f"missing: {key}" for key in live if key not in new]
     problems += [f"unexpected: {key}" for key in new if key not in live]
     problems += [
@@ -170,6 +177,25 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None, *, st
                 path_of_weight = f"{path}.{layer.weight_name}"
                 weight = roster.base_parameter(root, path_of_weight)
                 _restart(own[path_of_weight], layer, weight, *starts[path], layer.scaling[name])
+
+
+def _without_tables(adapter: Adapter, there: Adapter, root: nn.Module) -> Adapter:
+    """An adapter without the tables of a resized vocabulary that a file brings beside what trained.
+
+    Args:
+        adapter: as read.
+        there: the adapter on the model.
+        root: the model; tables that are not its own stay.
+    """
+    if adapter.extras.keys() <= there.extras.keys():
+        return adapter
+    base = base_parameters(root)
+    kept = {
+        name: tensor
+        for name, tensor in adapter.extras.items()
+        if name in there.extras or name not in base or not torch.equal(tensor.to(base[name]), base[name])
+    }
+    return dataclasses.replace(adapter, extras=kept)
 
 
 def _scales(there: Adapter, adapter: Adapter) -> Iterator[str]:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ import lorica
 from lorica import checkpoint
 from lorica.adapter import Adapter
 from lorica.config import LoraConfig
-from lorica.errors import AdapterError, ConfigError, LoricaWarning, lines, listing
+from lorica.errors import AdapterError, ConfigError, lines, listing
 from lorica.model.merged import behind_merge
-from lorica.model.structure import adapted, walk
+from lorica.model.structure import adapted
+from lorica.model.vocabulary import is_resized, with_tables
 from lorica.roster import as_uncompiled
 
 # What wrapping and data parallelism put into a name.
@@ -54,9 +54,8 @@ def outgoing(
             gathered.check(name, root)
     if save_embedding_layers not in (True, False, "auto"):
         raise ConfigError(f'save_embedding_layers is True, False or "auto", not {save_embedding_layers!r}')
-    if save_embedding_layers is True or (save_embedding_layers == "auto" and _resized(root)):
-        own = {f"{path}.weight": table for path, table in _tables(root).items()}
-        adapter = dataclasses.replace(adapter, extras={**own, **adapter.extras})
+    if save_embedding_layers is True or (save_embedding_layers == "auto" and is_resized(root)):
+        adapter = with_tables(adapter, root)
     return dataclasses.replace(adapter, config=_telling_base(adapter.lora, root))
 
 
@@ -109,40 +108,6 @@ def _telling_base(config: LoraConfig, root: nn.Module) -> LoraConfig:
         mapping = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
         return config.replace(auto_mapping=mapping)
     return config
-
-
-def _tables(root: nn.Module) -> dict[str, Tensor]:
-    getters = ("get_input_embeddings", "get_output_embeddings")
-    found = [getattr(root, getter)() for getter in getters if hasattr(root, getter)]
-    return {
-        place.path: weight.detach()
-        for place in walk(root)
-        if any(place.module is module for module in found)
-        and (weight := place.module._parameters.get("weight")) is not None
-    }
-
-
-def _resized(root: nn.Module) -> bool:
-    """Whether the vocabulary is another than that of the base on disk; nothing is fetched to find out."""
-    config: Any = getattr(root, "config", None)
-    name, read = getattr(config, "_name_or_path", None), getattr(type(config), "from_pretrained", None)
-    if not name or read is None or getattr(config, "vocab_size", None) is None:
-        return False
-    try:
-        # Of its own class, which the base's code may have brought: to look that up may ask for trust.
-        original = read(name, local_files_only=True)
-    except Exception as error:
-        # OSError is how transformers says that nothing is there; before it says anything else, it read it.
-        if not isinstance(error, OSError) or (Path(name) / "config.json").is_file():
-            warnings.warn(
-                f"the configuration of the base {name} cannot be read ({error}), so it is not known whether "
-                "the vocabulary was resized, and the embeddings are not saved; save_embedding_layers=True "
-                "saves them",
-                LoricaWarning,
-                stacklevel=4,
-            )
-        return False
-    return getattr(original, "vocab_size", config.vocab_size) != config.vocab_size
 
 
 def on_untouched_base(adapter: Adapter, before: str | os.PathLike[str]) -> Adapter:

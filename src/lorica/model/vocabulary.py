@@ -1,0 +1,108 @@
+"""A vocabulary that was resized: what can follow it, and its tables in an adapter's file."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorica.adapter import Adapter
+from lorica.errors import LoricaWarning, StateError, listing
+from lorica.layers import SwappedModule
+from lorica.model.structure import adapted, base_parameters, walk
+from lorica.roster import Roster
+
+
+@contextmanager
+def resized(root: nn.Module) -> Iterator[None]:
+    """Around a resizing of the vocabulary: refuses what could not follow it; new tables are base as the old.
+
+    Args:
+        root: a model that carries adapters, none merged.
+
+    Raises:
+        StateError: an adapter changes one of the tables. The model is untouched.
+    """
+    _, roster = adapted(root)
+    tables = dict(_tables(root))
+    changed = [path for path, module in tables.items() if _is_changed(path, module, roster)]
+    if changed:
+        raise StateError(
+            f"{listing(changed)} cannot be resized while an adapter changes it; resize the model before it "
+            "is adapted (lorica.detach takes adapters off)"
+        )
+    before = base_parameters(root)
+    yield
+    after = base_parameters(root)
+    exchanged = {id(old): after[path] for path, old in before.items() if path in after}
+    roster.frozen = [exchanged.get(id(parameter), parameter) for parameter in roster.frozen]
+
+
+def with_tables(adapter: Adapter, root: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> Adapter:
+    """The adapter with the model's embedding tables, as PEFT puts them in a file.
+
+    Args:
+        adapter: of the model.
+        root: the model.
+        state_dict: take the values from here instead, by their live names, as far as it has them.
+    """
+    given = state_dict or {}
+    weights = ((f"{path}.weight", module._parameters["weight"]) for path, module in _tables(root))
+    own = {name: given.get(name, weight).detach() for name, weight in weights if weight is not None}
+    return dataclasses.replace(adapter, extras={**own, **adapter.extras})
+
+
+def with_resized_tables(
+    adapter: Adapter, root: nn.Module, state_dict: Mapping[str, Tensor] | None = None
+) -> Adapter:
+    """As `with_tables` where the vocabulary was resized, for no reader has those rows; else as it is."""
+    return with_tables(adapter, root, state_dict) if is_resized(root) else adapter
+
+
+def is_resized(root: nn.Module) -> bool:
+    """Whether the vocabulary is another than that of the base on disk; nothing is fetched to find out."""
+    config: Any = getattr(root, "config", None)
+    name, read = getattr(config, "_name_or_path", None), getattr(type(config), "from_pretrained", None)
+    if not name or read is None or getattr(config, "vocab_size", None) is None:
+        return False
+    try:
+        # Of its own class, which the base's code may have brought: to look that up may ask for trust.
+        original = read(name, local_files_only=True)
+    except Exception as error:
+        # OSError is how transformers says that nothing is there; before it says anything else, it read it.
+        if not isinstance(error, OSError) or (Path(name) / "config.json").is_file():
+            warnings.warn(
+                f"the configuration of the base {name} cannot be read ({error}), so it is not known whether "
+                "the vocabulary was resized, and the embeddings are not saved; save_embedding_layers=True of "
+                "lorica.peft saves them",
+                LoricaWarning,
+                stacklevel=4,
+            )
+        return False
+    return getattr(original, "vocab_size", config.vocab_size) != config.vocab_size
+
+
+def _tables(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The input embedding and the output head, by their paths."""
+    found = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found.append(getattr(root, getter)())
+        except (AttributeError, NotImplementedError, TypeError):
+            continue
+    for path, module, _ in walk(root):
+        if any(module is table for table in found) and module._parameters.get("weight") is not None:
+            yield path, module
+
+
+def _is_changed(path: str, module: nn.Module, roster: Roster) -> bool:
+    """Whether some adapter has an update, a copy, rows or a stand-in for a table."""
+    if isinstance(module, SwappedModule):
+        return True
+    own = {name for adapter in roster.configs for name in roster.stand_ins(adapter)}
+    return any(f"{path}.{leaf}" in own for leaf in module._parameters)
