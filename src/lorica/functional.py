@@ -12,12 +12,10 @@ one byte per element for the dropout mask, and A·x (tokens × r).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lorica._shapes import Float
@@ -65,14 +63,14 @@ def _random_bytes(like: Tensor) -> Tensor:
     # Over the whole range all 64 bits are random, the sign bit too. Not drawn in place (`random_`): compilers
     # and vmap refuse that.
     whole = torch.iinfo(torch.int64)
-    if numpy is None or like.device.type != "cpu" or type(like) is not Tensor or _traced():
+    if numpy is None or like.device.type != "cpu" or type(like) is not Tensor or traced():
         drawn = torch.randint(whole.min, whole.max, (words,), dtype=torch.int64, device=like.device)
         return drawn.view(torch.uint8)
     seed = int(torch.randint(whole.min, whole.max, (), dtype=torch.int64, device=like.device)) - whole.min
     return torch.from_numpy(numpy.random.SFC64(seed).random_raw(words).view(numpy.uint8))
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Whether a compiler or a function transform looks on, which see tensor operations alone."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
@@ -102,6 +100,7 @@ def row_norm(
     of W0's size. In A's dtype, but the product with W0 in the lower of the two. No row's norm is quite 0, so
     that a magnitude over it is a number: 1 where both are of a row of zeros.
     """
+    weight, A, B = weight.detach(), A.detach(), B.detach()  # tangents pass through `no_grad` alone
     with torch.no_grad():
         lower = min(weight.dtype, A.dtype, key=lambda dtype: dtype.itemsize)
         cross = (weight.to(lower) @ A.to(lower).t()).to(A.dtype)
@@ -165,26 +164,27 @@ def lora_linear(
         The output, of x's leading shape and d_out.
     """
     device = x.device.type
-    if x.dtype != torch.float64 and _autocasts(device):  # which leaves float64 alone
+    if x.dtype != torch.float64 and autocasts(device):  # which leaves float64 alone
         dtype = torch.get_autocast_dtype(device)
         x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
-    if _traced():  # a compiler fuses the plain form itself
+    if traced():  # a compiler fuses the plain form itself
         return F.linear(x, weight, bias) + low_rank(x, A, B, scale, p)
     if not torch.is_grad_enabled():  # without autograd's bookkeeping, which small batches feel
         return _sum(x, weight, bias, A, B, scale, p).y
     try:
-        return _LoraLinear.apply(x, weight, bias, A, B, scale, p)  # type: ignore[no-any-return]
+        y = _LoraLinear.apply(x, weight, bias, A, B, scale, p)
+        return y[0] if type(y) is tuple else y  # type: ignore[return-value]
     except _ForwardMode:
         return F.linear(x, weight, bias) + low_rank(x, A, B, scale, p)
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(device: str) -> bool:
     """Whether autocast is on; some devices (meta) do not know it."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _down(x: Tensor, A: Tensor) -> Tensor:
+def down(x: Tensor, A: Tensor) -> Tensor:
     """``x·Aᵀ`` (tokens, r), in the order of the product that is the faster on a CPU."""
     return (A @ x.t()).t() if x.shape[1] <= _NARROW else x @ A.t()
 
@@ -203,7 +203,7 @@ def add_low_rank_(
         mask: what `keep_mask` drew, or None.
     """
     kept = rows if mask is None else mask.to(rows.dtype).mul_(rows)
-    u = _down(kept, A.to(y.dtype))
+    u = down(kept, A.to(y.dtype))
     y.addmm_(u, B.to(y.dtype).t(), alpha=scale)
     return u
 
@@ -252,11 +252,58 @@ def low_rank_gradients(
     return dA, dB
 
 
+def low_rank_graph(
+    dy: Tensor | None,
+    rows: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    u: Tensor | None = None,
+    du: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `low_rank_gradients`, by plain operations, for gradients that are differentiated again.
+
+    Args:
+        dy: as there; None where a gradient comes back to u alone.
+        rows: as there; None where A is frozen.
+        A: as there.
+        B: as there.
+        scale: as there.
+        mask: as there.
+        u: what `add_low_rank_` returned, where `rows` is None; else it is computed anew, from `rows`.
+        du: gradient of u, or None.
+
+    Returns:
+        Gradient of rows, by way of the update alone; and those of A and B in their own dtypes.
+    """
+    given = dy if dy is not None else du
+    assert given is not None
+    lower_A, lower_B = A.to(given.dtype), B.to(given.dtype)
+    kept = None if mask is None else mask.to(given.dtype)
+    dropped = rows if rows is None or kept is None else rows * kept
+    if dropped is not None:
+        u = dropped @ lower_A.t()
+    dB = None
+    if dy is not None:
+        g = (dy @ lower_B) * scale
+        du = g if du is None else du + g
+        dB = None if u is None else ((dy.t() @ u) * scale).to(B.dtype)
+    assert du is not None
+    through = du @ lower_A
+    dA = None if dropped is None else (du.t() @ dropped).to(A.dtype)
+    return through if kept is None else through * kept, dA, dB
+
+
+def wants_graph() -> bool:
+    """Whether the backward pass that runs is to be differentiated again, or seen by a transform."""
+    return torch.is_grad_enabled() or traced()
+
+
 class _Sum(NamedTuple):
     """The output of `lora_linear`, and what its backward pass needs; names follow the maths, u = A·x̃."""
 
     y: Tensor
-    rows: Tensor
     mask: Tensor | None
     u: Tensor
     scale: float
@@ -274,7 +321,7 @@ def _sum(
     u = add_low_rank_(y, rows, A, B, scale, mask)
     # Not a view to autograd: what follows may work in place on it (`ReLU(inplace=True)`, `x += ...`).
     shaped = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
-    return _Sum(shaped, rows, mask, u, scale)
+    return _Sum(shaped, mask, u, scale)
 
 
 class _ForwardMode(Exception):
@@ -282,26 +329,35 @@ class _ForwardMode(Exception):
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`lora_linear` by hand."""
+    """`lora_linear` by hand.
+
+    Where A is frozen and B trains, x is not kept, for B's gradient needs u = A·x̃ alone. u is then an output
+    as well, so that a second derivative finds its way through it to x.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
-    ) -> Tensor:
-        y, rows, mask, u, scale = _sum(x, weight, bias, A, B, scale, p)
-        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        needs_u = ctx.needs_input_grad[4]
-        ctx.save_for_backward(rows if needs_x else None, weight, A, B, mask, u if needs_u else None)
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        y, mask, u, scale = _sum(x, weight, bias, A, B, scale, p)
+        wants_x, wants_weight, _, wants_A, wants_B = ctx.needs_input_grad[:5]
+        needs_x = wants_weight or wants_A
+        # x itself, not the rows made of it here: a graph of the gradient goes on through it.
+        ctx.save_for_backward(x if needs_x else None, weight, A, B, mask, u if wants_B else None)
         ctx.scale, ctx.shape = scale, x.shape
+        if wants_x and wants_B and not needs_x:
+            ctx.set_materialize_grads(False)
+            return y, u
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if _autocasts(dy.device.type):  # what is in place must be of the forward pass's dtype
-            with torch.autocast(dy.device.type, enabled=False):
-                return _LoraLinear.gradients(ctx, dy)
-        return _LoraLinear.gradients(ctx, dy)
+    def backward(ctx: Any, dy: Tensor | None, du: Tensor | None = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        saved = ctx.saved_tensors  # may be computed again for this, and once only
+        device = saved[1].device.type
+        if autocasts(device):  # what is in place must be of the forward pass's dtype
+            with torch.autocast(device, enabled=False):
+                return _LoraLinear.gradients(ctx, saved, dy, du)
+        return _LoraLinear.gradients(ctx, saved, dy, du)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -309,9 +365,12 @@ class _LoraLinear(torch.autograd.Function):
         raise _ForwardMode
 
     @staticmethod
-    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, saved: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
         """Of the forward pass's arguments, in their order."""
-        rows, weight, A, B, mask, u = ctx.saved_tensors
+        if dy is None or du is not None or wants_graph():
+            return _LoraLinear.graph(ctx, saved, dy, du)
+        x, weight, A, B, mask, u = saved
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
         wants_x, wants_weight, wants_bias, wants_A = ctx.needs_input_grad[:4]
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dy @ weight if wants_x else None
@@ -320,108 +379,16 @@ class _LoraLinear(torch.autograd.Function):
         dbias = dy.sum(0) if wants_bias else None
         return None if dx is None else dx.view(ctx.shape), dweight, dbias, dA, dB, None, None
 
-
-def packed_linear(
-    x: Float[Tensor, "... d_in"],
-    multiply: Callable[[Tensor], Tensor],
-    unpack: Callable[[], Tensor],
-    bias: Float[Tensor, " d_out"] | None,
-    A: Float[Tensor, "r d_in"] | None = None,
-    B: Float[Tensor, "d_out r"] | None = None,
-    scale: float = 0.0,
-    p: float = 0.0,
-) -> Float[Tensor, "... d_out"]:
-    """`lora_linear` beside a weight that is packed into a few bits, and not kept unpacked.
-
-    Gradients pass through the unpacked weight, whatever the packed product rounded (Dettmers et al., 2023,
-    eq. 5 and 6): where it rounds its input too, the rounding counts as the identity.
-
-    Args:
-        x: input, any number of leading dimensions.
-        multiply: x → ``W0·x + bias`` from the packed weight, in memory of its own.
-        unpack: gives W0 (d_out, d_in), in the dtype to multiply gradients in; called in the backward pass.
-        bias: what `multiply` adds; its gradient is formed where it is asked for.
-        A: down-projection; None for the product with W0 alone.
-        B: up-projection.
-        scale: α/r or α/√r.
-        p: dropout probability on A's input, as in `lora_linear`.
-
-    Returns:
-        The output, in the dtype that `multiply` returns. The update is computed in x's dtype, or autocast's.
-    """
-    device = x.device.type
-    autocast = x.dtype != torch.float64 and _autocasts(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        y = multiply(x)
-        return y if A is None or B is None else y + low_rank(x.to(dtype), A, B, scale, p).to(y.dtype)
-    return _PackedLinear.apply(x, bias, A, B, scale, p, dtype, multiply, unpack)  # type: ignore[no-any-return]
-
-
-class _PackedLinear(torch.autograd.Function):
-    """`packed_linear` by hand; names as in `_LoraLinear`."""
-
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        A: Tensor | None,
-        B: Tensor | None,
-        scale: float,
-        p: float,
-        dtype: torch.dtype,
-        multiply: Callable[[Tensor], Tensor],
-        unpack: Callable[[], Tensor],
-    ) -> Tensor:
-        y = multiply(x)
-        ctx.unpack, ctx.shape, ctx.x_dtype, ctx.dtype = unpack, x.shape, x.dtype, dtype
-        if A is None or B is None:
-            ctx.save_for_backward(None, None, None, None, None)
-            return y
-        mask = None
-        with torch.autocast(x.device.type, enabled=False):
-            kept = rows = x.reshape(-1, x.shape[-1]).to(dtype)
-            if p > 0:
-                mask = keep_mask(rows, p)
-                kept = mask.to(dtype).mul_(rows)
-                scale /= 1 - drop_rate(p)
-            u = _down(kept, A.to(dtype))
-            out = y.reshape(-1, y.shape[-1])
-            if out.dtype == dtype:
-                out.addmm_(u, B.to(dtype).t(), alpha=scale)
-            else:
-                out.add_(u @ B.to(dtype).t(), alpha=scale)
-        wants_A, wants_B = ctx.needs_input_grad[2:4]
-        ctx.save_for_backward(rows if wants_A else None, A, B, mask, u if wants_B else None)
-        ctx.scale = scale
-        # Not a view to autograd, as in `_LoraLinear`.
-        return torch.ops.aten._unsafe_view.default(out, y.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows, A, B, mask, u = ctx.saved_tensors
-        wants_x, wants_bias, wants_A, wants_B = ctx.needs_input_grad[:4]
-        dx = dbias = dA = dB = None
-        with torch.autocast(dy.device.type, enabled=False):
-            dy = dy.reshape(-1, dy.shape[-1])
-            if wants_x:
-                weight = ctx.unpack()
-                dx = (dy.to(weight.dtype) @ weight).to(ctx.x_dtype)
-                del weight
-            if wants_bias:
-                dbias = dy.sum(0)
-            if A is not None:
-                dy = dy.to(ctx.dtype)
-                g = dy @ B.to(ctx.dtype).mul(ctx.scale)
-                kept = None if mask is None else mask.to(ctx.dtype)
-                if dx is not None:
-                    through = g @ A.to(ctx.dtype)
-                    dx += through if kept is None else through.mul_(kept)
-                if wants_A:
-                    dA = (g.t() @ (rows if kept is None else kept.mul_(rows))).to(A.dtype)
-                if wants_B:
-                    dB = (u.t() @ dy).t().to(B.dtype).mul_(ctx.scale)
-            dx = dx if dx is None else dx.view(ctx.shape)
-        return dx, dbias, dA, dB, None, None, None, None, None
+    def graph(ctx: Any, saved: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
+        """As `gradients`, by operations that can be differentiated again."""
+        x, weight, A, B, mask, u = saved
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        dy = None if dy is None else dy.reshape(-1, dy.shape[-1])
+        dx, dA, dB = low_rank_graph(dy, rows, A, B, ctx.scale, mask, u, du)
+        dweight = dbias = None
+        if dy is not None:
+            dx = dx + dy @ weight
+            dweight = None if rows is None else dy.t() @ rows
+            dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
+        return dx.reshape(ctx.shape), dweight, dbias, dA, dB, None, None

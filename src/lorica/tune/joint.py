@@ -14,10 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorica.functional import add_low_rank_, drop_rate, keep_mask, low_rank_gradients
+from lorica.functional import (
+    add_low_rank_,
+    drop_rate,
+    keep_mask,
+    low_rank_gradients,
+    low_rank_graph,
+    wants_graph,
+)
 
 
 class Segment(NamedTuple):
@@ -83,7 +89,8 @@ class _JointLinear(torch.autograd.Function):
             None if A is None or B is None else add_low_rank_(part, x, A, B, scale, mask)
             for part, x, A, B, scale, mask in zip(outputs, rows, As, Bs, scales, masks, strict=True)
         ]
-        kept = [None if A is None else x for x, A in zip(rows, As, strict=True)]
+        # x itself, not the rows made of it here: a graph of the gradient goes on through it.
+        kept = [None if A is None else x for x, A in zip(xs, As, strict=True)]
         ctx.save_for_backward(weight, *kept, *As, *Bs, *masks, *us)
         ctx.scales, ctx.shapes = scales, [x.shape for x in xs if x is not None]
         ctx.set_materialize_grads(False)
@@ -94,16 +101,26 @@ class _JointLinear(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         weight, *saved = ctx.saved_tensors
         n = len(dys)
-        rows, As, Bs, masks, us = (saved[i * n : (i + 1) * n] for i in range(5))
+        xs, As, Bs, masks, us = (saved[i * n : (i + 1) * n] for i in range(5))
+        rows = [None if x is None else x.reshape(-1, x.shape[-1]) for x in xs]
         wants = ctx.needs_input_grad[4:]
         gradients: list[Tensor | None] = [None] * (3 * n)
         # A segment whose loss never came back (its training ended in between) has none.
         live = [i for i, dy in enumerate(dys) if dy is not None]
         flat = {i: dy.reshape(-1, dy.shape[-1]) for i, dy in enumerate(dys) if dy is not None}
+        if wants_graph():
+            for i in live:
+                dx = flat[i] @ weight
+                if As[i] is not None:
+                    through, *gradients[3 * i + 1 : 3 * i + 3] = low_rank_graph(
+                        flat[i], rows[i], As[i], Bs[i], ctx.scales[i], masks[i]
+                    )
+                    dx = dx + through
+                gradients[3 * i] = dx.reshape(ctx.shapes[i])
+            return None, None, None, None, *gradients
         ask = [i for i in live if wants[3 * i]]
         parts: dict[int, Tensor] = {}
         if ask:

@@ -20,6 +20,7 @@ from lorica import functional
 from lorica.errors import StateError
 from lorica.layers.opaque import LoraOpaque
 from lorica.layers.quantized import registry
+from lorica.layers.quantized.product import packed_linear
 
 _BLOCK = 1 << 22  # elements of W0 that are unpacked at once to measure its rows: 16 MB of float32
 
@@ -53,7 +54,7 @@ class LoraQuantized(LoraOpaque):
             raise StateError(
                 f"this {self.base_class.__name__} no longer packs its weight as it did when it was adapted"
             )
-        return functional.packed_linear(
+        return packed_linear(
             x,
             super().base_forward,
             _Unpacker(self, quantizer.compute_dtype(self, x)),
