@@ -56,6 +56,8 @@ class Roster:
         labels: of the call that is running, where a prefix needs them.
         layout: where a prefix stands in the call that is running.
         stack: how the list of blocks was exchanged (`layer_replication`), until `detach`.
+        resting: names of the adapters that are disabled, and act again once they are enabled; None where none
+            was disabled as PEFT does it.
         merged: names of the adapters that are merged into the weights at the moment.
         aside: what merging took off the model and `restore` puts back.
     """
@@ -73,6 +75,7 @@ class Roster:
     labels: Any = None
     layout: Any = None
     stack: Any = None
+    resting: tuple[str, ...] | None = None
     merged: tuple[str, ...] = ()
     aside: Any = None
 
@@ -152,6 +155,27 @@ class Roster:
             _tell(root, path, (incoming[path][0], original))
         self.active = names
 
+    def choose(self, names: tuple[str, ...]) -> None:
+        """As `activate`, asked for by a layer, which does not know the model it is in.
+
+        Raises:
+            AdapterError: as `activate`.
+            StateError: an adapter is merged, or one that comes or goes has parameters to be placed in the
+                model.
+        """
+        names = tuple(dict.fromkeys(map(self.known, names)))
+        if names == self.active:
+            return
+        self.check_unmerged("choose another adapter")
+        placing = [name for name in {*names, *self.active} if self.stand_ins(name)]
+        if placing:
+            raise StateError(
+                f"{listing(map(repr, sorted(placing)))} changes parameters of the base (a start taken out of "
+                "it, or trained biases), so a layer alone cannot switch it; call set_adapter on the model, "
+                "or lorica.active"
+            )
+        self.activate(_NOWHERE, names)
+
     @contextlib.contextmanager
     def base_in_place(self, root: nn.Module) -> Iterator[None]:
         """Let no adapter act for a while, so that the base's own parameters stand in the model."""
@@ -170,6 +194,9 @@ class Roster:
     def base_parameter(self, root: nn.Module, path: str) -> Parameter:
         """The base's own parameter of that name, whatever stands in its place."""
         return self.originals[path] if path in self.originals else parameter_at(root, path)
+
+
+_NOWHERE = nn.Module()
 
 
 def parameter_at(root: nn.Module, path: str) -> Parameter:

@@ -12,6 +12,7 @@ from lorica.layers.added import Part as Part
 from lorica.layers.added import Plan as Plan
 from lorica.layers.base import LoraLayer as LoraLayer
 from lorica.layers.conv import LoraConv as LoraConv
+from lorica.layers.ecosystem import AskedModule as AskedModule
 from lorica.layers.embedding import LoraEmbedding as LoraEmbedding
 from lorica.layers.experts import LoraParameters as LoraParameters
 from lorica.layers.linear import LoraAttention as LoraAttention

@@ -18,10 +18,11 @@ from lorica import functional
 from lorica.adapter import Factors, Kind
 from lorica.errors import StateError
 from lorica.folding import fold
-from lorica.layers.swapped import Factor, SwappedModule, blank
+from lorica.layers.ecosystem import AskedLayer
+from lorica.layers.swapped import Factor, blank
 
 
-class LoraLayer(SwappedModule):
+class LoraLayer(AskedLayer):
     """A layer with a low-rank update beside its weight, one for each adapter that targets it.
 
     Attributes:
@@ -34,7 +35,7 @@ class LoraLayer(SwappedModule):
     """
 
     own_modules = ("lora_A", "lora_B", "lora_magnitude_vector")
-    own_attributes = ("roster", "scaling", "lora_dropout", "displaced")
+    own_attributes = ("roster", "scaling", "scaled", "lora_dropout", "displaced")
     kind: ClassVar[Kind] = "linear"
     weight_name: ClassVar[str] = "weight"
     """Name of the base's parameter that the update belongs to."""
@@ -56,7 +57,7 @@ class LoraLayer(SwappedModule):
 
     def prepare(self) -> None:  # noqa: D102
         self._modules.update({name: blank(nn.ModuleDict) for name in self.own_modules})
-        self.__dict__.update(scaling={}, lora_dropout={}, displaced=None)
+        self.__dict__.update(scaling={}, scaled={}, lora_dropout={}, displaced=None)
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -256,6 +257,7 @@ class LoraLayer(SwappedModule):
             if name in getattr(self, own):
                 del getattr(self, own)[name]
         del self.scaling[name], self.lora_dropout[name]
+        self.scaled.pop(name, None)
 
     def factors(self, name: str) -> Factors:
         """The adapter's update as a value that shares memory with the parameters."""

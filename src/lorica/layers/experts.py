@@ -96,7 +96,7 @@ class LoraParameters(LoraLayer):
     """
 
     own_modules = ("lora_parameters",)
-    own_attributes = ("roster", "scaling", "lora_dropout", "_shown")
+    own_attributes = ("roster", "scaling", "scaled", "lora_dropout", "_shown")
     kind: ClassVar[Kind] = "parameter"
     takes_dropout: ClassVar[bool] = False
     takes_bias: ClassVar[bool] = False
@@ -107,7 +107,7 @@ class LoraParameters(LoraLayer):
 
     def prepare(self) -> None:  # noqa: D102
         self.lora_parameters = nn.ModuleDict()
-        self.scaling, self.lora_dropout, self._shown = {}, {}, None
+        self.scaling, self.scaled, self.lora_dropout, self._shown = {}, {}, {}, None
 
     @staticmethod
     def shapes(module: nn.Module, parameter: str, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -159,6 +159,7 @@ class LoraParameters(LoraLayer):
             if not update.scaling:
                 del self.lora_parameters[parameter]
         del self.scaling[name], self.lora_dropout[name]
+        self.scaled.pop(name, None)
 
     def holders(self, name: str) -> list[tuple[str, str, Any]]:
         """As `LoraLayer.holders`; PEFT's wrappers lie one in another, the last parameter's outermost."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lorica.errors import StateError
+from lorica.layers.ecosystem import AskedModule, base_of, told
 from lorica.layers.swapped import SwappedModule
 
 
-class SavedModule(SwappedModule):
+class SavedModule(AskedModule):
     """A module with a trained copy for each adapter; the active adapter's copy answers in its place.
 
     Whoever reads its parameters, buffers or parts, or assigns one, means the acting copy's: a script that
@@ -24,6 +25,11 @@ class SavedModule(SwappedModule):
     label: ClassVar[str] = "Saved"
     own_modules = ("modules_to_save",)
     modules_to_save: nn.ModuleDict
+
+    @told
+    def original_module(self) -> nn.Module:
+        """The module as it was before any adapter: its own parameters, which are frozen."""
+        return base_of(self)
 
     def prepare(self) -> None:  # noqa: D102
         self.modules_to_save = nn.ModuleDict()

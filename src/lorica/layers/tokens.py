@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from lorica.layers.swapped import SwappedModule
+from lorica.layers.ecosystem import AskedModule, base_of, told
 
 
 class TokenRows(nn.Module):
@@ -34,14 +34,24 @@ class TokenRows(nn.Module):
         self.indices: dict[str, tuple[int, ...]] = {}
         self.tied: set[str] = set()
 
+    @property
+    def token_indices(self) -> dict[str, list[int]]:
+        """Adapter name → the tokens, as other libraries ask for them."""
+        return {name: list(tokens) for name, tokens in self.indices.items()}
 
-class TrainedTokens(SwappedModule):
+
+class TrainedTokens(AskedModule):
     """An embedding, or a linear head, some of whose rows are trained; one adapter's act at a time."""
 
     label: ClassVar[str] = "Tokens"
     own_modules = ("token_adapter",)
 
     token_adapter: TokenRows
+
+    @told
+    def original_module(self) -> nn.Module:
+        """The table as it was before any adapter."""
+        return base_of(self)
 
     def prepare(self) -> None:  # noqa: D102
         self.token_adapter = TokenRows()

@@ -209,8 +209,9 @@ class active:
         self._root, self._roster = adapted(model)
         self._roster.check_unmerged("choose another adapter")
         self._before, self._rows = self._roster.active, self._roster.rows
+        self._resting = self._roster.resting
         self._roster.activate(self._root, (names,) if isinstance(names, str) else tuple(names))
-        self._roster.rows = None
+        self._roster.rows = self._roster.resting = None
 
     def __enter__(self) -> None:
         """Nothing more to do."""
@@ -221,7 +222,7 @@ class active:
         self._roster.activate(
             self._root, tuple(name for name in self._before if name in self._roster.configs)
         )
-        self._roster.rows = self._rows
+        self._roster.rows, self._roster.resting = self._rows, self._resting
 
 
 def disabled(model: nn.Module) -> active:

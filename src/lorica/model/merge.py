@@ -10,7 +10,7 @@ runs, saves and compiles as the base does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -71,7 +71,8 @@ class _Aside:
 class _Merged:
     """All that `restore` undoes.
 
-    `into` says what became of packed weights; `unpacked` holds the layers made plain for it.
+    `into` says what became of packed weights; `unpacked` holds the layers made plain for it. `shown` says
+    whether the modules are adapted ones all the same, in which nothing acts.
     """
 
     before: tuple[str, ...]
@@ -79,6 +80,22 @@ class _Merged:
     ties: Ties
     into: Into | None = None
     unpacked: Unpacked | None = None
+    shown: bool = False
+
+    def show(self) -> None:
+        """Let the modules be adapted ones, with the merged weights in them."""
+        if not self.shown:
+            for item in self.modules:
+                SwappedModule.enter(item.module, item.state)
+        self.shown = True
+
+    def hide(self) -> None:
+        """Give the modules their base form again."""
+        if self.shown:
+            for item in self.modules:
+                assert isinstance(item.module, SwappedModule)
+                item.state = item.module.leave()
+        self.shown = False
 
 
 def merge(
@@ -187,8 +204,8 @@ def switch(model: nn.Module, name: str) -> None:
     if aside.into is not None:
         _exchange(model, name, roster.merged, aside.into)
         return
-    for item in aside.modules:
-        SwappedModule.enter(item.module, item.state)
+    shown = aside.shown
+    aside.show()
     try:
         layers = _layers(aside, (name,))
         check_mergeable(layers, (name,))
@@ -213,9 +230,11 @@ def switch(model: nn.Module, name: str) -> None:
         finally:
             aside.ties.undo(root)
     finally:
+        if shown:
+            roster.active = ()
+        else:
+            aside.hide()
         for item in aside.modules:
-            assert isinstance(item.module, SwappedModule)
-            item.state = item.module.leave()
             item.note()
 
 
@@ -239,6 +258,7 @@ def restore(model: M) -> M:
         raise StateError("nothing is merged, so there is nothing to restore")
     aside: _Merged = roster.aside
     _check_untouched(root, aside)
+    aside.hide()
     if aside.unpacked is not None:
         repack(root, aside.unpacked)
     for item in aside.modules:
@@ -318,6 +338,11 @@ def _show_copy(item: _Aside, module: nn.Module, names: tuple[str, ...]) -> None:
         if name in module.modules_to_save:
             for path, tensor in module.modules_to_save[name].state_dict(keep_vars=True).items():
                 item.originals.setdefault(path, _put(module, path, tensor))
+
+
+def put(module: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Put parameters, buffers or attributes into a module; returns those that were there."""
+    return {path: _put(module, path, tensor) for path, tensor in tensors.items()}
 
 
 def _put_back(item: _Aside) -> None:

@@ -9,9 +9,10 @@ from typing import TypeVar
 from torch import nn
 
 from lorica.errors import StateError
-from lorica.layers import SwappedModule
 from lorica.layers.quantized import release_layout
+from lorica.model.merge import put
 from lorica.model.structure import ROSTER, adapted
+from lorica.roster import place
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -32,15 +33,55 @@ def behind_merge(model: nn.Module) -> Iterator[None]:
     if not roster.merged:
         yield
         return
-    merged, roster.merged = roster.merged, ()
-    for item in roster.aside.modules:
-        SwappedModule.enter(item.module, item.state)
+    shown, merged, roster.merged = roster.aside.shown, roster.merged, ()
+    roster.aside.show()
     try:
         yield
     finally:
-        for item in roster.aside.modules:
-            item.state = item.module.leave()
         roster.merged = merged
+        if not shown:
+            roster.aside.hide()
+
+
+@contextmanager
+def as_unmerged(model: nn.Module) -> Iterator[None]:
+    """As `behind_merge`, with the base's own parameters in their places too: to look at, as it was before.
+
+    Args:
+        model: adapted model.
+
+    Raises:
+        StateError: the model carries no adapter.
+    """
+    root, roster = adapted(model)
+    if not roster.merged:
+        yield
+        return
+    with behind_merge(model):
+        aside = roster.aside
+        own = [(item, put(item.module, item.originals)) for item in aside.modules]
+        copies = {name: place(root, name, original) for name, original in aside.ties.copies.items()}
+        try:
+            yield
+        finally:
+            for name, copy in copies.items():
+                place(root, name, copy)
+            for item, merged in own:
+                put(item.module, merged)
+
+
+def stay_adapted(model: nn.Module) -> None:
+    """Let a merged model's layers be adapted ones all the same, in which nothing acts; `restore` as ever.
+
+    So whoever looks into it finds the adapters, their parameters and what is merged. The base's own classes
+    compute faster.
+
+    Args:
+        model: merged model.
+    """
+    _, roster = adapted(model)
+    roster.aside.show()
+    roster.active = ()
 
 
 def settle(model: M) -> M:
@@ -58,6 +99,7 @@ def settle(model: M) -> M:
     root, roster = adapted(model)
     if not roster.merged:
         raise StateError("nothing is merged, so there is nothing to settle; call lorica.merge first")
+    roster.aside.hide()
     thawed = {id(parameter) for parameter in roster.frozen}
     replaced = {
         f"{item.path}.{name}" if item.path else name

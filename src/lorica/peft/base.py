@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from lorica.config import LoraConfig
-from lorica.layers import SwappedModule
 from lorica.model.selection import HEADS
 from lorica.model.structure import lora_layers, walk
-
-
-def brought(module: SwappedModule) -> Iterator[tuple[str, Parameter]]:
-    """The parameters that adapters brought to a module, each with its adapter's name."""
-    for own in module.own_modules:
-        # The adapter comes first, but below a module with adapted parameters or rows after what holds it.
-        place = {"lora_parameters": 2, "token_adapter": 1}.get(own, 0)
-        for path, parameter in getattr(module, own).named_parameters():
-            yield path.split(".")[place], parameter
 
 
 def recomputes(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from lorica.checkpoint.hub import locate
 from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import ConfigError
 from lorica.model.attach import attach_finite
-from lorica.model.merged import behind_merge
+from lorica.model.merged import as_unmerged
 from lorica.peft import loading, places
 from lorica.peft.base import let_gradients_in, match_base_dtype, recomputes
 from lorica.peft.config import PeftType, TaskType, as_peft_config
@@ -160,7 +160,7 @@ class PeftModel(Incoming, Outgoing):
     def _count(self) -> lorica.ParameterCount:
         if not self.peft_config:
             return lorica.trainable_parameters(self)
-        with behind_merge(self):
+        with as_unmerged(self):
             return lorica.trainable_parameters(self)
 
     def get_layer_status(self) -> list[TunerLayerStatus]:

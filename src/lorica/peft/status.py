@@ -12,18 +12,17 @@ from torch.nn import Parameter
 import lorica
 from lorica.errors import StateError
 from lorica.layers import (
+    AskedModule,
     LoraAttention,
     LoraConv,
     LoraEmbedding,
     LoraLayer,
     LoraOpaque,
     SavedModule,
-    SwappedModule,
     TrainedTokens,
 )
-from lorica.model.merged import behind_merge
+from lorica.model.merged import as_unmerged, behind_merge
 from lorica.model.structure import find_adapted, walk
-from lorica.peft.base import brought
 from lorica.roster import Roster, uncompiled
 
 Irregular = Literal["irregular"]
@@ -107,7 +106,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     tuner = getattr(model, "base_model", None)
     wrapped = getattr(tuner, "model", None) is root
     active = list(tuner.active_adapters) if wrapped else list(roster.active)  # type: ignore[union-attr]
-    enabled = bool(roster.active) or not active
+    enabled = bool(roster.merged or roster.active) or not active
     merged, prefix = roster.merged, "model." if wrapped else ""
     with behind_merge(root):
         return [
@@ -130,7 +129,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     root, roster = find_adapted(model) or (uncompiled(model), Roster())
     wrapped = root is not model
     names = sorted({name for layer in layers for name in layer.available_adapters})
-    with behind_merge(root):
+    with as_unmerged(root):
         count = lorica.trainable_parameters(model)
     return TunerModelStatus(
         base_model_type=type(root).__name__,
@@ -155,10 +154,10 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _layer(
-    name: str, module: SwappedModule, active: list[str], enabled: bool, merged: Iterable[str]
+    name: str, module: AskedModule, active: list[str], enabled: bool, merged: Iterable[str]
 ) -> TunerLayerStatus:
     parts: dict[str, list[Parameter]] = {}
-    for adapter, parameter in brought(module):
+    for adapter, parameter in module.brought():
         parts.setdefault(adapter, []).append(parameter)
     return TunerLayerStatus(
         name=name,
@@ -176,7 +175,7 @@ def _layer(
 _BACKENDS = {"Linear4bit": "bnb 4bit", "Linear8bitLt": "bnb 8bit"}
 
 
-def module_type(module: SwappedModule) -> str:
+def module_type(module: AskedModule) -> str:
     """What PEFT calls such a layer."""
     if isinstance(module, SavedModule):
         return "ModulesToSaveWrapper"

@@ -18,13 +18,13 @@ from torch.nn import Parameter
 import lorica
 from lorica.algebra import combine
 from lorica.config import LoraConfig
-from lorica.errors import LoricaWarning, StateError, listing
-from lorica.layers import LoraLayer, SwappedModule
+from lorica.errors import AdapterError, LoricaWarning, StateError, listing
+from lorica.layers import AskedModule, LoraLayer, LoraParameters
 from lorica.model.attach import attach_finite
-from lorica.model.merged import behind_merge, settle
+from lorica.model.merged import behind_merge, settle, stay_adapted
 from lorica.model.mount import open_for
-from lorica.model.structure import find_adapted, walk
-from lorica.peft.base import brought, named_whole
+from lorica.model.structure import find_adapted, lora_layers, walk
+from lorica.peft.base import named_whole
 from lorica.roster import Roster
 
 
@@ -55,7 +55,6 @@ class LoraModel(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self._resting: tuple[str, ...] | None = None
         if isinstance(config, Mapping):
             config = config[adapter_name]
         if config is not None:
@@ -75,6 +74,15 @@ class LoraModel(nn.Module):
             return getattr(self.model, name)
 
     @property
+    def _resting(self) -> tuple[str, ...] | None:
+        """Adapters that are disabled, and act again once they are enabled."""
+        return self.roster.resting
+
+    @_resting.setter
+    def _resting(self, names: tuple[str, ...] | None) -> None:
+        self.roster.resting = names
+
+    @property
     def roster(self) -> Roster:
         """What the model carries; an empty one if it carries nothing."""
         found = find_adapted(self.model)
@@ -85,6 +93,17 @@ class LoraModel(nn.Module):
         """Adapter name → configuration."""
         # This API puts nothing but LoRA on a model.
         return cast(dict[str, LoraConfig], self.roster.configs)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the modules that an adapter targets, in the model's order."""
+        return list(_layers(self.model, parameters=False))
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of the parameters that an adapter targets by `target_parameters`."""
+        found = _layers(self.model, parameters=True)
+        return [f"{path}.{leaf}" for path, layer in found.items() for leaf in layer.lora_parameters]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -137,8 +156,9 @@ class LoraModel(nn.Module):
                 stacklevel=2,
             )
             lorica.restore(self.model)
+        resting = self._resting
         lorica.active(self.model, names)  # while disabled too: it refuses those that cannot act together
-        if self._resting is not None:
+        if resting is not None:
             lorica.disabled(self.model)
             self._resting = names
         for name in self.roster.configs:
@@ -176,11 +196,23 @@ class LoraModel(nn.Module):
 
         Raises:
             AdapterError: no such adapter.
-            StateError: an adapter is merged.
+            StateError: it is merged.
         """
-        roster = self.roster
-        roster.known(adapter_name)
-        roster.check_unmerged("delete an adapter")
+        roster, merged = self.roster, self.merged_adapters
+        if adapter_name not in roster.configs:
+            have = listing(map(repr, roster.configs)) or "none"
+            raise AdapterError(f"Adapter {adapter_name} does not exist; the model has: {have}")
+        if adapter_name in merged:
+            raise StateError(
+                f"Cannot delete adapter(s) [{adapter_name!r}] while they are merged. Please unmerge them "
+                "first."
+            )
+        if merged:
+            lorica.restore(self.model)
+            lorica.detach(self.model, adapter_name)
+            lorica.merge(self.model, merged, into="quantized")
+            stay_adapted(self.model)
+            return
         active = [name for name in self.active_adapters if name != adapter_name]
         acted = adapter_name in self.active_adapters
         lorica.detach(self.model, adapter_name)
@@ -211,7 +243,8 @@ class LoraModel(nn.Module):
         new = [self.roster.known(name) for name in names if name not in merged]
         if not new:
             if merged:
-                warnings.warn(f"{listing(map(repr, merged))} is merged already", LoricaWarning, stacklevel=2)
+                what = f"All adapters are already merged, nothing to do: {listing(map(repr, merged))}"
+                warnings.warn(what, LoricaWarning, stacklevel=2)
             return
         resting, self._resting = self._resting, None
         try:
@@ -220,12 +253,19 @@ class LoraModel(nn.Module):
             elif resting is not None:
                 lorica.active(self.model, resting)
             lorica.merge(self.model, [*merged, *new], into="quantized")
-        except Exception:
+            stay_adapted(self.model)
+        except Exception as error:
             if merged:
                 lorica.merge(self.model, merged, into="quantized")
+                stay_adapted(self.model)
             elif resting is not None:
                 lorica.disabled(self.model)
                 self._resting = resting
+            if isinstance(error, AdapterError) and "NaN" in str(error):
+                raise AdapterError(
+                    f"NaNs detected in the merged weights. The adapter {listing(new)} seems to be broken: "
+                    f"{error}"
+                ) from error
             raise
 
     def unmerge_adapter(self) -> None:
@@ -282,9 +322,10 @@ class LoraModel(nn.Module):
             AdapterError: the name is taken or cannot be one.
             TargetError: a pattern matches nothing, or something that cannot be adapted.
         """
-        before = self.roster.active
+        before, resting = self.roster.active, self._resting
         lorica.adapt(self.model, named_whole(self.model, config), adapter_name)
         lorica.active(self.model, before)
+        self._resting = resting
         self.set_requires_grad(adapter_name, False)
 
     def add_weighted_adapter(
@@ -332,9 +373,10 @@ class LoraModel(nn.Module):
             svd_clamp=svd_clamp,
             svd_driver=svd_driver,
         )
-        before = self.roster.active
+        before, resting = self.roster.active, self._resting
         attach_finite(self.model, combined, adapter_name, trainable=False)
         lorica.active(self.model, before)
+        self._resting = resting
 
     def get_model_config(self, model: nn.Module) -> dict[str, Any]:
         """The base's configuration as a dict."""
@@ -342,9 +384,16 @@ class LoraModel(nn.Module):
         return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
+def _layers(model: nn.Module, *, parameters: bool) -> dict[str, Any]:
+    """Path → adapted layer; those whose parameters are adapted, or the others."""
+    with behind_merge(model):
+        found = lora_layers(model)
+    return {path: layer for path, layer in found.items() if isinstance(layer, LoraParameters) == parameters}
+
+
 def parameters_of(root: nn.Module, roster: Roster, name: str) -> Iterator[Parameter]:
     """All parameters that an adapter brought: factors, copies of whole modules, biases."""
     for place in walk(root):
-        if isinstance(place.module, SwappedModule):
-            yield from (parameter for adapter, parameter in brought(place.module) if adapter == name)
+        if isinstance(place.module, AskedModule):
+            yield from (parameter for adapter, parameter in place.module.brought() if adapter == name)
     yield from roster.slots.get(name, {}).values()

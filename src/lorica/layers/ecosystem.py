@@ -1,0 +1,294 @@
+"""What other libraries ask an adapted layer, under PEFT's names: TRL, diffusers, exporters to servers.
+
+Nothing here is called by a forward. Each name gives way to an attribute of the module's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lorica.errors import AdapterError, ConfigError, StateError
+from lorica.layers.swapped import SwappedModule, blank
+
+if TYPE_CHECKING:
+    from typing import Self
+
+T = TypeVar("T")
+
+
+class told(Generic[T]):
+    """A property that a module's own attribute of that name goes before: it can only be read."""
+
+    def __init__(self, ask: Callable[[Any], T]) -> None:
+        self._ask, self.__doc__ = ask, ask.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, module: None, cls: type) -> Self: ...
+
+    @overload
+    def __get__(self, module: nn.Module, cls: type) -> T: ...
+
+    def __get__(self, module: nn.Module | None, cls: type) -> Self | T:
+        if module is None:
+            return self
+        own = getattr(module.base_class, self._name, self)  # the module's own class may know better
+        if isinstance(own, told):
+            return self._ask(module)
+        return own.__get__(module, cls) if hasattr(own, "__get__") else own
+
+
+class AskedModule(SwappedModule):
+    """A module that adapters changed, as other libraries look at it."""
+
+    @told
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Its containers that have an entry for each adapter."""
+        return self.own_modules
+
+    @told
+    def active_adapters(self) -> list[str]:
+        """The adapters that act in the model, or would if they were not disabled."""
+        return self._chosen()
+
+    @told
+    def active_adapter(self) -> str | list[str]:
+        """The one that acts; a list where it is not one."""
+        names = self._chosen()
+        return names[0] if len(names) == 1 else names
+
+    @told
+    def merged_adapters(self) -> list[str]:
+        """The adapters that are in this module's weights at the moment."""
+        return self._in_weights()
+
+    @told
+    def merged(self) -> bool:
+        """Whether there are any."""
+        return bool(self._in_weights())
+
+    @told
+    def disable_adapters(self) -> bool:
+        """Whether all adapters of the model are disabled."""
+        return self.roster.resting is not None
+
+    def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
+        """Let exactly these adapters act in the whole model; of this module's, these train.
+
+        Args:
+            adapter_names: a name or several.
+            inference_mode: freeze these too.
+
+        Raises:
+            AdapterError: no such adapter, or two that cannot act together.
+            StateError: an adapter is merged, or brings more than updates, which the model itself must place.
+        """
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        self.roster.choose(names)
+        for name, parameter in self.brought():
+            parameter.requires_grad_(name in names and not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let the model's adapters act, or none of them.
+
+        Raises:
+            StateError: as `set_adapter`.
+        """
+        roster = self.roster
+        if enabled and roster.resting is not None:
+            names = tuple(name for name in roster.resting if name in roster.configs)
+            roster.choose(names)
+            roster.resting = None
+        elif not enabled and roster.resting is None:
+            before = roster.active
+            roster.choose(())
+            roster.resting = before
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Let these adapters' part of this module train, or not."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        for name, parameter in self.brought():
+            if name in names:
+                parameter.requires_grad_(requires_grad)
+
+    def brought(self) -> Iterator[tuple[str, Parameter]]:
+        """The parameters that adapters brought to the module, each with its adapter's name."""
+        for own in self.own_modules:
+            # The adapter comes first, but below a module with adapted parameters or rows after what holds it.
+            place = {"lora_parameters": 2, "token_adapter": 1}.get(own, 0)
+            for path, parameter in self._modules[own].named_parameters():  # type: ignore[union-attr]
+                yield path.split(".")[place], parameter
+
+    # The module's own attributes may go by any of the names above, so nothing here is asked by them.
+
+    def _chosen(self) -> list[str]:
+        roster = self.roster
+        if roster.merged:
+            return list(roster.aside.before)
+        return list(roster.active if roster.resting is None else roster.resting)
+
+    def _in_weights(self) -> list[str]:
+        return [name for name in self.roster.merged if name in self._get_available_adapters()]
+
+    def _get_available_adapters(self) -> set[str]:
+        """Names of the adapters that have a part here."""
+        return {name for name, _ in self.brought()}
+
+    def _all_available_adapter_names(self) -> list[str]:
+        """The same, sorted."""
+        return sorted(self._get_available_adapters())
+
+
+class AskedLayer(AskedModule):
+    """An adapted layer, as other libraries look at it."""
+
+    other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout")
+    scaling: dict[str, float]
+    scaled: dict[str, float]
+    """Adapter → what its scale was multiplied by since it came."""
+
+    @told
+    def base_layer(self) -> nn.Module:
+        """The layer without adapters: the same parameters, and its own class's forward."""
+        return base_of(self)
+
+    def get_base_layer(self) -> nn.Module:
+        """As `base_layer`."""
+        return base_of(self)
+
+    @told
+    def in_features(self) -> int:
+        """Width of what goes in."""
+        return self._widths()[0]
+
+    @told
+    def out_features(self) -> int:
+        """Width of what comes out."""
+        return self._widths()[1]
+
+    @told
+    def r(self) -> dict[str, int]:
+        """Adapter → rank."""
+        return self._ranks()
+
+    @told
+    def lora_alpha(self) -> dict[str, float]:
+        """Adapter → α, as the scale has it that the adapter came with."""
+        roots = {name: self._rooted(name) for name in self.scaling}
+        ranks = {name: rank**0.5 if roots[name] else rank for name, rank in self._ranks().items()}
+        return {
+            name: _whole(scale / self.scaled.get(name, 1.0) * ranks[name])
+            for name, scale in self.scaling.items()
+        }
+
+    @told
+    def use_dora(self) -> dict[str, bool]:
+        """Adapter → whether it trains magnitudes."""
+        return {name: self._holder(name).magnitude_parameter(name) is not None for name in self.scaling}
+
+    @told
+    def use_rslora(self) -> dict[str, bool]:
+        """Adapter → whether its scale is α/√r."""
+        return {name: self._rooted(name) for name in self.scaling}
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter adds to the weight, ``scale·B·A`` in the layout of W0, in the factors' dtype.
+
+        Raises:
+            AdapterError: the adapter has nothing here.
+            StateError: the update has another shape than the weight.
+        """
+        holder: Any = self._holder(adapter)
+        shape = self.base_shape if holder is self else None  # type: ignore[attr-defined]
+        with torch.no_grad():
+            A, _ = holder.factor_parameters(adapter)
+            left, right = holder.product(adapter, A.dtype)
+            delta = left @ right * holder.scaling[adapter]
+        if shape is not None and delta.numel() != shape.numel():
+            raise StateError(
+                f"a {self.base_class.__name__} whose update sees every input channel, its weight only a "
+                "group's: the update is no change of the weight"
+            )
+        return delta if shape is None else delta.view(shape)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply an adapter's own scale, α/r, by `scale`."""
+        if adapter in self.scaling:
+            self._rescale(adapter, scale / self.scaled.get(adapter, 1.0))
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the acting adapters' scale."""
+        for name in self._chosen() if scale != 1 else ():
+            if name in self.scaling:
+                self._rescale(name, scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the acting adapters' scale; None goes back to α/r."""
+        for name in self._chosen():
+            if name in self.scaling:
+                self._rescale(name, 1 / self.scaled.get(name, 1.0) if scale is None else 1 / scale)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Iterable[str] | None = None) -> None:
+        """Refused: what is merged is the whole model's."""
+        raise StateError("one layer alone is not merged; merge_adapter() or lorica.merge merges the model")
+
+    def unmerge(self) -> None:
+        """Refused, likewise."""
+        raise StateError(
+            "one layer alone is not unmerged; unmerge_adapter() or lorica.restore does the model"
+        )
+
+    def _rescale(self, name: str, factor: float) -> None:
+        total = self.scaled.get(name, 1.0) * factor
+        if not (isinstance(factor, (int, float)) and total == total and abs(total) != float("inf")):
+            raise ConfigError(f"the scale of an adapter must be a number, not {factor!r}")
+        for _, _, holder in self.holders(name):  # type: ignore[attr-defined]
+            if holder is not self:
+                holder.scaling[name] *= factor
+        self.scaling[name] *= factor
+        self.scaled[name] = total
+
+    def _holder(self, name: str) -> Any:
+        """What holds an adapter's factors: the layer, or the one parameter that it adapts."""
+        found = self.holders(name) if name in self.scaling else []  # type: ignore[attr-defined]
+        if not found:
+            raise AdapterError(f"the adapter {name!r} has no update of this {self.base_class.__name__}")
+        return found[-1][2]
+
+    def _ranks(self) -> dict[str, int]:
+        return {name: self._holder(name).factors(name).r for name in self.scaling}
+
+    def _rooted(self, name: str) -> bool:
+        return bool(getattr(self.roster.configs.get(name), "use_rslora", False))
+
+    def _widths(self) -> tuple[int, int]:
+        base: Any = self
+        if isinstance(self, nn.modules.conv._ConvNd):
+            return base.in_channels, base.out_channels
+        d_out, d_in = base.base_shape[:2]
+        return (d_out, d_in) if base.transposed else (d_in, d_out)
+
+
+def base_of(module: SwappedModule) -> nn.Module:
+    """A swapped module without its mixin: of its own class, with the same parameters, buffers and parts.
+
+    What is assigned to it reaches the module.
+    """
+    view = blank(module.base_class)
+    gone = {*module.own_attributes, *view.__dict__}
+    view.__dict__.update({name: value for name, value in module.__dict__.items() if name not in gone})
+    view.__dict__.update(_parameters=module._parameters, _buffers=module._buffers, training=module.training)
+    parts = {name: part for name, part in module._modules.items() if name not in module.own_modules}
+    view.__dict__["_modules"] = parts
+    return view
+
+
+def _whole(value: float) -> float:
+    return round(value) if abs(value - round(value)) < 1e-9 * max(abs(value), 1) else value
