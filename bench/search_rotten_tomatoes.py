@@ -26,9 +26,8 @@ from lorica.cli import main as lorica
 from lorica.train import Recipe, train
 from lorica.tune import Goal, Record, SearchConfig, reopen
 from lorica.tune.figures import FIGURES, importance
-from lorica.tune.journal import Journal
-from lorica.tune.population import JOURNAL
-from lorica.tune.results import ranked
+from lorica.tune.journal import JOURNAL, Journal
+from lorica.tune.progress import ranked
 from lorica.tune.searching import BEST, best_of
 
 HOME = Path(__file__).resolve().parents[1]

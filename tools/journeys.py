@@ -1,7 +1,7 @@
 """How far a reader walks: traces the README's journeys through lorica and counts the files they visit.
 
 ``python tools/journeys.py`` prints, for each journey, how many of lorica's files and functions run, and how
-often a call goes from one file to another (a hop). ``--show adapt`` prints one walk; ``--sizes`` counts lines.
+often a call goes from one file to another (a hop). ``--show adapt`` prints one walk, ``--sizes`` line counts.
 CONTRIBUTING.md says how to read it.
 """
 

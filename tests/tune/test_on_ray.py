@@ -28,7 +28,7 @@ from lorica.errors import ConfigError
 from lorica.train import Recipe, train
 from lorica.tune import SearchConfig, Space, search
 from lorica.tune.journal import Journal
-from lorica.tune.shipping import Shipped
+from lorica.tune.population.packed_model import PackedModel
 
 ray = pytest.importorskip("ray", reason="needs lorica[tune]")
 from tune.killed_on_ray import CLUSTER  # noqa: E402
@@ -202,7 +202,7 @@ def test_nothing_starts_ray_for_a_space_that_is_wrong(
 
 
 def test_a_death_is_told_of_once_it_is_final() -> None:
-    from lorica.tune.ray_parts import Listener
+    from lorica.tune.on_ray import Listener
 
     died: list[Any] = []
     listener = Listener(lambda result: None, died.append)
@@ -226,12 +226,12 @@ def test_a_shipped_model_computes_the_same_and_cannot_be_written_to() -> None:
     place = "bert.encoder.layer.0.attention.self.query.weight"
     model.classifier = torch.nn.Linear(8, 8, dtype=torch.bfloat16)
     model.classifier.weight = model.get_parameter(place)  # tied
-    shipped = Shipped.of(model)
-    for array, _, _ in shipped.weights:
+    packed = PackedModel.of(model)
+    for array, _, _ in packed.weights:
         array.flags.writeable = False
-    there = shipped.model()
+    there = packed.model()
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(there(ids).logits, model(ids).logits)
     assert there.classifier.weight is there.get_parameter(place)
     assert not any(parameter.requires_grad for parameter in there.parameters())
-    assert len(shipped.modules) < 60_000
+    assert len(packed.modules) < 60_000

@@ -21,7 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lorica import LoraConfig
 from lorica.errors import ConfigError, LoricaError
 from lorica.train import DataConfig, Recipe, TrainingConfig, train
-from lorica.tune import Goal, Halving, Population, Record, base, crew, joint, twin
+from lorica.tune import Goal, Halving, Population, Record
+from lorica.tune.population import joint_layers, joint_linear, runner, shared_base
 
 Make = Callable[..., Recipe]
 
@@ -70,13 +71,13 @@ def test_equal_to_training_each_alone(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipes, sizes, frozen = unlike(make_recipe(epochs=1)), [], gc.get_freeze_count()
-    original = joint.joint_linear
+    original = joint_linear.joint_linear
 
     def counted(segments: Any, weight: Any, bias: Any) -> Any:
         sizes.append(len(segments))
         return original(segments, weight, bias)
 
-    monkeypatch.setattr(twin, "joint_linear", counted)
+    monkeypatch.setattr(joint_layers, "joint_linear", counted)
     found = Population(recipes, tmp_path / "population", console=silent())
     found.run()
     assert sizes.count(4) > 13 * 3, "the layers were not computed together"
@@ -88,13 +89,13 @@ def test_autocast_to_bfloat16_is_joint_too(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipes, dtypes = unlike(make_recipe(epochs=1, bf16=True)), set()
-    original = joint.joint_linear
+    original = joint_linear.joint_linear
 
     def seen(segments: Any, weight: Any, bias: Any) -> Any:
         dtypes.add((len(segments), segments[0].x.dtype, weight.dtype))
         return original(segments, weight, bias)
 
-    monkeypatch.setattr(twin, "joint_linear", seen)
+    monkeypatch.setattr(joint_layers, "joint_linear", seen)
     found = Population(recipes, tmp_path / "population", console=silent())
     found.run()
     assert (4, torch.bfloat16, torch.bfloat16) in dtypes
@@ -144,7 +145,7 @@ def test_the_base_is_not_written_to(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bases: list[torch.nn.Module] = []
-    original = base.load_model
+    original = shared_base.load_model
 
     def kept(*args: Any) -> Any:
         bases.append(original(*args))
@@ -154,17 +155,17 @@ def test_the_base_is_not_written_to(
         parts = [tensor.detach().numpy().tobytes() for _, tensor in model.state_dict().items()]
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
-    monkeypatch.setattr(base, "load_model", kept)
+    monkeypatch.setattr(shared_base, "load_model", kept)
     recipe = make_recipe(epochs=1, max_steps=2)
     recipes = [recipe, recipe.replace(method={"r": 4}), recipe.replace(training={"seed": 1})]
     before: list[str] = []
-    original_twin = base.twin
+    original_copy = shared_base.shared_copy
 
-    def twinned(model: Any) -> Any:
+    def copied(model: Any) -> Any:
         before.append(digest(model))
-        return original_twin(model)
+        return original_copy(model)
 
-    monkeypatch.setattr(base, "twin", twinned)
+    monkeypatch.setattr(shared_base, "shared_copy", copied)
     records = Population(recipes, tmp_path / "population", console=silent()).run()
     assert [record.status for record in records] == ["finished"] * 3
     assert len(bases) == 2, "one for each seed of the head"
@@ -211,7 +212,7 @@ def test_a_failing_trial_is_shown_and_harms_no_other(
         "later": recipe.replace(training={"seed": 7}),
         "good": recipe,
     }
-    original, output = crew.JointTrainer.training_step, io.StringIO()
+    original, output = runner.JointTrainer.training_step, io.StringIO()
 
     def fails(self: Any, *args: Any, **options: Any) -> Any:
         loss = original(self, *args, **options)
@@ -219,7 +220,7 @@ def test_a_failing_trial_is_shown_and_harms_no_other(
             raise RuntimeError("out of luck")
         return loss
 
-    monkeypatch.setattr(crew.JointTrainer, "training_step", fails)
+    monkeypatch.setattr(runner.JointTrainer, "training_step", fails)
     console = Console(file=output, width=200)
     records = {r.name: r for r in Population(recipes, tmp_path / "p", console=console).run()}
     assert {name: record.status for name, record in records.items()} == {
@@ -265,7 +266,7 @@ def test_what_is_not_finished_is_resumed(make_recipe: Make, tmp_path: Path) -> N
     with pytest.raises(LoricaError, match="holds trials already"):
         Population(recipes, tmp_path / "part", console=silent()).run()
     ended: list[Record] = []
-    again = Population(recipes, tmp_path / "part", console=silent(), told=ended.append)
+    again = Population(recipes, tmp_path / "part", console=silent(), on_end=ended.append)
     assert {record.status for record in again.run(resume=True)} == {"finished"}
     done = {name for name, record in part.journal.records.items() if record.status == "finished"}
     assert {record.name for record in ended} == set(recipes) - done

@@ -19,7 +19,7 @@ from lorica.tune import (
     ramp,
     search,
 )
-from lorica.tune.crew import Crew
+from lorica.tune.population.runner import TrialRunner
 
 
 def test_the_ramp_ends_where_a_doubling_no_longer_pays(
@@ -27,16 +27,16 @@ def test_the_ramp_ends_where_a_doubling_no_longer_pays(
 ) -> None:
     scores = {1: 0.5, 2: 0.7, 4: 0.8, 8: 0.801, 16: 0.9}
     trained: list[tuple[int, float]] = []
-    original = Crew._train
+    original = TrialRunner._train
 
     def pretended(self: Any, name: str, recipe: Recipe, *args: Any, **options: Any) -> Any:
         trained.append((recipe.method.r, recipe.method.lora_alpha))
-        goal = self._referee.goal_of(recipe)
+        goal = self._controller.goal_of(recipe)
         metrics = {"accuracy": scores[recipe.method.r], "parameters": 10.0 * recipe.method.r}
-        self._referee.evaluated(name, goal, metrics, 1, 1.0, 0.0)
+        self._controller.trial_evaluated(name, goal, metrics, 1, 1.0, 0.0)
         return SimpleNamespace(metrics={"validation": metrics})
 
-    monkeypatch.setattr(Crew, "_train", pretended)
+    monkeypatch.setattr(TrialRunner, "_train", pretended)
     found = ramp(make_recipe(), tmp_path / "ramp", RampConfig(gain=0.01), console=silent())
     assert trained == [(1, 2), (2, 4), (4, 8), (8, 16)]
     assert found.r == 4
@@ -44,7 +44,7 @@ def test_the_ramp_ends_where_a_doubling_no_longer_pays(
     assert (tmp_path / "ramp" / "ramp.svg").is_file()
     assert ramp(make_recipe(), tmp_path / "ramp", RampConfig(gain=0.01), console=silent()) == found
     assert len(trained) == 4, "ranks that the folder holds are not trained again"
-    monkeypatch.setattr(Crew, "_train", original)
+    monkeypatch.setattr(TrialRunner, "_train", original)
     real = ramp(make_recipe(epochs=1, max_steps=1), tmp_path / "b", RampConfig(limit=2), console=silent())
     assert [step.r for step in real.steps] == [1, 2]
     assert real.r in (1, 2)
@@ -59,12 +59,12 @@ def test_a_rank_that_fails_is_passed_over_said_and_tried_again(
     def pretended(self: Any, name: str, recipe: Recipe, *args: Any, **options: Any) -> Any:
         trained.append(recipe.method.r)
         metrics = {"accuracy": scores[recipe.method.r], "parameters": 10.0}
-        self._referee.evaluated(name, self._referee.goal_of(recipe), metrics, 1, 1.0, 0.0)
+        self._controller.trial_evaluated(name, self._controller.goal_of(recipe), metrics, 1, 1.0, 0.0)
         if recipe.method.r in broken:
             raise RuntimeError("out of memory")
         return SimpleNamespace(metrics={})
 
-    monkeypatch.setattr(Crew, "_train", pretended)
+    monkeypatch.setattr(TrialRunner, "_train", pretended)
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)

@@ -105,7 +105,7 @@ def test_tpe_goes_on_beside_trials_under_way(make_recipe: Callable[..., Recipe],
     known: dict[str, Record] = {}
     while len(whole.values) < 40:
         name = running.pop(len(whole.values) % 2)
-        whole.told(record(name, "finished"))
+        whole.report(record(name, "finished"))
         known = {n: record(n, "running" if n in running else "finished") for n in whole.values}
         running.append(next(whole)[0])
     again = begin(known)

@@ -32,11 +32,10 @@ from lorica.tune import (
     reopen,
     search,
 )
+from lorica.tune.controller import mode_of
 from lorica.tune.figures import write_figures
 from lorica.tune.journal import Journal
-from lorica.tune.referee import mode_of
-from lorica.tune.searching import _why_apart, best_of, longest
-from lorica.tune.targets import query_and_value
+from lorica.tune.searching import _why_apart, best_of, longest, query_and_value
 
 
 def rows(path: Path) -> list[dict[str, Any]]:

@@ -13,17 +13,17 @@ from lorica.errors import require
 require("greenlet", extra="tune")
 
 if TYPE_CHECKING:
-    from lorica.tune.halving import Halving as Halving
-    from lorica.tune.halving import Median as Median
-    from lorica.tune.halving import RunAll as RunAll
-    from lorica.tune.halving import Scheduler as Scheduler
+    from lorica.tune.controller import Goal as Goal
     from lorica.tune.journal import Evaluation as Evaluation
     from lorica.tune.journal import Record as Record
     from lorica.tune.population import Population as Population
     from lorica.tune.ramping import Ramp as Ramp
     from lorica.tune.ramping import RampConfig as RampConfig
     from lorica.tune.ramping import ramp as ramp
-    from lorica.tune.referee import Goal as Goal
+    from lorica.tune.schedulers import Halving as Halving
+    from lorica.tune.schedulers import Median as Median
+    from lorica.tune.schedulers import RunAll as RunAll
+    from lorica.tune.schedulers import Scheduler as Scheduler
     from lorica.tune.searching import SearchResult as SearchResult
     from lorica.tune.searching import search as search
     from lorica.tune.settings import SearchConfig as SearchConfig
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from lorica.tune.space import Space as Space
 
 _PLACES = {
-    "halving": ("Halving", "Median", "RunAll", "Scheduler"),
+    "schedulers": ("Halving", "Median", "RunAll", "Scheduler"),
     "journal": ("Evaluation", "Record"),
     "population": ("Population",),
     "ramping": ("Ramp", "RampConfig", "ramp"),
-    "referee": ("Goal",),
+    "controller": ("Goal",),
     "searching": ("SearchResult", "search"),
     "settings": ("SearchConfig", "reopen"),
     "space": ("Dimension", "Space"),

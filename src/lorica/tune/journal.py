@@ -13,6 +13,12 @@ from typing import Any, Literal
 from lorica.errors import FileError, nearest
 from lorica.plain import plain
 
+JOURNAL = "results.jsonl"
+"""Name of the file, in a search's folder."""
+
+TRIALS = "trials"
+"""Name of the folder beside it that holds a folder for each trial."""
+
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 ENDED: tuple[Status, ...] = ("finished", "stopped", "failed")
 

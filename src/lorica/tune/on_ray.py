@@ -21,16 +21,21 @@ from rich.console import Console
 from lorica.errors import ConfigError, LoricaError, require
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
-from lorica.tune.base import SharedBase
-from lorica.tune.board import Board
-from lorica.tune.halving import Scheduler
-from lorica.tune.journal import ENDED, Journal, Record
-from lorica.tune.population import JOURNAL, TRIALS
-from lorica.tune.ray_trial import train_trials
-from lorica.tune.referee import Goal, Referee
+from lorica.tune.controller import Goal, TrialController
+from lorica.tune.journal import ENDED, JOURNAL, TRIALS, Journal, Record
+from lorica.tune.population.shared_base import SharedBase
+from lorica.tune.progress import ProgressTable
+from lorica.tune.schedulers import Scheduler
 
 if TYPE_CHECKING:
     from lorica.tune.settings import SearchConfig
+
+import yaml
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from lorica.tune.journal import Status
+from lorica.tune.population.runner import TrialRunner
 
 
 class RaySearch:
@@ -47,7 +52,7 @@ class RaySearch:
         goal: metric that decides.
         values: trial and recipe → what distinguishes it.
         console: where to show progress.
-        told: called with a trial's record when it ends.
+        on_end: called with a trial's record when it ends.
     """
 
     def __init__(
@@ -63,7 +68,7 @@ class RaySearch:
         goal: Goal,
         values: Callable[[str, Recipe], Mapping[str, Any]],
         console: Console,
-        told: Callable[[Record], None],
+        on_end: Callable[[Record], None],
     ) -> None:
         """Nothing is started yet.
 
@@ -73,9 +78,9 @@ class RaySearch:
         require("ray.tune", extra="tune")
         self.journal = Journal(directory / JOURNAL)
         self._source, self._recipe, self._config = source, recipe, config
-        self._directory, self._values, self._told = directory, values, told
-        self._board = Board(console)
-        self._referee = Referee(self.journal, scheduler, goal, self._board.show)
+        self._directory, self._values, self._on_end = directory, values, on_end
+        self._progress = ProgressTable(console)
+        self._controller = TrialController(self.journal, scheduler, goal, self._progress.show)
         self._goal, self._joint = goal, joint
         self._slots = min(config.slots, count)
 
@@ -87,15 +92,15 @@ class RaySearch:
         """
         from ray import tune
 
-        from lorica.tune.ray_parts import Listener, NextTrial
+        from lorica.tune.on_ray import Listener, NextTrial
 
         config = self._config
         budget = None if ends == math.inf else max(ends - time.monotonic(), 1.0)
-        with _ray(config.address, self._board), self._board, quiet():
+        with _ray(config.address, self._progress), self._progress, quiet():
             resources = config.resources or {"cpu": 1}
             size = math.ceil(self._slots / _processes(resources)) if self._joint else 1
             if size > 1:
-                self._board.note(f"{size} trials together in each process")
+                self._progress.note(f"{size} trials together in each process")
             trainable = tune.with_resources(
                 tune.with_parameters(
                     train_trials, base=self._base(), directory=str(self._directory.resolve())
@@ -128,13 +133,13 @@ class RaySearch:
             return None
         base = SharedBase(self._recipe)
         base.prepared(self._recipe)
-        return base.shipped()
+        return base.packed()
 
     def _next(self, size: int) -> dict[str, Any] | None:
         """What the next process trains; None when there is nothing more."""
         trials = []
         for name, recipe in self._source:
-            if self._referee.begins(name, recipe, self._values(name, recipe)).status not in ENDED:
+            if self._controller.trial_created(name, recipe, self._values(name, recipe)).status not in ENDED:
                 trials.append([name, recipe.to_yaml()])
             if len(trials) == size:
                 break
@@ -149,14 +154,16 @@ class RaySearch:
         if self.journal.record(trial).status in ENDED:  # that it left is known
             return
         if kind != "evaluation":
-            self._told(self._referee.ends(trial, kind, **said))
+            self._on_end(self._controller.trial_ended(trial, kind, **said))
             return
-        self._referee.runs(trial)
+        self._controller.trial_started(trial)
         try:
-            if self._referee.evaluated(trial, self._goal, **said):
-                self._told(self._referee.ends(trial, "stopped"))
+            if self._controller.trial_evaluated(trial, self._goal, **said):
+                self._on_end(self._controller.trial_ended(trial, "stopped"))
         except LoricaError as error:
-            self._told(self._referee.ends(trial, "failed", error=f"{type(error).__name__}: {error}"))
+            self._on_end(
+                self._controller.trial_ended(trial, "failed", error=f"{type(error).__name__}: {error}")
+            )
 
     def _died(self, config: Mapping[str, Any]) -> None:
         """A process died more often than it may."""
@@ -164,7 +171,7 @@ class RaySearch:
             if self.journal.record(trial).status not in ENDED:
                 folder = self._directory / TRIALS / trial
                 error = f"its process died {self._config.retries + 1} times; see {folder}"
-                self._told(self._referee.ends(trial, "failed", error=error))
+                self._on_end(self._controller.trial_ended(trial, "failed", error=error))
 
 
 def _processes(resources: Mapping[str, float]) -> int:
@@ -178,7 +185,7 @@ def _processes(resources: Mapping[str, float]) -> int:
 
 
 @contextlib.contextmanager
-def _ray(address: str | None, board: Board) -> Iterator[None]:
+def _ray(address: str | None, progress: ProgressTable) -> Iterator[None]:
     """Ray, started here or reached where it runs; one that was running already is left running."""
     import ray
 
@@ -207,7 +214,7 @@ def _ray(address: str | None, board: Board) -> Iterator[None]:
         elif address is not None:
             raise ConfigError(f"Ray runs in this process already, so {address!r} cannot be joined")
         resources = ray.cluster_resources()
-        board.note(f"Ray: {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs")
+        progress.note(f"Ray: {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs")
         yield
     finally:
         if ours:
@@ -217,3 +224,133 @@ def _ray(address: str | None, board: Board) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+class NextTrial(Searcher):
+    """Hands out trials from a function that makes them; None ends the search."""
+
+    def __init__(self, make: Callable[[], dict[str, Any] | None]) -> None:
+        """Keep the function."""
+        super().__init__()
+        self._make = make
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial."""
+        made = self._make()
+        return Searcher.FINISHED if made is None else made
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Nothing: the listener hears of it."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the search's own journal is what it resumes from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, likewise."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Listener(FIFOScheduler):
+    """Passes on what trials report; each sees to it itself that what should end does.
+
+    Args:
+        reported: told what a trial reports, before the report returns in its process.
+        died: told the configuration of a trial that Ray gave up.
+    """
+
+    def __init__(
+        self, reported: Callable[[Mapping[str, Any]], None], died: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        """Keep the functions."""
+        super().__init__()
+        self._reported, self._died = reported, died
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Listen, and let it go on."""
+        self._reported(result)
+        return TrialScheduler.CONTINUE
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Pass it on, unless Ray, which tells of every death, is about to take the trial up again."""
+        if not trial.should_recover():
+            self._died(trial.config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+_BASES: dict[str, SharedBase] = {}
+"""Bases that this process has opened: Ray gives it one trial of its own after another."""
+
+
+def train_trials(config: Mapping[str, Any], *, base: Any, directory: str) -> None:
+    """Train, from the newest checkpoints where the trials were begun before.
+
+    An error of a trial's own is reported, not raised: to Ray it would look as if the process had died, and
+    be worth another try.
+
+    Args:
+        config: ``trials``, each with its name and its recipe as YAML.
+        base: of the search's recipe, from Ray's object store; None where each trial loads its own.
+        directory: the search's folder, reached by every machine.
+    """
+    folder = Path(directory)
+    # The search made them, of a recipe that its user trusts.
+    trials = [
+        (name, Recipe.from_dict(yaml.safe_load(text), trust_task=True)) for name, text in config["trials"]
+    ]
+    runner = TrialRunner(
+        _Remote(folder / JOURNAL),
+        lambda name: folder / TRIALS / name,
+        slots=len(trials),
+        base=None if base is None else _base(base),
+        resume=True,
+    )
+    runner.run(iter(trials))
+
+
+class _Remote:
+    """A proxy of the `TrialController` in the process that searches."""
+
+    def __init__(self, journal: Path) -> None:
+        self._journal = journal
+
+    def trial_created(self, name: str, recipe: Recipe, values: Mapping[str, object]) -> Record:
+        """What is known of a trial: it may have ended before this process took over from one that died."""
+        return Journal(self._journal, mend=False).record(name)
+
+    def trial_started(self, name: str) -> None:
+        """Nothing: its first evaluation says so."""
+
+    def goal_of(self, recipe: Recipe) -> Goal:
+        """The recipe's own; what counts is decided elsewhere."""
+        return Goal.of(recipe)
+
+    def trial_evaluated(
+        self, name: str, goal: Goal, metrics: Mapping[str, float], step: int, epoch: float, seconds: float
+    ) -> bool:
+        """Report it, and read what was decided."""
+        _say(name, "evaluation", metrics=dict(metrics), step=step, epoch=epoch, seconds=seconds)
+        return Journal(self._journal, mend=False).record(name).status in ENDED
+
+    def trial_ended(self, name: str, status: Status, **more: object) -> Record:
+        """Report it."""
+        _say(name, status, **more)
+        return Journal(self._journal, mend=False).record(name)
+
+
+def _say(name: str, kind: str, **more: object) -> None:
+    from ray import tune
+
+    # As one string: Ray flattens what is nested, and joins names by slashes.
+    tune.report({"said": json.dumps({"trial": name, "kind": kind, **more})})
+
+
+def _base(packed: tuple[Any, ...]) -> SharedBase:
+    key = packed[0]
+    if key not in _BASES:
+        _BASES.clear()
+        _BASES[key] = SharedBase.unpacked(packed)
+    return _BASES[key]

@@ -23,9 +23,9 @@ from lorica.train import presets
 from lorica.train.console import make_console
 from lorica.train.files import writable_directory, write_atomically
 from lorica.train.recipe import Recipe
-from lorica.tune.journal import Record
-from lorica.tune.population import JOURNAL, TRIALS, Population
-from lorica.tune.referee import Goal
+from lorica.tune.controller import Goal
+from lorica.tune.journal import JOURNAL, TRIALS, Record
+from lorica.tune.population import Population
 from lorica.tune.settings import RAMP, SEARCH, changes
 
 FIGURE = "ramp"
@@ -156,7 +156,7 @@ def ramp(
                 yield f"r{r:03d}", recipe.replace(method={"r": r, "lora_alpha": alpha})
             r *= 2
 
-    def told(record: Record) -> None:
+    def keep(record: Record) -> None:
         records[record.values["method.r"]] = record
 
     directory = Path(directory)
@@ -166,13 +166,13 @@ def ramp(
         directory,
         slots=1,
         values=lambda name, recipe: {"method.r": recipe.method.r},
-        told=told,
+        on_end=keep,
         console=console,
     )
     failed = set()
     for record in population.journal.records.values():
         if record.status == "finished":
-            told(record)
+            keep(record)
         elif record.status == "failed":
             failed.add(record.values["method.r"])
             record.status = "waiting"

@@ -12,25 +12,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import nn
+from transformers import AutoConfig, AutoModel
+from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import ConfigError, LoricaError, listing, require
 from lorica.train import data as sources
 from lorica.train import presets, tasks
 from lorica.train.console import make_console
+from lorica.train.embedded import resolve_model
 from lorica.train.files import writable_directory, write_atomically
+from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
 from lorica.train.run import RECIPE
+from lorica.tune.controller import Goal, mode_of
 from lorica.tune.figures import write_figures
-from lorica.tune.joining import shared_fields, why_alone
-from lorica.tune.journal import ENDED, Journal, NoMetric, Record
-from lorica.tune.population import TRIALS, Population
-from lorica.tune.referee import Goal, mode_of
-from lorica.tune.results import trials_table, write_table
+from lorica.tune.journal import ENDED, TRIALS, Journal, NoMetric, Record
+from lorica.tune.population import Population
+from lorica.tune.population.shared_base import shared_fields, why_alone
+from lorica.tune.progress import trials_table, write_table
 from lorica.tune.samplers import Sampler, make_sampler
 from lorica.tune.settings import SEARCH, SearchConfig, check_same, evaluations, settings
 from lorica.tune.space import Space, documents
 
+_PAIRS = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"), ("q", "v"))
 BEST = "best"
 
 
@@ -116,7 +123,7 @@ def search(
         "goal": goal,
         "values": lambda name, recipe: trials.values[name],
         "console": console,
-        "told": trials.told,
+        "on_end": trials.report,
     }
     if engine == "population":
         population = Population(trials, directory, slots=config.slots, **options)
@@ -181,7 +188,7 @@ class _Trials(Iterator[tuple[str, Recipe]]):
         self._config, self._goal = config, goal
         self._index = 0
         self._ends = False
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def __next__(self) -> tuple[str, Recipe]:
         """The next trial: one that was made before, as it was, or a new one."""
@@ -200,7 +207,7 @@ class _Trials(Iterator[tuple[str, Recipe]]):
                 if known is None or known.status not in ENDED:
                     self.journal.begin(name, values)
                     self.journal.ended(name, "failed", error=f"{type(error).__name__}: {error}")
-                    self.told(self.journal.record(name))
+                    self.report(self.journal.record(name))
         raise StopIteration
 
     def recall(self, journal: Journal) -> None:
@@ -208,15 +215,15 @@ class _Trials(Iterator[tuple[str, Recipe]]):
         self.journal = journal
         for record in journal.records.values():
             if record.status in ENDED:
-                self.told(record)
+                self.report(record)
             else:
                 self._sampler.take_up(record.values)
 
-    def told(self, record: Record) -> None:
+    def report(self, record: Record) -> None:
         """Tell the sampler what a trial came to: its best score, and how few parameters it trains."""
-        if record.name in self._told:
+        if record.name in self._reported:
             return
-        self._told.add(record.name)
+        self._reported.add(record.name)
         # Nothing has the metric that decides: all others would train to their first evaluation for nothing.
         self._ends = self._ends or (record.error or "").startswith(f"{NoMetric.__name__}: ")
         score = record.best(self._goal.metric, self._goal.mode)
@@ -228,7 +235,7 @@ class _Trials(Iterator[tuple[str, Recipe]]):
 
 
 def _documents(recipe: Recipe) -> Space:
-    from lorica.tune.targets import query_and_value
+    from lorica.tune.searching import query_and_value
 
     return documents(*query_and_value(recipe))
 
@@ -287,3 +294,29 @@ def notes(recipe: Recipe, sampler: Sampler, config: SearchConfig) -> Iterator[st
             f"max_t is {config.max_t}, and a trial has {there} evaluations; rungs after them are never "
             "reached"
         )
+
+
+def query_and_value(recipe: Recipe) -> tuple[str, str]:
+    """Names of the query and value projections of a recipe's model.
+
+    Raises:
+        ConfigError: it has none apart from each other; the space must then say what to target.
+    """
+    with quiet(), torch.device("meta"):
+        try:
+            config = AutoConfig.from_pretrained(resolve_model(recipe.model), trust_remote_code=False)
+            model = AutoModel.from_config(config)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read the configuration of {recipe.model!r}: {error}") from error
+    leaves = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+    found = next((pair for pair in _PAIRS if set(pair) <= leaves), None)
+    if found is None:
+        raise ConfigError(
+            f"{recipe.model!r} has no query and value projections of their own, which the default space "
+            f"targets; give a space, with method.target_modules among {', '.join(sorted(leaves))}"
+        )
+    return found

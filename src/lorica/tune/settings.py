@@ -12,9 +12,9 @@ from typing import Any
 
 from lorica.errors import ConfigError, LoricaError, listing, nearest
 from lorica.train.recipe import Recipe
-from lorica.tune.halving import SCHEDULERS, Halving, Median, RunAll, Scheduler
-from lorica.tune.population import JOURNAL, TRIALS
+from lorica.tune.journal import JOURNAL, TRIALS
 from lorica.tune.samplers import ALGORITHMS
+from lorica.tune.schedulers import SCHEDULERS, Halving, Median, RunAll, Scheduler
 from lorica.tune.space import Space
 
 SEARCH = "search.json"

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 
 @dataclass(frozen=True)
-class Shipped:
+class PackedModel:
     """A model in parts.
 
     Ray keeps the arrays once a machine, in shared memory that is read-only, and every process on it works on
@@ -30,7 +30,7 @@ class Shipped:
     weights: list[tuple[numpy.ndarray, torch.dtype, tuple[int, ...]]]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Shipped:
+    def of(cls, model: nn.Module) -> PackedModel:
         """Take a model apart. Tied parameters stay tied."""
         file = io.BytesIO()
         pickler = _Pickler(file)

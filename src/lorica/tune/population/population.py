@@ -13,14 +13,11 @@ from lorica.train import presets
 from lorica.train.console import make_console
 from lorica.train.files import writable_directory
 from lorica.train.recipe import Recipe
-from lorica.tune.board import Board
-from lorica.tune.crew import Crew
-from lorica.tune.halving import Scheduler
-from lorica.tune.journal import Journal, Record
-from lorica.tune.referee import Goal, Referee
-
-JOURNAL = "results.jsonl"
-TRIALS = "trials"
+from lorica.tune.controller import Goal, TrialController
+from lorica.tune.journal import JOURNAL, TRIALS, Journal, Record
+from lorica.tune.population.runner import TrialRunner
+from lorica.tune.progress import ProgressTable
+from lorica.tune.schedulers import Scheduler
 
 
 class Population:
@@ -46,7 +43,7 @@ class Population:
         goal: metric that the scheduler looks at. None takes the recipes' own.
         values: trial and recipe → what to show of it in tables. None shows nothing.
         console: where to show progress. None makes one.
-        told: called with a trial's record when it ends.
+        on_end: called with a trial's record when it ends.
 
     Raises:
         ConfigError: no slot.
@@ -62,7 +59,7 @@ class Population:
         goal: Goal | None = None,
         values: Callable[[str, Recipe], Mapping[str, Any]] | None = None,
         console: Console | None = None,
-        told: Callable[[Record], None] | None = None,
+        on_end: Callable[[Record], None] | None = None,
     ) -> None:
         """Check what can be checked; nothing is loaded yet."""
         if slots < 1:
@@ -78,12 +75,12 @@ class Population:
         self.slots = slots
         self.journal = Journal(self.directory / JOURNAL)
         self._values = values or (lambda name, recipe: {})
-        self._told = told or (lambda record: None)
-        self._board = Board(console or make_console())
-        self._referee = Referee(self.journal, scheduler, goal, self._board.show)
+        self._on_end = on_end or (lambda record: None)
+        self._progress = ProgressTable(console or make_console())
+        self._controller = TrialController(self.journal, scheduler, goal, self._progress.show)
         for name in self.journal.records:
             if name in known:
-                self._referee.recall(name, self._referee.goal_of(known[name]))
+                self._controller.recall(name, self._controller.goal_of(known[name]))
 
     def folder(self, name: str) -> Path:
         """A trial's own folder."""
@@ -110,15 +107,15 @@ class Population:
                 "choose another folder"
             )
         writable_directory(self.directory)
-        crew = Crew(
-            self._referee,
+        runner = TrialRunner(
+            self._controller,
             self.folder,
             slots=self.slots,
             resume=resume,
             values=self._values,
-            note=self._board.note,
-            told=self._told,
+            note=self._progress.note,
+            on_end=self._on_end,
         )
-        with self._board:
-            crew.run(self._source, until)
+        with self._progress:
+            runner.run(self._source, until)
         return list(self.journal.records.values())

@@ -1,11 +1,10 @@
-"""A model of each trial's own, around the weights that all share."""
+"""The frozen linear layers of several models over one base, computed in one product."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,53 +12,29 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.layers import LoraLayer, LoraLinear
 from lorica.layers.linear import LoraConv1D
-from lorica.tune.joint import Segment, joint_linear, segment
-from lorica.tune.lockstep import Lane, Place
-
-M = TypeVar("M", bound=nn.Module)
+from lorica.tune.population.coroutines import Coroutine, SyncPoint
+from lorica.tune.population.joint_linear import Segment, joint_linear, segment
 
 
-def twin(model: M) -> M:
-    """A copy of a model's modules and buffers that shares every parameter with it."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-
-
-def share(model: nn.Module, base: nn.Module) -> None:
-    """Let a model use a base's parameters wherever its own have the same values.
-
-    A model loaded anew with another seed differs in its new head alone.
-    """
-    theirs = dict(base.named_parameters())
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            shared = theirs.get(f"{path}.{name}".lstrip("."))
-            if shared is not None and _same(shared, parameter):
-                module._parameters[name] = shared
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-
-
-def places_of(base: nn.Module) -> dict[str, int]:
-    """Module path → how early it comes, for `join_layers` of the base's twins."""
+def module_order(base: nn.Module) -> dict[str, int]:
+    """Module path → how early it comes, for `join_layers` of the base's copies."""
     return {path: order for order, (path, _) in enumerate(base.named_modules())}
 
 
 def join_layers(
-    model: nn.Module, lane: Lane[Any], places: Mapping[str, int], apart: nn.Module | None = None
+    model: nn.Module, coroutine: Coroutine[Any], places: Mapping[str, int], apart: nn.Module | None = None
 ) -> None:
-    """Let a model's frozen linear layers be computed together with those of other lanes, in training.
+    """Compute a model's frozen linear layers together with those of other coroutines, in training.
 
     Args:
-        model: a twin, adapted.
-        lane: of its training.
+        model: a shared copy of the base, adapted.
+        coroutine: the one that trains the model.
         places: of the base's modules; adapters add others.
         apart: a module to leave alone, such as the head of a language model, whose loss calls it in pieces.
     """
     for path, module in model.named_modules():
         if path in places and module is not apart and _is_joint(module):
-            vars(module)["forward"] = partial(_forward, module, lane, places[path])
+            vars(module)["forward"] = partial(_forward, module, coroutine, places[path])
 
 
 def _is_joint(module: nn.Module) -> bool:
@@ -70,21 +45,21 @@ def _is_joint(module: nn.Module) -> bool:
     return known and "forward" not in vars(module)
 
 
-def _forward(module: nn.Module, lane: Lane[Any], order: int, x: Tensor) -> Tensor:
-    """The layer's own forward in evaluation and where it is not frozen; else the lanes' together."""
+def _forward(module: nn.Module, coroutine: Coroutine[Any], order: int, x: Tensor) -> Tensor:
+    """The layer's own forward in evaluation and where it is not frozen; else the coroutines' together."""
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     assert weight is not None
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     part = None if trained or not torch.is_grad_enabled() else _segment(module, x)
     if part is None:
         return type(module).forward(module, x)
-    # A base that quantization, a start or trained biases changed for one lane is not the others'.
+    # A base that quantization, a start or trained biases changed for one coroutine is not the others'.
     key = (order, id(weight), id(bias), part.x.dtype)
-    return lane.meet(Place(order, key, partial(_serve, module, weight, bias)), part)
+    return coroutine.synchronize(SyncPoint(order, key, partial(_serve, module, weight, bias)), part)
 
 
 def _segment(module: nn.Module, x: Tensor) -> Segment | None:
-    """The lane's rows and its update; None where that is more than a product of two factors."""
+    """The coroutine's rows and its update; None where that is more than a product of two factors."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
@@ -101,6 +76,6 @@ def _serve(
     module: nn.Module, weight: Tensor, bias: Tensor | None, segments: Sequence[Segment]
 ) -> tuple[Tensor, ...]:
     stored_transposed = isinstance(module, (Conv1D, LoraConv1D))
-    dtype = segments[0].x.dtype  # autocast's where that is on; a weight is cast once for all lanes then
+    dtype = segments[0].x.dtype  # autocast's where that is on; a weight is cast once for all coroutines then
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return joint_linear(segments, weight.t() if stored_transposed else weight, bias)

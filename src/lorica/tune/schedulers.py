@@ -17,7 +17,7 @@ from lorica.errors import ConfigError
 
 
 class Scheduler(ABC):
-    """Hears of every evaluation, and says who leaves."""
+    """Decides at each evaluation whether its trial ends early."""
 
     @abstractmethod
     def stops(self, trial: str, time: int, score: float) -> bool:
@@ -30,7 +30,7 @@ class Scheduler(ABC):
         """
 
     def recall(self, trial: str, time: int, score: float) -> None:
-        """Take up an evaluation of a search that is resumed, which was decided on then."""
+        """Count an evaluation from before a resume; its decision was made then."""
         self.stops(trial, time, score)
 
 
@@ -44,9 +44,9 @@ class RunAll(Scheduler):
 
 @dataclass
 class Halving(Scheduler):
-    """Asynchronous successive halving (ASHA): at each rung, who is not among the best of those before leaves.
+    """Asynchronous successive halving (ASHA): at each rung, a trial ends unless it is among the best so far.
 
-    The first to reach a rung goes on: there is nothing yet to measure it by.
+    The first trial at a rung goes on: there is no other yet to compare it with.
 
     Args:
         grace_period: evaluations before the first rung.
@@ -96,7 +96,7 @@ class Halving(Scheduler):
 
 @dataclass
 class Median(Scheduler):
-    """A trial leaves when its best score is worse than the median of the others' running averages.
+    """A trial ends when its best score is worse than the median of the others' running averages.
 
     Args:
         grace_period: evaluations from which on it can; the averages are from there on too.

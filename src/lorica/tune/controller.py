@@ -1,4 +1,4 @@
-"""Who is better, and who leaves."""
+"""Which trial is better, and which trials end early."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from lorica.train import presets, tasks
 from lorica.train.arguments import LOWER_IS_BETTER
 from lorica.train.recipe import Recipe
-from lorica.tune.halving import RunAll, Scheduler
 from lorica.tune.journal import Evaluation, Journal, Record, Status, score_of
+from lorica.tune.schedulers import RunAll, Scheduler
 
 GREATER = "greater_is_better"
 """Transformers' argument that says what its name does not: which way a metric goes."""
@@ -53,14 +53,14 @@ def mode_of(metric: str) -> str:
     return "min" if metric in LOWER_IS_BETTER else "max"
 
 
-class Referee:
-    """Writes down what becomes of trials, and decides who leaves.
+class TrialController:
+    """Keeps the journal of a search, and asks its scheduler which trials end early.
 
     Args:
-        journal: where it is written.
-        scheduler: the rule. None lets all finish.
-        goal: metric that the rule looks at. None takes each recipe's own.
-        shows: called with a record when something became of its trial.
+        journal: the file of evaluations and ends.
+        scheduler: decides which trials end early. None lets all finish.
+        goal: metric that the scheduler compares. None takes each recipe's own.
+        on_change: called with a trial's record after each change.
     """
 
     def __init__(
@@ -68,45 +68,45 @@ class Referee:
         journal: Journal,
         scheduler: Scheduler | None = None,
         goal: Goal | None = None,
-        shows: Callable[[Record], None] = lambda record: None,
+        on_change: Callable[[Record], None] = lambda record: None,
     ) -> None:
-        """Know of nothing yet."""
+        """Recall what the journal holds, where the goal is known."""
         self.journal = journal
         self.scheduler = scheduler or RunAll()
         self.goal = goal
-        self.shows = shows
+        self.on_change = on_change
         self._recalled: set[str] = set()
         if goal is not None:
             for name in journal.records:
                 self.recall(name, goal)
 
     def goal_of(self, recipe: Recipe) -> Goal:
-        """What counts for a recipe."""
+        """The goal of a recipe."""
         return self.goal or Goal.of(recipe)
 
-    def begins(self, name: str, recipe: Recipe, values: Mapping[str, object]) -> Record:
-        """A trial exists."""
+    def trial_created(self, name: str, recipe: Recipe, values: Mapping[str, object]) -> Record:
+        """A trial exists; returns its record."""
         record = self.journal.begin(name, values)
         self.recall(name, self.goal_of(recipe))
-        self.shows(record)
+        self.on_change(record)
         return record
 
     def recall(self, name: str, goal: Goal) -> None:
-        """Let what the journal holds of a trial count again, once."""
+        """Tell the scheduler of the evaluations that the journal holds of a trial, once."""
         if name not in self._recalled:
             self._recalled.add(name)
             for each in self.journal.record(name).evaluations:
                 self.scheduler.recall(name, each.time, goal.score(each.metrics))
 
-    def runs(self, name: str) -> None:
-        """A trial is under way."""
+    def trial_started(self, name: str) -> None:
+        """A trial started to train."""
         self.journal.record(name).status = "running"
-        self.shows(self.journal.record(name))
+        self.on_change(self.journal.record(name))
 
-    def evaluated(
+    def trial_evaluated(
         self, name: str, goal: Goal, metrics: Mapping[str, float], step: int, epoch: float, seconds: float
     ) -> bool:
-        """A trial was evaluated; whether it ends with that."""
+        """A trial was evaluated; returns whether it must end."""
         record = self.journal.record(name)
         known = next((each for each in record.evaluations if each.step == step), None)
         if known is not None:  # made again, after a resume from before it
@@ -114,11 +114,11 @@ class Referee:
         time = len(record.evaluations) + 1
         stops = self.scheduler.stops(name, time, goal.score(metrics))
         self.journal.evaluated(name, Evaluation(time, step, epoch, dict(metrics), round(seconds, 3), stops))
-        self.shows(record)
+        self.on_change(record)
         return stops
 
-    def ends(self, name: str, status: Status, **more: object) -> Record:
-        """A trial ended."""
+    def trial_ended(self, name: str, status: Status, **more: object) -> Record:
+        """A trial ended; returns its record."""
         self.journal.ended(name, status, **more)
-        self.shows(self.journal.record(name))
+        self.on_change(self.journal.record(name))
         return self.journal.record(name)

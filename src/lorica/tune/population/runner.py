@@ -1,4 +1,4 @@
-"""Trials trained side by side in one process, whoever decides on them and wherever that is."""
+"""Trials trained side by side in one process."""
 
 from __future__ import annotations
 
@@ -26,86 +26,87 @@ from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
 from lorica.train.run import Result, train_prepared
 from lorica.train.trainer import Trainer
-from lorica.tune.base import SharedBase
-from lorica.tune.joining import base_of, why_alone
+from lorica.tune.controller import Goal
 from lorica.tune.journal import ENDED, Record, Status
-from lorica.tune.lockstep import LAST, Lane, Lockstep
-from lorica.tune.referee import Goal
-from lorica.tune.twin import join_layers
+from lorica.tune.population.coroutines import BACKWARD, Coroutine, CoroutineGroup
+from lorica.tune.population.joint_layers import join_layers
+from lorica.tune.population.shared_base import SharedBase, base_of, why_alone
 
 LOG = "log.txt"
 
 
-class Decides(Protocol):
-    """What a crew asks and tells: `Referee`, or one that passes it on to another process."""
+class Controller(Protocol):
+    """What a runner reports to: a `TrialController`, or a proxy of one in another process."""
 
-    def begins(self, name: str, recipe: Recipe, values: Mapping[str, object]) -> Record:
-        """A trial exists; what is known of it."""
+    def trial_created(self, name: str, recipe: Recipe, values: Mapping[str, object]) -> Record:
+        """A trial exists; returns its record."""
         ...
 
-    def runs(self, name: str) -> None:
-        """A trial is under way."""
+    def trial_started(self, name: str) -> None:
+        """A trial started to train."""
         ...
 
     def goal_of(self, recipe: Recipe) -> Goal:
-        """What counts for a recipe."""
+        """The goal of a recipe."""
         ...
 
-    def evaluated(
+    def trial_evaluated(
         self, name: str, goal: Goal, metrics: Mapping[str, float], step: int, epoch: float, seconds: float
     ) -> bool:
-        """A trial was evaluated; whether it ends with that."""
+        """A trial was evaluated; returns whether it must end."""
         ...
 
-    def ends(self, name: str, status: Status, **more: object) -> Record:
+    def trial_ended(self, name: str, status: Status, **more: object) -> Record:
         """A trial ended."""
         ...
 
 
-class Dropped(Exception):
-    """Ends a trial that the scheduler sends away."""
+class TrialStopped(Exception):
+    """Ends a trial that the scheduler stops."""
 
 
 class JointTrainer(Trainer):
-    """The trainer of one lane: it waits for the others before a step, at the layers, and to go backward."""
+    """The trainer of one trial; it waits for the others before a step, at each layer and before backward."""
 
-    def __init__(self, *args: Any, lane: Lane[Any], places: Mapping[str, int], **options: Any) -> None:
+    def __init__(
+        self, *args: Any, coroutine: Coroutine[Any], places: Mapping[str, int], **options: Any
+    ) -> None:
         """Join the model's layers."""
         super().__init__(*args, **options)
-        self.lane = lane
+        self.coroutine = coroutine
         model: Any = self.model
-        join_layers(model, lane, places, apart=model.get_output_embeddings())
+        join_layers(model, coroutine, places, apart=model.get_output_embeddings())
         vars(self.accelerator)["backward"] = self._backward
         if hasattr(model, "num_parameters"):
             # Asked for at every step, and counted by a walk over all modules.
             vars(model)["num_parameters"] = functools.cache(model.num_parameters)
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
-        """A step of training, along with the other lanes'."""
-        self.lane.begin_step()
+        """A step of training, along with the other coroutines'."""
+        self.coroutine.begin_step()
         return super().training_step(*args, **options)
 
     def _backward(self, loss: Tensor) -> None:
-        self.lane.meet(LAST, loss / self.accelerator.gradient_accumulation_steps)
+        self.coroutine.synchronize(BACKWARD, loss / self.accelerator.gradient_accumulation_steps)
 
 
-class Crew:
-    """Trains recipes as they come, those that can be joint together.
+class TrialRunner:
+    """Trains recipes, together where they can share a base.
 
     Args:
-        referee: who decides on them, and writes down what becomes of them.
+        controller: decides which trials end early, and keeps the journal.
         folder: trial → its own folder.
         slots: trials at once.
-        base: rows and weights that are loaded already, for recipes on that base. None loads them.
+        base: rows and weights that are loaded already. None loads them.
         resume: go on from the newest checkpoints where there are some.
         values: trial and recipe → what to show of it in tables.
         note: says a line to the user.
-        told: called with a trial's record when it ends.
+        on_end: called with a trial's record when it ends.
     """
 
     def __init__(
         self,
-        referee: Decides,
+        controller: Controller,
         folder: Callable[[str], Path],
         *,
         slots: int,
@@ -113,12 +114,12 @@ class Crew:
         resume: bool = False,
         values: Callable[[str, Recipe], Mapping[str, Any]] = lambda name, recipe: {},
         note: Callable[[str], None] = lambda line: None,
-        told: Callable[[Record], None] = lambda record: None,
+        on_end: Callable[[Record], None] = lambda record: None,
     ) -> None:
         """Nothing is loaded yet."""
-        self._referee, self._folder, self._slots = referee, folder, slots
+        self._controller, self._folder, self._slots = controller, folder, slots
         self._base, self._resume = base, resume
-        self._values, self._note, self._told = values, note, told
+        self._values, self._note, self._on_end = values, note, on_end
         self._elsewhere: deque[tuple[str, Recipe]] = deque()
         self._alone: deque[tuple[str, Recipe]] = deque()
 
@@ -130,7 +131,7 @@ class Crew:
             until: asked before every step; once it says so, no more is trained.
         """
         more: Iterator[tuple[str, Recipe]] | None = source
-        with _settled():
+        with _frozen_garbage():
             while more is not None and not until():
                 self._train_joint(more, until)
                 more = iter(list(self._elsewhere)) if self._elsewhere else None
@@ -140,22 +141,22 @@ class Crew:
 
     def _train_joint(self, source: Iterator[tuple[str, Recipe]], until: Callable[[], bool]) -> None:
         base = None
-        with Lockstep() as lockstep, quiet():
+        with CoroutineGroup() as group, quiet():
             while True:
-                while len(lockstep.lanes) < self._slots and (trial := self._next(source, base)) is not None:
+                while len(group.coroutines) < self._slots and (trial := self._next(source, base)) is not None:
                     base = base or self._known(trial[1]) or SharedBase(trial[1])
-                    lockstep.add(self._lane(base, *trial))
-                if not lockstep.lanes or until():
+                    group.add(self._coroutine(base, *trial))
+                if not group.coroutines or until():
                     return
-                for lane in lockstep.advance():
-                    self._close(lane.name, lane.result, lane.error)
+                for coroutine in group.advance():
+                    self._close(coroutine.name, coroutine.result, coroutine.error)
 
     def _next(
         self, source: Iterator[tuple[str, Recipe]], base: SharedBase | None
     ) -> tuple[str, Recipe] | None:
         """The next trial on this base; others are put aside."""
         for name, recipe in source:
-            if self._referee.begins(name, recipe, self._values(name, recipe)).status in ENDED:
+            if self._controller.trial_created(name, recipe, self._values(name, recipe)).status in ENDED:
                 continue
             reason = why_alone(recipe)
             if reason is not None:
@@ -173,13 +174,13 @@ class Crew:
         same = self._base is not None and self._base.key == base_of(recipe) and recipe.quantization is None
         return self._base if same else None
 
-    def _lane(self, base: SharedBase, name: str, recipe: Recipe) -> Lane[Result]:
-        def work(lane: Lane[Result]) -> Result:
+    def _coroutine(self, base: SharedBase, name: str, recipe: Recipe) -> Coroutine[Result]:
+        def work(coroutine: Coroutine[Result]) -> Result:
             own = base.prepared(recipe)
-            trainer = partial(JointTrainer, lane=lane, places=base.places)
+            trainer = partial(JointTrainer, coroutine=coroutine, places=base.places)
             return self._train(name, recipe, own, make_trainer=trainer)
 
-        return Lane(name, work)
+        return Coroutine(name, work)
 
     def _train_alone(self, name: str, recipe: Recipe) -> None:
         result = error = None
@@ -192,9 +193,9 @@ class Crew:
 
     def _train(self, name: str, recipe: Recipe, prepared: Prepared, **options: Any) -> Result:
         folder = writable_directory(self._folder(name))
-        self._referee.runs(name)
+        self._controller.trial_started(name)
         prepared = dataclasses.replace(prepared, recipe=prepared.recipe.replace(output=str(folder)))
-        reporter = Reporter(partial(self._referee.evaluated, name, self._referee.goal_of(recipe)))
+        reporter = Reporter(partial(self._controller.trial_evaluated, name, self._controller.goal_of(recipe)))
         # A trial that has nothing to go on from starts as new, its warm start and all.
         begun = self._resume and last_checkpoint(folder / "checkpoints") is not None
         with (folder / LOG).open("a", encoding="utf-8") as log:
@@ -210,23 +211,23 @@ class Crew:
 
     def _close(self, name: str, result: Result | None, error: Exception | None) -> None:
         if result is not None:
-            record = self._referee.ends(name, "finished", metrics=result.metrics)
-        elif isinstance(error, Dropped):
-            record = self._referee.ends(name, "stopped")
+            record = self._controller.trial_ended(name, "finished", metrics=result.metrics)
+        elif isinstance(error, TrialStopped):
+            record = self._controller.trial_ended(name, "stopped")
         else:
             assert error is not None
             folder = self._folder(name)
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / LOG).open("a", encoding="utf-8") as log:
                 log.write("".join(traceback.format_exception(error)))
-            record = self._referee.ends(name, "failed", error=f"{type(error).__name__}: {error}")
-        self._told(record)
+            record = self._controller.trial_ended(name, "failed", error=f"{type(error).__name__}: {error}")
+        self._on_end(record)
 
 
 @contextlib.contextmanager
-def _settled() -> Iterator[None]:
-    """Keep the garbage collector off what is there already: a trainer that starts sends it through all."""
-    if gc.get_freeze_count():  # someone else's choice
+def _frozen_garbage() -> Iterator[None]:
+    """Hide existing objects from the garbage collector: each trainer that starts makes it visit them all."""
+    if gc.get_freeze_count():  # the caller froze it already
         yield
         return
     gc.freeze()
@@ -237,7 +238,7 @@ def _settled() -> Iterator[None]:
 
 
 class Reporter(TrainerCallback):
-    """Tells of each evaluation, and ends the trial if that is the answer."""
+    """Reports each evaluation to the controller, and ends the trial if it must end."""
 
     def __init__(self, tell: Callable[[dict[str, float], int, float, float], bool]) -> None:
         self._tell = tell
@@ -263,8 +264,8 @@ class Reporter(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Pass the scores on, and how much trains beside them."""
+        """Report the scores, and the number of trained parameters."""
         scores = logged_scores(metrics or {}, "eval_")
         scores["parameters"] = self._parameters
         if self._tell(scores, state.global_step, state.epoch or 0.0, time.perf_counter() - self._began):
-            raise Dropped
+            raise TrialStopped
