@@ -10,7 +10,9 @@ import pytest
 
 import lorica
 from lorica.cli import COMMANDS, main, train
+from lorica.cli.options import SHORT, expanded
 from lorica.errors import LoricaError
+from lorica.train.recipe import from_parsed
 
 
 def test_help_is_light() -> None:
@@ -41,7 +43,7 @@ def test_every_command_helps(name: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_help_names_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["train", "--help"])
+    main(["train", "--help-all"])
     out = " ".join(capsys.readouterr().out.split())
     assert "rows a step on each device. (type: int, default: 16)" in out
     assert "rank of each update; the inner dimension of B·A. At least 1. (type: int, default: 8)" in out
@@ -93,3 +95,47 @@ def test_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         runpy.run_module("lorica", run_name="__main__")
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith("lorica ")
+
+
+def test_the_help_of_training_fits_a_screen_or_two(capsys: pytest.CaptureFixture[str]) -> None:
+    """The options that everybody sets come first, with their short names; every other is named."""
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) < 100
+    assert out.index("--lr, --training.learning_rate") < out.index("all others")
+    for action in train.parser()._actions:
+        if action.dest not in ("help", *(group for group in ("data", "method", "training", "generation"))):
+            assert action.dest.endswith(".help") or action.dest in out, action.dest
+
+
+def test_short_names_are_the_options_themselves() -> None:
+    command = train.parser()
+    typed = ["-m", "mine", "-d=rows.csv", "--lr", "1e-3", "--batch_size", "2", "--max-length=9", "-r", "3"]
+    found = from_parsed(command, command.parse_args(expanded([*typed, "--targets", "[q, v]", "-o", "out"])))
+    assert (found.model, found.data.train, found.output) == ("mine", "rows.csv", "out")
+    assert (found.training.learning_rate, found.training.batch_size, found.training.max_length) == (
+        1e-3,
+        2,
+        9,
+    )
+    assert (found.method.r, found.method.target_modules) == (3, ["q", "v"])
+    known = {flag for action in command._actions for flag in action.option_strings}
+    assert not known & {short for shorts in SHORT.values() for short in shorts}
+    assert {f"--{name}" for name in SHORT} <= known
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--help"]])
+def test_what_needs_no_torch_imports_none(argv: list[str]) -> None:
+    code = f"import sys; from lorica.cli import main; main({argv!r}); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+def test_a_reader_that_has_read_enough() -> None:
+    code = "from lorica.cli import main; import sys; sys.exit(main(['train', '--help']))"
+    done = subprocess.run(
+        ["bash", "-c", 'set -o pipefail; "$0" -u -c "$1" | head -1', sys.executable, code],
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode in (0, 141)

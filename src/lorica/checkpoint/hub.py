@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from lorica.adapter import Adapter
 from lorica.checkpoint import peft
+from lorica.checkpoint.embedded import resolve_model
 from lorica.checkpoint.index import read_index
 from lorica.checkpoint.peft import CARD_FILE, CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
 from lorica.errors import ConfigError, FileError, LoricaError, LoricaWarning, MissingExtra, require
@@ -123,8 +124,8 @@ def locate_base(name: str | os.PathLike[str]) -> Path:
     """Where a model's weights are: a folder or a file here, or else what the Hub has under that name.
 
     Args:
-        name: folder, file of safetensors, or name of a repository such as ``"distilbert-base-uncased"``. What
-            is here wins; a `Path` is never the name of a repository.
+        name: folder, file of safetensors, or name of a repository such as ``"distilbert-base-uncased"``, or
+            the embedded encoder's. What is here wins; a `Path` is never the name of a repository.
 
     Returns:
         As it was given; for a repository its folder in the cache, with `config.json` and the safetensors of
@@ -135,7 +136,7 @@ def locate_base(name: str | os.PathLike[str]) -> Path:
             or names a file outside it. What is not there on disk is left to the reader to say.
         MissingExtra: a repository is named, and huggingface_hub is not installed.
     """
-    here = Path(name)
+    here = Path(resolve_model(name) if isinstance(name, str) else name)
     if here.exists() or not isinstance(name, str) or not _MODEL.fullmatch(name):
         return here
     with _explained(f"{name!r} is not here, and", name, None, None, _BASE) as hub:

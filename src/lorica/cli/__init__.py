@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,7 @@ COMMANDS = {
 # What these log as they are imported is about kernels of theirs that no command needs.
 _TALKATIVE = ("bitsandbytes", "torch.utils._pytree", "torchao")
 
+CUT_OFF = 141  # as a shell reports a process whose reader left
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
 
 
@@ -61,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(f"lorica.cli.{name}").run(rest)
     except SystemExit as stop:  # the parser's: 0 after --help, 2 for wrong usage
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BrokenPipeError:  # whoever read the output has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CUT_OFF
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

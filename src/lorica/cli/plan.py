@@ -4,72 +4,176 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.cli.parsing import Parser
+from lorica.cli.options import expanded
+from lorica.cli.parsing import Parser, add_trust
+from lorica.errors import ConfigError, nearest
 from lorica.plain import as_json
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SHORT = {
+    "--batch": "--training.batch_size",
+    "--length": "--training.max_length",
+    "--target-modules": "--method.target_modules",
+    "--task-type": "--method.task_type",
+}
+# What PEFT calls each kind of model → the task that trains one.
+_TASKS = {
+    "SEQ_CLS": "sequence-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "causal-lm",
+    "SEQ_2_SEQ_LM": "seq2seq-lm",
+}
 
 
 def parser() -> Parser:
-    """The command's options."""
+    """The command's options: those of `lorica train`, and what else a plan wants to know."""
+    from lorica.train.recipe import add_recipe
+
     result = Parser(
         "plan",
-        description="Parameters, checkpoint, memory and arithmetic of a training step, from the model's "
-        "configuration alone. No weight is loaded.",
+        usage="lorica plan [MODEL | RECIPE.yaml] [any option of lorica train] "
+        "[--method lora|full|qlora|all] ... [--fit GB]",
+        description="Parameters, checkpoint, memory and arithmetic of a training step that `lorica train` "
+        "with the same options would make: the same model, head, targets and batch. From the model's "
+        "configuration; no weight is loaded. gpt3 stands for GPT-3's shape.",
     )
+    add_recipe(result)
     add = result.add_argument
-    add("model", type=str, help="the model: a folder with config.json, a Hub name, or gpt3")
-    add("--method", type=str, default="lora", help="lora, full, qlora, or all three (default: lora)")
-    add("--r", type=int, default=8, help="rank (default: 8)")
-    text = "name of the modules to adapt, or all-linear (default: the attention's query and value)"
-    add("--target_modules", action="append", metavar="NAME", help=text)
-    add("--task_type", type=str, default=None, help="SEQ_CLS, CAUSAL_LM, ... (default: the model's own head)")
-    add("--batch", type=int, default=8, help="rows of a step (default: 8)")
-    add("--length", type=int, default=128, help="tokens of a row (default: 128)")
-    add("--dtype", type=str, default="float32", help=f"of weights: {', '.join(_DTYPES)} (default: float32)")
-    add("--optimizer", type=str, default="adamw", help="adamw, sgd or momentum (default: adamw)")
-    add("--checkpointing", action="store_true", help="blocks keep their inputs alone and are computed again")
+    add(
+        "--dtype",
+        type=str,
+        default="auto",
+        help=f"of weights: {', '.join(_DTYPES)}; auto: as the model is loaded",
+    )
+    add("--optimizer", type=str, default="adamw", help="adamw, sgd or momentum")
+    add("--checkpointing", action="store_true", help="short for --training.gradient_checkpointing true")
     add("--fit", type=float | None, metavar="GB", help="find the largest batch that fits, in 10^9 bytes")
     add("--json", action="store_true", help="print JSON")
+    add_trust(result)
     return result
 
 
 def run(argv: list[str]) -> int:
     """Plan, and print it."""
-    parsed: Any = parser().parse_args(argv)
-
-    import torch
-
-    from lorica.config import LoraConfig
-    from lorica.errors import ConfigError, nearest
-    from lorica.study.planning import GPT3, largest_batch, plan
-
+    if {"-h", "--help"} & {*argv}:
+        _print_help()
+        return 0
+    argv, method = _without_method(expanded(argv, _SHORT))
+    argv = ["--help" if argument == "--help-all" else argument for argument in argv]
+    model = None
+    if argv and not argv[0].startswith("-"):
+        model, *argv = argv
+        if model != "gpt3":
+            recipe = model.endswith((".yaml", ".yml"))
+            argv = ["--config" if recipe else "--model", model, *argv]
+    command = parser()
+    targets = any(argument.startswith("--method.target_modules") for argument in argv)
+    parsed: Any = command.parse_args(_one_list(argv))
     if parsed.dtype not in _DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}{nearest(parsed.dtype, _DTYPES)}")
-    targets = parsed.target_modules
-    task = parsed.task_type or ("CAUSAL_LM" if parsed.model == "gpt3" else None)
-    config = LoraConfig(
-        r=parsed.r,
-        lora_alpha=parsed.r,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        task_type=task,
-    )
-    model: Any = GPT3 if parsed.model == "gpt3" else parsed.model
-    settings: dict[str, Any] = {
-        "length": parsed.length,
-        "dtype": getattr(torch, parsed.dtype),
-        "optimizer": parsed.optimizer,
-        "checkpointing": parsed.checkpointing,
-    }
-    plans = []
-    for method in ("full", "lora", "qlora") if parsed.method == "all" else (parsed.method,):
-        if parsed.fit is not None:
-            plans.append(largest_batch(model, parsed.fit, config, method=method, **settings))
-        else:
-            plans.append(plan(model, config, method=method, batch=parsed.batch, **settings))
+
+    plans = _plans(command, parsed, model, method, usual_targets=not targets)
     if parsed.json:
         found = [{**p.to_dict(), "memory": p.memory} for p in plans]
-        print(as_json(found if parsed.method == "all" else found[0]))
+        print(as_json(found if method == "all" else found[0]))
     else:
         print("\n\n".join(f"{p.method}\n{p}" for p in plans))
     return 0
+
+
+def _plans(
+    command: Parser, parsed: Any, model: str | None, method: str | None, *, usual_targets: bool
+) -> list[Any]:
+    import torch
+
+    from lorica.train.planning import plan_recipe
+    from lorica.train.recipe import from_parsed
+    from lorica.train.trust import check_trusted
+
+    methods = ("full", "lora", "qlora") if method == "all" else (method,)
+    dtype = None if parsed.dtype == "auto" else getattr(torch, parsed.dtype)
+    recipe = from_parsed(command, parsed)
+    check_trusted(recipe.task, "the recipe", trust_task=parsed.trust_task)
+    if model == "gpt3":
+        if usual_targets:  # the paper's: query and value
+            recipe = recipe.replace(method={"target_modules": None})
+        return [_of_gpt3(recipe, parsed, each or "lora", dtype or torch.float32) for each in methods]
+    if (kind := recipe.method.task_type) is not None and kind != "FEATURE_EXTRACTION":
+        recipe = recipe.replace(task=_TASKS[kind])
+    if parsed.checkpointing:
+        recipe = recipe.replace(training={"gradient_checkpointing": True})
+    return [
+        plan_recipe(recipe, method=each, gigabytes=parsed.fit, dtype=dtype, optimizer=parsed.optimizer)
+        for each in methods
+    ]
+
+
+def _of_gpt3(recipe: Any, parsed: Any, method: str, dtype: Any) -> Any:
+    """The plan of the paper's largest model, of which nobody has the weights: no recipe trains it."""
+    from lorica.study.planning import GPT3, largest_batch, plan
+
+    config = recipe.method.replace(task_type="CAUSAL_LM")
+    options: dict[str, Any] = {
+        "method": method,
+        "length": recipe.training.max_length,
+        "dtype": dtype,
+        "optimizer": parsed.optimizer,
+        "checkpointing": parsed.checkpointing or recipe.training.gradient_checkpointing,
+    }
+    if parsed.fit is not None:
+        return largest_batch(GPT3, parsed.fit, config, **options)
+    return plan(GPT3, config, batch=recipe.training.batch_size, **options)
+
+
+def _without_method(argv: list[str]) -> tuple[list[str], str | None]:
+    """Take ``--method NAME`` out, whose name is also that of a part of the recipe."""
+    found, rest, waiting = None, [], False
+    for argument in argv:
+        if waiting:
+            found, waiting = argument, False
+        elif argument == "--method":
+            waiting = True
+        elif argument.startswith("--method="):
+            found = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    known = ("lora", "full", "qlora", "all")
+    if waiting or (found is not None and found not in known):
+        raise ConfigError(f"--method must be one of {', '.join(known)}, not {found}")
+    return rest, found
+
+
+def _one_list(argv: list[str]) -> list[str]:
+    """Several ``--method.target_modules NAME`` as one list."""
+    flag, names, rest, waiting = "--method.target_modules", [], [], False
+    for argument in argv:
+        if waiting:
+            names.append(argument)
+            waiting = False
+        elif argument == flag:
+            waiting = True
+        elif argument.startswith(f"{flag}="):
+            names.append(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    if not names:
+        return argv
+    value = names[0] if len(names) == 1 and (names[0] == "all-linear" or names[0][:1] == "[") else None
+    return [*rest, flag, value or f"[{','.join(names)}]"]
+
+
+def _print_help() -> None:
+    from lorica.cli.options import first_sentence
+
+    command = parser()
+    print(f"usage: {command.usage}\n\n{command.description}\n")
+    print("  --method NAME           lora, full, qlora, or all three (default: as the recipe says)")
+    for action in command._actions:
+        if action.dest in ("dtype", "optimizer", "checkpointing", "fit", "json"):
+            name = f"{action.option_strings[0]} {action.metavar or ''}".strip()
+            print(f"  {name:<23} {first_sentence(str(action.help))}")
+    print(
+        "\nand those of `lorica train --help`, such as --r, --targets, --task, --batch-size (or --batch) and"
+    )
+    print("--max-length (or --length); `lorica plan --help-all` shows every one")

@@ -5,23 +5,24 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from lorica.cli import INTERRUPTED
+from lorica.cli import hints
+from lorica.cli.options import expanded, print_help
 from lorica.cli.parsing import Parser, add_trust
 from lorica.train.recipe import Recipe, add_recipe, check_file, from_parsed
-from lorica.train.trust import check_trusted
+from lorica.train.trust import check_trusted, names_code
 
 
 def parser() -> Parser:
     """The command's options: every field of a recipe."""
     result = Parser(
         "train",
-        usage="lorica train [RECIPE.yaml | --from run.json] [--task TASK] [--model MODEL] "
-        "[--data.train ROWS] [--method.r R] ... [--output DIR]",
+        usage="lorica train [RECIPE.yaml | --from run.json] [-t TASK] [-m MODEL] [-d ROWS] [--r R] "
+        "[--lr RATE] ... [-o DIR]",
         description="Train an adapter. RECIPE.yaml holds any of the options below; those given here "
         "override it.",
     )
@@ -44,6 +45,10 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Train, and show the scores."""
+    if {"-h", "--help"} & {*argv}:
+        print_help(parser(), "train")
+        return 0
+    argv = ["--help" if argument == "--help-all" else argument for argument in expanded(argv)]
     if argv and not argv[0].startswith("-"):
         argv = ["--config", *argv]
     for path in _given(argv, "--config"):
@@ -79,10 +84,9 @@ def run(argv: list[str]) -> int:
         )
     except Interrupted as stop:
         print(stop, file=sys.stderr)
-        print(
-            f"resume with: lorica train {shlex.quote(str(Path(recipe.output) / RECIPE))} --resume",
-            file=sys.stderr,
-        )
+        word = ["--trust_task"] if names_code(recipe.task) else []
+        again = hints.command("train", Path(recipe.output) / RECIPE, "--resume", *word)
+        print(f"resume with: {again}", file=sys.stderr)
         return INTERRUPTED
     show(console, recipe, result)
     return 0
@@ -110,10 +114,11 @@ def show(console: Any, recipe: Recipe, result: Any) -> None:
         f"{result.parameters:,} parameters trained; "
         f"adapter of {size(result.checkpoint_bytes)} in {result.output}",
         markup=False,  # brackets in a path are none
+        soft_wrap=True,
     )
-    folder = shlex.quote(str(result.output))
-    console.print(
-        f"next: lorica evaluate {folder}   lorica predict {folder} TEXT   lorica merge "
-        f"{shlex.quote(recipe.model)} {folder} OUT",
-        markup=False,
+    made = Recipe.load(result.output / "recipe.yaml", trust_task=True)  # by this very run
+    hints.show(
+        hints.to_evaluate(result.output, made, scored="test" in result.rows),
+        hints.to_use(result.output, made),
+        hints.to_merge(made.model, result.output, made),
     )

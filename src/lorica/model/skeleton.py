@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorica.checkpoint.embedded import resolve_model
 from lorica.errors import ConfigError, require
 
 # The class that loads a model for each task, by transformers' names.
@@ -59,7 +60,7 @@ def _configuration(transformers: Any, model: Any) -> Any:
             fields = dict(model)
             return transformers.AutoConfig.for_model(fields.pop("model_type", ""), **fields)
         if isinstance(model, (str, Path)):
-            return transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+            return transformers.AutoConfig.from_pretrained(resolve_model(str(model)), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise ConfigError(f"no model configuration can be had from {model!r}: {reason}") from error

@@ -283,6 +283,8 @@ class Planner:
                 setattr(config, name, 0)
         if self.task == "SEQ_CLS":
             labels = ids[:, 0]
+            if getattr(config, "problem_type", None) == "multi_label_classification":
+                labels = torch.empty(batch, config.num_labels, dtype=self.dtype, device="meta")
             return {"input_ids": ids, "labels": labels if config.num_labels > 1 else labels.to(self.dtype)}
         if self.task in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS"):
             return {"input_ids": ids, "labels": ids}

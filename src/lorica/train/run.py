@@ -25,6 +25,7 @@ from lorica.train.data import Rows
 from lorica.train.files import bytes_of, sha256_of, writable_directory, write_atomically
 from lorica.train.fitting import fit
 from lorica.train.generation.scoring import writer_of
+from lorica.train.method import typed
 from lorica.train.preparing import Prepared, prepare
 from lorica.train.recipe import Recipe
 from lorica.train.record import RECORD, Record, changed_rows, machine, versions
@@ -148,11 +149,7 @@ def train_prepared(
         [prepared.splits[split].features for split in scored],
         console,
     )
-    method = recipe.configuration()
-    method = method if method.task_type else method.replace(task_type=task.task_type)
-    if task.modules_to_save and method.modules_to_save is None:
-        method = method.replace(modules_to_save=list(task.modules_to_save))
-    model = start(prepared, method, output, resume=resume, console=console)
+    model = start(prepared, typed(recipe.configuration(), task), output, resume=resume, console=console)
     if recipe.init_from is not None and not _goes_on(output, resume):
         warm_start(model, read(recipe.init_from), head=recipe.init_head)
     count = trainable_parameters(model)

@@ -1,0 +1,85 @@
+"""What to type next, as commands that run as they are printed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorica.train.trust import names_code
+
+if TYPE_CHECKING:
+    from lorica.train.recipe import Recipe
+
+IN_PYTHON = "(rows given in Python)"
+
+_TEXT = "A text to try it on."
+_PAIR = r"A text.\tAnother one."  # `lorica predict` takes a written-out tab for one
+_PROMPT = "A text to go on from"
+
+
+def show(*commands: str | None) -> None:
+    """Print a line for each command; None is none. On a line of its own, it can be copied whole."""
+    for command in commands:
+        if command is not None:
+            print(f"next: {command}")
+
+
+def command(*words: object) -> str:
+    """A command with its words quoted where a shell would read them otherwise."""
+    return shlex.join(["lorica", *map(str, words)])
+
+
+def to_evaluate(folder: str | Path, recipe: Recipe, *, scored: bool) -> str | None:
+    """How to score what a folder holds, where its recipe has test rows."""
+    if not scored or recipe.data.train == IN_PYTHON:
+        return None
+    return command("evaluate", folder, *_word(recipe))
+
+
+def to_use(folder: str | Path, recipe: Recipe) -> str | None:
+    """How to try what a folder holds on a text; None where its input is no text, or may be anything."""
+    from lorica.train import tasks
+
+    if names_code(recipe.task):
+        return None
+    task = tasks.get(recipe.task)
+    if task.reads_files:
+        return None
+    if task.writes:
+        return command("generate", folder, _PROMPT)
+    return command("predict", folder, _PAIR if len(task.inputs(recipe.data)) == 2 else _TEXT)
+
+
+def to_merge(base: str, folder: str | Path, recipe: Recipe) -> str | None:
+    """How to fold a method's update into its base, where it can be."""
+    from lorica.config import family_of, members
+
+    lora, others = members(recipe.configuration())
+    if any(family_of(other) == "additive" for other in others) or (lora is None and not others):
+        return None
+    return command("merge", base, folder, unused(f"{folder}-merged"), *_word(recipe))
+
+
+def _word(recipe: Recipe) -> list[str]:
+    """What says that the user trusts the code that a recipe names."""
+    return ["--trust_task"] if names_code(recipe.task) else []
+
+
+def unused(name: str) -> Path:
+    """A folder of that name, or with a number behind it, that is not there yet."""
+    found, count = Path(name), 1
+    while found.exists():
+        count += 1
+        found = Path(f"{name}-{count}")
+    return found
+
+
+def has_test_rows(folder: str | Path) -> bool:
+    """Whether the run in a folder was scored on test rows."""
+    try:
+        rows: Any = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["results"]["rows"]
+        return "test" in rows
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return False

