@@ -87,5 +87,8 @@ def run(argv: list[str]) -> int:
             seed=parsed.seed,
             keep=keep,
         )
-    save_and_show(adapter, error(adapter, adapters, parsed.weights), out, "the weighted sum")
+    first = 0 if keep is None else keep
+    order = [parsed.adapters[first], *parsed.adapters[:first], *parsed.adapters[first + 1 :]]
+    report = error(adapter, adapters, parsed.weights)
+    save_and_show(adapter, report, out, "the weighted sum", of=order if keep is None else order[:1])
     return 0

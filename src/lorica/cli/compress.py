@@ -36,5 +36,7 @@ def run(argv: list[str]) -> int:
 
     out = check_new(parsed.out)
     adapter, report = compress(read(parsed.adapter), rank=parsed.rank, energy=parsed.energy)
-    save_and_show(adapter, report, out, parsed.adapter, f"; kept energy {report.energy:.2%}")
+    save_and_show(
+        adapter, report, out, parsed.adapter, f"; kept energy {report.energy:.2%}", of=[parsed.adapter]
+    )
     return 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lorica.cli import hints
 from lorica.cli.parsing import Parser
 from lorica.errors import ConfigError
 
@@ -93,6 +94,7 @@ def run(argv: list[str]) -> int:
     print(f"r={config.r}, lora_alpha={config.lora_alpha:g}, target_modules={config.target_modules}")
     if config.modules_to_save:
         print(f"trained whole: {', '.join(config.modules_to_save)}")
+    hints.show(hints.command("info", parsed.out), hints.command("study", parsed.out))
     return 0
 
 

@@ -35,7 +35,7 @@ def to_evaluate(folder: str | Path, recipe: Recipe, *, scored: bool) -> str | No
     """How to score what a folder holds, where its recipe has test rows."""
     if not scored or recipe.data.train == IN_PYTHON:
         return None
-    return command("evaluate", folder, *_word(recipe))
+    return command("evaluate", folder, *word(recipe))
 
 
 def to_use(folder: str | Path, recipe: Recipe) -> str | None:
@@ -59,10 +59,10 @@ def to_merge(base: str, folder: str | Path, recipe: Recipe) -> str | None:
     lora, others = members(recipe.configuration())
     if any(family_of(other) == "additive" for other in others) or (lora is None and not others):
         return None
-    return command("merge", base, folder, unused(f"{folder}-merged"), *_word(recipe))
+    return command("merge", base, folder, unused(f"{folder}-merged"), *word(recipe))
 
 
-def _word(recipe: Recipe) -> list[str]:
+def word(recipe: Recipe) -> list[str]:
     """What says that the user trusts the code that a recipe names."""
     return ["--trust_task"] if names_code(recipe.task) else []
 

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorica.cli import hints
 from lorica.cli.parsing import Parser, add_trust
 from lorica.errors import FileError, LoricaWarning
 
@@ -74,8 +75,20 @@ def run(argv: list[str]) -> int:
         f"wrote a plain checkpoint of {size(bytes_of(Path(out)))} to {out}",
     ]
     for line in (head, *layers[:10], *more, *rest, *made):
-        console.print(line, markup=False)  # brackets in a path are no markup
+        console.print(line, markup=False, soft_wrap=True)  # brackets in a path are no markup
+    hints.show(*_next(Path(out), Path(parsed.adapter)))
     return 0
+
+
+def _next(out: Path, adapter: Path) -> list[str | None]:
+    """What can be done with a merged model."""
+    from lorica.train.recipe import Recipe
+
+    if not (out / "recipe.yaml").is_file():
+        return []
+    recipe = Recipe.load(out / "recipe.yaml", trust_task=True)  # nothing of it runs here
+    scored = hints.has_test_rows(adapter)
+    return [hints.to_evaluate(out, recipe, scored=scored), hints.to_use(out, recipe)]
 
 
 def _stream(parsed: Any) -> StreamReport:

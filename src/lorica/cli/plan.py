@@ -73,6 +73,8 @@ def run(argv: list[str]) -> int:
     if parsed.dtype not in _DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}{nearest(parsed.dtype, _DTYPES)}")
 
+    typed = any(argument.removeprefix("--task=") == parsed.task for argument in argv)
+    parsed.trust_task = parsed.trust_task or typed  # by nobody but the user
     plans = _plans(command, parsed, model, method, usual_targets=not targets)
     if parsed.json:
         found = [{**p.to_dict(), "memory": p.memory} for p in plans]

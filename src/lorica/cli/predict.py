@@ -17,8 +17,8 @@ def parser() -> Parser:
     result.add_argument(
         "input",
         type=str,
-        help="a text (of a pair: two texts with a tab between) or an image's path, a .txt file of one a "
-        "line, or a csv, tsv, json, jsonl (.gz) or parquet file",
+        help="a text (of a pair: two texts with a tab or \\t between) or an image's path, a .txt file of "
+        "one a line, or a csv, tsv, json, jsonl (.gz) or parquet file",
     )
     result.add_argument(
         "--output",
@@ -53,10 +53,13 @@ def run(argv: list[str]) -> int:
     from_file = there and (holds_rows or not tasks.get(recipe.task).reads_files)
     if parsed.output is not None:
         writable_file(parsed.output)
+    text = parsed.input
+    if "\t" not in text and len(tasks.get(recipe.task).inputs(recipe.data)) == 2:
+        text = text.replace(r"\t", "\t")  # as a shell's quotes leave it
     generation = generation_of(parsed, recipe.generation)
     rows = predict(
         parsed.directory,
-        path if from_file else [parsed.input],
+        path if from_file else [text],
         generation=generation,
         trust_task=parsed.trust_task,
     )

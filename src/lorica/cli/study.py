@@ -69,7 +69,7 @@ def run(argv: list[str]) -> int:
         if report.advice is None:
             raise AdapterError(f"{parsed.adapter} has learned nothing, so there is nothing to cut it to")
         smaller = cut(adapter, report.advice)
-        save_and_show(smaller, error(smaller, [adapter]), out, parsed.adapter)
+        save_and_show(smaller, error(smaller, [adapter]), out, parsed.adapter, of=[parsed.adapter])
     return 0
 
 

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorica.cli import INTERRUPTED
-from lorica.cli import hints
+from lorica.cli import INTERRUPTED, hints
 from lorica.cli.options import expanded, print_help
 from lorica.cli.parsing import Parser, add_trust
 from lorica.train.recipe import Recipe, add_recipe, check_file, from_parsed

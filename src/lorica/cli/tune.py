@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorica.cli import INTERRUPTED
+from lorica.cli import INTERRUPTED, hints
 from lorica.cli.parsing import Parser, add_trust
 from lorica.errors import ConfigError, listing
 
@@ -80,7 +80,14 @@ def run(argv: list[str]) -> int:
         space = Space.load(parsed.space) if parsed.space is not None else None
         out = parsed.out or ("runs/ramp" if parsed.ramp else "runs/tune")
     if parsed.ramp:
-        console.print(str(ramp(recipe, out, values.rank, console=console)), soft_wrap=True)
+        curve = ramp(recipe, out, values.rank, console=console)
+        console.print(str(curve), soft_wrap=True, markup=False)
+        if curve.r is not None:
+            alpha = f"{recipe.method.lora_alpha * curve.r / recipe.method.r:g}"
+            which = [parsed.recipe] if parsed.recipe is not None else []
+            ranks = ("--method.r", curve.r, "--method.lora_alpha", alpha)
+            folder = hints.unused(f"{out}-best")
+            hints.show(hints.command("train", *which, *ranks, "--output", folder, *hints.word(recipe)))
         return 0
     try:
         result = search(recipe, space, out, config, resume=parsed.resume is not None, console=console)
@@ -90,10 +97,19 @@ def run(argv: list[str]) -> int:
     if result.folder is None:
         return 1
     assert result.best is not None
-    folder = shlex.quote(str(result.folder))
-    console.print(f"best: trial {result.best.name}; its own adapter and recipe are in {folder}")
+    folder = Path(result.folder)
     console.print(
-        f"next: lorica evaluate {folder}   lorica train {shlex.quote(str(Path(folder) / 'recipe.yaml'))}"
+        f"best: trial {result.best.name}; its own adapter and recipe are in {folder}",
+        markup=False,
+        soft_wrap=True,
+    )
+    made = Recipe.load(folder / "recipe.yaml", trust_task=True)  # as it was searched with
+    again = hints.unused(f"{folder}-again")
+    seed = ("--training.seed", made.training.seed + 1)
+    hints.show(
+        hints.to_evaluate(folder, made, scored=hints.has_test_rows(folder)),
+        hints.to_use(folder, made),
+        hints.command("train", folder / "recipe.yaml", *seed, "--output", again, *hints.word(made)),
     )
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,10 +14,9 @@ _NOT_SHARES = frozenset({"loss", "perplexity", "nist", "cider", "mse", "mae"})
 
 def make_console(*, stderr: bool = False) -> Console:
     """A console that does not break lines where nobody reads them on a screen."""
-    console = Console(stderr=stderr, highlight=False)
-    return (
-        console if console.is_terminal else Console(stderr=stderr, highlight=False, width=200, no_color=True)
-    )
+    options: dict[str, Any] = {"stderr": stderr, "highlight": False, "emoji": False}  # :x: in a path is none
+    console = Console(**options)
+    return console if console.is_terminal else Console(**options, width=200, no_color=True)
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -6,6 +6,7 @@ Each is trained in a process of its own, so that its peak memory is its own.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -234,8 +235,6 @@ def _logits(model: PreTrainedModel, prepared: Prepared, batch: int = 64) -> torc
 
 def _commands(recipe: Recipe, output: Path) -> list[str]:
     text = "Send a datagram over the transport and wait until the event loop has written it."
-    return [
-        f'lorica predict {output / "adapter"} "{text}"',
-        f"lorica info {output / 'adapter'}",
-        f"lorica evaluate {output / 'merged'}",
-    ]
+    adapter, merged = str(output / "adapter"), str(output / "merged")
+    commands = (["predict", adapter, text], ["info", adapter], ["evaluate", merged])
+    return [shlex.join(["lorica", *words]) for words in commands]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -295,7 +296,7 @@ def _as_before(recipe: Recipe, output: Path) -> Recipe:
     if changed:
         raise ConfigError(
             f"the run in {output} was started with another recipe: {listing(changed)}. "
-            f"Resume it as it was with: lorica train {output / RECIPE} --resume"
+            f"Resume it as it was with: lorica train {shlex.quote(str(output / RECIPE))} --resume"
         )
     return recipe
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,7 @@ def check_same(directory: Path, recipe: Recipe, space: Space, config: SearchConf
     if changed:
         raise ConfigError(
             f"the search in {directory} was started otherwise: {listing(changed)}. Resume it as it was with: "
-            f"lorica tune --resume {directory}"
+            f"lorica tune --resume {shlex.quote(str(directory))}"
         )
 
 
