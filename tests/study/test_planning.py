@@ -249,7 +249,9 @@ def test_the_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*argv, "--json"]) == 0
     assert (
         json.loads(capsys.readouterr().out)["trainable"]
-        == study.plan(BERT, HEAD.replace(target_modules="all-linear"), batch=1, length=1).trainable
+        == study.plan(
+            BERT | {"num_labels": 12}, HEAD.replace(target_modules="all-linear"), batch=1, length=1
+        ).trainable
     )
     assert main([*argv, "--fit", "0.1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["memory"] <= 0.1e9

@@ -13,7 +13,6 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SHORT = {
     "--batch": "--training.batch_size",
     "--length": "--training.max_length",
-    "--target-modules": "--method.target_modules",
     "--task-type": "--method.task_type",
 }
 # What PEFT calls each kind of model → the task that trains one.
@@ -68,8 +67,9 @@ def run(argv: list[str]) -> int:
             recipe = model.endswith((".yaml", ".yml"))
             argv = ["--config" if recipe else "--model", model, *argv]
     command = parser()
+    argv = _one_list(argv)
     targets = any(argument.startswith("--method.target_modules") for argument in argv)
-    parsed: Any = command.parse_args(_one_list(argv))
+    parsed: Any = command.parse_args(argv)
     if parsed.dtype not in _DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}{nearest(parsed.dtype, _DTYPES)}")
 
@@ -147,8 +147,8 @@ def _without_method(argv: list[str]) -> tuple[list[str], str | None]:
 
 
 def _one_list(argv: list[str]) -> list[str]:
-    """Several ``--method.target_modules NAME`` as one list."""
-    flag, names, rest, waiting = "--method.target_modules", [], [], False
+    """Several ``--target_modules NAME`` as one list."""
+    flag, names, rest, waiting = "--target_modules", [], [], False
     for argument in argv:
         if waiting:
             names.append(argument)
@@ -162,7 +162,7 @@ def _one_list(argv: list[str]) -> list[str]:
     if not names:
         return argv
     value = names[0] if len(names) == 1 and (names[0] == "all-linear" or names[0][:1] == "[") else None
-    return [*rest, flag, value or f"[{','.join(names)}]"]
+    return [*rest, "--method.target_modules", value or f"[{','.join(names)}]"]
 
 
 def _print_help() -> None:

@@ -50,7 +50,7 @@ def plan_recipe(
     recipe = presets.apply(recipe, own_rows=False)
     task = tasks.get(recipe.task)
     settings = _settings(recipe, task)
-    config = typed(recipe.configuration(), task)
+    config: Any = typed(recipe.configuration(), task)
     chosen = method or _method(recipe)
     if method is not None and method_of(config) != "lora":
         config = typed(recipe.method, task)
@@ -83,7 +83,9 @@ def _head(recipe: Recipe, task: Task) -> dict[str, Any]:
 def _settings(recipe: Recipe, task: Task) -> Any:
     """The model's configuration with the task's head, as `Task.model` loads it."""
     try:
-        found = transformers.AutoConfig.from_pretrained(resolve_model(recipe.model), **_head(recipe, task))
+        found = transformers.AutoConfig.from_pretrained(
+            resolve_model(recipe.model), trust_remote_code=False, **_head(recipe, task)
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise ConfigError(f"no model configuration can be had from {recipe.model!r}: {reason}") from error
