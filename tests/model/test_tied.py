@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 import warnings
@@ -210,6 +211,28 @@ def test_weights_of_a_checkpoint_are_put_back(tmp_path: Path) -> None:
     shake(model, 5)
     lorica.load_weights(model, tmp_path)
     assert torch.equal(model(IDS), y)
+
+
+@pytest.mark.parametrize("r", [1, 2, 6, VOCABULARY])
+@pytest.mark.parametrize("moves", ["", "double", "double float", "bfloat16 float"])
+def test_its_own_file_is_taken_at_any_rank_and_after_any_move(r: int, moves: str, tmp_path: Path) -> None:
+    model = build("embed", "head", r=r)
+    for move in moves.split():
+        model = getattr(model, move)()
+    lorica.save(model, tmp_path)
+    saved = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    shake(model)
+    lorica.load_weights(model, tmp_path)
+    assert all(torch.equal(model.get_parameter(n), value) for n, value in saved.items())
+    if r not in (1, VOCABULARY):
+        return
+    torn = lorica.extract(model)
+    first = torn.factors["head"]
+    torn = dataclasses.replace(
+        torn, factors={**torn.factors, "head": dataclasses.replace(first, B=2 * first.B)}
+    )
+    with pytest.raises(AdapterError, match="are one on the model, and differ in the adapter"):
+        overwrite(model, torn)
 
 
 def test_rows_of_a_batch_have_adapters_of_their_own() -> None:

@@ -167,6 +167,32 @@ def test_no_targets() -> None:
     assert chunked_cross_entropy(head, hidden, target).isnan()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_no_targets_train_nothing(
+    reduction: str, smoothing: float, linear: bool, autocast: bool, tokens: int
+) -> None:
+    hidden, target = drawn(tokens, ignored=2.0, dtype=torch.float32)
+    layer = nn.Linear(WIDTH, CLASSES)
+    head = LinearHead(layer.weight, layer.bias) if linear else layer
+    own: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
+    with torch.autocast("cpu", enabled=autocast):
+        losses = (
+            chunked_cross_entropy(head, hidden, target, [*layer.parameters()], **own),
+            F.cross_entropy(layer(hidden), target, **own),
+        )
+    torch.testing.assert_close(*losses, equal_nan=True)
+    asked = [hidden, *layer.parameters()]
+    for share in (1.0, 1 / torch.tensor(0.0)):  # the other way to a mean: a sum over the count of targets
+        for loss in losses:
+            found = torch.autograd.grad(share * loss, asked, retain_graph=True)
+            if loss is losses[0] or smoothing == 0 or reduction == "sum":
+                assert not any(gradient.any() for gradient in found)
+
+
 def test_head_never_sees_ignored_rows() -> None:
     hidden, target = drawn(50, ignored=0.6)
     head = nn.Linear(WIDTH, CLASSES, dtype=torch.float64)

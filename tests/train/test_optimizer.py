@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from tiny import transformer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, get_linear_schedule_with_warmup
 
@@ -54,6 +55,42 @@ def test_norms_do_not_decay(tiny_model: Path) -> None:
     decayed, rest = (names_of(model, group) for group in parameter_groups(model, lr=1e-3, weight_decay=0.1))
     assert not any("LayerNorm" in name or "bias" in name for name in decayed)
     assert sum("LayerNorm.weight" in name for name in rest) == 5
+
+
+@pytest.mark.parametrize("ratio", [None, 16.0])
+def test_no_bias_decays(ratio: float | None) -> None:
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(4, 4),
+            "attention": nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            "recurrent": nn.LSTM(4, 4),
+            "head": nn.Linear(4, 2),
+        }
+    )
+    saved = ["attention", "recurrent", "head"]
+    config = LoraConfig(r=2, target_modules=["linear"], lora_bias=True, modules_to_save=saved)
+    lorica.adapt(model, config, "lora_B")  # a name that is part of others'
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.3, loraplus_lr_ratio=ratio)
+    rates = {
+        name: (entry["lr"], entry["weight_decay"]) for entry in groups for name in names_of(model, entry)
+    }
+    assert set(rates) == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, rate in rates.items():
+        is_up = name.startswith("linear.lora_B.")
+        expected = 0.1 * (ratio or 1 if is_up else 1), 0.0 if "bias" in name else 0.3
+        assert rate == pytest.approx(expected), name
+
+
+def test_both_factors_of_a_tied_table_have_one_rate_each() -> None:
+    model = transformer("llama", tie_word_embeddings=True)
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    lorica.adapt(model, config)
+    groups = parameter_groups(model, lr=0.1, loraplus_lr_ratio=4)
+    fast = set().union(*(names_of(model, group) for group in groups if group["lr"] == 0.4))
+    assert {name.split(".")[-3 if name.endswith("weight") else -2] for name in fast} == {
+        "lora_B",
+        "lora_embedding_B",
+    }
 
 
 @pytest.mark.parametrize("ratio", [None, 1.0])

@@ -237,3 +237,21 @@ def test_other_models_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize("name", ["bert-masked", "t5"])
 def test_losses_that_do_not_shift(name: str, tmp_path: Path) -> None:
     assert not trainer(tiny.transformer(name), tmp_path)._loss_shifts_labels
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart", "t5"])
+def test_a_step_without_targets_changes_nothing(
+    name: str, smoothing: float, chunked: bool, tmp_path: Path
+) -> None:
+    model = make(name)
+    head = "lm_head"
+    config = lorica.LoraConfig(r=2, target_modules="all-linear", modules_to_save=[head])
+    lorica.adapt(model, config)
+    before = parameters(model)
+    one = trainer(model, tmp_path, chunked_loss=chunked, label_smoothing_factor=smoothing)
+    assert isinstance(one.train_dataset, Dataset)
+    one.train_dataset = one.train_dataset.map(lambda row: {"labels": [-100] * len(row["labels"])})
+    one.train()
+    assert torch.equal(parameters(model), before)

@@ -235,10 +235,17 @@ def _torn(live: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> list[str]:
     problems = []
     for key, tensor in live.items():
         other = first.setdefault(tensor.data_ptr(), key)
-        value = new[other] if live[other].stride() == tensor.stride() else new[other].mT
+        value = new[other] if _laid_out_alike(live[other], tensor) else new[other].mT
         if other != key and tensor.numel() and not torch.equal(new[key], value):
             problems.append(f"{key} and {other} are one on the model, and differ in the adapter")
     return problems
+
+
+def _laid_out_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two names of the same memory are the same tensor, and not each other's transpose."""
+    # Strides tell in squares alone: along a single row or column they mean nothing.
+    square = one.ndim == 2 and one.shape[0] == one.shape[1]
+    return one.shape == other.shape and (not square or one.stride() == other.stride())
 
 
 def _restart(start: Start, layer: LoraLayer, W0: Tensor, A: Tensor, B: Tensor, scale: float) -> None:

@@ -133,6 +133,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[rows] = gradients.pop(0)
             d_parameters = [_sum(*pair) for pair in zip(d_parameters, gradients, strict=True)]
+        ctx.empty = len(hidden) == 0
+        if differentiable and ctx.empty:
+            d_parameters = [torch.zeros_like(p) for p in parameters]
         ctx.save_for_backward(d_hidden, *d_parameters)
         return loss
 
@@ -143,6 +146,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 "the chunked loss has no second derivative: its logits are gone; take the loss from "
                 "F.cross_entropy(head(hidden), target), or pass chunked_loss=False to the Trainer"
             )
+        if ctx.empty:
+            # A mean over nothing sends back infinity, and no target asks for anything: torch's own loss has
+            # gradients of zero here.
+            d_loss = torch.zeros_like(d_loss)
         d_hidden, *d_parameters = (_scaled(d, d_loss) for d in ctx.saved_tensors)
         return None, None, d_hidden, None, None, None, None, *d_parameters
 

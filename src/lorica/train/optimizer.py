@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.nn import Parameter
 
 from lorica.errors import ConfigError
-
-_B = ("lora_B", "lora_embedding_B")
+from lorica.layers import LoraLayer, tied_factors
 
 
 def parameter_groups(
@@ -28,7 +28,8 @@ def parameter_groups(
         model: the model, adapted or not. Frozen parameters are left out.
         lr: learning rate, a step.
         weight_decay: decay of weight matrices. Biases and the weights of norms have none.
-        loraplus_lr_ratio: learning rate of B over `lr`. None or 1 gives two groups, as without LoRA+.
+        loraplus_lr_ratio: learning rate of B, and of its bias, over `lr`. None or 1 gives two groups, as
+            without LoRA+.
 
     Returns:
         Groups for ``torch.optim.AdamW`` or any other optimizer; empty ones are left out.
@@ -44,7 +45,8 @@ def parameter_groups(
     if not named:
         raise ConfigError("no parameter of the model trains; adapt it first, or unfreeze what should train")
     undecayed = _undecayed(model)
-    fast = {name for name in named if ratio != 1.0 and any(part in _B for part in name.split("."))}
+    up = _up(model) if ratio != 1.0 else set()
+    fast = {name for name, parameter in named.items() if parameter in up}
     if ratio != 1.0 and not fast:
         raise ConfigError("loraplus_lr_ratio needs a LoRA adapter, and this model has no lora_B that trains")
 
@@ -55,15 +57,27 @@ def parameter_groups(
     groups = [
         group([name for name in slow if name not in undecayed], lr, weight_decay),
         group([name for name in slow if name in undecayed], lr, 0.0),
-        group([name for name in named if name in fast], lr * ratio, weight_decay),
+        group([name for name in named if name in fast - undecayed], lr * ratio, weight_decay),
+        group([name for name in named if name in fast & undecayed], lr * ratio, 0.0),
     ]
     return [entry for entry in groups if entry["params"]]
 
 
+def _up(model: nn.Module) -> set[Parameter]:
+    """Every adapter's B, and its bias; where a head's are an embedding's, the embedding's B."""
+    found: set[Parameter | None] = set()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.scaling:
+                if tied_factors(module, name) is None:
+                    for _, _, holder in module.holders(name):
+                        found |= {holder.factor_parameters(name)[1], holder.bias_parameter(name)}
+    return {parameter for parameter in found if parameter is not None}
+
+
 def _undecayed(model: nn.Module) -> set[str]:
-    names = {
-        name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias" or ".bias." in name
-    }
+    """Biases, whatever is before or after that word (`in_proj_bias`, `bias_hh_l0`), and what norms have."""
+    names = {name for name, _ in model.named_parameters() if "bias" in name.rpartition(".")[2].split("_")}
     for path, module in model.named_modules():
         if "norm" in type(module).__name__.lower():
             names |= {f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
