@@ -6,17 +6,17 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from lorica.errors import ConfigError, FileError, listing
 from lorica.train import presets
-from lorica.train.reading import IN_PYTHON, SPLITS, describe
+from lorica.train.formats import Form, Found
+from lorica.train.in_memory import Rows as Rows
+from lorica.train.in_memory import in_memory as in_memory
+from lorica.train.reading import IN_PYTHON, SPLITS, describe, find
 from lorica.train.reading import read as read
 from lorica.train.recipe import DataConfig
-from lorica.train.rows import Origin, Used, use
-
-Rows = Dataset | DatasetDict | Mapping[str, Dataset]
-"""Rows that are in memory: of one split, or of several by their names."""
+from lorica.train.rows import Origin, RowError, Used, use
 
 
 @dataclass(frozen=True)
@@ -53,57 +53,70 @@ class Splits:
         }
 
 
-def load(data: DataConfig, rows: Rows | None = None) -> Splits:
+def load(data: DataConfig, rows: Rows | None = None, *, tagged: bool = False) -> Splits:
     """Read the rows that a configuration names.
 
     Args:
         data: where they are. Where it names no validation or test rows, the split of that name beside the
             training rows is taken; failing that, validation rows are drawn from the training rows.
         rows: rows in memory, to take in place of those that `data.train` names.
+        tagged: whether a ``.txt`` file holds words and their classes, and not texts.
 
     Returns:
         The splits, none of them empty.
 
     Raises:
         FileError: something is missing, empty or unreadable.
+        RowError: rows of a file are broken, and the configuration does not say to leave them out.
     """
-    source = read(data.train, data.subset) if rows is None else in_memory(rows)
+    form = Form(data.encoding, data.columns, tagged)
+    source = find(data.train, data.subset, form) if rows is None else in_memory(rows)
     name = data.train if rows is None else IN_PYTHON
-    train, origin = _split(source, "train", name)
-    chosen = {
-        split: _named(named, split, data.subset) if named is not None else _beside(source, split, name)
-        for split, named in (("validation", data.validation), ("test", data.test))
-    }
-    found = {split: pair for split, pair in chosen.items() if pair is not None}
+    train = _split(source, "train", name, skip=data.skip_bad)
+    found: dict[str, Used] = {}
+    for split, named in (("validation", data.validation), ("test", data.test)):
+        if named is not None:
+            own = find(named, data.subset, form)
+            part = split if set(SPLITS[split]) & set(own) else "train"
+            found[split] = _split(own, part, named, skip=data.skip_bad)
+        elif set(SPLITS[split]) & set(source):
+            found[split] = _split(source, split, name, skip=data.skip_bad)
     if "validation" not in found and data.validation_fraction:
-        if len(train) < 2:
-            raise FileError(f"{name} has {len(train)} row, too few to set some aside; give --data.validation")
+        if len(train.rows) < 2:
+            raise FileError(f"{name} has {len(train.rows)} row, too few to set some aside; give --data.validation")
         # The places are divided, not the rows, so that an error can tell which row of the file it means.
-        places = Dataset.from_dict({"place": range(len(train))})
+        places = Dataset.from_dict({"place": range(len(train.rows))})
         try:
             drawn = places.train_test_split(test_size=data.validation_fraction, seed=data.split_seed)
         except ValueError as error:
             raise ConfigError(
-                f"data.validation_fraction is {data.validation_fraction}, of {len(train):,} rows in {name}, "
+                f"data.validation_fraction is {data.validation_fraction}, of {len(train.rows):,} rows in {name}, "
                 "which leaves none to learn from; take a smaller one, or give --data.validation"
             ) from error
         kept, aside = (list(drawn[part]["place"]) for part in ("train", "test"))
-        found["validation"] = train.select(aside), origin.select(aside)
-        train, origin = train.select(kept), origin.select(kept)
-    parts = {"train": (train, origin), **found}
-    laid = {split: laid_out(Used(*pair), data) for split, pair in parts.items()}
+        found["validation"] = replace(train.select(aside), skipped=0, first=None)
+        train = train.select(kept)
+    parts = {split: laid_out(used, data) for split, used in {"train": train, **found}.items()}
     return Splits(
-        **{split: used.rows for split, used in laid.items()},
-        origins={split: used.origin for split, used in laid.items()},
-        skipped={split: (used.skipped, used.first) for split, used in laid.items()},
+        **{split: used.rows for split, used in parts.items()},
+        origins={split: used.origin for split, used in parts.items()},
+        skipped={split: (used.skipped, used.first) for split, used in parts.items()},
     )
 
 
-def load_test(source: str | Rows, subset: str | None = None) -> Used:
-    """Read the rows to evaluate on: the test split of `source` if it has splits, else all of it."""
-    found = read(source, subset) if isinstance(source, str) else in_memory(source)
+def load_test(source: str | Rows, data: DataConfig | None = None, *, tagged: bool = False) -> Used:
+    """Read the rows to evaluate on: the test split of `source` if it has splits, else all of it.
+
+    Args:
+        source: where they are, or the rows.
+        data: how files are written, and whether broken rows are left out.
+        tagged: as in `load`.
+    """
+    data = data or DataConfig()
+    form = Form(data.encoding, data.columns, tagged)
+    found = find(source, data.subset, form) if isinstance(source, str) else in_memory(source)
     split = "test" if set(SPLITS["test"]) & set(found) else "train"
-    return Used(*_split(found, split, source if isinstance(source, str) else IN_PYTHON))
+    return _split(found, split, source if isinstance(source, str) else IN_PYTHON, skip=data.skip_bad)
 
 
 def laid_out(used: Used, data: DataConfig) -> Used:
@@ -114,22 +127,6 @@ def laid_out(used: Used, data: DataConfig) -> Used:
     """
     rows, used = use(used, lambda rows: presets.lay_out(rows, data.preset), skip=data.skip_bad)
     return replace(used, rows=rows)
-
-
-def in_memory(rows: Rows) -> dict[str, Dataset]:
-    """Rows by split, of rows in memory.
-
-    Raises:
-        ConfigError: they are something else.
-    """
-    found = {"train": rows} if isinstance(rows, Dataset) else dict(rows) if isinstance(rows, Mapping) else {}
-    if not found or not all(isinstance(each, Dataset) for each in found.values()):
-        kind = f"a mapping with {listing(map(str, found))}" if found else type(rows).__name__
-        raise ConfigError(
-            f"rows in Python must be a datasets.Dataset, a DatasetDict or a mapping of splits to Datasets, "
-            f"not {kind}; Dataset.from_list(rows) makes one of dictionaries"
-        )
-    return {str(split): each for split, each in found.items()}
 
 
 def labelled(splits: Splits, data: DataConfig) -> Splits:
@@ -173,21 +170,19 @@ def part(used: Used, split: str, data: DataConfig) -> Used:
     return used.select(sorted(order[:count]))
 
 
-def _named(source: str, split: str, subset: str | None) -> tuple[Dataset, Origin]:
-    found = read(source, subset)
-    return _split(found, split if set(SPLITS[split]) & set(found) else "train", source)
-
-
-def _beside(source: dict[str, Dataset], split: str, where: str) -> tuple[Dataset, Origin] | None:
-    return _split(source, split, where) if set(SPLITS[split]) & set(source) else None
-
-
-def _split(source: dict[str, Dataset], split: str, where: str) -> tuple[Dataset, Origin]:
+def _split(source: Mapping[str, Found], split: str, where: str, *, skip: bool) -> Used:
     name = next((name for name in SPLITS[split] if name in source), None)
     if name is None and len(source) == 1 and "#" in where:
         name = next(iter(source))
     if name is None:
         raise FileError(f"{where} has no {split} split; it has: {listing(source)}")
-    if not len(source[name]):
+    found = source[name]
+    if not len(found.rows):
         raise FileError(f"{where} has no rows in its {name} split")
-    return source[name], Origin(describe(where, name))
+    used = Used(found.rows, Origin(describe(where, name), lines=found.lines, notes=found.notes))
+
+    def whole(rows: Dataset) -> None:
+        if found.broken and len(rows) == len(found.rows):
+            raise RowError(list(found.broken), "the rows", found.broken)
+
+    return use(used, whole, skip=skip)[1]

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import datasets
 from datasets import Dataset, DatasetDict
 
 from lorica.errors import ConfigError, FileError, listing
 from lorica.train import embedded
+from lorica.train.documents import document_rows, holds_documents
+from lorica.train.formats import Form, Found, format_of, read_file
+from lorica.train.formats.reader import reason
 from lorica.train.images import holds_images, image_rows
 from lorica.train.quiet import quiet
 
-FORMATS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "validation_matched"),
@@ -33,15 +28,29 @@ IN_PYTHON = "(rows given in Python)"
 _KNOWN = {name for names in SPLITS.values() for name in names}
 
 
-def read(source: str, subset: str | None = None) -> dict[str, Dataset]:
+def read(source: str, subset: str | None = None, form: Form | None = None) -> dict[str, Dataset]:
+    """Rows by split; see `find`.
+
+    Raises:
+        FileError: they cannot be read, or some of them are broken.
+    """
+    found = find(source, subset, form)
+    for split, each in found.items():
+        for row, problem in each.broken.items():
+            raise FileError(f"row {row + 1} of {describe(source, split)} {problem}")
+    return {split: each.rows for split, each in found.items()}
+
+
+def find(source: str, subset: str | None = None, form: Form | None = None) -> dict[str, Found]:
     """Read a file, a folder or a Hub data set.
 
     Args:
         source: path or name; see `DataConfig.train`. With ``#`` and a split's name after it, that split.
         subset: configuration of a Hub data set that has several.
+        form: what is known of how its files are written.
 
     Returns:
-        Rows by split; a single file is the ``train`` split.
+        What was found, by split; a single file is the ``train`` split.
 
     Raises:
         FileError: it is missing or unreadable, or the Hub does not have it or cannot be reached.
@@ -49,29 +58,35 @@ def read(source: str, subset: str | None = None) -> dict[str, Dataset]:
     source, split = _parts(source)
     path = Path(source).expanduser()
     with quiet():
-        found = _read(source, path, subset, split)
+        found = _read(source, path, subset, split, form or Form())
     if split is None:
+        if len(found) > 1 and path.is_file() and not _KNOWN & set(found):
+            raise FileError(f"{source} holds {listing(found)}; name one of them: {source}#{next(iter(found))}")
         return found
     if split not in found:
         raise FileError(f"{source} has no {split} split; it has: {listing(found)}")
     return {split: found[split]}
 
 
-def _read(source: str, path: Path, subset: str | None, split: str | None) -> dict[str, Dataset]:
+def _read(source: str, path: Path, subset: str | None, split: str | None, form: Form) -> dict[str, Found]:
     if path.is_file():
-        return {"train": _file(path)}
+        return _file(path, form)
     if path.is_dir():
-        return _folder(path, split)
+        return _folder(path, split, form)
     if source == IN_PYTHON:
         raise FileError(
             "the rows of this recipe were given in Python; give them again: train(recipe, rows), "
             "evaluate(folder, rows)"
         )
     if source == embedded.DATA:
-        return embedded.docstrings()
+        return _plain(embedded.docstrings())
     if format_of(path) or source.startswith((".", "/", "~")):
         raise FileError(f"no file or folder {source}{_neighbours(path)}")
-    return _hub(source, subset)
+    return _plain(_hub(source, subset))
+
+
+def _plain(found: dict[str, Dataset]) -> dict[str, Found]:
+    return {split: Found(rows) for split, rows in found.items()}
 
 
 def describe(source: str, split: str) -> str:
@@ -87,39 +102,27 @@ def describe(source: str, split: str) -> str:
     return f"the {split} split of {source}"
 
 
-def format_of(path: Path) -> str | None:
-    """Format of a file of rows by its name, or None."""
-    return FORMATS.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+def _file(path: Path, form: Form) -> dict[str, Found]:
+    return {name or "train": found for name, found in read_file(path, form).items()}
 
 
-def _file(path: Path) -> Dataset:
-    kind = format_of(path)
-    if kind is None:
-        raise FileError(
-            f"cannot tell the format of {path} by its name; expected one of {', '.join(FORMATS)} (or any "
-            "of them .gz)"
-        )
-    options: dict[str, Any] = {}
-    if kind == "csv":
-        # The word "NA" or "null" is text like any other.
-        options = {"sep": "\t" if ".tsv" in path.suffixes else ",", "keep_default_na": False}
-    try:
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
-    except Exception as error:  # each reader raises its own kinds, wrapped in datasets' own
-        if "corresponds to no data" in str(error):
-            raise FileError(f"{path} has no rows") from error
-        raise FileError(f"cannot read {path} as {kind}: {_reason(error)}") from error
-    assert isinstance(rows, Dataset)
-    return rows
+def _files(folder: Path, wanted: str | None = None) -> dict[str, Path]:
+    """Files of rows in a folder by the part of their names before the first dot.
 
+    A ``.txt`` file counts if it is named as a split: others are notes and licences.
 
-def _files(folder: Path) -> dict[str, Path]:
-    """Files of rows in a folder by the part of their names before the first dot."""
-    return {
-        file.name.split(".")[0]: file
-        for file in sorted(folder.iterdir())
-        if file.is_file() and format_of(file)
-    }
+    Raises:
+        FileError: two have one name.
+    """
+    found: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        kind, name = format_of(file) if file.is_file() else None, file.name.split(".")[0]
+        if kind is None or (kind == "text" and name not in _KNOWN and name != wanted):
+            continue
+        if name in found and name != "metadata":
+            raise FileError(f"the folder {folder} has {found[name].name} and {file.name}; name the one to read")
+        found[name] = file
+    return found
 
 
 def _parts(source: str) -> tuple[str, str | None]:
@@ -128,55 +131,64 @@ def _parts(source: str) -> tuple[str, str | None]:
     return (name, split) if mark and not Path(source).expanduser().exists() else (source, None)
 
 
-def _folder(path: Path, wanted: str | None) -> dict[str, Dataset]:
+def _folder(path: Path, wanted: str | None, form: Form) -> dict[str, Found]:
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         stored = datasets.load_from_disk(str(path))
-        return (
+        return _plain(
             {str(name): rows for name, rows in stored.items()}
             if isinstance(stored, DatasetDict)
             else {"train": stored}
         )
-    files = {name: file for name, file in _files(path).items() if name != "metadata"}
+    files = {name: file for name, file in _files(path, wanted).items() if name != "metadata"}
     if not files and holds_images(path):
-        return _images(path)
+        return _images(path, form)
+    if not files and holds_documents(path):
+        return _plain(_parts_of(path, lambda part: document_rows(part, form.encoding)))
     named = {name: file for name, file in files.items() if name in _KNOWN or name == wanted}
     if not named and len(files) == 1:
         named = {"train": next(iter(files.values()))}
     if not named:
         there = ", ".join(file.name for file in files.values()) or "no file of rows"
         raise FileError(
-            f"the folder {path} must hold train.csv, .tsv, .json, .jsonl, .parquet or .arrow (or .gz), or "
-            f"images; it has {there}"
+            f"the folder {path} must hold train.csv, .tsv, .json, .jsonl, .txt, .xlsx, .parquet or .arrow (or "
+            f".gz), or images; it has {there}"
         )
-    return {name: _file(file) for name, file in named.items()}
+    return {name: _only(_file(file, form), file) for name, file in named.items()}
 
 
-def _images(path: Path) -> dict[str, Dataset]:
+def _only(found: dict[str, Found], file: Path) -> Found:
+    if len(found) > 1:
+        raise FileError(f"{file} holds {listing(found)}, where one file of a folder is one split")
+    return next(iter(found.values()))
+
+
+def _images(path: Path, form: Form) -> dict[str, Found]:
+    def listed(file: Path) -> Dataset:
+        return _only(_file(file, form), file).rows
+
+    return _plain(_parts_of(path, lambda part: image_rows(part, listed)))
+
+
+def _parts_of(path: Path, rows: Callable[[Path], Dataset]) -> dict[str, Dataset]:
+    """Rows of each folder that is named as a split, or of the whole one."""
     parts = {each.name: each for each in sorted(path.iterdir()) if each.is_dir() and each.name in _KNOWN}
-    return {name: image_rows(part, _file) for name, part in (parts or {"train": path}).items()}
+    return {name: rows(part) for name, part in (parts or {"train": path}).items()}
 
 
 def _hub(name: str, subset: str | None) -> dict[str, Dataset]:
     try:
         found = datasets.load_dataset(name, subset)
     except ValueError as error:
-        raise FileError(f"cannot load {name} from the Hub: {_reason(error)}") from error
+        raise FileError(f"cannot load {name} from the Hub: {reason(error)}") from error
     except Exception as error:  # the Hub's client has a class for each way in which a network can fail
         raise FileError(
             f"{name} is no file or folder here, and could not be had from the Hugging Face Hub "
-            f"({_reason(error)}). A csv, tsv, json, jsonl, parquet or arrow file works without the Hub, as "
+            f"({reason(error)}). A csv, tsv, json, jsonl, parquet or arrow file works without the Hub, as "
             "does a folder of such files, of images, or one that save_to_disk wrote: --data.train PATH"
         ) from error
     if not isinstance(found, DatasetDict):
         raise ConfigError(f"{name} is streamed, which is not supported; download it and name the files")
     return {str(split): rows for split, rows in found.items()}
-
-
-def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no detail'}"
 
 
 def _neighbours(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,14 +21,25 @@ class Origin:
     Args:
         source: what to call it in a message: a file's path, or ``the test split of user/name``.
         places: place in it of each row, from 0; None where the rows are all of it, in their order.
+        lines: line of the file, from 1, on which each of its rows begins; None where there are no lines.
+        notes: what a user should know of how it was read; lines that do not name it.
     """
 
     source: str
     places: Sequence[int] | None = None
+    lines: Sequence[int] | None = None
+    notes: tuple[str, ...] = ()
 
     def number(self, row: int) -> int:
         """Number in the source, from 1, of a row, from 0."""
-        return (row if self.places is None else self.places[row]) + 1
+        return self._place(row) + 1
+
+    def line(self, row: int) -> int | None:
+        """Line of the source, from 1, of a row, from 0; None where there are no lines."""
+        return None if self.lines is None else self.lines[self._place(row)]
+
+    def _place(self, row: int) -> int:
+        return row if self.places is None else self.places[row]
 
     def select(self, kept: Sequence[int]) -> Origin:
         """Where some of the rows came from."""
@@ -37,24 +48,33 @@ class Origin:
 
 
 class RowError(FileError):
-    """Rows that cannot be used, all for the same reason.
+    """Rows that cannot be used.
 
     Args:
         rows: their places among the rows that were looked at, from 0.
         where: what to call these rows, such as "the training rows".
-        problem: what is wrong with the first of them, such as "has no label in column 'label'".
-        number: the first one's number, from 1, where that is not its place.
+        problem: what is wrong with the first of them, such as "has no label in column 'label'"; or with each.
+        origin: where the rows came from, if that is known: the message then tells the first one's number, and
+            its line, there.
     """
 
-    def __init__(self, rows: Sequence[int], where: str, problem: str, number: int | None = None) -> None:
+    def __init__(
+        self, rows: Sequence[int], where: str, problem: str | Mapping[int, str], origin: Origin | None = None
+    ) -> None:
         """Say which row it is, and how many more there are."""
-        self.rows, self.where, self.problem = tuple(rows), where, problem
-        more = f" (and so have {len(rows) - 1:,} more)" if len(rows) > 1 else ""
-        super().__init__(f"row {number or rows[0] + 1} of {where} {problem}{more}")
+        self.rows, self.where, self._problems = tuple(rows), where, problem
+        # The first is that of the source, in whatever order its rows were drawn.
+        first = rows[0] if origin is None else min(rows, key=origin.number)
+        self.problem = problem if isinstance(problem, str) else problem[first]
+        line = None if origin is None else origin.line(first)
+        more = [] if line is None else [f"line {line:,}"]
+        more += [f"and so have {len(rows) - 1:,} more"] if len(rows) > 1 else []
+        number = first + 1 if origin is None else origin.number(first)
+        super().__init__(f"row {number} of {where} {self.problem}" + (f" ({'; '.join(more)})" if more else ""))
 
     def found_in(self, origin: Origin) -> RowError:
         """The same error, with the file's name and the row's number in it."""
-        return RowError(self.rows, origin.source, self.problem, origin.number(self.rows[0]))
+        return RowError(self.rows, origin.source, self._problems, origin)
 
 
 class Unusable(ValueError):
@@ -80,7 +100,7 @@ def read_each(values: Iterable[Any], read: Callable[[Any], T], where: str) -> li
         except Unusable as problem:
             bad[row] = str(problem)
     if bad:
-        raise RowError(list(bad), where, next(iter(bad.values())))
+        raise RowError(list(bad), where, bad)
     return found
 
 

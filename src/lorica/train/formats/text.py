@@ -1,0 +1,176 @@
+"""From a file's bytes to its text: unpacked, and decoded by a rule that is told where it is a guess."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import re
+import zipfile
+import zlib
+from pathlib import Path
+
+import pyarrow as pa
+
+from lorica.errors import ConfigError, FileError, listing
+
+FALLBACK = "cp1252"
+"""Encoding of a text file that is no UTF-8: that of Western Windows, of which latin-1's letters are a part."""
+
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16's, with which it begins
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_OTHERS = (
+    (b"PK\x03\x04", "a zip archive, as Excel's .xlsx files are"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel or Word file; save it as .xlsx or .csv"),
+    (b"\x1f\x8b", "compressed by gzip; call it .gz"),
+    (b"(\xb5/\xfd", "compressed by zstd; call it .zst"),
+    (b"BZh", "compressed by bzip2; call it .bz2"),
+    (b"\xfd7zXZ", "compressed by xz; call it .xz"),
+    (b"PAR1", "a parquet file; call it .parquet"),
+    (b"%PDF", "a PDF file"),
+    (b"SQLite format", "a database of SQLite"),
+)
+_LINE_END = re.compile(r"\r\n|\n|\r")
+
+
+def content(path: Path) -> bytes:
+    """A file's bytes, unpacked where its name says that it is packed.
+
+    Raises:
+        FileError: it cannot be read or unpacked.
+    """
+    packed = path.suffix.lower()
+    try:
+        raw = path.read_bytes()
+        if packed == ".gz":
+            return gzip.decompress(raw)
+        if packed == ".bz2":
+            return bz2.decompress(raw)
+        if packed == ".xz":
+            return lzma.decompress(raw)
+        if packed == ".zst":
+            return pa.CompressedInputStream(pa.BufferReader(raw), "zstd").read()
+        return _unzipped(raw, path) if packed == ".zip" else raw
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"cannot read {path}: {type(error).__name__}: {reason}") from error
+
+
+def decoded(raw: bytes, path: Path, encoding: str | None) -> tuple[str, tuple[str, ...]]:
+    """The text of some bytes.
+
+    Args:
+        raw: the bytes.
+        path: where they came from.
+        encoding: the encoding, or None to find it. A byte-order mark at the start goes before either.
+
+    Returns:
+        The text without its byte-order mark, and what to tell the user of how it was decoded.
+
+    Raises:
+        FileError: it is no text, or text of another encoding.
+        ConfigError: there is no such encoding.
+    """
+    for mark, marked in _MARKS:
+        if raw.startswith(mark):
+            return _strictly(raw[len(mark) :], path, marked), ()
+    if encoding is not None:
+        return _strictly(raw, path, encoding), ()
+    if kind := next((kind for start, kind in _OTHERS if raw.startswith(start)), None):
+        raise FileError(f"cannot read {path} as text: it is {kind}")
+    if wide := _wide(raw):
+        return _strictly(raw, path, wide), (f"it has no byte-order mark; it is read as {wide.upper()}",)
+    if b"\0" in raw:
+        line = raw[: raw.index(b"\0")].count(b"\n") + 1
+        raise FileError(f"cannot read {path} as text: line {line} holds a zero byte, as no text does")
+    try:
+        return raw.decode("utf-8"), ()
+    except UnicodeDecodeError as error:
+        return _by_fallback(raw, path, error)
+
+
+def lines_of(text: str) -> list[str]:
+    r"""The lines of a text, which end at ``\n``, ``\r\n`` or ``\r`` and at nothing else.
+
+    `str.splitlines` also ends them at form feeds and at Unicode's separators, which texts hold.
+    """
+    lines = _LINE_END.split(text)
+    return lines[:-1] if lines and not lines[-1] else lines
+
+
+def read_lines(path: Path, encoding: str | None = None) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    text, _ = decoded(content(path), path, encoding)
+    return [line for line in lines_of(text) if line.strip()]
+
+
+def _unzipped(raw: bytes, path: Path) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        # Macs add a folder of their own.
+        names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
+        if len(names) != 1:
+            raise FileError(
+                f"{path} holds {len(names)} files ({listing(names, limit=5)}), where one of rows is due; unpack it "
+                "and name the file or the folder"
+            )
+        return archive.read(names[0])
+
+
+def _strictly(raw: bytes, path: Path, encoding: str) -> str:
+    try:
+        return raw.decode(encoding).removeprefix("\ufeff")
+    except LookupError as error:
+        raise ConfigError(f"data.encoding is {encoding!r}, which Python has not; cp1251 is one") from error
+    except UnicodeError as error:
+        start = getattr(error, "start", 0)
+        raise FileError(f"cannot read {path} as {encoding}: {error.__class__.__name__} at byte {start}") from error
+
+
+def _wide(raw: bytes) -> str | None:
+    """UTF-16 of which kind, where every other byte of much of it is zero."""
+    start = raw[:4096]
+    even, odd = start[::2].count(0), start[1::2].count(0)
+    half = len(start) / 2
+    if len(raw) % 2 or max(even, odd) < 0.4 * half or min(even, odd) > 0.05 * half:
+        return None
+    return "utf-16-le" if odd > even else "utf-16-be"
+
+
+def _by_fallback(raw: bytes, path: Path, error: UnicodeDecodeError) -> tuple[str, tuple[str, ...]]:
+    loose = raw.decode("utf-8", errors="surrogateescape")
+    strange = sum("\udc80" <= letter <= "\udcff" for letter in loose)
+    sound = sum(letter > "\x7f" for letter in loose) - strange
+    line = raw[: error.start].count(b"\n") + 1
+    if sound >= strange:
+        raise FileError(
+            f"cannot read {path} as text: it is UTF-8, but for {strange:,} bytes, the first of them "
+            f"0x{raw[error.start]:02x} in line {line}; mend it, or name its encoding with --data.encoding"
+        )
+    try:
+        text = raw.decode(FALLBACK)
+    except UnicodeDecodeError as other:
+        raise FileError(
+            f"cannot read {path} as text: it is neither UTF-8 (line {line}) nor {FALLBACK} (byte "
+            f"0x{raw[other.start]:02x}); name its encoding with --data.encoding, such as cp1251, shift_jis or gb18030"
+        ) from other
+    place = len(raw[: error.start].decode(FALLBACK))
+    word = re.search(r"\S*$", text[max(place - 20, 0) : place])
+    tail = re.match(r"\S{1,20}", text[place:])
+    shown = (word.group() if word else "") + (tail.group() if tail else "")
+    return text, (
+        f"it is no UTF-8, so it is read as {FALLBACK} (line {line}: {shown!r}); name another with "
+        "--data.encoding",
+    )
