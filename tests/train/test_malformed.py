@@ -77,13 +77,17 @@ CASES: dict[str, Case] = {
     # Files that cannot be read.
     "no file": Case(CLASSES, {}, r"no file or folder .*rows\.csv", {"train": "rows.csv"}),
     "a misspelt file": Case(CLASSES, {"rows.csv": GOOD}, "did you mean FILE", {"train": "rosw.csv"}),
-    "a format by no name": Case(CLASSES, {"rows.xlsx": b"x"}, "cannot tell the format of FILE"),
+    "a format by no name": Case(CLASSES, {"rows.pages": b"x"}, "cannot tell the format of FILE"),
     "broken JSON": Case(CLASSES, {"rows.jsonl": b'{"text": '}, "cannot read FILE as json"),
     "a csv row with a cell too many": Case(
-        CLASSES, {"rows.csv": b"text,label\nfilm,a\nfilm,b,c\n"}, "cannot read FILE as csv: .*line 3"
+        CLASSES,
+        {"rows.csv": b"text,label\nfilm,a\nfilm,b,c\n"},
+        r"row 2 of FILE has 3 cells, where there are 2 columns: text, label.*\(line 3\)",
     ),
     "bytes that are no text": Case(
-        CLASSES, {"rows.csv": b"text,label\nf\xff\xfelm,a\n"}, "cannot read FILE as csv: UnicodeDecodeError"
+        CLASSES,
+        {"rows.csv": b"text,label\nf\x00lm,a\n"},
+        "cannot read FILE as text: line 2 holds a zero byte",
     ),
     "a broken parquet file": Case(CLASSES, {"rows.parquet": b"no"}, "cannot read FILE as parquet"),
     "a gz that is none": Case(CLASSES, {"rows.jsonl.gz": b"no"}, "cannot read FILE as json"),

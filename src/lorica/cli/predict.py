@@ -18,7 +18,7 @@ def parser() -> Parser:
         "input",
         type=str,
         help="a text (of a pair: two texts with a tab or \\t between) or an image's path, a .txt file of "
-        "one a line, or a csv, tsv, json, jsonl (.gz) or parquet file",
+        "one a line, a file of rows (csv, tsv, json, jsonl, xlsx, parquet), or a folder of images",
     )
     result.add_argument(
         "--output",
@@ -47,14 +47,13 @@ def run(argv: list[str]) -> int:
     there = 0 < len(parsed.input) < 1024 and path.exists()
     if holds_rows and " " not in parsed.input and not there:
         raise FileError(f"there is no file {path}")
-    if there and path.is_dir():
-        raise FileError(f"{path} is a folder; give a file of rows, or a text (one word alone in a .txt file)")
     # A file by any other name is one that no rows can be read from, unless the task itself reads it.
-    from_file = there and (holds_rows or not tasks.get(recipe.task).reads_files)
+    from_file = there and (holds_rows or path.is_dir() or not tasks.get(recipe.task).reads_files)
     if parsed.output is not None:
         writable_file(parsed.output)
     text = parsed.input
-    if "\t" not in text and len(tasks.get(recipe.task).inputs(recipe.data)) == 2:
+    task = tasks.get(recipe.task)
+    if "\t" not in text and not task.writes and len(task.inputs(recipe.data)) == 2:
         text = text.replace(r"\t", "\t")  # as a shell's quotes leave it
     generation = generation_of(parsed, recipe.generation)
     rows = predict(

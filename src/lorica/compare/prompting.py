@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import io
 import random
@@ -32,6 +33,7 @@ from lorica.train.preparing import read
 from lorica.train.quiet import quiet
 from lorica.train.recipe import DataConfig, Recipe
 from lorica.train.tasks import CausalLanguageModelling, SequenceClassification
+from lorica.train.tasks.prompts import prompts_of
 from lorica.train.trainer import Trainer
 
 _ONE, _TWO = "{text}\nAnswer:", "{text}\n{text_pair}\nAnswer:"
@@ -200,8 +202,12 @@ def _room(model: Any, tokenizer: Any) -> int:
 def _examples_before(data: DataConfig, settings: FewShot, train: Dataset, seed: int) -> str:
     if settings.shots > len(train):
         raise ConfigError(f"there are {len(train)} training rows, fewer than shots={settings.shots}")
-    rows = [train[row] for row in random.Random(seed).sample(range(len(train)), settings.shots)]
-    examples = [f"{row[data.text]}{data.separator}{row[data.label]}{settings.between}" for row in rows]
+    rows = train.select(random.Random(seed).sample(range(len(train)), settings.shots))
+    prompts = prompts_of(rows, data, "the training rows", filled=True)
+    examples = [
+        f"{prompt}{data.separator}{row[data.label]}{settings.between}"
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
     return "".join(examples)
 
 
@@ -216,8 +222,9 @@ def _complete(
 ) -> dict[str, float]:
     """The task's own scores, with examples before each prompt."""
     assert data.text is not None
-    texts = [before + text for text in rows[data.text]]
+    texts = [before + text for text in prompts_of(rows, data, "the rows", filled=True)]
     rows = rows.remove_columns(data.text).add_column(data.text, texts)  # type: ignore[arg-type,call-arg]
+    data = dataclasses.replace(data, system=None, text_pair=None)  # they are in the prompt
     encoded = task.encode(rows, data, tokenizer, _room(model, tokenizer), "the rows")
     silent = Console(file=io.StringIO())
     writer = writer_of(recipe, task, tokenizer, model, [encoded.features], silent)

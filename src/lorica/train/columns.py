@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from datasets import ClassLabel, Dataset
 
 from lorica.errors import ConfigError, listing, nearest
-from lorica.train.rows import Unusable, read_each
+from lorica.train.cells import structured
+from lorica.train.labels import classes_of, finder, in_order, label_of
+from lorica.train.rows import RowError, Unusable, read_each
 
 # In order: a data set that has both a pair and a single name is a pair.
 PAIRS = (
@@ -18,6 +21,8 @@ PAIRS = (
     ("sentence1", "sentence2"),
     ("question1", "question2"),
     ("question", "sentence"),
+    ("question", "passage"),
+    ("question", "context"),
     ("text1", "text2"),
     ("text", "text_pair"),
 )
@@ -70,20 +75,25 @@ def find_texts(rows: Dataset, text: str | None, text_pair: str | None) -> tuple[
         return text, text_pair
     if text_pair is not None:
         raise ConfigError(f"data.text_pair is {text_pair!r}; name the first text too, with data.text")
-    columns = {name.lower(): name for name in rows.column_names}
+    columns = by_lower_case(rows)
     for first, second in PAIRS:
         if first in columns and second in columns:
             return columns[first], columns[second]
     for name in TEXTS:
         if name in columns:
             return columns[name], None
-    strings = [name for name in rows.column_names if _is_text(rows, name) and name.lower() not in LABELS]
+    strings = [name for name in rows.column_names if is_text(rows, name) and name.lower() not in LABELS]
     if len(strings) == 1:
         return strings[0], None
     raise ConfigError(
         "cannot tell which column holds the text; name it with --data.text. The columns are: "
-        f"{listing(rows.column_names)}"
+        f"{listing(rows.column_names)}{advice(rows.column_names)}"
     )
+
+
+def by_lower_case(rows: Dataset) -> dict[str, str]:
+    """Names of columns by their lower case; of two that are then the same, the one that is in lower case."""
+    return {name.lower(): name for name in sorted(rows.column_names, key=str.islower)}
 
 
 def find_label(rows: Dataset, label: str | None, usual: Sequence[str] = LABELS, what: str = "label") -> str:
@@ -107,13 +117,13 @@ def find_column(rows: Dataset, named: str | None, usual: Sequence[str], what: st
     _check_named(rows, named)
     if named is not None:
         return named
-    columns = {name.lower(): name for name in rows.column_names}
+    columns = by_lower_case(rows)
     for name in usual:
         if name in columns:
             return columns[name]
     raise ConfigError(
         f"cannot tell which column holds the {what}; name it with --data.{option}. The columns are: "
-        f"{listing(rows.column_names)}"
+        f"{listing(rows.column_names)}{advice(rows.column_names)}"
     )
 
 
@@ -124,12 +134,12 @@ def label_names(rows: Dataset, column: str, where: str = "the training rows") ->
 
     Raises:
         RowError: rows have no label, or one that is no class.
-        ConfigError: the labels are all the same, or hardly two are.
+        ConfigError: the labels are all the same, or hardly two are, or some differ in case alone.
     """
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
         return list(feature.names)
-    values = set(read_each(rows[column], partial(_value, column=column), where))
+    values = Counter(read_each(rows[column], partial(label_of, column=column), where))
     if len(values) < 2:
         raise ConfigError(
             f"all labels in column {column!r} of {where} are {next(iter(values))!r}; classification needs "
@@ -140,7 +150,7 @@ def label_names(rows: Dataset, column: str, where: str = "the training rows") ->
             f"column {column!r} of {where} has {len(values)} different values in {len(rows)} rows; that is "
             "no set of classes"
         )
-    return _sorted(values)
+    return classes_of(values, column)
 
 
 def label_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> list[int]:
@@ -154,26 +164,34 @@ def label_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> l
         RowError: rows have no label, or one that is none of the names.
     """
     needs_column(rows, column, where)
-    return read_each(rows[column], _finder(rows.features[column], names, column), where)
+    return read_each(rows[column], finder(rows.features[column], names, column), where)
 
 
-def label_list_names(rows: Dataset, column: str, where: str = "the training rows") -> list[str]:
+def label_list_names(
+    rows: Dataset, column: str, where: str = "the training rows", *, folded: bool = True
+) -> list[str]:
     """Names of the classes of a column of lists; see `label_names`.
+
+    Args:
+        rows: the rows.
+        column: the column of lists.
+        where: what to call the rows in an error.
+        folded: refuse labels that differ in case alone.
 
     Raises:
         RowError: rows have no list, or a list has a gap.
-        ConfigError: no row has a label.
+        ConfigError: no row has a label, or some differ in case alone.
     """
     inner = _inner(rows, column)
     if isinstance(inner, ClassLabel):
         return list(inner.names)
     found = read_each(
-        rows[column], lambda items: {_value(item, column) for item in _items(items, column)}, where
+        rows[column], lambda items: [label_of(item, column) for item in _items(items, column)], where
     )
-    values = set().union(*found)
+    values = Counter(value for items in found for value in items)
     if not values:
         raise ConfigError(f"no row of {where} has a label in column {column!r}")
-    return _sorted(values)
+    return classes_of(values, column) if folded else in_order(values)
 
 
 def label_list_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> list[list[int]]:
@@ -184,7 +202,7 @@ def label_list_ids(rows: Dataset, column: str, names: Sequence[str], where: str)
         RowError: rows have no list, a list has a gap, or a label is none of the names.
     """
     needs_column(rows, column, where)
-    find = _finder(_inner(rows, column), names, column)
+    find = finder(_inner(rows, column), names, column)
     return read_each(rows[column], lambda items: [find(item) for item in _items(items, column)], where)
 
 
@@ -198,32 +216,74 @@ def numbers(rows: Dataset, column: str, where: str) -> list[float]:
     needs_column(rows, column, where)
 
     def read(value: Any) -> float:
-        # A csv file's numbers come as texts if one of them is none.
+        # A csv file's numbers come as texts.
         number = _float(value) if isinstance(value, (int, float, str)) else math.nan
         if isinstance(value, bool) or not math.isfinite(number):
             got = "nothing" if value in (None, "") else f"{value!r:.60}"
-            raise Unusable(f"has {got} in column {column!r}, where a number is due")
+            comma = isinstance(value, str) and math.isfinite(_float(value.replace(",", ".")))
+            hint = "; it is written with a point, such as 2.5" if comma else ""
+            raise Unusable(f"has {got} in column {column!r}, where a number is due{hint}")
         return number
 
     return read_each(rows[column], read, where)
 
 
-def check_texts(rows: Dataset, columns: Sequence[str], where: str) -> None:
+def check_texts(rows: Dataset, columns: Sequence[str], where: str, *, filled: bool = False) -> None:
     """Refuse rows whose text is missing or is no text.
+
+    Args:
+        rows: the rows.
+        columns: where the texts stand.
+        where: what to call the rows in an error.
+        filled: refuse rows all of whose texts are empty or blank, too.
 
     Raises:
         ConfigError: a column is missing.
-        RowError: rows' text is null or not a string.
+        RowError: rows' text is null or not a string, or empty.
     """
     for column in columns:
         needs_column(rows, column, where)
+        read_each(rows[column], partial(text_of, column=column), where)
+    if filled:
+        blank = [
+            row
+            for row, each in enumerate(zip(*(rows[c] for c in columns), strict=True))
+            if not any(map(str.strip, each))
+        ]
+        if blank:
+            raise RowError(blank, where, f"has an empty text in column {columns[0]!r}")
 
-        def read(value: Any, column: str = column) -> None:
-            if not isinstance(value, str):
-                got = "nothing" if value is None else f"{value!r:.60}"
-                raise Unusable(f"has {got} in column {column!r}, where a text is due")
 
-        read_each(rows[column], read, where)
+def text_of(value: Any, column: str) -> str:
+    """A text.
+
+    Raises:
+        Unusable: it is none.
+    """
+    if not isinstance(value, str):
+        got = "nothing" if value is None else f"{value!r:.60}"
+        raise Unusable(f"has {got} in column {column!r}, where a text is due")
+    return value
+
+
+def advice(columns: Sequence[str]) -> str:
+    """What to say where columns are not found: which task learns from rows of this form, if one is known."""
+    names = {name.lower() for name in columns}
+    known = (
+        (("messages",), "--task causal-lm"),
+        (("conversations",), "--task causal-lm"),
+        (("chosen", "rejected"), "TRL's DPOTrainer, which takes a model adapted by lorica"),
+        (("question", "context", "answers"), "--task question-answering"),
+        (("tokens", "ner_tags"), "--task token-classification"),
+        (("tokens", "tags"), "--task token-classification"),
+        (("prompt", "completion"), "--task causal-lm"),
+        (("prompt", "response"), "--task causal-lm"),
+        (("instruction", "output"), "--task causal-lm"),
+        (("instruction", "response"), "--task causal-lm"),
+        (("question", "answer"), "--task causal-lm"),
+    )
+    task = next((task for form, task in known if names.issuperset(form)), None)
+    return "" if task is None else f". Rows of this form are for {task}"
 
 
 def needs_column(rows: Dataset, column: str, where: str) -> None:
@@ -241,7 +301,8 @@ def needs_column(rows: Dataset, column: str, where: str) -> None:
 
 def _float(value: float | str) -> float:
     try:
-        return float(value)
+        # Python reads 1_000 as a number.
+        return math.nan if isinstance(value, str) and "_" in value else float(value)
     except ValueError:
         return math.nan
 
@@ -251,8 +312,11 @@ def _check_named(rows: Dataset, name: str | None) -> None:
         needs_column(rows, name, "the training rows")
 
 
-def _is_text(rows: Dataset, column: str) -> bool:
-    return getattr(rows.features[column], "dtype", None) in ("string", "large_string")
+def is_text(rows: Dataset, column: str) -> bool:
+    """Whether a column holds texts; those of a csv file may all be numbers, which are none."""
+    if getattr(rows.features[column], "dtype", None) not in ("string", "large_string"):
+        return False
+    return any(value and math.isnan(_float(value)) for value in rows[column])
 
 
 def _inner(rows: Dataset, column: str) -> Any:
@@ -260,58 +324,9 @@ def _inner(rows: Dataset, column: str) -> Any:
     return getattr(feature, "feature", feature)
 
 
-def _sorted(values: set[int | str]) -> list[str]:
-    numeric = all(isinstance(value, int) for value in values)
-    return [str(value) for value in (sorted(values) if numeric else sorted(map(str, values)))]
-
-
 def _items(value: Any, column: str) -> list[Any]:
+    value = structured(value)
     if not isinstance(value, list):
         got = "nothing" if value is None else f"{value!r:.60}"
-        raise Unusable(f"has {got} in column {column!r}, where a list is due")
+        raise Unusable(f'has {got} in column {column!r}, where a list is due, such as ["a", "b"]')
     return value
-
-
-def _finder(feature: Any, names: Sequence[str], column: str) -> Callable[[Any], int]:
-    # Where names are numbers, a number that is none of them is a class that the training rows lack.
-    places = 0 if any(name.removeprefix("-").isdecimal() for name in names) else len(names)
-    own = list(feature.names) if isinstance(feature, ClassLabel) else []
-    if len(own) == len(names) and not set(own) & set(names):
-        own = list(names)  # the classes were given other names
-    ids = {name: i for i, name in enumerate(names)}
-    return partial(_id, own=own, ids=ids, places=places, column=column)
-
-
-def _id(raw: Any, own: list[str], ids: dict[str, int], places: int, column: str) -> int:
-    if isinstance(raw, int) and 0 <= raw < len(own):
-        raw = own[raw]
-    value = _value(raw, column)
-    if str(value) in ids:
-        return ids[str(value)]
-    if isinstance(value, int) and 0 <= value < places:
-        return value
-    hint = nearest(str(value), ids)
-    raise Unusable(
-        f"has the label {value!r} in column {column!r}, which the training rows do not "
-        f"have{hint or '; they have ' + listing(ids)}"
-    )
-
-
-def _value(value: Any, column: str) -> int | str:
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        raise Unusable(f"has no label in column {column!r}")
-    if isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float):
-        if not value.is_integer():
-            raise Unusable(
-                f"has the label {value} in column {column!r}; classes must be names or whole numbers. "
-                "Numbers to predict are a task of their own: --task regression"
-            )
-        return int(value)
-    if isinstance(value, (int, str)):
-        return value
-    raise Unusable(
-        f"has a {type(value).__name__} in column {column!r} as its label; expected one name or whole number"
-        + (". Several labels a row are --task multi-label-classification" if isinstance(value, list) else "")
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from datasets import Dataset
 
@@ -83,14 +84,17 @@ def load(data: DataConfig, rows: Rows | None = None, *, tagged: bool = False) ->
             found[split] = _split(source, split, name, skip=data.skip_bad)
     if "validation" not in found and data.validation_fraction:
         if len(train.rows) < 2:
-            raise FileError(f"{name} has {len(train.rows)} row, too few to set some aside; give --data.validation")
+            raise FileError(
+                f"{name} has {len(train.rows)} row, too few to set some aside; give --data.validation"
+            )
         # The places are divided, not the rows, so that an error can tell which row of the file it means.
         places = Dataset.from_dict({"place": range(len(train.rows))})
         try:
             drawn = places.train_test_split(test_size=data.validation_fraction, seed=data.split_seed)
         except ValueError as error:
             raise ConfigError(
-                f"data.validation_fraction is {data.validation_fraction}, of {len(train.rows):,} rows in {name}, "
+                f"data.validation_fraction is {data.validation_fraction}, of {len(train.rows):,} rows in "
+                f"{name}, "
                 "which leaves none to learn from; take a smaller one, or give --data.validation"
             ) from error
         kept, aside = (list(drawn[part]["place"]) for part in ("train", "test"))
@@ -104,7 +108,7 @@ def load(data: DataConfig, rows: Rows | None = None, *, tagged: bool = False) ->
     )
 
 
-def load_test(source: str | Rows, data: DataConfig | None = None, *, tagged: bool = False) -> Used:
+def load_test(source: str | Path | Rows, data: DataConfig | None = None, *, tagged: bool = False) -> Used:
     """Read the rows to evaluate on: the test split of `source` if it has splits, else all of it.
 
     Args:
@@ -113,6 +117,7 @@ def load_test(source: str | Rows, data: DataConfig | None = None, *, tagged: boo
         tagged: as in `load`.
     """
     data = data or DataConfig()
+    source = str(source) if isinstance(source, Path) else source
     form = Form(data.encoding, data.columns, tagged)
     found = find(source, data.subset, form) if isinstance(source, str) else in_memory(source)
     split = "test" if set(SPLITS["test"]) & set(found) else "train"
@@ -183,6 +188,6 @@ def _split(source: Mapping[str, Found], split: str, where: str, *, skip: bool) -
 
     def whole(rows: Dataset) -> None:
         if found.broken and len(rows) == len(found.rows):
-            raise RowError(list(found.broken), "the rows", found.broken)
+            raise RowError(list(found.broken), "the rows", next(iter(found.broken.values())))
 
     return use(used, whole, skip=skip)[1]

@@ -29,7 +29,8 @@ def document_rows(folder: Path, encoding: str | None) -> Dataset:
     classes = sorted(each.name for each in folder.iterdir() if each.is_dir() and any(each.glob("*.txt")))
     if files and classes:
         raise FileError(
-            f"{folder} has text files ({files[0].name}) beside folders of them ({classes[0]}); give one or the other"
+            f"{folder} has text files ({files[0].name}) beside folders of them ({classes[0]}); give one "
+            "or the other"
         )
     if files:
         return Dataset.from_dict({"text": [_text(file, encoding) for file in files]})

@@ -18,6 +18,11 @@ def holds_images(folder: Path) -> bool:
     return any(file.suffix.lower() in _SUFFIXES for file in folder.rglob("*"))
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The images in a folder and those below it, in the order of their paths."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
+
+
 def image_rows(folder: Path, read: Callable[[Path], Dataset]) -> Dataset:
     """Rows of an ``image`` and its ``label``, or whatever ``metadata.csv`` or ``.jsonl`` says of each image.
 
@@ -44,11 +49,6 @@ def image_rows(folder: Path, read: Callable[[Path], Dataset]) -> Dataset:
             f"the images in {folder} have no labels: put them into a folder for each class, or list them in "
             "metadata.csv, with the columns file_name and label"
         )
-    found = [
-        (str(file), number)
-        for number, name in enumerate(classes)
-        for file in sorted((folder / name).rglob("*"))
-        if file.suffix.lower() in _SUFFIXES
-    ]
+    found = [(str(file), number) for number, name in enumerate(classes) for file in images_in(folder / name)]
     columns = {"image": [path for path, _ in found], "label": [number for _, number in found]}
     return Dataset.from_dict(columns, Features({"image": Image(), "label": ClassLabel(names=classes)}))

@@ -111,6 +111,7 @@ def _python(value: Any) -> Any:
 
 def _refused(kind: str) -> ConfigError:
     return ConfigError(
-        "rows in Python must be a datasets.Dataset, a DatasetDict, a DataFrame, a list of dictionaries, a dictionary "
+        "rows in Python must be a datasets.Dataset, a DatasetDict, a DataFrame, a list of dictionaries, a "
+        "dictionary "
         f"of lists, or a mapping of splits to any of them, not {kind}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,13 +11,13 @@ import transformers
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorica.errors import ConfigError
+from lorica.errors import ConfigError, listing
 from lorica.train import data as sources
 from lorica.train import presets, tasks
 from lorica.train.arguments import check_device
 from lorica.train.quantization import quantized_loading
 from lorica.train.quiet import quiet
-from lorica.train.recipe import Recipe
+from lorica.train.recipe import DataConfig, Recipe
 from lorica.train.record import fingerprint
 from lorica.train.rows import Used, use
 from lorica.train.tasks import Encoded, Task
@@ -35,6 +36,7 @@ class Prepared:
         data: split → ``rows`` and ``sha256`` of the rows as they came (see `fingerprint`); ``skipped``, how
             many more could not be used, and ``first_skipped``, what was wrong with the first of these.
         unlabelled: source of test rows that are left out because they have no labels, or None.
+        notes: what a user should know of how the rows were read; whole lines.
     """
 
     recipe: Recipe
@@ -44,6 +46,7 @@ class Prepared:
     splits: dict[str, Encoded]
     data: dict[str, dict[str, Any]]
     unlabelled: str | None = None
+    notes: Sequence[str] = ()
 
     def features(self, split: str) -> Dataset | None:
         """Encoded rows of a split, or None."""
@@ -59,6 +62,7 @@ class Encoding(NamedTuple):
     splits: dict[str, Encoded]
     data: dict[str, dict[str, Any]]
     unlabelled: str | None = None
+    notes: Sequence[str] = ()
 
 
 def prepare(recipe: Recipe, rows: sources.Rows | None = None) -> Prepared:
@@ -75,13 +79,14 @@ def prepare(recipe: Recipe, rows: sources.Rows | None = None) -> Prepared:
     """
     read = encode(recipe, rows)
     model = load_model(read.recipe, read)
-    return Prepared(read.recipe, read.task, read.tokenizer, model, read.splits, read.data, read.unlabelled)
+    return Prepared(model=model, **read._asdict())
 
 
 def encode(recipe: Recipe, rows: sources.Rows | None = None) -> Encoding:
     """Read and encode the rows; `prepare` without the model."""
     recipe, task, used, unlabelled = _read(recipe, rows)
     encoded, data = {}, {}
+    notes: list[str] = []
     with quiet():
         tokenizer = task.tokenizer(recipe.model)
         for name, own in used.items():
@@ -89,7 +94,24 @@ def encode(recipe: Recipe, rows: sources.Rows | None = None) -> Encoding:
             data[name] = {**fingerprint(own.rows), "skipped": own.skipped}
             if own.first is not None:
                 data[name]["first_skipped"] = own.first
-    return Encoding(recipe, task, tokenizer, encoded, data, unlabelled)
+            notes += notes_on(task, recipe.data, own, training=name == "train")
+    return Encoding(recipe, task, tokenizer, encoded, data, unlabelled, list(dict.fromkeys(notes)))
+
+
+def notes_on(task: Task, data: DataConfig, used: Used, *, training: bool = False) -> list[str]:
+    """What a user should know of how some rows were read; whole lines.
+
+    Args:
+        task: what reads them.
+        data: their columns, resolved.
+        used: the rows.
+        training: tell which of their columns are not read, too.
+    """
+    read = {*task.columns(data), *(data.labels or [])}
+    idle = [name for name in used.rows.column_names if name not in read] if training else []
+    told = [*used.origin.notes, *task.notes(used.rows, data)]
+    told += [f"not read are the columns {listing(idle)}"] if idle else []
+    return [f"{used.origin.source}: {note}" for note in told]
 
 
 def load_model(recipe: Recipe, read: Encoding) -> PreTrainedModel:
@@ -130,7 +152,7 @@ def _read(recipe: Recipe, rows: sources.Rows | None) -> tuple[Recipe, Task, dict
         recipe = recipe.replace(data={"train": sources.IN_PYTHON})
     task = tasks.get(recipe.task)
     check_device(recipe.training)
-    splits = sources.load(recipe.data, rows)
+    splits = sources.load(recipe.data, rows, tagged=task.tagged)
     train = splits.used()["train"]
 
     def resolve(rows: Dataset) -> Any:

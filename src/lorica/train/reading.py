@@ -61,7 +61,9 @@ def find(source: str, subset: str | None = None, form: Form | None = None) -> di
         found = _read(source, path, subset, split, form or Form())
     if split is None:
         if len(found) > 1 and path.is_file() and not _KNOWN & set(found):
-            raise FileError(f"{source} holds {listing(found)}; name one of them: {source}#{next(iter(found))}")
+            raise FileError(
+                f"{source} holds {listing(found)}; name one of them: {source}#{next(iter(found))}"
+            )
         return found
     if split not in found:
         raise FileError(f"{source} has no {split} split; it has: {listing(found)}")
@@ -120,7 +122,9 @@ def _files(folder: Path, wanted: str | None = None) -> dict[str, Path]:
         if kind is None or (kind == "text" and name not in _KNOWN and name != wanted):
             continue
         if name in found and name != "metadata":
-            raise FileError(f"the folder {folder} has {found[name].name} and {file.name}; name the one to read")
+            raise FileError(
+                f"the folder {folder} has {found[name].name} and {file.name}; name the one to read"
+            )
         found[name] = file
     return found
 
@@ -150,7 +154,8 @@ def _folder(path: Path, wanted: str | None, form: Form) -> dict[str, Found]:
     if not named:
         there = ", ".join(file.name for file in files.values()) or "no file of rows"
         raise FileError(
-            f"the folder {path} must hold train.csv, .tsv, .json, .jsonl, .txt, .xlsx, .parquet or .arrow (or "
+            f"the folder {path} must hold train.csv, .tsv, .json, .jsonl, .txt, .xlsx, .parquet or .arrow "
+            "(or "
             f".gz), or images; it has {there}"
         )
     return {name: _only(_file(file, form), file) for name, file in named.items()}

@@ -33,22 +33,24 @@ class DataConfig:
         preset: name of a data set that lorica knows, such as "glue/rte": its task, place, columns, labels and
             metric take the place of what is left at its default here.
         train: training rows: a csv, tsv, json, jsonl, txt, conll (each also .gz, .zst, .bz2, .xz or .zip),
-            xlsx, parquet or arrow file; a folder of such files named after their splits, of images or texts in
-            folders named after their classes, of images listed in metadata.csv, or one that datasets saved; a
-            data set's name on the Hugging Face Hub; or "docstrings", the data set made from Python's own
-            docstrings. ``#NAME`` after it takes its split, or a workbook's sheet, of that name.
+            xlsx, parquet or arrow file; a folder of such files named after their splits, of images or texts
+            in folders named after their classes, of images listed in metadata.csv, or one that datasets
+            saved; a data set's name on the Hugging Face Hub; or "docstrings", the data set made from
+            Python's own docstrings. ``#NAME`` after it takes its split, or a workbook's sheet, of that name.
         validation: validation rows, in any of these forms. None takes the split of that name from `train`, or
             a part of its rows.
         test: test rows, in any of these forms. None takes the split of that name from `train`, if it has one.
         subset: configuration of a Hub data set that has several, such as "sst2" of "nyu-mll/glue".
-        encoding: encoding of text files, such as "cp1251". None takes that of their byte-order mark, else UTF-8,
-            else cp1252, which is then said.
+        encoding: encoding of text files, such as "cp1251". None takes that of their byte-order mark, else
+            UTF-8, else cp1252, which is then said.
         columns: names of the columns of csv, tsv and xlsx files that do not begin with them. None takes their
             first line.
         text: column of the input: the text, the prompt, the messages, the list of words, an image or its
             path. None looks for the usual names.
-        text_pair: column of the second text, where a row is a pair. None looks for the usual names when
-            `text` is None too.
+        text_pair: column of the second text, where a row is a pair; of the second part of a prompt, such as
+            Alpaca's ``input``. None looks for the usual names when `text` is None too.
+        system: column of what comes before a prompt or a conversation, as its system message. None looks for
+            the usual names.
         label: column of what is to be learned: the class, the number, the completion, the text to write, the
             list of classes. None looks for the usual names.
         references: column of lists of texts, each of which would be right: where rows have it, it takes the
@@ -78,6 +80,7 @@ class DataConfig:
     columns: list[str] | None = None
     text: str | None = None
     text_pair: str | None = None
+    system: str | None = None
     label: str | None = None
     references: str = "references"
     separator: str = "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -53,28 +53,24 @@ class RowError(FileError):
     Args:
         rows: their places among the rows that were looked at, from 0.
         where: what to call these rows, such as "the training rows".
-        problem: what is wrong with the first of them, such as "has no label in column 'label'"; or with each.
+        problem: what is wrong with the first of them, such as "has no label in column 'label'".
         origin: where the rows came from, if that is known: the message then tells the first one's number, and
             its line, there.
     """
 
-    def __init__(
-        self, rows: Sequence[int], where: str, problem: str | Mapping[int, str], origin: Origin | None = None
-    ) -> None:
+    def __init__(self, rows: Sequence[int], where: str, problem: str, origin: Origin | None = None) -> None:
         """Say which row it is, and how many more there are."""
-        self.rows, self.where, self._problems = tuple(rows), where, problem
-        # The first is that of the source, in whatever order its rows were drawn.
-        first = rows[0] if origin is None else min(rows, key=origin.number)
-        self.problem = problem if isinstance(problem, str) else problem[first]
-        line = None if origin is None else origin.line(first)
-        more = [] if line is None else [f"line {line:,}"]
-        more += [f"and so have {len(rows) - 1:,} more"] if len(rows) > 1 else []
-        number = first + 1 if origin is None else origin.number(first)
-        super().__init__(f"row {number} of {where} {self.problem}" + (f" ({'; '.join(more)})" if more else ""))
+        self.rows, self.where, self.problem = tuple(rows), where, problem
+        number, line = (
+            (rows[0] + 1, None) if origin is None else (origin.number(rows[0]), origin.line(rows[0]))
+        )
+        at = "" if line is None else f" (line {line:,})"
+        more = f" (and so have {len(rows) - 1:,} more)" if len(rows) > 1 else ""
+        super().__init__(f"row {number} of {where} {problem}{at}{more}")
 
     def found_in(self, origin: Origin) -> RowError:
         """The same error, with the file's name and the row's number in it."""
-        return RowError(self.rows, origin.source, self._problems, origin)
+        return RowError(self.rows, origin.source, self.problem, origin)
 
 
 class Unusable(ValueError):
@@ -100,7 +96,7 @@ def read_each(values: Iterable[Any], read: Callable[[Any], T], where: str) -> li
         except Unusable as problem:
             bad[row] = str(problem)
     if bad:
-        raise RowError(list(bad), where, bad)
+        raise RowError(list(bad), where, next(iter(bad.values())))
     return found
 
 

@@ -89,8 +89,9 @@ def train(
 
     Args:
         recipe: the run.
-        rows: rows in memory, in place of those that `recipe.data.train` names: a `datasets.Dataset`, or a
-            `DatasetDict`, whose validation and test rows are then taken too.
+        rows: rows in memory, in place of those that `recipe.data.train` names: a `datasets.Dataset`, a
+            DataFrame, a list of dictionaries or a dictionary of lists; or several by the names of their
+            splits, as in a `DatasetDict`, whose validation and test rows are then taken too.
         resume: go on from the newest complete checkpoint in the output folder, or start if there is none.
         overwrite: start anew in a folder that holds a run.
         console: where to show progress. None makes one.

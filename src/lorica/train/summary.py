@@ -30,6 +30,7 @@ def lines(prepared: Prepared) -> Iterator[str]:
     yield f"{prepared.recipe.model}: {columns}{target}; {rows} rows"
     if prepared.unlabelled is not None:
         yield f"{prepared.unlabelled} has no labels, and is not scored"
+    yield from prepared.notes
     yield from prepared.task.remarks(data)
     for split, facts in prepared.data.items():
         if facts["skipped"]:

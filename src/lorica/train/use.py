@@ -23,9 +23,12 @@ from lorica.train.console import make_console
 from lorica.train.data import Rows
 from lorica.train.files import writable_file
 from lorica.train.fitting import score
+from lorica.train.formats.text import read_lines
 from lorica.train.generation import GenerationConfig
 from lorica.train.generation.scoring import Writer, written_scores
-from lorica.train.preparing import encode_split
+from lorica.train.images import holds_images, images_in
+from lorica.train.in_memory import Table, as_found
+from lorica.train.preparing import encode_split, notes_on
 from lorica.train.quantization import quantized_loading
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
@@ -33,6 +36,9 @@ from lorica.train.run import RECIPE
 from lorica.train.tasks import LanguageTask, Task
 from lorica.train.tasks.base import own_loss
 from lorica.train.trainer import Trainer
+
+Asked = Sequence[str] | str | Path | Table
+"""What is to be predicted: texts, a file's or a folder's path, or a table of rows."""
 
 
 @dataclass(frozen=True)
@@ -136,14 +142,19 @@ def evaluate(
     trained = open_run(directory, trust_task=trust_task)
     recipe = trained.recipe
     if test is not None:
-        used = sources.laid_out(sources.load_test(test, recipe.data.subset), recipe.data)
+        tagged = trained.task.tagged
+        used = sources.laid_out(sources.load_test(test, recipe.data, tagged=tagged), recipe.data)
     else:
-        found = sources.labelled(sources.load(recipe.data), recipe.data).used()
+        loaded = sources.load(recipe.data, tagged=trained.task.tagged)
+        found = sources.labelled(loaded, recipe.data).used()
         if "test" not in found:
             raise FileError("the recipe has no test rows with labels; name some with --data.test")
         used = sources.part(found["test"], "test", recipe.data)
     with quiet():
-        encoded, _ = encode_split(recipe, trained.task, trained.tokenizer, used)
+        encoded, used = encode_split(recipe, trained.task, trained.tokenizer, used)
+    _tell(notes_on(trained.task, recipe.data, used))
+    if used.skipped:
+        _tell([f"{used.skipped:,} rows are left out, the first of them because {used.first}"])
     recipe = recipe if generation is None else recipe.replace(generation=generation)
     with quiet():
         scores = written_scores(
@@ -155,7 +166,7 @@ def evaluate(
 
 def predict(
     directory: str | Path,
-    texts: Sequence[str] | str | Path | Dataset,
+    texts: Asked,
     *,
     generation: GenerationConfig | None = None,
     trust_task: bool = False,
@@ -164,8 +175,9 @@ def predict(
 
     Args:
         directory: the folder that `train` filled.
-        texts: texts; or rows in memory, or a file of them in any form that `DataConfig.train` takes; a
-            ``.txt`` file holds one text a line.
+        texts: texts; or rows in memory, in any form that `train` takes; or a file or a folder of them in any
+            form that `DataConfig.train` takes. A ``.txt`` file holds one text a line; a folder of images
+            needs no classes.
         generation: how a language model writes. None takes its recipe's.
         trust_task: as in `open_run`.
 
@@ -179,24 +191,8 @@ def predict(
     """
     trained = open_run(directory, trust_task=trust_task)
     recipe, task = trained.recipe, trained.task
-    where = "the rows"
-    if isinstance(texts, Dataset):
-        rows = texts
-    elif isinstance(texts, (str, Path)):
-        path, where = Path(texts), str(texts)
-        if path.suffix == ".txt":
-            rows = task.rows(_lines(path), recipe.data)
-        else:
-            rows = next(iter(sources.read(str(path)).values()))
-    else:
-        rows = task.rows(texts, recipe.data)
+    rows, where = _asked(trained, texts)
     rows = presets.lay_out(rows, recipe.data.preset)
-    if not len(rows):
-        raise FileError(
-            f"{texts} holds no rows to predict"
-            if isinstance(texts, (str, Path))
-            else "there is no text to predict"
-        )
     with quiet():
         if isinstance(task, LanguageTask):
             prompts = task.prompts(rows, recipe.data, trained.tokenizer, where)
@@ -209,11 +205,51 @@ def predict(
             features = encoded.features
             with scoring(trained) as trainer:
                 outputs = trainer.predict(features).predictions  # type: ignore[arg-type]
-    # An image has no form in JSON; its path has.
-    columns = [name for name in task.inputs(recipe.data) if not isinstance(rows.features[name], Image)]
-    given = rows.select_columns(columns).to_list() if columns else [{}] * len(rows)
+    columns = [name for name in task.inputs(recipe.data) if name in rows.column_names]
+    given = [{name: _shown(row[name]) for name in columns} for row in _undecoded(rows)]
     answers = task.read(outputs, features, recipe.data)
     return [{**row, **said} for row, said in zip(given, answers, strict=True)]
+
+
+def _asked(trained: Trained, texts: Asked) -> tuple[Dataset, str]:
+    """The rows to predict, and what to call them."""
+    recipe, task = trained.recipe, trained.task
+    if not isinstance(texts, (str, Path)):
+        if isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts):
+            if not texts:
+                raise FileError("there is no text to predict")
+            return task.rows(texts, recipe.data), "the rows"
+        return as_found(texts).rows, "the rows"
+    path = Path(texts)
+    if path.is_dir() and task.reads_files and holds_images(path):
+        return task.rows([str(file) for file in images_in(path)], recipe.data), str(texts)
+    if path.suffix == ".txt" and path.is_file():
+        # A line is a text, also of words whose classes are to be told.
+        if not (lines := read_lines(path, recipe.data.encoding)):
+            raise FileError(f"{texts} holds no rows to predict")
+        return task.rows(lines, recipe.data), str(texts)
+    used = sources.load_test(str(texts), recipe.data, tagged=task.tagged)
+    _tell([f"{used.origin.source}: {note}" for note in used.origin.notes])
+    return used.rows, used.origin.source
+
+
+def _tell(notes: Sequence[str]) -> None:
+    """Print what a user should know of how rows were read, where it is not taken for results."""
+    console = make_console(stderr=True)
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    for name, feature in rows.features.items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+    return rows
+
+
+def _shown(value: Any) -> Any:
+    """A value as JSON has it: of an image, its path."""
+    return value.get("path") if isinstance(value, dict) and set(value) == {"bytes", "path"} else value
 
 
 class scoring:
@@ -246,10 +282,3 @@ class scoring:
 
     def __exit__(self, *error: object) -> None:
         self._folder.cleanup()
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"cannot read {path}: {error}") from error

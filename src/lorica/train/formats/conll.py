@@ -1,9 +1,9 @@
 """CoNLL's files: a word and its classes a line, a blank line between sentences.
 
-    EU NNP B-NP B-ORG          words, parts of speech, phrases and names (2003)
-    rejects VBZ B-VP O
+EU NNP B-NP B-ORG          words, parts of speech, phrases and names (2003)
+rejects VBZ B-VP O
 
-    1<tab>The<tab>the<tab>DET...      CoNLL-U: ten columns, and comments that begin with #
+1<tab>The<tab>the<tab>DET...      CoNLL-U: ten columns, and comments that begin with #
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def read_conll(text: str, path: Path) -> Found:
         width = width or len(cells)
         if len(cells) != width or width < 2:
             raise FileError(
-                f"cannot read {path} as CoNLL: line {number} has {len(cells)} columns, where {max(width, 2)} are due, a "
+                f"cannot read {path} as CoNLL: line {number} has {len(cells)} columns, where "
+                f"{max(width, 2)} are due, a "
                 f"word and its classes: {line!r:.60}"
             )
         if width == len(_UNIVERSAL) and not cells[0].isdecimal():

@@ -3,18 +3,19 @@
 Whether quotes are characters of the texts or wrap cells is told by the whole file:
 
     He said "hi"<tab>0             a quote within a cell: quotes are characters (GLUE's files)
-    "He said ""hi"" to me"<tab>0   each cell with a quote is wrapped, those within doubled: they wrap (RFC 4180)
+    "He said ""hi"" to me"<tab>0   each cell with a quote is wrapped, others doubled: quotes wrap (RFC 4180)
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from lorica.errors import FileError, listing
@@ -110,7 +111,8 @@ def as_table(found: Sequence[Row], path: Path, form: Form, notes: Sequence[str])
 
 def _uneven(cells: int, names: Sequence[str]) -> str:
     return (
-        f"has {cells} cell{'s' * (cells != 1)}, where there are {len(names)} columns: {listing(names, limit=6)}; "
+        f"has {cells} cell{'s' * (cells != 1)}, where there are {len(names)} columns: "
+        f"{listing(names, limit=6)}; "
         "a text with a delimiter or a line break in it is written in quotes"
     )
 
@@ -154,7 +156,8 @@ def _quoted(text: str, delimiter: str, path: Path) -> list[Row]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise FileError(
-            f"cannot read {path} as csv: the row that begins in line {line} has a quote that does not wrap a whole "
+            f"cannot read {path} as csv: the row that begins in line {line} has a quote that does not "
+            "wrap a whole "
             f"cell ({error}). A quote within a cell is written twice, and the cell wrapped in quotes"
         ) from error
     finally:
@@ -164,7 +167,9 @@ def _quoted(text: str, delimiter: str, path: Path) -> list[Row]:
 
 def _literal(text: str, delimiter: str, notes: list[str]) -> list[Row] | None:
     """Rows in which quotes are characters, or None where they wrap cells."""
-    rows = [Row(line, cells.split(delimiter)) for line, cells in enumerate(lines_of(text), 1) if cells.strip()]
+    rows = [
+        Row(line, cells.split(delimiter)) for line, cells in enumerate(lines_of(text), 1) if cells.strip()
+    ]
     if '"' not in text:
         return rows
     quoted = [cell for cell in _cells(rows) if '"' in cell]
@@ -202,12 +207,13 @@ def _cells(rows: Sequence[Row]) -> Iterator[str]:
 def _long_cells(found: Found) -> tuple[str, ...]:
     """What to tell of rows that run over many lines."""
     lines = found.lines or ()
-    spans = [(after - line, line) for line, after in zip(lines, lines[1:], strict=False)]
+    spans = [(after - line, line) for line, after in itertools.pairwise(lines)]
     far = [(span, line) for span, line in spans if span > _LONG]
     if not far:
         return ()
     span, line = max(far)
     return (
-        f"{len(far):,} rows run over more than {_LONG} lines, the longest over {span:,} from line {line}: if that is "
+        f"{len(far):,} rows run over more than {_LONG} lines, the longest over {span:,} from line {line}: "
+        "if that is "
         "no long text, a quote there is not closed",
     )

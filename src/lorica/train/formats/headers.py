@@ -11,7 +11,18 @@ from lorica.train.formats.found import Form
 
 _KNOWN = {*TEXTS, *LABELS, *(name for pair in PAIRS for name in pair)} | {
     *("id", "idx", "index", "prompt", "completion", "response", "instruction", "input", "output", "answer"),
-    *("context", "answers", "messages", "conversations", "system", "source", "summary", "score", "tokens", "tags"),
+    *(
+        "context",
+        "answers",
+        "messages",
+        "conversations",
+        "system",
+        "source",
+        "summary",
+        "score",
+        "tokens",
+        "tags",
+    ),
     *("image", "file_name", "split", "date", "name"),
 }
 
@@ -44,8 +55,8 @@ def named(names: Sequence[str], path: Path) -> list[str]:
 def check_header(columns: Mapping[str, Sequence[str | None]], path: Path) -> None:
     """Refuse a first line that is a row.
 
-    It is one if a name of it stands among the values of its own column, which repeat, and no other name is one
-    that columns usually have; or if it is one column whose name is as long as a sentence.
+    It is one if a name of it stands among the values of its own column, which repeat, and no other name is
+    one that columns usually have; or if it is one column whose name is as long as a sentence.
 
     Raises:
         FileError: it is.

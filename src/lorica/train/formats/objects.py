@@ -70,7 +70,9 @@ def _whole(value: Any, path: Path) -> dict[str | None, Found]:
     if len(lists) == 1:
         (name, rows), *_ = lists.items()
         found = _rows(rows, path)
-        return {None: Found(found.rows, None, (f"its rows are those under {name!r}", *found.notes), found.broken)}
+        return {
+            None: Found(found.rows, None, (f"its rows are those under {name!r}", *found.notes), found.broken)
+        }
     if len(columns := _columns(value)) > 1:
         data, notes = table(columns, path)
         return {None: Found(data, None, ("each of its lists is a column", *notes))}
@@ -92,20 +94,26 @@ def _rows(values: list[Any], path: Path) -> Found:
 
 
 def _columns(value: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Columns as lists of as many values, or as pandas writes them, as objects of the same keys; else none."""
+    """Columns as lists of as many values, or as pandas writes them, objects of the same keys; else none."""
     parts = list(value.values())
     if all(isinstance(part, list) for part in parts) and len({len(part) for part in parts}) == 1:
         plain = all(not isinstance(item, (list, dict)) for part in parts for item in part)
         return {name: list(part) for name, part in value.items()} if plain and parts[0] else {}
-    if all(isinstance(part, dict) and part for part in parts) and len({tuple(part) for part in parts}) == 1:
-        if all(key.isdecimal() for key in parts[0]):
-            return {name: list(part.values()) for name, part in value.items()}
+    tables = (
+        all(isinstance(part, dict) and part for part in parts) and len({tuple(part) for part in parts}) == 1
+    )
+    if tables and all(key.isdecimal() for key in parts[0]):
+        return {name: list(part.values()) for name, part in value.items()}
     return {}
 
 
 def _holds_rows(value: dict[str, Any]) -> bool:
     """Whether an object that stands alone on the only line is more than one row."""
-    return is_squad(value) or any(map(_is_rows, value.values())) and "messages" not in value or bool(_columns(value))
+    return (
+        is_squad(value)
+        or (any(map(_is_rows, value.values())) and "messages" not in value)
+        or bool(_columns(value))
+    )
 
 
 def _is_rows(value: Any) -> bool:

@@ -60,7 +60,7 @@ def read_file(path: Path, form: Form) -> dict[str | None, Found]:
         raise FileError(f"cannot tell the format of {path} by its name; {_expected(path)}")
     if kind in _TABLES:
         return {None: Found(_stored(path, kind))}
-    raw = content(path)
+    raw = content(path, kind)
     if not raw.strip():
         raise FileError(f"{path} has no rows")
     if kind == "xlsx":

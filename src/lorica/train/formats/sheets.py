@@ -35,13 +35,17 @@ def read_sheets(raw: bytes, path: Path, form: Form) -> dict[str | None, Found]:
         raise FileError(f"{path} has no rows")
     alone = len(filled) == 1
     return {
-        None if alone else title: as_table(found, path, form, notes=[f"its sheet {title!r} is read"] * (len(rows) > 1))
+        None if alone else title: as_table(
+            found, path, form, notes=[f"its sheet {title!r} is read"] * (len(rows) > 1)
+        )
         for title, found in filled.items()
     }
 
 
 def _rows(sheet: Any) -> list[Row]:
-    found = [Row(number, [_shown(cell) for cell in cells]) for number, cells in enumerate(sheet.iter_rows(), 1)]
+    found = [
+        Row(number, [_shown(cell) for cell in cells]) for number, cells in enumerate(sheet.iter_rows(), 1)
+    ]
     width = max((place + 1 for row in found for place, cell in enumerate(row.cells) if cell), default=0)
     return [Row(row.line, row.cells[:width]) for row in found if any(row.cells)]
 

@@ -50,6 +50,7 @@ def squad_rows(articles: list[Any], path: Path) -> list[dict[str, Any]]:
                     )
             except (KeyError, TypeError, AttributeError) as error:
                 raise FileError(
-                    f"{path} is no file of SQuAD's: after question {len(rows)}, a paragraph or a question lacks {error}"
+                    f"{path} is no file of SQuAD's: after question {len(rows)}, a paragraph or a question "
+                    f"lacks {error}"
                 ) from error
     return rows

@@ -27,7 +27,7 @@ class Number(float):
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The columns of rows, in the order in which their names first occur; None where a row has no such name."""
+    """The columns of rows, in the order in which their names first occur; None where a row lacks one."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -36,7 +36,7 @@ def table(columns: Mapping[str, Sequence[Any]], path: object = "the rows") -> tu
     """Columns as a table.
 
     A column that mixes texts with numbers becomes one of texts, each number as it is written. One whose lists
-    or dictionaries are of unlike forms is kept as JSON.
+    or dictionaries are of unlike forms, or stand beside texts, is kept as JSON.
 
     Args:
         columns: name → a value for each row.
@@ -46,10 +46,10 @@ def table(columns: Mapping[str, Sequence[Any]], path: object = "the rows") -> tu
         The table, and what to tell of columns that were turned into another type.
 
     Raises:
-        FileError: a column mixes what cannot be one type.
+        FileError: a text holds what is no letter.
     """
     notes: list[str] = []
-    plain = {name: _plain(name, values, path, notes) for name, values in columns.items()}
+    plain = {name: _plain(name, values, notes) for name, values in columns.items()}
     try:
         return Dataset.from_dict(plain), tuple(notes)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError, OverflowError):
@@ -61,20 +61,18 @@ def table(columns: Mapping[str, Sequence[Any]], path: object = "the rows") -> tu
         ) from error
 
 
-def _plain(name: str, values: Sequence[Any], path: object, notes: list[str]) -> list[Any]:
+def _plain(name: str, values: Sequence[Any], notes: list[str]) -> list[Any]:
     kinds = {_kind(value) for value in values} - {None}
-    nested = {"list", "dictionary"} & kinds
-    if len(kinds) > 1 and nested and kinds != nested:
-        first = {_kind(value): row + 1 for row, value in reversed(list(enumerate(values)))}
-        told = ", ".join(f"a {kind} (row {first[kind]})" for kind in sorted(map(str, kinds)))
-        raise FileError(f"column {name!r} of {path} mixes {told}; give all rows the same")
     huge = "whole number" in kinds and any(
         type(value) is int and not -_LARGEST <= value < _LARGEST for value in values
     )
-    if huge or ("text" in kinds and len(kinds) > 1):
+    nested = {"list", "dictionary", "value"} & kinds
+    if huge or ("text" in kinds and len(kinds) > 1 and not nested):
         others = listing(f"{kind}s" for kind in sorted(map(str, kinds - {"text"})))
         if "text" in kinds:
-            notes.append(f"column {name!r} holds texts and {others}, which are taken as texts, as they are written")
+            notes.append(
+                f"column {name!r} holds texts and {others}, which are taken as texts, as they are written"
+            )
         return [value if value is None else _written(value) for value in values]
     if kinds <= {"number", "whole number"} and "number" in kinds:
         return [None if value is None else float(value) for value in values]

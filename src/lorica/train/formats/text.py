@@ -17,7 +17,7 @@ import pyarrow as pa
 from lorica.errors import ConfigError, FileError, listing
 
 FALLBACK = "cp1252"
-"""Encoding of a text file that is no UTF-8: that of Western Windows, of which latin-1's letters are a part."""
+"""Encoding of a text file that is no UTF-8: Western Windows', which has latin-1's letters."""
 
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
@@ -42,8 +42,12 @@ _OTHERS = (
 _LINE_END = re.compile(r"\r\n|\n|\r")
 
 
-def content(path: Path) -> bytes:
+def content(path: Path, kind: str = "text") -> bytes:
     """A file's bytes, unpacked where its name says that it is packed.
+
+    Args:
+        path: the file.
+        kind: what it is to be read as, for an error.
 
     Raises:
         FileError: it cannot be read or unpacked.
@@ -62,7 +66,7 @@ def content(path: Path) -> bytes:
         return _unzipped(raw, path) if packed == ".zip" else raw
     except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise FileError(f"cannot read {path}: {type(error).__name__}: {reason}") from error
+        raise FileError(f"cannot read {path} as {kind}: {type(error).__name__}: {reason}") from error
 
 
 def decoded(raw: bytes, path: Path, encoding: str | None) -> tuple[str, tuple[str, ...]]:
@@ -123,7 +127,8 @@ def _unzipped(raw: bytes, path: Path) -> bytes:
         names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
         if len(names) != 1:
             raise FileError(
-                f"{path} holds {len(names)} files ({listing(names, limit=5)}), where one of rows is due; unpack it "
+                f"{path} holds {len(names)} files ({listing(names, limit=5)}), where one of rows is due; "
+                "unpack it "
                 "and name the file or the folder"
             )
         return archive.read(names[0])
@@ -136,7 +141,9 @@ def _strictly(raw: bytes, path: Path, encoding: str) -> str:
         raise ConfigError(f"data.encoding is {encoding!r}, which Python has not; cp1251 is one") from error
     except UnicodeError as error:
         start = getattr(error, "start", 0)
-        raise FileError(f"cannot read {path} as {encoding}: {error.__class__.__name__} at byte {start}") from error
+        raise FileError(
+            f"cannot read {path} as {encoding}: {error.__class__.__name__} at byte {start}"
+        ) from error
 
 
 def _wide(raw: bytes) -> str | None:
@@ -164,7 +171,8 @@ def _by_fallback(raw: bytes, path: Path, error: UnicodeDecodeError) -> tuple[str
     except UnicodeDecodeError as other:
         raise FileError(
             f"cannot read {path} as text: it is neither UTF-8 (line {line}) nor {FALLBACK} (byte "
-            f"0x{raw[other.start]:02x}); name its encoding with --data.encoding, such as cp1251, shift_jis or gb18030"
+            f"0x{raw[other.start]:02x}); name its encoding with --data.encoding, such as cp1251, "
+            "shift_jis or gb18030"
         ) from other
     place = len(raw[: error.start].decode(FALLBACK))
     word = re.search(r"\S*$", text[max(place - 20, 0) : place])

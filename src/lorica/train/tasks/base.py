@@ -66,6 +66,7 @@ class Task(ABC):
             numbers a token as there are words, are better not kept: its evaluation is loss and perplexity.
         reads_files: whether what a row is read from may be the path of a file, such as an image's.
         writes: whether its answer is a text that the model writes; see `LanguageTask`.
+        tagged: whether a ``.txt`` file of rows holds words and their classes, and not texts.
     """
 
     name: ClassVar[str]
@@ -77,6 +78,7 @@ class Task(ABC):
     modules_to_save: ClassVar[tuple[str, ...]] = ()
     reads_files: ClassVar[bool] = False
     writes: ClassVar[bool] = False
+    tagged: ClassVar[bool] = False
 
     @abstractmethod
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
@@ -124,6 +126,20 @@ class Task(ABC):
     def remarks(self, data: DataConfig) -> Sequence[str]:
         """What a user should be told of a run before it starts, beyond its columns and rows; lines."""
         return ()
+
+    def columns(self, data: DataConfig) -> list[str]:
+        """Columns that are read of a row to learn from."""
+        named = [data.label, *((data.labels or []) if data.label is None else [])]
+        return [*self.inputs(data), *(name for name in named if name is not None), data.references]
+
+    def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
+        """What a user should be told of some rows, beyond the columns that are not read; lines.
+
+        Args:
+            rows: the rows of a split, as they came.
+            data: their columns and labels, resolved.
+        """
+        return []
 
     @abstractmethod
     def metrics(self, outcome: EvalPrediction, features: Dataset) -> dict[str, float]:

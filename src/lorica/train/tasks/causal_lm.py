@@ -9,8 +9,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lorica.errors import ConfigError, FileError
-from lorica.train.columns import check_texts, find_texts
+from lorica.errors import FileError
+from lorica.train.cells import structured
+from lorica.train.columns import by_lower_case, find_texts, needs_column
 from lorica.train.data import Splits
 from lorica.train.generation.scoring import APART, GROUP, PROMPT, REFERENCE
 from lorica.train.recipe import DataConfig
@@ -18,14 +19,10 @@ from lorica.train.rows import RowError, read_each
 from lorica.train.tasks.base import Encoded
 from lorica.train.tasks.conversations import conversation_pieces, conversation_prompt
 from lorica.train.tasks.language import LanguageTask, groups_of, references_of
+from lorica.train.tasks.messages import ASSISTANT, LEARNED, as_messages
+from lorica.train.tasks.prompts import CHATS as CHATS
+from lorica.train.tasks.prompts import add_parts, check_raw, find_prompt, prompts_of
 
-_PAIRS = (
-    ("prompt", "completion"),
-    ("context", "completion"),
-    ("instruction", "output"),
-    ("prompt", "response"),
-)
-CHATS = ("messages", "conversations", "conversation")
 _IGNORED = -100
 
 Piece = tuple[list[int], bool]
@@ -54,10 +51,11 @@ class CausalLanguageModelling(LanguageTask):
 
     - A column of texts (``data.text``): rows are joined, with an end-of-text token between, and cut into
       blocks of `max_length` tokens; every token is a target, and none is lost.
-    - A prompt (``data.text``) and its completion (``data.label``), or several (``data.references``): only the
+    - A prompt (``data.text``, maybe with ``data.system`` before it and ``data.text_pair`` after it, a line
+      break between) and its completion (``data.label``), or several (``data.references``): only the
       completion's tokens are targets (LoRA, equation 2). Between the two stands ``data.separator``.
-    - A column of messages (``data.text``), each with a ``role`` and ``content``: the tokenizer's chat
-      template lays them out, and only what the assistant says is a target.
+    - A column of messages (``data.text``), each with a ``role`` and ``content``, or with ``from`` and
+      ``value``: the tokenizer's chat template lays them out, and only what the assistant says is a target.
     """
 
     name = "causal-lm"
@@ -67,21 +65,17 @@ class CausalLanguageModelling(LanguageTask):
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
         """Find the columns."""
         rows = splits.train
-        self.check_columns(data)
-        if data.text is None and data.label is None:
-            columns = {name.lower(): name for name in rows.column_names}
-            for prompt, completion in _PAIRS:
-                if prompt in columns and completion in columns:
-                    return replace(data, text=columns[prompt], label=columns[completion])
-            for name in CHATS:
-                if name in columns:
-                    return replace(data, text=columns[name])
-        if data.text is None and data.label is not None:
-            raise ConfigError(
-                f"data.label is {data.label!r}, the completion; name the prompt too, with data.text"
-            )
-        text, _ = find_texts(rows, data.text, data.label)
-        return replace(data, text=text)
+        self.check_columns(rows, data)
+        if data.text is None:
+            if found := find_prompt(rows, data):
+                return found
+            columns = by_lower_case(rows)
+            chat = next((columns[name] for name in CHATS if name in columns), None)
+            if chat is None:
+                chat, _ = find_texts(rows, None, None)
+                check_raw(rows, chat)
+            data = replace(data, text=chat)
+        return add_parts(rows, data) if data.label or _holds_messages(rows, str(data.text)) else data
 
     def encode(
         self,
@@ -100,31 +94,36 @@ class CausalLanguageModelling(LanguageTask):
         """
         assert data.text is not None
         limit = min(max_length, tokenizer.model_max_length)
-        if data.label is not None:
-            check_texts(rows, [data.text], where)
+        if _holds_messages(rows, data.text):
+            messages = _conversations(rows, data, where, labelled=True)
+            laid_out = read_each(messages, partial(conversation_pieces, tokenizer), where)
+            found = [
+                Written(
+                    row, pieces, row, next(m["content"] for m in reversed(said) if m["role"] == ASSISTANT)
+                )
+                for row, (said, pieces) in enumerate(zip(messages, laid_out, strict=True))
+            ]
+        elif data.label is not None:
+            prompts = prompts_of(rows, data, where, filled=True)
             texts = references_of(rows, data, where)
             found = [
                 Written(row, self._completion(tokenizer, prompt, text, data.separator), group, text)
                 for row, (prompt, group) in enumerate(
-                    zip(rows[data.text], groups_of(rows, data), strict=True)
+                    zip(prompts, groups_of(rows, data, prompts), strict=True)
                 )
                 for text in texts[row]
             ]
-        elif _holds_messages(rows, data.text):
-            laid_out = read_each(rows[data.text], partial(conversation_pieces, tokenizer), where)
-            found = [
-                Written(
-                    row,
-                    pieces,
-                    row,
-                    next(m["content"] for m in reversed(messages) if m["role"] == "assistant"),
-                )
-                for row, (messages, pieces) in enumerate(zip(rows[data.text], laid_out, strict=True))
-            ]
         else:
-            check_texts(rows, [data.text], where)
-            return _blocks(tokenizer, list(rows[data.text]), limit, where)
+            texts = [text for text in prompts_of(rows, data, where) if text.strip()]
+            return replace(_blocks(tokenizer, texts, limit, where), rows=len(texts))
         return _rows(found, limit, where)
+
+    def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
+        """How many empty texts are left out, of raw text."""
+        if data.label is not None or _holds_messages(rows, str(data.text)):
+            return []
+        blank = sum(isinstance(text, str) and not text.strip() for text in rows[str(data.text)])
+        return [f"{blank:,} empty texts are left out"] if blank else []
 
     def prompts(
         self, rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str
@@ -132,10 +131,12 @@ class CausalLanguageModelling(LanguageTask):
         """The prompt and the separator; a conversation up to where the assistant speaks; or the text."""
         assert data.text is not None
         if _holds_messages(rows, data.text):
-            return read_each(rows[data.text], partial(conversation_prompt, tokenizer), where)
-        check_texts(rows, [data.text], where)
+            messages = _conversations(rows, data, where, labelled=False)
+            return read_each(messages, partial(conversation_prompt, tokenizer), where)
         apart = "" if data.label is None else data.separator.rstrip(" ")
-        return [_start(tokenizer) + _tokens(tokenizer, text + apart) for text in rows[data.text]]
+        return [
+            _start(tokenizer) + _tokens(tokenizer, text + apart) for text in prompts_of(rows, data, where)
+        ]
 
     @staticmethod
     def _completion(
@@ -216,7 +217,27 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _holds_messages(rows: Dataset, column: str) -> bool:
-    return column in rows.column_names and getattr(rows.features[column], "dtype", None) not in (
-        "string",
-        "large_string",
+    """Whether a column holds lists of messages, and not texts; in a csv file they are JSON."""
+    if column not in rows.column_names:
+        return False
+    if getattr(rows.features[column], "dtype", None) not in ("string", "large_string"):
+        return True
+    return column.lower() in CHATS and isinstance(structured(next(filter(None, rows[column]), None)), list)
+
+
+def _conversations(
+    rows: Dataset, data: DataConfig, where: str, *, labelled: bool
+) -> list[list[dict[str, Any]]]:
+    """Each row's messages; where the answer is in a column of its own, it alone is learned."""
+    systems = rows[data.system] if data.system in rows.column_names else [None] * len(rows)
+    messages = read_each(
+        zip(rows[str(data.text)], systems, strict=True), lambda row: as_messages(row[0], row[1]), where
     )
+    if data.label is None or not labelled:
+        return messages
+    needs_column(rows, data.label, where)
+    answers = read_each(rows[data.label], as_messages, where)
+    return [
+        [*({**message, LEARNED: 0} for message in said), *answer]
+        for said, answer in zip(messages, answers, strict=True)
+    ]

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorica.errors import ConfigError
 from lorica.train.rows import Unusable
+from lorica.train.tasks.messages import ASSISTANT, LEARNED, learned
 
 
 def conversation_pieces(tokenizer: PreTrainedTokenizerBase, messages: Any) -> list[tuple[list[int], bool]]:
@@ -15,35 +16,35 @@ def conversation_pieces(tokenizer: PreTrainedTokenizerBase, messages: Any) -> li
 
     Args:
         tokenizer: a tokenizer with a chat template.
-        messages: dictionaries of ``role`` and ``content``, in order.
+        messages: dictionaries of ``role`` and ``content``, in order, as `as_messages` makes them.
 
     Returns:
-        Stretches of tokens in order, each with whether the assistant says them.
+        Stretches of tokens in order, each with whether the assistant says them, and they are learned.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
-        Unusable: the messages are none, nobody answers as the assistant, or the template refuses them or
+        Unusable: nobody answers as the assistant, or the template refuses them or
             rewrites earlier turns of theirs.
     """
     _check_template(tokenizer)
-    _check(messages)
-    if not any(message["role"] == "assistant" for message in messages):
+    if not any(map(learned, messages)):
         raise Unusable("has no message of the role 'assistant', so there is nothing to learn")
     pieces: list[tuple[str, bool]] = []
     done = ""
+    said = [{key: value for key, value in message.items() if key != LEARNED} for message in messages]
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != ASSISTANT:
             continue
         # No template lays out a conversation of nothing.
-        before = _laid_out(tokenizer, messages[:i], add_generation_prompt=True) if i else ""
-        after = _laid_out(tokenizer, messages[: i + 1])
+        before = _laid_out(tokenizer, said[:i], add_generation_prompt=True) if i else ""
+        after = _laid_out(tokenizer, said[: i + 1])
         if not (before.startswith(done) and after.startswith(before)):
             raise Unusable(
                 f"is laid out otherwise with each message: the chat template of {tokenizer.name_or_path!r} "
                 "changes earlier turns when one is added, so which tokens are the assistant's cannot be "
                 "told; give one answer a row, as prompt and completion"
             )
-        pieces += [(before[len(done) :], False), (after[len(before) :], True)]
+        pieces += [(before[len(done) :], False), (after[len(before) :], learned(message))]
         done = after
     return [
         (list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), target)
@@ -56,16 +57,15 @@ def conversation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Any) -> li
 
     Args:
         tokenizer: a tokenizer with a chat template.
-        messages: dictionaries of ``role`` and ``content``, in order; an assistant's answer at the end is left
-            out.
+        messages: dictionaries of ``role`` and ``content``, in order, as `as_messages` makes them; an
+            assistant's answer at the end is left out.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
-        Unusable: there are no messages.
+        Unusable: there is nothing before the answer.
     """
     _check_template(tokenizer)
-    _check(messages)
-    said = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    said = messages[:-1] if messages[-1]["role"] == ASSISTANT else messages
     if not said:
         raise Unusable("has nothing that the assistant could answer")
     text = _laid_out(tokenizer, said, add_generation_prompt=True)
@@ -85,15 +85,3 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template to lay out messages; take an "
             "instruction-tuned model's, set its chat_template, or give prompts and completions instead"
         )
-
-
-def _check(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise Unusable("has no messages; expected a list of dictionaries of role and content")
-    for place, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        ):
-            raise Unusable(
-                f"has message {place + 1}, which must have a role and a content, both texts: {message!r:.60}"
-            )

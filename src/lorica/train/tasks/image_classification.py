@@ -17,6 +17,7 @@ from lorica.train import metrics
 from lorica.train.columns import find_column, find_label, label_ids, needs_column
 from lorica.train.data import Splits
 from lorica.train.embedded import resolve_model
+from lorica.train.labels import read_otherwise
 from lorica.train.recipe import DataConfig
 from lorica.train.rows import Unusable, read_each
 from lorica.train.tasks.base import Encoded, Task
@@ -66,6 +67,8 @@ class ImageClassification(Task):
         features = rows.select_columns([data.text]).rename_column(data.text, _COLUMN)
         features = features.cast_column(_COLUMN, Image())
 
+        paths = features.cast_column(_COLUMN, Image(decode=False))
+
         def look(row: int) -> None:
             try:
                 image = features[row][_COLUMN]
@@ -73,7 +76,9 @@ class ImageClassification(Task):
                     raise ValueError("there is none")
                 image.load()
             except Exception as error:  # each format's decoder raises its own kinds
-                problem = f"has an image in column {data.text!r} that cannot be read: {error}"
+                path = (paths[row][_COLUMN] or {}).get("path")
+                named = "" if path is None else f" ({path})"
+                problem = f"has an image in column {data.text!r} that cannot be read{named}: {error}"
                 raise Unusable(problem) from error
 
         read_each(range(len(features)), look, where)
@@ -82,6 +87,10 @@ class ImageClassification(Task):
         if labelled:
             features = features.add_column("labels", label_ids(rows, data.label, data.labels or [], where))  # type: ignore[call-arg]
         return Encoded(features, 0, 0)
+
+    def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
+        """Labels that are not written as the classes they are taken for."""
+        return read_otherwise(rows[str(data.label)], data.labels or [], str(data.label))
 
     def head(self, data: DataConfig) -> dict[str, Any]:
         """As many outputs as classes, with their names."""

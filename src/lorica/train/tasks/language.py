@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction
 
-from lorica.errors import ConfigError
-from lorica.train.columns import check_texts
+from lorica.errors import ConfigError, listing
+from lorica.train.cells import structured
+from lorica.train.columns import needs_column
 from lorica.train.recipe import DataConfig
 from lorica.train.rows import Unusable, read_each
 from lorica.train.tasks.base import Task, padded_right
+from lorica.train.tasks.prompts import filled_text, prompt_columns
 
 
 class LanguageTask(Task):
@@ -54,16 +57,31 @@ class LanguageTask(Task):
         """A row for each text."""
         return Dataset.from_dict({data.text: list(texts)})
 
-    def check_columns(self, data: DataConfig) -> None:
-        """Refuse what belongs to other tasks.
+    def inputs(self, data: DataConfig) -> list[str]:
+        """Columns that the prompt is made of."""
+        return prompt_columns(data)
+
+    def check_columns(self, rows: Dataset, data: DataConfig) -> None:
+        """Refuse what belongs to other tasks, and named columns that are not there.
 
         Raises:
-            ConfigError: there are classes or pairs.
+            ConfigError: there are classes, or no such column.
         """
-        if data.labels or data.text_pair:
+        if data.labels:
             raise ConfigError(
-                f"{self.name} has neither classes nor pairs; leave out data.labels and data.text_pair"
+                f"{self.name} has neither classes nor pairs; leave out data.labels. data.text_pair is the "
+                "second "
+                "part of a prompt"
             )
+        if data.text is None and (data.label or data.text_pair):
+            given = {"data.label": data.label, "data.text_pair": data.text_pair}
+            told = listing(f"{name} is {value!r}" for name, value in given.items() if value)
+            raise ConfigError(f"{told}; name the prompt too, with data.text")
+        named = [data.system, data.text, data.text_pair]
+        named += [] if data.references in rows.column_names else [data.label]
+        for name in named:
+            if name is not None:
+                needs_column(rows, name, "the training rows")
 
 
 def references_of(rows: Dataset, data: DataConfig, where: str) -> list[list[str]]:
@@ -71,29 +89,29 @@ def references_of(rows: Dataset, data: DataConfig, where: str) -> list[list[str]
 
     Raises:
         ConfigError: there is neither the column of texts nor that of lists of them.
-        RowError: rows have no text.
+        RowError: rows have no text, or an empty one.
     """
     assert data.label is not None
+    column = str(data.label)
     if data.references not in rows.column_names:
-        check_texts(rows, [data.label], where)
-        return [[text] for text in rows[data.label]]
-    single = rows[data.label] if data.label in rows.column_names else [None] * len(rows)
+        needs_column(rows, column, where)
+        return [[text] for text in read_each(rows[column], partial(filled_text, column=column), where)]
+    single = rows[column] if column in rows.column_names else [None] * len(rows)
 
     def read(value: tuple[Any, Any]) -> list[str]:
-        texts, text = value
+        texts, text = structured(value[0]), value[1]
         # Public sets leave the list of a training row empty, and give the one text beside it.
         right = list(texts) if isinstance(texts, list) and texts else [text]
         if not all(isinstance(each, str) for each in right):
             raise Unusable(f"has {right!r:.60} in column {data.references!r}, where texts are due")
-        return right
+        return [filled_text(each, data.references) for each in right]
 
     return read_each(zip(rows[data.references], single, strict=True), read, where)
 
 
-def groups_of(rows: Dataset, data: DataConfig) -> list[int]:
-    """Which rows ask the same: rows of one text each are one question if they read the same."""
+def groups_of(rows: Dataset, data: DataConfig, prompts: Sequence[str]) -> list[int]:
+    """Which rows ask the same: rows of one text each are one question if their prompts read the same."""
     if data.references in rows.column_names:
         return list(range(len(rows)))
     first: dict[str, int] = {}
-    assert data.text is not None
-    return [first.setdefault(str(value), row) for row, value in enumerate(rows[data.text])]
+    return [first.setdefault(prompt, row) for row, prompt in enumerate(prompts)]

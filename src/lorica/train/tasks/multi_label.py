@@ -11,8 +11,10 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError, listing
 from lorica.train import metrics
+from lorica.train.cells import structured
 from lorica.train.columns import find_label, find_texts, label_list_ids, label_list_names, numbers
 from lorica.train.data import Splits
+from lorica.train.labels import read_otherwise
 from lorica.train.recipe import DataConfig
 from lorica.train.rows import RowError
 from lorica.train.tasks.texts import TextTask, logits_of, named_outputs
@@ -56,6 +58,13 @@ class MultiLabelClassification(TextTask):
         for row, ids in enumerate(label_list_ids(rows, data.label, names, where)):
             result[row, ids] = 1
         return result.tolist()
+
+    def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
+        """Labels that are not written as the classes they are taken for."""
+        if data.label is None:
+            return []
+        values = (item for items in rows[data.label] for item in structured(items) or [])
+        return read_otherwise(values, data.labels or [], data.label)
 
     def head(self, data: DataConfig) -> dict[str, Any]:
         """As many outputs as classes, each with a binary cross-entropy of its own."""

@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError
 from lorica.train import metrics
+from lorica.train.cells import structured
 from lorica.train.columns import check_texts, find_label, find_texts, needs_column
 from lorica.train.data import Splits
 from lorica.train.recipe import DataConfig
@@ -101,7 +102,8 @@ class QuestionAnswering(Task):
                 f"{self.name} needs a fast one (tokenizer.json)"
             )
         columns = self.inputs(data)
-        check_texts(rows, columns, where)
+        check_texts(rows, columns[:1], where, filled=labelled)
+        check_texts(rows, columns[1:], where)
         answers = _answers(rows, data, where) if labelled else None
         limit = min(max_length, tokenizer.model_max_length)
         stride = _stride(data, limit)
@@ -226,7 +228,7 @@ def _answers(rows: Dataset, data: DataConfig, where: str) -> list[list[Answer]]:
     check_texts(rows, [context], where)
 
     def read(row: tuple[Any, str]) -> list[Answer]:
-        value, text = row
+        value, text = structured(row[0]), row[1]
         # datasets turns a list of dictionaries into a dictionary of lists, or leaves it as it is.
         lists = value if isinstance(value, dict) else _gathered(value)
         texts, starts = lists.get("text"), lists.get("answer_start")

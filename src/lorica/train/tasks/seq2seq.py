@@ -9,19 +9,27 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lorica.errors import ConfigError
-from lorica.train.columns import check_texts, find_label, find_texts
+from lorica.train.columns import find_label, find_texts
 from lorica.train.data import Splits
 from lorica.train.generation.scoring import GROUP, PROMPT, REFERENCE
 from lorica.train.recipe import DataConfig
 from lorica.train.tasks.base import Encoded, needs_tokens
 from lorica.train.tasks.language import LanguageTask, groups_of, references_of
+from lorica.train.tasks.prompts import FORMS, add_parts, find_prompt, prompts_of
 
-_SOURCES = ("source", "input", "dialogue", "article", "document", "context", "text", "prompt")
 _TARGETS = ("target", "output", "summary", "highlights", "completion", "translation", "label")
+_SOURCES = ("source", "input", "dialogue", "article", "document", "context", "text", "prompt")
+_FORMS = (
+    *FORMS,
+    *((source, target) for source in _SOURCES for target in _TARGETS),
+)
 
 
 class SequenceToSequence(LanguageTask):
-    """A text (``data.label``) made of another (``data.text``), by a model with an encoder and a decoder."""
+    """A text (``data.label``) made of another (``data.text``), by a model with an encoder and a decoder.
+
+    The text that is read may have parts: ``data.system`` before it, ``data.text_pair`` after it.
+    """
 
     name = "seq2seq-lm"
     task_type = "SEQ_2_SEQ_LM"
@@ -29,17 +37,18 @@ class SequenceToSequence(LanguageTask):
 
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
         """Find the two columns."""
-        self.check_columns(data)
-        columns = {name.lower(): name for name in splits.train.column_names}
-        usual = next((columns[name] for name in _SOURCES if name in columns), None)
-        text, _ = find_texts(splits.train, data.text or usual, None)
-        label = find_label(splits.train, data.label, _TARGETS, "text to write")
+        rows = splits.train
+        self.check_columns(rows, data)
+        if data.text is None and data.label is None and (found := find_prompt(rows, data, _FORMS)):
+            return found
+        text, _ = find_texts(rows, data.text, None)
+        label = find_label(rows, data.label, _TARGETS, "text to write")
         if text == label:
             raise ConfigError(
                 f"column {label!r} cannot be both read and written; name both with --data.text and "
                 "--data.label"
             )
-        return replace(data, text=text, label=label)
+        return add_parts(rows, replace(data, text=text, label=label))
 
     def encode(
         self,
@@ -52,12 +61,12 @@ class SequenceToSequence(LanguageTask):
         labelled: bool = True,
     ) -> Encoded:
         """Tokenize both texts, without padding; count the rows of which either was too long."""
-        assert data.text is not None
         limit = min(max_length, tokenizer.model_max_length)
-        whole = self.prompts(rows, data, tokenizer, where)
+        prompts = prompts_of(rows, data, where, filled=True)
+        whole = tokenizer(prompts, verbose=False)["input_ids"]
         needs_tokens(whole, where)
-        sources = tokenizer(list(rows[data.text]), truncation=True, max_length=limit)["input_ids"]
-        right, groups = references_of(rows, data, where), groups_of(rows, data)
+        sources = tokenizer(prompts, truncation=True, max_length=limit)["input_ids"]
+        right, groups = references_of(rows, data, where), groups_of(rows, data, prompts)
         places = [row for row, texts in enumerate(right) for _ in texts]
         texts = [text for texts in right for text in texts]
         targets = tokenizer(text_target=texts, truncation=False, verbose=False)["input_ids"]
@@ -82,6 +91,4 @@ class SequenceToSequence(LanguageTask):
         self, rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str
     ) -> list[list[int]]:
         """The text that is read."""
-        assert data.text is not None
-        check_texts(rows, [data.text], where)
-        return [list(ids) for ids in tokenizer(list(rows[data.text]), verbose=False)["input_ids"]]
+        return [list(ids) for ids in tokenizer(prompts_of(rows, data, where), verbose=False)["input_ids"]]

@@ -12,6 +12,7 @@ from lorica.errors import ConfigError
 from lorica.train import metrics
 from lorica.train.columns import find_label, find_texts, label_ids, label_names
 from lorica.train.data import Splits
+from lorica.train.labels import read_otherwise
 from lorica.train.recipe import DataConfig
 from lorica.train.tasks.texts import TextTask, logits_of, named_outputs, softmax
 
@@ -42,6 +43,10 @@ class SequenceClassification(TextTask):
         """Class ids."""
         assert data.label is not None
         return label_ids(rows, data.label, data.labels or [], where)
+
+    def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
+        """Labels that are not written as the classes they are taken for."""
+        return read_otherwise(rows[str(data.label)], data.labels or [], str(data.label))
 
     def head(self, data: DataConfig) -> dict[str, Any]:
         """As many outputs as classes, with their names."""

@@ -38,7 +38,7 @@ class TextTask(Task):
     ) -> Encoded:
         """Tokenize the texts, without padding; count those that were too long."""
         columns = self.inputs(data)
-        check_texts(rows, columns, where)
+        check_texts(rows, columns, where, filled=labelled)
         texts = list(rows[columns[0]])
         pairs = list(rows[columns[1]]) if len(columns) == 2 else None
         limit = min(max_length, tokenizer.model_max_length)

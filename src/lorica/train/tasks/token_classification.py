@@ -13,8 +13,10 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError
 from lorica.train import metrics
+from lorica.train.cells import structured
 from lorica.train.columns import find_column, find_label, label_list_ids, label_list_names, needs_column
 from lorica.train.data import Splits
+from lorica.train.labels import read_otherwise
 from lorica.train.metrics.tagging import OUTSIDE, marks_spans, seqeval, spans, tagging
 from lorica.train.recipe import DataConfig
 from lorica.train.rows import RowError, Unusable, read_each
@@ -22,7 +24,7 @@ from lorica.train.tasks.base import Encoded, Task, needs_tokens, padded_right
 from lorica.train.tasks.texts import logits_of, named_outputs, softmax
 
 _WORDS = ("tokens", "words", "text")
-_TAGS = ("ner_tags", "tags", "ner", "labels", "pos_tags", "label")
+_TAGS = ("ner_tags", "tags", "ner", "labels", "pos_tags", "upos", "label")
 _IGNORED = -100
 _TRUE = "classes"
 """The classes of the words that are read, by names: what the metrics compare with."""
@@ -39,6 +41,7 @@ class TokenClassification(Task):
     task_type = "TOKEN_CLS"
     auto_class = "AutoModelForTokenClassification"
     best_metric = "f1"
+    tagged = True
 
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
         """Find the columns of words and classes, and the classes' names."""
@@ -46,7 +49,7 @@ class TokenClassification(Task):
             raise ConfigError(f"{self.name} reads no pairs; leave out data.text_pair")
         text = find_column(splits.train, data.text, _WORDS, "lists of words", "text")
         label = find_label(splits.train, data.label, _TAGS)
-        labels = data.labels or label_list_names(splits.train, label)
+        labels = data.labels or label_list_names(splits.train, label, folded=False)
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ConfigError(f"data.labels must name at least two classes, each once, not {labels}")
         if marks_spans(labels):
@@ -114,6 +117,11 @@ class TokenClassification(Task):
         read, words = sum(map(len, said)), sum(features["words"])
         return scores if read == words else {**scores, "words_read": read / words}
 
+    def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
+        """Labels that are not written as the classes they are taken for."""
+        values = (item for items in rows[str(data.label)] for item in structured(items) or [])
+        return read_otherwise(values, data.labels or [], str(data.label))
+
     def remarks(self, data: DataConfig) -> list[str]:
         """That words are scored, and not spans."""
         if marks_spans(data.labels or []):
@@ -151,6 +159,7 @@ def _words(rows: Dataset, column: str, where: str) -> list[list[str]]:
     needs_column(rows, column, where)
 
     def read(value: Any) -> list[str]:
+        value = structured(value)
         if not (isinstance(value, list) and value and all(isinstance(word, str) for word in value)):
             raise Unusable(f"has {value!r:.60} in column {column!r}, where a list of words is due")
         return value
