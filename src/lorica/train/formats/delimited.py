@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,8 +103,7 @@ def as_table(found: Sequence[Row], path: Path, form: Form, notes: Sequence[str])
     if form.columns is None:
         check_header(columns, path)
     data, more = table(columns, path)
-    result = Found(data, [row.line for row in full], (*notes, *more), broken)
-    return replace(result, notes=(*result.notes, *_long_cells(result)))
+    return Found(data, [row.line for row in full], (*notes, *more, *_long_cells(full)), broken)
 
 
 def _uneven(cells: int, names: Sequence[str]) -> str:
@@ -204,16 +201,16 @@ def _cells(rows: Sequence[Row]) -> Iterator[str]:
         yield from row.cells
 
 
-def _long_cells(found: Found) -> tuple[str, ...]:
-    """What to tell of rows that run over many lines."""
-    lines = found.lines or ()
-    spans = [(after - line, line) for line, after in itertools.pairwise(lines)]
-    far = [(span, line) for span, line in spans if span > _LONG]
+def _long_cells(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What to tell of rows a cell of which runs over many lines."""
+    far = [
+        (breaks, row.line) for row in rows if (breaks := max(cell.count("\n") for cell in row.cells)) > _LONG
+    ]
     if not far:
         return ()
-    span, line = max(far)
+    breaks, line = max(far)
     return (
-        f"{len(far):,} rows run over more than {_LONG} lines, the longest over {span:,} from line {line}: "
-        "if that is "
-        "no long text, a quote there is not closed",
+        f"{len(far):,} rows have a cell of more than {_LONG} lines, the longest of {breaks + 1:,} from "
+        f"line {line}: "
+        "if that is no long text, a quote there is not closed",
     )

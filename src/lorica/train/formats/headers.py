@@ -55,14 +55,14 @@ def named(names: Sequence[str], path: Path) -> list[str]:
 def check_header(columns: Mapping[str, Sequence[str | None]], path: Path) -> None:
     """Refuse a first line that is a row.
 
-    It is one if a name of it stands among the values of its own column, which repeat, and no other name is
-    one that columns usually have; or if it is one column whose name is as long as a sentence.
+    It is one if a name of it stands among the values of its own column and no other name is one that
+    columns usually have; or if it is one column whose name is as long as a sentence.
 
     Raises:
         FileError: it is.
     """
     values = {name: {cell.strip() for cell in cells if cell} for name, cells in columns.items()}
-    again = {name for name in columns if name in values[name] and len(values[name]) < len(columns[name])}
+    again = {name for name in columns if name in values[name]}
     names = list(columns)
     usual = {name for name in names if name.lower() in _KNOWN} - again
     if (again and not usual) or (len(names) == 1 and len(names[0].split()) > 6):

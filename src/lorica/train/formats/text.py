@@ -64,7 +64,15 @@ def content(path: Path, kind: str = "text") -> bytes:
         if packed == ".zst":
             return pa.CompressedInputStream(pa.BufferReader(raw), "zstd").read()
         return _unzipped(raw, path) if packed == ".zip" else raw
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        zlib.error,
+        lzma.LZMAError,
+        zipfile.BadZipFile,
+        RuntimeError,
+    ) as error:
         reason = getattr(error, "strerror", None) or error
         raise FileError(f"cannot read {path} as {kind}: {type(error).__name__}: {reason}") from error
 
@@ -175,7 +183,7 @@ def _by_fallback(raw: bytes, path: Path, error: UnicodeDecodeError) -> tuple[str
             "shift_jis or gb18030"
         ) from other
     place = len(raw[: error.start].decode(FALLBACK))
-    word = re.search(r"\S*$", text[max(place - 20, 0) : place])
+    word = re.search(r"\S*\Z", text[max(place - 20, 0) : place])
     tail = re.match(r"\S{1,20}", text[place:])
     shown = (word.group() if word else "") + (tail.group() if tail else "")
     return text, (
