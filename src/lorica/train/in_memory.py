@@ -61,7 +61,8 @@ def as_found(rows: Table) -> Found:
         if not kinds:
             return _of_columns(columns_of(rows))
         raise _refused(f"a {type(rows).__name__} of {listing(sorted(kinds))}")
-    raise _refused(f"an empty {type(rows).__name__}" if isinstance(rows, Sequence) else type(rows).__name__)
+    empty = "an empty " if isinstance(rows, (list, tuple)) else ""
+    raise _refused(f"{empty}{type(rows).__name__}")
 
 
 def _is_columns(rows: Any) -> bool:
