@@ -47,8 +47,11 @@ def run(argv: list[str]) -> int:
     there = 0 < len(parsed.input) < 1024 and path.exists()
     if holds_rows and " " not in parsed.input and not there:
         raise FileError(f"there is no file {path}")
+    reads_files = tasks.get(recipe.task).reads_files
+    if there and path.is_dir() and not reads_files:
+        raise FileError(f"{path} is a folder; give a file of rows, or a text (one word alone in a .txt file)")
     # A file by any other name is one that no rows can be read from, unless the task itself reads it.
-    from_file = there and (holds_rows or path.is_dir() or not tasks.get(recipe.task).reads_files)
+    from_file = there and (holds_rows or path.is_dir() or not reads_files)
     if parsed.output is not None:
         writable_file(parsed.output)
     text = parsed.input
