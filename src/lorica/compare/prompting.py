@@ -205,8 +205,8 @@ def _examples_before(data: DataConfig, settings: FewShot, train: Dataset, seed: 
     rows = train.select(random.Random(seed).sample(range(len(train)), settings.shots))
     prompts = prompts_of(rows, data, "the training rows", filled=True)
     examples = [
-        f"{prompt}{data.separator}{row[data.label]}{settings.between}"
-        for prompt, row in zip(prompts, rows, strict=True)
+        f"{prompt}{data.separator}{answer}{settings.between}"
+        for prompt, answer in zip(prompts, rows[str(data.label)], strict=True)
     ]
     return "".join(examples)
 

@@ -105,9 +105,8 @@ def _python(value: Any) -> Any:
     """A value as Python's own, where it is one of numpy's; NaN among texts is a gap, as pandas writes it."""
     if isinstance(value, float) and math.isnan(value):
         return None
-    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-        return value.tolist()
-    return value
+    plain = getattr(value, "tolist", None)
+    return plain() if plain is not None and type(value).__module__ == "numpy" else value
 
 
 def _refused(kind: str) -> ConfigError:

@@ -206,7 +206,8 @@ def predict(
             with scoring(trained) as trainer:
                 outputs = trainer.predict(features).predictions  # type: ignore[arg-type]
     columns = [name for name in task.inputs(recipe.data) if name in rows.column_names]
-    given = [{name: _shown(row[name]) for name in columns} for row in _undecoded(rows)]
+    plain = _undecoded(rows).select_columns(columns).to_list() if columns else [{}] * len(rows)
+    given = [{name: _shown(value) for name, value in row.items()} for row in plain]
     answers = task.read(outputs, features, recipe.data)
     return [{**row, **said} for row, said in zip(given, answers, strict=True)]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -82,7 +83,7 @@ def as_table(found: Sequence[Row], path: Path, form: Form, notes: Sequence[str])
     first = [name.strip() for name in found[0].cells]
     names = given_names(form) or first
     found = found[1:] if names == first else found
-    full = [row for row in found if any(cell and not cell.isspace() for cell in row.cells)]
+    full = [row for row in found if "".join(row.cells).strip()]
     if blank := len(found) - len(full):
         notes.append(f"{blank:,} rows without a filled cell are left out")
     if not full:
@@ -94,8 +95,8 @@ def as_table(found: Sequence[Row], path: Path, form: Form, notes: Sequence[str])
     broken: dict[int, str] = {}
     rows: list[list[str | None]] = []
     for place, row in enumerate(full):
-        cells: list[str | None] = list(row.cells[:width])
-        if len(row.cells) < width or any(row.cells[width:]):
+        cells: list[str | None] = [*row.cells[:width]]
+        if len(row.cells) != width and (len(row.cells) < width or any(row.cells[width:])):
             broken[place] = _uneven(len(row.cells), names)
             cells += [None] * (width - len(cells))
         rows.append(cells)
@@ -203,9 +204,10 @@ def _cells(rows: Sequence[Row]) -> Iterator[str]:
 
 def _long_cells(rows: Sequence[Row]) -> tuple[str, ...]:
     """What to tell of rows a cell of which runs over many lines."""
-    far = [
-        (breaks, row.line) for row in rows if (breaks := max(cell.count("\n") for cell in row.cells)) > _LONG
-    ]
+    # A row with such a cell has as many lines to the next.
+    wide = [row for row, after in itertools.pairwise(rows) if after.line - row.line > _LONG] + [*rows[-1:]]
+    lines = [(max(cell.count("\n") for cell in row.cells), row.line) for row in wide]
+    far = [each for each in lines if each[0] > _LONG]
     if not far:
         return ()
     breaks, line = max(far)

@@ -61,8 +61,7 @@ def check_header(columns: Mapping[str, Sequence[str | None]], path: Path) -> Non
     Raises:
         FileError: it is.
     """
-    values = {name: {cell.strip() for cell in cells if cell} for name, cells in columns.items()}
-    again = {name for name in columns if name in values[name]}
+    again = {name for name, cells in columns.items() if name in {cell and cell.strip() for cell in cells}}
     names = list(columns)
     usual = {name for name in names if name.lower() in _KNOWN} - again
     if (again and not usual) or (len(names) == 1 and len(names[0].split()) > 6):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,16 @@ def read_file(path: Path, form: Form) -> dict[str | None, Found]:
     raw = content(path, kind)
     if not raw.strip():
         raise FileError(f"{path} has no rows")
-    if kind == "xlsx":
-        return read_sheets(raw, path, form)
+    collects = gc.isenabled()
+    gc.disable()  # or the collector walks over all the cells again and again, for half of the time
+    try:
+        return read_sheets(raw, path, form) if kind == "xlsx" else _read_text(raw, path, kind, form)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _read_text(raw: bytes, path: Path, kind: str, form: Form) -> dict[str | None, Found]:
     text, notes = decoded(raw, path, form.encoding)
     if kind in ("csv", "tsv"):
         found = {None: read_delimited(text, path, kind, form)}
