@@ -51,6 +51,9 @@ class Roster:
         parts: adapter name → places of what it adds to the model.
         originals: parameters whose place is taken at the moment.
         rows: which adapter acts on which row of the batch, in place of `active`.
+        axes: what mixtures have found out about the layers' inputs.
+        shown: the kinds of calls for which the model was shown one row alone.
+        hooks: of mixtures, on the model and its parts; until `detach`.
         frozen: parameters that `adapt` froze and `detach` thaws.
         layouts: quantized layers that `adapt` keeps from repacking their weights, until `detach`.
         labels: of the call that is running, where a prefix needs them.
@@ -70,6 +73,9 @@ class Roster:
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     originals: dict[str, Parameter] = field(default_factory=dict)
     rows: Any = None
+    axes: dict[Any, bool] = field(default_factory=dict)
+    shown: set[Any] = field(default_factory=set)
+    hooks: list[Any] = field(default_factory=list)
     frozen: list[Parameter] = field(default_factory=list)
     layouts: list[nn.Module] = field(default_factory=list)
     labels: Any = None

@@ -137,7 +137,7 @@ class LoraLayer(AskedLayer):
         y = self.base_forward(*args, **kwargs)
         x = args[0] if args else kwargs[_input_name(self.base_class)]
         if self.roster.rows is not None:
-            return self.roster.rows.add(y, x, self.scaling.keys(), self.effect)
+            return self.roster.rows.add(self, y, x, self.scaling.keys(), self.effect)
         base = y
         for name in self.acting():
             y = y + self.effect(name, x, base)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorica.errors import AdapterError
+from lorica.layers.axes import Axes
 
 Effect = Callable[[str, Tensor, Tensor], Tensor]
 """An adapter's name, rows of input, the base's rows of output → what the adapter adds to those."""
@@ -62,46 +62,50 @@ class Rows:
 
     Args:
         names: an adapter's name for each row, or None for the base.
+        axes: what is known of the layers' inputs.
     """
 
     names: tuple[str | None, ...]
-    _stacked: dict[tuple[Hashable, int, torch.dtype], Stacked | None] = field(
+    axes: Axes = field(default_factory=Axes, repr=False)
+    _stacked: dict[tuple[Hashable, int, int, torch.dtype], Stacked | None] = field(
         default_factory=dict, repr=False
     )
     _answers: dict[Hashable, bool] = field(default_factory=dict, repr=False)
 
-    def segments(self, x: Tensor, present: Collection[str]) -> Segments:
+    def segments(self, layer: Hashable, x: Tensor, present: Collection[str]) -> Segments:
         """The rows of `x` whose adapter is among `present`.
 
         A layer may see every row several times in a row (beams of a search, tokens folded into the batch).
 
         Raises:
-            AdapterError: the rows of `x` are no multiple of those that were named.
+            AdapterError: the first axis of `x` is not the batch, or it has another number of rows.
         """
-        times, rest = divmod(x.shape[0], len(self.names))
-        if rest or times == 0:
-            raise AdapterError(
-                f"{len(self.names)} adapters were named, one for each row, but a layer sees {x.shape[0]} rows"
-            )
+        only = self.names[0]
+        if len(set(self.names)) == 1:  # whatever the axes of `x` mean
+            acts = only is not None and only in present
+            names, counts = ((only,), (x.shape[0],)) if acts else ((), ())
+            return Segments(names, counts, None if acts else _indices([], x))  # type: ignore[arg-type]
+        times = self.axes.times(layer, x, len(self.names))
         rows: dict[str, list[int]] = {}
         for i, name in enumerate(self.names):
             if name is not None and name in present:
                 rows.setdefault(name, []).extend(range(i * times, (i + 1) * times))
         order = [row for indices in rows.values() for row in indices]
         as_it_stands = order == list(range(x.shape[0]))
-        index = None if as_it_stands else torch.tensor(order, dtype=torch.long, device=x.device)
+        index = None if as_it_stands else _indices(order, x)
         return Segments(tuple(rows), tuple(map(len, rows.values())), index)
 
-    def add(self, y: Tensor, x: Tensor, present: Collection[str], effect: Effect) -> Tensor:
+    def add(self, layer: Hashable, y: Tensor, x: Tensor, present: Collection[str], effect: Effect) -> Tensor:
         """Add to the output of each row what its adapter adds; differentiable.
 
         Args:
+            layer: whose input and output they are.
             y: the base's output, rows first.
             x: the layer's input, rows first.
             present: adapters that have an update for this layer.
             effect: computes what one adds.
         """
-        names, counts, order = self.segments(x, present)
+        names, counts, order = self.segments(layer, x, present)
         if not names:
             return y
         parts = ((t if order is None else t.index_select(0, order)).split(counts) for t in (x, y))
@@ -121,9 +125,9 @@ class Rows:
             present: adapters that have an update for this layer.
             stack: stacks their factors.
         """
-        key = (layer, x.shape[0], y.dtype)
+        key = (layer, x.dim(), x.shape[0], y.dtype)
         if key not in self._stacked:
-            self._stacked[key] = _stacked(self.segments(x, present), x, stack)
+            self._stacked[key] = _stacked(self.segments(layer, x, present), x, stack)
         plan = self._stacked[key]
         if plan is None:
             return y
@@ -151,14 +155,20 @@ class Rows:
             self._answers[layer] = question()
         return self._answers[layer]
 
-    def groups(self, x: Tensor, present: Collection[str]) -> Iterator[tuple[str | None, Tensor]]:
+    def groups(
+        self, layer: Hashable, x: Tensor, present: Collection[str]
+    ) -> Iterator[tuple[str | None, Tensor]]:
         """Each adapter among `present` with the indices of its rows of `x`; under None, the other rows."""
-        names, counts, order = self.segments(x, present)
+        names, counts, order = self.segments(layer, x, present)
         index = torch.arange(x.shape[0], device=x.device) if order is None else order
         yield from zip(names, index.split(counts), strict=True)
         rest = torch.ones(x.shape[0], dtype=torch.bool, device=x.device).index_fill_(0, index, False)
         if rest.any():
             yield None, rest.nonzero().flatten()
+
+
+def _indices(order: list[int], x: Tensor) -> Tensor:
+    return torch.tensor(order, dtype=torch.long, device=x.device)
 
 
 def _stacked(segments: Segments, x: Tensor, stack: Stack) -> Stacked | None:

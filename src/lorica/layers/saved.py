@@ -91,7 +91,7 @@ class SavedModule(AskedModule):
         rows = self.roster.rows
         assert rows is not None
         parts, places = [], []
-        for name, index in rows.groups(x, self.modules_to_save.keys()):
+        for name, index in rows.groups(self, x, self.modules_to_save.keys()):
             call = super().forward if name is None else self.modules_to_save[name]
             parts.append(call(x.index_select(0, index), *args, **kwargs))
             places.append(index)

@@ -105,7 +105,7 @@ class TrainedTokens(AskedModule):
         if rows is None:
             return self._apply_rows(self._acting(), input)
         parts, places = [], []
-        for name, index in rows.groups(input, self.adapters):
+        for name, index in rows.groups(self, input, self.adapters):
             parts.append(self._apply_rows(name, input.index_select(0, index)))
             places.append(index)
         return torch.cat(parts).index_select(0, torch.cat(places).argsort())

@@ -177,6 +177,8 @@ def detach(model: M, name: str | None = None) -> M:
         for parameter in roster.frozen:
             parameter.requires_grad_(True)
         release_layout(roster.layouts)
+        for hook in roster.hooks:
+            hook.remove()
         unstack(root, roster)
         pretrained.leave(root)
         delattr(root, ROSTER)

@@ -112,5 +112,7 @@ def settle(model: M) -> M:
         if id(parameter) in thawed or name in replaced | taken:
             parameter.requires_grad_(True)
     release_layout(roster.layouts)
+    for hook in roster.hooks:
+        hook.remove()
     delattr(root, ROSTER)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable
 
 from torch import nn
@@ -9,8 +10,10 @@ from torch import nn
 from lorica.config import method_of
 from lorica.errors import AdapterError, StateError, listing
 from lorica.layers import LoraLayer, SavedModule, read_by
+from lorica.layers.axes import Axes
 from lorica.layers.rows import Rows
 from lorica.model.adapt import disabled
+from lorica.model.alone import watch_calls
 from lorica.model.structure import adapted, walk
 
 
@@ -22,6 +25,10 @@ class mixed:
     stacked once for each call of `mixed`, and anew after a pass under gradients, in which every row trains
     its own adapter; factors changed in another way need another call.
 
+    The first axis of a layer's input must be the batch, or its tokens, one row after the other. To know it,
+    the model is shown the first row alone before its first mixed call, without a trace. A layer of which this
+    is not so is refused by name when it is called: a table of positions, a layer with the batch second.
+
     Args:
         model: adapted model.
         names: an adapter's name for each row, or None for the base.
@@ -30,13 +37,14 @@ class mixed:
         AdapterError: no such adapter, or one that brings parameters of its own which cannot differ by row
             (trained biases).
         StateError: an adapter is merged, or one of these acts inside a fused attention or encoder, which has
-            one weight for all rows.
+            one weight for all rows, or on experts.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str | None]) -> None:
         root, roster = adapted(model)
         roster.check_unmerged("mix adapters")
         rows = Rows(tuple(names))
+        rows.axes = Axes(root, roster.axes)
         if not rows.names:
             raise AdapterError("mixed needs a name (or None) for each row of the batch, and got none")
         used = [roster.known(name) for name in dict.fromkeys(rows.names) if name is not None]
@@ -58,12 +66,19 @@ class mixed:
                 own = module.scaling
             elif isinstance(module, SavedModule) and read_by(parent):
                 own = module.modules_to_save
+            routed = isinstance(module, LoraLayer) and _is_expert(path) and len(set(rows.names)) > 1
+            if routed and any(name in module.scaling for name in used):  # type: ignore[union-attr]
+                raise StateError(
+                    f"{path} is an expert, which sees some of the tokens; adapters on it cannot be mixed in "
+                    "a batch"
+                )
             if any(name in own for name in used):
                 raise StateError(
                     f"{path} is read past its layer, as one weight for all rows; "
                     "adapters on it cannot be mixed in a batch"
                 )
         # An active adapter's stand-ins and fused updates act on every row alike.
+        watch_calls(root, roster)
         self._choice = disabled(model)
         roster.rows = rows
 
@@ -73,3 +88,8 @@ class mixed:
     def __exit__(self, *error: object) -> None:
         """Go back to what held before."""
         self._choice.__exit__(*error)
+
+
+def _is_expert(path: str) -> bool:
+    """Whether a module is one of several among which a router chooses for each token, as they are named."""
+    return any(re.fullmatch(r"(local_)?experts?", part) for part in path.split("."))

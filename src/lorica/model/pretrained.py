@@ -7,8 +7,10 @@ adapter-only checkpoints.
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +30,18 @@ class Pretrained(SwappedModule):
 
     label: ClassVar[str] = ""
     own_attributes: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        base = cls.__dict__.get("base_class")
+        if base is not None and hasattr(base, "generate"):
+
+            @functools.wraps(base.generate)
+            def generate(self: Pretrained, *args: Any, **kwargs: Any) -> Any:
+                with _repeating(self, args, kwargs):
+                    return base.generate(self, *args, **kwargs)
+
+            cls.generate = generate  # type: ignore[attr-defined]
 
     @property
     def _hf_peft_config_loaded(self) -> bool:
@@ -110,6 +124,29 @@ class Pretrained(SwappedModule):
             return super().resize_token_embeddings(*args, **kwargs)  # pyright: ignore
         with resized(self):
             return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)  # pyright: ignore
+
+
+@contextmanager
+def _repeating(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Tell a mixture how often `generate` repeats each row, for beams or several answers."""
+    _, roster = adapted(model)
+    rows = roster.rows
+    if rows is None:
+        yield
+        return
+    given = kwargs.get("generation_config") or next((a for a in args if hasattr(a, "num_beams")), None)
+    sources = [kwargs, *(vars(config) for config in (given, model.generation_config) if config is not None)]
+    times = [_setting(sources, name) for name in ("num_beams", "num_return_sequences")]
+    rows.axes.expansion = max(times)
+    try:
+        yield
+    finally:
+        rows.axes.expansion = 1
+
+
+def _setting(sources: Iterable[Mapping[str, Any]], name: str) -> int:
+    """The first of some settings that says how many, or one."""
+    return next((found for source in sources if (found := source.get(name)) is not None), 1)
 
 
 def enter(root: nn.Module) -> None:

@@ -1,0 +1,140 @@
+"""Whether the first axis of a layer's input is the batch, so that its rows can have adapters of their own.
+
+Shapes of one pass do not tell: a table may be looked up by as many positions as there are rows. So the model
+is shown one row alone first, and a layer's first axis is the batch if it has as many times more entries in
+the whole batch as the batch has rows.
+
+    alone     tokens (1, 7, d)    positions (7,)       windows (4, 9, d)
+    3 rows    tokens (3, 7, d)    positions (7,) no    windows (12, 9, d)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lorica.errors import AdapterError
+
+Shapes = dict[Hashable, list[torch.Size]]
+"""Layer → shapes of its inputs, call after call."""
+
+
+@dataclass(eq=False)
+class Axes:
+    """What is known of the layers' inputs, and of the call that is running.
+
+    Args:
+        root: the model.
+        known: layer and number of axes → whether one row alone is one entry of the first axis (True), or
+            several (False). The same for every mixture on a model.
+        expansion: how often `generate` repeats each row, for beams.
+        batch: rows of the call that is running; None outside calls of the model.
+        outermost: the module that was called.
+        alone: what the layers were given for one row alone, where some are not known yet.
+        lengths: how many tokens that row has, by any of the call's inputs.
+        calls: how often each of those layers was called since.
+        failure: why the model could not be shown one row alone.
+    """
+
+    root: nn.Module | None = None
+    known: dict[tuple[Hashable, int], bool] = field(default_factory=dict)
+    expansion: int = 1
+    batch: int | None = None
+    outermost: nn.Module | None = None
+    alone: Shapes = field(default_factory=dict)
+    lengths: frozenset[int] = frozenset()
+    calls: dict[Hashable, int] = field(default_factory=dict)
+    failure: Exception | None = None
+
+    def times(self, layer: Hashable, x: Tensor, names: int) -> int:
+        """How many entries of the first axis of `x` belong to each named row.
+
+        Raises:
+            AdapterError: naming the layer, where its first axis is not the batch or nobody can tell.
+        """
+        key = (layer, x.dim())
+        if self.batch is not None and key not in self.known:
+            self.known[key] = self._look(layer, x, self.batch)
+        times, rest = divmod(x.shape[0], names)
+        allowed = times in (1, self.expansion) if self.known.get(key) else times > 0
+        if rest or not allowed:
+            raise AdapterError(
+                f"{names} adapters were named, one for each row, but {self._called(layer)} sees {x.shape[0]} "
+                "rows"
+            )
+        return times
+
+    def check_batch(self, rows: int, names: int) -> None:
+        """Refuse a call with another number of rows than were named.
+
+        Raises:
+            AdapterError: it has, and no beams explain it.
+        """
+        if rows not in (names, names * self.expansion):
+            raise AdapterError(
+                f"{names} adapters were named, one for each row, but the model sees {rows} rows; name an "
+                "adapter, or None, for each (generate repeats them for beams by itself)"
+            )
+
+    def _look(self, layer: Hashable, x: Tensor, batch: int) -> bool:
+        """Whether one row alone is one entry of the first axis of `x`, at the layer's next call."""
+        call = self.calls.get(layer, 0)
+        self.calls[layer] = call + 1
+        shapes = self.alone.get(layer, [])
+        shown = tuple(x.shape)
+        if call >= len(shapes):
+            why = (
+                f"showing the model one row alone failed ({type(self.failure).__name__}: {self.failure})"
+                if self.failure is not None
+                else "it is called otherwise for one row alone"
+            )
+            raise AdapterError(
+                f"{self._called(layer)}: whether the first axis of its input {shown} is the batch cannot be "
+                f"told, for {why}; use one adapter for all rows (lorica.active), or leave this layer out"
+            )
+        alone = shapes[call]
+        scaled = bool(alone) and shown == (batch * alone[0], *alone[1:])
+        # Tokens without their rows' axis must be all of them: some picked out differ from row to row.
+        whole = len(alone) > 2 or alone[:1] == (1,) or alone[0] in self.lengths
+        if not scaled or not whole:
+            raise AdapterError(
+                f"{self._called(layer)}: the first axis of its input {shown} is not the batch (one row "
+                f"alone gives {tuple(alone)}), so adapters on it cannot differ by row; use one adapter for "
+                "all rows (lorica.active), or leave this layer out"
+            )
+        return alone[0] == 1
+
+    def _called(self, layer: Hashable) -> str:
+        named = self.root.named_modules() if self.root is not None else ()
+        return next((path for path, module in named if module is layer and path), "a layer")
+
+
+@dataclass(eq=False)
+class Witness:
+    """Stands in the place of `Rows` while one row is shown: notes shapes, and no adapter acts."""
+
+    shapes: Shapes = field(default_factory=dict)
+
+    def add(self, layer: Hashable, y: Tensor, x: Tensor, *_: object) -> Tensor:
+        """Note the input."""
+        self.shapes.setdefault(layer, []).append(x.shape)
+        return y
+
+    def add_stacked_(self, y: Tensor, x: Tensor, layer: Hashable, *_: object) -> Tensor:
+        """Note the input."""
+        return self.add(layer, y, x)
+
+    def groups(self, layer: Hashable, x: Tensor, _: object) -> list[tuple[None, Tensor]]:
+        """Note the input; all rows are the base's."""
+        self.shapes.setdefault(layer, []).append(x.shape)
+        return [(None, torch.arange(x.shape[0], device=x.device))]
+
+    def asked(self, *_: object) -> bool:
+        """The plain way."""
+        return False
+
+    def forget(self) -> None:
+        """Nothing to forget."""
