@@ -136,7 +136,8 @@ class Adapter:
             )
             for path, f in self.factors.items()
         }
-        return Adapter(self.lora.plain(), factors, self.extras, self.added, self.lora)
+        # Not what the configuration says of its start: a script may have said otherwise since.
+        return Adapter(self.lora.doubled(), factors, self.extras, self.added, self.lora)
 
     def without_starts(self) -> tuple[Adapter, dict[str, tuple[Tensor, Tensor]]]:
         """Undo `with_starts`: the adapter as it trains, and its starts.

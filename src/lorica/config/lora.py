@@ -205,8 +205,10 @@ class LoraConfig:
 
         A start that was taken out of W0 becomes a second half of the rank, which takes it off again.
         """
-        if not changes_base(self.init_lora_weights):
-            return self
+        return self.doubled() if changes_base(self.init_lora_weights) else self
+
+    def doubled(self) -> Self:
+        """The configuration of an update with another of the same rank and scale beside it."""
         alpha = math.sqrt(2) if self.use_rslora else 2
         return self.replace(
             r=2 * self.r,
