@@ -49,6 +49,10 @@ class MissingExtra(LoricaError, ImportError):
     """A feature needs an optional dependency that is not installed."""
 
 
+class NotCarried(LoricaError, ImportError):
+    """Another library has something of this name, and lorica does not."""
+
+
 class LoricaWarning(UserWarning):
     """Something works, but hardly as the user meant it."""
 

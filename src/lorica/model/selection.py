@@ -48,7 +48,9 @@ def meant(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Plac
     if config.target_modules == []:
         return []
     if config.target_modules is None:
-        chosen = _usual(root, places)
+        chosen = _usual(root, places, config)
+        if not chosen:
+            return []
     elif means_all_linear(config.target_modules):
         chosen = _all_linear(root, places)
     else:
@@ -88,16 +90,16 @@ def _match(name: str, patterns: list[str] | str, places: list[Place]) -> list[Pl
     return hits
 
 
-def _usual(root: nn.Module, places: list[Place]) -> list[Place]:
+def _usual(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:
     for names in _QUERY_VALUE:
         chosen = [p for p in places if p.path.rpartition(".")[2] in names and layer_class(p.module, p.parent)]
         if {p.path.rpartition(".")[2] for p in chosen} == set(names):
             return chosen
     chosen = [p for p in places if isinstance(p.module, nn.MultiheadAttention)]
-    if not chosen:
+    if not chosen and not config.target_parameters:
         raise TargetError(
-            f"lorica knows no usual targets for {type(root).__name__}; give target_modules, or "
-            f'"all-linear"{hint("", places)}'
+            "Please specify `target_modules` or `target_parameters`: lorica knows no usual targets for "
+            f'{type(root).__name__}. Or take "all-linear"{hint("", places)}'
         )
     return chosen
 

@@ -10,7 +10,12 @@ from lorica.config import CordaConfig as CordaConfig
 from lorica.config import EvaConfig as EvaConfig
 from lorica.config import LoftQConfig as LoftQConfig
 from lorica.config import LoraGAConfig as LoraGAConfig
-from lorica.model import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from lorica.errors import NotCarried
+from lorica.peft import functional as functional
+from lorica.peft import import_utils as import_utils
+from lorica.peft import mapping_func as mapping_func
+from lorica.peft import tuners as tuners
+from lorica.peft import utils as utils
 from lorica.peft.auto import AutoPeftModel as AutoPeftModel
 from lorica.peft.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from lorica.peft.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -24,8 +29,10 @@ from lorica.peft.config import LoraRuntimeConfig as LoraRuntimeConfig
 from lorica.peft.config import PeftConfig as PeftConfig
 from lorica.peft.config import PeftType as PeftType
 from lorica.peft.config import TaskType as TaskType
+from lorica.peft.config import __version__ as __version__
 from lorica.peft.config import get_peft_config as get_peft_config
 from lorica.peft.helpers import rescale_adapter_scale as rescale_adapter_scale
+from lorica.peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING
 from lorica.peft.mapping import get_peft_model as get_peft_model
 from lorica.peft.mapping import inject_adapter_in_model as inject_adapter_in_model
 from lorica.peft.optimizers import create_lorafa_optimizer as create_lorafa_optimizer
@@ -46,6 +53,82 @@ from lorica.peft.starts import replace_lora_weights_loftq as replace_lora_weight
 from lorica.peft.status import get_layer_status as get_layer_status
 from lorica.peft.status import get_model_status as get_model_status
 from lorica.peft.tuner import LoraModel as LoraModel
+from lorica.peft.utils.other import cast_mixed_precision_params as cast_mixed_precision_params
+from lorica.peft.utils.other import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from lorica.peft.utils.save_and_load import get_base_model_state_dict as get_base_model_state_dict
 from lorica.peft.utils.save_and_load import get_peft_model_state_dict as get_peft_model_state_dict
 from lorica.peft.utils.save_and_load import load_peft_weights as load_peft_weights
+from lorica.peft.utils.save_and_load import set_base_model_state_dict as set_base_model_state_dict
 from lorica.peft.utils.save_and_load import set_peft_model_state_dict as set_peft_model_state_dict
+
+_METHODS = (
+    *(
+        "AdaLora",
+        "Adamss",
+        "AdaptionPrompt",
+        "Arrow",
+        "BdLora",
+        "Beft",
+        "BOFT",
+        "C3A",
+        "Cartridge",
+        "CPT",
+        "Deft",
+    ),
+    *(
+        "DeLora",
+        "FourierFT",
+        "Frod",
+        "Glora",
+        "Gralora",
+        "Hira",
+        "HRA",
+        "IA3",
+        "Kasa",
+        "Lily",
+        "LNTuning",
+        "LoHa",
+    ),
+    *(
+        "LoKr",
+        "Mica",
+        "Miss",
+        "Monteclora",
+        "MultitaskPromptTuning",
+        "OFT",
+        "OSF",
+        "Peanut",
+        "PeftMixed",
+        "Poly",
+    ),
+    *(
+        "PrefixTuning",
+        "PromptEncoder",
+        "PromptTuning",
+        "Psoft",
+        "PVeRA",
+        "RandLora",
+        "Road",
+        "Shadow",
+        "Shira",
+    ),
+    *("TinyLora", "TrainableTokens", "UniLora", "VBLoRA", "Velora", "Vera", "WaveFT", "XLora"),
+)
+_INSTEAD = {
+    "PrefixTuning": "lorica.PrefixConfig, of lorica itself, is the paper's",
+    "TrainableTokens": "LoraConfig(trainable_token_indices=...) trains rows beside LoRA",
+    "Mica": 'init_lora_weights="pissa" starts from singular vectors too',
+}
+
+
+def __getattr__(name: str) -> object:
+    """Refuse PEFT's other methods by name.
+
+    Raises:
+        NotCarried: it is one of them.
+    """
+    for method in _METHODS:
+        if name in (f"{method}Config", f"{method}Model"):
+            instead = _INSTEAD.get(method, "use PEFT itself for it")
+            raise NotCarried(f"{name}: lorica.peft carries PEFT's LoRA, not its other methods; {instead}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import warnings
+from collections.abc import Callable
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+import lorica
 from lorica.config import LoraConfig
+from lorica.errors import LoricaWarning
+from lorica.layers import AskedModule
 from lorica.model.selection import HEADS
-from lorica.model.structure import lora_layers, walk
+from lorica.model.structure import base_parameters, find_adapted, lora_layers, walk
 
 
 def recomputes(model: nn.Module) -> bool:
@@ -62,6 +71,83 @@ def match_base_dtype(model: nn.Module, name: str) -> None:
             for parameter in (*layer.factor_parameters(name), *more):
                 if parameter is not None:
                     parameter.data = parameter.data.to(weight.dtype)
+
+
+def put_again(model: nn.Module, name: str, put: Callable[[str], object]) -> None:
+    """Put an adapter on a model; one of that name that is there gives way to it, as in PEFT.
+
+    Args:
+        model: the base, without a wrapper.
+        name: of the adapter.
+        put: puts it on under a name.
+
+    Warns:
+        LoricaWarning: the model carries adapters already.
+    """
+    found = find_adapted(model)
+    if found is not None:
+        warnings.warn(
+            "You are trying to modify a model with PEFT for a second time. If you want to reload the model "
+            "with a different config, make sure to call `.unload()` before. "
+            + (
+                f"The adapter {name!r} that is there gives way"
+                if name in found[1].configs
+                else "The others stay"
+            ),
+            LoricaWarning,
+            stacklevel=4,
+        )
+    if found is None or name not in found[1].configs:
+        put(name)
+        return
+    trial = f"{name}-again"  # what cannot be put on leaves the one that is there
+    with torch.random.fork_rng(devices=[]):
+        put(trial)
+    lorica.detach(model, trial)
+    lorica.detach(model, name)
+    put(name)
+
+
+def to_meta(model: nn.Module, name: str) -> None:
+    """Let an adapter's parameters be without values, on the meta device, until they are loaded."""
+    moved: dict[Parameter, Parameter] = {}
+    for tables, leaf in _brought(model, name):
+        was = tables[leaf]
+        empty = Parameter(torch.empty_like(was, device="meta"), requires_grad=was.requires_grad)
+        tables[leaf] = moved.setdefault(was, empty)
+
+
+def from_meta(model: nn.Module, name: str) -> None:
+    """Give an adapter's parameters that are without values room where the base is."""
+    moved: dict[Parameter, Parameter] = {}
+    devices = [p.device for p in base_parameters(model).values() if not p.is_meta]
+    for tables, leaf in _brought(model, name):
+        was = tables[leaf]
+        if was.is_meta and devices:
+            full = Parameter(torch.empty_like(was, device=devices[0]), requires_grad=was.requires_grad)
+            tables[leaf] = moved.setdefault(was, full)
+
+
+def on_meta(model: nn.Module, name: str) -> bool:
+    """Whether an adapter is without values."""
+    return any(tables[leaf].is_meta for tables, leaf in _brought(model, name))
+
+
+def _brought(model: nn.Module, name: str) -> list[tuple[dict[str, Any], str]]:
+    """Where the parameters of an adapter stand: the tables that hold them, and their names there."""
+    own = {
+        id(parameter)
+        for place in walk(model)
+        if isinstance(place.module, AskedModule)
+        for adapter, parameter in place.module.brought()
+        if adapter == name
+    }
+    return [
+        (module._parameters, leaf)
+        for module in model.modules()
+        for leaf, parameter in module._parameters.items()
+        if id(parameter) in own
+    ]
 
 
 def _require_grads(module: nn.Module, args: object, output: Tensor) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lorica.errors import ConfigError, FileError
+from lorica.errors import ConfigError, ConfigTypeError, FileError
 from lorica.model.structure import adapted, lora_layers
 from lorica.peft.config import PeftConfig
 
@@ -23,11 +23,11 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
             (Wortsman et al., 2021).
 
     Raises:
-        ConfigError: the multiplier is no number.
+        ConfigTypeError: the multiplier is no number.
         StateError: the model carries no adapter, or one is merged.
     """
     if not isinstance(multiplier, (float, int)):
-        raise ConfigError(f"multiplier must be a number, not {multiplier!r}")
+        raise ConfigTypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
     root, roster = adapted(model)
     roster.check_unmerged("rescale updates")
     before = {layer: layer.scaling for layer in lora_layers(root).values()}
@@ -47,3 +47,25 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
     except (FileError, ConfigError):
         return False
     return True
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Accepted, and needless: inputs are never copied up to the adapter's precision."""
+    yield
+
+
+class DoraCaching:
+    """Accepted, and needless: DoRA's norms are computed from thin products.
+
+    ``DoraCaching()(enabled=True)`` for good, or ``with DoraCaching():``.
+    """
+
+    def __call__(self, enabled: bool = True) -> None:
+        """Nothing to do."""
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, *error: object) -> None:
+        """Nothing to undo."""

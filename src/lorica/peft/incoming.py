@@ -56,7 +56,7 @@ class Incoming(nn.Module):
             AdapterError: the name is taken or cannot be one.
             TargetError: a pattern matches nothing, or something that cannot be adapted.
         """
-        self.base_model.inject_adapter(as_peft_config(peft_config), adapter_name)
+        self.base_model.inject_adapter(as_peft_config(peft_config), adapter_name, low_cpu_mem_usage)
         if not autocast_adapter_dtype:
             match_base_dtype(self.base_model.model, adapter_name)
 
@@ -125,6 +125,6 @@ class Incoming(nn.Module):
 
         Raises:
             AdapterError: no such adapter.
-            StateError: an adapter is merged.
+            StateError: it is merged.
         """
         self.base_model.delete_adapter(adapter_name)

@@ -10,11 +10,14 @@ from torch import nn
 import lorica
 from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import ConfigError
-from lorica.peft.base import named_whole
+from lorica.peft.base import named_whole, put_again, to_meta
 from lorica.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
-from lorica.peft.config import as_peft_config
+from lorica.peft.config import PeftType, as_peft_config
 from lorica.peft.config import get_peft_config as get_peft_config
 from lorica.peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from lorica.peft.tuner import LoraModel
+
+PEFT_TYPE_TO_TUNER_MAPPING = {PeftType.LORA: LoraModel}
 
 _MARKS = (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
 
@@ -38,7 +41,7 @@ def get_peft_model(
         autocast_adapter_dtype: keep A and B in float32 beside a base of less precision; False gives them the
             base's.
         revision: of the base, to be written down.
-        low_cpu_mem_usage: accepted; nothing is ever initialised twice here.
+        low_cpu_mem_usage: leave the adapter on the meta device, until its values are loaded.
 
     Returns:
         The wrapper that the configuration's task asks for.
@@ -69,7 +72,7 @@ def inject_adapter_in_model(
         peft_config: what to train.
         model: any model.
         adapter_name: of the adapter.
-        low_cpu_mem_usage: accepted; nothing is ever initialised twice here.
+        low_cpu_mem_usage: leave the adapter on the meta device, until its values are loaded.
         state_dict: adapt just the modules that this names; its values are not used.
 
     Returns:
@@ -86,4 +89,7 @@ def inject_adapter_in_model(
             raise ConfigError("state_dict has no key with .lora_A or .lora_B in it: it names no module")
         paths = sorted(name.removeprefix("base_model.model.") for name in named)
         config = config.replace(target_modules=paths, layers_to_transform=None, layers_pattern=None)
-    return lorica.adapt(model, config, adapter_name)
+    put_again(model, adapter_name, lambda name: lorica.adapt(model, config, name))
+    if low_cpu_mem_usage:
+        to_meta(model, adapter_name)
+    return model

@@ -16,8 +16,9 @@ from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import ConfigError
 from lorica.model.attach import attach_finite
 from lorica.model.merged import as_unmerged
+from lorica.model.structure import adapted
 from lorica.peft import loading, places
-from lorica.peft.base import let_gradients_in, match_base_dtype, recomputes
+from lorica.peft.base import let_gradients_in, match_base_dtype, put_again, recomputes
 from lorica.peft.config import PeftType, TaskType, as_peft_config
 from lorica.peft.incoming import Incoming
 from lorica.peft.outgoing import Outgoing
@@ -38,7 +39,7 @@ class PeftModel(Incoming, Outgoing):
         adapter_name: of the adapter.
         autocast_adapter_dtype: keep A and B in float32 beside a base of less precision; False gives them the
             base's.
-        low_cpu_mem_usage: accepted; nothing is ever initialised twice here.
+        low_cpu_mem_usage: leave the adapter on the meta device, until its values are loaded.
 
     Raises:
         TargetError: a pattern matches nothing, or something that cannot be adapted.
@@ -46,6 +47,7 @@ class PeftModel(Incoming, Outgoing):
     """
 
     __class__ = apparent_class  # pyright: ignore[reportIncompatibleMethodOverride]
+    _is_prompt_learning: ClassVar[bool] = False
     special_peft_forward_args = frozenset({"adapter_names", "alora_offsets"})
 
     def __init__(
@@ -57,7 +59,7 @@ class PeftModel(Incoming, Outgoing):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         _check_bare(model, "add_adapter(name, config)")
-        self._wrap(LoraModel(model, as_peft_config(peft_config), adapter_name))
+        self._wrap(LoraModel(model, as_peft_config(peft_config), adapter_name, low_cpu_mem_usage))
         if not autocast_adapter_dtype:
             match_base_dtype(self.get_base_model(), adapter_name)
 
@@ -288,9 +290,13 @@ class PeftModel(Incoming, Outgoing):
         adapter = loading.read(locate(model_id, **found), chosen, key_mapping)
         if options.get("ignore_mismatched_sizes"):
             adapter = loading.fitting(adapter, model.state_dict())
-        attach_finite(
-            model, loading.as_trainable(adapter, is_trainable), adapter_name, trainable=is_trainable
-        )
+        ready = loading.as_trainable(adapter, is_trainable)
+        put_again(model, adapter_name, lambda name: attach_finite(model, ready, name, trainable=is_trainable))
+        lorica.active(model, adapter_name)
+        if chosen is not None:  # the caller's own, which says from now on how it was made
+            roster = adapted(model)[1]
+            chosen.__dict__.update(vars(roster.configs[adapter_name]))
+            roster.configs[adapter_name] = chosen
         task = adapter.config.task_type
         wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task or "", cls)._around(model)
         if not autocast_adapter_dtype:

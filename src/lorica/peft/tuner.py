@@ -18,13 +18,13 @@ from torch.nn import Parameter
 import lorica
 from lorica.algebra import combine
 from lorica.config import LoraConfig
-from lorica.errors import AdapterError, LoricaWarning, StateError, listing
+from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, listing
 from lorica.layers import AskedModule, LoraLayer, LoraParameters
 from lorica.model.attach import attach_finite
 from lorica.model.merged import behind_merge, settle, stay_adapted
 from lorica.model.mount import open_for
 from lorica.model.structure import find_adapted, lora_layers, walk
-from lorica.peft.base import named_whole
+from lorica.peft.base import named_whole, put_again, to_meta
 from lorica.roster import Roster
 
 
@@ -36,7 +36,7 @@ class LoraModel(nn.Module):
         config: what to train, or a map from `adapter_name` to that. None takes a model that carries adapters
             already.
         adapter_name: of the adapter.
-        low_cpu_mem_usage: accepted; nothing is ever initialised twice here.
+        low_cpu_mem_usage: leave the adapter on the meta device, until its values are loaded.
 
     Raises:
         TargetError: a pattern matches nothing, or something that cannot be adapted.
@@ -58,7 +58,10 @@ class LoraModel(nn.Module):
         if isinstance(config, Mapping):
             config = config[adapter_name]
         if config is not None:
-            lorica.adapt(model, named_whole(model, config), adapter_name)
+            whole = named_whole(model, config)
+            put_again(model, adapter_name, lambda name: lorica.adapt(model, whole, name))
+            if low_cpu_mem_usage:
+                to_meta(model, adapter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own."""
@@ -315,18 +318,33 @@ class LoraModel(nn.Module):
         self._resting = None
         return self.model
 
-    def inject_adapter(self, config: LoraConfig, adapter_name: str) -> None:
+    def inject_adapter(self, config: LoraConfig, adapter_name: str, low_cpu_mem_usage: bool = False) -> None:
         """Add an adapter, neither acting nor training; which others act and train stays as it is.
 
         Raises:
             AdapterError: the name is taken or cannot be one.
+            ConfigError: it trains biases of the base, and another adapter does.
             TargetError: a pattern matches nothing, or something that cannot be adapted.
         """
+        if adapter_name in self.roster.configs:
+            raise AdapterError(
+                f"Adapter with name {adapter_name!r} already exists; give another name, or "
+                f"delete_adapter({adapter_name!r}) first"
+            )
+        biased = [name for name, other in self.peft_config.items() if other.bias != "none"]
+        if config.bias != "none" and biased:
+            raise ConfigError(
+                "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to "
+                f"'none' for all adapters: {listing(map(repr, biased))} trains biases already "
+                "(lorica.adapt gives each adapter biases of its own)"
+            )
         before, resting = self.roster.active, self._resting
         lorica.adapt(self.model, named_whole(self.model, config), adapter_name)
         lorica.active(self.model, before)
         self._resting = resting
         self.set_requires_grad(adapter_name, False)
+        if low_cpu_mem_usage:
+            to_meta(self.model, adapter_name)
 
     def add_weighted_adapter(
         self,
@@ -377,6 +395,10 @@ class LoraModel(nn.Module):
         attach_finite(self.model, combined, adapter_name, trainable=False)
         lorica.active(self.model, before)
         self._resting = resting
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: the adapter is LoRA, and `convert_to_lora` is not carried."""
+        return False
 
     def get_model_config(self, model: nn.Module) -> dict[str, Any]:
         """The base's configuration as a dict."""

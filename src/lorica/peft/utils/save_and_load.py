@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +14,16 @@ from torch import Tensor, nn
 from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft import CONFIG_FILE, as_trained, read_settings, read_tensors
 from lorica.checkpoint.peft_tensors import to_tensors
-from lorica.errors import AdapterError, lines
+from lorica.errors import AdapterError, StateError, lines, listing
+from lorica.layers import SwappedModule
 from lorica.model import values
-from lorica.model.structure import adapted
+from lorica.model.merged import as_unmerged
+from lorica.model.structure import adapted, walk
 from lorica.peft import loading, places, saving
+from lorica.peft.base import from_meta, on_meta, to_meta
 from lorica.peft.incoming import LoadResult
 from lorica.peft.peft_model import PeftModel
+from lorica.roster import Roster
 
 _PREFIX = "base_model.model."
 
@@ -67,7 +72,7 @@ def set_peft_model_state_dict(
             they train, which is what PEFT's gives.
         adapter_name: of the adapter.
         ignore_mismatched_sizes: leave out what has another shape, in place of an error.
-        low_cpu_mem_usage: accepted; the values are copied in place.
+        low_cpu_mem_usage: accepted; an adapter on the meta device gets room for its values.
 
     Returns:
         Keys of the adapter for which there is no value, and keys that are not the adapter's.
@@ -76,6 +81,10 @@ def set_peft_model_state_dict(
         AdapterError: no such adapter, or the whole list of what has another shape; the model is untouched.
         StateError: the adapter's start was taken out of W0, and is merged.
     """
+    root = adapted(model)[0]
+    without_values = on_meta(root, adapter_name)
+    if without_values:
+        from_meta(root, adapter_name)
     given = {_PREFIX + key.removeprefix(_PREFIX): tensor for key, tensor in peft_model_state_dict.items()}
     adapter = saving.outgoing(model, adapter_name, None, False)
     live = to_tensors(adapter)
@@ -86,6 +95,13 @@ def set_peft_model_state_dict(
         as_it_trains = not _misfits(given, to_tensors(training))
         adapter = training if as_it_trains else copy.deepcopy(adapter)  # of which A and B are copies anyway
         live = to_tensors(adapter)
+    missing = [key for key in live if key not in given]
+    if without_values and missing:
+        to_meta(root, adapter_name)
+        raise AdapterError(
+            f"the adapter {adapter_name!r} is on the meta device (low_cpu_mem_usage), so it needs all of its "
+            f"values; missing:\n{lines(missing)}"
+        )
     wrong = _misfits(given, live)
     if wrong and not ignore_mismatched_sizes:
         raise AdapterError(f"the values do not fit the adapter {adapter_name!r}:\n{lines(wrong)}")
@@ -95,8 +111,83 @@ def set_peft_model_state_dict(
                 tensor.copy_(given[key])
     if adapter.trained_as is not None:
         values.overwrite(model, adapter, adapter_name)
-    missing = [key for key in live if key not in given]
     return LoadResult(missing, [key for key in given if key not in live])
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own tensors by their names in it, whatever stands in their place at the moment.
+
+    Args:
+        model: wrapped or not.
+    """
+    root, roster = adapted(model)
+    with _base(root, roster):
+        own = [
+            f"{place.path}.{name}." if place.path else f"{name}."
+            for place in walk(root)
+            if isinstance(place.module, SwappedModule)
+            for name in place.module.own_modules
+        ]
+        return {key: tensor for key, tensor in root.state_dict().items() if not key.startswith(tuple(own))}
+
+
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> LoadResult:
+    """Give the base other values; its adapters stay.
+
+    Args:
+        model: wrapped or not.
+        state_dict: values by the base's own names.
+        strict: refuse keys that are missing or unexpected.
+
+    Returns:
+        Keys of the base for which there is no value, and keys that are not the base's.
+
+    Raises:
+        StateError: with the whole list of what does not fit; or a start was taken out of the base, or is
+            merged into it. The model is untouched.
+    """
+    root, roster = adapted(model)
+    roster.check_unmerged("load another base")
+    begun = [name for name, starts in roster.starts.items() if starts]
+    if begun:
+        raise StateError(
+            f"the start of {listing(map(repr, begun))} was taken out of the base that is there (PiSSA, "
+            "OLoRA, CorDA, LoRA-GA, LoftQ), so another base cannot be loaded below it; load the base first"
+        )
+    live = get_base_model_state_dict(root)
+    missing = [key for key in live if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in live]
+    wrong = [f"shape of {problem}" for problem in _misfits(state_dict, live)]
+    if strict and missing:
+        wrong.append(f"Missing key(s) in state_dict: {listing(missing)}")
+    if strict and unexpected:
+        wrong.append(f"Unexpected key(s) in state_dict: {listing(unexpected)}")
+    if wrong:
+        raise StateError(f"the values do not fit the base:\n{lines(wrong)}")
+    with torch.no_grad():
+        for key, tensor in live.items():
+            if key in state_dict:
+                tensor.copy_(state_dict[key])
+    return LoadResult(missing, unexpected)
+
+
+@contextlib.contextmanager
+def _base(root: nn.Module, roster: Roster) -> Iterator[None]:
+    """Let the base's own parameters stand in the model."""
+    if not roster.merged:
+        with roster.base_in_place(root):
+            yield
+        return
+    merged, active = roster.merged, roster.active
+    with as_unmerged(root):
+        roster.activate(root, ())
+        try:
+            yield
+        finally:
+            roster.activate(root, merged)
+            roster.active = active
 
 
 def _misfits(given: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> list[str]:

@@ -1,0 +1,8 @@
+"""What scripts import from `peft.tuners.lora.bnb`, to ask isinstance."""
+
+from __future__ import annotations
+
+from lorica.layers import LoraQuantized as Linear4bit
+from lorica.layers import LoraQuantized as Linear8bitLt
+
+__all__ = ["Linear4bit", "Linear8bitLt"]
