@@ -60,9 +60,9 @@ class TestAssigned:
 
     def test_what_cannot_be_used_is_refused_where_it_is_used(self) -> None:
         config: Any = LoraConfig(target_modules=["0"])
-        config.r = 0
+        config.init_lora_weights, config.r = "orthogonal", 3
         model = nn.Sequential(nn.Linear(3, 3))
-        with pytest.raises(ConfigError, match="r must be"):
+        with pytest.raises(ConfigError, match="splits the rank in halves"):
             get_peft_model(model, config)
         assert type(model[0]) is nn.Linear
 

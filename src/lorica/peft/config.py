@@ -25,6 +25,10 @@ __version__ = "0.21.2+lorica"
 """Of PEFT, whose names and files these are; what comes after the plus tells lorica's files from PEFT's."""
 
 
+_NEED_OTHERS = ("layers_pattern", "target_modules")
+"""Fields of which some values are right only beside another field's."""
+
+
 class PeftType(enum.StrEnum):
     """Methods; lorica carries LoRA, the one that the others are compared with."""
 
@@ -99,7 +103,11 @@ class PeftConfig(core.LoraConfig):
                 )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assign a field."""
+        """Assign a field.
+
+        Raises:
+            ConfigError: the value cannot be used, or there is no such field.
+        """
         fields = [item.name for item in dataclasses.fields(self)]
         if name in fields:
             with warnings.catch_warnings():
@@ -107,6 +115,8 @@ class PeftConfig(core.LoraConfig):
                 try:
                     self.__dict__.update(self.replace(**{name: value}).__dict__)
                 except ConfigError:
+                    if name not in _NEED_OTHERS:
+                        type(self)(**{name: value})  # a value that is wrong whatever the others are
                     self.__dict__[name] = value
         elif name in self._beside:
             self.__dict__[name] = value
