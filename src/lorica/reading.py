@@ -21,8 +21,12 @@ _MOST = 10_000_000
 _LARGEST = 10**308
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, halves: bool = False) -> Any:
     """The value in a JSON file.
+
+    Args:
+        path: of the file.
+        halves: as in `bearable`.
 
     Raises:
         FileNotFoundError: there is none; who asks knows what was looked for.
@@ -34,40 +38,49 @@ def read_json(path: Path) -> Any:
         raise
     except (OSError, ValueError) as error:
         raise FileError(f"{path} cannot be read: {error}") from error
-    return parse_json(content, str(path))
+    return parse_json(content, str(path), halves=halves)
 
 
-def parse_json(text: str | bytes, where: str) -> Any:
+def parse_json(text: str | bytes, where: str, *, halves: bool = False) -> Any:
     """The value in a JSON text.
 
     Args:
         text: the JSON.
         where: what to call it in an error.
+        halves: as in `bearable`.
 
     Raises:
         FileError: it is damaged, or holds what is never written to such a file.
     """
     try:
-        return bearable(json.loads(text if isinstance(text, str) else text.decode("utf-8")))
+        return bearable(json.loads(text if isinstance(text, str) else text.decode("utf-8")), halves=halves)
     except (ValueError, RecursionError, MemoryError) as error:
         raise FileError(f"{where} cannot be read as JSON: {_reason(error)}; the file is damaged") from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, *, halves: bool = False) -> dict[str, Any]:
     """The JSON object in a file.
+
+    Args:
+        path: of the file.
+        halves: as in `bearable`.
 
     Raises:
         FileNotFoundError: there is none.
         FileError: it holds something else, or is damaged.
     """
-    content = read_json(path)
+    content = read_json(path, halves=halves)
     if not isinstance(content, dict):
         raise FileError(f"{path} should hold a JSON object, not a {type(content).__name__}")
     return content
 
 
-def bearable(value: Any) -> Any:
+def bearable(value: Any, *, halves: bool = False) -> Any:
     """The same plain value, once it is known that it can be walked, computed with and written again.
+
+    Args:
+        value: of maps, lists, texts and numbers.
+        halves: take halves of characters too, which JSON can write and read, and UTF-8 cannot hold.
 
     Raises:
         ValueError: it is nested too deeply, has too many parts, a number that is too large, or text with
@@ -79,7 +92,7 @@ def bearable(value: Any) -> Any:
         below: list[Any] = []
         for item in level:
             if isinstance(item, str):
-                item.isascii() or item.encode()
+                item.encode("utf-8", "surrogatepass" if halves else "strict")
             elif isinstance(item, int):
                 if not -_LARGEST < item < _LARGEST:
                     raise ValueError(f"a number of {item.bit_length()} bits is too large")

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from lorica.errors import FileError
 
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed process leaves stays until its user removes it
+    fcntl = None
+
 Writer = Callable[[Path], None]
+
+_STAGE = ".writing-"
 
 
 def replace_files(directory: Path, writers: Mapping[str, Writer], *, gone: Iterable[str] = ()) -> None:
@@ -30,20 +40,72 @@ def replace_files(directory: Path, writers: Mapping[str, Writer], *, gone: Itera
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as stage:
+        with staged(directory) as stage:
             for name, write in writers.items():
-                write(Path(stage) / name)
-                flush(Path(stage) / name)
+                write(stage / name)
+                (stage / name).chmod(usual_mode(stage))
+                flush(stage / name)
             *_, key = writers
             for name in (key, *gone):
                 (directory / name).unlink(missing_ok=True)
             for name in writers:
-                (Path(stage) / name).replace(directory / name)
+                (stage / name).replace(directory / name)
         flush(directory)
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise FileError(
-            f"cannot write to {directory}: {error.strerror or error}; give a folder that can be written"
+            f"cannot write to {directory}: {reason}; give a folder that can be written"
         ) from error
+
+
+def replace_file(path: Path, write: Writer) -> None:
+    """Write one file beside its place, and rename it: a reader finds the old one or the new one.
+
+    Args:
+        path: of the file, in a folder that is there.
+        write: writes the content to a given path.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with staged(path.parent) as stage:
+        write(stage / path.name)
+        (stage / path.name).chmod(usual_mode(stage))
+        flush(stage / path.name)
+        (stage / path.name).replace(path)
+
+
+@contextlib.contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A folder inside another to write in, gone at the end; what killed processes left of theirs goes too.
+
+    Its writer holds a lock on it, which the system takes back however the process ends.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    _sweep(directory)
+    while True:
+        stage = Path(tempfile.mkdtemp(dir=directory, prefix=_STAGE))
+        handle = _lock(stage)
+        if handle is not None:
+            break  # else another process took it for left behind before it was locked
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        os.close(handle)
+
+
+def usual_mode(directory: Path) -> int:
+    """The permissions that a new file in a folder has by the umask, which other threads may be changing."""
+    probe = directory / f".mode-{os.getpid()}"
+    handle = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink()
 
 
 def flush(path: Path) -> None:
@@ -53,3 +115,38 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _sweep(directory: Path) -> None:
+    for left in directory.glob(f"{_STAGE}*"):
+        with contextlib.suppress(OSError):
+            handle = _lock(left, ours=False)
+            if handle is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(handle)
+
+
+def _lock(stage: Path, *, ours: bool = True) -> int | None:
+    """Hold a folder; None where another process does, or where it is gone.
+
+    Args:
+        stage: the folder.
+        ours: it was made here, and is to be used also where the file system knows no locks.
+    """
+    try:
+        handle = os.open(stage, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        if fcntl is None:
+            raise OSError
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), stage.stat()):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        if ours:
+            return handle
+    os.close(handle)
+    return None

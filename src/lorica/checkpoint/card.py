@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorica.adapter import Adapter
+from lorica.checkpoint.markup import as_line, as_markdown, as_shell, as_yaml, is_model_name
 from lorica.config import LoraConfig, members
 
 _MARK = "<!-- written by lorica; remove this line to keep your own edits when the adapter is saved again -->"
@@ -36,11 +37,11 @@ def model_card(adapter: Adapter, existing: Path, about: str = "") -> str | None:
     config = adapter.config
     base, pipeline = config.base_model_name_or_path, _PIPELINES.get(config.task_type or "")
     # A local path is of no use to the Hub, which takes `base_model` for the name of a repository.
-    on_hub = base and not Path(base).is_absolute() and base.count("/") <= 1
+    on_hub = base is not None and is_model_name(base)
     lora, others = members(config)
     head = [
         "---",
-        *([f"base_model: {base}"] if on_hub else []),
+        *([f"base_model: {as_yaml(base)}"] if base and on_hub else []),
         # The Hub knows the library of the format by this name, and shows how to load it.
         f"library_name: {'lorica' if others else 'peft'}",
         *([f"pipeline_tag: {pipeline}"] if pipeline else []),
@@ -48,22 +49,27 @@ def model_card(adapter: Adapter, existing: Path, about: str = "") -> str | None:
         *(["- lora"] if lora else []),
         "- lorica",
         "- adapter",
-        *([f"- base_model:adapter:{base}", "- transformers"] if on_hub else []),
+        *([f"- {as_yaml(f'base_model:adapter:{base}')}", "- transformers"] if on_hub else []),
         "---",
         "",
         _MARK,
         "",
     ]
+    whole = config.modules_to_save
     methods = " and ".join(["LoRA"] * bool(lora) + [other.method for other in others])
     body = [
         f"# {'A LoRA adapter' if methods == 'LoRA' else f'What {methods} trained'} "
-        f"for {base or 'a pretrained model'}",
+        f"for {as_markdown(base or 'a pretrained model')}",
         "",
         "| | |",
         "|---|---|",
         *(_of_lora(adapter, lora) if lora else []),
         f"| parameters | {adapter.numel:,} |",
-        *([f"| trained whole | {', '.join(config.modules_to_save)} |"] if config.modules_to_save else []),
+        *(
+            [f"| trained whole | {as_markdown(', '.join(whole))} |"]
+            if (whole := config.modules_to_save)
+            else []
+        ),
         "",
         *([about.strip(), ""] if about.strip() else []),
         "## Use",
@@ -108,7 +114,7 @@ def _with_vllm(adapter: Adapter, base: str | None) -> list[str]:
         "vLLM serves it beside others:",
         "",
         "```sh",
-        f"vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {room} --lora-modules "
+        f"vllm serve {as_shell(as_line(base or 'BASE'))} --enable-lora --max-lora-rank {room} --lora-modules "
         "mine=path/to/this/folder",
         "```",
         "",

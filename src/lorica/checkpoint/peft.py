@@ -151,7 +151,7 @@ def read_trained_as(directory: str | Path) -> LoraConfig | None:
     text = read_metadata(path).get(_TRAINED_AS)
     if text is None:
         return None
-    fields = parse_json(text, f"{_TRAINED_AS} in the header of {path}")
+    fields = parse_json(text, f"{_TRAINED_AS} in the header of {path}", halves=True)
     try:
         return LoraConfig.from_dict(fields)
     except (ValueError, TypeError, AttributeError) as error:
@@ -195,7 +195,7 @@ def read_settings(directory: str | Path) -> Mapping[str, Any]:
     """
     folder = Path(directory)
     try:
-        return read_object(folder / CONFIG_FILE)
+        return read_object(folder / CONFIG_FILE, halves=True)
     except FileNotFoundError:
         have = "it is not there" if not folder.exists() else "it has none"
         raise FileError(f"{folder} is not an adapter: it should hold {CONFIG_FILE}, and {have}") from None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lorica.errors import LoricaError, nearest
+from lorica.plain import Visible, visible
 
 COMMANDS = {
     "demo": "adapt a real model to a real task, beside full fine-tuning; no download, a few minutes",
@@ -60,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for library in () if debug else _TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        return importlib.import_module(f"lorica.cli.{name}").run(rest)
+        with _harmless():
+            return importlib.import_module(f"lorica.cli.{name}").run(rest)
     except SystemExit as stop:  # the parser's: 0 after --help, 2 for wrong usage
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BrokenPipeError:  # whoever read the output has read enough, as `head` does
@@ -94,6 +99,19 @@ def usage() -> str:
     )
 
 
+@contextlib.contextmanager
+def _harmless() -> Iterator[None]:
+    """Names out of files are in what commands print and warn of: none of them steers the terminal."""
+    printed: Any = Visible(sys.stdout)
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda *given, **named: visible(before(*given, **named))
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        warnings.formatwarning = before
+
+
 def _complain(message: str) -> None:
     red, plain = ("\x1b[31m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{red}error: {message}{plain}", file=sys.stderr)
+    print(f"{red}error: {visible(message)}{plain}", file=sys.stderr)

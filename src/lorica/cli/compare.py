@@ -58,22 +58,20 @@ def run(argv: list[str]) -> int:
 
 
 def _print(console: Any, table: Any) -> None:
-    from rich.markup import escape
-
     from lorica.train.console import print_table
 
     for title, (head, rows) in ((table.caption, table.rows()), ("", table.rates())):
-        cells = [[_bold(escape(cell)) for cell in row] for row in rows]
-        print_table(console, title, [escape(name) for name in head], cells)
+        cells = [[_bold(cell) for cell in row] for row in rows]
+        print_table(console, title, head, cells)
 
 
-def _bold(cell: str) -> str:
-    return f"[bold]{cell[2:-2]}[/bold]" if cell.startswith("**") else cell
+def _bold(cell: str) -> Any:
+    from rich.text import Text
+
+    return Text(cell[2:-2], style="bold") if cell.startswith("**") else cell
 
 
 def _print_counts(console: Any, spec: Any, *, in_json: bool) -> None:
-    from rich.markup import escape
-
     from lorica.compare.counts import counts
     from lorica.train.console import print_table, size
 
@@ -84,7 +82,7 @@ def _print_counts(console: Any, spec: Any, *, in_json: bool) -> None:
     for model in dict.fromkeys(each.model for each in found):
         rows = [
             [
-                escape(each.method),
+                each.method,
                 each.family,
                 f"{each.trainable:,}",
                 f"{100 * each.trainable / each.total:.3f} %",
@@ -94,4 +92,4 @@ def _print_counts(console: Any, spec: Any, *, in_json: bool) -> None:
             if each.model == model
         ]
         head = ["method", "class", "trainable, head left out", "of the model", "file in float32"]
-        print_table(console, escape(model), head, rows)
+        print_table(console, model, head, rows)

@@ -31,6 +31,10 @@ class Parser(jsonargparse.ArgumentParser):
             options = {"prog": f"lorica {command}", "allow_abbrev": False, **options}
         super().__init__(**options)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Help may be coloured; it holds no names out of files."""
+        super()._print_message(message, getattr(file, "stream", file))
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, and stop with status 2."""
         unknown = _UNKNOWN.search(message)

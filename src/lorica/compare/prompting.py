@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
-from rich.console import Console
 from torch import Tensor
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalPrediction
@@ -25,6 +24,7 @@ from lorica.compare.file import FewShot
 from lorica.errors import ConfigError, FileError
 from lorica.train import tasks
 from lorica.train.columns import check_texts
+from lorica.train.console import Console
 from lorica.train.embedded import resolve_model
 from lorica.train.fitting import score
 from lorica.train.generation.scoring import writer_of

@@ -10,12 +10,11 @@ import traceback
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from rich.console import Console
-
 from lorica.compare.results import Row
 from lorica.compare.runs import Run
 from lorica.errors import LoricaError
 from lorica.train.apart import apart
+from lorica.train.console import Console
 from lorica.train.fitting import Interrupted
 from lorica.train.memory import peak_memory
 from lorica.train.record import versions

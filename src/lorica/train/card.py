@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lorica.checkpoint.markup import as_markdown
 from lorica.errors import listing
 from lorica.train.console import scores
 from lorica.train.recipe import Recipe
@@ -48,4 +49,4 @@ def about(
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
-    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+    return [f"| {' | '.join(map(as_markdown, line))} |" for line in lines]

@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
+from rich import console as rich_console
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
+
+from lorica.plain import Visible, visible
 
 _NOT_SHARES = frozenset({"loss", "perplexity", "nist", "cider", "mse", "mae"})
 
 
-def make_console(*, stderr: bool = False) -> Console:
+class Console(rich_console.Console):
+    """A console that shows names as they are: brackets are no markup, control characters steer nothing."""
+
+    def __init__(self, **options: Any) -> None:
+        """As rich's, of the same arguments."""
+        shown = sys.stderr if options.get("stderr") else sys.stdout
+        if "file" not in options and isinstance(shown, Visible):
+            options["file"] = shown.stream  # the texts are seen to below, and colours are meant
+        super().__init__(**{"highlight": False, "markup": False, "emoji": False, **options})
+
+    def render(
+        self, renderable: rich_console.RenderableType, options: rich_console.ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """As rich's; the texts are made harmless, its own codes are not texts."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+def make_console(*, stderr: bool = False) -> rich_console.Console:
     """A console that does not break lines where nobody reads them on a screen."""
-    options: dict[str, Any] = {"stderr": stderr, "highlight": False, "emoji": False}  # :x: in a path is none
-    console = Console(**options)
-    return console if console.is_terminal else Console(**options, width=200, no_color=True)
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=200, no_color=True)
 
 
-def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(
+    console: rich_console.Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]
+) -> None:
     """Print a table whose first column holds names and whose others hold numbers."""
     result = Table()
     for i, column in enumerate(columns):
-        result.add_column(column, justify="right" if i else "left", no_wrap=True)
+        result.add_column(Text(column), justify="right" if i else "left", no_wrap=True)
     for row in rows:
-        result.add_row(*row)
-    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+        result.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    console.print(Text(title, style="bold"), soft_wrap=True)
     console.print(result)
 
 

@@ -10,23 +10,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorica.checkpoint.atomic import replace_file
 from lorica.errors import FileError
 from lorica.plain import as_json
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file under a temporary name in its own folder, then rename it into place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)  # mkstemp's own mode would keep the file from everyone else
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    content = text.encode()
+    replace_file(path, lambda place: place.write_bytes(content) and None)
 
 
 def write_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

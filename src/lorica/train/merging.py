@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 
 from lorica.adapter import Adapter
 from lorica.checkpoint import read
+from lorica.checkpoint.atomic import staged, usual_mode
 from lorica.errors import ConfigError, FileError
 from lorica.model import MergeReport, attach, merge
 from lorica.train import tasks
@@ -69,23 +69,23 @@ def merge_checkpoint(
         attach(model, value)
         report = merge(model)
         writable_directory(out.parent)
-        stage = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
+        with staged(out.parent) as stage:
+            made = stage / out.name
+            made.mkdir()
             reader = _reader(adapter, base, recipe)
             if recipe is not None:
                 tasks.get(recipe.task).pad(model, reader)
             if reader is not None:
-                reader.save_pretrained(stage)
-            model.save_pretrained(stage)
+                reader.save_pretrained(made)
+            model.save_pretrained(made)
             if recipe is not None:
-                shutil.copyfile(adapter / "recipe.yaml", stage / "recipe.yaml")
-            stage.chmod(0o755)
+                shutil.copyfile(path, made / "recipe.yaml")
+            for file in made.rglob("*"):
+                if file.is_file():
+                    file.chmod(usual_mode(stage))
             if out.is_dir():
                 out.rmdir()
-            stage.replace(out)
-        except BaseException:
-            shutil.rmtree(stage, ignore_errors=True)
-            raise
+            made.replace(out)
     return report, out
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lorica.train.console import duration
 from lorica.train.files import write_atomically
@@ -53,7 +53,7 @@ class ProgressTable:
 
     def note(self, line: str) -> None:
         """Say something beside the table."""
-        self.console.print(escape(line), soft_wrap=True)
+        self.console.print(line, markup=False, soft_wrap=True)
 
     def show(self, record: Record) -> None:
         """A trial moved on."""
@@ -91,7 +91,7 @@ def table(records: list[Record]) -> Table:
         scores = "  ".join(f"{name} {value:.4f}" for name, value in _shown(last.metrics)) if last else ""
         cells = [record.name, record.status, shown_values(record), record.error or scores]
         cells += [str(last.time), duration(last.seconds)] if last else ["", ""]
-        result.add_row(*map(escape, cells))
+        result.add_row(*map(Text, cells))
     return result
 
 
@@ -133,12 +133,12 @@ def trials_table(records: Sequence[Record], goal: Goal, limit: int = 20) -> Tabl
         last = record.evaluations[-1].metrics if record.evaluations else {}
         score = record.best(goal.metric, goal.mode)
         table.add_row(
-            record.name,
+            Text(record.name),
             record.status,
             "" if math.isnan(score) else f"{score:.4f}",
             f"{last['parameters']:,.0f}" if "parameters" in last else "",
             str(len(record.evaluations)),
-            escape(record.error or shown_values(record)),
+            Text(record.error or shown_values(record)),
         )
     return table
 
@@ -151,22 +151,29 @@ def write_table(records: Sequence[Record], directory: Path, goal: Goal) -> Path:
     )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "status", *fields, "evaluations", "seconds", *metrics, "error"])
+    writer.writerow(map(_cell, ["trial", "status", *fields, "evaluations", "seconds", *metrics, "error"]))
     for record in ranked(records, goal):
         best = record.at_best(goal.metric, goal.mode)
         scores = {} if best is None else best.metrics
         seconds = record.evaluations[-1].seconds if record.evaluations else ""
-        writer.writerow(
-            [
-                record.name,
-                record.status,
-                *(record.values.get(name, "") for name in fields),
-                len(record.evaluations),
-                seconds,
-                *(scores.get(name, "") for name in metrics),
-                record.error or "",
-            ]
-        )
+        cells = [
+            record.name,
+            record.status,
+            *(record.values.get(name, "") for name in fields),
+            len(record.evaluations),
+            seconds,
+            *(scores.get(name, "") for name in metrics),
+            record.error or "",
+        ]
+        writer.writerow(map(_cell, cells))
     path = directory / TABLE
     write_atomically(path, text.getvalue())
     return path
+
+
+def _cell(value: Any) -> Any:
+    """A value as a cell: a text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    if isinstance(value, (int, float)):
+        return value
+    text = str(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
+from lorica.checkpoint.atomic import staged
 from lorica.errors import ConfigError, LoricaError, listing, require
 from lorica.train import data as sources
 from lorica.train import presets, tasks
@@ -165,14 +165,14 @@ def keep_best(result: SearchResult) -> None:
     if result.best is None:
         return
     target = result.directory / BEST
-    with tempfile.TemporaryDirectory(dir=result.directory, prefix=".best") as stage:
-        copy = Path(stage) / BEST
+    with staged(result.directory) as stage:
+        copy = stage / BEST
         left_out = shutil.ignore_patterns("checkpoints", "tensorboard", "log.txt")
         shutil.copytree(result.directory / TRIALS / result.best.name, copy, ignore=left_out)
         made = Recipe.load(copy / RECIPE, trust_task=True)  # written by this very search
         made.replace(output=str(target)).save(copy / RECIPE)
         if target.exists():
-            target.rename(Path(stage) / "before")
+            target.rename(stage / "before")
         copy.rename(target)
 
 

@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorica.train.checkpoints import last_checkpoint
+from lorica.train.console import Console
 from lorica.train.files import writable_directory
 from lorica.train.fitting import logged_scores
 from lorica.train.preparing import Prepared, prepare
