@@ -15,11 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lorica.errors import ConfigError, FileError, lines, nearest
 from lorica.train import presets
 from lorica.train.recipe import Recipe
+from lorica.train.yaml_file import read_yaml
 
 SUMMARIES = ("mean", "median")
 SPLITS = ("test", "validation")
@@ -145,12 +144,7 @@ class Comparison:
             FileError: there is no such file, or it is not YAML.
             ConfigError: all that is wrong with it, a line each.
         """
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise FileError(f"cannot read the comparison {path}: {error.strerror or error}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise FileError(f"the comparison {path} is not YAML: {error}") from error
+        content = read_yaml(Path(path), "the comparison")
         if not isinstance(content, Mapping):
             raise FileError(f"the comparison {path} must hold 'tasks:' and 'methods:'")
         return cls.from_dict({**content, **changes}, str(path), trust_task=trust_task)

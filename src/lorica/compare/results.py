@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from lorica.errors import ConfigError, FileError, listing
 from lorica.plain import as_json, plain
+from lorica.reading import parse_json
 
 Row = dict[str, Any]
 
@@ -31,10 +31,10 @@ class Results:
             raise FileError(f"cannot read {path}: {error.strerror or error}") from error
         for line in text.split("\n"):
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
+                row = parse_json(line, f"a line of {path}")
+            except FileError:
                 continue
-            if isinstance(row, dict) and isinstance(row.get("scores"), dict) and "key" in row:
+            if _is_whole(row):
                 self.rows[row["key"]] = row
         self._cut = bool(text) and not text.endswith("\n")
 
@@ -57,6 +57,17 @@ class Results:
             os.fsync(file.fileno())
         self._cut = False
         self.rows[row["key"]] = row
+
+
+def _is_whole(row: Any) -> bool:
+    """Whether a line has the parts that a table is made of."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(n), str) for n in ("key", "task", "method")):
+        return False
+    scores = row.get("scores")
+    return isinstance(scores, dict) and all(
+        isinstance(found, dict) and all(isinstance(v, int | float | None) for v in found.values())
+        for found in scores.values()
+    )
 
 
 def score_of(row: Row, split: str, metric: str) -> float | None:

@@ -42,7 +42,7 @@ class Run:
         Names of task and method do not count, nor does a field at its default, so that a field which recipes
         gain one day does not void what was done before.
         """
-        content = _unlike(dataclasses.asdict(self.recipe), dataclasses.asdict(Recipe()))
+        content = _unlike(self.recipe.to_dict(), Recipe().to_dict())
         content.pop("output", None)
         data = content.setdefault("data", {})
         for name in ("train", "validation", "test"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import io
 import shutil
@@ -104,7 +103,7 @@ def perform(run: Run, folder: Path, *, keep: bool = False) -> Row:
         "seed": run.seed,
         **found,
         "peak_memory": peak_memory(),
-        "recipe": dataclasses.asdict(run.recipe),
+        "recipe": run.recipe.to_dict(),
         "versions": versions(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

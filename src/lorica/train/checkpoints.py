@@ -7,6 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+from lorica.errors import FileError
+from lorica.reading import read_object
 from lorica.train.files import write_atomically
 
 STATE = "trainer_state.json"
@@ -43,8 +45,8 @@ def is_complete(checkpoint: str | Path) -> bool:
     """
     checkpoint = Path(checkpoint)
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        state = read_object(checkpoint / STATE)
+    except (FileNotFoundError, FileError):
         return False
     there = any((checkpoint / name).is_file() for name in _WEIGHTS)
     resumable = all((checkpoint / name).is_file() for name in ("optimizer.pt", "scheduler.pt"))
@@ -65,7 +67,7 @@ def discard_incomplete(directory: str | Path) -> list[Path]:
 
 def find_best(checkpoint: Path) -> None:
     """Make a checkpoint's record of the best one right again after the run's folder was moved or renamed."""
-    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    state = read_object(checkpoint / STATE)
     recorded = state.get("best_model_checkpoint")
     beside = checkpoint.parent / Path(recorded).name if recorded else None
     if beside is not None and not Path(recorded).is_dir() and beside.is_dir():

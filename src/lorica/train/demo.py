@@ -122,9 +122,10 @@ def run_demo(recipe: Recipe, console: Console | None = None) -> Demo:
     console.print("merging the adapter into the encoder")
     difference, scale, same = _merge(prepared, output)
     demo = Demo(rows, difference, scale, same, _commands(recipe, output))
+    recorded = prepared.recipe.to_dict()
     write_atomically(
         output / "results.json",
-        as_json({**dataclasses.asdict(demo), "recipe": prepared.recipe, "versions": versions()}) + "\n",
+        as_json({**dataclasses.asdict(demo), "recipe": recorded, "versions": versions()}) + "\n",
     )
     return demo
 

@@ -31,6 +31,7 @@ from lorica.train.console import make_console
 from lorica.train.generation.scoring import Writer
 from lorica.train.quiet import quiet
 from lorica.train.recipe import TrainingConfig
+from lorica.train.resuming import check_state
 from lorica.train.tasks import Task
 from lorica.train.tasks.base import own_loss
 from lorica.train.trainer import Trainer
@@ -165,6 +166,7 @@ def fit(
             discard_incomplete(checkpoints)
             start = last_checkpoint(checkpoints)
             if start is not None:
+                check_state(start)
                 find_best(start)
         if start is None and validation is not None and make_trainer is Trainer:
             _check_metric(trainer, validation, task)

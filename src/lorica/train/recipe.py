@@ -16,7 +16,9 @@ from lorica.errors import ConfigError, FileError
 from lorica.train.fields import check_fields
 from lorica.train.files import write_atomically
 from lorica.train.generation.config import GenerationConfig
+from lorica.train.secrets import without_secrets
 from lorica.train.trust import check_trusted
+from lorica.train.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -292,9 +294,13 @@ class Recipe:
                 changes[name] = dataclasses.replace(getattr(self, name), **change)
         return dataclasses.replace(self, **changes)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as a plain value, as files hold them: tokens and passwords are left out."""
+        return without_secrets(dataclasses.asdict(self))
+
     def to_yaml(self) -> str:
-        """The recipe as YAML, every field written out."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True, width=120)
+        """The recipe as YAML, every field written out but tokens and passwords."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
 
     def save(self, path: str | Path) -> Path:
         """Write the recipe as a YAML file, and return its path."""
@@ -378,12 +384,7 @@ def check_file(path: str | Path) -> Mapping[str, Any]:
         ConfigError: naming every unknown field, with the nearest known one.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"cannot read the recipe {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FileError(f"the recipe {path} is not YAML: {error}") from error
+    content = read_yaml(path, "the recipe")
     if not isinstance(content, Mapping):
         raise FileError(
             f"the recipe {path} must hold fields such as 'task:' and 'model:', not {type(content).__name__}"

@@ -18,12 +18,15 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, Image
 
-from lorica.errors import ConfigError, FileError
+from lorica.errors import ConfigError, FileError, listing
 from lorica.plain import as_json
+from lorica.reading import read_object
 from lorica.train.files import write_atomically
 from lorica.train.recipe import Recipe
 
 RECORD = "run.json"
+_THREADS = 4096
+"""More than any machine has; torch would try to start as many."""
 _PACKAGES = ("lorica", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
@@ -51,7 +54,7 @@ class Record:
     def save(self, directory: Path) -> Path:
         """Write ``run.json`` into a folder, whole or not at all, and return its path."""
         seeds = {"training": self.recipe.training.seed, "split": self.recipe.data.split_seed}
-        values = dataclasses.asdict(self)
+        values = {**dataclasses.asdict(self), "recipe": self.recipe.to_dict()}
         write_atomically(directory / RECORD, as_json({**values, "seeds": seeds}) + "\n")
         return directory / RECORD
 
@@ -71,12 +74,14 @@ class Record:
         path = Path(path)
         path = path / RECORD if path.is_dir() else path
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            parts: dict[str, Any] = {item.name: values[item.name] for item in dataclasses.fields(cls)}
-        except OSError as error:
-            raise FileError(f"cannot read the run {path}: {error.strerror or error}") from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise FileError(f"{path} is no {RECORD} of `lorica train`: {error!r}") from error
+            values = read_object(path)
+        except FileNotFoundError as error:
+            raise FileError(f"cannot read the run {path}: {error.strerror}") from error
+        names = [item.name for item in dataclasses.fields(cls)]
+        wrong = [f"it has no {name}" for name in names if name not in values] or list(_wrong(values))
+        if wrong:
+            raise FileError(f"{path} is no {RECORD} of `lorica train`: {listing(wrong)}")
+        parts: dict[str, Any] = {name: values[name] for name in names}
         parts["recipe"] = Recipe.from_dict(parts["recipe"], str(path), trust_task=trust_task)
         return cls(**parts)
 
@@ -110,6 +115,30 @@ class Record:
             yield
         finally:
             torch.set_num_threads(before)
+
+
+def _wrong(values: Mapping[str, Any]) -> Iterator[str]:
+    """What of a run.json's parts could not be worked with."""
+    for name in ("recipe", "data", "versions", "machine", "results"):
+        if not isinstance(values[name], dict):
+            yield f"{name} is {values[name]!r}"
+            return
+    if not isinstance(values["adapter_sha256"], str):
+        yield f"adapter_sha256 is {values['adapter_sha256']!r}"
+    for split, facts in values["data"].items():
+        if not (
+            isinstance(facts, dict) and is_whole(facts.get("rows")) and isinstance(facts.get("sha256"), str)
+        ):
+            yield f"data.{split} is {facts!r}"
+    if not isinstance(values["machine"].get("device"), str):
+        yield f"machine.device is {values['machine'].get('device')!r}"
+    if not is_whole(threads := values["machine"].get("threads", 1)) or not 1 <= threads <= _THREADS:
+        yield f"machine.threads is {threads!r}"
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def changed_rows(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:

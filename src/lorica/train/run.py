@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -15,9 +14,10 @@ from typing import Any
 from rich.console import Console
 
 from lorica.checkpoint import read, write_card
-from lorica.errors import ConfigError, LoricaError, listing
+from lorica.errors import ConfigError, FileError, LoricaError, listing
 from lorica.model import extract, save, trainable_parameters
 from lorica.plain import as_json
+from lorica.reading import read_object
 from lorica.train.batch_size import fitting_batch
 from lorica.train.card import about
 from lorica.train.checkpoints import last_checkpoint
@@ -29,7 +29,7 @@ from lorica.train.generation.scoring import writer_of
 from lorica.train.method import typed
 from lorica.train.preparing import Prepared, prepare
 from lorica.train.recipe import Recipe
-from lorica.train.record import RECORD, Record, changed_rows, machine, versions
+from lorica.train.record import RECORD, Record, changed_rows, is_whole, machine, versions
 from lorica.train.starts import start
 from lorica.train.summary import announce
 from lorica.train.warm_start import warm_start
@@ -263,7 +263,10 @@ def _check_rows(prepared: Prepared, output: Path) -> None:
         ConfigError: they are others.
     """
     with contextlib.suppress(FileNotFoundError):  # earlier versions did not write it
-        before = json.loads((output / "checkpoints" / ROWS).read_text(encoding="utf-8"))
+        path = output / "checkpoints" / ROWS
+        before = read_object(path)
+        if not all(isinstance(facts, dict) and is_whole(facts.get("rows")) for facts in before.values()):
+            raise FileError(f"{path} is damaged; start anew with --overwrite, or bring it back")
         if changed := changed_rows(before, prepared.data):
             raise ConfigError(
                 f"the data of the run in {output} have changed: {', '.join(changed)}. Bring back the rows as "
@@ -288,7 +291,7 @@ def _as_before(recipe: Recipe, output: Path) -> Recipe:
     if recipe.training.auto_batch_size:
         sizes = {name: getattr(saved.training, name) for name in ("batch_size", "gradient_accumulation")}
         recipe = recipe.replace(training=sizes)
-    before, now = (dict(_flat(dataclasses.asdict(value))) for value in (saved, recipe))
+    before, now = (dict(_flat(value.to_dict())) for value in (saved, recipe))
     changed = [
         f"{key} was {before[key]!r}, now {now[key]!r}"
         for key in now

@@ -25,6 +25,7 @@ from lorica.train.evaluation import EvaluationMixin
 from lorica.train.generation.scoring import WritingMixin
 from lorica.train.measuring import MeasuringMixin
 from lorica.train.optimizer import parameter_groups
+from lorica.train.resuming import ResumingMixin
 from lorica.train.sampler import LengthGroupedSampler
 from lorica.train.token_loss import TokenLossMixin
 
@@ -92,7 +93,13 @@ class LoraTrainerMixin(_Base):
 
 
 class Trainer(
-    LoraTrainerMixin, MeasuringMixin, WritingMixin, EvaluationMixin, TokenLossMixin, transformers.Trainer
+    LoraTrainerMixin,
+    ResumingMixin,
+    MeasuringMixin,
+    WritingMixin,
+    EvaluationMixin,
+    TokenLossMixin,
+    transformers.Trainer,
 ):
     """transformers' Trainer, with adapter checkpoints, LoRA+ and an order of rows that a resume keeps.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from lorica.errors import FileError, nearest
 from lorica.plain import plain
+from lorica.reading import parse_json
 
 JOURNAL = "results.jsonl"
 """Name of the file, in a search's folder."""
@@ -21,6 +23,8 @@ TRIALS = "trials"
 
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
 ENDED: tuple[Status, ...] = ("finished", "stopped", "failed")
+
+_NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -147,28 +151,53 @@ class Journal:
             os.fsync(file.fileno())
 
     def _read(self) -> None:
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise FileError(f"cannot read {self.path}: {error.strerror or error}") from error
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+            where = f"line {number} of {self.path}"
             try:
-                self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                raise FileError(f"{self.path}, line {number} is no line of a search: {error}") from error
-        if whole != text and self._mend:
-            with self.path.open("r+", encoding="utf-8") as file:
-                file.truncate(len(whole.encode()))
+                self._take(parse_json(line, where))
+            except (KeyError, TypeError, ValueError) as error:
+                reason = f"{error} is missing" if isinstance(error, KeyError) else error
+                raise FileError(f"{where} is no line of a search: {reason}") from error
+        if whole != content and self._mend:
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
 
-    def _take(self, row: dict[str, Any]) -> None:
+    def _take(self, row: Any) -> None:
+        if not isinstance(row, dict):
+            raise TypeError(f"it holds {row!r}")
         name = row.pop("trial")
+        # It names a folder, which is read, copied and removed.
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot be a trial's name")
         if "time" in row:
             row["metrics"] = _scores(row["metrics"])
-            self.record(name).evaluations.append(Evaluation(**row))
+            evaluation = Evaluation(**row)
+            for part in ("time", "step", "epoch", "seconds"):
+                if not _is_number(getattr(evaluation, part)):
+                    raise ValueError(f"{part} is {getattr(evaluation, part)!r}")
+            self.record(name).evaluations.append(evaluation)
         elif "status" in row:
-            self._end(name, row.pop("status"), row)
-        else:
+            status = row.pop("status")
+            if status not in ENDED or not isinstance(row.get("error"), str | None):
+                raise ValueError(f"it ends as {status!r} with {row.get('error')!r}")
+            self._end(name, status, row)
+        elif isinstance(row["values"], dict):
             self.record(name).values = row["values"]
+        else:
+            raise TypeError(f"values are {row['values']!r}")
 
 
 def _scores(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """As they were: what is not a finite number is null in JSON."""
+    if not isinstance(metrics, Mapping) or not all(v is None or _is_number(v) for v in metrics.values()):
+        raise TypeError(f"metrics are {metrics!r}")
     return {name: math.nan if value is None else value for name, value in metrics.items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

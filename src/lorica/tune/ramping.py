@@ -193,7 +193,7 @@ def ramp(
 def _keep_settings(directory: Path, recipe: Recipe, config: RampConfig) -> None:
     """Write down what a ramp is started with; refuse a folder whose trials are of something else."""
     there = directory / RAMP
-    content = {"recipe": dataclasses.asdict(recipe), "ramp": dataclasses.asdict(config)}
+    content = {"recipe": recipe.to_dict(), "ramp": dataclasses.asdict(config)}
     text = json.dumps(content, indent=2, default=str) + "\n"
     if there.is_file():
         if changed := changes(there, text, free=("ramp.limit", "ramp.gain")):

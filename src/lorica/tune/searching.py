@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
 from lorica.checkpoint.atomic import staged
-from lorica.errors import ConfigError, LoricaError, listing, require
+from lorica.errors import ConfigError, FileError, LoricaError, listing, require
 from lorica.train import data as sources
 from lorica.train import presets, tasks
 from lorica.train.console import make_console
@@ -214,6 +214,11 @@ class _Trials(Iterator[tuple[str, Recipe]]):
         """Take the search's journal, and tell the sampler of the trials that were made before."""
         self.journal = journal
         for record in journal.records.values():
+            if foreign := [name for name in record.values if name not in self._space.searched]:
+                raise FileError(
+                    f"trial {record.name} in {journal.path} sets {listing(map(str, foreign))}, which this "
+                    "search does not vary; the file is damaged"
+                )
             if record.status in ENDED:
                 self.report(record)
             else:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorica.errors import ConfigError, LoricaError, listing, nearest
+from lorica.errors import ConfigError, FileError, LoricaError, listing, nearest
+from lorica.reading import read_object
+from lorica.train.fields import read_fields
 from lorica.train.recipe import Recipe
 from lorica.tune.journal import JOURNAL, TRIALS
 from lorica.tune.samplers import ALGORITHMS
@@ -116,7 +118,7 @@ def settings(recipe: Recipe, space: Space, config: SearchConfig) -> str:
     """What a search is started with, as JSON."""
     dimensions = {name: {d.kind: d.given} for name, d in space.dimensions.items()}
     content = {
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe.to_dict(),
         "space": dimensions,
         "search": dataclasses.asdict(config),
     }
@@ -135,7 +137,7 @@ def changes(there: Path, now: str, free: Collection[str]) -> list[str]:
         now: the new ones, as JSON.
         free: what may differ, as ``part.name``.
     """
-    before, after = (dict(_flat(json.loads(text))) for text in (there.read_text(encoding="utf-8"), now))
+    before, after = (dict(_flat(content)) for content in (read_object(there), json.loads(now)))
     return [
         f"{name} was {before.get(name)!r}, now {after.get(name)!r}"
         for name in {**before, **after}
@@ -188,6 +190,9 @@ def reopen(directory: str | Path, *, trust_task: bool = False) -> tuple[Recipe, 
     path = Path(directory) / SEARCH
     if not path.is_file():
         raise LoricaError(f"{directory} holds no search: there is no {path}")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_object(path)
+    for name in ("recipe", "space", "search"):
+        if not isinstance(content.get(name), dict):
+            raise FileError(f"{path} is damaged: its {name} is {content.get(name)!r}, not the fields of one")
     recipe = Recipe.from_dict(content["recipe"], str(path), trust_task=trust_task)
-    return recipe, Space(content["space"]), SearchConfig(**content["search"])
+    return recipe, Space(content["space"]), read_fields(SearchConfig, content["search"], str(path))

@@ -13,12 +13,11 @@ from random import Random
 from types import UnionType
 from typing import Any
 
-import yaml
-
 from lorica.errors import ConfigError, FileError, LoricaError, lines, nearest
 from lorica.train import presets
 from lorica.train.recipe import Recipe
 from lorica.train.trust import names_code
+from lorica.train.yaml_file import read_yaml
 from lorica.tune.expression import Expression, field_named
 
 KINDS = ("choice", "uniform", "loguniform", "integer", "tied", "value")
@@ -132,12 +131,7 @@ class Space:
             ConfigError: as for `Space`.
         """
         path = Path(path)
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise FileError(f"cannot read the space {path}: {error.strerror or error}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise FileError(f"the space {path} is not YAML: {error}") from error
+        content = read_yaml(path, "the space")
         if not isinstance(content, Mapping):
             raise FileError(f"the space {path} must hold fields such as 'method.r: {{choice: [4, 8]}}'")
         return cls(content)

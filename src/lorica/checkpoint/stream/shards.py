@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorica.checkpoint.index import read_index, read_object
+from lorica.checkpoint.index import read_index
+from lorica.checkpoint.tensors import read_metadata
 from lorica.errors import FileError, lines
+from lorica.reading import parse_json, read_object
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that arithmetic is done on; tensors of others are bytes to carry over."""
@@ -160,7 +162,7 @@ def read_shard(path: Path) -> Shard:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if length <= status.st_size - 8 else b""
-        content = json.loads(text)
+        content = parse_json(text, "the header")
         metadata = dict(content.pop("__metadata__", None) or {})
         start = 8 + length
         # An empty tensor stands where the next one begins.
@@ -184,6 +186,7 @@ def read_shard(path: Path) -> Shard:
         raise FileError(
             f"{path} has {status.st_size:,} bytes, its header speaks of {end:,}; download it again"
         )
+    read_metadata(path)  # what the library refuses would be merged into a file that nobody can load
     header = length.to_bytes(8, "little") + text
     identity = (status.st_size, status.st_mtime_ns, hashlib.sha256(header).hexdigest())
     return Shard(path, header, metadata, {entry.name: entry for entry in entries}, identity)

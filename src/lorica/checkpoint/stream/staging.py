@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from lorica.checkpoint.atomic import flush
 from lorica.errors import FileError, listing
+from lorica.reading import read_object
 
 try:
     import fcntl
@@ -154,13 +155,10 @@ def _alone(out: Path, folder: Path) -> Iterator[None]:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path)
         job, done = content["job"], content["done"]
         # What is named here may be removed; it is in this folder, or nobody's business.
-        if all(
-            _is_inside(folder.parent, name) and {"identity", "record"} <= note.keys()
-            for name, note in done.items()
-        ):
+        if all(_is_inside(folder.parent, name) and _is_note(note) for name, note in done.items()):
             return {"job": dict(job), "done": done}
         problem: object = "it names what no merge writes"
     except FileNotFoundError:
@@ -168,6 +166,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = error
     raise FileError(f"{path} is damaged: {problem}; remove {folder} and start again")
+
+
+def _is_note(note: Mapping[str, Any]) -> bool:
+    """Whether it is what `finish` writes of a file: its identity, and what each layer of it lost."""
+    record = note["record"]
+    return isinstance(note["identity"], list) and (
+        record is None
+        or (isinstance(record, dict) and all(isinstance(v, int | float | None) for v in record.values()))
+    )
 
 
 def _is_inside(out: Path, name: str) -> bool:
