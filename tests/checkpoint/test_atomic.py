@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from lorica.checkpoint.atomic import Writer, replace_files
+import lorica
+from lorica.checkpoint.atomic import Writer, replace_files, staged
 from lorica.errors import FileError
+from lorica.train.files import write_atomically
 
 
 def text(content: str) -> Writer:
@@ -172,3 +177,44 @@ def test_interrupted_anywhere_the_folder_holds_old_or_new_or_refuses(form: str, 
     assert {status for status, _ in results["fail"]} == {0, 1}
     assert {found for _, found in results["fail"]} == {"old", "new", "refused"}
     assert {found for status, found in results["fail"] if status == 0} == {"new"}
+
+
+class TestStages:
+    """The folders that files are written in before they are renamed."""
+
+    def test_what_a_killed_writer_left_goes_with_the_next_write(self, tmp_path: Path) -> None:
+        for _ in range(3):
+            process = os.fork()
+            if process == 0:
+                with staged(tmp_path) as stage:
+                    (stage / "half").touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            os.waitpid(process, 0)
+        (tmp_path / "mine").touch()
+        replace_files(tmp_path, {"a": lambda path: path.write_text("x") and None})
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "mine"]
+
+    def test_one_that_is_written_to_stays(self, tmp_path: Path) -> None:
+        with staged(tmp_path) as first:
+            (first / "half").touch()
+            with staged(tmp_path) as second:
+                assert first != second
+            assert (first / "half").is_file()
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+    def test_every_file_takes_the_umasks_mode(self, tmp_path: Path, umask: int) -> None:
+        before = os.umask(umask)
+        try:
+            adapter = lorica.Adapter(
+                lorica.LoraConfig(r=1, target_modules=["q"]),
+                {"q": lorica.Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0)},
+            )
+            lorica.write(adapter, tmp_path / "a")
+            lorica.write(adapter, tmp_path / "b", pickled=True)
+            write_atomically(tmp_path / "a" / "text", "x")
+        finally:
+            os.umask(before)
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
+        assert len(files) == 7

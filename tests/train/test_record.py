@@ -88,7 +88,12 @@ def test_other_versions_are_named(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "cannot read the run"), ("{", "is no run.json"), ("[]", "is no run.json"), ("{}", "'recipe'")],
+    [
+        (None, "cannot read the run"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "should hold a JSON object"),
+        ("{}", "it has no recipe"),
+    ],
 )
 def test_files_that_are_no_record(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:

@@ -160,7 +160,7 @@ class Journal:
             where = f"line {number} of {self.path}"
             try:
                 self._take(parse_json(line, where))
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else error
                 raise FileError(f"{where} is no line of a search: {reason}") from error
         if whole != content and self._mend:

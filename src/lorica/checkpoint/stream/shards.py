@@ -113,7 +113,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise FileError(
             f"{folder} is not a folder; give the folder that holds the base's config.json and weights"
         )
-    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = _read_config(folder / "config.json")
     for name in WEIGHTS:
         if (folder / name).is_file():
             shard = read_shard(folder / name)
@@ -147,7 +147,7 @@ def open_file(path: Path) -> Checkpoint:
     config = path.with_name("config.json")
     shard = read_shard(path)
     home = dict.fromkeys(shard.entries, path.name)
-    content = read_object(config) if config.is_file() else {}
+    content = _read_config(config)
     return Checkpoint(path.parent, {path.name: shard}, home, None, content)
 
 
@@ -239,6 +239,24 @@ def read_into(file: FileIO, offset: int, tensor: Tensor) -> None:
         if not count:
             raise FileError(f"{file.name} became shorter while it was read; start again with the whole file")
         view = view[count:]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """A model's configuration; empty where there is none.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    config = read_object(path) if path.is_file() else {}
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FileError(
+            f"{path} should list architectures by their names, not {names!r}; the file is damaged"
+        )
+    labels, kind = config.get("id2label"), config.get("model_type")
+    if not isinstance(labels, dict | None) or not isinstance(kind, str | None):
+        raise FileError(f"{path} is damaged: its id2label is {labels!r}, its model_type {kind!r}")
+    return config
 
 
 def _entry(name: str, item: Mapping[str, Any], start: int) -> Entry:
