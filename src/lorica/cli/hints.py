@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorica.reading import read_object
 from lorica.train.trust import names_code
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def unused(name: str) -> Path:
 def has_test_rows(folder: str | Path) -> bool:
     """Whether the run in a folder was scored on test rows."""
     try:
-        rows: Any = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["results"]["rows"]
+        rows: Any = read_object(Path(folder) / "run.json")["results"]["rows"]
         return "test" in rows
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+    except (OSError, ValueError, TypeError, LookupError):
         return False

@@ -83,11 +83,12 @@ def read(path: str, alpha: float | None) -> Adapter:
 
 def facts_of(path: str) -> dict[str, str]:
     """What the recipe beside an adapter says of it; nothing in it is run, and a damaged one says nothing."""
-    import yaml
+    from lorica.errors import FileError
+    from lorica.train.yaml_file import read_yaml
 
     try:
-        recipe = yaml.safe_load((Path(path) / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        recipe = read_yaml(Path(path) / "recipe.yaml", "the recipe")
+    except FileError:
         return {}
     if not isinstance(recipe, dict):
         return {}

@@ -20,6 +20,7 @@ from lorica.config.foreign import FOREIGN, without_foreign
 from lorica.config.inits import SETTINGS
 from lorica.errors import ConfigError, LoricaWarning, nearest
 from lorica.peft.places import check_options, split_hub
+from lorica.reading import read_object
 
 __version__ = "0.21.2+lorica"
 """Of PEFT, whose names and files these are; what comes after the plus tells lorica's files from PEFT's."""
@@ -230,7 +231,7 @@ class PeftConfig(core.LoraConfig):
     @classmethod
     def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
         """The fields in a file, unchecked; how PEFT ran is none of them."""
-        data = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
+        data = read_object(Path(path_json_file), halves=True)
         return {name: value for name, value in data.items() if name != "runtime_config"}
 
 

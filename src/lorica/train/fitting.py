@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -24,6 +22,7 @@ from transformers import (
 from transformers.trainer_callback import TrainerState
 
 from lorica.errors import ConfigError, LoricaError, listing, nearest
+from lorica.reading import read_object
 from lorica.train.arguments import training_arguments
 from lorica.train.callbacks import CheckpointCallback, ProgressCallback, interruptible
 from lorica.train.checkpoints import STATE, discard_incomplete, find_best, last_checkpoint
@@ -242,7 +241,7 @@ def _run(trainer: Trainer, start: Path | None, training: TrainingConfig) -> None
 
 def _ended(checkpoint: Path, training: TrainingConfig) -> bool:
     """Whether a checkpoint is the last of its run: all steps taken, or stopped early."""
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    state = read_object(checkpoint / STATE)
     stopper = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
     waited = stopper.get("attributes", {}).get("early_stopping_patience_counter", 0)
     patience = training.early_stopping_patience
