@@ -63,6 +63,7 @@ class Roster:
             was disabled as PEFT does it.
         merged: names of the adapters that are merged into the weights at the moment.
         aside: what merging took off the model and `restore` puts back.
+        uncalled: kinds of layers that a pass of the model did not call, as was said.
     """
 
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
@@ -84,6 +85,7 @@ class Roster:
     resting: tuple[str, ...] | None = None
     merged: tuple[str, ...] = ()
     aside: Any = None
+    uncalled: set[str] = field(default_factory=set)
 
     def known(self, name: str) -> str:
         """The name, if there is such an adapter.

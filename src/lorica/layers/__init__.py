@@ -24,6 +24,10 @@ from lorica.layers.opaque import LoraOpaque as LoraOpaque
 from lorica.layers.opaque import is_linear_like
 from lorica.layers.quantized import LoraQuantized as LoraQuantized
 from lorica.layers.quantized import quantizer_of
+from lorica.layers.read import LoraOwnConv, LoraOwnLinear, read_kind, returns_other
+from lorica.layers.read import ReadWeight as ReadWeight
+from lorica.layers.read import Uncalled as Uncalled
+from lorica.layers.reading import reading_of as reading_of
 from lorica.layers.saved import SavedModule as SavedModule
 from lorica.layers.saved import read_by as read_by
 from lorica.layers.swapped import LayerState as LayerState
@@ -49,6 +53,15 @@ def layer_class(module: nn.Module, parent: nn.Module | None = None) -> type[Lora
     """
     if isinstance(module, LoraLayer):
         return module.swapped_by  # pyright: ignore[reportReturnType]
+    layer = _kind(module, parent)
+    if layer is None:
+        return None
+    reading = reading_of(module, parent)
+    return read_kind(layer, module, called=reading.called) if reading.read else layer
+
+
+def _kind(module: nn.Module, parent: nn.Module | None) -> type[LoraLayer] | None:
+    """The kind of layer, whatever the code around the module reads of it."""
     if isinstance(module, nn.MultiheadAttention):
         return LoraAttention
     if quantizer_of(module) is not None and not isinstance(module, nn.Embedding):
@@ -56,21 +69,23 @@ def layer_class(module: nn.Module, parent: nn.Module | None = None) -> type[Lora
     if isinstance(module, nn.Linear):
         plain = type(module).forward is nn.Linear.forward and _is_plain(module.weight)
         if not plain:
-            return LoraOpaque
+            return LoraOwnLinear if returns_other(module) else LoraOpaque
         if isinstance(parent, nn.MultiheadAttention):
             return LoraAttentionOutput
         return LoraReadLinear if isinstance(parent, nn.TransformerEncoderLayer) else LoraLinear
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return LoraConv
+        return LoraOwnConv if returns_other(module) else LoraConv
     # A Conv1D can only be there if its module was imported; importing transformers to find out would cost
     # seconds.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     if pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D):
         own_forward = type(module).forward is not pytorch_utils.Conv1D.forward
         return None if own_forward else LoraConv1D
-    return LoraOpaque if is_linear_like(module) else None
+    if not is_linear_like(module):
+        return None
+    return LoraOwnLinear if returns_other(module) else LoraOpaque
 
 
 def _is_plain(weight: torch.Tensor) -> bool:

@@ -33,6 +33,7 @@ from lorica.model.structure import (
 )
 from lorica.model.tied import check_pair, pairs, warn_if_idle
 from lorica.model.tokens import starting_rows, token_targets
+from lorica.model.uncalled import stop_watching
 from lorica.roster import Roster, parameter_at
 
 M = TypeVar("M", bound=nn.Module)
@@ -181,6 +182,7 @@ def detach(model: M, name: str | None = None) -> M:
             hook.remove()
         unstack(root, roster)
         pretrained.leave(root)
+        stop_watching(root)
         delattr(root, ROSTER)
     return model
 

@@ -16,10 +16,12 @@ from lorica.layers import (
     LoraOpaque,
     LoraParameters,
     LoraQuantized,
+    ReadWeight,
     SavedModule,
     SwappedModule,
     TrainedTokens,
     layer_class,
+    reading_of,
 )
 from lorica.layers.quantized import is_unfinished, quantizer_of
 from lorica.model.structure import Place
@@ -74,12 +76,17 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
             f"{path} is a {kind} that packs its weight when it is moved to its device; move the model there "
             "first (model.to(...)), then adapt it"
         )
-    if issubclass(layer, LoraOpaque) and _read_past_its_forward(parent):
+    if issubclass(layer, LoraOpaque) and _read_past_its_forward(place):
         raise TargetError(
             f"{path} is a {kind} with a forward of its own, but {type(parent).__name__} reads its weight "
             "without calling it, so the update would not act"
         )
-    if layer is LoraEmbedding and _looks_up_otherwise(module):
+    if issubclass(layer, ReadWeight) and getattr(module, "groups", 1) > 1:
+        raise TargetError(
+            f"{path}: the weight of this convolution is read past its forward, and with {module.groups} "
+            "groups it has no place for the update, which sees every channel; leave it out (exclude_modules)"
+        )
+    if issubclass(layer, LoraEmbedding) and _looks_up_otherwise(module):
         raise TargetError(
             f"{path} is a {kind} with a forward of its own, which may look up other rows than it is given; "
             "lorica adapts embeddings that look up as nn.Embedding does"
@@ -146,8 +153,8 @@ def check_dropout(place: Place, layer: type[LoraLayer]) -> None:
     """
     if not layer.takes_dropout:
         raise TargetError(
-            f"{place.path}: the update of an attention's fused weight has no input of its own to drop; "
-            "set lora_dropout=0 for it"
+            f"{place.path}: its weight is read without a call of the layer, so the update has no input of "
+            "its own to drop; set lora_dropout=0, or leave it out (exclude_modules)"
         )
 
 
@@ -264,10 +271,16 @@ def check_whole(path: str, module: nn.Module) -> None:
         )
 
 
-def _read_past_its_forward(parent: nn.Module | None) -> bool:
-    return isinstance(parent, nn.MultiheadAttention) or (
-        isinstance(parent, nn.TransformerEncoderLayer)
-        and type(parent).forward is nn.TransformerEncoderLayer.forward
+def _read_past_its_forward(place: Place) -> bool:
+    parent = place.parent
+    packed = isinstance(place.module, LoraQuantized) or quantizer_of(place.module) is not None
+    return (
+        (not packed and reading_of(place.module, parent).read)
+        or isinstance(parent, nn.MultiheadAttention)
+        or (
+            isinstance(parent, nn.TransformerEncoderLayer)
+            and type(parent).forward is nn.TransformerEncoderLayer.forward
+        )
     )
 
 

@@ -28,6 +28,7 @@ from lorica.model import pretrained
 from lorica.model.structure import ROSTER, Target, added_modules, base_parameters, find_adapted
 from lorica.model.tied import tie_copies
 from lorica.model.tokens import TokenTarget
+from lorica.model.uncalled import watch_next_pass
 from lorica.roster import Roster, Start, module_at, uncompiled
 
 
@@ -172,6 +173,8 @@ def mount(
         roster.parts[name] = tuple(part.place for part in parts)
     for part in parts:
         add_part(root, roster, name, part, trainable=trainable)
+    if mounts or tied:
+        watch_next_pass(root)
     if slots:
         roster.slots[name] = {path: _train(parameter, trainable) for path, parameter in slots.items()}
 

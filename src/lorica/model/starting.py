@@ -30,6 +30,7 @@ from lorica.layers import (
     LoraEmbedding,
     LoraLayer,
     LoraOpaque,
+    Uncalled,
 )
 from lorica.model.structure import Target
 from lorica.roster import Start
@@ -164,10 +165,12 @@ def check_start(target: Target, config: LoraConfig) -> None:
             "base before it is quantized, or take True; replace_lora_weights_loftq then starts it by LoftQ "
             "from the unquantized base's files"
         )
-    if value in ("eva", "corda", "lora_ga") and issubclass(layer, (LoraAttention, LoraAttentionOutput)):
+    if value in ("eva", "corda", "lora_ga") and issubclass(
+        layer, (LoraAttention, LoraAttentionOutput, Uncalled)
+    ):
         raise TargetError(
-            f"{what} looks at what the layer is given, and the {kind} of a fused attention is read without "
-            "being called; leave it out"
+            f"{what} looks at what the layer is given, and this {kind} is read without being called; leave "
+            "it out"
         )
     (r, d_in), (d_out, _) = layer.factor_shapes(target.module, config.rank(path))
     needed = 2 * r if value == "lora_ga" else r

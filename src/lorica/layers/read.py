@@ -1,0 +1,226 @@
+"""Layers whose weight is read past their forward, by the module around them or by a forward of their own.
+
+    self.dt_proj.weight  ──shown as──▶  W0 + Σ scale·B·A of the acting adapters
+
+Whoever reads the weight computes what it would with the merged one, in training too; the layer's own forward
+reads W0. Nothing is written to W0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorica.errors import StateError
+from lorica.layers.base import LoraLayer
+from lorica.layers.conv import LoraConv
+from lorica.layers.embedding import LoraEmbedding
+from lorica.layers.linear import LoraLinear
+from lorica.layers.opaque import LoraOpaque
+from lorica.layers.probe import has_own_forward
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def presented(layer: LoraLayer) -> Tensor:
+    """W0 with the acting updates folded in, differentiably: what a reader of the raw weight must see.
+
+    Args:
+        layer: adapted layer.
+
+    Returns:
+        The sum in W0's layout and dtype, summed up in float32 or W0's higher precision.
+    """
+    weight = layer.base_weight
+    names = layer.acting()
+    if not names:
+        return weight
+    W0 = result = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    for name in names:
+        A, B, scale, _ = layer.update_of(name)
+        A, B = A.flatten(1).to(W0.dtype), B.flatten(1).to(W0.dtype)
+        left, right = (A.t(), B.t()) if layer.transposed else (B, A)
+        ratio = layer.ratio(name)
+        if ratio is None:
+            result = torch.addmm(result, left, right, alpha=scale)
+        else:
+            turned = torch.addmm(W0, left, right, alpha=scale)
+            result = result + (layer.along_rows(ratio) * turned - W0)
+    return result.view(weight.shape).to(weight.dtype)
+
+
+class ReadWeight(LoraLayer):
+    """What all of these have in common: `weight` shows W0 with the acting updates folded in."""
+
+    @property
+    def weight(self) -> Tensor:
+        """W0 + Σ scale·B·A of the active adapters; W0 itself stays in `base_weight`.
+
+        Raises:
+            StateError: the update has a part that no weight can hold: one for each row, a dropped input, a
+                bias.
+        """
+        rows = self.roster.rows
+        names = self.acting() if rows is None else [name for name in self.scaling if name in rows.names]
+        what = None
+        if rows is not None and names:
+            what = "as one weight for all rows, so adapters on it cannot be mixed in a batch"
+        elif any(self.bias_parameter(name) is not None for name in names):
+            what = "without its bias; set lora_bias=False"
+        elif self.training and torch.is_grad_enabled() and any(self.lora_dropout[name] for name in names):
+            what = "and has no input of its own to drop; set lora_dropout=0"
+        if what is not None:
+            raise StateError(
+                f"the weight of an adapted {self.base_class.__name__} {tuple(self.base_shape)} is read past "
+                f"its forward, {what}, or leave the layer out (exclude_modules)"
+            )
+        return presented(self)
+
+
+class LoraReadLinear(ReadWeight, LoraLinear):
+    """A linear layer that is called by some and read by others, such as Bloom's `dense`."""
+
+    def base_forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
+        return F.linear(input, *self._base())
+
+
+class LoraReadConv(ReadWeight, LoraConv):
+    """A convolution that is called by some and read by others."""
+
+    def base_forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
+        return self._conv_forward(input, self.base_weight, self._parameters["bias"])
+
+
+class LoraReadEmbedding(ReadWeight, LoraEmbedding):
+    """A table that is looked up in by some and read by others, such as CLIP's positions."""
+
+    norm_type: float
+    scale_grad_by_freq: bool
+    sparse: bool
+
+    def base_forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
+        rows = F.embedding(
+            input,
+            self.base_weight,
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )
+        scale = getattr(self, "embed_scale", None)
+        return (
+            rows if scale is None else rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+        )
+
+
+class Uncalled(ReadWeight):
+    """A layer that is never called: the module around it reads its weight alone."""
+
+    takes_dropout: ClassVar[bool] = False
+    takes_bias: ClassVar[bool] = False
+    rows_differ: ClassVar[bool] = False
+
+
+class LoraUncalledLinear(Uncalled, LoraReadLinear):
+    """A linear layer that is never called, such as Mamba's `dt_proj`."""
+
+
+class LoraUncalledConv(Uncalled, LoraReadConv):
+    """A convolution that is never called, such as the one in front of a linear attention's kernel."""
+
+
+class LoraUncalledEmbedding(Uncalled, LoraReadEmbedding):
+    """A table that is never looked up in, such as DETR's queries."""
+
+
+class OwnForward(Uncalled):
+    """A layer whose own forward does more than multiply: its output is no place to add an update to.
+
+    It reads the weight itself, and is shown it with the updates folded in.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The layer as it is: it reads the weight below."""
+        return super(LoraLayer, self).forward(*args, **kwargs)
+
+    def check_mergeable(self) -> None:
+        """Nothing to refuse: merged, the layer reads the same weight."""
+
+
+class LoraOwnLinear(OwnForward, LoraLinear):
+    """A linear layer that returns something else than its product, such as Llama 4's router."""
+
+
+class LoraOwnConv(OwnForward, LoraConv):
+    """A convolution that pads its input itself, such as a causal one."""
+
+
+_READ: dict[type[LoraLayer], tuple[type[LoraLayer], type[LoraLayer]]] = {
+    LoraLinear: (LoraReadLinear, LoraUncalledLinear),
+    LoraConv: (LoraReadConv, LoraUncalledConv),
+    LoraEmbedding: (LoraReadEmbedding, LoraUncalledEmbedding),
+}
+
+
+def read_kind(layer: type[LoraLayer], module: nn.Module, *, called: bool) -> type[LoraLayer]:
+    """The kind of layer for a module whose weight is read past it; a kind that shows none stays as it is.
+
+    Args:
+        layer: the kind it would be if it were only called.
+        module: itself.
+        called: whether it is called as well.
+    """
+    if layer in (LoraOpaque, LoraConv) and shows_weight(module):
+        return LoraOwnConv if layer is LoraConv else LoraOwnLinear
+    kinds = _READ.get(layer)
+    return layer if kinds is None else kinds[0 if called else 1]
+
+
+def shows_weight(module: nn.Module) -> bool:
+    """Whether a layer with a forward of its own can be shown its weight with an update folded in."""
+    weight = module._parameters.get("weight")
+    # What is packed nobody could fold an update into.
+    plain = type(weight) is nn.Parameter and weight.dtype in _FLOATS and weight.dim() > 1
+    return plain and "bias" in module._parameters and has_own_forward(type(module))
+
+
+def returns_other(module: nn.Module) -> bool:
+    """Whether a layer with a forward of its own returns something else than its product, by its shape.
+
+    It is tried out, once for a class and its widths.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or not shows_weight(module):
+        return False
+    key = (type(module), tuple(weight.shape), *(getattr(module, name, None) for name in _SHAPING))
+    if key not in _TRIED:
+        _TRIED[key] = _try_out(module, weight)
+    return _TRIED[key]
+
+
+_SHAPING = ("stride", "padding", "dilation", "groups", "padding_mode")
+_TRIED: dict[tuple[Any, ...], bool] = {}
+
+
+def _try_out(module: nn.Module, weight: Tensor) -> bool:
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        field = (d * (k - 1) + 4 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        x = weight.new_zeros(1, module.in_channels, *field)
+        plain = module._conv_forward
+    else:
+        x, plain = weight.new_zeros(2, weight.shape[1]), F.linear
+    training = module.training
+    try:
+        module.training = False
+        with torch.no_grad():
+            forward: Any = type(module).forward
+            y = forward(module, x)
+            return not isinstance(y, Tensor) or y.shape != plain(x, weight, None).shape
+    except Exception:  # whatever it wants, it is not the input of a plain layer alone
+        return True
+    finally:
+        module.training = training

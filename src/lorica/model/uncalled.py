@@ -1,0 +1,89 @@
+"""A line about adapted layers that a whole pass of the model never called: their adapters did nothing in it.
+
+    first pass  ──▶  each layer tells that it was called  ──▶  those of which none did are named, once
+
+Between passes nothing watches but one hook on the model, and after its first pass not even that.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorica.errors import LoricaWarning, listing
+from lorica.layers import LoraAttention, LoraLayer, LoraReadLinear, ReadWeight
+from lorica.model.structure import ROSTER, lora_layers
+
+# Layers that need no call: the module around them reads their weight.
+_READ = (ReadWeight, LoraReadLinear, LoraAttention)
+# With these a pass leaves out a part of the model.
+_INSTEAD = ("encoder_outputs", "inputs_embeds", "decoder_inputs_embeds")
+
+
+def watch_next_pass(root: nn.Module) -> None:
+    """Look at the next whole pass of the model for adapted layers that it does not call."""
+    if _begin not in root._forward_pre_hooks.values():
+        root.register_forward_pre_hook(_begin, with_kwargs=True)
+
+
+def stop_watching(root: nn.Module) -> None:
+    """Take back `watch_next_pass`."""
+    for key, hook in list(root._forward_pre_hooks.items()):
+        if hook is _begin:
+            del root._forward_pre_hooks[key]
+            root._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Have each adapted layer tell that it is called, until the end of this pass."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if any(kwargs.get(name) is not None for name in _INSTEAD):
+        return
+    waiting = {
+        path: layer for path, layer in lora_layers(root).items() if path and not isinstance(layer, _READ)
+    }
+    if not waiting:  # merged, or all of them are read
+        return
+    stop_watching(root)
+    called: set[nn.Module] = set()
+    handles = [
+        layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in waiting.values()
+    ]
+
+    def end(root: nn.Module, args: Any, output: Any) -> None:
+        for handle in handles:
+            handle.remove()
+        if output is None:  # it failed on the way
+            watch_next_pass(root)
+        else:
+            _name(root, waiting, called)
+
+    handles.append(root.register_forward_hook(end, always_call=True))
+
+
+def _name(root: nn.Module, layers: Mapping[str, LoraLayer], called: set[nn.Module]) -> None:
+    roster = root.__dict__.get(ROSTER)
+    if roster is None:
+        return
+    # One expert of many, or one block that was dropped, is no sign; a kind of which none was called is.
+    seen = {_kind(path) for path, layer in layers.items() if layer in called}
+    silent = [path for path in layers if _kind(path) not in seen | roster.uncalled]
+    roster.uncalled |= {_kind(path) for path in silent}
+    if silent:
+        warnings.warn(
+            f"a whole pass of the model did not call {listing(silent, limit=6)}: adapters there did nothing "
+            "in it. That may be as it should, as with images for a batch of texts; else leave them out "
+            "(exclude_modules)",
+            LoricaWarning,
+            stacklevel=4,
+        )
+
+
+def _kind(path: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
