@@ -52,8 +52,11 @@ class PeftConfig(OwnConfig, metaclass=_AnyConfig):
         return owner.from_peft_type(**fields)
 
     @classmethod
-    def from_pretrained(cls, where: Any, subfolder: str | None = None, **options: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **options: Any
+    ) -> Any:
         """The configuration in a folder, by the method that it names."""
+        where = pretrained_model_name_or_path
         path = Path(where, subfolder or "", "adapter_config.json")
         kind = json.loads(path.read_text()).get("peft_type", "LORA") if path.is_file() else "LORA"
         owner = OwnConfig if kind == "LORA" else REAL.PeftConfig
