@@ -47,7 +47,7 @@ class Roster:
             adapter acts (trained biases).
         starts: adapter name → name of a weight in the base → what the adapter's start made of it, and puts in
             its place while the adapter acts. W0 itself is never written to.
-        whole: adapter name → paths of the modules of which it has a trained copy.
+        whole: adapter name → path of a module that it trains → its rows of it, or None for all of it.
         parts: adapter name → places of what it adds to the model.
         originals: parameters whose place is taken at the moment.
         rows: which adapter acts on which row of the batch, in place of `active`.
@@ -70,7 +70,7 @@ class Roster:
     active: tuple[str, ...] = ()
     slots: dict[str, dict[str, Parameter]] = field(default_factory=dict)
     starts: dict[str, dict[str, Start]] = field(default_factory=dict)
-    whole: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    whole: dict[str, dict[str, frozenset[int] | None]] = field(default_factory=dict)
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     originals: dict[str, Parameter] = field(default_factory=dict)
     rows: Any = None
@@ -134,17 +134,13 @@ class Roster:
             AdapterError: unknown name, or two of them bring their own version of one parameter.
         """
         names = tuple(dict.fromkeys(names))
-        taken: set[str] = set()
+        taken: dict[str, frozenset[int] | None] = {}
         for name in names:
             starts = self.starts.get(self.known(name), {})
-            own = {
-                *self.slots.get(name, ()),
-                *self.whole.get(name, ()),
-                *self.parts.get(name, ()),
-                *starts,
-            }
-            for path in own:
-                if any(_overlap(path, other) for other in taken):
+            alone = (*self.slots.get(name, ()), *self.parts.get(name, ()), *starts)
+            own = {**dict.fromkeys(alone), **self.whole.get(name, {})}
+            for path, rows in own.items():
+                if any(_overlap(path, other) and not _apart(rows, its) for other, its in taken.items()):
                     why = (
                         f"each took its start out of {path}; extract one and attach it again, and it stands "
                         "beside W0 itself"
@@ -153,7 +149,9 @@ class Roster:
                         "whole do not"
                     )
                     raise AdapterError(f"{listing(map(repr, names))} cannot act together: {why}")
-            taken |= own
+            for path, rows in own.items():
+                before = taken.get(path)
+                taken[path] = rows | before if rows is not None and before is not None else rows
         incoming = {path: (name, p) for name in names for path, p in self.stand_ins(name).items()}
         for path, parameter in self.originals.items():
             place(root, path, parameter)
@@ -262,6 +260,11 @@ def _tell(root: nn.Module, path: str, displaced: tuple[str, Parameter] | None) -
     owner, leaf = owner_of(root, path)
     if "displaced" in owner.__dict__ and leaf == owner.weight_name:
         owner.__dict__["displaced"] = displaced
+
+
+def _apart(rows: frozenset[int] | None, other: frozenset[int] | None) -> bool:
+    """Whether two adapters train rows of a module that are none of them the same."""
+    return rows is not None and other is not None and rows.isdisjoint(other)
 
 
 def _overlap(path: str, other: str) -> bool:

@@ -219,6 +219,45 @@ def test_two_that_bring_rows_do_not_act_together() -> None:
         lorica.active(model, ["one", "two"])
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("padding", [None, 2])
+def test_two_that_bring_other_rows_act_together(tied: bool, padding: int | None) -> None:
+    model, before, ids = make("one", tied=tied, padding=padding)
+    others = [1, 30]
+    lorica.adapt(model, config(others), "two", seed=1)
+    with torch.no_grad():
+        rows_of(model, "two").normal_()
+    ids[:, 3:5] = torch.tensor(others)
+    lorica.active(model, ["one", "two"])
+    both = torch.cat([rows_of(model, "one"), rows_of(model, "two")])
+    table = before.embed.weight.detach().index_copy(0, torch.tensor([*ROWS, *others]), both)
+    x = torch.tanh(before.body(F.embedding(ids, table, padding)))
+    expected = F.linear(x, table if tied else before.head.weight, before.head.bias)
+    y = model(ids)
+    torch.testing.assert_close(y, expected)
+    for name in ("one", "two"):
+        rows = rows_of(model, name).requires_grad_(True)
+        pair = (torch.autograd.grad(out.square().sum(), rows, retain_graph=True)[0] for out in (y, expected))
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+    lorica.merge(model, ["one", "two"])
+    torch.testing.assert_close(model(ids), y)
+    assert (model.head.weight is model.embed.weight) == tied
+    lorica.restore(model)
+    assert torch.equal(model.embed.base_weight, before.embed.weight)
+    with torch.no_grad(), lorica.mixed(model, ["one", None, "two"]):
+        y = model(ids)
+    for i, name in ((0, "one"), (2, "two")):
+        with lorica.active(model, name):
+            torch.testing.assert_close(y[i], model(ids)[i])
+
+
+def test_rows_and_a_whole_table_do_not_act_together() -> None:
+    model, _, _ = make("rows", tied=False)
+    lorica.adapt(model, lorica.FullConfig(), "full")
+    with pytest.raises(AdapterError, match="cannot act together"):
+        lorica.active(model, ["rows", "full"])
+
+
 def test_an_untied_head_has_rows_of_its_own() -> None:
     model, before, ids = make("default", rows={"head": ROWS}, tied=False)
     assert type(model.embed) is nn.Embedding

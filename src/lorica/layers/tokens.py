@@ -41,7 +41,7 @@ class TokenRows(nn.Module):
 
 
 class TrainedTokens(AskedModule):
-    """An embedding, or a linear head, some of whose rows are trained; one adapter's act at a time."""
+    """An embedding, or a linear head, some of whose rows are trained; acting adapters share no row."""
 
     label: ClassVar[str] = "Tokens"
     own_modules = ("token_adapter",)
@@ -91,13 +91,12 @@ class TrainedTokens(AskedModule):
     @property
     def weight(self) -> Tensor:
         """W0 with the acting rows in their places, for whoever reads it without calling the module."""
-        name = self._acting()
-        return self.base_weight if name is None else self.with_rows(name)
+        return self.with_rows(self._acting())
 
-    def with_rows(self, name: str) -> Tensor:
-        """W0 with an adapter's rows in their places, rounded to its dtype; differentiable."""
-        W0, rows = self.base_weight, self.token_adapter.trainable_tokens_delta[name]
-        return W0.index_copy(0, self._index(name), rows.to(W0.dtype))
+    def with_rows(self, names: Sequence[str]) -> Tensor:
+        """W0 with the adapters' rows in their places, rounded to its dtype; differentiable."""
+        W0 = self.base_weight
+        return W0.index_copy(0, self._index(names), self._rows(names).to(W0.dtype)) if names else W0
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the table to ids, or the head to ``(..., dim)``."""
@@ -106,44 +105,51 @@ class TrainedTokens(AskedModule):
             return self._apply_rows(self._acting(), input)
         parts, places = [], []
         for name, index in rows.groups(self, input, self.adapters):
-            parts.append(self._apply_rows(name, input.index_select(0, index)))
+            names = () if name is None else (name,)
+            parts.append(self._apply_rows(names, input.index_select(0, index)))
             places.append(index)
         return torch.cat(parts).index_select(0, torch.cat(places).argsort())
 
-    def _acting(self) -> str | None:
-        # There is one at most: the roster lets no two act that bring rows of the same module.
-        return next((name for name in self.roster.active if name in self.token_adapter.indices), None)
+    def _acting(self) -> list[str]:
+        return [name for name in self.roster.active if name in self.token_adapter.indices]
 
-    def _index(self, name: str) -> Tensor:
-        return torch.tensor(self.token_adapter.indices[name], device=self.base_weight.device)
+    def _index(self, names: Sequence[str]) -> Tensor:
+        """The adapters' tokens, one adapter after another."""
+        indices = [index for name in names for index in self.token_adapter.indices[name]]
+        return torch.tensor(indices, device=self.base_weight.device)
 
-    def _apply_rows(self, name: str | None, x: Tensor) -> Tensor:
-        return self._logits(name, x) if isinstance(self, nn.Linear) else self._look_up(name, x)
+    def _rows(self, names: Sequence[str]) -> Tensor:
+        """Their rows, in the same order (tokens, dim)."""
+        rows = [self.token_adapter.trainable_tokens_delta[name] for name in names]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _look_up(self, name: str | None, ids: Tensor) -> Tensor:
+    def _apply_rows(self, names: Sequence[str], x: Tensor) -> Tensor:
+        return self._logits(names, x) if isinstance(self, nn.Linear) else self._look_up(names, x)
+
+    def _look_up(self, names: Sequence[str], ids: Tensor) -> Tensor:
         padding: int | None = self.padding_idx  # type: ignore[assignment]
         found = F.embedding(ids, self.base_weight, padding)
-        if name is not None:
-            tokens, order = self._index(name).sort()
+        if names:
+            index = self._index(names)
+            tokens, order = index.sort()
             near = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
             hit = tokens[near] == ids
             if padding is not None:
                 # As in the whole table, looking up the padding token does not train it.
-                still = (self._index(name) == padding).nonzero().flatten().tolist()
+                still = (index == padding).nonzero().flatten().tolist()
                 padding = still[0] if still else None
-            rows = self.token_adapter.trainable_tokens_delta[name].to(found.dtype)
+            rows = self._rows(names).to(found.dtype)
             found = torch.where(hit.unsqueeze(-1), F.embedding(order[near], rows, padding), found)
         scale: Any = getattr(self, "embed_scale", None)
         if isinstance(scale, Tensor):
             scale = scale.to(found.dtype)
         return found if scale is None else found * scale
 
-    def _logits(self, name: str | None, x: Tensor) -> Tensor:
+    def _logits(self, names: Sequence[str], x: Tensor) -> Tensor:
         bias = self._parameters["bias"]
         logits = F.linear(x, self.base_weight, bias)
-        if name is None:
+        if not names:
             return logits
-        index = self._index(name)
-        rows = self.token_adapter.trainable_tokens_delta[name].to(x.dtype)
+        index, rows = self._index(names), self._rows(names).to(x.dtype)
         own = F.linear(x, rows, None if bias is None else bias[index])
         return logits.index_copy_(-1, index, own.to(logits.dtype))

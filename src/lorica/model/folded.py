@@ -111,16 +111,19 @@ def with_rows(
     Raises:
         AdapterError: a row would hold NaN or infinity.
     """
-    made: dict[tuple[Tensor, Tensor], Parameter] = {}
+    made: dict[tuple[Tensor, ...], Parameter] = {}
     tables = {}
     for path, module in modules.items():
-        for name in (name for name in names if name in module.adapters):
-            rows = module.token_adapter.trainable_tokens_delta[name]
-            key = module.base_weight, rows
-            if key not in made:
-                check_finite(path, "rows", rows.to(module.base_weight.dtype))
-                made[key] = Parameter(module.with_rows(name).detach(), requires_grad=False)
-            tables[path] = {"weight": made[key]}
+        own = [name for name in names if name in module.adapters]
+        if not own:
+            continue
+        rows = [module.token_adapter.trainable_tokens_delta[name] for name in own]
+        key = module.base_weight, *rows
+        if key not in made:
+            for each in rows:
+                check_finite(path, "rows", each.to(module.base_weight.dtype))
+            made[key] = Parameter(module.with_rows(own).detach(), requires_grad=False)
+        tables[path] = {"weight": made[key]}
     return tables
 
 

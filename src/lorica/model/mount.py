@@ -159,7 +159,8 @@ def mount(
     starts = {m.target.weight_path: m.start for m in mounts if m.start is not None}
     if starts:
         roster.starts[name] = starts
-    own = (*saved, *(path for table, _ in tokens for path in table.modules))
+    rows_of = {path: frozenset(table.indices) for table, _ in tokens for path in table.modules}
+    own = {**dict.fromkeys(saved), **rows_of}
     if own:
         roster.whole[name] = own
     lora, _ = members(config)

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 import lorica
 from lorica.algebra import combine
+from lorica.algebra.combination import METHODS
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, listing
 from lorica.layers import AskedModule, LoraLayer, LoraParameters
@@ -381,16 +382,18 @@ class LoraModel(nn.Module):
         open_for(self.model, adapter_name)  # the name must be free; better known before the work than after
         with behind_merge(self.model):
             parts = [lorica.extract(self.model, self.roster.known(name)) for name in adapters]
-        combined = combine(
-            parts,
-            list(weights),
-            "linear" if len(parts) == 1 else combination_type,
-            density=density,
-            majority_sign_method=None if majority_sign_method == "total" else majority_sign_method,
-            svd_rank=svd_rank,
-            svd_clamp=svd_clamp,
-            svd_driver=svd_driver,
-        )
+        method = "linear" if len(parts) == 1 else combination_type
+        options = {
+            "density": density,
+            "majority_sign_method": None if majority_sign_method == "total" else majority_sign_method,
+            "svd_rank": svd_rank,
+            "svd_clamp": svd_clamp,
+            "svd_driver": svd_driver,
+        }
+        # As PEFT does: an option that the type does not take is not looked at.
+        taken = METHODS.get(method, tuple(options))
+        options = {name: value if name in taken else None for name, value in options.items()}
+        combined = combine(parts, list(weights), method, **options)
         before, resting = self.roster.active, self._resting
         attach_finite(self.model, combined, adapter_name, trainable=False)
         lorica.active(self.model, before)
