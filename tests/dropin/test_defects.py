@@ -280,3 +280,12 @@ def test_where_no_adapter_is_left_that_is_said(tmp_path: Any) -> None:
         _ = model.active_peft_config
     with pytest.raises(StateError, match="no adapter acts"):
         model.create_or_update_model_card(tmp_path)
+
+
+def test_what_an_adapter_adds_takes_the_bases_dtype_where_it_is_asked_for() -> None:
+    config = LoraConfig(r=2, target_modules=["up"], target_parameters=["head.weight"], use_dora=False)
+    model = get_peft_model(Toy(dtype=torch.bfloat16), config, autocast_adapter_dtype=False)
+    brought = {name: p.dtype for name, p in model.named_parameters() if "lora_" in name}
+    assert len(brought) == 6
+    assert set(brought.values()) == {torch.bfloat16}
+    assert model(tokens()).dtype == torch.bfloat16

@@ -132,6 +132,9 @@ class LoraParameters(LoraLayer):
             shown[name] = added[name].added(self.get_base(name), self.roster.active)
         return shown[name]
 
+    def shows(self, name: str) -> bool:  # noqa: D102
+        return name in self.lora_parameters
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module as it is: it reads its parameters, each of which is folded once for the call."""
         self._shown = {}

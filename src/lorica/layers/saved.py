@@ -80,6 +80,9 @@ class SavedModule(AskedModule):
         else:
             setattr(twin, name, value)
 
+    def shows(self, name: str) -> bool:  # noqa: D102
+        return name in _held(self)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the acting copy, or the original; where rows have adapters of their own, each row's."""
         if self.roster.rows is not None:

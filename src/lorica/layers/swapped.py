@@ -107,6 +107,25 @@ class SwappedModule(nn.Module):
     def prepare(self) -> None:
         """Add the mixin's own modules and attributes, empty."""
 
+    def __delattr__(self, name: str) -> None:
+        """Delete an attribute.
+
+        Raises:
+            StateError: it is a parameter in whose place readers see something else. FSDP1 takes parameters
+                off, and writes into the base what it then reads.
+        """
+        if self._parameters.get(name) is not None and self.shows(name):
+            raise StateError(
+                f"something (FullyShardedDataParallel?) takes {name} off a {type(self).__name__}, which "
+                "shows an adapter's own in its place, and would write that into the base; shard with "
+                "torch.distributed.fsdp.fully_shard (FSDP2), or leave this module out of the adapter"
+            )
+        super().__delattr__(name)
+
+    def shows(self, name: str) -> bool:
+        """Whether readers of an attribute see something else than the base's parameter of that name."""
+        return isinstance(getattr(type(self), name, None), property)
+
     def check_own_class(self) -> None:
         """Refuse to swap back a class that was changed again since.
 

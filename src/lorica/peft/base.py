@@ -65,11 +65,11 @@ def match_base_dtype(model: nn.Module, name: str) -> None:
         name: of the adapter.
     """
     for layer in lora_layers(model).values():
-        weight = layer.base_weight
-        if name in layer.scaling and weight.is_floating_point():
-            more = (layer.magnitude_parameter(name), layer.bias_parameter(name))
-            for parameter in (*layer.factor_parameters(name), *more):
-                if parameter is not None:
+        for _, live, holder in layer.holders(name) if name in layer.scaling else ():
+            weight = layer._parameters.get(live.rpartition(".")[2] or layer.weight_name)
+            more = (holder.magnitude_parameter(name), holder.bias_parameter(name))
+            for parameter in (*holder.factor_parameters(name), *more):
+                if parameter is not None and weight is not None and weight.is_floating_point():
                     parameter.data = parameter.data.to(weight.dtype)
 
 
