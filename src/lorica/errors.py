@@ -33,6 +33,10 @@ class TargetError(LoricaError, ValueError):
     """A pattern names a module that the model does not have, or that cannot be adapted."""
 
 
+class TargetTypeError(TargetError, TypeError):
+    """A name means a module of a type that cannot be adapted so."""
+
+
 class AdapterError(LoricaError, ValueError):
     """An adapter does not fit: its tensors, its name, or the model it is put on."""
 

@@ -316,3 +316,53 @@ class TestHelpers:
         assert isinstance(model[0], TrainableTokensWrapper)
         assert model[0].token_adapter.token_indices == {"default": [1, 3]}
         assert model[0].original_module.weight is model[0].base_weight
+
+
+class TestRefused:
+    @pytest.mark.parametrize("targets", [None, [], ""])
+    def test_nothing_at_all(self, targets: Any) -> None:
+        with pytest.raises(TargetError, match="`target_parameters`"):
+            get_peft_model(Net(), LoraConfig(target_modules=targets))
+
+    def test_leaving_out_what_nobody_targets(self) -> None:
+        with pytest.warns(LoricaWarning, match="but no modules were excluded"):
+            get_peft_model(Net(), LoraConfig(target_modules=["body"], exclude_modules=["head"]))
+        with pytest.raises(TargetError, match="All modules were excluded"):
+            get_peft_model(Net(), LoraConfig(target_modules=["body"], exclude_modules=["body"]))
+
+    def test_rows_of_what_is_merged_or_not_there(self) -> None:
+        model = get_peft_model(Net(), LoraConfig(target_modules=["body"])).eval()
+        with pytest.raises(AdapterError, match=r"non-existing adapter\(s\): other; the model has: 'default'"):
+            model(x, adapter_names=["default", "other", "__base__", "default"])
+        with pytest.raises(AdapterError, match="got 2 and 4 respectively"):
+            model(x, adapter_names=["default", "__base__"])
+        model.merge_adapter()
+        with pytest.raises(StateError, match="call `unmerge_adapter` first"):
+            model(x, adapter_names=["default"] * 4)
+
+    @pytest.mark.parametrize(
+        ("settings", "kind"),
+        [
+            ({"modules_to_save": ["head"]}, "ModulesToSaveWrapper"),
+            ({"trainable_token_indices": {"table": [0]}}, "TrainableTokensWrapper"),
+        ],
+    )
+    def test_two_that_train_the_same_whole(self, settings: dict[str, Any], kind: str) -> None:
+        net = Net()
+        net.table = nn.Embedding(3, 2)
+        model = get_peft_model(net, LoraConfig(target_modules=["body"], **settings))
+        model.add_adapter("other", LoraConfig(target_modules=["body"], **settings))
+        with pytest.raises(AdapterError, match=f"Only one adapter can be set at a time for {kind}"):
+            model.base_model.set_adapter(["default", "other"])
+        assert model.active_adapters == ["default"]
+
+    def test_a_bias_on_b_of_a_layer_without_one(self) -> None:
+        base = nn.Sequential(nn.Linear(3, 3, bias=False))
+        with pytest.warns(LoricaWarning, match="merging LoRA weights won't be possible: 0"):
+            get_peft_model(base, LoraConfig(target_modules=["0"], lora_bias=True))
+
+
+def test_a_script_s_own_model_is_nothing_on_the_hub(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["body"], base_model_name_or_path="Net")
+    get_peft_model(Net(), config).save_pretrained(tmp_path)
+    assert "base_model" not in (tmp_path / "README.md").read_text()

@@ -106,3 +106,14 @@ def test_a_dropped_copy_leaves_the_others() -> None:
     lorica.detach(model, "b")
     assert type(head) is nn.Linear
     assert list(lorica.adapters(model)) == ["plain"]
+
+
+@pytest.mark.parametrize("kind", ["ModuleDict", "ModuleList", "ParameterDict", "ParameterList"])
+def test_a_container_that_nobody_calls_is_refused(kind: str) -> None:
+    part: Any = nn.Parameter(torch.ones(2)) if kind.startswith("Parameter") else nn.Linear(2, 2)
+    held = getattr(nn, kind)({"a": part} if kind.endswith("Dict") else [part])
+    model = nn.ModuleDict({"held": held, "layer": nn.Linear(2, 2)})
+    before = list(model.state_dict())
+    with pytest.raises(TypeError, match=rf"modules of type .*{kind}.*name what is in it: held\.[a0]"):
+        lorica.adapt(model, lorica.LoraConfig(target_modules=["layer"], modules_to_save=["held"]))
+    assert list(model.state_dict()) == before

@@ -300,7 +300,7 @@ class TestUsual:
 
     def test_an_unknown_model_is_told_to_say(self) -> None:
         message = refusal(Toy())
-        assert 'knows no usual targets for Toy; give target_modules, or "all-linear"' in message
+        assert 'knows no usual targets for Toy. Or take "all-linear"' in message
         assert "embed, up, down, head" in message
 
 

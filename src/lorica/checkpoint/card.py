@@ -37,7 +37,10 @@ def model_card(adapter: Adapter, existing: Path, about: str = "") -> str | None:
     config = adapter.config
     base, pipeline = config.base_model_name_or_path, _PIPELINES.get(config.task_type or "")
     # A local path is of no use to the Hub, which takes `base_model` for the name of a repository.
-    on_hub = base is not None and is_model_name(base)
+    # Nor is what a script calls a model of its own, which PEFT's files tell by its class.
+    library = (getattr(config, "auto_mapping", None) or {}).get("parent_library") or "transformers"
+    known = str(library).startswith(("transformers", "diffusers"))
+    on_hub = base is not None and known and is_model_name(base)
     lora, others = members(config)
     head = [
         "---",

@@ -8,7 +8,7 @@ from lorica.config.inits import check_init
 from lorica.config.matching import why_unreadable
 from lorica.config.numbers import is_count, is_index, is_number
 from lorica.config.patterns import with_prefix
-from lorica.errors import ConfigError, listing
+from lorica.errors import ConfigError, ConfigTypeError, listing
 
 if TYPE_CHECKING:
     from lorica.config.lora import LoraConfig
@@ -65,6 +65,11 @@ def check(config: LoraConfig) -> None:
     flags = ("lora_bias", "use_dora", "use_rslora", "fan_in_fan_out", "ensure_weight_tying", "inference_mode")
     for name in flags:
         expect(name, isinstance(getattr(config, name), bool), "True or False")
+    if isinstance(config.target_parameters, str):
+        raise ConfigTypeError(
+            "target_parameters must be a list of names (`target_parameters` must be a list of strings or "
+            f"None.), not {config.target_parameters!r}"
+        )
     lists = ("target_parameters", "modules_to_save")
     for name in ("target_modules", "exclude_modules", "layers_pattern", *lists):
         value = getattr(config, name)
@@ -84,8 +89,9 @@ def check(config: LoraConfig) -> None:
     for name in ("base_model_name_or_path", "revision"):
         expect(name, isinstance(getattr(config, name), str | None), "None or a text")
     _check_tokens(config.trainable_token_indices)
-    nothing = config.target_modules == [] and not config.target_parameters
-    expect("target_modules", config.target_modules != "" and not nothing, "None or name at least one module")
+    # PEFT's may be empty until it is used.
+    nothing = config.target_modules in ([], "") and not config.target_parameters and not config.keeps_idle
+    expect("target_modules", not nothing, "None or name at least one module")
     for name in ("lora_dropout", "use_dora", "lora_bias"):
         if config.target_parameters and getattr(config, name):
             raise ConfigError(

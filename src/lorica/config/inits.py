@@ -119,8 +119,9 @@ class EvaConfig(InitConfig):
 
     def __post_init__(self) -> None:
         """Check the values."""
-        self._expect("rho", is_number(self.rho) and self.rho >= 1, "a number of at least 1")
-        self._expect("tau", is_number(self.tau) and 0 <= self.tau <= 1, "in [0, 1]")
+        self._expect("rho", is_number(self.rho) and self.rho >= 1, "a number (`rho` must be >= 1.0)")
+        within = is_number(self.tau) and 0 <= self.tau <= 1
+        self._expect("tau", within, "a number (`tau` must be between 0.0 and 1.0.)")
         self._expect("label_mask_value", isinstance(self.label_mask_value, int), "a whole number")
         for name in ("use_label_mask", "whiten", "adjust_scaling_factors"):
             self._expect(name, isinstance(getattr(self, name), bool), "True or False")

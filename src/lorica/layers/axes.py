@@ -62,6 +62,8 @@ class Axes:
         allowed = times in (1, self.expansion) if self.known.get(key) else times > 0
         if rest or not allowed:
             raise AdapterError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{names} and {x.shape[0]} respectively. "
                 f"{names} adapters were named, one for each row, but {self._called(layer)} sees {x.shape[0]} "
                 "rows"
             )
@@ -75,6 +77,8 @@ class Axes:
         """
         if rows not in (names, names * self.expansion):
             raise AdapterError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{names} and {rows} respectively. "
                 f"{names} adapters were named, one for each row, but the model sees {rows} rows; name an "
                 "adapter, or None, for each (generate repeats them for beams by itself)"
             )

@@ -38,7 +38,9 @@ class LoraConv(LoraLayer):
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         if r % module.groups:
             raise TargetError(
-                f"a convolution with {module.groups} groups needs a rank divisible by that, not r={r}"
+                f"Targeting a {type(module).__name__} with groups={module.groups} and rank {r}. Currently, "
+                "support is limited to conv layers where the rank is divisible by groups. Either choose a "
+                "different rank or do not target this specific layer."
             )
         kernel = tuple(module.kernel_size)
         point = (1,) * len(kernel)

@@ -129,6 +129,9 @@ class AskedModule(SwappedModule):
     # The module's own attributes may go by any of the names above, so nothing here is asked by them.
 
     def _chosen(self) -> list[str]:
+        return self._chosen_by_all()
+
+    def _chosen_by_all(self) -> list[str]:
         roster = self.roster
         if roster.merged:
             return list(roster.aside.before)

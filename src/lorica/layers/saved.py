@@ -26,6 +26,9 @@ class SavedModule(AskedModule):
     own_modules = ("modules_to_save",)
     modules_to_save: nn.ModuleDict
 
+    def _chosen(self) -> list[str]:
+        return [name for name in self._chosen_by_all() if name in self.modules_to_save]
+
     @told
     def original_module(self) -> nn.Module:
         """The module as it was before any adapter: its own parameters, which are frozen."""

@@ -48,6 +48,9 @@ class TrainedTokens(AskedModule):
 
     token_adapter: TokenRows
 
+    def _chosen(self) -> list[str]:
+        return [name for name in self._chosen_by_all() if name in self.token_adapter.indices]
+
     @told
     def original_module(self) -> nn.Module:
         """The table as it was before any adapter."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from lorica.errors import TargetError, listing
+from lorica.errors import TargetError, TargetTypeError, listing
 from lorica.layers import (
     LoraAttention,
     LoraEmbedding,
@@ -48,8 +48,9 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
         )
     if layer is LoraAttention and not module._qkv_same_embed_dim:
         raise TargetError(
-            f"{path}: an nn.MultiheadAttention with kdim or vdim of its own has no single weight to adapt; "
-            "target its out_proj"
+            "Only same embed for query/key/value is supported as of now for MultiheadAttention: "
+            f"{path} is an nn.MultiheadAttention with kdim or vdim of its own, and has no single weight to "
+            "adapt; target its out_proj"
         )
     if any(type(parameter).__name__ == "DTensor" for parameter in module._parameters.values()):
         raise TargetError(
@@ -140,6 +141,7 @@ def check_bias(place: Place, layer: type[LoraLayer]) -> None:
     """
     if not layer.takes_bias:
         raise TargetError(
+            f"lora_bias=True is not supported for {type(place.module).__name__} in this place: "
             f"{place.path}: lora_bias is for linear layers and convolutions that are called, not for a "
             f"{type(place.module).__name__} in this place; leave it out, or set lora_bias=False"
         )
@@ -259,6 +261,15 @@ def check_whole(path: str, module: nn.Module) -> None:
         TargetError: naming the module.
     """
     check_replaceable(path, module)
+    if isinstance(module, _CONTAINERS):
+        parts = [
+            f"{path}.{name}"
+            for name, _ in (*module.named_children(), *module.named_parameters(recurse=False))
+        ]
+        raise TargetTypeError(
+            f"modules_to_save cannot be applied to modules of type {type(module)}: {path} is never called, "
+            f"so a copy of it would not be asked; name what is in it: {listing(parts)}"
+        )
     if any(isinstance(part, TrainedTokens) for part in module.modules()):
         raise TargetError(
             f"{path} cannot be trained whole: another adapter trains rows of it (trainable_token_indices)"
@@ -269,6 +280,9 @@ def check_whole(path: str, module: nn.Module) -> None:
             f"{path} cannot be trained whole, for the weight of {packed[0]} is quantized; leave it out when "
             f"the model is quantized (transformers: llm_int8_skip_modules=[{path!r}])"
         )
+
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 def _read_past_its_forward(place: Place) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable
 
 from torch import nn
 
 from lorica.config import AdapterConfig, LoraConfig, full_match
-from lorica.errors import TargetError, listing, nearest
+from lorica.errors import LoricaWarning, TargetError, listing, nearest
 from lorica.layers import AddedModule, LoraEmbedding, LoraLayer, SavedModule, layer_class
 from lorica.layers.conv import LoraConv
 from lorica.model.adaptable import check_whole
@@ -45,7 +46,12 @@ def meant(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Plac
     Raises:
         TargetError: a name or pattern matches nothing, or nothing is left.
     """
-    if config.target_modules == []:
+    if config.target_modules in ([], ""):
+        if not config.target_parameters:
+            raise TargetError(
+                "No `target_modules` passed but also no `target_parameters` found. Please check the values "
+                "for these arguments."
+            )
         return []
     if config.target_modules is None:
         chosen = _usual(root, places, config)
@@ -60,12 +66,20 @@ def meant(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Plac
     chosen = _with_outputs(chosen, places)
     if config.exclude_modules:
         left_out = {p.path for p in _match("exclude_modules", config.exclude_modules, places)}
-        chosen = [p for p in chosen if p.path not in left_out]
-    if not chosen:
-        raise TargetError(
-            f"no module is left to adapt: exclude_modules={config.exclude_modules!r} leaves out "
-            "all that was targeted"
-        )
+        kept = [p for p in chosen if p.path not in left_out]
+        if not kept:
+            raise TargetError(
+                f"All modules were excluded: no module is left to adapt, for exclude_modules="
+                f"{config.exclude_modules!r} leaves out all that was targeted"
+            )
+        if len(kept) == len(chosen):
+            warnings.warn(
+                f"You have passed exclude_modules={config.exclude_modules!r} but no modules were excluded: "
+                "none of these was targeted",
+                LoricaWarning,
+                stacklevel=2,
+            )
+        chosen = kept
     return chosen
 
 
@@ -81,13 +95,20 @@ def _match(name: str, patterns: list[str] | str, places: list[Place]) -> list[Pl
     if isinstance(patterns, str):
         hits = [p for p in places if full_match(patterns, p.path)]
         if not hits:
-            raise TargetError(f"{name}={patterns!r} matches no module{hint(patterns, places)}")
+            what = f"{name}={patterns!r} matches no module{hint(patterns, places)}"
+            raise TargetError(_none_of(name, patterns) + what)
         return hits
     hits = ending_in(places, patterns)
     for pattern in patterns:
         if not ending_in(hits, [pattern]):
-            raise TargetError(f"{name} names {pattern!r}, which matches no module{hint(pattern, places)}")
+            what = f"{name} names {pattern!r}, which matches no module{hint(pattern, places)}"
+            raise TargetError(_none_of(name, [pattern]) + what)
     return hits
+
+
+def _none_of(name: str, patterns: object) -> str:
+    """How PEFT says that nothing of `target_modules` is there."""
+    return f"Target modules {patterns} not found in the base model: " if name == "target_modules" else ""
 
 
 def _usual(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:

@@ -94,6 +94,15 @@ class PeftConfig(core.LoraConfig):
             runtime_config=runtime,
         )
         super().__init__(**settings)
+        for name in ("eva_config", "corda_config"):
+            if settings.get(name) is None and self.init_lora_weights == SETTINGS[name].belongs_to:
+                method = "EVA" if name == "eva_config" else "CorDA"
+                warnings.warn(
+                    f"`init_lora_weights` is '{self.init_lora_weights}' but `{name}` is not specified. Using "
+                    f"default {method} config.",
+                    LoricaWarning,
+                    stacklevel=3,
+                )
         for name, kind in SETTINGS.items():
             if getattr(self, name) is not None and self.init_lora_weights != kind.belongs_to:
                 warnings.warn(

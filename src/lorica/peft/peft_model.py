@@ -13,7 +13,7 @@ from torch import nn
 import lorica
 from lorica.checkpoint.hub import locate
 from lorica.config import LoraConfig as CoreConfig
-from lorica.errors import ConfigError
+from lorica.errors import AdapterError, ConfigError, StateError, listing
 from lorica.model.attach import attach_finite
 from lorica.model.merged import as_unmerged
 from lorica.model.structure import adapted
@@ -199,7 +199,18 @@ class PeftModel(Incoming, Outgoing):
             return nullcontext()
         if isinstance(adapter_names, str):
             raise ConfigError(f"adapter_names takes a name for each row, not one string {adapter_names!r}")
+        if self.base_model.merged_adapters:
+            raise StateError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` "
+                "first."
+            )
         names = [None if name == "__base__" else name for name in adapter_names]
+        missing = sorted({name for name in names if name is not None and name not in self.peft_config})
+        if missing:
+            have = listing(map(repr, self.peft_config))
+            raise AdapterError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(missing)}; the model has: {have}"
+            )
         if self.base_model._resting is not None:  # what is disabled acts on no row
             for name in filter(None, names):
                 self.base_model.roster.known(name)

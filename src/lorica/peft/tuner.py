@@ -19,13 +19,14 @@ import lorica
 from lorica.algebra import combine
 from lorica.algebra.combination import METHODS
 from lorica.config import LoraConfig
-from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, listing
+from lorica.errors import AdapterError, LoricaWarning, StateError, listing
 from lorica.layers import AskedModule, LoraLayer, LoraParameters
 from lorica.model.attach import attach_finite
 from lorica.model.merged import behind_merge, settle, stay_adapted
 from lorica.model.mount import open_for
 from lorica.model.structure import find_adapted, lora_layers, walk
 from lorica.peft.base import named_whole, put_again, to_meta
+from lorica.peft.checks import check_alone, check_one_bias, warn_of_bias
 from lorica.roster import Roster
 
 
@@ -61,6 +62,7 @@ class LoraModel(nn.Module):
         if config is not None:
             whole = named_whole(model, config)
             put_again(model, adapter_name, lambda name: lorica.adapt(model, whole, name))
+            warn_of_bias(model, whole, adapter_name)
             if low_cpu_mem_usage:
                 to_meta(model, adapter_name)
 
@@ -161,6 +163,7 @@ class LoraModel(nn.Module):
             )
             lorica.restore(self.model)
         resting = self._resting
+        check_alone(self.model, self.roster, names)
         lorica.active(self.model, names)  # while disabled too: it refuses those that cannot act together
         if resting is not None:
             lorica.disabled(self.model)
@@ -332,13 +335,7 @@ class LoraModel(nn.Module):
                 f"Adapter with name {adapter_name!r} already exists; give another name, or "
                 f"delete_adapter({adapter_name!r}) first"
             )
-        biased = [name for name, other in self.peft_config.items() if other.bias != "none"]
-        if config.bias != "none" and biased:
-            raise ConfigError(
-                "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to "
-                f"'none' for all adapters: {listing(map(repr, biased))} trains biases already "
-                "(lorica.adapt gives each adapter biases of its own)"
-            )
+        check_one_bias(config, self.peft_config)
         before, resting = self.roster.active, self._resting
         lorica.adapt(self.model, named_whole(self.model, config), adapter_name)
         lorica.active(self.model, before)
