@@ -24,6 +24,7 @@ from torch import Tensor
 from lorica.adapter import Adapter
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.card import model_card
+from lorica.checkpoint.foreign import recognized
 from lorica.checkpoint.peft_tensors import from_tensors, to_tensors
 from lorica.checkpoint.tensors import SAFETENSORS, load, named_tensors, read_metadata, save
 from lorica.config import AdapterConfig, LoraConfig, read_config
@@ -48,9 +49,7 @@ _OUTPUT = ".base_layer.out_proj.lora_B.weight"
 def is_adapter(directory: str | Path) -> bool:
     """Whether a folder holds an adapter: its configuration and its weights."""
     folder = Path(directory)
-    return (folder / CONFIG_FILE).is_file() and any(
-        (folder / name).is_file() for name in (WEIGHTS_FILE, PICKLED_FILE)
-    )
+    return (folder / CONFIG_FILE).is_file() and _has_weights(folder)
 
 
 def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> Path:
@@ -194,11 +193,17 @@ def read_settings(directory: str | Path) -> Mapping[str, Any]:
         FileError: there is none, or it is damaged.
     """
     folder = Path(directory)
+    if (folder.is_file() or not _has_weights(folder)) and (other := recognized(folder)):
+        raise FileError(other)
     try:
         return read_object(folder / CONFIG_FILE, halves=True)
     except FileNotFoundError:
         have = "it is not there" if not folder.exists() else "it has none"
         raise FileError(f"{folder} is not an adapter: it should hold {CONFIG_FILE}, and {have}") from None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (WEIGHTS_FILE, PICKLED_FILE))
 
 
 def read_tensors(directory: str | Path) -> dict[str, Tensor]:
