@@ -100,6 +100,8 @@ class Adapter:
         trained_as: where the adapter's start was taken out of W0: how it trains on. The factors are then of
             twice the rank, first what trains, then less its start, so that they are an update of W0 as any
             other. None where they train as they are.
+        classes: names of the classes, by their place among the outputs of a head in `extras`; None where
+            there is none, or they have no names.
     """
 
     config: AdapterConfig
@@ -107,6 +109,7 @@ class Adapter:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     added: Mapping[str, Tensor] = field(default_factory=dict)
     trained_as: LoraConfig | None = None
+    classes: tuple[str, ...] | None = None
 
     @property
     def lora(self) -> LoraConfig:
@@ -136,8 +139,12 @@ class Adapter:
             )
             for path, f in self.factors.items()
         }
+<<<<<<< HEAD
         # Not what the configuration says of its start: a script may have said otherwise since.
         return Adapter(self.lora.doubled(), factors, self.extras, self.added, self.lora)
+=======
+        return Adapter(self.lora.plain(), factors, self.extras, self.added, self.lora, self.classes)
+>>>>>>> 177a450 (The names of an adapter's classes come with its head)
 
     def without_starts(self) -> tuple[Adapter, dict[str, tuple[Tensor, Tensor]]]:
         """Undo `with_starts`: the adapter as it trains, and its starts.

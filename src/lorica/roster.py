@@ -56,6 +56,7 @@ class Roster:
         hooks: of mixtures, on the model and its parts; until `detach`.
         frozen: parameters that `adapt` froze and `detach` thaws.
         layouts: quantized layers that `adapt` keeps from repacking their weights, until `detach`.
+        classes: names of the classes before those of the adapter that brought its head, both ways.
         labels: of the call that is running, where a prefix needs them.
         layout: where a prefix stands in the call that is running.
         stack: how the list of blocks was exchanged (`layer_replication`), until `detach`.
@@ -79,6 +80,7 @@ class Roster:
     hooks: list[Any] = field(default_factory=list)
     frozen: list[Parameter] = field(default_factory=list)
     layouts: list[nn.Module] = field(default_factory=list)
+    classes: tuple[dict[int, str], dict[str, int]] | None = None
     labels: Any = None
     layout: Any = None
     stack: Any = None

@@ -10,7 +10,7 @@ import safetensors
 _MLX = "an adapter of MLX's; mlx_lm.fuse folds it into its base, as a model that any library reads"
 _KOHYA = "an adapter of kohya's sd-scripts, for a diffusion pipeline: diffusers' load_lora_weights reads it"
 _DIFFUSERS = "an adapter of diffusers', for a pipeline of several models: its load_lora_weights reads it"
-_TORCHTUNE = "an adapter of torchtune's, in its own names; its checkpointer for Hugging Face's models writes PEFT's files"
+_TORCHTUNE = "an adapter of torchtune's, in its own names; its checkpointer for Hugging Face writes PEFT's"
 _READ = "lorica reads PEFT's folders (adapter_config.json and adapter_model.safetensors)"
 
 

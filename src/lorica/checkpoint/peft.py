@@ -36,8 +36,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 
-# In the header of the weights, where other readers do not look: what `Adapter.trained_as` holds.
+# In the header of the weights, where other readers do not look: what `Adapter.trained_as` and `classes` hold.
 _TRAINED_AS = "lorica_trained_as"
+_CLASSES = "lorica_classes"
 
 # Settings that PEFT writes and lorica does not. Before 0.18 it did not write its version.
 _OF_PEFT = ("peft_version", "megatron_core")
@@ -78,6 +79,8 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
         if first.setdefault(tensor.untyped_storage().data_ptr(), key) != key:
             tensors[key] = tensor.clone()
     metadata = {"format": "pt"}
+    if adapter.classes is not None:
+        metadata[_CLASSES] = json.dumps(adapter.classes)
     if adapter.trained_as is not None:
         metadata[_TRAINED_AS] = json.dumps(adapter.trained_as.to_dict(), sort_keys=True)
     settings = {**adapter.config.to_dict(), "inference_mode": True}
@@ -135,7 +138,7 @@ def read(directory: str | Path) -> Adapter:
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
     adapter.check_finite()
-    return dataclasses.replace(adapter, trained_as=read_trained_as(folder))
+    return dataclasses.replace(adapter, trained_as=read_trained_as(folder), classes=read_classes(folder))
 
 
 def read_trained_as(directory: str | Path) -> LoraConfig | None:
@@ -155,6 +158,22 @@ def read_trained_as(directory: str | Path) -> LoraConfig | None:
         return LoraConfig.from_dict(fields)
     except (ValueError, TypeError, AttributeError) as error:
         raise FileError(f"the header of {path} is damaged: {_TRAINED_AS} in it is wrong: {error}") from error
+
+
+def read_classes(directory: str | Path) -> tuple[str, ...] | None:
+    """What `Adapter.classes` holds of an adapter in a folder.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    path = Path(directory) / WEIGHTS_FILE
+    text = read_metadata(path).get(_CLASSES) if path.is_file() else None
+    if text is None:
+        return None
+    names = parse_json(text, f"{_CLASSES} in the header of {path}")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FileError(f"the header of {path} is damaged: {_CLASSES} in it is no list of names")
+    return tuple(names)
 
 
 def as_trained(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> dict[str, Tensor]:

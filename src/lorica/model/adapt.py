@@ -16,7 +16,7 @@ from lorica import init
 from lorica.config import AdapterConfig, LoraConfig, as_config
 from lorica.config.inits import FROM_DATA
 from lorica.layers.quantized import release_layout
-from lorica.model import pretrained
+from lorica.model import classes, pretrained
 from lorica.model.methods import resolve_methods
 from lorica.model.mount import Mount, mount, open_for, parameter_for, remove_parts, uncollected
 from lorica.model.stack import stacked, unstack
@@ -180,6 +180,7 @@ def detach(model: M, name: str | None = None) -> M:
         release_layout(roster.layouts)
         for hook in roster.hooks:
             hook.remove()
+        classes.take_back(root, roster)
         unstack(root, roster)
         pretrained.leave(root)
         stop_watching(root)

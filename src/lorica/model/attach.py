@@ -15,6 +15,7 @@ from lorica.adapter import TOKEN_ROWS, Adapter, Factors
 from lorica.config import LoraConfig, members
 from lorica.errors import AdapterError, LoricaWarning, TargetError, lines, listing, nearest
 from lorica.layers import AddedModule, Plan, SavedModule, layer_class
+from lorica.model import classes
 from lorica.model.adaptable import (
     check_adaptable,
     check_bias,
@@ -69,6 +70,7 @@ def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> 
         _attach(root, roster, adapter, name, trainable)
     if len(roster.configs) == 1:
         roster.activate(root, (name,))
+        classes.give(root, roster, adapter)
     return model
 
 

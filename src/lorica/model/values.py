@@ -17,6 +17,7 @@ from lorica.config import LoraConfig, changes_base, members
 from lorica.errors import AdapterError, LoricaWarning, TargetError, lines
 from lorica.layers import LoraLayer, tied_factors
 from lorica.layers.added import join
+from lorica.model.classes import names_of
 from lorica.model.starting import less
 from lorica.model.structure import (
     adapted,
@@ -116,7 +117,7 @@ def as_trained(
             place = join(path, host.own_modules[0])
             for leaf, parameter in host.parts[name].named_parameters():
                 added[f"{place}.{leaf}"] = value(f"{place}.{name}.{leaf}", parameter)
-    return Adapter(config, factors, extras, added)
+    return Adapter(config, factors, extras, added, classes=names_of(root, extras))
 
 
 def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None, *, strict: bool = True) -> None:

@@ -274,9 +274,11 @@ def _config(
         ]
         # Of a head's matrices the one with the fewest rows is the last.
         classes = min(head.shape[0] for head in heads)
-        if task != "QUESTION_ANS" and len(config.get("id2label") or "..") != classes:
-            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(classes)}
-            config["label2id"] = {f"LABEL_{i}": i for i in range(classes)}
+        named = adapter.classes if adapter.classes and len(adapter.classes) == classes else None
+        if task != "QUESTION_ANS" and (named or len(config.get("id2label") or "..") != classes):
+            names = named or [f"LABEL_{i}" for i in range(classes)]
+            config["id2label"] = {str(i): name for i, name in enumerate(names)}
+            config["label2id"] = {name: i for i, name in enumerate(names)}
             config.pop("num_labels", None)
     return config
 
