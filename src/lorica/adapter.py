@@ -139,12 +139,8 @@ class Adapter:
             )
             for path, f in self.factors.items()
         }
-<<<<<<< HEAD
         # Not what the configuration says of its start: a script may have said otherwise since.
-        return Adapter(self.lora.doubled(), factors, self.extras, self.added, self.lora)
-=======
-        return Adapter(self.lora.plain(), factors, self.extras, self.added, self.lora, self.classes)
->>>>>>> 177a450 (The names of an adapter's classes come with its head)
+        return dataclasses.replace(self, config=self.lora.doubled(), factors=factors, trained_as=self.lora)
 
     def without_starts(self) -> tuple[Adapter, dict[str, tuple[Tensor, Tensor]]]:
         """Undo `with_starts`: the adapter as it trains, and its starts.
