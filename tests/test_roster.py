@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from lorica import LoraConfig
+from lorica.choice import Choice
 from lorica.errors import AdapterError, StateError
 from lorica.roster import Roster, place
 
@@ -33,18 +34,18 @@ class TestKnown:
 
 class TestOne:
     def test_the_name_given(self) -> None:
-        assert roster("a", "b", active=("b",)).one("a") == "a"
+        assert roster("a", "b", shared=Choice(("b",))).one("a") == "a"
 
     def test_the_only_one_though_it_does_not_act(self) -> None:
         assert roster("a").one(None) == "a"
 
     def test_the_only_one_that_acts(self) -> None:
-        assert roster("a", "b", active=("b",)).one(None) == "b"
+        assert roster("a", "b", shared=Choice(("b",))).one(None) == "b"
 
     @pytest.mark.parametrize("active", [(), ("a", "b")])
     def test_an_open_choice(self, active: tuple[str, ...]) -> None:
         with pytest.raises(AdapterError, match="which adapter\\? The model has 'a', 'b', 'c'"):
-            roster("a", "b", "c", active=active).one(None)
+            roster("a", "b", "c", shared=Choice(active)).one(None)
 
 
 def test_what_needs_the_base_is_refused_while_merged() -> None:

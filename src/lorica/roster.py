@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lorica.choice import Choice, Choices
 from lorica.config import AdapterConfig
 from lorica.errors import AdapterError, StateError, listing, nearest
 
@@ -37,12 +38,11 @@ class Start:
 
 
 @dataclass(eq=False)
-class Roster:
-    """State shared by an adapted model and its layers.
+class Roster(Choices):
+    """State shared by an adapted model and its layers; `Choices` says which adapters act.
 
     Args:
         configs: adapter name → how it was made, in the order of arrival.
-        active: names of the adapters that act; their updates add up.
         slots: adapter name → parameter name in the base → the parameter that takes its place while the
             adapter acts (trained biases).
         starts: adapter name → name of a weight in the base → what the adapter's start made of it, and puts in
@@ -50,7 +50,6 @@ class Roster:
         whole: adapter name → path of a module that it trains → its rows of it, or None for all of it.
         parts: adapter name → places of what it adds to the model.
         originals: parameters whose place is taken at the moment.
-        rows: which adapter acts on which row of the batch, in place of `active`.
         axes: what mixtures have found out about the layers' inputs.
         shown: the kinds of calls for which the model was shown one row alone.
         hooks: of mixtures, on the model and its parts; until `detach`.
@@ -60,21 +59,16 @@ class Roster:
         labels: of the call that is running, where a prefix needs them.
         layout: where a prefix stands in the call that is running.
         stack: how the list of blocks was exchanged (`layer_replication`), until `detach`.
-        resting: names of the adapters that are disabled, and act again once they are enabled; None where none
-            was disabled as PEFT does it.
-        merged: names of the adapters that are merged into the weights at the moment.
         aside: what merging took off the model and `restore` puts back.
         uncalled: kinds of layers that a pass of the model did not call, as was said.
     """
 
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
-    active: tuple[str, ...] = ()
     slots: dict[str, dict[str, Parameter]] = field(default_factory=dict)
     starts: dict[str, dict[str, Start]] = field(default_factory=dict)
     whole: dict[str, dict[str, frozenset[int] | None]] = field(default_factory=dict)
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     originals: dict[str, Parameter] = field(default_factory=dict)
-    rows: Any = None
     axes: dict[Any, bool] = field(default_factory=dict)
     shown: set[Any] = field(default_factory=set)
     hooks: list[Any] = field(default_factory=list)
@@ -84,8 +78,6 @@ class Roster:
     labels: Any = None
     layout: Any = None
     stack: Any = None
-    resting: tuple[str, ...] | None = None
-    merged: tuple[str, ...] = ()
     aside: Any = None
     uncalled: set[str] = field(default_factory=set)
 
@@ -154,6 +146,19 @@ class Roster:
             for path, rows in own.items():
                 before = taken.get(path)
                 taken[path] = rows | before if rows is not None and before is not None else rows
+        self._put(root, names)
+        self.decide(self.last._replace(names=names, placed=self.placed))
+
+    def present(self, choice: Choice) -> Choice:
+        """A choice without the adapters that are gone."""
+        return choice._replace(names=tuple(name for name in choice.names if name in self.configs))
+
+    def _put(self, root: nn.Module, names: tuple[str, ...]) -> None:
+        """Have the parameters of these adapters stand in the base's place, and those of no others."""
+        bringing = tuple(name for name in names if self.stand_ins(name))
+        if {*bringing} == {*self.placed}:
+            return
+        self.check_placing(bringing)
         incoming = {path: (name, p) for name in names for path, p in self.stand_ins(name).items()}
         for path, parameter in self.originals.items():
             place(root, path, parameter)
@@ -161,7 +166,7 @@ class Roster:
         self.originals = {path: place(root, path, parameter) for path, (_, parameter) in incoming.items()}
         for path, original in self.originals.items():
             _tell(root, path, (incoming[path][0], original))
-        self.active = names
+        self.placed = bringing
 
     def choose(self, names: tuple[str, ...]) -> None:
         """As `activate`, asked for by a layer, which does not know the model it is in.
@@ -187,12 +192,13 @@ class Roster:
     @contextlib.contextmanager
     def base_in_place(self, root: nn.Module) -> Iterator[None]:
         """Let no adapter act for a while, so that the base's own parameters stand in the model."""
-        before = self.active
-        self.activate(root, ())
+        before = tuple(name for name in self.placed)
+        self._put(root, ())
         try:
-            yield
+            with self.only_here(Choice()):
+                yield
         finally:
-            self.activate(root, before)
+            self._put(root, tuple(name for name in before if name in self.configs))
 
     def stand_ins(self, name: str) -> dict[str, Parameter]:
         """Parameter name in the base → what takes its place while the adapter acts."""

@@ -103,7 +103,7 @@ class LoraParameters(LoraLayer):
     rows_differ: ClassVar[bool] = False
 
     lora_parameters: nn.ModuleDict
-    _shown: dict[str, Tensor] | None
+    _shown: dict[tuple[str, tuple[str, ...]], Tensor] | None
 
     def prepare(self) -> None:  # noqa: D102
         self.lora_parameters = nn.ModuleDict()
@@ -126,11 +126,13 @@ class LoraParameters(LoraLayer):
         if added is None or name not in added:
             return super().__getattr__(name)
         shown = self._shown
+        acting = self.roster.active
         if shown is None:
-            return added[name].added(self.get_base(name), self.roster.active)
-        if name not in shown:
-            shown[name] = added[name].added(self.get_base(name), self.roster.active)
-        return shown[name]
+            return added[name].added(self.get_base(name), acting)
+        key = name, acting  # another thread may be in the same call for others
+        if key not in shown:
+            shown[key] = added[name].added(self.get_base(name), acting)
+        return shown[key]
 
     def shows(self, name: str) -> bool:  # noqa: D102
         return name in self.lora_parameters

@@ -7,7 +7,7 @@ touched.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn import Parameter
@@ -139,6 +139,7 @@ def detach(model: M, name: str | None = None) -> M:
     """
     root, roster = adapted(model)
     roster.check_unmerged("detach an adapter")
+    roster.check_alone("detach an adapter")
     gone = tuple(roster.configs) if name is None else (roster.known(name),)
     swapped = (
         *lora_layers(root).values(),
@@ -201,33 +202,43 @@ class active:
     when it is made, so a plain call switches for good. It costs the same however many layers and adapters
     there are, and changes neither `requires_grad` nor the training mode.
 
+    Threads and tasks of asyncio choose for themselves: what one chooses holds for no other. In the thread
+    that adapted the model a choice is the model's too, for all that chose nothing; a task's block is not. A
+    thread that is to go on with its caller's choice is started by `contextvars.copy_context().run`.
+
+    Where parameters of an adapter stand in the base's place (trained biases, a start that was taken out of
+    W0), they are one for all threads: a choice that exchanges them is refused in other threads, and while
+    others are inside a block.
+
     Args:
         model: adapted model.
         names: an adapter's name, or several.
+        rows: which acts on which row; `mixed` gives it.
 
     Raises:
         AdapterError: no such adapter, or two that cannot act together.
-        StateError: an adapter is merged.
+        StateError: an adapter is merged; or parameters would be exchanged under others' computations.
     """
 
-    def __init__(self, model: nn.Module, names: str | Iterable[str]) -> None:
-        self._root, self._roster = adapted(model)
-        self._roster.check_unmerged("choose another adapter")
-        self._before, self._rows = self._roster.active, self._roster.rows
-        self._resting = self._roster.resting
-        self._roster.activate(self._root, (names,) if isinstance(names, str) else tuple(names))
-        self._roster.rows = self._roster.resting = None
+    def __init__(self, model: nn.Module, names: str | Iterable[str], rows: Any = None) -> None:
+        self._root, self._roster = root, roster = adapted(model)
+        roster.check_unmerged("choose another adapter")
+        self._here, self._own, self._shared = roster.last, roster.own_choice(), roster.shared
+        roster.activate(root, (names,) if isinstance(names, str) else tuple(names))
+        roster.decide(roster.last._replace(rows=rows, resting=None))
 
     def __enter__(self) -> None:
-        """Nothing more to do."""
+        """From here on it is a block: the thread's or task's own, and no longer the model's."""
+        self._roster.enter(self, self._shared)
 
     def __exit__(self, *error: object) -> None:
         """Let those act that did before, as far as they are still there."""
-        self._roster.check_unmerged("leave the choice of another adapter")
-        self._roster.activate(
-            self._root, tuple(name for name in self._before if name in self._roster.configs)
-        )
-        self._roster.rows, self._roster.resting = self._rows, self._resting
+        roster = self._roster
+        roster.check_unmerged("leave the choice of another adapter")
+        now = roster.shared
+        roster.activate(self._root, roster.present(self._here).names)
+        own = None if self._own is None else roster.present(self._own)
+        roster.leave(self, own, roster.present(self._shared), now)
 
 
 def disabled(model: nn.Module) -> active:

@@ -39,16 +39,15 @@ class Calls:
         axes.batch, axes.outermost = found.shape[0], module
         kind = (module, len(args), frozenset(key for key, value in kwargs.items() if value is not None))
         if len(set(rows.names)) > 1 and kind not in self.roster.shown:
-            self.roster.rows = witness = Witness()
+            witness = Witness()
             try:
-                axes.lengths = _show_one(module, args, kwargs, axes.batch)
+                with self.roster.only_here(self.roster.choice._replace(rows=witness)):
+                    axes.lengths = _show_one(module, args, kwargs, axes.batch)
                 axes.failure = None
                 self.roster.shown.add(kind)
             except Exception as error:
                 axes.failure = error
-            finally:
-                self.roster.rows = rows
-                axes.alone, axes.calls = witness.shapes, {}
+            axes.alone, axes.calls = witness.shapes, {}
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """The call is over; what is called next may be a part by itself."""

@@ -125,6 +125,7 @@ def merge(
     """
     root, roster = adapted(model)
     roster.check_unmerged("merge")
+    roster.check_alone("merge")
     chosen = roster.active if names is None else (names,) if isinstance(names, str) else tuple(names)
     if not chosen:
         raise StateError("no adapter is active; say which to merge")
@@ -196,6 +197,7 @@ def switch(model: nn.Module, name: str) -> None:
     """
     root, roster = adapted(model)
     check_merges(roster, (name,))
+    roster.check_alone("switch adapters")
     if not roster.merged:
         merge(model, name)
         return

@@ -12,7 +12,7 @@ from lorica.errors import AdapterError, StateError, listing
 from lorica.layers import LoraLayer, SavedModule, read_by
 from lorica.layers.axes import Axes
 from lorica.layers.rows import Rows
-from lorica.model.adapt import disabled
+from lorica.model.adapt import active
 from lorica.model.alone import watch_calls
 from lorica.model.structure import adapted, walk
 
@@ -79,11 +79,11 @@ class mixed:
                 )
         # An active adapter's stand-ins and fused updates act on every row alike.
         watch_calls(root, roster)
-        self._choice = disabled(model)
-        roster.rows = rows
+        self._choice = active(model, (), rows)
 
     def __enter__(self) -> None:
-        """Nothing more to do."""
+        """From here on it is a block, as of `active`."""
+        self._choice.__enter__()
 
     def __exit__(self, *error: object) -> None:
         """Go back to what held before."""
