@@ -24,7 +24,8 @@ class Console(rich_console.Console):
         shown = sys.stderr if options.get("stderr") else sys.stdout
         if "file" not in options and isinstance(shown, Visible):
             options["file"] = shown.stream  # the texts are seen to below, and colours are meant
-        super().__init__(**{"highlight": False, "markup": False, "emoji": False, **options})
+        settings: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, **options}
+        super().__init__(**settings)
 
     def render(
         self, renderable: rich_console.RenderableType, options: rich_console.ConsoleOptions | None = None

@@ -17,7 +17,7 @@ from lorica.checkpoint.atomic import staged, usual_mode
 from lorica.errors import ConfigError, FileError
 from lorica.model import MergeReport, attach, merge
 from lorica.train import tasks
-from lorica.train.embedded import resolve_model
+from lorica.train.embedded import loading, resolve_model
 from lorica.train.files import writable_directory
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
@@ -107,28 +107,19 @@ def load_base(base: str, adapter: Adapter, recipe: Recipe | None, dtype: str = "
         auto = _AUTO_CLASSES.get(kind or "") or _architecture(base)
         if kind in ("SEQ_CLS", "TOKEN_CLS") and (outputs := _outputs(adapter)) is not None:
             options = {"num_labels": outputs}
-    with quiet():
-        try:
-            return getattr(transformers, auto).from_pretrained(
-                resolve_model(base),
-                dtype=dtype,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                **options,
-            )
-        except (OSError, ValueError) as error:
-            raise FileError(
-                f"cannot load the base {base!r} as {auto}: {str(error).strip().splitlines()[0]}"
-            ) from error
+    with quiet(), loading(f"the base {base!r} as {auto}"):
+        return getattr(transformers, auto).from_pretrained(
+            resolve_model(base),
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            **options,
+        )
 
 
 def _architecture(base: str) -> str:
-    try:
-        architectures = (
-            AutoConfig.from_pretrained(resolve_model(base), trust_remote_code=False).architectures or []
-        )
-    except (OSError, ValueError) as error:
-        raise FileError(f"cannot load the base {base!r}: {str(error).strip().splitlines()[0]}") from error
+    with loading(f"the base {base!r}"):
+        config = AutoConfig.from_pretrained(resolve_model(base), trust_remote_code=False)
     architectures = config.architectures or []
     if len(architectures) == 1 and hasattr(transformers, architectures[0]):
         return architectures[0]

@@ -18,7 +18,7 @@ from lorica.model import adapters as adapters_on
 from lorica.model import load, merge, restore
 from lorica.train import tasks
 from lorica.train.console import make_console
-from lorica.train.embedded import resolve_model
+from lorica.train.embedded import loading, resolve_model
 from lorica.train.generation.config import GenerationConfig
 from lorica.train.generation.scoring import shown
 from lorica.train.generation.writing import settings_of, write
@@ -128,12 +128,8 @@ def opened(source: str | Path, *, trust_task: bool = False) -> Trained:
                 "beside it"
             )
         name = str(base)
-    try:
-        with quiet():
-            config = transformers.AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileError(f"cannot load a model from {name!r}: {reason}") from error
+    with quiet(), loading(f"a model from {name!r}"):
+        config = transformers.AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
     task = tasks.get("seq2seq-lm" if config.is_encoder_decoder else "causal-lm")
     recipe = Recipe(task=task.name, model=name, data=DataConfig(text="text"))
     with quiet():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction
 
-from lorica.errors import ConfigError, FileError
+from lorica.errors import ConfigError
 from lorica.train.data import Splits
-from lorica.train.embedded import resolve_model
+from lorica.train.embedded import loading, resolve_model
 from lorica.train.positions import positions_of
 from lorica.train.recipe import DataConfig
 from lorica.train.rows import RowError
@@ -166,12 +166,10 @@ class Task(ABC):
             FileError: there is none.
             ConfigError: it has no token to pad with.
         """
-        try:
+        with loading(f"a tokenizer from {name!r}", _hint(name)):
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 resolve_model(name), trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
-            raise FileError(f"cannot load a tokenizer from {name!r}: {_reason(error, name)}") from error
         if tokenizer.pad_token is None:
             # A decoder's tokenizer often has none; any token will do, since the mask hides it.
             if tokenizer.eos_token is None:
@@ -180,7 +178,7 @@ class Task(ABC):
                     "different lengths cannot share a batch; set its pad_token and save it"
                 )
             tokenizer.pad_token = tokenizer.eos_token
-        with contextlib.suppress(OSError, ValueError):  # an adapter's folder has no model's configuration
+        with contextlib.suppress(Exception):  # an adapter's folder has no model's configuration
             config = transformers.AutoConfig.from_pretrained(resolve_model(name), trust_remote_code=False)
             most = positions_of(config)
             tokenizer.model_max_length = min(tokenizer.model_max_length, most or tokenizer.model_max_length)
@@ -200,7 +198,7 @@ class Task(ABC):
             data: columns and labels, resolved.
             options: more arguments of `from_pretrained`.
         """
-        try:
+        with loading(f"a model for {self.name} from {name!r}", _hint(name)):
             model, report = getattr(transformers, self.auto_class).from_pretrained(
                 resolve_model(name),
                 ignore_mismatched_sizes=True,
@@ -209,10 +207,6 @@ class Task(ABC):
                 **self.head(data),
                 **options,
             )
-        except (OSError, ValueError) as error:
-            raise FileError(
-                f"cannot load a model for {self.name} from {name!r}: {_reason(error, name)}"
-            ) from error
         # The path on this machine would tell the adapter's other users nothing.
         model.config._name_or_path = model.name_or_path = name
         other_shapes = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
@@ -257,11 +251,10 @@ def needs_tokens(rows: Sequence[Sequence[int]], where: str) -> None:
         raise RowError(empty, where, "has no text: it gives no tokens")
 
 
-def _reason(error: Exception, name: str) -> str:
-    first = str(error).strip().splitlines()[0]
-    if Path(name).is_dir():
-        return first
+def _hint(name: str) -> str:
+    if os.path.isdir(name):  # noqa: PTH112 - takes any text, one too long to be a path too
+        return ""
     return (
-        f"{first.rstrip('.')}. A folder works without the Hub, with config.json, model.safetensors and the "
+        ". A folder works without the Hub, with config.json, model.safetensors and the "
         "tokenizer's files in it, as save_pretrained writes them: --model FOLDER"
     )

@@ -12,11 +12,11 @@ from datasets import Dataset, Image
 from torch import Tensor
 from transformers.trainer_utils import EvalPrediction
 
-from lorica.errors import ConfigError, FileError
+from lorica.errors import ConfigError
 from lorica.train import metrics
 from lorica.train.columns import find_column, find_label, label_ids, needs_column
 from lorica.train.data import Splits
-from lorica.train.embedded import resolve_model
+from lorica.train.embedded import loading, resolve_model
 from lorica.train.labels import read_otherwise
 from lorica.train.recipe import DataConfig
 from lorica.train.rows import Unusable, read_each
@@ -123,12 +123,10 @@ class ImageClassification(Task):
         Raises:
             FileError: there is none.
         """
-        try:
+        with loading(f"an image processor from {name!r}"):
             return transformers.AutoImageProcessor.from_pretrained(
                 resolve_model(name), trust_remote_code=False
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise FileError(f"cannot load an image processor from {name!r}: {str(error).strip()}") from error
 
 
 class ImageCollator:
