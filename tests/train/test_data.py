@@ -321,6 +321,7 @@ def test_a_folder_of_images_with_metadata(tmp_path: Path) -> None:
     [
         ({"label": [0, 1]}, True),
         ({"label": [-1, -1]}, False),
+        ({"label": ["-1", "-1"]}, False),  # as a csv file has them
         ({"label": [None, None]}, False),
         ({"id": [7, 8]}, False),
         ({"label": [None, None], "references": [["a"], ["b"]]}, True),

@@ -144,7 +144,7 @@ def labelled(splits: Splits, data: DataConfig) -> Splits:
         return splits
     absent = not set(labels) & set(columns)
     if data.label in columns:
-        absent = all(label in (None, "", -1) for label in splits.test[data.label])
+        absent = all(label in (None, "", -1, "-1") for label in splits.test[data.label])
     return replace(splits, test=None) if absent else splits
 
 
