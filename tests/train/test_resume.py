@@ -14,7 +14,7 @@ import pytest
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes, and this system cannot fork")
 def test_a_killed_run_resumes_to_the_same_adapter(tmp_path: Path) -> None:
     program = Path(__file__).with_name("killed.py")
-    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     assert len(outcome) == 10

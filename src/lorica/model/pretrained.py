@@ -19,10 +19,26 @@ from torch import Tensor, nn
 from lorica import checkpoint
 from lorica.errors import ConfigError
 from lorica.layers import SwappedModule
+from lorica.model import trainers
 from lorica.model.heads import check_head
 from lorica.model.structure import adapted
 from lorica.model.values import extract
 from lorica.model.vocabulary import resized, with_resized_tables
+
+
+class _Asked:
+    """The model's own class attribute; who asks for it is a trainer that is just being made.
+
+    One that is set on the model itself comes before it.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, model: Any, owner: type | None = None) -> Any:
+        trainers.tell()
+        asked: Any = owner if model is None else model
+        return getattr(super(Pretrained, asked), self.name)
 
 
 class Pretrained(SwappedModule):
@@ -30,6 +46,7 @@ class Pretrained(SwappedModule):
 
     label: ClassVar[str] = ""
     own_attributes: ClassVar[tuple[str, ...]] = ()
+    accepts_loss_kwargs = _Asked()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -158,6 +175,7 @@ def enter(root: nn.Module) -> None:
         and not isinstance(root, Pretrained)
     ):
         Pretrained.swap(root)
+        trainers.tell()
         root.register_forward_pre_hook(check_head, with_kwargs=True)
 
 

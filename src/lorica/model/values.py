@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -139,6 +139,13 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None, *, st
     Warns:
         LoricaWarning: unless `strict`, with the list of what means something else here.
     """
+    fitting(model, adapter, name, strict=strict)()
+
+
+def fitting(
+    model: nn.Module, adapter: Adapter, name: str | None = None, *, strict: bool = True
+) -> Callable[[], None]:
+    """`overwrite` in two steps: what can fail is done here, and what is returned writes the values."""
     root, roster = adapted(model)
     adapter.check_finite()
     name = roster.one(name)
@@ -168,9 +175,11 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None, *, st
         warnings.warn(
             f"the values come from an adapter of another make than the one on the model:\n{lines(unlike)}",
             LoricaWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def write() -> None:
         for key, tensor in live.items():
             tensor.copy_(new[key])
         for path, layer in lora_layers(root).items():
@@ -178,6 +187,8 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None, *, st
                 path_of_weight = f"{path}.{layer.weight_name}"
                 weight = roster.base_parameter(root, path_of_weight)
                 _restart(own[path_of_weight], layer, weight, *starts[path], layer.scaling[name])
+
+    return write
 
 
 def _without_tables(adapter: Adapter, there: Adapter, root: nn.Module) -> Adapter:

@@ -9,22 +9,22 @@ are and which act is the adapted model's own to say.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from torch import nn
-from torch.nn import Parameter
 
 import lorica
 from lorica.algebra import combine
 from lorica.algebra.combination import METHODS
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, LoricaWarning, StateError, listing
-from lorica.layers import AskedModule, LoraLayer, LoraParameters
+from lorica.layers import LoraLayer, LoraParameters
 from lorica.model.attach import attach_finite
 from lorica.model.merged import behind_merge, settle, stay_adapted
 from lorica.model.mount import open_for
-from lorica.model.structure import find_adapted, lora_layers, walk
+from lorica.model.owners import parameters_of
+from lorica.model.structure import find_adapted, lora_layers
 from lorica.peft.base import named_whole, put_again, to_meta
 from lorica.peft.checks import check_alone, check_one_bias, warn_of_bias
 from lorica.roster import Roster
@@ -411,11 +411,3 @@ def _layers(model: nn.Module, *, parameters: bool) -> dict[str, Any]:
     with behind_merge(model):
         found = lora_layers(model)
     return {path: layer for path, layer in found.items() if isinstance(layer, LoraParameters) == parameters}
-
-
-def parameters_of(root: nn.Module, roster: Roster, name: str) -> Iterator[Parameter]:
-    """All parameters that an adapter brought: factors, copies of whole modules, biases."""
-    for place in walk(root):
-        if isinstance(place.module, AskedModule):
-            yield from (parameter for adapter, parameter in place.module.brought() if adapter == name)
-    yield from roster.slots.get(name, {}).values()

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from lorica.errors import FileError
+from lorica.model.resuming import beside
 from lorica.reading import read_object
 from lorica.train.files import write_atomically
 
@@ -48,7 +49,7 @@ def is_complete(checkpoint: str | Path) -> bool:
         state = read_object(checkpoint / STATE)
     except (FileNotFoundError, FileError):
         return False
-    there = any((checkpoint / name).is_file() for name in _WEIGHTS)
+    there = any((checkpoint / name).is_file() for name in _WEIGHTS) or bool(beside(checkpoint))
     resumable = all((checkpoint / name).is_file() for name in ("optimizer.pt", "scheduler.pt"))
     return state.get("global_step") == _step(checkpoint) and there and resumable
 

@@ -1,9 +1,7 @@
 """transformers' Trainer for adapted models.
 
-transformers' own Trainer already trains an adapted model and saves its adapter, since the model's
-`save_pretrained` does. What it cannot do is read the adapter back: to resume, and to end with the best
-checkpoint. `LoraTrainerMixin` adds the two,
-here and to TRL's trainers::
+transformers' own Trainer trains an adapted model, saves its adapters and reads them back: `lorica.model.trainers`
+sees to that. `LoraTrainerMixin` does the same by inheritance, for trainers which override those methods::
 
     class LoraSFTTrainer(LoraTrainerMixin, trl.SFTTrainer): ...
 """
@@ -11,16 +9,14 @@ here and to TRL's trainers::
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from lorica.checkpoint import is_adapter
 from lorica.errors import LoricaError
-from lorica.model import adapters, load_weights
+from lorica.model.trainers import takes_back
 from lorica.train.evaluation import EvaluationMixin
 from lorica.train.generation.scoring import WritingMixin
 from lorica.train.measuring import MeasuringMixin
@@ -68,28 +64,12 @@ class LoraTrainerMixin(_Base):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_adapter(resume_from_checkpoint, model):
+        if not takes_back(self, resume_from_checkpoint, model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not self._load_adapter(self.state.best_model_checkpoint, None):
+        if not takes_back(self, self.state.best_model_checkpoint):
             super()._load_best_model()
-
-    def _load_adapter(self, checkpoint: str | None, model: nn.Module | None) -> bool:
-        if (
-            checkpoint is None
-            or self.is_fsdp_enabled
-            or self.is_deepspeed_enabled
-            or not is_adapter(checkpoint)
-        ):
-            return False
-        bare = self.accelerator.unwrap_model(
-            model if model is not None else self.model, keep_torch_compile=False
-        )
-        if not adapters(bare):
-            return False
-        load_weights(bare, Path(checkpoint))
-        return True
 
 
 class Trainer(
