@@ -1,7 +1,8 @@
 """transformers' Trainer for adapted models.
 
-transformers' own Trainer trains an adapted model, saves its adapters and reads them back: `lorica.model.trainers`
-sees to that. `LoraTrainerMixin` does the same by inheritance, for trainers which override those methods::
+transformers' own Trainer trains an adapted model, saves its adapters and reads them back:
+`lorica.model.trainers` sees to that. `LoraTrainerMixin` does the same by inheritance, for trainers which
+override those methods::
 
     class LoraSFTTrainer(LoraTrainerMixin, trl.SFTTrainer): ...
 """
