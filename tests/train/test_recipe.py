@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from lorica import LoraConfig
-from lorica.errors import ConfigError, FileError
+from lorica.cli import main
+from lorica.errors import ConfigError, FileError, LoricaError
 from lorica.train import DataConfig, Recipe, TrainingConfig
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -123,3 +124,16 @@ def test_from_what_a_file_would_hold() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             Recipe.from_dict(wrong, "here")
+
+
+@pytest.mark.parametrize("value", ["9" * 400, 10**310, -(10**310), "1" + "0" * 309])
+def test_a_number_that_no_float_holds(
+    value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="recipe"):
+        Recipe.from_dict({"training": {"learning_rate": value}})
+    (tmp_path / "recipe.yaml").write_text(f"training:\n  learning_rate: '{value}'\n")
+    with pytest.raises(LoricaError):
+        Recipe.load(tmp_path / "recipe.yaml")
+    assert main(["train", "--training.learning_rate", str(value)]) == 2
+    assert "too large" in capsys.readouterr().err

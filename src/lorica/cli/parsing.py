@@ -35,6 +35,13 @@ class Parser(jsonargparse.ArgumentParser):
         """Help may be coloured; it holds no names out of files."""
         super()._print_message(message, getattr(file, "stream", file))
 
+    def parse_args(self, *given: Any, **named: Any) -> Any:
+        """As jsonargparse's; a number that no float holds is wrong usage too."""
+        try:
+            return super().parse_args(*given, **named)
+        except OverflowError as error:
+            self.error(str(error))
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, and stop with status 2."""
         unknown = _UNKNOWN.search(message)

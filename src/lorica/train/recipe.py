@@ -345,7 +345,7 @@ class Recipe:
         parser = _parser()
         try:
             parsed = parser.parse_object(dict(values))
-        except jsonargparse.ArgumentError as error:
+        except (jsonargparse.ArgumentError, OverflowError) as error:  # texts become numbers on the way
             raise ConfigError(f"{where}: {error}") from error
         return from_parsed(parser, parsed)
 
