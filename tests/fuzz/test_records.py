@@ -126,6 +126,13 @@ def test_journals(tmp_path: Path) -> None:
         damage.survives(use, f"journal {case}", path)
 
 
+@pytest.mark.parametrize("name", ["../x", "..", ".", "a/b", "/etc", "", ".hidden", 3, None, "a\\b", "a\x00"])
+def test_a_trials_name_is_no_path(tmp_path: Path, name: Any) -> None:
+    (tmp_path / "results.jsonl").write_text(json.dumps({"trial": name, "values": {}}) + "\n")
+    with pytest.raises(LoricaError, match="is no line of a search"):
+        Journal(tmp_path / "results.jsonl")
+
+
 def test_results_of_comparisons(tmp_path: Path) -> None:
     draw, path = damage.generator("results"), tmp_path / "results.jsonl"
     row = {
