@@ -166,6 +166,6 @@ def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
     with pytest.raises(AdapterError, match="no adapter is named 'defualt'"):
         hotswap_adapter(model, tmp_path, "defualt")
-    with pytest.raises(ConfigError, match="target_rank=2 is lower"):
+    with pytest.raises(ConfigError, match="target rank 2, but the original rank is larger"):
         prepare_model_for_compiled_hotswap(model, target_rank=2)
     assert load_peft_weights(tmp_path).keys()

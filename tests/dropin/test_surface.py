@@ -366,3 +366,48 @@ def test_a_script_s_own_model_is_nothing_on_the_hub(tmp_path: Path) -> None:
     config = LoraConfig(target_modules=["body"], base_model_name_or_path="Net")
     get_peft_model(Net(), config).save_pretrained(tmp_path)
     assert "base_model" not in (tmp_path / "README.md").read_text()
+
+
+class TestValuesOfTheBase:
+    """An adapter's values that hold biases which the adapter on the model does not train."""
+
+    def test_they_act_while_it_does(self) -> None:
+        source = get_peft_model(Net(), LoraConfig(r=2, target_modules=["body"], bias="all"))
+        fill(source)
+        state = peft.get_peft_model_state_dict(source)
+        model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["body"]))
+        assert peft.set_peft_model_state_dict(model, state).unexpected_keys == []
+        torch.testing.assert_close(model(x), source(x), rtol=0, atol=0)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x), Net()(x), rtol=0, atol=0)
+
+    def test_they_are_saved_with_it(self, tmp_path: Path) -> None:
+        model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["body"]))
+        state = {**peft.get_peft_model_state_dict(model), "base_model.model.head.bias": torch.ones(3)}
+        peft.set_peft_model_state_dict(model, state)
+        y = model(x)
+        model.save_pretrained(tmp_path)
+        torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path)(x), y, rtol=0, atol=0)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), y)
+
+    def test_what_is_the_bases_already_is_not_brought(self) -> None:
+        model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["body"]))
+        state = {"base_model.model.body.base_layer.bias": Net().body.bias.detach(), "nothing": torch.ones(1)}
+        result = peft.set_peft_model_state_dict(model, state)
+        assert result.unexpected_keys == ["base_model.model.nothing"]
+        assert model.base_model.roster.slots == {}
+
+
+def test_names_of_layers_in_the_status() -> None:
+    net = Net()
+    net.table = nn.Embedding(3, 2)
+    config = LoraConfig(
+        target_modules=["body"], target_parameters=["head.weight"], trainable_token_indices={"table": [0]}
+    )
+    found = {layer.name: layer.module_type for layer in get_peft_model(net, config).get_layer_status()}
+    assert found == {
+        "model.body": "lora.Linear",
+        "model.head": "lora.ParamWrapper",
+        "model.table.token_adapter": "TrainableTokensLayer",
+    }

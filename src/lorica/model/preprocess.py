@@ -129,11 +129,14 @@ def preprocess_loraga(
     root.__dict__[PREPARED] = found
 
 
+_WANTED = {"corda": "", "lora_ga": "If you want to use LoRA-GA, say so in the configuration: "}
+
+
 def _targets(model: nn.Module, config: LoraConfig, value: str) -> tuple[nn.Module, list[Target]]:
     if config.init_lora_weights != value:
         raise ConfigError(
-            f"init_lora_weights is {config.init_lora_weights!r}; set it to {value!r}, and give adapt the "
-            "same configuration"
+            f"{_WANTED[value]}init_lora_weights is {config.init_lora_weights!r}; set it to {value!r}, and "
+            "give adapt the same configuration"
         )
     root, roster = find_adapted(model) or (uncompiled(model), None)
     if roster is not None:

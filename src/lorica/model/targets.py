@@ -166,7 +166,15 @@ def parameter_targets(places: Iterable[Place], config: LoraConfig) -> list[Targe
     for name in wanted:
         if not any(f".{path}".endswith(f".{name}") for path in everything):
             near = nearest(name, [*tails(everything), *everything])
-            raise TargetError(f"target_parameters names {name!r}, which matches no parameter{near}")
+            alone = (
+                "No `target_modules` passed but also no `target_parameters` found. "
+                if not config.target_modules
+                else ""
+            )
+            raise TargetError(
+                f"{alone}Please check the values for these arguments. "
+                f"target_parameters names {name!r}, which matches no parameter{near}"
+            )
     if config.layers_to_transform is not None:
         raise TargetError(
             "layers_to_transform chooses among target_modules only; put the blocks into the names of "

@@ -130,6 +130,9 @@ class PeftConfig(core.LoraConfig):
                     self.__dict__[name] = value
         elif name in self._beside:
             self.__dict__[name] = value
+        elif name == "peft_type":
+            if str(getattr(value, "value", value)).upper() != "LORA":
+                raise ConfigError(f"peft_type is {value!r}; lorica.peft carries LORA only")
         elif name in FOREIGN:
             without_foreign({name: value}, fields)
         else:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lorica.errors import ConfigError, ConfigTypeError, FileError
-from lorica.model.structure import adapted, lora_layers
+from lorica.errors import ConfigError, ConfigTypeError, FileError, StateError
+from lorica.model.structure import find_adapted, lora_layers
 from lorica.peft.config import PeftConfig
 
 
@@ -28,7 +28,10 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """
     if not isinstance(multiplier, (float, int)):
         raise ConfigTypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    root, roster = adapted(model)
+    found = find_adapted(model)
+    if found is None:
+        raise StateError("scaling is only supported for models with `LoraLayer`s, and this one has none")
+    root, roster = found
     roster.check_unmerged("rescale updates")
     before = {layer: layer.scaling for layer in lora_layers(root).values()}
     for layer, scaling in before.items():

@@ -18,6 +18,7 @@ from lorica.layers import (
     LoraEmbedding,
     LoraLayer,
     LoraOpaque,
+    LoraParameters,
     SavedModule,
     TrainedTokens,
 )
@@ -110,7 +111,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     merged, prefix = roster.merged, "model." if wrapped else ""
     with behind_merge(root):
         return [
-            _layer(prefix + place.path, place.module, active, enabled, merged)
+            _layer(prefix + place.path + _within(place.module), place.module, active, enabled, merged)
             for place in walk(root)
             if isinstance(place.module, (LoraLayer, SavedModule, TrainedTokens))
         ]
@@ -172,6 +173,11 @@ def _layer(
     )
 
 
+def _within(module: AskedModule) -> str:
+    """Where PEFT's layer lies below the module, by its names."""
+    return ".token_adapter" if isinstance(module, TrainedTokens) else ""
+
+
 _BACKENDS = {"Linear4bit": "bnb 4bit", "Linear8bitLt": "bnb 8bit"}
 
 
@@ -180,7 +186,9 @@ def module_type(module: AskedModule) -> str:
     if isinstance(module, SavedModule):
         return "ModulesToSaveWrapper"
     if isinstance(module, TrainedTokens):
-        return "TrainableTokensWrapper"
+        return "TrainableTokensLayer"
+    if isinstance(module, LoraParameters):
+        return "lora.ParamWrapper"
     if isinstance(module, LoraEmbedding):
         return "lora.Embedding"
     if isinstance(module, LoraAttention):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft_tensors import from_tensors
 from lorica.config import LoraConfig as CoreConfig
 from lorica.config import changes_base, exactly
-from lorica.errors import AdapterError, ConfigError, StateError, lines
+from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, lines
 from lorica.model.attach import attach_finite
 from lorica.model.structure import adapted, lora_layers
 from lorica.peft import loading, places
@@ -117,7 +118,16 @@ def prepare_model_for_compiled_hotswap(
             up.
     """
     if hasattr(model, "_orig_mod") and check_compiled == "error":
-        raise StateError("the model is compiled already; prepare it first, then call torch.compile")
+        raise StateError(
+            "Call prepare_model_for_compiled_hotswap *before* compiling the model: it is compiled already"
+        )
+    if hasattr(model, "_orig_mod") and check_compiled == "warn":
+        warnings.warn(
+            "prepare_model_for_compiled_hotswap was called with a model that is already compiled; what was "
+            "compiled for other ranks is compiled anew",
+            LoricaWarning,
+            stacklevel=2,
+        )
     if target_rank is None:
         return
     root, roster = adapted(model)
@@ -125,7 +135,10 @@ def prepare_model_for_compiled_hotswap(
     found = {name: lorica.extract(root, name) for name in roster.configs}
     highest = max(f.r for adapter in found.values() for f in adapter.factors.values())
     if target_rank < highest:
-        raise ConfigError(f"target_rank={target_rank} is lower than the highest rank on the model, {highest}")
+        raise ConfigError(
+            f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
+            f"({highest}); give the highest rank that is to come"
+        )
     wider = {name: _at_rank(adapter, target_rank) for name, adapter in found.items()}
     for name, adapter in wider.items():
         _replace(model, adapter, name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft import CONFIG_FILE, as_trained, read_settings, read_tensors
@@ -18,7 +19,7 @@ from lorica.errors import AdapterError, StateError, lines, listing
 from lorica.layers import SwappedModule
 from lorica.model import values
 from lorica.model.merged import as_unmerged
-from lorica.model.structure import adapted, walk
+from lorica.model.structure import adapted, base_parameters, walk
 from lorica.peft import loading, places, saving
 from lorica.peft.base import from_meta, on_meta, to_meta
 from lorica.peft.incoming import LoadResult
@@ -111,7 +112,39 @@ def set_peft_model_state_dict(
                 tensor.copy_(given[key])
     if adapter.trained_as is not None:
         values.overwrite(model, adapter, adapter_name)
-    return LoadResult(missing, [key for key in given if key not in live])
+    placed = _bring(root, adapter_name, {key: t for key, t in given.items() if key not in live})
+    return LoadResult(missing, [key for key in given if key not in live and key not in placed])
+
+
+def _bring(root: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Let an adapter bring values of the base's own parameters that it does not train: biases, as a rule.
+
+    They act while it does, and W0 stays; PEFT writes them into the base.
+
+    Args:
+        root: the model.
+        name: of the adapter.
+        tensors: by their names in PEFT's file.
+
+    Returns:
+        Keys of those that are such parameters.
+    """
+    roster = adapted(root)[1]
+    roster.check_unmerged("give an adapter parameters of the base")
+    have = base_parameters(root)
+    named = {key: key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in tensors}
+    found = {
+        key: path for key, path in named.items() if path in have and have[path].shape == tensors[key].shape
+    }
+    acting = roster.active
+    roster.activate(root, ())
+    for key, path in found.items():
+        base = roster.base_parameter(root, path)
+        value = tensors[key].to(base, copy=True)
+        if not torch.equal(value, base):
+            roster.slots.setdefault(name, {})[path] = Parameter(value, requires_grad=False)
+    roster.activate(root, acting)
+    return set(found)
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
