@@ -356,6 +356,11 @@ class TestRefused:
             model.base_model.set_adapter(["default", "other"])
         assert model.active_adapters == ["default"]
 
+    def test_rows_of_what_is_read_past_its_layer(self) -> None:
+        model = get_peft_model(Net(), LoraConfig(r=2, target_parameters=["body.weight"])).eval()
+        with pytest.raises(ValueError, match=r"lora\.ParamWrapper does not support mixed adapter batches"):
+            model(x, adapter_names=["default", "__base__", "default", "default"])
+
     def test_a_bias_on_b_of_a_layer_without_one(self) -> None:
         base = nn.Sequential(nn.Linear(3, 3, bias=False))
         with pytest.warns(LoricaWarning, match="merging LoRA weights won't be possible: 0"):

@@ -210,7 +210,9 @@ class LoraConfig:
     def doubled(self) -> Self:
         """The configuration of an update with another of the same rank and scale beside it."""
         alpha = math.sqrt(2) if self.use_rslora else 2
+        idle = dict.fromkeys(SETTINGS)
         return self.replace(
+            **idle,
             r=2 * self.r,
             lora_alpha=alpha * self.lora_alpha,
             rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+import lorica
 from lorica.config import LoraConfig
-from lorica.errors import AdapterError, ConfigError, LoricaWarning, listing
+from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, listing
 from lorica.layers import TrainedTokens
 from lorica.model.structure import lora_layers
+from lorica.peft.status import module_type
 from lorica.roster import Roster
 
 
@@ -62,3 +64,20 @@ def warn_of_bias(root: nn.Module, config: LoraConfig, name: str) -> None:
                 LoricaWarning,
                 stacklevel=4,
             )
+
+
+def mixed_rows(root: nn.Module, names: Sequence[str | None]) -> lorica.mixed:
+    """As `lorica.mixed`, which says PEFT's name of the layer that cannot take it.
+
+    Raises:
+        AdapterError: as `lorica.mixed`.
+        StateError: likewise.
+    """
+    try:
+        return lorica.mixed(root, names)
+    except StateError as error:
+        for layer in lora_layers(root).values():
+            if not layer.rows_differ and any(name in layer.scaling for name in names):
+                kind = module_type(layer)
+                raise StateError(f"{kind} does not support mixed adapter batches yet. {error}") from error
+        raise

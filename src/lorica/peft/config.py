@@ -26,6 +26,7 @@ __version__ = "0.21.2+lorica"
 """Of PEFT, whose names and files these are; what comes after the plus tells lorica's files from PEFT's."""
 
 
+_DEFAULTS = {"eva_config": "EVA", "corda_config": "CorDA"}
 _NEED_OTHERS = ("layers_pattern", "target_modules")
 """Fields of which some values are right only beside another field's."""
 
@@ -93,24 +94,28 @@ class PeftConfig(core.LoraConfig):
             peft_version=settings.pop("peft_version", None) or __version__,
             runtime_config=runtime,
         )
+        quiet = settings.pop("quiet", False)
         super().__init__(**settings)
-        for name in ("eva_config", "corda_config"):
-            if settings.get(name) is None and self.init_lora_weights == SETTINGS[name].belongs_to:
-                method = "EVA" if name == "eva_config" else "CorDA"
-                warnings.warn(
-                    f"`init_lora_weights` is '{self.init_lora_weights}' but `{name}` is not specified. Using "
-                    f"default {method} config.",
-                    LoricaWarning,
-                    stacklevel=3,
-                )
+        if not quiet:
+            self._tell(settings)
+
+    def _tell(self, given: Mapping[str, Any]) -> None:
+        """Warn of settings of a start that was not given, and of those of another."""
         for name, kind in SETTINGS.items():
-            if getattr(self, name) is not None and self.init_lora_weights != kind.belongs_to:
-                warnings.warn(
-                    f"`{name}` specified but will be ignored when `init_lora_weights` is not "
-                    f"'{kind.belongs_to}'.",
-                    LoricaWarning,
-                    stacklevel=3,
+            chosen = self.init_lora_weights == kind.belongs_to
+            if chosen and given.get(name) is None and name in _DEFAULTS:
+                what = (
+                    f"`init_lora_weights` is '{kind.belongs_to}' but `{name}` is not specified. Using "
+                    f"default {_DEFAULTS[name]} config."
                 )
+            elif not chosen and getattr(self, name) is not None:
+                what = (
+                    f"`{name}` specified but will be ignored when `init_lora_weights` is not "
+                    f"'{kind.belongs_to}'."
+                )
+            else:
+                continue
+            warnings.warn(what, LoricaWarning, stacklevel=4)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign a field.
@@ -120,14 +125,12 @@ class PeftConfig(core.LoraConfig):
         """
         fields = [item.name for item in dataclasses.fields(self)]
         if name in fields:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", LoricaWarning)  # one field may come before the other
-                try:
-                    self.__dict__.update(self.replace(**{name: value}).__dict__)
-                except ConfigError:
-                    if name not in _NEED_OTHERS:
-                        type(self)(**{name: value})  # a value that is wrong whatever the others are
-                    self.__dict__[name] = value
+            try:
+                self.__dict__.update(self.replace(**{name: value}).__dict__)
+            except ConfigError:
+                if name not in _NEED_OTHERS:
+                    type(self)(**{name: value, "quiet": True})  # wrong whatever the others are?
+                self.__dict__[name] = value  # the field that it needs may come yet
         elif name in self._beside:
             self.__dict__[name] = value
         elif name == "peft_type":
@@ -162,7 +165,7 @@ class PeftConfig(core.LoraConfig):
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
         beside = {name: self.__dict__[name] for name in self._beside}
-        return dataclasses.replace(self, **beside | changes)
+        return dataclasses.replace(self, **beside | changes, quiet=True)
 
     def checked(self) -> Self:
         """Itself, once its values are known to go together.
@@ -170,9 +173,7 @@ class PeftConfig(core.LoraConfig):
         Raises:
             ConfigError: they do not.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", LoricaWarning)
-            self.replace()
+        self.replace()
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lorica.model.merged import as_unmerged
 from lorica.model.structure import adapted
 from lorica.peft import loading, places
 from lorica.peft.base import let_gradients_in, match_base_dtype, put_again, recomputes
+from lorica.peft.checks import mixed_rows
 from lorica.peft.config import PeftType, TaskType, as_peft_config
 from lorica.peft.incoming import Incoming
 from lorica.peft.outgoing import Outgoing
@@ -215,7 +216,7 @@ class PeftModel(Incoming, Outgoing):
             for name in filter(None, names):
                 self.base_model.roster.known(name)
             return nullcontext()
-        return lorica.mixed(self.get_base_model(), names)
+        return mixed_rows(self.get_base_model(), names)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """Let the embeddings' output carry gradients, which a recomputed block needs."""
