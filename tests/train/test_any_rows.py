@@ -62,7 +62,7 @@ def test_a_spreadsheet_of_europe(
         "its cells are apart at ';'",
         "1 rows without a filled cell are left out",
         "labels in column 'label': ' Good' is read as 'good' (1 times)",
-        "not read are the columns Nr.",
+        "columns that are not read: Nr.",
     ]
     assert result.rows == {"train": 18, "validation": 2}
     assert main(["evaluate", str(result.output), "--data.test", str(path), "--json"]) == 0

@@ -204,12 +204,12 @@ def test_empty_texts_are_left_out_of_raw_text_and_that_is_told() -> None:
 def test_columns_that_are_not_read_are_named() -> None:
     rows = rows_of({"id": "1", "system": "warm", **ALPACA, "source": "x"})
     told = notes_on(tasks.get(LM), resolved(rows), Used(rows, Origin("a.csv")), training=True)
-    assert told == ["a.csv: not read are the columns id, source"]
+    assert told == ["a.csv: columns that are not read: id, source"]
     rows = rows_of(
         {"text": "film", "label": "a", "date": "2024"}, {"text": "song", "label": "b", "date": "2024"}
     )
     task = tasks.get("sequence-classification")
     config = task.resolve(Splits(rows), DataConfig())
     assert notes_on(task, config, Used(rows, Origin("a.csv")), training=True) == [
-        "a.csv: not read are the columns date"
+        "a.csv: columns that are not read: date"
     ]

@@ -110,7 +110,7 @@ def notes_on(task: Task, data: DataConfig, used: Used, *, training: bool = False
     read = {*task.columns(data), *(data.labels or [])}
     idle = [name for name in used.rows.column_names if name not in read] if training else []
     told = [*used.origin.notes, *task.notes(used.rows, data)]
-    told += [f"not read are the columns {listing(idle)}"] if idle else []
+    told += [f"columns that are not read: {listing(idle)}"] if idle else []
     return [f"{used.origin.source}: {note}" for note in told]
 
 

@@ -146,6 +146,8 @@ def test_a_file_without_names(tmp_path: Path) -> None:
     assert (
         read(tmp_path / "in.tsv", cola, Form(columns=names)).rows["text"][0] == "Our friends won't buy this."
     )
+    with pytest.raises(FileError, match="whose first line does so too: text, label; leave out one"):
+        read(tmp_path / "rows.csv", "text,label\na,pos\n", Form(columns=["first", "second"]))
     with pytest.raises(ConfigError, match="each column once, not a, a"):
         read(tmp_path / "rows.csv", "1,2\n", Form(columns=["a", "a"]))
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from lorica.errors import FileError, listing
 from lorica.train.formats.found import Form, Found
-from lorica.train.formats.headers import check_header, given_names, named
+from lorica.train.formats.headers import check_header, check_no_header, given_names, named
 from lorica.train.formats.tables import table
 from lorica.train.formats.text import lines_of
 
@@ -82,7 +82,10 @@ def as_table(found: Sequence[Row], path: Path, form: Form, notes: Sequence[str])
     notes = list(notes)
     first = [name.strip() for name in found[0].cells]
     names = given_names(form) or first
-    found = found[1:] if names == first else found
+    if names == first:
+        found = found[1:]
+    elif form.columns is not None:
+        check_no_header(first, path)
     full = [row for row in found if "".join(row.cells).strip()]
     if blank := len(found) - len(full):
         notes.append(f"{blank:,} rows without a filled cell are left out")

@@ -71,3 +71,17 @@ def check_header(columns: Mapping[str, Sequence[str | None]], path: Path) -> Non
             f"{listing(map(repr, names), limit=6)}. Put their names above it, or give them: "
             f"--data.columns '[{', '.join(guess)}]'"
         )
+
+
+def check_no_header(first: Sequence[str], path: Path) -> None:
+    """Refuse names for a file whose first line names its columns otherwise.
+
+    Raises:
+        FileError: all its cells are names that columns usually have.
+    """
+    if all(cell.lower() in _KNOWN for cell in first):
+        raise FileError(
+            f"data.columns names the columns of {path}, whose first line does so too: "
+            f"{listing(first, limit=6)}; "
+            "leave out one of them"
+        )
