@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -47,6 +48,7 @@ class Roster(Choices):
             adapter acts (trained biases).
         starts: adapter name → name of a weight in the base → what the adapter's start made of it, and puts in
             its place while the adapter acts. W0 itself is never written to.
+        statistics: adapter name → name of a running statistic in the base → the adapter's own.
         whole: adapter name → path of a module that it trains → its rows of it, or None for all of it.
         parts: adapter name → places of what it adds to the model.
         originals: parameters whose place is taken at the moment.
@@ -66,9 +68,10 @@ class Roster(Choices):
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
     slots: dict[str, dict[str, Parameter]] = field(default_factory=dict)
     starts: dict[str, dict[str, Start]] = field(default_factory=dict)
+    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     whole: dict[str, dict[str, frozenset[int] | None]] = field(default_factory=dict)
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    originals: dict[str, Parameter] = field(default_factory=dict)
+    originals: dict[str, Any] = field(default_factory=dict)
     axes: dict[Any, bool] = field(default_factory=dict)
     shown: set[Any] = field(default_factory=set)
     hooks: list[Any] = field(default_factory=list)
@@ -131,7 +134,8 @@ class Roster(Choices):
         taken: dict[str, frozenset[int] | None] = {}
         for name in names:
             starts = self.starts.get(self.known(name), {})
-            alone = (*self.slots.get(name, ()), *self.parts.get(name, ()), *starts)
+            moved = self.moved(root, name)
+            alone = (*self.slots.get(name, ()), *self.parts.get(name, ()), *starts, *moved)
             own = {**dict.fromkeys(alone), **self.whole.get(name, {})}
             for path, rows in own.items():
                 if any(_overlap(path, other) and not _apart(rows, its) for other, its in taken.items()):
@@ -200,10 +204,22 @@ class Roster(Choices):
         finally:
             self._put(root, tuple(name for name in before if name in self.configs))
 
-    def stand_ins(self, name: str) -> dict[str, Parameter]:
-        """Parameter name in the base → what takes its place while the adapter acts."""
+    def stand_ins(self, name: str) -> dict[str, Tensor]:
+        """Name of a parameter or buffer in the base → what takes its place while the adapter acts."""
         weights = {path: start.weight for path, start in self.starts.get(name, {}).items()}
-        return {**self.slots.get(name, {}), **weights}
+        return {**self.slots.get(name, {}), **weights, **self.statistics.get(name, {})}
+
+    def moved(self, root: nn.Module, name: str) -> dict[str, Tensor]:
+        """The adapter's running statistics that are no longer the base's."""
+        own = self.statistics.get(name, {})
+        return {path: t for path, t in own.items() if not torch.equal(t, self.base_tensor(root, path).to(t))}
+
+    def base_tensor(self, root: nn.Module, path: str) -> Tensor:
+        """The base's own parameter or buffer of that name, whatever stands in its place."""
+        if path in self.originals:
+            return self.originals[path]
+        owner, leaf = owner_of(root, path)
+        return _table(owner, leaf)[leaf]
 
     def base_parameter(self, root: nn.Module, path: str) -> Parameter:
         """The base's own parameter of that name, whatever stands in its place."""
@@ -249,18 +265,23 @@ def as_uncompiled(name: str) -> str:
     return name.replace(f"{_COMPILED}.", "")
 
 
-def place(root: nn.Module, path: str, parameter: Parameter) -> Parameter:
-    """Put a parameter where `path` says; returns the one that was there.
+def place(root: nn.Module, path: str, parameter: Any) -> Any:
+    """Put a parameter or buffer where `path` says; returns the one that was there.
 
     It follows what was there to the device and dtype that the model moved to in the meantime.
     """
     owner, leaf = owner_of(root, path)
-    before = owner._parameters[leaf]
+    before = _table(owner, leaf)[leaf]
     assert before is not None
     if parameter.device != before.device or parameter.dtype != before.dtype:
         parameter.data = parameter.data.to(before)
-    owner._parameters[leaf] = parameter
+    _table(owner, leaf)[leaf] = parameter
     return before
+
+
+def _table(module: nn.Module, leaf: str) -> Any:
+    """The table in which a module has a parameter or buffer of that name."""
+    return module._buffers if leaf in module._buffers else module._parameters
 
 
 def _tell(root: nn.Module, path: str, displaced: tuple[str, Parameter] | None) -> None:

@@ -21,6 +21,7 @@ from lorica.model.methods import resolve_methods
 from lorica.model.mount import Mount, mount, open_for, parameter_for, remove_parts, uncollected
 from lorica.model.stack import stacked, unstack
 from lorica.model.starting import PREPARED, Source, begin, check_alone, check_start, prepared
+from lorica.model.statistics import give_statistics
 from lorica.model.structure import (
     ROSTER,
     Target,
@@ -117,6 +118,7 @@ def _adapt(root: nn.Module, roster: Roster, config: AdapterConfig, name: str, se
         tied,
         trainable=trainable,
     )
+    give_statistics(root, roster, name, found.saved, {}, trainable=trainable)
     if lora is not None and lora.init_lora_weights in FROM_DATA:
         root.__dict__.pop(PREPARED, None)
 
@@ -171,6 +173,7 @@ def detach(model: M, name: str | None = None) -> M:
     for n in gone:
         remove_parts(root, n)
         roster.slots.pop(n, None)
+        roster.statistics.pop(n, None)
         roster.starts.pop(n, None)
         roster.whole.pop(n, None)
         roster.parts.pop(n, None)

@@ -29,6 +29,7 @@ from lorica.model.mount import Mount, mount, open_for, parameter_for, uncollecte
 from lorica.model.selection import ending_in, meant, outermost, outside, trained_whole, within_any
 from lorica.model.stack import stacked
 from lorica.model.starting import again, prepared, taken_out
+from lorica.model.statistics import give_statistics, running
 from lorica.model.structure import Place, Target, base_parameters, walk
 from lorica.model.targets import as_target, parameter_targets
 from lorica.model.tied import apart, pairs, torn, with_tied
@@ -145,6 +146,7 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
         shared,
         trainable=trainable,
     )
+    give_statistics(root, roster, name, saved, adapter.extras, trainable=trainable)
     with torch.no_grad():
         for copy in trained_copies(root, roster, name):
             copy.tensor.copy_(adapter.extras[copy.base_name])
@@ -260,7 +262,7 @@ def _extra_problems(
     yield from (f"missing: {name}" for name in rows if name not in adapter.extras)
     if not adapter.extras:
         return
-    parameters = base_parameters(root)
+    parameters: dict[str, Tensor] = {**base_parameters(root), **running(root, saved)}
     whole = {f"{path}.{leaf}": t for path, module in saved.items() for leaf, t in _state(module).items()}
     for path, tensor in adapter.extras.items():
         have: Tensor | None = (whole if within_any(path, saved) else parameters).get(path)

@@ -54,7 +54,8 @@ class mixed:
                     f"{name!r} ({method_of(roster.configs[name])}) adds parts to the model, which "
                     "cannot differ by row; only LoRA's updates and heads can"
                 )
-            own = roster.stand_ins(name)
+            kept = roster.statistics.get(name, {}).keys() - roster.moved(root, name).keys()
+            own = [path for path in roster.stand_ins(name) if path not in kept]
             if own:
                 raise AdapterError(
                     f"{name!r} brings parameters in place of the base's ({listing(own, limit=3)}), which "

@@ -111,6 +111,9 @@ def as_trained(
         if isinstance(config, LoraConfig) or parameter not in written:
             extras[path] = value(path, parameter) if in_place else parameter.detach()
         written.add(parameter)
+    extras |= {
+        path: value(path, buffer) if in_place else buffer for path, buffer in roster.moved(root, name).items()
+    }
     added = {}
     for path, host in added_modules(root).items():
         if name in host.parts:
@@ -159,6 +162,7 @@ def fitting(
         if adapter.trained_as is not None:
             adapter, starts = adapter.without_starts()
     there = as_trained(model, name)
+    adapter, there, moved = _statistics(root, roster, name, adapter, there)
     live, new = there.named_tensors(), _without_tables(adapter, there, root).named_tensors()
     problems = [f"missing: {key}" for key in live if key not in new]
     problems += [f"unexpected: {key}" for key in new if key not in live]
@@ -182,6 +186,8 @@ def fitting(
     def write() -> None:
         for key, tensor in live.items():
             tensor.copy_(new[key])
+        for path, buffer in roster.statistics.get(name, {}).items():
+            buffer.copy_(moved.get(path, roster.base_tensor(root, path)))
         for path, layer in lora_layers(root).items():
             if path in starts:
                 path_of_weight = f"{path}.{layer.weight_name}"
@@ -189,6 +195,22 @@ def fitting(
                 _restart(own[path_of_weight], layer, weight, *starts[path], layer.scaling[name])
 
     return write
+
+
+def _statistics(
+    root: nn.Module, roster: Roster, name: str, adapter: Adapter, there: Adapter
+) -> tuple[Adapter, Adapter, dict[str, Tensor]]:
+    """Both adapters without running statistics, and those of the first: what is not there is the base's."""
+    own = roster.statistics.get(name, {})
+    moved = {path: tensor for path, tensor in adapter.extras.items() if path in own}
+    if any(tensor.shape != own[path].shape for path, tensor in moved.items()):
+        return adapter, there, {}
+
+    def bare(one: Adapter) -> Adapter:
+        extras = {path: tensor for path, tensor in one.extras.items() if path not in own}
+        return dataclasses.replace(one, extras=extras)
+
+    return (bare(adapter), bare(there), moved) if own else (adapter, there, moved)
 
 
 def _without_tables(adapter: Adapter, there: Adapter, root: nn.Module) -> Adapter:
