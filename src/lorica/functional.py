@@ -72,7 +72,11 @@ def _random_bytes(like: Tensor) -> Tensor:
 
 def traced() -> bool:
     """Whether a compiler or a function transform looks on, which see tensor operations alone."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def dropout(x: Tensor, p: float) -> Tensor:

@@ -164,6 +164,7 @@ class Roster(Choices):
             return
         self.check_placing(bringing)
         incoming = {path: (name, p) for name in names for path, p in self.stand_ins(name).items()}
+        self._check_devices(root, {**self.originals, **{path: p for path, (_, p) in incoming.items()}})
         for path, parameter in self.originals.items():
             place(root, path, parameter)
             _tell(root, path, None)
@@ -171,6 +172,21 @@ class Roster(Choices):
         for path, original in self.originals.items():
             _tell(root, path, (incoming[path][0], original))
         self.placed = bringing
+
+    def _check_devices(self, root: nn.Module, coming: dict[str, Any]) -> None:
+        """Refuse to exchange parameters for those of a model without values.
+
+        Raises:
+            StateError: naming one that was moved to the meta device.
+        """
+        for path, tensor in coming.items():
+            owner, leaf = owner_of(root, path)
+            if _table(owner, leaf)[leaf].is_meta != tensor.is_meta:
+                raise StateError(
+                    f"{path} was moved to the meta device, without values (accelerate's offloading?), and an "
+                    "adapter has its own in that place; bring it back first "
+                    "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), or choose before"
+                )
 
     def choose(self, names: tuple[str, ...]) -> None:
         """As `activate`, asked for by a layer, which does not know the model it is in.

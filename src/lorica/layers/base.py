@@ -84,9 +84,13 @@ class LoraLayer(AskedLayer):
     @property
     def base_weight(self) -> Tensor:
         """W0, as it is stored; or what an acting adapter put in its place."""
-        weight = self._parameters[self.weight_name]
-        assert weight is not None
-        return weight
+        weight = self._parameters.get(self.weight_name)
+        return self.computed(self.weight_name) if weight is None else weight
+
+    def computed(self, leaf: str) -> Tensor:
+        """A parameter that something made a computed one since (prune, weight_norm): what it is now."""
+        value = self.__dict__.get(leaf)
+        return super().__getattribute__(leaf) if value is None else value
 
     def weight_beside(self, name: str) -> Tensor | None:
         """W0, where another adapter's weight stands in its place; None where the adapter's own base stands.
@@ -228,8 +232,10 @@ class LoraLayer(AskedLayer):
             scale: factor of the product.
             weight: taken for W0, in its layout; None takes what stands in the module.
         """
-        weight = module._parameters[cls.weight_name] if weight is None else weight
-        assert weight is not None
+        if weight is None:
+            weight = module._parameters.get(cls.weight_name)
+            weight = getattr(module, cls.weight_name) if weight is None else weight
+        assert isinstance(weight, Tensor)
         # float64 is asked for where rounding is measured; else the product with W0 stays in W0's dtype.
         weight = weight.to(A.dtype) if A.dtype == torch.float64 else weight
         return functional.row_norm(cls.as_matrix(weight), A, B, scale)

@@ -21,7 +21,11 @@ class LoraLinear(LoraLayer):
 
     def _base(self) -> tuple[Tensor, Tensor | None]:
         """W0 as (d_out, d_in), and the bias."""
-        return self.as_matrix(self.base_weight), self._parameters["bias"]
+        try:
+            bias = self._parameters["bias"]
+        except KeyError:
+            bias = self.computed("bias")
+        return self.as_matrix(self.base_weight), bias
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to ``(..., d_in)``; returns ``(..., d_out)``."""

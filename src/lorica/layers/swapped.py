@@ -43,12 +43,43 @@ class Factor(nn.Module):
     weight: Parameter
     bias: Parameter | None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As a module's; a factor that accelerate moves away brings its own values whenever it is read."""
+        super().__setattr__(name, value)
+        if name == "_hf_hook":
+            object.__setattr__(self, "__class__", OffloadedFactor)
+
     @classmethod
     def of(cls, weight: Parameter) -> Self:
         """A factor with this weight, and no bias."""
         factor = blank(cls)
         factor._parameters.update(weight=weight, bias=None)
         return factor
+
+
+class OffloadedFactor(Factor):
+    """A factor whose values accelerate keeps elsewhere (`cpu_offload`, `disk_offload`); for inference.
+
+    accelerate brings them when a module is called, and a factor is only read.
+    """
+
+    @property
+    def weight(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The values, on the device that computes."""
+        return self._brought("weight")
+
+    @property
+    def bias(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Likewise."""
+        return self._brought("bias")
+
+    def _brought(self, leaf: str) -> Any:
+        held, hook = self._parameters[leaf], self.__dict__.get("_hf_hook")
+        while hook is not None and getattr(hook, "weights_map", None) is None:  # several in one
+            hook = next((h for h in getattr(hook, "hooks", ()) if getattr(h, "weights_map", None)), None)
+        if held is None or not held.is_meta or hook is None:
+            return held
+        return hook.weights_map[leaf].to(hook.execution_device)
 
 
 class LayerState(NamedTuple):

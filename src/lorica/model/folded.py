@@ -11,14 +11,27 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lorica.adapter import Factors
-from lorica.errors import AdapterError, StateError
+from lorica.errors import AdapterError, StateError, listing
 from lorica.folding import each_on_one_thread, one_thread
-from lorica.layers import LoraLayer, TrainedTokens
+from lorica.layers import LoraLayer, LoraOpaque, TrainedTokens
 
 
 def check_mergeable(layers: Mapping[str, LoraLayer], names: tuple[str, ...]) -> None:
     """Refuse layers whose parameters have no place for an update; they are in their adapted form."""
     for path, layer in layers.items():
+        gone = [leaf for leaf in layer.changed(names) if leaf not in layer._parameters]
+        if gone and not isinstance(layer, LoraOpaque):
+            raise StateError(
+                f"{path}: its {listing(gone)} is computed since it was adapted (prune, weight_norm, "
+                "parametrize), so there is none to put the update into; make it a parameter first "
+                "(prune.remove, remove_parametrizations)"
+            )
+        if any(layer._parameters[leaf].is_meta for leaf in layer.changed(names) if leaf not in gone):
+            raise StateError(
+                f"{path}: its weight is on the meta device, without values (accelerate's offloading?); bring "
+                "it back first (accelerate.hooks.remove_hook_from_module(model, recurse=True)), or merge "
+                "before"
+            )
         try:
             layer.check_mergeable()
             layer.check_bias(names)
