@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorica.cli.parsing import Parser
 from lorica.plain import as_json
+
+if TYPE_CHECKING:
+    from lorica.config import AdapterConfig
 
 
 def parser() -> Parser:
@@ -19,12 +23,11 @@ def parser() -> Parser:
 
 
 def describe(directory: str) -> dict[str, Any]:
-    """An adapter's settings, counts and norms, as plain values."""
-    from lorica.checkpoint import read
+    """An adapter's settings, counts and norms, as plain values; without torch where its files are plain."""
+    from lorica.cli.glance import glance
     from lorica.config import family_of, members
 
-    adapter = read(directory)
-    config = adapter.config
+    config, found = glance(Path(directory)) or whole_read(directory)
     lora, others = members(config)
     own = () if lora is None else ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
     return {
@@ -34,6 +37,20 @@ def describe(directory: str) -> dict[str, Any]:
         "task_type": config.task_type,
         **{name: getattr(lora, name) for name in own},
         "modules_to_save": config.modules_to_save,
+        "parameters": found["parameters"],
+        "bytes": found["bytes"],
+        "layers": found["layers"],
+        "whole": found["whole"],
+        "added": found.get("added", {}),
+    }
+
+
+def whole_read(directory: str) -> tuple[AdapterConfig, dict[str, Any]]:
+    """What `glance` gives, of any adapter."""
+    from lorica.checkpoint import read
+
+    adapter = read(directory)
+    return adapter.config, {
         "parameters": adapter.numel,
         "bytes": adapter.nbytes,
         "layers": {

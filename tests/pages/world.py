@@ -1,0 +1,29 @@
+"""What a reader of the documentation has at hand: decoders of the names that it uses, but tiny.
+
+All else that a page needs it makes itself, with the encoder that lorica[demo] installs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from train import tiny
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make(folder: Path) -> Path:
+    """Models, by the names that they have on a page."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "pad_token_id": 0, "eos_token_id": 3}
+    narrow = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, **sizes)
+    GPT2LMHeadModel(narrow).save_pretrained(folder / "gpt2")
+    wide = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, **wide)).save_pretrained(folder / "base")
+    for name in ("gpt2", "base"):
+        tokenizer = tiny.tokenizer()
+        tokenizer.model_max_length, tokenizer.eos_token = 256, "[SEP]"
+        tokenizer.save_pretrained(folder / name)
+    return folder
