@@ -65,7 +65,8 @@ def test_without_torch(tmp_path: Path) -> None:
 def test_what_takes_a_whole_read(tmp_path: Path) -> None:
     """What means more than its header says, and what is damaged: which the whole read then tells."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Conv1d(4, 4, 3), torch.nn.Embedding(5, 4))
-    for i, more in enumerate(({"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"})):
+    cases: list[dict[str, Any]] = [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}]
+    for i, more in enumerate(cases):
         lorica.adapt(model, lorica.LoraConfig(r=2, target_modules=["0"], **more))
         lorica.save(model, tmp_path / str(i))
         lorica.detach(model)

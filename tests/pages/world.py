@@ -6,6 +6,7 @@ All else that a page needs it makes itself, with the encoder that lorica[demo] i
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from train import tiny
@@ -17,10 +18,15 @@ ROOT = Path(__file__).resolve().parents[2]
 def make(folder: Path) -> Path:
     """Models, by the names that they have on a page."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "pad_token_id": 0, "eos_token_id": 3}
+    sizes: dict[str, Any] = {"vocab_size": 32, "pad_token_id": 0, "eos_token_id": 3}
     narrow = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, **sizes)
     GPT2LMHeadModel(narrow).save_pretrained(folder / "gpt2")
-    wide = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    wide: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     LlamaForCausalLM(LlamaConfig(**sizes, **wide)).save_pretrained(folder / "base")
     for name in ("gpt2", "base"):
         tokenizer = tiny.tokenizer()
