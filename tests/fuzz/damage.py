@@ -16,7 +16,7 @@ from typing import Any
 
 from lorica.errors import LoricaError
 
-CASES = 2500 if os.environ.get("LORICA_EXPLORE") else 150
+CASES = 2500 if os.environ.get("LORICA_EXPLORE") else 250
 """Damaged files of each format."""
 STUCK = 600
 """Seconds after which a test that still reads one file is ended, with its stack: no measure, only an end."""
