@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,23 +18,18 @@ from lorica.errors import FileError
 NAMES = {0: "negative", 1: "neutral", 2: "positive"}
 
 
-def model(names: dict[int, str] | None = None, outputs: int = 3) -> BertForSequenceClassification:
+def model(names: dict[int, str] | None = None) -> BertForSequenceClassification:
     torch.manual_seed(0)
-    named = (
-        {"num_labels": outputs}
-        if names is None
-        else {"id2label": names, "label2id": {v: k for k, v in names.items()}}
-    )
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=8,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=8,
-            **named,
-        )
-    )
+    small: dict[str, Any] = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "intermediate_size": 8,
+    }
+    named: dict[str, Any] = {"num_labels": 3}
+    if names is not None:
+        named = {"id2label": names, "label2id": {name: place for place, name in names.items()}}
+    return BertForSequenceClassification(BertConfig(**small, **named, num_attention_heads=2))
 
 
 def saved(folder: Path, task_type: str | None = "SEQ_CLS", names: dict[int, str] | None = NAMES) -> Path:
@@ -42,7 +39,7 @@ def saved(folder: Path, task_type: str | None = "SEQ_CLS", names: dict[int, str]
 
 def test_they_come_with_the_head_and_go_with_it(tmp_path: Path) -> None:
     other = model()
-    before = dict(other.config.id2label), dict(other.config.label2id)
+    before = copy.deepcopy((other.config.id2label, other.config.label2id))
     lorica.load(other, saved(tmp_path / "a"))
     assert other.config.id2label == NAMES
     assert other.config.label2id == {"negative": 0, "neutral": 1, "positive": 2}
