@@ -28,7 +28,8 @@ def inputs(seed: int = 0) -> Tensor:
 @torch.no_grad()
 def trained(name: str = "one", seed: int = 0, model: Any = None, **fields: Any) -> Any:
     model = base() if model is None else model
-    lorica.adapt(model, LoraConfig(**{"r": 2, "target_modules": ["0"], **fields}), name)
+    config: Any = {"r": 2, "target_modules": ["0"], **fields}
+    lorica.adapt(model, LoraConfig(**config), name)
     for part, parameter in model.named_parameters():
         parameter.requires_grad_(f".{name}" in part)
     shake(model, seed)
@@ -60,7 +61,8 @@ def test_saved_and_loaded_it_computes_the_same(
     lorica.save(model, tmp_path)
     assert torch.equal(run(lorica.load(base(), tmp_path, trainable=trainable)), want)
     assert set(lorica.extract(model).extras) >= MOVED
-    other = lorica.adapt(base(), LoraConfig(**{"r": 2, "target_modules": ["0"], **fields}))
+    config: Any = {"r": 2, "target_modules": ["0"], **fields}
+    other = lorica.adapt(base(), LoraConfig(**config))
     lorica.load_weights(other, tmp_path)
     assert torch.equal(run(other), want)
 

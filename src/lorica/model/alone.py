@@ -95,7 +95,7 @@ def _show_one(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     args, kwargs = _first(args, batch), _first(kwargs, batch)
     on_gpu = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     with as_it_was(module, training=False), torch.no_grad(), torch.random.fork_rng(devices=on_gpu):
-        module(*args, **kwargs)
+        module.forward(*args, **kwargs)  # its own hooks are being called already
     return frozenset(t.shape[1] for t in _tensors((args, kwargs)) if t.dim() > 1 and t.shape[0] == 1)
 
 
