@@ -7,27 +7,24 @@ rest with the trained product. All in float64, outputs and gradients.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import oracle
 import pytest
 import torch
+from dense import TAKEN_OUT, Dense, layers_of
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from kinds import KINDS, Kind
 from tiny import record
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import lorica
 from lorica.baselines import BitFitConfig, FullConfig
 from lorica.config import AdapterConfig
 from lorica.errors import AdapterError, StateError
-from lorica.layers import LoraLayer
 from lorica.model.merged import behind_merge
 from lorica.model.structure import adapted as roster_of
 
@@ -37,7 +34,6 @@ PHASES = [Phase.explicit, Phase.reuse, Phase.generate]
 EXAMPLES = 300 if os.environ.get("LORICA_EXPLORE") else 10
 
 
-TAKEN_OUT = ("pissa", "olora", "loftq")
 INITS = (False, "orthogonal", *TAKEN_OUT)
 
 
@@ -73,71 +69,11 @@ def adapters(draw: st.DrawFn, kind: Kind) -> list[AdapterConfig]:
     return made
 
 
-class Dense:
-    """The judge: what each adapter alone makes of every parameter of the base."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.base = copy.deepcopy(model)
-        self.rests: dict[tuple[str, str], Tensor] = {}
-
-    def noticed(self, model: nn.Module, name: str) -> None:
-        """Note what an adapter's start, which acts alone and untrained, leaves of W0."""
-        config = lorica.adapters(model)[name]
-        if not isinstance(config, lorica.LoraConfig) or config.init_lora_weights not in TAKEN_OUT:
-            return
-        for path, layer in _layers(model, name):
-            full = f"{path}.{layer.weight_name}"
-            if config.init_lora_weights == "loftq":  # W0 quantized: no difference of two matrices
-                self.rests[name, full] = layer.base_weight.detach().clone()
-            else:
-                start = oracle.delta(layer, name).detach()
-                self.rests[name, full] = self.base.get_parameter(full).detach() - start
-
-    def parameters(self, model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-        """The base's parameters with all that the named adapters make of them."""
-        own = dict(self.base.named_parameters())
-        result: dict[str, Tensor] = {**own}
-        _, roster = roster_of(model)
-        for name in names:
-            for path, slot in roster.slots.get(name, {}).items():
-                result[path] = result[path] + (slot - own[path])
-            for path, layer in _layers(model, name):
-                full = f"{path}.{layer.weight_name}"
-                made = self.rests.get((name, full), own[full]) + oracle.delta(layer, name)
-                magnitude = layer.magnitude_parameter(name)
-                if magnitude is not None:
-                    made = _turned(layer, made, magnitude)
-                result[full] = result[full] + (made - own[full])
-                bias = layer.bias_parameter(name)
-                if bias is not None:
-                    result[f"{path}.bias"] = result[f"{path}.bias"] + layer.scaling[name] * bias
-        return result
-
-    def __call__(self, model: nn.Module, x: Tensor, names: Sequence[str]) -> Tensor:
-        return functional_call(self.base, self.parameters(model, names), (x,))
-
-
-def _turned(layer: LoraLayer, weight: Tensor, magnitude: Tensor) -> Tensor:
-    """Rows, one for each output, brought to their magnitudes; the norm is taken as a constant."""
-    by_columns = isinstance(layer, nn.Embedding) or "Conv1D" in type(layer).__name__
-    matrix = weight.mT if by_columns else weight.flatten(1)
-    turned = magnitude[:, None] * matrix / matrix.norm(dim=1, keepdim=True).detach()
-    return turned.mT if by_columns else turned.view(weight.shape)
-
-
-def _layers(model: nn.Module, name: str) -> list[tuple[str, LoraLayer]]:
-    return [
-        (path, layer)
-        for path, layer in model.named_modules()
-        if isinstance(layer, LoraLayer) and name in layer.scaling
-    ]
-
-
 def trained(model: nn.Module, name: str) -> list[Tensor]:
     """Everything that one adapter trains."""
     _, roster = roster_of(model)
     own: list[Tensor] = [*roster.slots.get(name, {}).values()]
-    for _, layer in _layers(model, name):
+    for _, layer in layers_of(model, name):
         more = (layer.magnitude_parameter(name), layer.bias_parameter(name))
         own += [*layer.factor_parameters(name), *(p for p in more if p is not None)]
     return own
@@ -180,9 +116,9 @@ def check(model: nn.Module, dense: Dense, x: Tensor, names: Sequence[str], *, me
         y = model(inputs)
         if merged:
             with behind_merge(model):
-                want = dense(model, inputs, names)
+                want = dense(model, inputs, names=names)
         else:
-            want = dense(model, inputs, names)
+            want = dense(model, inputs, names=names)
         close(y, want)
         asked = [inputs] if inputs.requires_grad else []
         asked += [] if merged else [p for name in names for p in trained(model, name)]
@@ -277,7 +213,7 @@ def test_any_adapter_for_each_row(case: str, data: st.DataObject) -> None:
     x = kind.x()
     names = [data.draw(st.sampled_from([None, *can])) for _ in range(len(x))]
     want = torch.cat(
-        [dense(model, x[i : i + 1], [] if name is None else [name]) for i, name in enumerate(names)]
+        [dense(model, x[i : i + 1], names=[] if name is None else [name]) for i, name in enumerate(names)]
     )
     model.train(data.draw(st.booleans()))
     with lorica.mixed(model, names):
