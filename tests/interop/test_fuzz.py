@@ -12,7 +12,7 @@ from differential import Life, Pair, told
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'lorica[peers]'")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-CASES, HOUR = 150, 3600.0
+CASES, HOUR = 60, 3600.0
 
 
 def test_the_same_life_with_both() -> None:
