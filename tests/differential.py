@@ -4,13 +4,15 @@
                                      └──────▶ lorica.peft ──┼──▶ outputs, gradients, files, counts
                                                  dense ─────┘
 
-What lorica computes must be what the dense weights compute. Where PEFT does so too, the two must agree in
-gradients and files as well; where it does not, or either library refuses a verb, the case ends there.
+What lorica computes must be what the dense weights compute, gradients too. As long as PEFT does so as well,
+the two must agree in files and counts; from where it does not, lorica goes on by itself. A verb that either
+library refuses ends the case.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import tempfile
 import zlib
 from collections import Counter
@@ -30,6 +32,7 @@ from lorica.errors import LoricaError
 from lorica.model.merged import behind_merge
 
 TOLERANCE = 2e-4
+_BESIDE = re.compile(r"\.base_layer\.weight$|\.(modules_to_save|original_module)\..*bias$")
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Pair:
         self.base = BASES[self.name]
         self.libraries = (peft, lorica.peft)
         self.models: list[Any] = []
-        self.dense = Dense(self.base.make())
+        self.dense = Dense(self.base.make().requires_grad_(False))
         self.names: list[str] = []
         self.unlike: set[str] = set()
         """Adapters whose product alone is the same in both: combined by SVD, or of another form."""
@@ -102,8 +105,9 @@ class Pair:
             return
         name = "abc"[len(self.names)]
         # PEFT's files leave out an attention's in_proj_bias.
-        biases = not self.names and self.name not in ("attention", "plain", "encoder")
-        given = configuration(self.draw, self.base, biases=biases)
+        first = not self.names
+        biases = first and self.name not in ("attention", "plain", "encoder")
+        given = configuration(self.draw, self.base, first=first, biases=biases)
         self.life.verbs.append(f"add {name}: {given}")
 
         def put(p: Any, model: Any) -> Any:
@@ -282,29 +286,36 @@ class Pair:
             return first(self.dense(core, names=names, **self.base.inputs))
 
     def check(self, *, gradients: bool = True) -> Tensor:
-        """lorica against the judge; PEFT against it, which ends the case; gradients of both."""
+        """Outputs and gradients of lorica against the judge, and PEFT's, as long as it agrees with that."""
         ours, want = self.output(self.models[1]), self.expected()
         self.close("outputs against dense weights", ours, want)
         with torch.no_grad():
             self.close("outputs without gradients", self.output(self.models[1]), want)
+        due = of_adapters(self.models[1], want) if gradients and want.requires_grad else {}
+        if due:
+            found = of_adapters(self.models[1], ours)
+            for name, gradient in due.items():
+                self.close(f"gradient of {name}", found[name], gradient)
         self.life.counted["checked"] += 1
-        if self.apart:
-            return want
-        theirs = self.output(self.models[0])
-        if not near(theirs, want):
+        self.life.counted["gradients"] += len(due)
+        if not self.apart and not self.agrees(want, due):
             self.life.counted[f"PEFT leaves the definition: {self.life.verbs[-1].split(':')[0]}"] += 1
             self.life.left = f"seed {self.life.seed}, {self.name}: " + " / ".join(self.life.verbs)
             self.apart = True
-            return want
-        if gradients and theirs.requires_grad and ours.requires_grad:
-            found = [of_adapters(model, y) for model, y in zip(self.models, (theirs, ours), strict=True)]
-            for name in found[0].keys() & found[1].keys():
-                if self.unlike & {*name.split(".")}:
-                    continue
-                self.close(f"gradient of {name}", found[1][name].flatten(), found[0][name].flatten())
-            self.life.counted["gradients"] += len(found[0].keys() & found[1].keys())
-        self.life.counted["compared"] += 1
+        self.life.counted["compared"] += not self.apart
         return want
+
+    def agrees(self, want: Tensor, due: dict[str, Tensor]) -> bool:
+        """Whether PEFT computes what the judge does, and its gradients."""
+        try:
+            theirs = self.output(self.models[0])
+        except Exception as error:
+            self.life.counted[f"PEFT fails: forward: {type(error).__name__}"] += 1
+            return False
+        found = of_adapters(self.models[0], theirs) if due and theirs.requires_grad else {}
+        alike = [name for name in due.keys() & found.keys() if not self.unlike & {*name.split(".")}]
+        self.life.counted["gradients of both"] += len(alike)
+        return near(theirs, want) and all(near(found[n].flatten(), due[n].flatten()) for n in alike)
 
     def compare_files(self, name: str) -> None:
         """Keys and values of what each writes; another form is allowed where a start was taken out of W0."""
@@ -318,8 +329,7 @@ class Pair:
                 tensors = safetensors.torch.load_file(file)
                 # PEFT writes an adapted embedding's own table too, which is the base's.
                 # Of a module trained whole it counts both biases, the copy's too, as the base's.
-                beside = (".base_layer.weight", ".modules_to_save.bias", ".original_module.bias")
-                states.append({k: t for k, t in tensors.items() if not k.endswith(beside)})
+                states.append({k: t for k, t in tensors.items() if not _BESIDE.search(k)})
         self.life.counted["files"] += 1
         if states[0].keys() != states[1].keys():
             raise Mismatch(f"keys of the files of {name}: {sorted(states[0].keys() ^ states[1].keys())[:6]}")

@@ -65,7 +65,9 @@ class Base:
         targets: names of modules that both libraries adapt.
         patterns: other forms of naming them.
         whole: modules that can be trained whole.
-        blocks: number of blocks.
+        blocks: number of blocks, where PEFT finds them (not at the top of a model).
+        settings: fields that it needs.
+        biased: whether every layer has a bias.
     """
 
     make: Callable[[], nn.Module]
@@ -75,6 +77,7 @@ class Base:
     whole: tuple[str, ...]
     blocks: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    biased: bool = False
 
 
 def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -93,10 +96,9 @@ BASES = {
         ("embed", "conv", "up", "down", "blocks.1.up", "mix"),
         (r".*\.(up|down)", r"blocks\.0\..*", "conv|mix"),
         ("head", "norm"),
-        2,
     ),
     "attention": Base(seeded(Plain), IDS, ("attention", "up"), (r"attention|blocks\.1\.down",), ("head",)),
-    "encoder": Base(seeded(Encoder), IDS, ("linear1", "linear2", "embed"), (r".*linear\d",), ("head",), 2),
+    "encoder": Base(seeded(Encoder), IDS, ("linear1", "linear2", "embed"), (r".*linear\d",), ("head",)),
     "bert": Base(
         lambda: transformer("bert-classifier"),
         batch(),
@@ -104,6 +106,7 @@ BASES = {
         (r".*layer\.1\..*(query|key)", "all-linear", r".*\.dense"),
         ("classifier", "pooler"),
         2,
+        biased=True,
     ),
     "llama": Base(
         lambda: transformer("llama"),
@@ -121,15 +124,23 @@ BASES = {
         ("ln_f",),
         2,
         {"fan_in_fan_out": True},
+        biased=True,
     ),
 }
 
 
-def configuration(draw: random.Random, base: Base, *, biases: bool) -> dict[str, Any]:
-    """Fields that both libraries have, for one adapter."""
+def configuration(draw: random.Random, base: Base, *, first: bool, biases: bool) -> dict[str, Any]:
+    """Fields that both libraries have, for one adapter.
+
+    Args:
+        draw: source of the choices.
+        base: what it is for.
+        first: whether it comes first; PEFT's patterns also match what an earlier adapter trains whole.
+        biases: whether it may train biases.
+    """
     form = draw.random()
     targets: Any
-    if form < 0.7:
+    if form < 0.7 or not first:
         targets = draw.sample(base.targets, draw.randint(1, min(3, len(base.targets))))
     else:
         targets = draw.choice(base.patterns)
@@ -143,7 +154,7 @@ def configuration(draw: random.Random, base: Base, *, biases: bool) -> dict[str,
         given["use_rslora"] = True
     if draw.random() < 0.25:
         given["use_dora"] = True
-    elif draw.random() < 0.1:
+    elif base.biased and draw.random() < 0.2:
         given["lora_bias"] = True
     if draw.random() < 0.3:
         given["init_lora_weights"] = draw.choice([False, "gaussian", "olora", "pissa", "orthogonal"])
