@@ -164,7 +164,8 @@ class TestMultiheadAttention:
     def test_separate_sizes_of_key_and_value_are_refused(self) -> None:
         base = nn.ModuleDict({"attention": nn.MultiheadAttention(DIM, 2, kdim=6, vdim=4)})
         with pytest.raises(
-            TargetError, match="kdim or vdim of its own has no single weight to adapt; target its out_proj"
+            TargetError,
+            match="kdim or vdim of its own, and has no single weight to adapt; target its out_proj",
         ):
             oracle.adapted(base, "attention")
 
