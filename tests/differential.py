@@ -219,6 +219,7 @@ class Pair:
         name = self.names[-1]
         self.do("delete", lambda p, m: m.delete_adapter(name), name)
         self.names.remove(name)
+        self.dense.rests = {key: rest for key, rest in self.dense.rests.items() if key[0] != name}
         self.do("activate", lambda p, m: m.base_model.set_adapter([self.names[0]]), self.names[0])
         self.check()
 
