@@ -416,3 +416,24 @@ def test_names_of_layers_in_the_status() -> None:
         "model.head": "lora.ParamWrapper",
         "model.table.token_adapter": "TrainableTokensLayer",
     }
+
+
+def test_pefts_file_of_a_resized_table_with_trained_rows(tmp_path: Path) -> None:
+    def net() -> Any:
+        torch.manual_seed(1)
+        model = Net()
+        model.table = nn.Embedding(5, 2)
+        return model
+
+    config = LoraConfig(r=2, target_modules=["body"], trainable_token_indices={"table": [1]})
+    source = get_peft_model(net(), config)
+    state = peft.get_peft_model_state_dict(source)
+    table = torch.randn(5, 2)
+    whole = {**state, "base_model.model.table.token_adapter.base_layer.weight": table}
+    source.save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save(whole, tmp_path / "adapter_model.bin")
+    model: Any = PeftModel.from_pretrained(net(), tmp_path).get_base_model()
+    expected = table.clone()
+    expected[1] = net().table.weight[1].detach()
+    torch.testing.assert_close(model.table(torch.arange(5)), expected, rtol=0, atol=0)

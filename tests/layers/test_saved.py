@@ -10,7 +10,7 @@ from tiny import Toy, shake, tokens
 from torch import nn
 
 import lorica
-from lorica.errors import AdapterError
+from lorica.errors import AdapterError, StateError
 from lorica.layers import SavedModule
 
 
@@ -117,3 +117,27 @@ def test_a_container_that_nobody_calls_is_refused(kind: str) -> None:
     with pytest.raises(TypeError, match=rf"modules of type .*{kind}.*name what is in it: held\.[a0]"):
         lorica.adapt(model, lorica.LoraConfig(target_modules=["layer"], modules_to_save=["held"]))
     assert list(model.state_dict()) == before
+
+
+def test_rows_of_a_module_that_is_called_by_keywords_alone() -> None:
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, *, pixels: torch.Tensor) -> torch.Tensor:
+            return self.inner(pixels)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower, self.out = Tower(), nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.tower(pixels=x))
+
+    model = lorica.adapt(Net(), lorica.LoraConfig(r=1, target_modules=["out"], modules_to_save=["tower"]))
+    x = torch.randn(2, 2)
+    model(x)
+    with lorica.mixed(model, ["default", None]), pytest.raises(StateError, match=r"\(pixels\).*the rows"):
+        model(x)

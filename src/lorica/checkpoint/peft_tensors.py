@@ -198,6 +198,7 @@ def _path(key: str) -> str:
     """A module's path in the base, from PEFT's key for it."""
     # PEFT writes what torch.compile put into the names.
     host, inside = _host(key.removeprefix(_PREFIX).replace("_orig_mod.", ""))
+    host = host.replace(".token_adapter.base_layer.", ".")  # a whole table beside its trained rows
     return re.sub(r"(\.base_layer)+\.", ".", host) + inside
 
 

@@ -93,7 +93,14 @@ class SavedModule(AskedModule):
         twin = self.acting_copy()
         return super().forward(*args, **kwargs) if twin is None else twin(*args, **kwargs)
 
-    def _by_row(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _by_row(self, *given: Any, **kwargs: Any) -> Tensor:
+        if not given or not isinstance(given[0], Tensor):
+            raise StateError(
+                f"{self.base_class.__name__} is called without a tensor in the first place "
+                f"({', '.join(kwargs) or 'nothing'}), so it is not known what of its call are the rows; let "
+                "one adapter act for the whole batch"
+            )
+        x, *args = given
         rows = self.roster.rows
         assert rows is not None
         parts, places = [], []
