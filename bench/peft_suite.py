@@ -53,8 +53,8 @@ REFUSED = {
     r"Arrow routing|[Aa]rrow": "Arrow: routes tokens over several adapters",
     r"QA-LoRA|[Qq][Aa]_?[Ll]ora": "QA-LoRA: pools inputs by the groups of one quantizer",
     r"activated LoRA|\b[Aa][Ll]ora\b|alora_": "activated LoRA: acts from an invocation text on",
-    r"in a grouped convolution the update|Groups\d* LoRA with DoRA": "DoRA on grouped convolutions: no row of "
-    "the weight has one norm",
+    r"in a grouped convolution the update|Groups\d* LoRA with DoRA": "DoRA of a grouped convolution: no "
+    "row of the weight has one norm",
     r"\bmica\b|MiCA": "MiCA: a start that freezes a factor",
     r"Megatron|megatron": "Megatron's layers: need Megatron",
     r"mixed=True|PeftMixedModel|test_mixed": "mixed models: several of PEFT's methods in one model",
