@@ -226,7 +226,9 @@ class Pair:
     def count(self) -> None:
         """Compare what trains, and how much."""
         self.do("activate", lambda p, m: m.base_model.set_adapter([self.names[0]]), self.names[0])
-        if self.apart:
+        if self.apart or self.unlike & {
+            *self.names
+        }:  # a start that was reloaded has twice the rank in lorica
             return
         counts = [model.get_nb_trainable_parameters() for model in self.models]
         if counts[0] != counts[1]:
