@@ -58,6 +58,7 @@ REFUSED = {
     r"\bmica\b|MiCA": "MiCA: a start that freezes a factor",
     r"Megatron|megatron": "Megatron's layers: need Megatron",
     r"mixed=True|PeftMixedModel|test_mixed": "mixed models: several of PEFT's methods in one model",
+    r"peft_type is '(?!LORA)": "files of PEFT's other methods",
     r"xlora|XLora": "X-LoRA: a router over adapters",
 }
 

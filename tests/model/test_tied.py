@@ -367,7 +367,7 @@ def test_what_cannot_be_tied_is_refused(given: lorica.LoraConfig, message: str) 
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [(Model(), "of the tied embed, head none is adapted"), (Model(tied=False), "no module of this Model")],
+    [(Model(), "of the tied embed, head none is adapted"), (Model(tied=False), "none of this Model is tied")],
     ids=["left alone", "untied"],
 )
 def test_nothing_to_tie_is_said(model: Model, message: str) -> None:

@@ -26,7 +26,8 @@ def check_mergeable(layers: Mapping[str, LoraLayer], names: tuple[str, ...]) -> 
                 "parametrize), so there is none to put the update into; make it a parameter first "
                 "(prune.remove, remove_parametrizations)"
             )
-        if any(layer._parameters[leaf].is_meta for leaf in layer.changed(names) if leaf not in gone):
+        held = [layer._parameters[leaf] for leaf in layer.changed(names) if leaf not in gone]
+        if any(parameter is not None and parameter.is_meta for parameter in held):
             raise StateError(
                 f"{path}: its weight is on the meta device, without values (accelerate's offloading?); bring "
                 "it back first (accelerate.hooks.remove_hook_from_module(model, recurse=True)), or merge "
