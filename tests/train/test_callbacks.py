@@ -98,7 +98,7 @@ def test_lines_into_a_pipe(make_recipe: Callable[..., Recipe]) -> None:
     done = start(make_recipe(), Console(file=output, width=200), title="tiny")
     lines = output.getvalue().splitlines()
     assert any(line.startswith("tiny  step 20/20  loss ") and "tokens/s  ETA 0:00" in line for line in lines)
-    assert sum("validation: loss" in line for line in lines) == 2
+    assert sum("validation: accuracy" in line for line in lines) == 2
     assert "\x1b" not in output.getvalue()
     assert done.step_seconds is not None
 

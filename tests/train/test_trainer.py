@@ -195,3 +195,25 @@ def test_sft_trainer_resumes_and_ends_with_the_best(tmp_path: Path) -> None:
     assert_same(weights(tmp_path / "again" / "checkpoint-8"), weights(tmp_path / "whole" / "checkpoint-8"))
     lorica.save(again.model, tmp_path / "final")
     assert_same(weights(tmp_path / "final"), weights(Path(again.state.best_model_checkpoint)))
+
+
+def test_of_evaluations_that_tie_the_one_with_the_lower_loss_is_the_best(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    scores = iter([(0.5, 0.9), (0.75, 0.8), (0.75, 0.6), (0.75, 0.7)])
+
+    class Told(Trainer):
+        def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+            accuracy, loss = next(scores)
+            metrics = {"eval_accuracy": accuracy, "eval_loss": loss}
+            self.log(dict(metrics))
+            return metrics
+
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
+    one: Any = trainer(
+        Told, tiny_model, tmp_path, metric_for_best_model="accuracy", load_best_model_at_end=True, **options
+    )
+    one.train()
+    assert one.state.best_global_step == 6
+    assert one.state.best_metric == 0.75
+    assert one.state.best_model_checkpoint.endswith("checkpoint-6")

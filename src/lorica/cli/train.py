@@ -59,9 +59,13 @@ def run(argv: list[str]) -> int:
         command.error("--changed_data belongs to --from")
 
     from lorica.train.console import make_console
-    from lorica.train.fitting import Interrupted
-    from lorica.train.record import Record
-    from lorica.train.run import RECIPE, train
+    from lorica.train.waiting import waiting
+
+    console = make_console()
+    with waiting(console, "loading torch and transformers"):
+        from lorica.train.fitting import Interrupted
+        from lorica.train.record import Record
+        from lorica.train.run import RECIPE, train
 
     repeats = None if path is None else Record.load(path, trust_task=True)  # seen to below
     if repeats is not None:
@@ -71,7 +75,6 @@ def run(argv: list[str]) -> int:
     recipe = from_parsed(command, parsed)
     typed = recipe.task in _given(argv, "--task")  # and by nobody but the user
     check_trusted(recipe.task, "the recipe", trust_task=parsed.trust_task or typed)
-    console = make_console()
     try:
         result = train(
             recipe,
@@ -103,9 +106,18 @@ def show(console: Any, recipe: Recipe, result: Any) -> None:
 
     names = list(dict.fromkeys(name for metrics in result.metrics.values() for name in metrics))
     if names:
+        every = [
+            (title, f"{result.rows[split]:,}", metrics)
+            for split in result.metrics
+            for title, metrics in (
+                (split, result.metrics[split]),
+                (f"{split}, always the largest class", result.majority.get(split)),
+            )
+            if metrics is not None
+        ]
         rows = [
-            [split, f"{result.rows[split]:,}", *(dict(scores(metrics)).get(name, "") for name in names)]
-            for split, metrics in result.metrics.items()
+            [title, count, *(dict(scores(metrics)).get(name, "") for name in names)]
+            for title, count, metrics in every
         ]
         print_table(console, "scores", ["split", "rows", *names], rows)
     console.print(

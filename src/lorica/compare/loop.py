@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +17,8 @@ from lorica.compare.runs import Cell, Run, cells
 from lorica.compare.summary import summarise
 from lorica.compare.table import Table
 from lorica.compare.work import Failed, in_own_process, in_this_process
-from lorica.errors import LoricaError
+from lorica.train.alone import alone_in
 from lorica.train.console import duration, make_console
-from lorica.train.files import writable_directory
 
 RESULTS = "results.jsonl"
 
@@ -83,8 +80,7 @@ def compare(spec: Comparison, *, console: Console | None = None, in_process: boo
     console = console or make_console()
     metrics = check(spec)
     plan = cells(spec, metrics)
-    output = writable_directory(spec.output)
-    with _alone(output):
+    with alone_in(spec.output, "comparison") as output:
         results = Results(output / RESULTS)
         progress = _Progress(plan, results, console)
         total = sum(cell.expected for cell in plan)
@@ -141,21 +137,3 @@ def _obtain(
 def _shown(row: Row, split: str, metric: str) -> str:
     value = score_of(row, split, metric)
     return "not a number" if value is None else f"{value:.4f}"
-
-
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Keep a second comparison out of the same folder: the two would train in each other's checkpoints."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with (output / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise LoricaError(
-                f"another comparison is at work in {output}; give a folder of its own"
-            ) from error
-        yield

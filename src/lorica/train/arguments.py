@@ -38,7 +38,7 @@ def training_arguments(
     """The arguments for a run.
 
     Args:
-        config: how to train.
+        config: how to train, settled.
         checkpoints: folder for the checkpoints.
         best_metric: the task's own metric for the best checkpoint.
         validated: whether there are validation rows.
@@ -46,6 +46,8 @@ def training_arguments(
     Raises:
         ConfigError: the device lacks what is asked for, or an argument is unknown or given twice.
     """
+    assert config.learning_rate is not None, "settled has a value for it"
+    assert config.epochs is not None
     check_device(config)
     metric = config.metric_for_best or best_metric
     best = validated and (config.load_best or config.early_stopping_patience is not None)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorica.train.console import duration
+from lorica.train.majority import Scoring
 from lorica.train.measuring import learned, unit
 
 
@@ -92,12 +93,25 @@ class ProgressCallback(TrainerCallback):
     Args:
         console: where to show it.
         title: what is being trained.
+        metric: that decides which evaluation is the best, where the trainer's arguments name none.
+        scoring: notes whether all rows are called the same, or None.
+        beats: score by that metric of calling every row the most frequent class, or None.
     """
 
-    def __init__(self, console: Console, title: str = "train") -> None:
+    def __init__(
+        self,
+        console: Console,
+        title: str = "train",
+        metric: str = "loss",
+        scoring: Scoring | None = None,
+        beats: float | None = None,
+    ) -> None:
         """Show nothing yet."""
         self.console = console
         self.title = title
+        self.metric = metric
+        self.scoring = scoring
+        self.beats = beats
         self.step_seconds: list[float] = []
         self._progress: Progress | None = None
         self._loss = "-"
@@ -175,11 +189,17 @@ class ProgressCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Write a line for each evaluation."""
+        """Write a line for each evaluation; what decides which is the best comes first."""
         shown = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
-        kept = [name for name in ("loss", "accuracy", "f1") if name in shown]
-        line = "  ".join(f"{name} {shown[name]:.4f}" for name in kept)
-        self.console.print(f"{self.title}  epoch {state.epoch:.2f}  validation: {line}")
+        deciding = (args.metric_for_best_model or self.metric).removeprefix("eval_")
+        kept = [name for name in dict.fromkeys([deciding, "loss", "accuracy", "f1"]) if name in shown]
+        parts = [f"{name} {shown[name]:.4f}" for name in kept]
+        if self.beats is not None and deciding in shown:
+            parts[0] += f" (largest class {self.beats:.4f})"
+        same = self.scoring.only if self.scoring is not None else None
+        called = "" if same is None else f"; all rows are called {same!r}"
+        line = f"{self.title}  epoch {state.epoch:.2f}  validation: {'  '.join(parts)}{called}"
+        self.console.print(line, markup=False, soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

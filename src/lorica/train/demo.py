@@ -23,9 +23,10 @@ from lorica.config import LoraConfig
 from lorica.errors import LoricaError
 from lorica.model import adapt, merge, save, trainable_parameters
 from lorica.plain import as_json
+from lorica.train.alone import alone_in
 from lorica.train.apart import apart
 from lorica.train.console import make_console
-from lorica.train.files import bytes_of, writable_directory, write_atomically
+from lorica.train.files import bytes_of, write_atomically
 from lorica.train.fitting import Interrupted, fit
 from lorica.train.memory import peak_memory
 from lorica.train.preparing import Prepared, prepare
@@ -106,9 +107,13 @@ def run_demo(recipe: Recipe, console: Console | None = None) -> Demo:
         LoricaError: the model or the data cannot be used, or the data has no test rows.
     """
     console = console or make_console()
-    output = writable_directory(recipe.output)
+    with alone_in(recipe.output, "demonstration") as output:
+        return _run_demo(recipe, output, console)
+
+
+def _run_demo(recipe: Recipe, output: Path, console: Console) -> Demo:
     # Bad data is found here, before three processes are started to find it.
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, console=console)
     if "test" not in prepared.splits:
         raise LoricaError("the demonstration needs test rows; give --data.test")
     counts = ", ".join(f"{len(rows):,} {split}" for split, rows in prepared.splits.items())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,9 @@ from lorica.train.arguments import training_arguments
 from lorica.train.callbacks import CheckpointCallback, ProgressCallback, interruptible
 from lorica.train.checkpoints import STATE, discard_incomplete, find_best, last_checkpoint
 from lorica.train.console import make_console
+from lorica.train.defaults import settled
 from lorica.train.generation.scoring import Writer
+from lorica.train.majority import Scoring, majority
 from lorica.train.quiet import quiet
 from lorica.train.recipe import TrainingConfig
 from lorica.train.resuming import check_state
@@ -63,6 +67,7 @@ class Fit:
         seconds: duration of this call's training.
         step_seconds: median seconds a step, or None when this call made none.
         history: what was logged, a dictionary an entry.
+        scoring: what scored the last evaluation.
     """
 
     model: PreTrainedModel
@@ -71,6 +76,28 @@ class Fit:
     seconds: float
     step_seconds: float | None
     history: list[dict[str, float]]
+    scoring: Scoring
+
+    def doubts(self) -> Iterator[str]:
+        """What in the course of the loss looks as if training diverged."""
+        what = "take a lower learning_rate, or a longer warmup_ratio"
+        names = ("loss", "eval_loss") if self.trainer.args.fp16 else ("loss", "eval_loss", "grad_norm")
+        if any(not math.isfinite(entry[name]) for entry in self.history for name in names if name in entry):
+            yield f"the loss or its gradient was not a number at times: training diverged; {what}"
+            return
+        losses = [entry["loss"] for entry in self.history if "loss" in entry]
+        part = max(1, len(losses) // 5)
+        first, last = (statistics.fmean(some) for some in (losses[:part] or [0.0], losses[-part:] or [0.0]))
+        if len(losses) >= 4 and last > 1.5 * first:
+            yield f"the training loss rose from {first:.4f} to {last:.4f}: training diverged; {what}"
+
+    def all_the_same(self, split: str, rows: int) -> Iterator[str]:
+        """What is to be said where the last evaluation called all rows the same."""
+        if self.scoring.only is not None:
+            yield (
+                f"all {rows:,} {split} rows are called {self.scoring.only!r}: the model has not learned to "
+                "tell the classes apart; give it more epochs or rows, or another learning_rate"
+            )
 
     def evaluate(self, rows: Dataset) -> dict[str, float]:
         """Score the model on encoded rows: the task's metrics, and the loss."""
@@ -116,7 +143,7 @@ def fit(
         tokenizer: its tokenizer.
         train: encoded rows to learn from.
         validation: encoded rows that choose the best checkpoint, or None.
-        training: how to train.
+        training: how to train. What it leaves open is chosen by `lorica.train.defaults`.
         directory: folder for ``checkpoints/`` and ``tensorboard/``.
         resume: go on from the newest complete checkpoint, or start if there is none.
         console: where to show progress. None makes one.
@@ -136,7 +163,12 @@ def fit(
     console = console or make_console()
     directory = Path(directory)
     checkpoints = (directory / "checkpoints").resolve()
-    progress, saving = ProgressCallback(console, title), CheckpointCallback(training.save_steps)
+    training = settled(training, len(train), model)
+    scoring = Scoring(task, model)
+    deciding = (training.metric_for_best or task.best_metric).removeprefix("eval_")
+    beats = {} if validation is None else majority(task, model, train, validation)
+    progress = ProgressCallback(console, title, deciding, scoring, beats.get(deciding))
+    saving = CheckpointCallback(training.save_steps)
     args = training_arguments(training, checkpoints, task.best_metric, validated=validation is not None)
     args.prediction_loss_only = args.prediction_loss_only or not task.reads_outputs
     with quiet():
@@ -152,7 +184,7 @@ def fit(
             eval_dataset=validation,
             processing_class=tokenizer,
             data_collator=task.collator(tokenizer),
-            score=task.metrics,
+            score=scoring,
             loss=own_loss(task),
             callbacks=extra,
             loraplus_lr_ratio=training.loraplus_lr_ratio,
@@ -184,6 +216,7 @@ def fit(
         time.perf_counter() - began,
         progress.median_step_seconds,
         list(trainer.state.log_history),
+        scoring,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import transformers
 from datasets import Dataset
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorica.errors import ConfigError, listing
@@ -21,6 +22,7 @@ from lorica.train.recipe import DataConfig, Recipe
 from lorica.train.record import fingerprint
 from lorica.train.rows import Used, use
 from lorica.train.tasks import Encoded, Task
+from lorica.train.waiting import waiting
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Encoding(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def prepare(recipe: Recipe, rows: sources.Rows | None = None) -> Prepared:
+def prepare(recipe: Recipe, rows: sources.Rows | None = None, *, console: Console | None = None) -> Prepared:
     """Read the rows, find what the recipe left open, load the model, and encode the rows.
 
     torch's random numbers are seeded first, so the new head is the same each time, whatever is trained later.
@@ -73,24 +75,29 @@ def prepare(recipe: Recipe, rows: sources.Rows | None = None) -> Prepared:
     Args:
         recipe: the run.
         rows: rows in memory, in place of those that `recipe.data.train` names.
+        console: where to say what is being done. None says nothing.
 
     Raises:
         LoricaError: something is missing or does not fit. Nothing has been written.
     """
-    read = encode(recipe, rows)
-    model = load_model(read.recipe, read)
+    read = encode(recipe, rows, console=console)
+    with waiting(console, f"loading {recipe.model}"):
+        model = load_model(read.recipe, read)
     return Prepared(model=model, **read._asdict())
 
 
-def encode(recipe: Recipe, rows: sources.Rows | None = None) -> Encoding:
+def encode(recipe: Recipe, rows: sources.Rows | None = None, *, console: Console | None = None) -> Encoding:
     """Read and encode the rows; `prepare` without the model."""
-    recipe, task, used, unlabelled = _read(recipe, rows)
+    source = recipe.data.preset or recipe.data.train
+    with waiting(console, "looking at the rows" if rows is not None else f"reading {source}"):
+        recipe, task, used, unlabelled = _read(recipe, rows)
     encoded, data = {}, {}
     notes: list[str] = []
     with quiet():
         tokenizer = task.tokenizer(recipe.model)
         for name, own in used.items():
-            encoded[name], own = encode_split(recipe, task, tokenizer, own)
+            with waiting(console, f"encoding {len(own.rows):,} {name} rows"):
+                encoded[name], own = encode_split(recipe, task, tokenizer, own)
             data[name] = {**fingerprint(own.rows), "skipped": own.skipped}
             if own.first is not None:
                 data[name]["first_skipped"] = own.first

@@ -115,8 +115,9 @@ class TrainingConfig:
     """How to train. AdamW, with a checkpoint at each evaluation.
 
     Args:
-        learning_rate: peak learning rate. LoRA likes about ten times that of full fine-tuning.
-        epochs: passes over the training rows.
+        learning_rate: peak learning rate. None chooses it by the method and the model's width (see
+            `lorica.train.defaults`): LoRA likes about ten times that of full fine-tuning.
+        epochs: passes over the training rows. None takes 3, or as many as few rows need to be learned.
         max_steps: optimizer steps to take, whatever `epochs` says. None lets `epochs` decide.
         batch_size: rows a step on each device.
         auto_batch_size: halve `batch_size` while a step on the longest rows does not fit into memory, and
@@ -155,8 +156,8 @@ class TrainingConfig:
         arguments: any other fields of transformers.TrainingArguments, passed on as they are.
     """
 
-    learning_rate: float = 5e-4
-    epochs: float = 3.0
+    learning_rate: float | None = None
+    epochs: float | None = None
     max_steps: int | None = None
     batch_size: int = 16
     auto_batch_size: bool = False
@@ -188,8 +189,6 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         for name in (
-            "learning_rate",
-            "epochs",
             "batch_size",
             "start_batches",
             "eval_batch_size",
@@ -198,7 +197,15 @@ class TrainingConfig:
             "logging_steps",
         ):
             _expect(self, name, getattr(self, name) > 0, "more than 0")
-        for name in ("max_steps", "eval_steps", "save_steps", "early_stopping_patience", "loraplus_lr_ratio"):
+        for name in (
+            "learning_rate",
+            "epochs",
+            "max_steps",
+            "eval_steps",
+            "save_steps",
+            "early_stopping_patience",
+            "loraplus_lr_ratio",
+        ):
             value = getattr(self, name)
             _expect(self, name, value is None or value > 0, "None or more than 0")
         for name in ("weight_decay", "max_grad_norm"):
@@ -210,7 +217,7 @@ class TrainingConfig:
         _expect(
             self,
             "learning_rate",
-            not ends or self.learning_rate > 1e-7,
+            not ends or self.learning_rate is None or self.learning_rate > 1e-7,
             "more than 1e-7, where the polynomial schedule ends",
         )
         _expect(self, "fp16", not (self.fp16 and self.bf16), "False where bf16 is True")

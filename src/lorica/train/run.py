@@ -7,7 +7,7 @@ import dataclasses
 import shlex
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from lorica.errors import ConfigError, FileError, LoricaError, listing
 from lorica.model import extract, save, trainable_parameters
 from lorica.plain import as_json
 from lorica.reading import read_object
+from lorica.train import defaults
+from lorica.train.alone import alone_in
 from lorica.train.batch_size import fitting_batch
 from lorica.train.card import about
 from lorica.train.checkpoints import last_checkpoint
@@ -26,6 +28,7 @@ from lorica.train.data import Rows
 from lorica.train.files import bytes_of, sha256_of, writable_directory, write_atomically
 from lorica.train.fitting import fit
 from lorica.train.generation.scoring import writer_of
+from lorica.train.majority import majority
 from lorica.train.method import typed
 from lorica.train.preparing import Prepared, prepare
 from lorica.train.recipe import Recipe
@@ -56,6 +59,9 @@ class Result:
         truncated: split → rows that were longer than `max_length`.
         skipped: split → rows that could not be used, and were left out.
         adapter_sha256: of ``adapter_model.safetensors``: the same for the same recipe on the same CPU.
+        chosen: what the recipe left open of the training, and was chosen: ``learning_rate``, ``epochs``.
+        majority: split → scores of calling every row the most frequent class, where rows have classes.
+        warnings: what looks as if nothing was learned.
     """
 
     output: Path
@@ -70,6 +76,9 @@ class Result:
     truncated: dict[str, int]
     skipped: dict[str, int]
     adapter_sha256: str
+    chosen: dict[str, float] = field(default_factory=dict)
+    majority: dict[str, dict[str, float]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def train(
@@ -107,16 +116,18 @@ def train(
         Interrupted: the user pressed Ctrl-C; a checkpoint was written.
     """
     console = console or make_console()
-    _check_folder(Path(recipe.output), resume=resume, overwrite=overwrite)
-    if recipe.init_from is not None and not _goes_on(Path(recipe.output), resume):
-        read(recipe.init_from)  # a missing one is found at once
-    with contextlib.nullcontext() if repeats is None else repeats.threads():
-        prepared = prepare(recipe, rows)
+    with alone_in(recipe.output) as output, contextlib.ExitStack() as stack:
+        _check_folder(output, resume=resume, overwrite=overwrite)
+        if recipe.init_from is not None and not _goes_on(output, resume):
+            read(recipe.init_from)  # a missing one is found at once
+        if repeats is not None:
+            stack.enter_context(repeats.threads())
+        prepared = prepare(recipe, rows, console=console)
         if repeats is not None:
             _compare_start(repeats, prepared, console, changed_data=changed_data)
         result = train_prepared(prepared, resume=resume, overwrite=overwrite, console=console)
-    if repeats is not None:
-        _compare_end(repeats, prepared.recipe, result, console)
+        if repeats is not None:
+            _compare_end(repeats, prepared.recipe, result, console)
     return result
 
 
@@ -157,6 +168,11 @@ def train_prepared(
     count = trainable_parameters(model)
     console.print(str(count))
     learned = prepared.splits["train"].features
+    settled = defaults.settled(recipe.training, len(learned), model)
+    found = defaults.chosen(prepared.recipe.training, settled)
+    recipe = dataclasses.replace(recipe, training=settled)
+    if found:
+        console.print(defaults.announced(found, len(learned), settled), markup=False, soft_wrap=True)
     if recipe.training.auto_batch_size and not held:
         training = fitting_batch(model, task, prepared.tokenizer, learned, recipe.training, console)
         recipe = dataclasses.replace(recipe, training=training)
@@ -176,7 +192,13 @@ def train_prepared(
         writer=writer,
     )
     features = {split: prepared.splits[split].features for split in scored}
-    metrics = {split: done.evaluated_last(rows) or done.evaluate(rows) for split, rows in features.items()}
+    metrics, doubts = {}, list(done.doubts())
+    for split, own in features.items():
+        metrics[split] = done.evaluated_last(own) or done.evaluate(own)
+        doubts += done.all_the_same(split, len(own))
+    beaten = {split: majority(task, model, learned, own) for split, own in features.items()}
+    for doubt in doubts:
+        console.print(f"warning: {doubt}", markup=False, soft_wrap=True)
     save(model, output)
     rows = {split: len(encoded) for split, encoded in prepared.splits.items()}
     write_card(extract(model), output, about(recipe, task.inputs(recipe.data), rows, metrics))
@@ -195,6 +217,9 @@ def train_prepared(
         truncated={split: rows.truncated for split, rows in prepared.splits.items()},
         skipped={split: facts["skipped"] for split, facts in prepared.data.items()},
         adapter_sha256=sha256_of(weights),
+        chosen=found,
+        majority={split: scores for split, scores in beaten.items() if scores},
+        warnings=doubts,
     )
     Record(
         recipe=recipe,
@@ -288,6 +313,8 @@ def _as_before(recipe: Recipe, output: Path) -> Recipe:
     if not (output / RECIPE).is_file():
         return recipe
     saved = Recipe.load(output / RECIPE, trust_task=True)  # compared, not used
+    left = {name: None for name in ("learning_rate", "epochs") if getattr(recipe.training, name) is None}
+    recipe = recipe.replace(training={name: getattr(saved.training, name) for name in left})
     if recipe.training.auto_batch_size:
         sizes = {name: getattr(saved.training, name) for name in ("batch_size", "gradient_accumulation")}
         recipe = recipe.replace(training=sizes)

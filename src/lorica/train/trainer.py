@@ -130,6 +130,23 @@ class Trainer(
                 loss = own * self._share(labels, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether this is the best evaluation so far; of two that tie, the one with the lower loss."""
+        before, step = self.state.best_metric, self.state.best_global_step
+        if super()._determine_best_metric(metrics, trial):
+            return True
+        name = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        loss, best = metrics.get("eval_loss"), self._loss_at(step)
+        if before is None or metrics.get(name) != before or loss is None or best is None or not loss < best:
+            return False
+        self.state.best_global_step = self.state.global_step
+        return True
+
+    def _loss_at(self, step: int | None) -> float | None:
+        """Loss of the evaluation at a step."""
+        found = [e["eval_loss"] for e in self.state.log_history if e["step"] == step and "eval_loss" in e]
+        return found[-1] if found else None
+
     def get_optimizer_cls_and_kwargs(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: Any, model: Any = None
     ) -> tuple[Any, dict[str, Any]]:

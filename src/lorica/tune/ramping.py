@@ -20,8 +20,9 @@ from lorica.config import LoraConfig
 from lorica.errors import ConfigError, LoricaError, listing
 from lorica.study.figures import save_figure, sheet
 from lorica.train import presets
+from lorica.train.alone import alone_in
 from lorica.train.console import make_console
-from lorica.train.files import writable_directory, write_atomically
+from lorica.train.files import write_atomically
 from lorica.train.recipe import Recipe
 from lorica.tune.controller import Goal
 from lorica.tune.journal import JOURNAL, TRIALS, Record
@@ -138,6 +139,11 @@ def ramp(
         LoricaError: the folder holds something else.
     """
     config, console = config or RampConfig(), console or make_console()
+    with alone_in(directory, "ramp") as folder:
+        return _ramp(recipe, folder, config, console)
+
+
+def _ramp(recipe: Recipe, directory: Path, config: RampConfig, console: Console) -> Ramp:
     if recipe.baseline is not None or not isinstance(recipe.method, LoraConfig):
         raise ConfigError("a ramp is over LoRA's rank, and the recipe trains a baseline")
     recipe = presets.apply(recipe)
@@ -159,7 +165,6 @@ def ramp(
     def keep(record: Record) -> None:
         records[record.values["method.r"]] = record
 
-    directory = Path(directory)
     _keep_settings(directory, recipe, config)
     population = Population(
         rising(),
@@ -202,7 +207,6 @@ def _keep_settings(directory: Path, recipe: Recipe, config: RampConfig) -> None:
             )
     elif any((directory / name).exists() for name in (SEARCH, JOURNAL, TRIALS)):
         raise LoricaError(f"{directory} holds trials, but no {RAMP}; choose another folder")
-    writable_directory(directory)
     write_atomically(there, text)
 
 

@@ -21,9 +21,10 @@ from lorica.checkpoint.atomic import staged
 from lorica.errors import ConfigError, FileError, LoricaError, listing, require
 from lorica.train import data as sources
 from lorica.train import presets, tasks
+from lorica.train.alone import alone_in
 from lorica.train.console import make_console
 from lorica.train.embedded import resolve_model
-from lorica.train.files import writable_directory, write_atomically
+from lorica.train.files import write_atomically
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
 from lorica.train.run import RECIPE
@@ -92,6 +93,19 @@ def search(
         LoricaError: the folder holds another search.
     """
     config, console = config or SearchConfig(), console or make_console()
+    with alone_in(directory, "search") as folder:
+        return _search(recipe, space, folder, config, resume=resume, console=console)
+
+
+def _search(
+    recipe: Recipe,
+    space: Space | Mapping[str, Any] | None,
+    directory: Path,
+    config: SearchConfig,
+    *,
+    resume: bool,
+    console: Console,
+) -> SearchResult:
     recipe = presets.apply(recipe)
     space = space if isinstance(space, Space) else Space(space) if space else _documents(recipe)
     goal = _goal(recipe, config)
@@ -108,9 +122,7 @@ def search(
     if engine == "ray":
         require("ray.tune", extra="tune")
     rule = config.rule(longer)
-    directory = Path(directory)
     check_same(directory, recipe, space, config, resume=resume)
-    writable_directory(directory)
     write_atomically(directory / SEARCH, settings(recipe, space, config))
     console.print(_announced(engine, config, reason), soft_wrap=True)
     for note in notes(longer, sampler, config):

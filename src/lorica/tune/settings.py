@@ -110,7 +110,7 @@ def evaluations(recipe: Recipe) -> int | None:
     """How many a trial has; None where that hangs on how many rows there are."""
     training = recipe.training
     if training.eval_steps is None:
-        return math.ceil(training.epochs) if training.max_steps is None else None
+        return None if training.epochs is None or training.max_steps else math.ceil(training.epochs)
     return None if training.max_steps is None else training.max_steps // training.eval_steps
 
 
