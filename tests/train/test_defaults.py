@@ -22,7 +22,8 @@ def wide(width: int) -> nn.Module:
 
 
 def adapted(width: int, config: Any = None) -> nn.Module:
-    model: Any = transformer("llama")
+    # Llama has no biases.
+    model: Any = transformer("bert" if isinstance(config, baselines.BitFitConfig) else "llama")
     lorica.adapt(model, config or lorica.LoraConfig(r=2, target_modules=["q_proj"]))
     model.config.hidden_size = width
     return model

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 from train import tiny
 
-from lorica.train import Recipe, train
+from lorica.train import Fit, Recipe, train
 
 
 def skewed(folder: Path) -> Path:
@@ -50,10 +53,24 @@ def test_one_class_for_all_rows_is_warned_of(lines: tuple[list[str], Path]) -> N
     assert sum(line.startswith("warning: all 12") for line in said) == 2
 
 
-def test_a_loss_that_rises_is_warned_of(make_recipe: Callable[..., Recipe]) -> None:
-    result = train(make_recipe(learning_rate=5.0, logging_steps=1, load_best=False, max_grad_norm=0))
-    assert any("training diverged; take a lower learning_rate" in line for line in result.warnings)
+def doubts(history: list[dict[str, float]], *, fp16: bool = False) -> list[str]:
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(fp16=fp16))
+    nothing: Any = None
+    return list(Fit(nothing, trainer, 9, 1.0, None, history, nothing).doubts())
+
+
+def test_a_loss_that_rose_or_was_no_number_is_warned_of() -> None:
+    level: list[dict[str, float]] = [{"loss": 0.7, "grad_norm": 1.0}, {"eval_loss": 0.7}] * 5
+    assert doubts(level) == []
+    assert doubts([]) == []
+    (said,) = doubts([*level, *[{"loss": 3.0, "grad_norm": 9.0}] * 3])
+    assert said.startswith("the training loss rose from 0.7000 to 3.0000: training diverged")
+    (said,) = doubts([*level, {"loss": 0.7, "grad_norm": math.nan}])
+    assert "was not a number at times: training diverged; take a lower learning_rate" in said
+    # A scaler of float16 tries its scale out.
+    assert doubts([*level, {"loss": 0.7, "grad_norm": math.inf}], fp16=True) == []
 
 
 def test_a_run_that_learns_is_not_warned_of(make_recipe: Callable[..., Recipe]) -> None:
-    assert train(make_recipe()).warnings == []
+    recipe = make_recipe(epochs=15, load_best=False, learning_rate=3e-3)
+    assert train(recipe.replace(method={"r": 8, "lora_alpha": 16, "lora_dropout": 0.0})).warnings == []
