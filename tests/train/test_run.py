@@ -113,7 +113,7 @@ def test_predict_refuses(run: Path, tmp_path: Path) -> None:
     for texts, message in (
         ([], "no text"),
         (tmp_path / "empty.txt", "no rows"),
-        (tmp_path / "none.txt", "cannot read"),
+        (tmp_path / "none.txt", "no file or folder"),
     ):
         with pytest.raises(FileError, match=message):
             predict(run, texts)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ def test_sft_trainer_resumes_and_ends_with_the_best(tmp_path: Path) -> None:
 def test_of_evaluations_that_tie_the_one_with_the_lower_loss_is_the_best(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    scores = iter([(0.5, 0.9), (0.75, 0.8), (0.75, 0.6), (0.75, 0.7)])
+    scores = itertools.chain([(0.5, 0.9), (0.75, 0.8), (0.75, 0.6)], itertools.repeat((0.75, 0.7)))
 
     class Told(Trainer):
         def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
