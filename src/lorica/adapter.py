@@ -102,6 +102,9 @@ class Adapter:
             other. None where they train as they are.
         classes: names of the classes, by their place among the outputs of a head in `extras`; None where
             there is none, or they have no names.
+        stacks: how an older version of PEFT computed with factors of stacked experts: ``"plain"`` took each
+            stack as (experts, d_in, d_out), ``"turned"`` every one the wrong way round. None: as `Factors`
+            says.
     """
 
     config: AdapterConfig
@@ -110,6 +113,7 @@ class Adapter:
     added: Mapping[str, Tensor] = field(default_factory=dict)
     trained_as: LoraConfig | None = None
     classes: tuple[str, ...] | None = None
+    stacks: Literal["plain", "turned"] | None = None
 
     @property
     def lora(self) -> LoraConfig:

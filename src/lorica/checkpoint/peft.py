@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -39,6 +40,8 @@ CARD_FILE = "README.md"
 # In the header of the weights, where other readers do not look: what `Adapter.trained_as` and `classes` hold.
 _TRAINED_AS = "lorica_trained_as"
 _CLASSES = "lorica_classes"
+# Likewise: the scale of each parameter's update, as their keys do not say which parameter is which.
+_SCALES = "lorica_scales"
 
 # Settings that PEFT writes and lorica does not. Before 0.18 it did not write its version.
 _OF_PEFT = ("peft_version", "megatron_core")
@@ -67,10 +70,15 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
         The folder.
 
     Raises:
-        AdapterError: a tensor holds NaN or infinity.
+        AdapterError: a tensor holds NaN or infinity, or the factors are as an older PEFT computed with them.
         FileError: the folder cannot be written.
     """
     adapter.check_finite()
+    if adapter.stacks is not None:
+        raise AdapterError(
+            "these factors of stacked experts are as an older PEFT computed with them; lorica.load the "
+            "adapter on its base, and lorica.save it from there"
+        )
     folder = Path(directory)
     tensors = {key: t.detach().cpu().contiguous() for key, t in to_tensors(adapter).items()}
     # One memory block may stand under two names only as copies.
@@ -83,6 +91,9 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
         metadata[_CLASSES] = json.dumps(adapter.classes)
     if adapter.trained_as is not None:
         metadata[_TRAINED_AS] = json.dumps(adapter.trained_as.to_dict(), sort_keys=True)
+    scales = {path: f.scale for path, f in adapter.factors.items() if f.kind == "parameter"}
+    if scales:
+        metadata[_SCALES] = json.dumps(scales, sort_keys=True)
     settings = {**adapter.config.to_dict(), "inference_mode": True}
     # Of which PEFT a configuration is says how its file's tensors count, and these are written anew.
     settings.pop("peft_version", None)
@@ -134,11 +145,32 @@ def read(directory: str | Path) -> Adapter:
     config, provenance = _read_config(folder)
     tensors = read_tensors(folder)
     try:
-        adapter = from_tensors(as_trained(tensors, provenance), config)
+        adapter = from_tensors(as_trained(tensors, provenance), config, read_scales(folder))
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
     adapter.check_finite()
-    return dataclasses.replace(adapter, trained_as=read_trained_as(folder), classes=read_classes(folder))
+    return dataclasses.replace(
+        adapter,
+        trained_as=read_trained_as(folder),
+        classes=read_classes(folder),
+        stacks=stacks_of(adapter, provenance),
+    )
+
+
+def read_scales(directory: str | Path) -> dict[str, float]:
+    """Path → scale of the updates of parameters, as lorica's own files tell; empty where the file does not.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    path = Path(directory) / WEIGHTS_FILE
+    text = read_metadata(path).get(_SCALES) if path.is_file() else None
+    if text is None:
+        return {}
+    found = parse_json(text, f"{_SCALES} in the header of {path}")
+    if not isinstance(found, dict) or not all(isinstance(scale, (int, float)) for scale in found.values()):
+        raise FileError(f"the header of {path} is damaged: {_SCALES} in it should be numbers by path")
+    return {name: float(scale) for name, scale in found.items()}
 
 
 def read_trained_as(directory: str | Path) -> LoraConfig | None:
@@ -195,6 +227,25 @@ def as_trained(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> 
         if key.endswith(_OUTPUT) and f"{key.removesuffix(_OUTPUT)}.lora_A.weight" in tensors
     }
     return {key: 2 * tensor if key in outputs else tensor for key, tensor in tensors.items()}
+
+
+def stacks_of(adapter: Adapter, provenance: Mapping[str, Any]) -> Literal["plain", "turned"] | None:
+    """How the version of PEFT that wrote a file computed with stacked experts; see `Adapter.stacks`.
+
+    Before 0.19 it took no notice of how a module stores them; 0.19.0 did, the wrong way round.
+
+    Args:
+        adapter: what the file holds.
+        provenance: the settings beside it, which say who wrote it.
+    """
+    if not any(factors.kind == "parameter" for factors in adapter.factors.values()):
+        return None
+    version = str(provenance.get("peft_version") or "")
+    if version.endswith("+lorica") or not any(name in provenance for name in _OF_PEFT):
+        return None
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)  # before 0.18 it did not write its version
+    numbers = tuple(int(part or 0) for part in found.groups()) if found else (0, 17, 0)
+    return "plain" if numbers < (0, 19, 0) else "turned" if numbers == (0, 19, 0) else None
 
 
 def _read_config(folder: Path) -> tuple[AdapterConfig, Mapping[str, Any]]:

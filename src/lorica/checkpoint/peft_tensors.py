@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorica.adapter import TOKEN_ROWS, Adapter, Factors, Kind
+from lorica.checkpoint.parameters import told_apart
 from lorica.config import AdapterConfig, LoraConfig, full_match, members
 from lorica.errors import AdapterError, lines
 
@@ -78,8 +79,15 @@ class _Sorted:
             self.problems.append(f"{key}: another key means the same ({name}), with other values")
 
 
-def from_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> Adapter:
+def from_tensors(
+    tensors: Mapping[str, Tensor], config: AdapterConfig, scales: Mapping[str, float] | None = None
+) -> Adapter:
     """An adapter from tensors by the names they have in PEFT's file.
+
+    Args:
+        tensors: by those names.
+        config: the one beside them.
+        scales: of the updates of parameters, by their paths, where the file tells.
 
     Raises:
         AdapterError: with the whole list of keys that are not an adapter's, halves without their other half,
@@ -88,7 +96,7 @@ def from_tensors(tensors: Mapping[str, Tensor], config: AdapterConfig) -> Adapte
     lora, others = members(config)
     found = _sort(tensors, takes_added=bool(others))
     problems = found.problems
-    factors = _paired(found, lora)
+    factors = _paired(found, lora, scales)
     if lora is None or lora.trainable_token_indices is None:
         rows = (name for name in found.extras if name.endswith(f".{TOKEN_ROWS}"))
         problems += [f"{name}: trained rows, though trainable_token_indices is not set" for name in rows]
@@ -129,7 +137,16 @@ def _sort(tensors: Mapping[str, Tensor], *, takes_added: bool) -> _Sorted:
     return found
 
 
-def _paired(found: _Sorted, lora: LoraConfig | None) -> dict[str, Factors]:
+def _beside(found: _Sorted, path: str) -> dict[str, int]:
+    """Rows of A of each parameter of a module, by path, the module's own first."""
+    host, _ = _host(path)
+    rows = {p: s["A"].shape[0] for (p, _), s in found.halves.items() if "A" in s and _host(p)[0] == host}
+    return {p: rows[p] for p in sorted(rows, key=len)}
+
+
+def _paired(
+    found: _Sorted, lora: LoraConfig | None, scales: Mapping[str, float] | None = None
+) -> dict[str, Factors]:
     """Path → factors, of the halves that fit; what goes with them is taken out of `found`."""
     factors: dict[str, Factors] = {}
     problems = found.problems
@@ -141,14 +158,15 @@ def _paired(found: _Sorted, lora: LoraConfig | None) -> dict[str, Factors]:
         elif lora is None:
             problems.append(f"{path}: has a low-rank update, which the configuration says nothing of")
         elif names := _parameter_names(_host(path)[0], lora):
-            meant = {(lora.rank(name), lora.scale(name)) for name in names}
-            r, scale = min(meant)
-            if len(meant) > 1:
+            meant = told_apart(path, names, _beside(found, path), lora, scales or {})
+            if meant is None:
                 problems.append(
-                    f"{path}: rank_pattern and alpha_pattern differ for {names}, and the file does not say "
-                    "which of them is which; give them one rank and alpha"
+                    f"{path}: rank_pattern and alpha_pattern differ for {names}, and neither the file nor "
+                    "its shapes say which of them is which; give them one rank and alpha"
                 )
-            elif problem := _stack_mismatch(sides["A"], sides["B"], r):
+                continue
+            r, scale = meant
+            if problem := _stack_mismatch(sides["A"], sides["B"], r):
                 problems.append(f"{path}: {problem}")
             else:
                 factors[path] = Factors(sides["A"], sides["B"], scale, "parameter")

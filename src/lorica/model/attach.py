@@ -15,6 +15,7 @@ from lorica.adapter import TOKEN_ROWS, Adapter, Factors
 from lorica.config import LoraConfig, members
 from lorica.errors import AdapterError, LoricaWarning, TargetError, lines, listing, nearest
 from lorica.layers import AddedModule, Plan, SavedModule, layer_class
+from lorica.layers.experts import is_transposed
 from lorica.model import classes
 from lorica.model.adaptable import (
     check_adaptable,
@@ -26,6 +27,7 @@ from lorica.model.adaptable import (
 )
 from lorica.model.methods import plan_methods, trained_by
 from lorica.model.mount import Mount, mount, open_for, parameter_for, uncollected
+from lorica.model.renamed import adapter_now, swapped
 from lorica.model.selection import ending_in, meant, outermost, outside, trained_whole, within_any
 from lorica.model.stack import stacked
 from lorica.model.starting import again, prepared, taken_out
@@ -76,6 +78,7 @@ def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> 
 
 
 def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, trainable: bool) -> None:
+    adapter = adapter_now(root, adapter)
     if isinstance(adapter.config, LoraConfig):
         # PEFT ties what is called embed_tokens or lm_head, and of others brings one table alone.
         brought = {*adapter.factors, *(name.rpartition(".")[0] for name in adapter.extras)}
@@ -93,6 +96,7 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
     try:
         named = parameter_targets(places.values(), lora) if lora else []
         parameters = {target.key: target for target in named}
+        adapter = _as_stacked_now(parameters, adapter)
         check_looked_up(places.values(), {*adapter.factors, *saved})
         tokens = token_targets(root, lora, adapter.factors, saved)
     except TargetError as error:
@@ -171,6 +175,21 @@ def _tied(root: nn.Module, config: LoraConfig | None, adapter: Adapter) -> dict[
             stacklevel=5,
         )
     return {path: table for path, table in found.items() if path not in different}
+
+
+def _as_stacked_now(parameters: Mapping[str, Target], adapter: Adapter) -> Adapter:
+    """An adapter with factors of stacked experts as they are computed with now."""
+    if adapter.stacks is None:
+        return adapter
+    factors = dict(adapter.factors)
+    for path, target in parameters.items():
+        weight = target.anchor
+        stacked = weight is not None and weight.dim() == 3 and weight.shape[0] > 1 and path in factors
+        if stacked and (adapter.stacks == "turned" or not is_transposed(target.module)):
+            f = factors[path]
+            A, B = swapped(f.A, f.B, weight.shape[0])
+            factors[path] = dataclasses.replace(f, A=A, B=B)
+    return dataclasses.replace(adapter, factors=factors, stacks=None)
 
 
 def _parameter_target(

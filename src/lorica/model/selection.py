@@ -15,22 +15,7 @@ from lorica.layers import AddedModule, LoraEmbedding, LoraLayer, SavedModule, la
 from lorica.layers.conv import LoraConv
 from lorica.model.adaptable import check_whole
 from lorica.model.structure import Place, output_head
-
-# Query and value projections as the architectures name them, most specific first: the usual choice where none
-# is given.
-_QUERY_VALUE: tuple[tuple[str, ...], ...] = (
-    ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, OPT, BART, Whisper, CLIP
-    ("query", "value"),  # BERT, RoBERTa, ELECTRA, ViT
-    ("query_proj", "value_proj"),  # DeBERTa-v2
-    ("q_lin", "v_lin"),  # DistilBERT
-    ("q", "v"),  # T5
-    ("to_q", "to_v"),  # diffusion models
-    ("query_key_value",),  # GPT-NeoX, Falcon, BLOOM
-    ("qkv_proj",),  # Phi-3
-    ("c_attn",),  # GPT-2
-    ("Wqkv",),  # ModernBERT, MPT
-    ("qkv",),
-)
+from lorica.model.usual import BY_TYPE, QUERY_VALUE, model_type
 
 # The heads that a task puts on a pretrained model, new and so to be trained whole.
 HEADS = {
@@ -112,7 +97,16 @@ def _none_of(name: str, patterns: object) -> str:
 
 
 def _usual(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:
-    for names in _QUERY_VALUE:
+    told = BY_TYPE.get(model_type(root) or "")
+    if told is not None:
+        hits = (
+            [p for p in places if full_match(told, p.path)]
+            if isinstance(told, str)
+            else ending_in(places, told)
+        )
+        if hits:
+            return hits
+    for names in QUERY_VALUE:
         chosen = [p for p in places if p.path.rpartition(".")[2] in names and layer_class(p.module, p.parent)]
         if {p.path.rpartition(".")[2] for p in chosen} == set(names):
             return chosen
@@ -149,6 +143,8 @@ def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:
     holder = "|".join(map(re.escape, names)) if names else r"[^.]+"
     pattern = re.compile(rf"(?:^|\.)(?:{holder})\.(\d+)(?:\.|$)")
     found = {p: int(hit[1]) for p in chosen if (hit := pattern.search(p.path))}
+    # A name given in full is meant as it is, wherever it stands.
+    exact = config.target_modules if isinstance(config.target_modules, list) else []
     missing = wanted - set(found.values())
     if missing:
         have = listing(map(str, sorted(set(found.values())))) or "none"
@@ -157,7 +153,7 @@ def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:
             f"layers_to_transform names block {listing(map(str, sorted(missing)))}; the targeted "
             f"modules{where} are in blocks {have}"
         )
-    return [p for p in chosen if found.get(p) in wanted]
+    return [p for p in chosen if p.path in exact or found.get(p) in wanted]
 
 
 def trained_whole(places: list[Place], config: AdapterConfig) -> dict[str, nn.Module]:

@@ -26,6 +26,7 @@ from lorica.model.adaptable import (
     check_magnitudes,
     check_parameter,
 )
+from lorica.model.renamed import config_now
 from lorica.model.selection import (
     HEADS,
     means_all_linear,
@@ -62,7 +63,7 @@ def resolve(root: nn.Module, config: LoraConfig) -> Targets:
     Raises:
         TargetError: a name or pattern matches nothing, or something that cannot be adapted.
     """
-    config = with_tied(root, config)
+    config = with_tied(root, config_now(root, config))
     places = [place for place in walk(root) if place.path]
     saved = trained_whole(places, config)
     free = outside(places, saved)

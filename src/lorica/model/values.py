@@ -151,6 +151,11 @@ def fitting(
     """`overwrite` in two steps: what can fail is done here, and what is returned writes the values."""
     root, roster = adapted(model)
     adapter.check_finite()
+    if adapter.stacks is not None:
+        raise AdapterError(
+            "these factors of stacked experts are as an older PEFT computed with them; lorica.load the adapter "
+            "on its base"
+        )
     name = roster.one(name)
     own, starts, given = roster.starts.get(name, {}), {}, adapter
     if any(start.A is not None for start in own.values()):

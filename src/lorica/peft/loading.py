@@ -11,7 +11,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lorica.adapter import Adapter
-from lorica.checkpoint.peft import as_trained, read_settings, read_tensors, read_trained_as
+from lorica.checkpoint.peft import (
+    as_trained,
+    read_scales,
+    read_settings,
+    read_tensors,
+    read_trained_as,
+    stacks_of,
+)
 from lorica.checkpoint.peft_tensors import from_tensors
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, listing
 from lorica.peft.config import LoraConfig, as_peft_config
@@ -41,11 +48,13 @@ def read(
     # How it trains is told by the names that modules had then, and goes with the configuration of then.
     told = read_trained_as(folder) if config is None and tensors.keys() == found.keys() else None
     try:
-        adapter = from_tensors(tensors, LoraConfig.from_dict(settings) if config is None else config)
+        chosen = LoraConfig.from_dict(settings) if config is None else config
+        adapter = from_tensors(tensors, chosen, read_scales(folder))
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
     adapter.check_finite()
-    return dataclasses.replace(adapter, trained_as=None if told is None else as_peft_config(told))
+    trained_as = None if told is None else as_peft_config(told)
+    return dataclasses.replace(adapter, trained_as=trained_as, stacks=stacks_of(adapter, settings))
 
 
 def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> dict[str, Tensor]:
