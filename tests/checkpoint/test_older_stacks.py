@@ -39,8 +39,8 @@ class Model(nn.Module):
         return self.experts(x)
 
 
-# Version of PEFT, whether the module says is_transposed → the sum that it added to the parameter: "e i o" is the
-# one for a stack of (experts, d_in, d_out).
+# Version of PEFT, whether the module says is_transposed → the sum that it added to the parameter: "e i o" is
+# the one for a stack of (experts, d_in, d_out).
 COMPUTED = {
     ("", False): "e i o",
     ("", True): "e i o",

@@ -12,11 +12,13 @@ import pytest
 import torch
 import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors.torch import save_file
 from tiny import shake
 from torch import nn
 
 import lorica
 import lorica.peft
+from lorica.checkpoint.peft_tensors import to_tensors
 from lorica.errors import TargetError
 from lorica.model.usual import BY_TYPE
 
@@ -72,7 +74,7 @@ def test_what_trains_and_its_files_are_pefts(kind: str, targets: Any, tmp_path: 
     out = theirs(IDS).logits
 
     ours = lorica.adapt(model(kind), lorica.LoraConfig(r=2, lora_alpha=3, target_modules=targets), seed=0)
-    assert {k: v.shape for k, v in lorica.checkpoint.to_tensors(lorica.extract(ours)).items()} == expected
+    assert {k: v.shape for k, v in to_tensors(lorica.extract(ours)).items()} == expected
 
     read = lorica.load(model(kind), tmp_path / "theirs")
     torch.testing.assert_close(read(IDS).logits, out, rtol=1e-4, atol=1e-5)
@@ -139,9 +141,7 @@ def test_files_of_single_experts_are_put_together(tmp_path: Path) -> None:
             mlp.gate.weight += scale * B @ A
     fields = {"peft_type": "LORA", "r": r, "lora_alpha": 3, "target_modules": ["gate", "w1", "w2", "w3"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
-    import safetensors.torch
-
-    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
     read = lorica.load(base, tmp_path)
     torch.testing.assert_close(read(IDS).logits, before(IDS).logits, rtol=1e-4, atol=1e-5)
     through = lorica.peft.PeftModel.from_pretrained(model("Mixtral"), tmp_path)
@@ -158,6 +158,6 @@ def test_a_name_in_full_is_meant_whatever_block_is_chosen() -> None:
     config = {"r": 2, "target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0]}
     theirs = peft.get_peft_model(model("Llama"), peft.LoraConfig(**config))  # pyright: ignore[reportArgumentType]
     ours = lorica.adapt(model("Llama"), lorica.LoraConfig(**config))  # pyright: ignore[reportArgumentType]
-    tensors = lorica.checkpoint.to_tensors(lorica.extract(ours))
+    tensors = to_tensors(lorica.extract(ours))
     assert tensors.keys() == names(theirs, "default").keys()
     assert any("lm_head" in key for key in tensors)

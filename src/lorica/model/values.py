@@ -153,8 +153,8 @@ def fitting(
     adapter.check_finite()
     if adapter.stacks is not None:
         raise AdapterError(
-            "these factors of stacked experts are as an older PEFT computed with them; lorica.load the adapter "
-            "on its base"
+            "these factors of stacked experts are as an older PEFT computed with them; lorica.load the "
+            "adapter on its base"
         )
     name = roster.one(name)
     own, starts, given = roster.starts.get(name, {}), {}, adapter
