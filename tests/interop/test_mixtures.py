@@ -22,6 +22,9 @@ from lorica.checkpoint.peft_tensors import to_tensors
 from lorica.errors import TargetError
 from lorica.model.usual import BY_TYPE
 
+# PEFT warns of its own patterns for parameters, and of what transformers will rename.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 IDS = torch.arange(1, 8).reshape(1, 7)
 SIZES: dict[str, Any] = {
     "vocab_size": 17,
@@ -41,7 +44,10 @@ SIZES: dict[str, Any] = {
 def model(kind: str) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SIZES)
-    return shake(getattr(transformers, f"{kind}ForCausalLM")(config).eval())
+    base = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        shake(base)
+    return base
 
 
 def names(module: nn.Module, name: str) -> dict[str, torch.Size]:
