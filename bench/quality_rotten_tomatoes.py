@@ -106,7 +106,7 @@ def train(method: str, training: TrainingConfig, settings: dict[str, Any]) -> Ru
         )
         return Run(
             method=method,
-            learning_rate=training.learning_rate,
+            learning_rate=training.learning_rate or 0.0,  # `once` gave one
             seed=training.seed,
             settings=settings,
             trainable=lorica.trainable_parameters(model).trainable,

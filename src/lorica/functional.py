@@ -73,9 +73,7 @@ def _random_bytes(like: Tensor) -> Tensor:
 def traced() -> bool:
     """Whether a compiler or a function transform looks on, which see tensor operations alone."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
     )
 
 
@@ -379,7 +377,7 @@ class _LoraLinear(torch.autograd.Function):
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dy @ weight if wants_x else None
         dA, dB = low_rank_gradients(dy, dx, rows if wants_A else None, A, B, ctx.scale, mask, u)
-        dweight = dy.t() @ rows if wants_weight else None
+        dweight = dy.t() @ rows if wants_weight and rows is not None else None
         dbias = dy.sum(0) if wants_bias else None
         return None if dx is None else dx.view(ctx.shape), dweight, dbias, dA, dB, None, None
 

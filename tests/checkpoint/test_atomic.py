@@ -191,7 +191,7 @@ class TestStages:
                     os.kill(os.getpid(), signal.SIGKILL)
             os.waitpid(process, 0)
         (tmp_path / "mine").touch()
-        replace_files(tmp_path, {"a": lambda path: path.write_text("x") and None})
+        replace_files(tmp_path, {"a": lambda path: path.write_text("x")})
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "mine"]
 
     def test_one_that_is_written_to_stays(self, tmp_path: Path) -> None:

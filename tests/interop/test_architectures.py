@@ -121,7 +121,8 @@ def check(head: str, name: str) -> None:
     got = torch.autograd.grad(out, factors, direction, allow_unused=True)
     right = torch.autograd.grad(expected, factors, direction, allow_unused=True)
     for (path, factor), one, other in zip(names, got, right, strict=True):
-        one, other = (torch.zeros_like(factor) if g is None else g for g in (one, other))
+        given: list[Any] = [one, other]  # None where nothing came
+        one, other = (torch.zeros_like(factor) if g is None else g for g in given)
         scale = max(float(other.abs().max()), 1e-6)
         if getattr(layers[path], "padding_idx", None) is None:
             assert (one - other).abs().max() < 1e-5 * scale, f"gradient of {path}"

@@ -29,7 +29,7 @@ class Reader(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.called(x) @ self.read.weight.t() + self.read.bias
         x = self.both(x) + F.linear(x, self.both.weight.to(self.asked.weight.dtype))
-        if isinstance(self.asked.weight, Tensor) and self.called.weight is not None:
+        if isinstance(self.asked.weight, Tensor) and self.called.weight is not None:  # pyright: ignore[reportUnnecessaryComparison]
             x = self.asked(x)
         x = x + self.table.weight[: x.shape[1]]
         return self.asked(x) + F.conv1d(x.mT, self.kernel.weight, self.kernel.bias, padding=1).mT
@@ -38,7 +38,7 @@ class Reader(nn.Module):
 class Routing(nn.Linear):
     """As the routers of some mixtures of experts: a linear layer that returns its choices too."""
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits = super().forward(x)
         return logits.topk(2).values.softmax(-1), logits
 
@@ -46,7 +46,7 @@ class Routing(nn.Linear):
 class Causal(nn.Conv1d):
     """A convolution that pads its input itself."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(F.pad(x, (2, 0)))
 
 

@@ -86,6 +86,7 @@ def test_it_trains_what_the_paper_trains(path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_warm_up_and_steps(path: Path) -> None:
     recipe = load(path)
+    assert recipe.training.epochs is not None
     steps = math.ceil(ROWS[path.stem] / recipe.training.batch_size) * recipe.training.epochs
     if path.parent.name.startswith("gpt2"):
         assert round(recipe.training.warmup_ratio * steps) == pytest.approx(500, rel=0.05)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
 def test_training_into_a_folder_in_use_is_refused_and_changes_nothing(
-    options: dict[str, bool], make_recipe: Callable[..., Recipe]
+    options: dict[str, Any], make_recipe: Callable[..., Recipe]
 ) -> None:
     recipe = make_recipe(max_steps=1)
     with alone_in(recipe.output) as folder:

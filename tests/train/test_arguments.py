@@ -12,7 +12,8 @@ from lorica.train.arguments import training_arguments
 
 
 def config(**values: Any) -> TrainingConfig:
-    return TrainingConfig(**{"learning_rate": 1e-3, "epochs": 3} | values)
+    fields: dict[str, Any] = {"learning_rate": 1e-3, "epochs": 3}
+    return TrainingConfig(**fields | values)
 
 
 def test_fields_reach_transformers(tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ def bare_loop(prepared: Prepared, model: PreTrainedModel, *, accelerated: bool) 
         sampler=sampler,
         collate_fn=prepared.task.collator(prepared.tokenizer),
     )
+    assert training.learning_rate is not None
     groups = parameter_groups(model, lr=training.learning_rate, loraplus_lr_ratio=training.loraplus_lr_ratio)
     optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, len(loader))

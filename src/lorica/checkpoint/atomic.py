@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows: what a killed process leaves stays until its user removes it
     fcntl = None
 
-Writer = Callable[[Path], None]
+Writer = Callable[[Path], object]
 
 _STAGE = ".writing-"
 

@@ -209,7 +209,7 @@ class AskedLayer(AskedModule):
             StateError: the update has another shape than the weight.
         """
         holder: Any = self._holder(adapter)
-        shape = self.base_shape if holder is self else None  # type: ignore[attr-defined]
+        shape: Any = self.base_shape if holder is self else None  # type: ignore[attr-defined]
         with torch.no_grad():
             A, _ = holder.factor_parameters(adapter)
             left, right = holder.product(adapter, A.dtype)

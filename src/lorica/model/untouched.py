@@ -63,7 +63,7 @@ def check_untouched(root: nn.Module, path: str, module: nn.Module, before: Held)
                 f"{full} was moved to the meta device since the merge, where nothing has values; restore the "
                 "model before it is moved there"
             )
-        if now is not parameter or now.shape != shape:
+        if now is None or now is not parameter or now.shape != shape:
             raise StateError(
                 f"{full} was replaced since the merge (resize_token_embeddings? load_state_dict with "
                 "assign=True?), so the base's own weight no longer belongs there; restore the model before, "

@@ -380,7 +380,7 @@ class LoraModel(nn.Module):
         with behind_merge(self.model):
             parts = [lorica.extract(self.model, self.roster.known(name)) for name in adapters]
         method = "linear" if len(parts) == 1 else combination_type
-        options = {
+        options: dict[str, Any] = {
             "density": density,
             "majority_sign_method": None if majority_sign_method == "total" else majority_sign_method,
             "svd_rank": svd_rank,

@@ -70,8 +70,10 @@ def find_best(checkpoint: Path) -> None:
     """Make a checkpoint's record of the best one right again after the run's folder was moved or renamed."""
     state = read_object(checkpoint / STATE)
     recorded = state.get("best_model_checkpoint")
-    beside = checkpoint.parent / Path(recorded).name if recorded else None
-    if beside is not None and not Path(recorded).is_dir() and beside.is_dir():
+    if not recorded:
+        return
+    beside = checkpoint.parent / Path(recorded).name
+    if not Path(recorded).is_dir() and beside.is_dir():
         state["best_model_checkpoint"] = str(beside)
         write_atomically(checkpoint / STATE, json.dumps(state, indent=2, sort_keys=True) + "\n")
 

@@ -113,7 +113,8 @@ def _steps_a_pass(rows: int, training: TrainingConfig) -> int:
 def _factor(config: AdapterConfig) -> float:
     """Of several methods that train together, the one that wants the lowest rate decides."""
     lora, others = members(config)
-    return min([*([1.0] if lora is not None else []), *_others(others)], default=1.0)
+    factors: list[float] = [*([1.0] if lora is not None else []), *_others(others)]
+    return min(factors, default=1.0)
 
 
 def _others(configs: Iterable[Any]) -> list[float]:

@@ -18,7 +18,7 @@ from lorica.plain import as_json
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file under a temporary name in its own folder, then rename it into place."""
     content = text.encode()
-    replace_file(path, lambda place: place.write_bytes(content) and None)
+    replace_file(path, lambda place: place.write_bytes(content))
 
 
 def write_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -26,7 +26,7 @@ def majority(task: Task, model: PreTrainedModel, train: Dataset, rows: Dataset) 
     """
     if not _classifies(model) or "labels" not in rows.column_names:
         return {}
-    counts = np.bincount(np.asarray(train["labels"][:]), minlength=model.config.num_labels)
+    counts = np.bincount(np.asarray(train["labels"][:]), minlength=int(model.config.num_labels or 0))
     logits = np.zeros((len(rows), len(counts)))
     logits[:, counts.argmax()] = 1.0
     with warnings.catch_warnings():
@@ -49,7 +49,7 @@ class Scoring:
         """Nothing is scored yet."""
         self.only: str | None = None
         self._metrics: Callable[[EvalPrediction, Dataset], dict[str, float]] = task.metrics
-        self._names: dict[int, Any] | None = model.config.id2label if _classifies(model) else None
+        self._names: Any = model.config.id2label if _classifies(model) else None
 
     def __call__(self, outcome: EvalPrediction, rows: Dataset) -> dict[str, float]:
         """The metrics."""
