@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -437,3 +439,21 @@ def test_pefts_file_of_a_resized_table_with_trained_rows(tmp_path: Path) -> None
     expected = table.clone()
     expected[1] = net().table.weight[1].detach()
     torch.testing.assert_close(model.table(torch.arange(5)), expected, rtol=0, atol=0)
+
+
+def test_a_choice_made_in_another_thread_holds_for_all() -> None:
+    model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["body"]), "one")
+    model.add_adapter("two", LoraConfig(r=2, target_modules=["body"]))
+
+    def in_another_thread(call: Callable[[], object]) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(call).result()
+
+    in_another_thread(lambda: model.set_adapter("two"))
+    assert model.active_adapters == ["two"]
+    roster: Any = model.base_model.roster
+    assert roster.active == ("two",)
+    in_another_thread(model.base_model.disable_adapter_layers)
+    assert roster.active == ()
+    in_another_thread(model.base_model.enable_adapter_layers)
+    assert roster.active == ("two",)

@@ -68,7 +68,7 @@ class mixed:
             elif isinstance(module, SavedModule) and read_by(parent):
                 own = module.modules_to_save
             routed = isinstance(module, LoraLayer) and _is_expert(path) and len(set(rows.names)) > 1
-            if routed and any(name in module.scaling for name in used):  # type: ignore[union-attr]
+            if routed and not own and any(name in module.scaling for name in used):  # type: ignore[union-attr]
                 raise StateError(
                     f"{path} is an expert, which sees some of the tokens; adapters on it cannot be mixed in "
                     "a batch"

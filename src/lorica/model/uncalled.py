@@ -21,13 +21,15 @@ from lorica.model.structure import ROSTER, lora_layers
 
 # Layers that need no call: the module around them reads their weight.
 _READ = (ReadWeight, LoraReadLinear, LoraAttention)
+# In inference these run one fused kernel, unless a hook stands on them or inside them.
+_FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 # With these a pass leaves out a part of the model.
 _INSTEAD = ("encoder_outputs", "inputs_embeds", "decoder_inputs_embeds")
 
 
 def watch_next_pass(root: nn.Module) -> None:
     """Look at the next whole pass of the model for adapted layers that it does not call."""
-    if _begin not in root._forward_pre_hooks.values():
+    if not isinstance(root, _FUSED) and _begin not in root._forward_pre_hooks.values():
         root.register_forward_pre_hook(_begin, with_kwargs=True)
 
 
@@ -51,6 +53,8 @@ def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     if not waiting:  # merged, or all of them are read
         return
     stop_watching(root)
+    if any(isinstance(module, _FUSED) for module in root.modules()):
+        return
     called: set[nn.Module] = set()
     handles = [
         layer.register_forward_pre_hook(lambda layer, _: called.add(layer)) for layer in waiting.values()

@@ -168,6 +168,7 @@ class LoraModel(nn.Module):
         if resting is not None:
             lorica.disabled(self.model)
             self._resting = names
+        self._choose_for_all()
         for name in self.roster.configs:
             self.set_requires_grad(name, name in names and not inference_mode)
 
@@ -191,12 +192,18 @@ class LoraModel(nn.Module):
                 lorica.restore(self.model)
             lorica.disabled(self.model)
             self._resting = active
+            self._choose_for_all()
 
     def enable_adapter_layers(self) -> None:
         """Undo `disable_adapter_layers`."""
         if self._resting is not None:
             names, self._resting = self._resting, None
             lorica.active(self.model, [name for name in names if name in self.roster.configs])
+            self._choose_for_all()
+
+    def _choose_for_all(self) -> None:
+        """Let what was chosen hold for the model in every thread, as in PEFT, whichever thread chose."""
+        self.roster.decide(self.roster.last, for_all=True)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off; if it acted alone, the first that is left acts.
