@@ -124,6 +124,20 @@ def test_adapted(config: dict[str, Any]) -> None:
     assert any("lm_head" in name for name in gradients) == (config != CONFIGS["trunk"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_head_trained_whole_beside_a_base_in_half_precision(dtype: torch.dtype) -> None:
+    model = causal("Llama").to(dtype)
+    tiny.adapted(model, lorica.LoraConfig(r=2, **CONFIGS["head trained whole"]))
+    loss, gradients = step(model)
+    with deferred_logits(model.lm_head, chunk=CHUNK):
+        found, chunked = step(model)
+    torch.testing.assert_close(found, loss, rtol=1e-2, atol=1e-2)
+    name = next(name for name in gradients if "lm_head" in name)
+    assert chunked[name].dtype == torch.float32
+    difference = (chunked[name] - gradients[name]).norm() / gradients[name].norm()
+    assert difference < 3e-2
+
+
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
 def test_a_head_that_shares_its_update_with_the_embedding(field: str) -> None:
     model = causal("Llama", tie_word_embeddings=True)

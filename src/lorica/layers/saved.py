@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lorica.errors import StateError
 from lorica.layers.ecosystem import AskedModule, base_of, told
+from lorica.layers.masters import call_lowered, lowered, raise_precision
 from lorica.layers.swapped import SwappedModule
 
 
@@ -20,11 +22,20 @@ class SavedModule(AskedModule):
     starts a head anew, a fused loss that multiplies by the head's weight, `nn.MultiheadAttention` and
     `nn.TransformerEncoderLayer`, which never call some of their parts. `state_dict` and `named_parameters`
     have both, each by its name.
+
+    Beside a base in half precision the copies are float32, as A and B are, so that small steps are not lost
+    and a `GradScaler` can unscale their gradients. They compute as the base would, by their values rounded
+    to its dtype; see `lorica.layers.masters`.
+
+    Attributes:
+        masters: the adapters whose copy is of higher precision than the base.
     """
 
     label: ClassVar[str] = "Saved"
     own_modules = ("modules_to_save",)
+    own_attributes = ("roster", "masters")
     modules_to_save: nn.ModuleDict
+    masters: set[str]
 
     def _chosen(self) -> list[str]:
         return [name for name in self._chosen_by_all() if name in self.modules_to_save]
@@ -36,9 +47,17 @@ class SavedModule(AskedModule):
 
     def prepare(self) -> None:  # noqa: D102
         self.modules_to_save = nn.ModuleDict()
+        self.__dict__["masters"] = set()
 
-    def add_copy(self, name: str, *, trainable: bool) -> None:
-        """Give the adapter a copy of the original module."""
+    def add_copy(self, name: str, *, trainable: bool, master: bool = True) -> None:
+        """Give the adapter a copy of the original module.
+
+        Args:
+            name: of the adapter.
+            trainable: whether it trains.
+            master: keep it in float32 beside a base in half precision. False where others read its weights
+                without calling it, and need the base's dtype.
+        """
         state = self.leave()
         try:
             twin = copy.deepcopy(self)
@@ -52,6 +71,8 @@ class SavedModule(AskedModule):
             twin._backward_hooks,
         ):
             hooks.clear()
+        if master and raise_precision(twin):
+            self.masters.add(name)
         self.modules_to_save[name] = twin.requires_grad_(trainable)
 
     def base_state(self) -> dict[str, Tensor]:
@@ -63,11 +84,30 @@ class SavedModule(AskedModule):
     def remove_copy(self, name: str) -> None:
         """Drop the adapter's copy."""
         del self.modules_to_save[name]
+        self.masters.discard(name)
 
     def acting_copy(self) -> nn.Module | None:
         """The active adapter's copy, or None where the original answers."""
+        name = self.acting_name()
+        return None if name is None else self.modules_to_save[name]
+
+    def acting_name(self) -> str | None:
+        """The active adapter that has a copy, or None where the original answers."""
         # There is one at most: the roster lets no two act that bring the same module.
-        return next((copy for name, copy in self.modules_to_save.items() if name in self.roster.active), None)
+        active = self.roster.active
+        return next((name for name in self._copies() if name in active), None)
+
+    def answering(self, name: str) -> nn.Module:
+        """An adapter's copy as it computes: in the base's precision."""
+        twin = self.modules_to_save[name]
+        return lowered(twin, self) if name in self.masters else twin
+
+    def _answer(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        twin: nn.Module = self._copies()[name]
+        return call_lowered(twin, self, args, kwargs) if name in self.masters else twin(*args, **kwargs)
+
+    def _copies(self) -> dict[str, Any]:
+        return self._modules["modules_to_save"]._modules  # type: ignore[union-attr]  # faster than by name
 
     def __getattr__(self, name: str) -> Any:
         """A parameter, buffer or part: the acting copy's."""
@@ -90,8 +130,8 @@ class SavedModule(AskedModule):
         """Call the acting copy, or the original; where rows have adapters of their own, each row's."""
         if self.roster.rows is not None:
             return self._by_row(*args, **kwargs)
-        twin = self.acting_copy()
-        return super().forward(*args, **kwargs) if twin is None else twin(*args, **kwargs)
+        name = self.acting_name()
+        return super().forward(*args, **kwargs) if name is None else self._answer(name, *args, **kwargs)
 
     def _by_row(self, *given: Any, **kwargs: Any) -> Tensor:
         if not given or not isinstance(given[0], Tensor):
@@ -105,7 +145,7 @@ class SavedModule(AskedModule):
         assert rows is not None
         parts, places = [], []
         for name, index in rows.groups(self, x, self.modules_to_save.keys()):
-            call = super().forward if name is None else self.modules_to_save[name]
+            call = super().forward if name is None else functools.partial(self._answer, name)
             parts.append(call(x.index_select(0, index), *args, **kwargs))
             places.append(index)
         if not isinstance(parts[0], Tensor):

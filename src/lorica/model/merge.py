@@ -334,12 +334,29 @@ def _with_rows(aside: _Merged) -> dict[str, TrainedTokens]:
 
 
 def _show_copy(item: _Aside, module: nn.Module, names: tuple[str, ...]) -> None:
-    """Put the tensors of the named adapters' copy into the module itself."""
+    """Put the tensors of the named adapters' copy into the module itself.
+
+    A copy of higher precision than the module stays as it is, and what is put in is rounded.
+    """
     assert isinstance(module, SavedModule)
     for name in names:
         if name in module.modules_to_save:
+            shown = module.answering(name).state_dict(keep_vars=True)
+            rounded: dict[Tensor, Parameter] = {}
             for path, tensor in module.modules_to_save[name].state_dict(keep_vars=True).items():
+                if shown[path] is not tensor:
+                    if tensor not in rounded:
+                        rounded[tensor] = _kept(item.merged.get(path), shown[path].detach())
+                    tensor = item.merged[path] = rounded[tensor]
                 item.originals.setdefault(path, _put(module, path, tensor))
+
+
+def _kept(before: Parameter | None, values: Tensor) -> Parameter:
+    """A parameter with these values: the one that was merged before, where it fits."""
+    if before is None or (before.dtype, before.device) != (values.dtype, values.device):
+        return Parameter(values, requires_grad=False)
+    before.data.copy_(values)
+    return before
 
 
 def put(module: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lorica.layers import (
     Part,
     SavedModule,
     TrainedTokens,
+    read_by,
     tie_factors,
 )
 from lorica.layers.quantized import hold_layout
@@ -190,7 +191,8 @@ def _copy(
             module = SavedModule.take(module, roster)
         hosts.append(module)
         try:
-            module.add_copy(name, trainable=trainable)
+            parent = module_at(root, path.rpartition(".")[0]) if path else None
+            module.add_copy(name, trainable=trainable, master=not read_by(parent))
         except Exception as error:
             for host in hosts:
                 if name in host.modules_to_save:

@@ -15,7 +15,8 @@ from lorica.config import LoraConfig
 from lorica.errors import LoricaWarning
 from lorica.layers import AskedModule
 from lorica.model.selection import HEADS
-from lorica.model.structure import base_parameters, find_adapted, lora_layers, walk
+from lorica.model.structure import base_parameters, find_adapted, lora_layers, saved_modules, walk
+from lorica.roster import parameter_at
 
 
 def recomputes(model: nn.Module) -> bool:
@@ -58,7 +59,7 @@ def let_gradients_in(model: nn.Module) -> None:
 
 
 def match_base_dtype(model: nn.Module, name: str) -> None:
-    """Give an adapter's updates the dtype of the weights beside them.
+    """Give an adapter's updates, and its copies of whole modules, the base's dtype.
 
     Args:
         model: the base.
@@ -71,6 +72,10 @@ def match_base_dtype(model: nn.Module, name: str) -> None:
             for parameter in (*holder.factor_parameters(name), *more):
                 if parameter is not None and weight is not None and weight.is_floating_point():
                     parameter.data = parameter.data.to(weight.dtype)
+    for module in saved_modules(model).values():
+        if name in module.masters:
+            for path, parameter in module.modules_to_save[name].named_parameters():
+                parameter.data = parameter.data.to(parameter_at(module, path).dtype)
 
 
 def put_again(model: nn.Module, name: str, put: Callable[[str], object]) -> None:

@@ -155,7 +155,8 @@ def deferred_logits(
 def _linear(head: nn.Module, compute: Callable[..., Tensor]) -> LinearHead | None:
     """The head's weights, or those of its acting copy, where it does nothing but multiply by them."""
     if isinstance(head, SavedModule):
-        twin = head.acting_copy()
+        name = head.acting_name()
+        twin = None if name is None else head.answering(name)
         return _linear(twin, twin.forward) if twin is not None else None
     if isinstance(head, nn.Linear) and getattr(compute, "__func__", None) is nn.Linear.forward:
         return LinearHead(head.weight, head.bias)

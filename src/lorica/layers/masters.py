@@ -1,0 +1,91 @@
+"""Copies in float32 of modules in half precision, and how they compute: rounded to what they are copies of.
+
+    float32 copy ── cast, with a graph ──▶ float16 ──▶ the module's own forward
+         ▲                                   │
+         └──────── gradient in float32 ──────┘
+
+Whatever the module does, it sees the weights that it would see as part of the base: outputs have the base's
+dtype, and merging, which rounds the copy once, changes none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.roster import parameter_at
+
+HALVES = (torch.float16, torch.bfloat16)
+"""The dtypes in which training loses small steps."""
+
+
+def raise_precision(twin: nn.Module) -> bool:
+    """Give a copy's parameters in half precision float32; returns whether there were any.
+
+    Not those of recurrent layers, which hold their weights twice, and of scripted modules, which are no
+    Python; these train in the base's dtype.
+    """
+    if any(isinstance(part, (nn.RNNBase, torch.jit.ScriptModule)) for part in twin.modules()):
+        return False
+    low = [parameter for parameter in twin.parameters() if parameter.dtype in HALVES]
+    for parameter in low:
+        parameter.data = parameter.data.float()
+    return bool(low)
+
+
+def lowered(twin: nn.Module, base: nn.Module) -> nn.Module:
+    """A view of a copy whose parameters are cast to the dtype of the base's, with a graph.
+
+    Buffers, hooks and all else are the copy's own. The view is made for one call: threads that call one copy
+    at a time do not see each other's.
+
+    Args:
+        twin: the copy.
+        base: the module that it is a copy of; what it has no more is left as it is.
+    """
+    view = twin.__class__.__new__(twin.__class__)
+    view.__dict__.update(twin.__dict__)
+    view.__dict__["_parameters"] = {
+        name: _cast(own, base._parameters.get(name)) for name, own in twin._parameters.items()
+    }
+    view.__dict__["_modules"] = {
+        name: part if part is None or (other := base._modules.get(name)) is None else lowered(part, other)
+        for name, part in twin._modules.items()
+    }
+    return view
+
+
+def call_lowered(twin: nn.Module, base: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a copy answers, computed in the base's dtype.
+
+    Args:
+        twin: the copy.
+        base: the module that it is a copy of.
+        args: what it is called with.
+        kwargs: likewise, by name.
+    """
+    if isinstance(twin, (nn.Linear, nn.modules.conv._ConvNd)):
+        # Whoever fits the input to `weight.dtype`, as T5 does, read float32.
+        args = tuple(_fitted(x, twin.weight, base) for x in args)
+    if torch.compiler.is_compiling():  # the compiler knows this one, and takes no threads at once
+        names = [name for name, _ in twin.named_parameters(remove_duplicate=False)]
+        cast = {name: _cast(twin.get_parameter(name), parameter_at(base, name)) for name in names}
+        return torch.func.functional_call(twin, cast, args, dict(kwargs), tie_weights=False)
+    return lowered(twin, base)(*args, **kwargs)
+
+
+def _cast(own: Tensor | None, original: Tensor | None) -> Any:
+    if own is None or original is None or own.dtype == original.dtype or original.dtype not in HALVES:
+        return own
+    return own.to(original.dtype)
+
+
+def _fitted(x: Any, weight: Tensor, base: nn.Module) -> Any:
+    original = base._parameters["weight"]
+    assert original is not None
+    if not isinstance(x, Tensor) or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return _cast(x, original)
