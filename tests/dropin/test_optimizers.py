@@ -42,7 +42,9 @@ def test_lorafa_keeps_a_and_corrects_the_gradient_of_b() -> None:
 
 def test_what_does_not_agree_with_the_adapter_is_refused() -> None:
     model = get_peft_model(Toy(), LoraConfig(r=2, lora_alpha=3, target_modules=["up"]))
-    with pytest.raises(ConfigError, match=r"default: r=4 was given, the adapter has 2"):
+    with pytest.raises(
+        ConfigError, match=r"default: r=4 was passed to create_lorafa_optimizer, the adapter has 2"
+    ):
         create_lorafa_optimizer(model, r=4, lora_alpha=3, lr=1e-2)
     model.set_requires_grad("default", False)
     with pytest.raises(ConfigError, match="no B of the model trains"):

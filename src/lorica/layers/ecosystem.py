@@ -48,6 +48,9 @@ class told(Generic[T]):
 class AskedModule(SwappedModule):
     """A module that adapters changed, as other libraries look at it."""
 
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+    """Its dicts that have an entry for each adapter."""
+
     @told
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Its containers that have an entry for each adapter."""
@@ -152,7 +155,7 @@ class AskedModule(SwappedModule):
 class AskedLayer(AskedModule):
     """An adapted layer, as other libraries look at it."""
 
-    other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
     scaling: dict[str, float]
     scaled: dict[str, float]
     """Adapter → what its scale was multiplied by since it came."""

@@ -45,7 +45,7 @@ def meant(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Plac
     elif means_all_linear(config.target_modules):
         chosen = _all_linear(root, places)
     else:
-        chosen = _match("target_modules", config.target_modules, places)
+        chosen = _match("target_modules", config.target_modules, places, _combined(config))
     if config.layers_to_transform is not None:
         chosen = _in_blocks(chosen, config)
     chosen = _with_outputs(chosen, places)
@@ -76,17 +76,27 @@ def _with_outputs(chosen: list[Place], places: list[Place]) -> list[Place]:
     return [*chosen, *(p for p in places if p.path in outputs and p not in chosen)]
 
 
-def _match(name: str, patterns: list[str] | str, places: list[Place]) -> list[Place]:
+def _combined(config: LoraConfig) -> str:
+    """What may be the matter besides a name."""
+    if not config.exclude_modules and not config.modules_to_save:
+        return ""
+    return (
+        ". No modules were targeted for adaptation. This might be caused by a combination of target_modules "
+        "with exclude_modules or modules_to_save"
+    )
+
+
+def _match(name: str, patterns: list[str] | str, places: list[Place], more: str = "") -> list[Place]:
     if isinstance(patterns, str):
         hits = [p for p in places if full_match(patterns, p.path)]
         if not hits:
-            what = f"{name}={patterns!r} matches no module{hint(patterns, places)}"
+            what = f"{name}={patterns!r} matches no module{hint(patterns, places)}{more}"
             raise TargetError(_none_of(name, patterns) + what)
         return hits
     hits = ending_in(places, patterns)
     for pattern in patterns:
         if not ending_in(hits, [pattern]):
-            what = f"{name} names {pattern!r}, which matches no module{hint(pattern, places)}"
+            what = f"{name} names {pattern!r}, which matches no module{hint(pattern, places)}{more}"
             raise TargetError(_none_of(name, [pattern]) + what)
     return hits
 

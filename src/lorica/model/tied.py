@@ -211,10 +211,10 @@ def warn_if_idle(root: nn.Module, config: LoraConfig, changed: Iterable[str]) ->
     if any(place.path in changed for group in tables for place in group):
         return
     what = (
-        f"no tied modules are added: of the tied {listing(place.path for place in tables[0])} none is "
-        "adapted or trained"
+        f"has nothing to tie: no tied modules are added: of the tied "
+        f"{listing(place.path for place in tables[0])} none is adapted or trained"
         if tables
-        else "no tied modules were found in the model: none of this "
-        f"{type(root).__name__} is tied to an embedding"
+        else "but the model does not have tied weights: no tied modules were found in the model, for none of "
+        f"this {type(root).__name__} is tied to an embedding"
     )
-    warnings.warn(f"ensure_weight_tying=True has nothing to tie: {what}", LoricaWarning, stacklevel=5)
+    warnings.warn(f"ensure_weight_tying=True {what}", LoricaWarning, stacklevel=5)

@@ -74,6 +74,7 @@ def token_targets(
             apart = [p for p in tied if wanted.get(p, indices) != indices]
             if apart and config.ensure_weight_tying:
                 raise TargetError(
+                    "Cannot ensure weight tying when different token indices are specified: "
                     f"trainable_token_indices names other tokens of {listing(apart)} than of {path}, but "
                     "with ensure_weight_tying they share their rows; name the same, or leave one of them out"
                 )

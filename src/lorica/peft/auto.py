@@ -122,7 +122,8 @@ def _named_class(mapping: Any, allowed: Sequence[str]) -> Any:
         )
     if not any(package == entry or package.startswith(f"{entry}.") for entry in allowed):
         raise ConfigError(
-            f"the adapter's file wants {package!r} imported; if you trust it, pass "
+            f"the adapter's file wants {package!r} imported, which is not in the import allowlist; if you "
+            "trust it, pass "
             f"import_allowlist=[{package.split('.')[0]!r}]"
         )
     try:

@@ -8,12 +8,104 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 import lorica
-from lorica.config import LoraConfig
+from lorica.config import LoraConfig, full_match, matches_pattern
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, listing
 from lorica.layers import TrainedTokens
-from lorica.model.structure import lora_layers
+from lorica.model.selection import ending_in
+from lorica.model.structure import lora_layers, walk
+from lorica.model.targets import resolve
 from lorica.peft.status import module_type
 from lorica.roster import Roster
+
+_PREFIX = "lora_"
+
+
+class IdleWarning(LoricaWarning, RuntimeWarning):
+    """A part of a configuration asks for something that the model does not have, and does nothing."""
+
+
+def without_idle(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The configuration without exclusions and keys of patterns that match nothing, as PEFT ignores them.
+
+    Args:
+        model: the base.
+        config: as it was given.
+
+    Raises:
+        TargetError: `target_modules` names what the model does not have.
+
+    Warns:
+        LoricaWarning: naming each.
+    """
+    excluded = config.exclude_modules
+    if excluded:
+        places = [place for place in walk(model) if place.path]
+        if isinstance(excluded, str):
+            kept = excluded if any(full_match(excluded, place.path) for place in places) else None
+        else:
+            kept = [name for name in excluded if ending_in(places, [name])]
+        if kept != excluded:
+            gone = (
+                excluded
+                if isinstance(excluded, str)
+                else listing(n for n in excluded if n not in (kept or ()))
+            )
+            warnings.warn(
+                f"You have passed exclude_modules={excluded!r} but no modules were excluded by {gone}: the "
+                "model has none of that name",
+                IdleWarning,
+                stacklevel=5,
+            )
+            config = config.replace(exclude_modules=kept or None)
+    if not config.rank_pattern and not config.alpha_pattern:
+        return config
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whoever adapts says it again
+        layers = resolve(model, config.replace(rank_pattern={}, alpha_pattern={})).layers
+    changes = {}
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, field)
+        idle = [key for key in pattern if not any(matches_pattern(key, it.pattern_path) for it in layers)]
+        if idle:
+            warnings.warn(
+                f"The following {field} keys did not match any targeted module and were ignored: "
+                f"{sorted(idle)}.",
+                IdleWarning,
+                stacklevel=5,
+            )
+            changes[field] = {key: value for key, value in pattern.items() if key not in idle}
+    return config.replace(**changes) if changes else config
+
+
+def warn_of_name(name: str) -> None:
+    """Say that PEFT confuses an adapter of this name with the prefix of its keys.
+
+    Warns:
+        LoricaWarning: it does.
+    """
+    if name in _PREFIX:
+        warnings.warn(
+            f"Adapter name '{name}' should not be contained in the prefix '{_PREFIX}'. It works here; PEFT "
+            "may start such an adapter anew when it loads it",
+            LoricaWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_base(model: nn.Module, config: LoraConfig) -> None:
+    """Say that an adapter is for another base than its configuration says.
+
+    Warns:
+        LoricaWarning: naming both.
+    """
+    given, own = config.base_model_name_or_path, getattr(model, "name_or_path", None)
+    if given and own and given != own:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{given}' to '{own}'. Please "
+            "ensure that the correct base model is loaded when loading this checkpoint.",
+            LoricaWarning,
+            stacklevel=3,
+        )
 
 
 def check_one_bias(config: LoraConfig, others: Mapping[str, LoraConfig]) -> None:
@@ -48,6 +140,24 @@ def check_alone(root: nn.Module, roster: Roster, names: Sequence[str]) -> None:
                     f"{other!r} each bring their own {listing(both)}; updates of rank r add up, what is "
                     "trained whole does not"
                 )
+
+
+def check_rows_apart(roster: Roster, names: Sequence[str]) -> None:
+    """Refuse to merge adapters that train the same rows of a table.
+
+    Raises:
+        AdapterError: naming the adapters and the table.
+    """
+    for i, name in enumerate(names):
+        for other in names[:i]:
+            mine, its = roster.whole.get(name, {}), roster.whole.get(other, {})
+            for path in mine.keys() & its.keys():
+                if (mine[path] or frozenset()) & (its[path] or frozenset()):
+                    raise AdapterError(
+                        f"Token indices of adapter {name} are already defined and would result in undefined "
+                        f"merging behavior: {other!r} brings rows of {path} that {name!r} brings too; merge "
+                        "one of them"
+                    )
 
 
 def warn_of_bias(root: nn.Module, config: LoraConfig, name: str) -> None:

@@ -16,6 +16,7 @@ from lorica.model.attach import attach_finite
 from lorica.model.values import overwrite
 from lorica.peft import loading, places
 from lorica.peft.base import match_base_dtype
+from lorica.peft.checks import warn_of_name
 from lorica.peft.config import as_peft_config
 from lorica.peft.tuner import LoraModel
 
@@ -56,6 +57,7 @@ class Incoming(nn.Module):
             AdapterError: the name is taken or cannot be one.
             TargetError: a pattern matches nothing, or something that cannot be adapted.
         """
+        warn_of_name(adapter_name)
         self.base_model.inject_adapter(as_peft_config(peft_config), adapter_name, low_cpu_mem_usage)
         if not autocast_adapter_dtype:
             match_base_dtype(self.base_model.model, adapter_name)

@@ -11,6 +11,7 @@ import lorica
 from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import ConfigError
 from lorica.peft.base import named_whole, put_again, to_meta
+from lorica.peft.checks import warn_of_base, warn_of_name, without_idle
 from lorica.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
 from lorica.peft.config import PeftType, as_peft_config
 from lorica.peft.config import get_peft_config as get_peft_config
@@ -55,6 +56,8 @@ def get_peft_model(
     config = as_peft_config(peft_config)
     if revision is not None:
         config = config.replace(revision=revision)
+    warn_of_name(adapter_name)
+    warn_of_base(model, config)
     wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
     return wrapper(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
@@ -82,7 +85,7 @@ def inject_adapter_in_model(
         TargetError: a pattern matches nothing, or something that cannot be adapted.
         ConfigError: `state_dict` names no module.
     """
-    config = named_whole(model, as_peft_config(peft_config))
+    config = named_whole(model, without_idle(model, as_peft_config(peft_config)))
     if state_dict is not None:
         named = {key[: key.index(mark)] for key in state_dict for mark in _MARKS if mark in key}
         if not named:

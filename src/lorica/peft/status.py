@@ -102,7 +102,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     found = find_adapted(model)
     if found is None:
-        raise StateError(f"this {type(model).__name__} carries no adapter")
+        raise StateError(
+            f"No adapter layers found in the model: this {type(model).__name__} carries no adapter"
+        )
     root, roster = found
     tuner = getattr(model, "base_model", None)
     wrapped = getattr(tuner, "model", None) is root

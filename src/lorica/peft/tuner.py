@@ -26,7 +26,7 @@ from lorica.model.mount import open_for
 from lorica.model.owners import parameters_of
 from lorica.model.structure import find_adapted, lora_layers
 from lorica.peft.base import named_whole, put_again, to_meta
-from lorica.peft.checks import check_alone, check_one_bias, warn_of_bias
+from lorica.peft.checks import check_alone, check_one_bias, check_rows_apart, warn_of_bias, without_idle
 from lorica.roster import Roster
 
 
@@ -60,7 +60,7 @@ class LoraModel(nn.Module):
         if isinstance(config, Mapping):
             config = config[adapter_name]
         if config is not None:
-            whole = named_whole(model, config)
+            whole = named_whole(model, without_idle(model, config))
             put_again(model, adapter_name, lambda name: lorica.adapt(model, whole, name))
             warn_of_bias(model, whole, adapter_name)
             if low_cpu_mem_usage:
@@ -260,6 +260,7 @@ class LoraModel(nn.Module):
                 what = f"All adapters are already merged, nothing to do: {listing(map(repr, merged))}"
                 warnings.warn(what, LoricaWarning, stacklevel=2)
             return
+        check_rows_apart(self.roster, [*merged, *new])
         resting, self._resting = self._resting, None
         try:
             if merged:
@@ -344,7 +345,7 @@ class LoraModel(nn.Module):
             )
         check_one_bias(config, self.peft_config)
         before, resting = self.roster.active, self._resting
-        lorica.adapt(self.model, named_whole(self.model, config), adapter_name)
+        lorica.adapt(self.model, named_whole(self.model, without_idle(self.model, config)), adapter_name)
         lorica.active(self.model, before)
         self._resting = resting
         self.set_requires_grad(adapter_name, False)

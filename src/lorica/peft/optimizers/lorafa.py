@@ -146,7 +146,7 @@ def create_lorafa_optimizer(
         config = roster.configs[name]
         given = {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora}
         wrong = [
-            f"{key}={value} was given, the adapter has {getattr(config, key)}"
+            f"{key}={value} was passed to create_lorafa_optimizer, the adapter has {getattr(config, key)}"
             for key, value in given.items()
             if value is not None and getattr(config, key) != value
         ]

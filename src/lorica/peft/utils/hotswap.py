@@ -25,7 +25,7 @@ from lorica.config import LoraConfig as CoreConfig
 from lorica.config import changes_base, exactly
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, lines
 from lorica.model.attach import attach_finite
-from lorica.model.structure import adapted, lora_layers
+from lorica.model.structure import adapted, find_adapted, lora_layers
 from lorica.peft import loading, places
 from lorica.peft.config import as_peft_config
 
@@ -113,10 +113,16 @@ def prepare_model_for_compiled_hotswap(
 
     Raises:
         StateError: the model is compiled already, or carries no adapter.
-        ConfigError: the rank is none, or lower than an adapter's.
+        ConfigError: the rank is none, or lower than an adapter's; or `check_compiled` is something else.
         AdapterError: a grouped convolution, or a base that LoftQ quantized for a rank: neither can be filled
             up.
     """
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise ConfigError(
+            f"check_compiles should be one of 'error', 'warn', or 'ignore', got {check_compiled!r} instead."
+        )
+    if find_adapted(model) is None:
+        raise StateError(f"No adapter layers found on the model: this {type(model).__name__} carries none")
     if hasattr(model, "_orig_mod") and check_compiled == "error":
         raise StateError(
             "Call prepare_model_for_compiled_hotswap *before* compiling the model: it is compiled already"
