@@ -18,6 +18,7 @@ from lorica.model.eva import Progress
 from lorica.model.preprocess import Data
 from lorica.model.watching import Batches, run
 from lorica.peft.base import named_whole
+from lorica.peft.checks import without_idle
 
 
 def forward_fn_dict(model: nn.Module, model_input: Any) -> Any:
@@ -125,7 +126,7 @@ def preprocess_corda(
         hooked_model: the model that `run_model` runs, where it is another.
     """
     lora_config = named_whole(model, lora_config)
-    lorica.preprocess_corda(model, lora_config, run_model, hooked_model=hooked_model)
+    lorica.preprocess_corda(model, without_idle(model, lora_config), run_model, hooked_model=hooked_model)
 
 
 def preprocess_loraga(
@@ -142,7 +143,9 @@ def preprocess_loraga(
         train_step: a function that runs the model on some data and calls `backward`, or batches.
         cache_file: file for the gradients; read if it is there.
     """
-    lorica.preprocess_loraga(model, named_whole(model, lora_config), train_step, cache_file)
+    lorica.preprocess_loraga(
+        model, named_whole(model, without_idle(model, lora_config)), train_step, cache_file
+    )
 
 
 def replace_lora_weights_loftq(
