@@ -44,8 +44,8 @@ GROUPS = (
     "token_classification_qa,lora_intruders,arrow,bdlora,velora,xlora,integrations",
     "initialization",
 )
-# What an error says, or a test is called, where a method is refused on purpose, or PEFT itself refuses what is
-# right here → the method, and why.
+# What an error says, or a test is called, where a method is refused on purpose, or PEFT refuses what
+# is right here → the method, and why.
 REFUSED = {
     r"[Vv]e[Ll]o[Rr][Aa]": "VeLoRA: compresses activations, so gradients are not the model's",
     r"KaSA|[Kk]asa": "KaSA: rewrites W0 and needs a loss of its own in the training loop",
@@ -61,14 +61,14 @@ REFUSED = {
     r"mixed=True|PeftMixedModel|test_mixed": "mixed models: several of PEFT's methods in one model",
     r"peft_type is '(?!LORA)": "files of PEFT's other methods",
     r"xlora|XLora": "X-LoRA: a router over adapters",
-    r"test_lora_config_pissa_olora_warns|(rank|alpha)_pattern_and_rslora_raises": "no refusal: PiSSA and its "
-    "kind with rslora and patterns are converted, which PEFT warns of and refuses",
-    "test_load_pissa_olora_with_other_adapter_warns": "no refusal: PiSSA's files hold an update of the untouched "
-    "base, so no other adapter is disturbed; PEFT warns",
+    r"test_lora_config_pissa_olora_warns|pattern_and_rslora_raises.*DID NOT RAISE": "no refusal: PiSSA and "
+    "its kind with rslora and patterns are converted, which PEFT warns of and refuses",
+    "test_load_pissa_olora_with_other_adapter_warns": "no refusal: PiSSA's files hold an update of the "
+    "untouched base, so no other adapter is disturbed; PEFT warns",
     r"test_generate_pos_args.*DID NOT RAISE": "no refusal: generate takes its inputs by position, where PEFT "
     "raises",
-    r"TestDisableInputDtypeCasting.*DID NOT RAISE": "no refusal: inputs of another dtype than the weights' are "
-    "computed, where PEFT raises",
+    r"TestDisableInputDtypeCasting.*DID NOT RAISE": "no refusal: inputs of another dtype than the weights' "
+    "are computed, where PEFT raises",
 }
 
 
@@ -293,8 +293,8 @@ def keep(outcomes: list[Outcome], refused: Mapping[str, str]) -> None:
         tables=[
             {"columns": header, "rows": rows},
             {
-                "caption": "Left out: what is refused on purpose, by an error that says what to do instead; and "
-                "what PEFT refuses or warns of, and is right here:",
+                "caption": "Left out: what is refused on purpose, by an error that says what to do instead; "
+                "and what PEFT refuses or warns of, and is right here:",
                 "columns": ["what, and why", "tests"],
                 "rows": [list(row) for row in counts],
             },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import Toy
@@ -62,7 +64,8 @@ def test_default_targets_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_module_has_what_is_per_adapter_by_name() -> None:
     model = get_peft_model(Toy(), LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"]))
     toy = model.get_base_model()
-    for module in (toy.get_submodule("blocks.0.up"), toy.get_submodule("head")):
+    for path in ("blocks.0.up", "head"):
+        module: Any = toy.get_submodule(path)
         for name in module.adapter_layer_names + module.other_param_names:
             assert name == "lora_magnitude_vector" or "default" in getattr(module, name)
 
