@@ -13,7 +13,7 @@ from checkpoint.peft_files import edit_config, edit_weights, tensors_of, trained
 from torch import Tensor
 
 import lorica
-from lorica.errors import AdapterError, ConfigError, FileError
+from lorica.errors import AdapterError, ConfigError, FileError, LoricaWarning
 
 
 @pytest.fixture
@@ -54,6 +54,11 @@ class TestRefused:
         )
         assert not lorica.is_adapter(folder)
 
+    def test_a_field_that_nobody_knows_is_named(self, folder: Path) -> None:
+        edit_config(folder, rank_patern={"up": 4})
+        with pytest.warns(LoricaWarning, match="rank_patern.*did you mean 'rank_pattern'"):
+            lorica.read(folder)
+
     @pytest.mark.parametrize("text", ["", "{", "nonsense", '{"r": 8,}', b"\xff\xfe\x00", "[" * 100_000])
     def test_json_that_is_none(self, folder: Path, text: str | bytes) -> None:
         (folder / "adapter_config.json").write_bytes(text.encode() if isinstance(text, str) else text)
@@ -72,7 +77,6 @@ class TestRefused:
             ({"use_qalora": True}, "use_qalora=True"),
             ({"layer_replication": [[2, 2]]}, "layer_replication"),
             ({"use_qalora": True}, "use_qalora"),
-            ({"rank_patern": {"up": 4}}, "did you mean 'rank_pattern'"),
             ({"r": 0}, "r must be a whole number of at least 1, not 0"),
             ({"r": -2}, "not -2"),
             ({"r": "8"}, "not '8'"),

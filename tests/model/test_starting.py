@@ -388,9 +388,7 @@ class TestRefused:
         with pytest.raises(TargetError, match="needs 17 directions"):
             lorica.adapt(toy(), config("pissa", r=17))
 
-    @pytest.mark.parametrize(
-        "value", ["PiSSA", "pissa_niter_", "pissa_niter_x", "mica", "pissa_niter_[number]", 3]
-    )
+    @pytest.mark.parametrize("value", ["pisa", "pissa_niter_", "pissa_niter_x", "pissa_niter_[number]", 3])
     def test_unknown_values(self, value: Any) -> None:
         with pytest.raises(ConfigError, match="init_lora_weights must be one of"):
             config(value)

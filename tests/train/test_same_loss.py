@@ -76,7 +76,7 @@ def setting(name: str, family: str) -> tuple[Any, Dataset, Any, Any]:
 def trainer(name: str, family: str, folder: Path, **options: Any) -> Trainer:
     task, rows, model, tokenizer = setting(name, family)
     config = TrainingConfig(
-        max_steps=1, logging_steps=1, learning_rate=1.0, max_grad_norm=0.0, report_to=[], **options
+        epochs=1, max_steps=1, logging_steps=1, learning_rate=1.0, max_grad_norm=0.0, report_to=[], **options
     )
     args = training_arguments(config, folder, task.best_metric, validated=False)
     args.optim, args.lr_scheduler_type, args.save_strategy = "sgd", "constant", "no"  # type: ignore[assignment]

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from rich.console import Console
 from train import tiny
 from tune.searches import SPACE, Make, silent
 
 from lorica.cli import main
 from lorica.errors import ConfigError, LoricaError
-from lorica.train import Recipe, evaluate
-from lorica.train import data as sources
+from lorica.train import Recipe, evaluate, reading
 from lorica.train.arguments import LOWER_IS_BETTER, training_arguments
 from lorica.tune import (
     Evaluation,
@@ -278,7 +277,8 @@ def test_validation_rows_may_lie_beside_the_training_rows(
 ) -> None:
     """As on the Hub, where no name tells."""
     rows = Dataset.from_list(tiny.sentences(24))
-    monkeypatch.setattr(sources, "read", lambda name, subset: {"train": rows, "validation": rows})
+    splits = DatasetDict({"train": rows, "validation": rows})
+    monkeypatch.setattr(reading, "_hub", lambda name, subset: splits)
     recipe = make_recipe(epochs=1, max_steps=1).replace(
         data={"train": "own/rows", "validation_fraction": 0.0}
     )

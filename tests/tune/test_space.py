@@ -102,7 +102,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         ({"learning_rate": {"choice": [1e-3, "1e-4"]}}, "write 1.0e-5"),
         ({"seed": "3", "r": {"choice": [1]}}, "training.seed = '3': expected int"),
         ({"save_steps": 2.5, "r": {"choice": [1]}}, "save_steps = 2.5: expected int or None"),
-        ({"learning_rate": "1e-5", "r": {"choice": [1]}}, "expected float; YAML reads 1e-5 as text"),
+        ({"learning_rate": "1e-5", "r": {"choice": [1]}}, "expected float or None; YAML reads 1e-5 as text"),
         ({"training.lr_scheduler": {"choice": ["linear", "square"]}}, "lr_scheduler = 'square': "),
         ({"method.r": {"choice": [3]}, "method.lora_alpha": {"tied": "r", }, "batch_size": {"tied": "r / 2"}},
          "batch_size is a whole number, and its expression comes to 1.5"),

@@ -61,7 +61,7 @@ class Results:
 
 def _is_whole(row: Any) -> bool:
     """Whether a line has the parts that a table is made of."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(n), str) for n in ("key", "task", "method")):
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
         return False
     scores = row.get("scores")
     return isinstance(scores, dict) and all(
@@ -78,7 +78,7 @@ def score_of(row: Row, split: str, metric: str) -> float | None:
     """
     scores = row["scores"].get(split, {})
     if metric not in scores:
-        where = f"the {split} rows of {row['task']}"
+        where = f"the {split} rows of {row.get('task')}"
         raise ConfigError(f"there is no metric {metric!r} of {where}; there are: {listing(scores)}")
     value = scores[metric]
     return value if value is not None and math.isfinite(value) else None

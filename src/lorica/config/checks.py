@@ -43,7 +43,7 @@ def check(config: LoraConfig) -> None:
     if config.task_type is not None and config.task_type not in TASK_TYPES:
         raise ConfigError(
             f"Invalid task type: {config.task_type!r}. Must be one of the following task types: "
-            f"{', '.join(TASK_TYPES)}. Or leave it out"
+            f"{', '.join(TASK_TYPES)}. Or leave task_type out"
         )
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, name)
