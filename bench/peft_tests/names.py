@@ -29,7 +29,8 @@ import lorica.peft
 from lorica.peft import LoraConfig, PeftModel
 from lorica.peft.config import PeftConfig as OwnConfig
 
-_VERSION = lorica.peft.config.__version__
+_SETTINGS: Any = importlib.import_module("lorica.peft.config")
+_VERSION = _SETTINGS.__version__
 CLIENTS = ("tests", "selection")
 OF_ALL_METHODS = ("PeftType", "PEFT_TYPE_TO_CONFIG_MAPPING", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING")
 
@@ -182,7 +183,7 @@ class Overlay(types.ModuleType):
         self.__dict__["_before"].setdefault(name, getattr(self.__dict__["_real"], name, None))
         setattr(self.__dict__["_real"], name, value)
         if name == "__version__":
-            lorica.peft.config.__version__ = _VERSION if value == REAL.__version__ else value
+            _SETTINGS.__version__ = _VERSION if value == REAL.__version__ else value
 
     def __delattr__(self, name: str) -> None:  # which is how monkeypatch undoes it
         setattr(self.__dict__["_real"], name, self.__dict__["_before"].pop(name))

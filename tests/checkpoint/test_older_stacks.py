@@ -79,7 +79,7 @@ def test_a_file_counts_as_its_version_computed(version: str, transposed: bool, t
 
     model = lorica.load(Model(transposed), tmp_path)
     torch.testing.assert_close(model.experts.up, expected)
-    through = lorica.peft.PeftModel.from_pretrained(Model(transposed), tmp_path)
+    through: Any = lorica.peft.PeftModel.from_pretrained(Model(transposed), tmp_path)
     torch.testing.assert_close(through.base_model.model.experts.up, expected)
 
     lorica.save(model, tmp_path / "new")

@@ -76,7 +76,7 @@ def test_what_trains_and_its_files_are_pefts(kind: str, targets: Any, tmp_path: 
         model(kind), peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False)
     )
     expected = names(theirs, "default")
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
     out = theirs(IDS).logits
 
     ours = lorica.adapt(model(kind), lorica.LoraConfig(r=2, lora_alpha=3, target_modules=targets), seed=0)
@@ -116,7 +116,7 @@ def test_parameters_of_one_module_with_ranks_and_alphas_of_their_own(
         "init_lora_weights": False,
     }
     theirs = peft.get_peft_model(model("Mixtral"), peft.LoraConfig(**config))  # pyright: ignore[reportArgumentType]
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(str(tmp_path / "theirs"))
     read = lorica.load(model("Mixtral"), tmp_path / "theirs")
     torch.testing.assert_close(read(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-5)
     lorica.save(read, tmp_path / "ours")

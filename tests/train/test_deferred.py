@@ -127,7 +127,8 @@ def test_adapted(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_head_trained_whole_beside_a_base_in_half_precision(dtype: torch.dtype) -> None:
     model = causal("Llama").to(dtype)
-    tiny.adapted(model, lorica.LoraConfig(r=2, **CONFIGS["head trained whole"]))
+    fields: dict[str, Any] = CONFIGS["head trained whole"]
+    tiny.adapted(model, lorica.LoraConfig(r=2, **fields))
     loss, gradients = step(model)
     with deferred_logits(model.lm_head, chunk=CHUNK):
         found, chunked = step(model)

@@ -244,8 +244,8 @@ def stacks_of(adapter: Adapter, provenance: Mapping[str, Any]) -> Literal["plain
     if version.endswith("+lorica") or not any(name in provenance for name in _OF_PEFT):
         return None
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)  # before 0.18 it did not write its version
-    numbers = tuple(int(part or 0) for part in found.groups()) if found else (0, 17, 0)
-    return "plain" if numbers < (0, 19, 0) else "turned" if numbers == (0, 19, 0) else None
+    numbers = [int(part or 0) for part in found.groups()] if found else [0, 17, 0]
+    return "plain" if numbers < [0, 19, 0] else "turned" if numbers == [0, 19, 0] else None
 
 
 def _read_config(folder: Path) -> tuple[AdapterConfig, Mapping[str, Any]]:

@@ -184,8 +184,9 @@ def _as_stacked_now(parameters: Mapping[str, Target], adapter: Adapter) -> Adapt
     factors = dict(adapter.factors)
     for path, target in parameters.items():
         weight = target.anchor
-        stacked = weight is not None and weight.dim() == 3 and weight.shape[0] > 1 and path in factors
-        if stacked and (adapter.stacks == "turned" or not is_transposed(target.module)):
+        if weight is None or weight.dim() != 3 or weight.shape[0] == 1 or path not in factors:
+            continue
+        if adapter.stacks == "turned" or not is_transposed(target.module):
             f = factors[path]
             A, B = swapped(f.A, f.B, weight.shape[0])
             factors[path] = dataclasses.replace(f, A=A, B=B)
