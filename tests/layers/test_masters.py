@@ -309,3 +309,14 @@ def test_threads_that_call_one_copy_each_get_its_gradient() -> None:
         found = [gradient for each in pool.map(gradients, range(8)) for gradient in each]
     assert len(found) == 200
     assert all(torch.equal(gradient, expected) for gradient in found)
+
+
+@pytest.mark.parametrize("head", [nn.Linear, Deep])
+def test_a_model_whose_values_accelerate_keeps_elsewhere(head: type[nn.Module]) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = trained(with_head(torch.bfloat16, head))
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = tensors(model(x))
+        moved = accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=False)
+        assert all(map(torch.equal, tensors(moved(x)), expected))

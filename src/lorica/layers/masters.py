@@ -48,9 +48,12 @@ def lowered(twin: nn.Module, base: nn.Module) -> nn.Module:
     """
     view = twin.__class__.__new__(twin.__class__)
     view.__dict__.update(twin.__dict__)
-    view.__dict__["_parameters"] = {
-        name: _cast(own, base._parameters.get(name)) for name, own in twin._parameters.items()
-    }
+    own, originals = _held(twin), _held(base)
+    if (
+        own is not twin._parameters
+    ):  # accelerate's forward would bring the values to the copy, not to the view
+        view.__dict__.pop("forward", None)
+    view.__dict__["_parameters"] = {name: _cast(p, originals.get(name)) for name, p in own.items()}
     view.__dict__["_modules"] = {
         name: part if part is None or (other := base._modules.get(name)) is None else lowered(part, other)
         for name, part in twin._modules.items()
@@ -83,8 +86,20 @@ def _cast(own: Tensor | None, original: Tensor | None) -> Any:
     return own.to(original.dtype)
 
 
+def _held(module: nn.Module) -> dict[str, Any]:
+    """A module's parameters; as accelerate keeps them where it keeps them elsewhere."""
+    hook = module.__dict__.get("_hf_hook")
+    kept = getattr(hook, "weights_map", None)
+    if hook is None or kept is None:
+        return module._parameters
+    return {
+        name: None if p is None else kept[name].to(hook.execution_device)
+        for name, p in module._parameters.items()
+    }
+
+
 def _fitted(x: Any, weight: Tensor, base: nn.Module) -> Any:
-    original = base._parameters["weight"]
+    original = _held(base)["weight"]
     assert original is not None
     if not isinstance(x, Tensor) or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
         return x
