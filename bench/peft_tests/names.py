@@ -183,10 +183,13 @@ class Overlay(types.ModuleType):
         self.__dict__["_before"].setdefault(name, getattr(self.__dict__["_real"], name, None))
         setattr(self.__dict__["_real"], name, value)
         if name == "__version__":
-            _SETTINGS.__version__ = _VERSION if value == REAL.__version__ else value
+            _SETTINGS.__version__ = value
 
     def __delattr__(self, name: str) -> None:  # which is how monkeypatch undoes it
-        setattr(self.__dict__["_real"], name, self.__dict__["_before"].pop(name))
+        if name in self.__dict__["_before"]:  # patched twice, it is undone twice
+            setattr(self.__dict__["_real"], name, self.__dict__["_before"].pop(name))
+        if name == "__version__":
+            _SETTINGS.__version__ = _VERSION
 
 
 def overlay(path: str) -> Overlay:
