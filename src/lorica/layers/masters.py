@@ -49,9 +49,8 @@ def lowered(twin: nn.Module, base: nn.Module) -> nn.Module:
     view = twin.__class__.__new__(twin.__class__)
     view.__dict__.update(twin.__dict__)
     own, originals = _held(twin), _held(base)
-    if (
-        own is not twin._parameters
-    ):  # accelerate's forward would bring the values to the copy, not to the view
+    if own is not twin._parameters:
+        # accelerate's forward would bring the values to the copy, not to the view.
         view.__dict__.pop("forward", None)
     view.__dict__["_parameters"] = {name: _cast(p, originals.get(name)) for name, p in own.items()}
     view.__dict__["_modules"] = {
