@@ -51,7 +51,6 @@ SAMPLE = [
     ("lm", "bloom"),
     ("lm", "gpt2"),
     ("lm", "mixtral"),
-    ("lm", "qwen3_next"),
     ("lm", "olmoe"),
     ("lm", "llama"),
 ]
