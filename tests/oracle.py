@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 import lorica
 from lorica import Factors, LoraConfig
-from lorica.layers import LoraLayer
+from lorica.layers import LoraLayer, LoraParameters
 
 
 def lora_linear(
@@ -43,12 +43,29 @@ def delta(layer: LoraLayer, name: str) -> Tensor:
     return (update.T if stored_in_first else update).reshape(layer.base_weight.shape)
 
 
+def stacked(layer: LoraParameters, update: Any, name: str, W0: Tensor) -> Tensor:
+    """The update of a parameter, an expert after the other; of a plain matrix there is one."""
+    A, B = update.factor_parameters(name)
+    experts = W0.shape[0] if W0.dim() == 3 else 1
+    r = A.shape[0] // experts
+    products = [B[:, e::experts] @ A[e * r : (e + 1) * r] for e in range(experts)]
+    if W0.dim() == 2:
+        return update.scaling[name] * products[0]
+    matrices = [p.T if getattr(layer, "is_transposed", False) else p for p in products]
+    return update.scaling[name] * torch.stack(matrices)
+
+
 def folded(model: nn.Module, before: nn.Module, names: Iterable[str] = ("default",)) -> dict[str, Tensor]:
     """W0 + Σ scale·B·A of adapters of `model`, by name of the weight in the base as it was `before`."""
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     assert layers, "nothing is adapted: the comparison would prove nothing"
     weights: dict[str, Tensor] = {}
     for path, layer in layers.items():
+        if isinstance(layer, LoraParameters):
+            for leaf, update in layer.lora_parameters.items():
+                W0 = before.get_parameter(f"{path}.{leaf}")
+                weights[f"{path}.{leaf}"] = W0 + sum(stacked(layer, update, n, W0) for n in names)
+            continue
         full = f"{path}.{layer.weight_name}" if path else layer.weight_name
         updates = [delta(layer, name) for name in names if name in layer.scaling]
         weights[full] = sum(updates, start=before.get_parameter(full))  # pyright: ignore[reportArgumentType]

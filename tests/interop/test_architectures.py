@@ -51,6 +51,7 @@ SAMPLE = [
     ("lm", "bloom"),
     ("lm", "gpt2"),
     ("lm", "mixtral"),
+    ("lm", "qwen3_next"),
     ("lm", "olmoe"),
     ("lm", "llama"),
 ]
@@ -113,7 +114,10 @@ def check(head: str, name: str) -> None:
     assert (out - expected).abs().max() < 1e-6 * change
 
     names = [
-        (path, factor) for path, layer in layers.items() for factor in layer.factor_parameters("default")
+        (path, factor)
+        for path, layer in layers.items()
+        for _, _, holder in layer.holders("default")
+        for factor in holder.factor_parameters("default")
     ]
     factors = [factor for _, factor in names]
     direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2))
