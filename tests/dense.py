@@ -47,11 +47,11 @@ class Dense:
         """The base's parameters with all that the named adapters make of them."""
         own = dict(self.base.named_parameters())
         result: dict[str, Tensor] = {**own}
-        _, roster = roster_of(model)
+        _, state = roster_of(model)
         for name in names:
-            for path, slot in roster.slots.get(name, {}).items():
+            for path, slot in state.slots.get(name, {}).items():
                 result[path] = result[path] + (slot - own[path])
-            for twin in trained_copies(model, roster, name):
+            for twin in trained_copies(model, state, name):
                 result[twin.base_name] = twin.tensor
             for path, layer in layers_of(model, name):
                 full = f"{path}.{layer.weight_name}"

@@ -276,8 +276,8 @@ class Pair:
             raise _Over from None
 
     def acting(self) -> Sequence[str]:
-        roster = self.models[1].base_model.roster
-        return roster.merged or roster.active
+        state = self.models[1].base_model.adapter_state
+        return state.merged or state.active
 
     def output(self, model: Any) -> Tensor:
         return first(model(**self.base.inputs))

@@ -93,8 +93,8 @@ def test_each_thread_computes_with_its_own_choice() -> None:
     in_threads(*(lambda name=name: work(name) for name in made), default)
     assert not wrong
     assert torch.equal(run(model), want["one"])
-    assert not model.lorica_roster.owners
-    assert not model.lorica_roster.inside
+    assert not model.lorica_state.owners
+    assert not model.lorica_state.inside
 
 
 def test_a_plain_call_in_a_thread_holds_there() -> None:
@@ -141,7 +141,7 @@ def test_each_task_computes_with_its_own_choice() -> None:
 
     asyncio.run(blocks())
     assert torch.equal(run(model), want["one"])
-    assert not model.lorica_roster.owners
+    assert not model.lorica_state.owners
     asyncio.run(plain())
 
 

@@ -141,7 +141,7 @@ _MODULES = frozenset(
         "init",
         "layers",
         "model",
-        "roster",
+        "state",
         "study",
     )
 )

@@ -403,7 +403,7 @@ class TestValuesOfTheBase:
         state = {"base_model.model.body.base_layer.bias": Net().body.bias.detach(), "nothing": torch.ones(1)}
         result = peft.set_peft_model_state_dict(model, state)
         assert result.unexpected_keys == ["base_model.model.nothing"]
-        assert model.base_model.roster.slots == {}
+        assert model.base_model.adapter_state.slots == {}
 
 
 def test_names_of_layers_in_the_status() -> None:
@@ -451,9 +451,9 @@ def test_a_choice_made_in_another_thread_holds_for_all() -> None:
 
     in_another_thread(lambda: model.set_adapter("two"))
     assert model.active_adapters == ["two"]
-    roster: Any = model.base_model.roster
-    assert roster.active == ("two",)
+    state: Any = model.base_model.adapter_state
+    assert state.active == ("two",)
     in_another_thread(model.base_model.disable_adapter_layers)
-    assert roster.active == ()
+    assert state.active == ()
     in_another_thread(model.base_model.enable_adapter_layers)
-    assert roster.active == ("two",)
+    assert state.active == ("two",)

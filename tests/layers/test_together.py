@@ -71,8 +71,8 @@ def adapters(draw: st.DrawFn, kind: Kind) -> list[AdapterConfig]:
 
 def trained(model: nn.Module, name: str) -> list[Tensor]:
     """Everything that one adapter trains."""
-    _, roster = roster_of(model)
-    own: list[Tensor] = [*roster.slots.get(name, {}).values()]
+    _, state = roster_of(model)
+    own: list[Tensor] = [*state.slots.get(name, {}).values()]
     for _, layer in layers_of(model, name):
         more = (layer.magnitude_parameter(name), layer.bias_parameter(name))
         own += [*layer.factor_parameters(name), *(p for p in more if p is not None)]
@@ -207,8 +207,8 @@ def test_any_adapter_for_each_row(case: str, data: st.DataObject) -> None:
     kind = KINDS[case]
     configs = data.draw(adapters(kind))
     model, dense = build(kind, configs)
-    _, roster = roster_of(model)
-    can = [name for name in NAMES[: len(configs)] if not roster.stand_ins(name)]
+    _, state = roster_of(model)
+    can = [name for name in NAMES[: len(configs)] if not state.stand_ins(name)]
     assume(can)
     x = kind.x()
     names = [data.draw(st.sampled_from([None, *can])) for _ in range(len(x))]

@@ -280,8 +280,8 @@ class TestFiles:
         lorica.save(model, tmp_path)
         # As on another machine: the same configuration, and a start that differs in its last digits.
         resumed = lorica.adapt(toy(), config(value), seed=99)
-        roster: Any = resumed.lorica_roster
-        for start in roster.starts["default"].values():
+        state: Any = resumed.lorica_state
+        for start in state.starts["default"].values():
             start.weight.data += 1e-4
             start.A += 1e-4
         lorica.load_weights(resumed, tmp_path)

@@ -60,7 +60,7 @@ def test_another_dtype_is_followed(fields: dict[str, Any], way: list[str]) -> No
     twin = lorica.adapt(Toy(), LoraConfig(r=2, target_modules=["up", "embed"], **fields))
     shake(twin)
     twin.load_state_dict(lorica.restore(merged(**fields)).state_dict())
-    W0 = model.lorica_roster.aside.modules[1].originals["weight"].detach().clone()
+    W0 = model.lorica_state.aside.modules[1].originals["weight"].detach().clone()
     for name in way:
         model.to(getattr(torch, name))
     restored = lorica.restore(model)

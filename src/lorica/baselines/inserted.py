@@ -16,7 +16,7 @@ from lorica.baselines.positions import Layout, check_room, first_position, is_ca
 from lorica.errors import StateError
 from lorica.layers.added import AddedModule, like
 from lorica.model.structure import find_adapted
-from lorica.roster import Roster
+from lorica.state import AdapterState
 
 _NOTE = "lorica_inserted"
 
@@ -46,13 +46,13 @@ class Inserted(nn.Module):
 class NoteLabels:
     """Notes a call's labels, which say where the prompt ends, for the model inside."""
 
-    def __init__(self, roster: Roster) -> None:
-        self.roster = roster
+    def __init__(self, state: AdapterState) -> None:
+        self.adapter_state = state
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note them; where the call brings none, those of `noted_labels` stand."""
         if "labels" in kwargs:
-            self.roster.labels = kwargs["labels"]
+            self.adapter_state.labels = kwargs["labels"]
 
 
 @contextmanager
@@ -76,7 +76,7 @@ class PrefixedModel(AddedModule):
     """The model inside a task's: the virtual positions are put in before it runs, and taken out after."""
 
     own_modules = ("inserted",)
-    own_attributes = ("roster", "noting")
+    own_attributes = ("adapter_state", "noting")
 
     def prepare(self) -> None:
         """As `AddedModule.prepare`; nothing is noted yet."""
@@ -88,7 +88,7 @@ class PrefixedModel(AddedModule):
         super().add_part(name, part)
         caller = part.__dict__.pop("caller", None)
         if caller is not None and self.__dict__["noting"] is None:
-            note = NoteLabels(self.roster)
+            note = NoteLabels(self.adapter_state)
             self.__dict__["noting"] = caller[0].register_forward_pre_hook(note, with_kwargs=True)
 
     def remove_part(self, name: str) -> None:
@@ -115,7 +115,7 @@ class PrefixedModel(AddedModule):
             return super().forward(*args, **kwargs)
         call = _by_name(self, args, kwargs)
         as_tuple = call.pop("return_dict", None) is False
-        labels, self.roster.labels = self.roster.labels, None
+        labels, self.adapter_state.labels = self.adapter_state.labels, None
         cache = call.get("past_key_values")
         cached = cache.get_seq_length() if cache is not None else 0
         if cached:
@@ -124,12 +124,12 @@ class PrefixedModel(AddedModule):
         else:
             mask = None
             if call.get("pixel_values") is None:  # else the embeddings insert, which know the patches
-                self.roster.layout, mask = self._insert(part, call, labels)
+                self.adapter_state.layout, mask = self._insert(part, call, labels)
             try:
                 output = super().forward(**call, return_dict=True)
-                _take_out(self, output, self.roster.layout)
+                _take_out(self, output, self.adapter_state.layout)
             finally:
-                self.roster.layout = None
+                self.adapter_state.layout = None
             cache = output.get("past_key_values")
             if cache is not None:
                 setattr(cache, _NOTE, mask)
@@ -211,7 +211,7 @@ class PrefixedEmbeddings(AddedModule):
         if part is None:
             return x
         mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
-        self.roster.layout = lay_out(mask, None, part.lengths, causal=False)
+        self.adapter_state.layout = lay_out(mask, None, part.lengths, causal=False)
         before, behind = part.vectors(x.shape[-1], x).expand(len(x), -1, -1).split(part.lengths, dim=1)
         return torch.cat([before, x, behind], dim=1)
 
@@ -223,7 +223,7 @@ class PrefixedBlock(AddedModule):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the block makes of them."""
-        part, layout = self.acting_part(Inserted), self.roster.layout
+        part, layout = self.acting_part(Inserted), self.adapter_state.layout
         if part is not None and layout is not None:
             if self.training and getattr(self, "gradient_checkpointing", False):
                 raise StateError(

@@ -39,8 +39,8 @@ class AddedModule(SwappedModule):
 
     def acting_part(self, kind: type[P]) -> P | None:
         """The active adapter's part, or None where the module acts alone."""
-        # There is one at most: the roster lets no two act that bring the same part.
-        for name in self.roster.active:
+        # There is one at most: the state lets no two act that bring the same part.
+        for name in self.adapter_state.active:
             if name in self.parts:
                 part = self.parts[name]
                 assert isinstance(part, kind)

@@ -35,7 +35,7 @@ class LoraLayer(AskedLayer):
     """
 
     own_modules = ("lora_A", "lora_B", "lora_magnitude_vector")
-    own_attributes = ("roster", "scaling", "scaled", "lora_dropout", "displaced")
+    own_attributes = ("adapter_state", "scaling", "scaled", "lora_dropout", "displaced")
     kind: ClassVar[Kind] = "linear"
     weight_name: ClassVar[str] = "weight"
     """Name of the base's parameter that the update belongs to."""
@@ -140,8 +140,8 @@ class LoraLayer(AskedLayer):
         """What the base layer returns, plus the active adapters' updates."""
         y = self.base_forward(*args, **kwargs)
         x = args[0] if args else kwargs[_input_name(self.base_class)]
-        if self.roster.rows is not None:
-            return self.roster.rows.add(self, y, x, self.scaling.keys(), self.effect)
+        if self.adapter_state.rows is not None:
+            return self.adapter_state.rows.add(self, y, x, self.scaling.keys(), self.effect)
         base = y
         for name in self.acting():
             y = y + self.effect(name, x, base)
@@ -174,7 +174,7 @@ class LoraLayer(AskedLayer):
 
     def acting(self) -> list[str]:
         """Names of the active adapters that have an update for this layer."""
-        return [name for name in self.roster.active if name in self.scaling]
+        return [name for name in self.adapter_state.active if name in self.scaling]
 
     def update_of(self, name: str) -> tuple[Tensor, Tensor, float, float]:
         """A, B, scale, and the dropout probability in force now (0 in evaluation)."""

@@ -80,7 +80,7 @@ class AskedModule(SwappedModule):
     @told
     def disable_adapters(self) -> bool:
         """Whether all adapters of the model are disabled."""
-        return self.roster.resting is not None
+        return self.adapter_state.resting is not None
 
     def set_adapter(self, adapter_names: str | Iterable[str], inference_mode: bool = False) -> None:
         """Let exactly these adapters act in the whole model; of this module's, these train.
@@ -94,7 +94,7 @@ class AskedModule(SwappedModule):
             StateError: an adapter is merged, or brings more than updates, which the model itself must place.
         """
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self.roster.choose(names)
+        self.adapter_state.choose(names)
         for name, parameter in self.brought():
             parameter.requires_grad_(name in names and not inference_mode)
 
@@ -104,15 +104,15 @@ class AskedModule(SwappedModule):
         Raises:
             StateError: as `set_adapter`.
         """
-        roster = self.roster
-        if enabled and roster.resting is not None:
-            names = tuple(name for name in roster.resting if name in roster.configs)
-            roster.choose(names)
-            roster.resting = None
-        elif not enabled and roster.resting is None:
-            before = roster.active
-            roster.choose(())
-            roster.resting = before
+        state = self.adapter_state
+        if enabled and state.resting is not None:
+            names = tuple(name for name in state.resting if name in state.configs)
+            state.choose(names)
+            state.resting = None
+        elif not enabled and state.resting is None:
+            before = state.active
+            state.choose(())
+            state.resting = before
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Let these adapters' part of this module train, or not."""
@@ -135,13 +135,13 @@ class AskedModule(SwappedModule):
         return self._chosen_by_all()
 
     def _chosen_by_all(self) -> list[str]:
-        roster = self.roster
-        if roster.merged:
-            return list(roster.aside.before)
-        return list(roster.active if roster.resting is None else roster.resting)
+        state = self.adapter_state
+        if state.merged:
+            return list(state.aside.before)
+        return list(state.active if state.resting is None else state.resting)
 
     def _in_weights(self) -> list[str]:
-        return [name for name in self.roster.merged if name in self._get_available_adapters()]
+        return [name for name in self.adapter_state.merged if name in self._get_available_adapters()]
 
     def _get_available_adapters(self) -> set[str]:
         """Names of the adapters that have a part here."""
@@ -272,7 +272,7 @@ class AskedLayer(AskedModule):
         return {name: self._holder(name).factors(name).r for name in self.scaling}
 
     def _rooted(self, name: str) -> bool:
-        return bool(getattr(self.roster.configs.get(name), "use_rslora", False))
+        return bool(getattr(self.adapter_state.configs.get(name), "use_rslora", False))
 
     def _widths(self) -> tuple[int, int]:
         base: Any = self

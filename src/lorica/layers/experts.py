@@ -96,7 +96,7 @@ class LoraParameters(LoraLayer):
     """
 
     own_modules = ("lora_parameters",)
-    own_attributes = ("roster", "scaling", "scaled", "lora_dropout", "_shown")
+    own_attributes = ("adapter_state", "scaling", "scaled", "lora_dropout", "_shown")
     kind: ClassVar[Kind] = "parameter"
     takes_dropout: ClassVar[bool] = False
     takes_bias: ClassVar[bool] = False
@@ -126,7 +126,7 @@ class LoraParameters(LoraLayer):
         if added is None or name not in added:
             return super().__getattr__(name)
         shown = self._shown
-        acting = self.roster.active
+        acting = self.adapter_state.active
         if shown is None:
             return added[name].added(self.get_base(name), acting)
         key = name, acting  # another thread may be in the same call for others

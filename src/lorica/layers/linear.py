@@ -29,7 +29,7 @@ class LoraLinear(LoraLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to ``(..., d_in)``; returns ``(..., d_out)``."""
-        rows = self.roster.rows
+        rows = self.adapter_state.rows
         if rows is not None:
             if torch.is_grad_enabled():
                 rows.forget()

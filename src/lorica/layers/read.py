@@ -63,7 +63,7 @@ class ReadWeight(LoraLayer):
             StateError: the update has a part that no weight can hold: one for each row, a dropped input, a
                 bias.
         """
-        rows = self.roster.rows
+        rows = self.adapter_state.rows
         names = self.acting() if rows is None else [name for name in self.scaling if name in rows.names]
         what = None
         if rows is not None and names:

@@ -33,7 +33,7 @@ class SavedModule(AskedModule):
 
     label: ClassVar[str] = "Saved"
     own_modules = ("modules_to_save",)
-    own_attributes = ("roster", "masters")
+    own_attributes = ("adapter_state", "masters")
     modules_to_save: nn.ModuleDict
     masters: set[str]
 
@@ -93,8 +93,8 @@ class SavedModule(AskedModule):
 
     def acting_name(self) -> str | None:
         """The active adapter that has a copy, or None where the original answers."""
-        # There is one at most: the roster lets no two act that bring the same module.
-        active = self.roster.active
+        # There is one at most: the state lets no two act that bring the same module.
+        active = self.adapter_state.active
         return next((name for name in self._copies() if name in active), None)
 
     def answering(self, name: str) -> nn.Module:
@@ -128,7 +128,7 @@ class SavedModule(AskedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the acting copy, or the original; where rows have adapters of their own, each row's."""
-        if self.roster.rows is not None:
+        if self.adapter_state.rows is not None:
             return self._by_row(*args, **kwargs)
         name = self.acting_name()
         return super().forward(*args, **kwargs) if name is None else self._answer(name, *args, **kwargs)
@@ -141,7 +141,7 @@ class SavedModule(AskedModule):
                 "one adapter act for the whole batch"
             )
         x, *args = given
-        rows = self.roster.rows
+        rows = self.adapter_state.rows
         assert rows is not None
         parts, places = [], []
         for name, index in rows.groups(self, x, self.modules_to_save.keys()):

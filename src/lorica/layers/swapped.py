@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from lorica.errors import StateError
-from lorica.roster import Roster
+from lorica.state import AdapterState
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -114,10 +114,10 @@ class SwappedModule(nn.Module):
     """Prefix of the joined class's name."""
     own_modules: ClassVar[tuple[str, ...]] = ()
     """Child modules that the mixin adds."""
-    own_attributes: ClassVar[tuple[str, ...]] = ("roster",)
+    own_attributes: ClassVar[tuple[str, ...]] = ("adapter_state",)
     """Plain attributes that the mixin adds."""
 
-    roster: Roster
+    adapter_state: AdapterState
 
     @classmethod
     def swap(cls, module: nn.Module) -> Self:
@@ -128,10 +128,10 @@ class SwappedModule(nn.Module):
         return module
 
     @classmethod
-    def take(cls, module: nn.Module, roster: Roster) -> Self:
+    def take(cls, module: nn.Module, state: AdapterState) -> Self:
         """Swap `module`'s class, and add what the mixin needs; it carries no adapter yet."""
         host = cls.swap(module)
-        host.__dict__["roster"] = roster
+        host.__dict__["adapter_state"] = state
         host.prepare()
         return host
 

@@ -103,7 +103,7 @@ class TrainedTokens(AskedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the table to ids, or the head to ``(..., dim)``."""
-        rows = self.roster.rows
+        rows = self.adapter_state.rows
         if rows is None:
             return self._apply_rows(self._acting(), input)
         parts, places = [], []
@@ -114,7 +114,7 @@ class TrainedTokens(AskedModule):
         return torch.cat(parts).index_select(0, torch.cat(places).argsort())
 
     def _acting(self) -> list[str]:
-        return [name for name in self.roster.active if name in self.token_adapter.indices]
+        return [name for name in self.adapter_state.active if name in self.token_adapter.indices]
 
     def _index(self, names: Sequence[str]) -> Tensor:
         """The adapters' tokens, one adapter after another."""

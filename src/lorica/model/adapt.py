@@ -23,7 +23,7 @@ from lorica.model.stack import stacked, unstack
 from lorica.model.starting import PREPARED, Source, begin, check_alone, check_start, prepared
 from lorica.model.statistics import give_statistics
 from lorica.model.structure import (
-    ROSTER,
+    STATE,
     Target,
     adapted,
     added_modules,
@@ -35,7 +35,7 @@ from lorica.model.structure import (
 from lorica.model.tied import check_pair, pairs, warn_if_idle
 from lorica.model.tokens import starting_rows, token_targets
 from lorica.model.uncalled import stop_watching
-from lorica.roster import Roster, parameter_at
+from lorica.state import AdapterState, parameter_at
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -74,15 +74,15 @@ def adapt(
 
     Source: Hu et al., 2021, §4.1.
     """
-    root, roster = open_for(model, name)
+    root, state = open_for(model, name)
     config = as_config(config)
-    with uncollected(), stacked(root, roster, config), roster.base_in_place(root):
-        _adapt(root, roster, config, name, seed)
+    with uncollected(), stacked(root, state, config), state.base_in_place(root):
+        _adapt(root, state, config, name, seed)
     active(root, name)
     return model
 
 
-def _adapt(root: nn.Module, roster: Roster, config: AdapterConfig, name: str, seed: int | None) -> None:
+def _adapt(root: nn.Module, state: AdapterState, config: AdapterConfig, name: str, seed: int | None) -> None:
     seed = init.draw_seed() if seed is None else seed
     found = resolve_methods(root, config, seed)
     lora = found.lora
@@ -107,7 +107,7 @@ def _adapt(root: nn.Module, roster: Roster, config: AdapterConfig, name: str, se
     trainable = not found.config.inference_mode
     mount(
         root,
-        roster,
+        state,
         name,
         found.config,
         mounts,
@@ -118,7 +118,7 @@ def _adapt(root: nn.Module, roster: Roster, config: AdapterConfig, name: str, se
         tied,
         trainable=trainable,
     )
-    give_statistics(root, roster, name, found.saved, {}, trainable=trainable)
+    give_statistics(root, state, name, found.saved, {}, trainable=trainable)
     if lora is not None and lora.init_lora_weights in FROM_DATA:
         root.__dict__.pop(PREPARED, None)
 
@@ -139,10 +139,10 @@ def detach(model: M, name: str | None = None) -> M:
         AdapterError: no such adapter.
         StateError: the model carries no adapter, some are merged, or it was sharded since.
     """
-    root, roster = adapted(model)
-    roster.check_unmerged("detach an adapter")
-    roster.check_alone("detach an adapter")
-    gone = tuple(roster.configs) if name is None else (roster.known(name),)
+    root, state = adapted(model)
+    state.check_unmerged("detach an adapter")
+    state.check_alone("detach an adapter")
+    gone = tuple(state.configs) if name is None else (state.known(name),)
     swapped = (
         *lora_layers(root).values(),
         *saved_modules(root).values(),
@@ -151,7 +151,7 @@ def detach(model: M, name: str | None = None) -> M:
     )
     for module in swapped:
         module.check_own_class()
-    roster.activate(root, tuple(n for n in roster.active if n not in gone))
+    state.activate(root, tuple(n for n in state.active if n not in gone))
     for layer in lora_layers(root).values():
         for n in gone:
             if n in layer.scaling:
@@ -172,23 +172,23 @@ def detach(model: M, name: str | None = None) -> M:
             table.leave()
     for n in gone:
         remove_parts(root, n)
-        roster.slots.pop(n, None)
-        roster.statistics.pop(n, None)
-        roster.starts.pop(n, None)
-        roster.whole.pop(n, None)
-        roster.parts.pop(n, None)
-        del roster.configs[n]
-    if not roster.configs:
-        for parameter in roster.frozen:
+        state.slots.pop(n, None)
+        state.statistics.pop(n, None)
+        state.starts.pop(n, None)
+        state.whole.pop(n, None)
+        state.parts.pop(n, None)
+        del state.configs[n]
+    if not state.configs:
+        for parameter in state.frozen:
             parameter.requires_grad_(True)
-        release_layout(roster.layouts)
-        for hook in roster.hooks:
+        release_layout(state.layouts)
+        for hook in state.hooks:
             hook.remove()
-        classes.take_back(root, roster)
-        unstack(root, roster)
+        classes.take_back(root, state)
+        unstack(root, state)
         pretrained.leave(root)
         stop_watching(root)
-        delattr(root, ROSTER)
+        delattr(root, STATE)
     return model
 
 
@@ -224,11 +224,11 @@ class active:
     """
 
     def __init__(self, model: nn.Module, names: str | Iterable[str], rows: Any = None) -> None:
-        self._root, self._roster = root, roster = adapted(model)
-        roster.check_unmerged("choose another adapter")
-        self._here, self._own, self._shared = roster.last, roster.own_choice(), roster.shared
-        roster.activate(root, (names,) if isinstance(names, str) else tuple(names))
-        roster.decide(roster.last._replace(rows=rows, resting=None))
+        self._root, self._roster = root, state = adapted(model)
+        state.check_unmerged("choose another adapter")
+        self._here, self._own, self._shared = state.last, state.own_choice(), state.shared
+        state.activate(root, (names,) if isinstance(names, str) else tuple(names))
+        state.decide(state.last._replace(rows=rows, resting=None))
 
     def __enter__(self) -> None:
         """From here on it is a block: the thread's or task's own, and no longer the model's."""
@@ -236,12 +236,12 @@ class active:
 
     def __exit__(self, *error: object) -> None:
         """Let those act that did before, as far as they are still there."""
-        roster = self._roster
-        roster.check_unmerged("leave the choice of another adapter")
-        now = roster.shared
-        roster.activate(self._root, roster.present(self._here).names)
-        own = None if self._own is None else roster.present(self._own)
-        roster.leave(self, own, roster.present(self._shared), now)
+        state = self._roster
+        state.check_unmerged("leave the choice of another adapter")
+        now = state.shared
+        state.activate(self._root, state.present(self._here).names)
+        own = None if self._own is None else state.present(self._own)
+        state.leave(self, own, state.present(self._shared), now)
 
 
 def disabled(model: nn.Module) -> active:

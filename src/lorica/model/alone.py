@@ -15,7 +15,7 @@ from lorica.layers.axes import Witness
 from lorica.layers.rows import Rows
 from lorica.model.structure import walk
 from lorica.model.watching import as_it_was
-from lorica.roster import Roster
+from lorica.state import AdapterState
 
 # Inputs by which a call tells its number of rows, the surest first.
 _MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values")
@@ -24,12 +24,12 @@ _MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embe
 class Calls:
     """Hooks around the calls of a model and of those parts that are called by themselves."""
 
-    def __init__(self, roster: Roster) -> None:
-        self.roster = roster
+    def __init__(self, state: AdapterState) -> None:
+        self.adapter_state = state
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check the number of rows of an outermost call, and show the model one row, once for its kind."""
-        rows = self.roster.rows
+        rows = self.adapter_state.rows
         if not isinstance(rows, Rows) or rows.axes.batch is not None or torch.compiler.is_compiling():
             return
         axes, found = rows.axes, _main(module, args, kwargs)
@@ -38,32 +38,32 @@ class Calls:
         axes.check_batch(found.shape[0], len(rows.names))
         axes.batch, axes.outermost = found.shape[0], module
         kind = (module, len(args), frozenset(key for key, value in kwargs.items() if value is not None))
-        if len(set(rows.names)) > 1 and kind not in self.roster.shown:
+        if len(set(rows.names)) > 1 and kind not in self.adapter_state.shown:
             witness = Witness()
             try:
-                with self.roster.only_here(self.roster.choice._replace(rows=witness)):
+                with self.adapter_state.only_here(self.adapter_state.choice._replace(rows=witness)):
                     axes.lengths = _show_one(module, args, kwargs, axes.batch)
                 axes.failure = None
-                self.roster.shown.add(kind)
+                self.adapter_state.shown.add(kind)
             except Exception as error:
                 axes.failure = error
             axes.alone, axes.calls = witness.shapes, {}
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """The call is over; what is called next may be a part by itself."""
-        rows = self.roster.rows
+        rows = self.adapter_state.rows
         if isinstance(rows, Rows) and rows.axes.outermost is module:
             rows.axes.batch = rows.axes.outermost = None
 
 
-def watch_calls(root: nn.Module, roster: Roster) -> None:
+def watch_calls(root: nn.Module, state: AdapterState) -> None:
     """Put the hooks on a model, once."""
-    if roster.hooks:
+    if state.hooks:
         return
-    calls = Calls(roster)
+    calls = Calls(state)
     for module in _callable_alone(root):
-        roster.hooks.append(module.register_forward_pre_hook(calls.before, with_kwargs=True))
-        roster.hooks.append(module.register_forward_hook(calls.after, always_call=True))
+        state.hooks.append(module.register_forward_pre_hook(calls.before, with_kwargs=True))
+        state.hooks.append(module.register_forward_hook(calls.after, always_call=True))
 
 
 def _callable_alone(root: nn.Module) -> Iterator[nn.Module]:

@@ -37,7 +37,7 @@ from lorica.model.targets import as_target, parameter_targets
 from lorica.model.tied import apart, pairs, torn, with_tied
 from lorica.model.tokens import TokenTarget, starting_rows, token_targets
 from lorica.model.values import trained_copies
-from lorica.roster import Roster
+from lorica.state import AdapterState
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -68,16 +68,16 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
 
 def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> M:
     """As `attach`, for an adapter that is known to be finite: one that was just read is."""
-    root, roster = open_for(model, name)
-    with uncollected(), stacked(root, roster, adapter.config), roster.base_in_place(root):
-        _attach(root, roster, adapter, name, trainable)
-    if len(roster.configs) == 1:
-        roster.activate(root, (name,))
-        classes.give(root, roster, adapter)
+    root, state = open_for(model, name)
+    with uncollected(), stacked(root, state, adapter.config), state.base_in_place(root):
+        _attach(root, state, adapter, name, trainable)
+    if len(state.configs) == 1:
+        state.activate(root, (name,))
+        classes.give(root, state, adapter)
     return model
 
 
-def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, trainable: bool) -> None:
+def _attach(root: nn.Module, state: AdapterState, adapter: Adapter, name: str, trainable: bool) -> None:
     adapter = adapter_now(root, adapter)
     if isinstance(adapter.config, LoraConfig):
         # PEFT ties what is called embed_tokens or lm_head, and of others brings one table alone.
@@ -139,7 +139,7 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
     rows = [(table, starting_rows(table)) for table in tokens]
     mount(
         root,
-        roster,
+        state,
         name,
         adapter.config,
         mounts,
@@ -150,9 +150,9 @@ def _attach(root: nn.Module, roster: Roster, adapter: Adapter, name: str, traina
         shared,
         trainable=trainable,
     )
-    give_statistics(root, roster, name, saved, adapter.extras, trainable=trainable)
+    give_statistics(root, state, name, saved, adapter.extras, trainable=trainable)
     with torch.no_grad():
-        for copy in trained_copies(root, roster, name):
+        for copy in trained_copies(root, state, name):
             copy.tensor.copy_(adapter.extras[copy.base_name])
         for part in plan.parts:
             for key, tensor in part.tensors():

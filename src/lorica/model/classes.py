@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lorica.adapter import Adapter
-from lorica.roster import Roster
+from lorica.state import AdapterState
 
 
 def names_of(root: nn.Module, extras: Mapping[str, Tensor]) -> tuple[str, ...] | None:
@@ -26,22 +26,22 @@ def names_of(root: nn.Module, extras: Mapping[str, Tensor]) -> tuple[str, ...] |
     return None if unnamed or not _heads(extras, len(names)) else names
 
 
-def give(root: nn.Module, roster: Roster, adapter: Adapter) -> None:
+def give(root: nn.Module, state: AdapterState, adapter: Adapter) -> None:
     """Name a model's classes as an adapter that brings its own head does; `take_back` undoes it."""
     names, config = adapter.classes, getattr(root, "config", None)
     before = getattr(config, "id2label", None)
     if names is None or not before or len(before) != len(names) or not _heads(adapter.extras, len(names)):
         return
-    roster.classes = (dict(before), dict(config.label2id))  # type: ignore[union-attr]
+    state.classes = (dict(before), dict(config.label2id))  # type: ignore[union-attr]
     config.id2label = dict(enumerate(names))  # type: ignore[union-attr]
     config.label2id = {name: place for place, name in enumerate(names)}  # type: ignore[union-attr]
 
 
-def take_back(root: nn.Module, roster: Roster) -> None:
+def take_back(root: nn.Module, state: AdapterState) -> None:
     """Name a model's classes as before `give`."""
-    if roster.classes is not None:
-        root.config.id2label, root.config.label2id = roster.classes  # type: ignore[union-attr]
-        roster.classes = None
+    if state.classes is not None:
+        root.config.id2label, root.config.label2id = state.classes  # type: ignore[union-attr]
+        state.classes = None
 
 
 def _heads(extras: Mapping[str, Tensor], outputs: int) -> bool:

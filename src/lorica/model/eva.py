@@ -73,20 +73,20 @@ def get_eva_state_dict(
     """
     check_batches(dataloader)
     if config is None:
-        root, roster = adapted(model)
-        key = roster.one(name)
-        given = roster.configs[key]
+        root, state = adapted(model)
+        key = state.one(name)
+        given = state.configs[key]
         if not isinstance(given, LoraConfig):
             raise ConfigError(f"{key!r} is not LoRA alone, and only that starts from its inputs")
         config = given
-        roster.check_unmerged("look at the layers")
+        state.check_unmerged("look at the layers")
         layers = lora_layers(root)
         targets = [
             Target(path, layer, layer.mixin())  # pyright: ignore[reportArgumentType]
             for path, layer in layers.items()
             if key in layer.scaling
         ]
-        with roster.base_in_place(root):
+        with state.base_in_place(root):
             return _Search(targets, config, seed).run(model, dataloader, forward, progress)
     return _Search(resolve(model, config).layers, config, seed).run(model, dataloader, forward, progress)
 
@@ -122,13 +122,13 @@ def initialize_lora_eva_weights(
         ConfigError: the adapter is not one of EVA's, or there is neither data nor a state dict.
         AdapterError: as `get_eva_state_dict`; or the state dict does not fit the model.
     """
-    root, roster = adapted(model)
-    key = roster.one(name)
-    config = roster.configs[key]
+    root, state = adapted(model)
+    key = state.one(name)
+    config = state.configs[key]
     if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva":
         value = config.init_lora_weights if isinstance(config, LoraConfig) else None
         raise ConfigError(f"{key!r} has init_lora_weights={value!r}; adapt the model with 'eva' first")
-    roster.check_unmerged("start an adapter")
+    state.check_unmerged("start an adapter")
     if eva_state_dict is None:
         if dataloader is None:
             raise ConfigError("give a dataloader, or the eva_state_dict that get_eva_state_dict returned")
@@ -151,7 +151,7 @@ def initialize_lora_eva_weights(
                 layer.add_magnitude(key, magnitude)
         elif not layer.scaling:
             layer.leave()
-    roster.configs[key] = config
+    state.configs[key] = config
     return model
 
 

@@ -35,7 +35,7 @@ def check_head(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     if not isinstance(head, LoraLayer | SavedModule):
         return
-    if head.roster.rows is not None or (isinstance(head, LoraLayer) and head.acting()):
+    if head.adapter_state.rows is not None or (isinstance(head, LoraLayer) and head.acting()):
         path = next(path for path, module in model.named_modules() if module is head)
         raise StateError(
             f"{path} carries an adapter, but this trainer's fused loss reads {path}.weight without calling "

@@ -52,9 +52,9 @@ def replace_lora_weights_loftq(
 
     Source: Li et al., 2023, algorithm 1, with the quantized weight as it is.
     """
-    root, roster = adapted(model)
-    config = roster.configs[roster.known(adapter_name)]
-    roster.check_unmerged("start an adapter")
+    root, state = adapted(model)
+    config = state.configs[state.known(adapter_name)]
+    state.check_unmerged("start an adapter")
     layers = {
         path: layer
         for path, layer in lora_layers(root).items()

@@ -46,7 +46,7 @@ from lorica.model.rounding import MergeReport, state_loss
 from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules, token_modules
 from lorica.model.ties import Ties
 from lorica.model.untouched import Held, check_untouched, held
-from lorica.roster import Roster, owner_of, place
+from lorica.state import AdapterState, owner_of, place
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -123,16 +123,16 @@ def merge(
 
     Source: Hu et al., 2021, §4.1, "No additional inference latency".
     """
-    root, roster = adapted(model)
-    roster.check_unmerged("merge")
-    roster.check_alone("merge")
-    chosen = roster.active if names is None else (names,) if isinstance(names, str) else tuple(names)
+    root, state = adapted(model)
+    state.check_unmerged("merge")
+    state.check_alone("merge")
+    chosen = state.active if names is None else (names,) if isinstance(names, str) else tuple(names)
     if not chosen:
         raise StateError("no adapter is active; say which to merge")
-    check_merges(roster, chosen)
-    before = roster.active
-    roster.activate(root, ())
-    ties = Ties.of(root, stacked=roster.stack is not None)
+    check_merges(state, chosen)
+    before = state.active
+    state.activate(root, ())
+    ties = Ties.of(root, stacked=state.stack is not None)
     layers = lora_layers(root)
     swapped: dict[str, SwappedModule] = {
         **layers,
@@ -141,8 +141,8 @@ def merge(
         **token_modules(root),
     }
     try:
-        roster.activate(root, chosen)
-        chosen = roster.active
+        state.activate(root, chosen)
+        chosen = state.active
         for module in swapped.values():
             module.check_own_class()
         acting = {path: layer for path, layer in layers.items() if layer.acting()}
@@ -153,14 +153,14 @@ def merge(
         merged = merged_states(acting, packed, chosen, plain)
         weights = plain_weights(packed, merged, plain) if plain is not None else {}
         tables = with_rows(token_modules(root), chosen)
-        losses = {path: state_loss(layers[path], chosen, state) for path, state in merged.items()}
+        losses = {path: state_loss(layers[path], chosen, tensors) for path, tensors in merged.items()}
     except BaseException:
-        roster.activate(root, before)
+        state.activate(root, before)
         raise
     pretrained.leave(root)
     states = {  # plain weights wait until the layers are in their base form
-        path: {leaf: value for leaf, value in state.items() if path not in weights or leaf != "weight"}
-        for path, state in merged.items()
+        path: {leaf: value for leaf, value in tensors.items() if path not in weights or leaf != "weight"}
+        for path, tensors in merged.items()
     }
     aside = _Merged(
         before,
@@ -176,7 +176,7 @@ def merge(
     untied = ties.undo(root)
     for item in aside.modules:
         item.note()
-    roster.merged, roster.aside = chosen, aside
+    state.merged, state.aside = chosen, aside
     return MergeReport(chosen, losses, untied)
 
 
@@ -195,16 +195,16 @@ def switch(model: nn.Module, name: str) -> None:
         AdapterError: no such adapter, or it holds NaN or infinity, or a merged weight would. What was merged
             stays so.
     """
-    root, roster = adapted(model)
-    check_merges(roster, (name,))
-    roster.check_alone("switch adapters")
-    if not roster.merged:
+    root, state = adapted(model)
+    check_merges(state, (name,))
+    state.check_alone("switch adapters")
+    if not state.merged:
         merge(model, name)
         return
-    aside: _Merged = roster.aside
+    aside: _Merged = state.aside
     _check_untouched(root, aside)
     if aside.into is not None:
-        _exchange(model, name, roster.merged, aside.into)
+        _exchange(model, name, state.merged, aside.into)
         return
     shown = aside.shown
     aside.show()
@@ -218,22 +218,22 @@ def switch(model: nn.Module, name: str) -> None:
                 for path, layer in layers.items()
                 for key, _, holder in layer.holders(name)
             }
-            Adapter(roster.configs[name], factors).check_finite()
+            Adapter(state.configs[name], factors).check_finite()
         aside.ties.redo(root)
         try:
-            _refill(root, roster, (name,))
+            _refill(root, state, (name,))
             for path in doubtful:
                 for leaf in layers[path].changed((name,)):
                     check_finite(path, leaf, layers[path].get_base(leaf))
-            roster.merged = (name,)
+            state.merged = (name,)
         except BaseException:
-            _refill(root, roster, roster.merged)
+            _refill(root, state, state.merged)
             raise
         finally:
             aside.ties.undo(root)
     finally:
         if shown:
-            roster.active = ()
+            state.active = ()
         else:
             aside.hide()
         for item in aside.modules:
@@ -255,10 +255,10 @@ def restore(model: M) -> M:
         StateError: nothing is merged; or merged weights were written to or replaced since. The model is
             untouched.
     """
-    root, roster = adapted(model)
-    if not roster.merged:
+    root, state = adapted(model)
+    if not state.merged:
         raise StateError("nothing is merged, so there is nothing to restore")
-    aside: _Merged = roster.aside
+    aside: _Merged = state.aside
     _check_untouched(root, aside)
     aside.hide()
     if aside.unpacked is not None:
@@ -268,8 +268,8 @@ def restore(model: M) -> M:
         _put_back(item)
     aside.ties.redo(root)
     pretrained.enter(root)
-    roster.merged, roster.aside = (), None
-    roster.activate(root, aside.before)
+    state.merged, state.aside = (), None
+    state.activate(root, aside.before)
     return model
 
 
@@ -299,12 +299,12 @@ def _set_aside(path: str, module: SwappedModule, merged: dict[str, Any], names: 
     return item
 
 
-def _refill(root: nn.Module, roster: Roster, names: tuple[str, ...]) -> None:
+def _refill(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
     """Make the modules hold what the adapters make of them, or what the base has where they do nothing."""
-    aside: _Merged = roster.aside
+    aside: _Merged = state.aside
     for item in aside.modules:
         _put_back(item)
-    roster.activate(root, names)
+    state.activate(root, names)
     layers = _layers(aside, names)
     merged: dict[str, dict[str, Parameter]] = {}
     for item in aside.modules:

@@ -11,8 +11,8 @@ from torch import nn
 from lorica.errors import StateError
 from lorica.layers.quantized import release_layout
 from lorica.model.merge import put
-from lorica.model.structure import ROSTER, adapted
-from lorica.roster import place
+from lorica.model.structure import STATE, adapted
+from lorica.state import place
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,18 +29,18 @@ def behind_merge(model: nn.Module) -> Iterator[None]:
     Raises:
         StateError: the model carries no adapter.
     """
-    _, roster = adapted(model)
-    if not roster.merged:
+    _, state = adapted(model)
+    if not state.merged:
         yield
         return
-    shown, merged, roster.merged = roster.aside.shown, roster.merged, ()
-    roster.aside.show()
+    shown, merged, state.merged = state.aside.shown, state.merged, ()
+    state.aside.show()
     try:
         yield
     finally:
-        roster.merged = merged
+        state.merged = merged
         if not shown:
-            roster.aside.hide()
+            state.aside.hide()
 
 
 @contextmanager
@@ -53,12 +53,12 @@ def as_unmerged(model: nn.Module) -> Iterator[None]:
     Raises:
         StateError: the model carries no adapter.
     """
-    root, roster = adapted(model)
-    if not roster.merged:
+    root, state = adapted(model)
+    if not state.merged:
         yield
         return
     with behind_merge(model):
-        aside = roster.aside
+        aside = state.aside
         own = [(item, put(item.module, item.originals)) for item in aside.modules]
         copies = {name: place(root, name, original) for name, original in aside.ties.copies.items()}
         try:
@@ -79,9 +79,9 @@ def stay_adapted(model: nn.Module) -> None:
     Args:
         model: merged model.
     """
-    _, roster = adapted(model)
-    roster.aside.show()
-    roster.active = ()
+    _, state = adapted(model)
+    state.aside.show()
+    state.active = ()
 
 
 def settle(model: M) -> M:
@@ -96,23 +96,23 @@ def settle(model: M) -> M:
     Raises:
         StateError: nothing is merged.
     """
-    root, roster = adapted(model)
-    if not roster.merged:
+    root, state = adapted(model)
+    if not state.merged:
         raise StateError("nothing is merged, so there is nothing to settle; call lorica.merge first")
-    roster.aside.hide()
-    thawed = {id(parameter) for parameter in roster.frozen}
+    state.aside.hide()
+    thawed = {id(parameter) for parameter in state.frozen}
     replaced = {
         f"{item.path}.{name}" if item.path else name
-        for item in roster.aside.modules
+        for item in state.aside.modules
         for name, original in item.originals.items()
         if id(original) in thawed
     }
-    taken = {path for path, original in roster.originals.items() if id(original) in thawed}
+    taken = {path for path, original in state.originals.items() if id(original) in thawed}
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if id(parameter) in thawed or name in replaced | taken:
             parameter.requires_grad_(True)
-    release_layout(roster.layouts)
-    for hook in roster.hooks:
+    release_layout(state.layouts)
+    for hook in state.hooks:
         hook.remove()
-    delattr(root, ROSTER)
+    delattr(root, STATE)
     return model

@@ -18,7 +18,7 @@ from lorica.model.pretrained import Pretrained
 from lorica.model.selection import trained_whole, within_any
 from lorica.model.structure import Target, base_parameters, walk
 from lorica.model.targets import biases, resolve
-from lorica.roster import Roster
+from lorica.state import AdapterState
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def trained_by(
         yield from other.plan(root, saved, 0).trained
 
 
-def check_merges(roster: Roster, names: Iterable[str]) -> None:
+def check_merges(state: AdapterState, names: Iterable[str]) -> None:
     """Refuse to merge what is no change of the base's weights.
 
     Raises:
@@ -108,7 +108,7 @@ def check_merges(roster: Roster, names: Iterable[str]) -> None:
         StateError: one adds parts to the model.
     """
     for name in names:
-        config: AdapterConfig = roster.configs[roster.known(name)]
+        config: AdapterConfig = state.configs[state.known(name)]
         if "additive" in family_of(config):
             parts = config.configs if isinstance(config, Combination) else (config,)
             guilty = listing(method_of(part) for part in parts if family_of(part) == "additive")

@@ -41,21 +41,21 @@ class mixed:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str | None]) -> None:
-        root, roster = adapted(model)
-        roster.check_unmerged("mix adapters")
+        root, state = adapted(model)
+        state.check_unmerged("mix adapters")
         rows = Rows(tuple(names))
-        rows.axes = Axes(root, roster.axes)
+        rows.axes = Axes(root, state.axes)
         if not rows.names:
             raise AdapterError("mixed needs a name (or None) for each row of the batch, and got none")
-        used = [roster.known(name) for name in dict.fromkeys(rows.names) if name is not None]
+        used = [state.known(name) for name in dict.fromkeys(rows.names) if name is not None]
         for name in used:
-            if roster.parts.get(name):
+            if state.parts.get(name):
                 raise AdapterError(
-                    f"{name!r} ({method_of(roster.configs[name])}) adds parts to the model, which "
+                    f"{name!r} ({method_of(state.configs[name])}) adds parts to the model, which "
                     "cannot differ by row; only LoRA's updates and heads can"
                 )
-            kept = roster.statistics.get(name, {}).keys() - roster.moved(root, name).keys()
-            own = [path for path in roster.stand_ins(name) if path not in kept]
+            kept = state.statistics.get(name, {}).keys() - state.moved(root, name).keys()
+            own = [path for path in state.stand_ins(name) if path not in kept]
             if own:
                 raise AdapterError(
                     f"{name!r} brings parameters in place of the base's ({listing(own, limit=3)}), which "
@@ -79,7 +79,7 @@ class mixed:
                     "adapters on it cannot be mixed in a batch"
                 )
         # An active adapter's stand-ins and fused updates act on every row alike.
-        watch_calls(root, roster)
+        watch_calls(root, state)
         self._choice = active(model, (), rows)
 
     def __enter__(self) -> None:

@@ -26,11 +26,11 @@ from lorica.layers import (
 )
 from lorica.layers.quantized import hold_layout
 from lorica.model import pretrained
-from lorica.model.structure import ROSTER, Target, added_modules, base_parameters, find_adapted
+from lorica.model.structure import STATE, Target, added_modules, base_parameters, find_adapted
 from lorica.model.tied import tie_copies
 from lorica.model.tokens import TokenTarget
 from lorica.model.uncalled import watch_next_pass
-from lorica.roster import Roster, Start, module_at, uncompiled
+from lorica.state import AdapterState, Start, module_at, uncompiled
 
 
 class Mount(NamedTuple):
@@ -46,8 +46,8 @@ class Mount(NamedTuple):
     start: Start | None = None
 
 
-def open_for(model: nn.Module, name: str) -> tuple[nn.Module, Roster]:
-    """The adapted model in `model` and its roster; where there is none yet, `model` and a new roster.
+def open_for(model: nn.Module, name: str) -> tuple[nn.Module, AdapterState]:
+    """The adapted model in `model` and its state; where there is none yet, `model` and a new state.
 
     A model that `torch.compile` wrapped is adapted inside its wrapper.
 
@@ -56,14 +56,14 @@ def open_for(model: nn.Module, name: str) -> tuple[nn.Module, Roster]:
         StateError: an adapter is merged.
     """
     check_name(name)
-    root, roster = find_adapted(model) or (uncompiled(model), Roster())
-    roster.check_unmerged("add an adapter")
-    if name in roster.configs:
+    root, state = find_adapted(model) or (uncompiled(model), AdapterState())
+    state.check_unmerged("add an adapter")
+    if name in state.configs:
         raise AdapterError(
             f"the model already has an adapter named {name!r}; give another name, or "
             f"lorica.detach(model, {name!r}) first"
         )
-    return root, roster
+    return root, state
 
 
 @contextmanager
@@ -101,7 +101,7 @@ def parameter_for(target: Target, factor: Tensor, *, copy: bool) -> Parameter:
 
 def mount(
     root: nn.Module,
-    roster: Roster,
+    state: AdapterState,
     name: str,
     config: AdapterConfig,
     mounts: list[Mount],
@@ -117,7 +117,7 @@ def mount(
 
     Args:
         root: the model.
-        roster: the model's, or a new one.
+        state: the model's, or a new one.
         name: of the adapter.
         config: how it was made.
         mounts: targets with their factors.
@@ -131,18 +131,18 @@ def mount(
     Raises:
         TargetError: a module cannot be copied; the model is untouched.
     """
-    _copy(root, roster, name, saved, trainable=trainable)
-    if not roster.configs:
-        roster.frozen = [parameter for parameter in base_parameters(root).values() if parameter.requires_grad]
-        for parameter in roster.frozen:
+    _copy(root, state, name, saved, trainable=trainable)
+    if not state.configs:
+        state.frozen = [parameter for parameter in base_parameters(root).values() if parameter.requires_grad]
+        for parameter in state.frozen:
             parameter.requires_grad_(False)
-        roster.layouts = hold_layout(root)
-        setattr(root, ROSTER, roster)
+        state.layouts = hold_layout(root)
+        setattr(root, STATE, state)
         pretrained.enter(root)
-    roster.configs[name] = config
+    state.configs[name] = config
     for target, A, B, scale, dropout, magnitude, bias, _ in mounts:
         module = target.module
-        host = module if isinstance(module, LoraLayer) else target.layer.take(module, roster)
+        host = module if isinstance(module, LoraLayer) else target.layer.take(module, state)
         if isinstance(host, LoraParameters):
             assert target.parameter is not None
             host.add_parameter(name, target.parameter, _train(A, trainable), _train(B, trainable), scale)
@@ -155,40 +155,40 @@ def mount(
     for target, path in tied:
         module, table = target.module, module_at(root, path)
         assert isinstance(table, LoraEmbedding)
-        host = module if isinstance(module, LoraLayer) else target.layer.take(module, roster)
+        host = module if isinstance(module, LoraLayer) else target.layer.take(module, state)
         tie_factors(host, name, table)
     starts = {m.target.weight_path: m.start for m in mounts if m.start is not None}
     if starts:
-        roster.starts[name] = starts
+        state.starts[name] = starts
     rows_of = {path: frozenset(table.indices) for table, _ in tokens for path in table.modules}
     own = {**dict.fromkeys(saved), **rows_of}
     if own:
-        roster.whole[name] = own
+        state.whole[name] = own
     lora, _ = members(config)
     if lora is not None and lora.ensure_weight_tying:
         tie_copies(saved, name)
     for table, rows in tokens:
         for path, module in table.modules.items():
-            host = module if isinstance(module, TrainedTokens) else TrainedTokens.take(module, roster)
+            host = module if isinstance(module, TrainedTokens) else TrainedTokens.take(module, state)
             host.add_rows(name, table.indices, _train(rows, trainable), tied=path != table.path)
     if parts:
-        roster.parts[name] = tuple(part.place for part in parts)
+        state.parts[name] = tuple(part.place for part in parts)
     for part in parts:
-        add_part(root, roster, name, part, trainable=trainable)
+        add_part(root, state, name, part, trainable=trainable)
     if mounts or tied:
         watch_next_pass(root)
     if slots:
-        roster.slots[name] = {path: _train(parameter, trainable) for path, parameter in slots.items()}
+        state.slots[name] = {path: _train(parameter, trainable) for path, parameter in slots.items()}
 
 
 def _copy(
-    root: nn.Module, roster: Roster, name: str, saved: Mapping[str, nn.Module], *, trainable: bool
+    root: nn.Module, state: AdapterState, name: str, saved: Mapping[str, nn.Module], *, trainable: bool
 ) -> None:
     """Give each module a copy for an adapter; where one cannot be copied, none has any."""
     hosts: list[SavedModule] = []
     for path, module in saved.items():
         if not isinstance(module, SavedModule):
-            module = SavedModule.take(module, roster)
+            module = SavedModule.take(module, state)
         hosts.append(module)
         try:
             parent = module_at(root, path.rpartition(".")[0]) if path else None
@@ -206,13 +206,13 @@ def _copy(
             ) from error
 
 
-def add_part(root: nn.Module, roster: Roster, name: str, part: Part, *, trainable: bool) -> None:
+def add_part(root: nn.Module, state: AdapterState, name: str, part: Part, *, trainable: bool) -> None:
     """Add an adapter's part to a module of the base, which becomes its host if it is none yet."""
     host = part.module
     if not isinstance(host, part.host):
         # A root that writes adapters does so whatever else it hosts: that class stays the outermost.
         pretrained.leave(host)
-        host = part.host.take(host, roster)
+        host = part.host.take(host, state)
         if host is root:
             pretrained.enter(root)
     host.add_part(name, part.part.requires_grad_(trainable))

@@ -22,7 +22,7 @@ from lorica.errors import ConfigError, StateError, listing
 from lorica.layers.quantized import dequantize, quantizer_of
 from lorica.model.adaptable import check_replaceable
 from lorica.model.structure import base_parameters, walk
-from lorica.roster import module_at
+from lorica.state import module_at
 
 Into = Literal["quantized", "dequantized"]
 

@@ -23,7 +23,7 @@ from lorica.model.starting import PREPARED, Source, base_weight, check_start
 from lorica.model.structure import Target, find_adapted
 from lorica.model.targets import resolve
 from lorica.model.watching import Batches, as_it_was, run, run_all, watching
-from lorica.roster import module_at, uncompiled
+from lorica.state import module_at, uncompiled
 
 Data = Batches | Callable[[], Any]
 T = TypeVar("T")
@@ -138,12 +138,12 @@ def _targets(model: nn.Module, config: LoraConfig, value: str) -> tuple[nn.Modul
             f"{_WANTED[value]}init_lora_weights is {config.init_lora_weights!r}; set it to {value!r}, and "
             "give adapt the same configuration"
         )
-    root, roster = find_adapted(model) or (uncompiled(model), None)
-    if roster is not None:
-        roster.check_unmerged("look at the layers")
-        if roster.active:
+    root, state = find_adapted(model) or (uncompiled(model), None)
+    if state is not None:
+        state.check_unmerged("look at the layers")
+        if state.active:
             raise AdapterError(
-                f"{listing(map(repr, roster.active))} is active, and the start is made from the base; do "
+                f"{listing(map(repr, state.active))} is active, and the start is made from the base; do "
                 "this inside lorica.disabled(model)"
             )
     targets = resolve(root, config).layers

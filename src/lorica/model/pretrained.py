@@ -114,9 +114,9 @@ class Pretrained(SwappedModule):
 
     def _folders(self, directory: str | Path) -> Iterator[tuple[str, Path]]:
         """Each adapter's name, and the folder that it goes to."""
-        _, roster = adapted(self)
-        for name in roster.configs:
-            at_top = len(roster.configs) == 1 or name == "default"
+        _, state = adapted(self)
+        for name in state.configs:
+            at_top = len(state.configs) == 1 or name == "default"
             yield name, Path(directory) if at_top else Path(directory) / name
 
     def resize_token_embeddings(
@@ -146,8 +146,8 @@ class Pretrained(SwappedModule):
 @contextmanager
 def _repeating(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Tell a mixture how often `generate` repeats each row, for beams or several answers."""
-    _, roster = adapted(model)
-    rows = roster.rows
+    _, state = adapted(model)
+    rows = state.rows
     if rows is None:
         yield
         return

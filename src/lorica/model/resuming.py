@@ -45,8 +45,8 @@ def restore_trained(model: nn.Module, folder: str | Path) -> bool:
     found, folder = find_adapted(model), Path(folder)
     if found is None or not holds_adapters(folder):
         return False
-    root, roster = found
-    trained = in_training(root, roster)
+    root, state = found
+    trained = in_training(root, state)
     homes = {name: _home(folder, name, alone=len(trained) == 1) for name in trained}
     writers = [fitting(root, checkpoint.read(home), name) for name, home in homes.items()]
     for write in writers:

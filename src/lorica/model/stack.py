@@ -18,7 +18,7 @@ from torch import nn
 from lorica.config import AdapterConfig, members
 from lorica.errors import StateError, TargetError, listing
 from lorica.model.structure import walk
-from lorica.roster import Roster
+from lorica.state import AdapterState
 
 
 @dataclass(eq=False)
@@ -43,7 +43,7 @@ class Stack:
 
 
 @contextmanager
-def stacked(root: nn.Module, roster: Roster, config: AdapterConfig) -> Iterator[None]:
+def stacked(root: nn.Module, state: AdapterState, config: AdapterConfig) -> Iterator[None]:
     """Give the model the blocks that an adapter asks for, before it is put on; an error takes them back.
 
     Raises:
@@ -52,8 +52,8 @@ def stacked(root: nn.Module, roster: Roster, config: AdapterConfig) -> Iterator[
     """
     lora, _ = members(config)
     plan = lora.layer_replication if lora else None
-    if roster.configs:
-        have = roster.stack.plan if roster.stack else None
+    if state.configs:
+        have = state.stack.plan if state.stack else None
         if plan != have:
             raise StateError(
                 f"the adapter has layer_replication={plan!r}, and those on the model {have!r}: their blocks "
@@ -64,17 +64,17 @@ def stacked(root: nn.Module, roster: Roster, config: AdapterConfig) -> Iterator[
     if plan is None:
         yield
         return
-    roster.stack = _restack(root, plan)
+    state.stack = _restack(root, plan)
     try:
         yield
     except BaseException:
-        unstack(root, roster)
+        unstack(root, state)
         raise
 
 
-def unstack(root: nn.Module, roster: Roster) -> None:
+def unstack(root: nn.Module, state: AdapterState) -> None:
     """Give the model its own list of blocks back."""
-    stack: Stack | None = roster.stack
+    stack: Stack | None = state.stack
     if stack is None:
         return
     clones = getattr(stack.owner, stack.name)
@@ -86,7 +86,7 @@ def unstack(root: nn.Module, roster: Roster) -> None:
             module._buffers.update(twin._buffers)
     stack.owner._modules[stack.name] = stack.blocks
     _settings(stack.owner, root).update(stack.settings)
-    roster.stack = None
+    state.stack = None
 
 
 def _restack(root: nn.Module, plan: Sequence[Sequence[int]]) -> Stack:

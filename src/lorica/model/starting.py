@@ -33,7 +33,7 @@ from lorica.layers import (
     Uncalled,
 )
 from lorica.model.structure import Target
-from lorica.roster import Start
+from lorica.state import Start
 
 PREPARED = "lorica_prepared"
 """Attribute of a model that was shown data: what its modules' starts are made from."""

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lorica.layers import SavedModule
 from lorica.model.selection import within_any
 from lorica.model.structure import walk
-from lorica.roster import Roster
+from lorica.state import AdapterState
 
 
 def running(root: nn.Module, saved: Collection[str] = ()) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def running(root: nn.Module, saved: Collection[str] = ()) -> dict[str, Tensor]:
 
 def give_statistics(
     root: nn.Module,
-    roster: Roster,
+    state: AdapterState,
     name: str,
     saved: Collection[str],
     given: Mapping[str, Tensor],
@@ -48,7 +48,7 @@ def give_statistics(
 
     Args:
         root: the model, with the base's own in place.
-        roster: the model's.
+        state: the model's.
         name: of the adapter.
         saved: paths of the modules that it trains whole.
         given: those that it comes with, by name.
@@ -59,4 +59,4 @@ def give_statistics(
         if path in given or trainable:
             own[path] = given.get(path, buffer).detach().to(buffer, copy=True)
     if own:
-        roster.statistics[name] = own
+        state.statistics[name] = own

@@ -1,4 +1,4 @@
-"""Finding one's way in a model: its modules, those to adapt, its adapted layers, its roster."""
+"""Finding one's way in a model: its modules, those to adapt, its adapted layers, its state."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lorica.errors import StateError, listing
 from lorica.layers import AddedModule, LoraLayer, LoraParameters, SavedModule, SwappedModule, TrainedTokens
-from lorica.roster import Roster, uncompiled
+from lorica.state import AdapterState, uncompiled
 
-ROSTER = "lorica_roster"
-"""Attribute of the adapted model that holds its roster."""
+STATE = "lorica_state"
+"""Attribute of the adapted model that holds its state."""
 
 
 class Place(NamedTuple):
@@ -135,13 +135,13 @@ def output_head(root: nn.Module) -> nn.Module | None:
         return None
 
 
-def find_adapted(model: nn.Module) -> tuple[nn.Module, Roster] | None:
-    """The adapted model in `model` and its roster: itself, or what a wrapper such as DDP holds.
+def find_adapted(model: nn.Module) -> tuple[nn.Module, AdapterState] | None:
+    """The adapted model in `model` and its state: itself, or what a wrapper such as DDP holds.
 
     Raises:
         StateError: it holds several, each adapted by itself.
     """
-    found: dict[str, tuple[nn.Module, Roster]] = {}
+    found: dict[str, tuple[nn.Module, AdapterState]] = {}
     seen: set[nn.Module] = set()
     ahead = [("", model)]
     while ahead:
@@ -149,9 +149,9 @@ def find_adapted(model: nn.Module) -> tuple[nn.Module, Roster] | None:
         if module in seen:
             continue
         seen.add(module)
-        roster = module.__dict__.get(ROSTER)
-        if roster is not None:  # looking further inside would cost time at every call, and find nothing
-            found[path] = module, roster
+        state = module.__dict__.get(STATE)
+        if state is not None:  # looking further inside would cost time at every call, and find nothing
+            found[path] = module, state
             continue
         prefix = f"{path}." if path else ""
         ahead += [
@@ -165,7 +165,7 @@ def find_adapted(model: nn.Module) -> tuple[nn.Module, Roster] | None:
     return next(iter(found.values()), None)
 
 
-def adapted(model: nn.Module) -> tuple[nn.Module, Roster]:
+def adapted(model: nn.Module) -> tuple[nn.Module, AdapterState]:
     """As `find_adapted`, where there must be one.
 
     Raises:

@@ -16,8 +16,8 @@ from lorica.config import LoraConfig, full_match
 from lorica.errors import LoricaWarning, TargetError, listing
 from lorica.layers import LoraEmbedding, SavedModule
 from lorica.model.structure import Place, Target, walk
-from lorica.roster import parameter_at
-from lorica.roster import place as put
+from lorica.state import parameter_at
+from lorica.state import place as put
 
 Pairs = Mapping[str, str]
 """Path of a module → path of the embedding whose update is its own."""

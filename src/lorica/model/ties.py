@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.model.structure import base_parameters
-from lorica.roster import parameter_at, place
+from lorica.state import parameter_at, place
 
 
 @dataclass(eq=False)

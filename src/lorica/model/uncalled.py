@@ -17,7 +17,7 @@ from torch import nn
 
 from lorica.errors import LoricaWarning, listing
 from lorica.layers import LoraAttention, LoraLayer, LoraReadLinear, ReadWeight
-from lorica.model.structure import ROSTER, lora_layers
+from lorica.model.structure import STATE, lora_layers
 
 # Layers that need no call: the module around them reads their weight.
 _READ = (ReadWeight, LoraReadLinear, LoraAttention)
@@ -72,13 +72,13 @@ def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _name(root: nn.Module, layers: Mapping[str, LoraLayer], called: set[nn.Module]) -> None:
-    roster = root.__dict__.get(ROSTER)
-    if roster is None:
+    state = root.__dict__.get(STATE)
+    if state is None:
         return
     # One expert of many, or one block that was dropped, is no sign; a kind of which none was called is.
     seen = {_kind(path) for path, layer in layers.items() if layer in called}
-    silent = [path for path in layers if _kind(path) not in seen | roster.uncalled]
-    roster.uncalled |= {_kind(path) for path in silent}
+    silent = [path for path in layers if _kind(path) not in seen | state.uncalled]
+    state.uncalled |= {_kind(path) for path in silent}
     if silent:
         warnings.warn(
             f"a whole pass of the model did not call {listing(silent, limit=6)}: adapters there did nothing "

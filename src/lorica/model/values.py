@@ -28,7 +28,7 @@ from lorica.model.structure import (
     token_modules,
 )
 from lorica.model.tokens import token_targets
-from lorica.roster import Roster, Start, as_uncompiled
+from lorica.state import AdapterState, Start, as_uncompiled
 
 
 def extract(
@@ -52,12 +52,12 @@ def extract(
         AdapterError: no such adapter, or more than one to choose from.
         StateError: an adapter is merged, or none was ever put on.
     """
-    root, roster = adapted(model)
+    root, state = adapted(model)
     live = as_trained(model, name, state_dict=state_dict)
     pairs = {
         path: (start.A, start.B)
         for path, layer in lora_layers(root).items()
-        if (start := roster.starts.get(roster.one(name), {}).get(f"{path}.{layer.weight_name}"))
+        if (start := state.starts.get(state.one(name), {}).get(f"{path}.{layer.weight_name}"))
     }
     starts = {path: (A, B) for path, (A, B) in pairs.items() if A is not None and B is not None}
     return live.with_starts(starts) if starts else live
@@ -67,9 +67,9 @@ def as_trained(
     model: nn.Module, name: str | None = None, *, state_dict: Mapping[str, Tensor] | None = None
 ) -> Adapter:
     """As `extract`, but always the live tensors: factors that may belong beside another weight than W0."""
-    root, roster = adapted(model)
-    name = roster.one(name)
-    roster.check_unmerged("take an adapter out")
+    root, state = adapted(model)
+    name = state.one(name)
+    state.check_unmerged("take an adapter out")
     gathered = state_dict or {}
     if any(as_uncompiled(key) != key for key in gathered):
         gathered = {as_uncompiled(key): tensor for key, tensor in gathered.items()}
@@ -97,22 +97,22 @@ def as_trained(
             bias = value(f"{path}.lora_B.{name}.bias", bias)
         factors[key] = Factors(A, B, layer.scaling[name], layer.kind, magnitude, bias)
     extras = {
-        copy.base_name: value(copy.live_name, copy.tensor) for copy in trained_copies(root, roster, name)
+        copy.base_name: value(copy.live_name, copy.tensor) for copy in trained_copies(root, state, name)
     }
     for path, module in token_modules(root).items():
         own = module.token_adapter
         if name in own.indices and name not in own.tied:
             rows = own.trainable_tokens_delta[name]
             extras[f"{path}.{TOKEN_ROWS}"] = value(f"{path}.{TOKEN_ROWS}.{name}", rows)
-    in_place, config = name in roster.active, roster.configs[name]
+    in_place, config = name in state.active, state.configs[name]
     written: set[Parameter] = set()
-    for path, parameter in roster.slots.get(name, {}).items():
+    for path, parameter in state.slots.get(name, {}).items():
         # PEFT looks for what is tied under each of its names; elsewhere one is enough.
         if isinstance(config, LoraConfig) or parameter not in written:
             extras[path] = value(path, parameter) if in_place else parameter.detach()
         written.add(parameter)
     extras |= {
-        path: value(path, buffer) if in_place else buffer for path, buffer in roster.moved(root, name).items()
+        path: value(path, buffer) if in_place else buffer for path, buffer in state.moved(root, name).items()
     }
     added = {}
     for path, host in added_modules(root).items():
@@ -149,17 +149,17 @@ def fitting(
     model: nn.Module, adapter: Adapter, name: str | None = None, *, strict: bool = True
 ) -> Callable[[], None]:
     """`overwrite` in two steps: what can fail is done here, and what is returned writes the values."""
-    root, roster = adapted(model)
+    root, state = adapted(model)
     adapter.check_finite()
     if adapter.stacks is not None:
         raise AdapterError(
             "these factors of stacked experts are as an older PEFT computed with them; lorica.load the "
             "adapter on its base"
         )
-    name = roster.one(name)
-    own, starts, given = roster.starts.get(name, {}), {}, adapter
+    name = state.one(name)
+    own, starts, given = state.starts.get(name, {}), {}, adapter
     if any(start.A is not None for start in own.values()):
-        config = roster.configs[name]
+        config = state.configs[name]
         assert isinstance(config, LoraConfig)
         if all(f.r == 2 * config.rank(path) for path, f in adapter.factors.items()):
             # A file that went through other hands no longer says how it trained, but its form does.
@@ -167,7 +167,7 @@ def fitting(
         if adapter.trained_as is not None:
             adapter, starts = adapter.without_starts()
     there = as_trained(model, name)
-    adapter, there, moved = _statistics(root, roster, name, adapter, there)
+    adapter, there, moved = _statistics(root, state, name, adapter, there)
     live, new = there.named_tensors(), _without_tables(adapter, there, root).named_tensors()
     problems = [f"missing: {key}" for key in live if key not in new]
     problems += [f"unexpected: {key}" for key in new if key not in live]
@@ -191,22 +191,22 @@ def fitting(
     def write() -> None:
         for key, tensor in live.items():
             tensor.copy_(new[key])
-        for path, buffer in roster.statistics.get(name, {}).items():
-            buffer.copy_(moved.get(path, roster.base_tensor(root, path)))
+        for path, buffer in state.statistics.get(name, {}).items():
+            buffer.copy_(moved.get(path, state.base_tensor(root, path)))
         for path, layer in lora_layers(root).items():
             if path in starts:
                 path_of_weight = f"{path}.{layer.weight_name}"
-                weight = roster.base_parameter(root, path_of_weight)
+                weight = state.base_parameter(root, path_of_weight)
                 _restart(own[path_of_weight], layer, weight, *starts[path], layer.scaling[name])
 
     return write
 
 
 def _statistics(
-    root: nn.Module, roster: Roster, name: str, adapter: Adapter, there: Adapter
+    root: nn.Module, state: AdapterState, name: str, adapter: Adapter, there: Adapter
 ) -> tuple[Adapter, Adapter, dict[str, Tensor]]:
     """Both adapters without running statistics, and those of the first: what is not there is the base's."""
-    own = roster.statistics.get(name, {})
+    own = state.statistics.get(name, {})
     moved = {path: tensor for path, tensor in adapter.extras.items() if path in own}
     if any(tensor.shape != own[path].shape for path, tensor in moved.items()):
         return adapter, there, {}
@@ -305,9 +305,9 @@ class TrainedCopy(NamedTuple):
     tensor: Tensor
 
 
-def trained_copies(root: nn.Module, roster: Roster, name: str) -> Iterator[TrainedCopy]:
+def trained_copies(root: nn.Module, state: AdapterState, name: str) -> Iterator[TrainedCopy]:
     """All tensors, buffers too, of the copies that an adapter has of whole modules."""
-    if name not in roster.whole:
+    if name not in state.whole:
         return
     for path, module in saved_modules(root).items():
         if name in module.modules_to_save:

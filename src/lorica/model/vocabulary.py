@@ -15,7 +15,7 @@ from lorica.adapter import Adapter
 from lorica.errors import LoricaWarning, StateError, listing
 from lorica.layers import SwappedModule
 from lorica.model.structure import adapted, base_parameters, walk
-from lorica.roster import Roster
+from lorica.state import AdapterState
 
 
 @contextmanager
@@ -28,9 +28,9 @@ def resized(root: nn.Module) -> Iterator[None]:
     Raises:
         StateError: an adapter changes one of the tables. The model is untouched.
     """
-    _, roster = adapted(root)
+    _, state = adapted(root)
     tables = dict(_tables(root))
-    changed = [path for path, module in tables.items() if _is_changed(path, module, roster)]
+    changed = [path for path, module in tables.items() if _is_changed(path, module, state)]
     if changed:
         raise StateError(
             f"{listing(changed)} cannot be resized while an adapter changes it; resize the model before it "
@@ -40,7 +40,7 @@ def resized(root: nn.Module) -> Iterator[None]:
     yield
     after = base_parameters(root)
     exchanged = {id(old): after[path] for path, old in before.items() if path in after}
-    roster.frozen = [exchanged.get(id(parameter), parameter) for parameter in roster.frozen]
+    state.frozen = [exchanged.get(id(parameter), parameter) for parameter in state.frozen]
 
 
 def with_tables(adapter: Adapter, root: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> Adapter:
@@ -100,9 +100,9 @@ def _tables(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _is_changed(path: str, module: nn.Module, roster: Roster) -> bool:
+def _is_changed(path: str, module: nn.Module, state: AdapterState) -> bool:
     """Whether some adapter has an update, a copy, rows or a stand-in for a table."""
     if isinstance(module, SwappedModule):
         return True
-    own = {name for adapter in roster.configs for name in roster.stand_ins(adapter)}
+    own = {name for adapter in state.configs for name in state.stand_ins(adapter)}
     return any(f"{path}.{leaf}" in own for leaf in module._parameters)

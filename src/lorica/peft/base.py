@@ -16,7 +16,7 @@ from lorica.errors import LoricaWarning
 from lorica.layers import AskedModule
 from lorica.model.selection import HEADS
 from lorica.model.structure import base_parameters, find_adapted, lora_layers, saved_modules, walk
-from lorica.roster import parameter_at
+from lorica.state import parameter_at
 
 
 def recomputes(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from lorica.model.selection import ending_in
 from lorica.model.structure import lora_layers, walk
 from lorica.model.targets import resolve
 from lorica.peft.status import module_type
-from lorica.roster import Roster
+from lorica.state import AdapterState
 
 _PREFIX = "lora_"
 
@@ -123,7 +123,7 @@ def check_one_bias(config: LoraConfig, others: Mapping[str, LoraConfig]) -> None
         )
 
 
-def check_alone(root: nn.Module, roster: Roster, names: Sequence[str]) -> None:
+def check_alone(root: nn.Module, state: AdapterState, names: Sequence[str]) -> None:
     """Refuse two adapters that each bring the same module whole, or rows of the same table.
 
     Raises:
@@ -131,7 +131,7 @@ def check_alone(root: nn.Module, roster: Roster, names: Sequence[str]) -> None:
     """
     for i, name in enumerate(names):
         for other in names[i + 1 :]:
-            both = sorted({*roster.whole.get(name, ())} & {*roster.whole.get(other, ())})
+            both = sorted({*state.whole.get(name, ())} & {*state.whole.get(other, ())})
             if both:
                 rows = isinstance(root.get_submodule(both[0]), TrainedTokens)
                 kind = "TrainableTokensWrapper" if rows else "ModulesToSaveWrapper"
@@ -142,7 +142,7 @@ def check_alone(root: nn.Module, roster: Roster, names: Sequence[str]) -> None:
                 )
 
 
-def check_rows_apart(roster: Roster, names: Sequence[str]) -> None:
+def check_rows_apart(state: AdapterState, names: Sequence[str]) -> None:
     """Refuse to merge adapters that train the same rows of a table.
 
     Raises:
@@ -150,7 +150,7 @@ def check_rows_apart(roster: Roster, names: Sequence[str]) -> None:
     """
     for i, name in enumerate(names):
         for other in names[:i]:
-            mine, its = roster.whole.get(name, {}), roster.whole.get(other, {})
+            mine, its = state.whole.get(name, {}), state.whole.get(other, {})
             for path in mine.keys() & its.keys():
                 if (mine[path] or frozenset()) & (its[path] or frozenset()):
                     raise AdapterError(

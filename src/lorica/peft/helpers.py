@@ -31,8 +31,8 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     found = find_adapted(model)
     if found is None:
         raise StateError("scaling is only supported for models with `LoraLayer`s, and this one has none")
-    root, roster = found
-    roster.check_unmerged("rescale updates")
+    root, state = found
+    state.check_unmerged("rescale updates")
     before = {layer: layer.scaling for layer in lora_layers(root).values()}
     for layer, scaling in before.items():
         layer.scaling = {name: scale * multiplier for name, scale in scaling.items()}

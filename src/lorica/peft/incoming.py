@@ -101,7 +101,7 @@ class Incoming(nn.Module):
         found, options = places.split_hub(kwargs)
         places.check_options(options)
         folder = locate(model_id, **found)
-        model, before = self.base_model.model, self.base_model.roster.active
+        model, before = self.base_model.model, self.base_model.adapter_state.active
         there = adapter_name in self.base_model.peft_config
         adapter = loading.read(folder, key_mapping=loading.conversions(model, key_mapping))
         if options.get("ignore_mismatched_sizes"):

@@ -68,8 +68,8 @@ class Outgoing(nn.Module):
         """The adapters to write, all of which there are."""
         if isinstance(names, str):
             raise ConfigError(f"selected_adapters takes a list of names, not one string {names!r}")
-        roster = self.base_model.roster
-        return list(roster.configs) if names is None else [roster.known(name) for name in names]
+        state = self.base_model.adapter_state
+        return list(state.configs) if names is None else [state.known(name) for name in names]
 
     def push_to_hub(
         self,

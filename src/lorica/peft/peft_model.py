@@ -126,7 +126,7 @@ class PeftModel(Incoming, Outgoing):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether any adapter acts."""
-        return bool(self.base_model.roster.active)
+        return bool(self.base_model.adapter_state.active)
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -214,7 +214,7 @@ class PeftModel(Incoming, Outgoing):
             )
         if self.base_model._resting is not None:  # what is disabled acts on no row
             for name in filter(None, names):
-                self.base_model.roster.known(name)
+                self.base_model.adapter_state.known(name)
             return nullcontext()
         return mixed_rows(self.get_base_model(), names)
 
@@ -306,9 +306,9 @@ class PeftModel(Incoming, Outgoing):
         put_again(model, adapter_name, lambda name: attach_finite(model, ready, name, trainable=is_trainable))
         lorica.active(model, adapter_name)
         if chosen is not None:  # the caller's own, which says from now on how it was made
-            roster = adapted(model)[1]
-            chosen.__dict__.update(vars(roster.configs[adapter_name]))
-            roster.configs[adapter_name] = chosen
+            state = adapted(model)[1]
+            chosen.__dict__.update(vars(state.configs[adapter_name]))
+            state.configs[adapter_name] = chosen
         task = adapter.config.task_type
         wrapped = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task or "", cls)._around(model)
         if not autocast_adapter_dtype:

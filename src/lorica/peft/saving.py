@@ -21,7 +21,7 @@ from lorica.errors import AdapterError, ConfigError, lines, listing
 from lorica.model.merged import behind_merge
 from lorica.model.structure import adapted
 from lorica.model.vocabulary import is_resized, with_tables
-from lorica.roster import as_uncompiled
+from lorica.state import as_uncompiled
 
 # What wrapping and data parallelism put into a name.
 _WRAPPERS = re.compile(r"^(?:module\.)*base_model\.model\.")

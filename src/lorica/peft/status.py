@@ -24,7 +24,7 @@ from lorica.layers import (
 )
 from lorica.model.merged import as_unmerged, behind_merge
 from lorica.model.structure import find_adapted, walk
-from lorica.roster import Roster, uncompiled
+from lorica.state import AdapterState, uncompiled
 
 Irregular = Literal["irregular"]
 
@@ -105,12 +105,12 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         raise StateError(
             f"No adapter layers found in the model: this {type(model).__name__} carries no adapter"
         )
-    root, roster = found
+    root, state = found
     tuner = getattr(model, "base_model", None)
     wrapped = getattr(tuner, "model", None) is root
-    active = list(tuner.active_adapters) if wrapped else list(roster.active)  # type: ignore[union-attr]
-    enabled = bool(roster.merged or roster.active) or not active
-    merged, prefix = roster.merged, "model." if wrapped else ""
+    active = list(tuner.active_adapters) if wrapped else list(state.active)  # type: ignore[union-attr]
+    enabled = bool(state.merged or state.active) or not active
+    merged, prefix = state.merged, "model." if wrapped else ""
     with behind_merge(root):
         return [
             _layer(prefix + place.path + _within(place.module), place.module, active, enabled, merged)
@@ -129,7 +129,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         StateError: it has no adapters.
     """
     layers = get_layer_status(model)
-    root, roster = find_adapted(model) or (uncompiled(model), Roster())
+    root, state = find_adapted(model) or (uncompiled(model), AdapterState())
     wrapped = root is not model
     names = sorted({name for layer in layers for name in layer.available_adapters})
     with as_unmerged(root):
@@ -137,13 +137,13 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(root).__name__,
         adapter_model_type="LoraModel" if wrapped else "None",
-        peft_types=dict.fromkeys(roster.configs, "LORA") if wrapped else {},
+        peft_types=dict.fromkeys(state.configs, "LORA") if wrapped else {},
         trainable_params=count.trainable,
         total_params=count.total,
         num_adapter_layers=len(layers),
         enabled=_common(layer.enabled for layer in layers),
         active_adapters=layers[0].active_adapters,
-        merged_adapters=sorted(roster.merged),
+        merged_adapters=sorted(state.merged),
         requires_grad={
             name: _common(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
             for name in names

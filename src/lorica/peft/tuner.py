@@ -27,7 +27,7 @@ from lorica.model.owners import parameters_of
 from lorica.model.structure import find_adapted, lora_layers
 from lorica.peft.base import named_whole, put_again, to_meta
 from lorica.peft.checks import check_alone, check_one_bias, check_rows_apart, warn_of_bias, without_idle
-from lorica.roster import Roster
+from lorica.state import AdapterState
 
 
 class LoraModel(nn.Module):
@@ -82,23 +82,23 @@ class LoraModel(nn.Module):
     @property
     def _resting(self) -> tuple[str, ...] | None:
         """Adapters that are disabled, and act again once they are enabled."""
-        return self.roster.resting
+        return self.adapter_state.resting
 
     @_resting.setter
     def _resting(self, names: tuple[str, ...] | None) -> None:
-        self.roster.resting = names
+        self.adapter_state.resting = names
 
     @property
-    def roster(self) -> Roster:
+    def adapter_state(self) -> AdapterState:
         """What the model carries; an empty one if it carries nothing."""
         found = find_adapted(self.model)
-        return found[1] if found else Roster()
+        return found[1] if found else AdapterState()
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
         """Adapter name → configuration."""
         # This API puts nothing but LoRA on a model.
-        return cast(dict[str, LoraConfig], self.roster.configs)
+        return cast(dict[str, LoraConfig], self.adapter_state.configs)
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -116,8 +116,8 @@ class LoraModel(nn.Module):
         """Adapters that act, or would if they were not disabled."""
         if self._resting is not None:
             return list(self._resting)
-        roster = self.roster
-        return list(roster.aside.before if roster.merged else roster.active)
+        state = self.adapter_state
+        return list(state.aside.before if state.merged else state.active)
 
     @property
     def active_adapter(self) -> list[str]:
@@ -140,7 +140,7 @@ class LoraModel(nn.Module):
     @property
     def merged_adapters(self) -> list[str]:
         """Adapters in the weights at the moment."""
-        return list(self.roster.merged)
+        return list(self.adapter_state.merged)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Let exactly these adapters act; they train, and the others do not.
@@ -154,8 +154,8 @@ class LoraModel(nn.Module):
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         for name in names:
-            self.roster.known(name)
-        if self.roster.merged:
+            self.adapter_state.known(name)
+        if self.adapter_state.merged:
             warnings.warn(
                 "the model is merged; it is unmerged first, to let another adapter act",
                 LoricaWarning,
@@ -163,13 +163,13 @@ class LoraModel(nn.Module):
             )
             lorica.restore(self.model)
         resting = self._resting
-        check_alone(self.model, self.roster, names)
+        check_alone(self.model, self.adapter_state, names)
         lorica.active(self.model, names)  # while disabled too: it refuses those that cannot act together
         if resting is not None:
             lorica.disabled(self.model)
             self._resting = names
         self._choose_for_all()
-        for name in self.roster.configs:
+        for name in self.adapter_state.configs:
             self.set_requires_grad(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -179,16 +179,16 @@ class LoraModel(nn.Module):
             AdapterError: no such adapter.
         """
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            self.roster.known(name)
+            self.adapter_state.known(name)
             with behind_merge(self.model):
-                for parameter in parameters_of(self.model, self.roster, name):
+                for parameter in parameters_of(self.model, self.adapter_state, name):
                     parameter.requires_grad_(requires_grad)
 
     def disable_adapter_layers(self) -> None:
         """Let none act, until `enable_adapter_layers`; what is merged is unmerged."""
-        if self._resting is None and self.roster.configs:
+        if self._resting is None and self.adapter_state.configs:
             active = tuple(self.active_adapters)
-            if self.roster.merged:
+            if self.adapter_state.merged:
                 lorica.restore(self.model)
             lorica.disabled(self.model)
             self._resting = active
@@ -198,12 +198,12 @@ class LoraModel(nn.Module):
         """Undo `disable_adapter_layers`."""
         if self._resting is not None:
             names, self._resting = self._resting, None
-            lorica.active(self.model, [name for name in names if name in self.roster.configs])
+            lorica.active(self.model, [name for name in names if name in self.adapter_state.configs])
             self._choose_for_all()
 
     def _choose_for_all(self) -> None:
         """Let what was chosen hold for the model in every thread, as in PEFT, whichever thread chose."""
-        self.roster.decide(self.roster.last, for_all=True)
+        self.adapter_state.decide(self.adapter_state.last, for_all=True)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off; if it acted alone, the first that is left acts.
@@ -212,9 +212,9 @@ class LoraModel(nn.Module):
             AdapterError: no such adapter.
             StateError: it is merged.
         """
-        roster, merged = self.roster, self.merged_adapters
-        if adapter_name not in roster.configs:
-            have = listing(map(repr, roster.configs)) or "none"
+        state, merged = self.adapter_state, self.merged_adapters
+        if adapter_name not in state.configs:
+            have = listing(map(repr, state.configs)) or "none"
             raise AdapterError(f"Adapter {adapter_name} does not exist; the model has: {have}")
         if adapter_name in merged:
             raise StateError(
@@ -231,9 +231,9 @@ class LoraModel(nn.Module):
         acted = adapter_name in self.active_adapters
         lorica.detach(self.model, adapter_name)
         if self._resting is not None:
-            self._resting = tuple(active) if roster.configs else None
-        if acted and not active and roster.configs:
-            first = next(iter(roster.configs))
+            self._resting = tuple(active) if state.configs else None
+        if acted and not active and state.configs:
+            first = next(iter(state.configs))
             warnings.warn(
                 f"{adapter_name!r} acted and is deleted; now {first!r} acts", LoricaWarning, stacklevel=2
             )
@@ -254,13 +254,13 @@ class LoraModel(nn.Module):
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         merged = self.merged_adapters
-        new = [self.roster.known(name) for name in names if name not in merged]
+        new = [self.adapter_state.known(name) for name in names if name not in merged]
         if not new:
             if merged:
                 what = f"All adapters are already merged, nothing to do: {listing(map(repr, merged))}"
                 warnings.warn(what, LoricaWarning, stacklevel=2)
             return
-        check_rows_apart(self.roster, [*merged, *new])
+        check_rows_apart(self.adapter_state, [*merged, *new])
         resting, self._resting = self._resting, None
         try:
             if merged:
@@ -285,7 +285,7 @@ class LoraModel(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Take what is merged out again: W0 is back bit for bit."""
-        if self.roster.merged:
+        if self.adapter_state.merged:
             lorica.restore(self.model)
         else:
             warnings.warn("nothing is merged, so there is nothing to unmerge", LoricaWarning, stacklevel=2)
@@ -313,7 +313,7 @@ class LoraModel(nn.Module):
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         if not set(names) <= set(self.merged_adapters):
             self.merge_adapter(names)
-        if not self.roster.merged:
+        if not self.adapter_state.merged:
             raise StateError("no adapter is active; say which to merge, or call unload()")
         return settle(self.model)
 
@@ -323,8 +323,8 @@ class LoraModel(nn.Module):
         Returns:
             The model as it was before: classes, weights, keys, and what trains.
         """
-        if self.roster.configs:
-            if self.roster.merged:
+        if self.adapter_state.configs:
+            if self.adapter_state.merged:
                 lorica.restore(self.model)
             lorica.detach(self.model)
         self._resting = None
@@ -338,13 +338,13 @@ class LoraModel(nn.Module):
             ConfigError: it trains biases of the base, and another adapter does.
             TargetError: a pattern matches nothing, or something that cannot be adapted.
         """
-        if adapter_name in self.roster.configs:
+        if adapter_name in self.adapter_state.configs:
             raise AdapterError(
                 f"Adapter with name {adapter_name!r} already exists; give another name, or "
                 f"delete_adapter({adapter_name!r}) first"
             )
         check_one_bias(config, self.peft_config)
-        before, resting = self.roster.active, self._resting
+        before, resting = self.adapter_state.active, self._resting
         lorica.adapt(self.model, named_whole(self.model, without_idle(self.model, config)), adapter_name)
         lorica.active(self.model, before)
         self._resting = resting
@@ -386,7 +386,7 @@ class LoraModel(nn.Module):
         """
         open_for(self.model, adapter_name)  # the name must be free; better known before the work than after
         with behind_merge(self.model):
-            parts = [lorica.extract(self.model, self.roster.known(name)) for name in adapters]
+            parts = [lorica.extract(self.model, self.adapter_state.known(name)) for name in adapters]
         method = "linear" if len(parts) == 1 else combination_type
         options: dict[str, Any] = {
             "density": density,
@@ -399,7 +399,7 @@ class LoraModel(nn.Module):
         taken = METHODS.get(method, tuple(options))
         options = {name: value if name in taken else None for name, value in options.items()}
         combined = combine(parts, list(weights), method, **options)
-        before, resting = self.roster.active, self._resting
+        before, resting = self.adapter_state.active, self._resting
         attach_finite(self.model, combined, adapter_name, trainable=False)
         lorica.active(self.model, before)
         self._resting = resting

@@ -132,7 +132,7 @@ def deferred_logits(
     compute: Callable[..., Tensor] = head.forward
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        by_row = isinstance(head, SwappedModule) and head.roster.rows is not None
+        by_row = isinstance(head, SwappedModule) and head.adapter_state.rows is not None
         if by_row or args or kwargs or hidden.ndim < 2:
             return compute(hidden, *args, **kwargs)
         # In the present grad mode: autocast would keep a weight cast under no_grad, and it would never train.

@@ -38,8 +38,8 @@ def warm_start(model: nn.Module, start: Adapter, *, head: bool) -> None:
             "and method.use_rslora the values that it was trained with"
         )
     if not head:
-        root, roster = adapted(model)
-        heads = {copy.base_name for copy in trained_copies(root, roster, roster.one(None))}
+        root, state = adapted(model)
+        heads = {copy.base_name for copy in trained_copies(root, state, state.one(None))}
         theirs = {name: tensor for name, tensor in start.extras.items() if name not in heads}
         ours = {name: tensor for name, tensor in own.extras.items() if name in heads}
         start = dataclasses.replace(start, extras={**theirs, **ours})

@@ -31,7 +31,7 @@ class LoraQuantized(LoraOpaque):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to ``(..., d_in)``; returns ``(..., d_out)``."""
         names = self.acting()
-        if self.roster.rows is not None or len(names) != 1 or len(args) != 1 or kwargs:
+        if self.adapter_state.rows is not None or len(names) != 1 or len(args) != 1 or kwargs:
             return super().forward(*args, **kwargs)
         y = self._product(args[0], *self.update_of(names[0]))
         ratio = self.ratio(names[0])

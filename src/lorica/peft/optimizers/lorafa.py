@@ -141,9 +141,9 @@ def create_lorafa_optimizer(
         ConfigError: r, α or `use_rslora` are not those of the adapters that act, or nothing is left to train.
         StateError: the model carries no adapter.
     """
-    root, roster = adapted(model)
-    for name in roster.active:
-        config = roster.configs[name]
+    root, state = adapted(model)
+    for name in state.active:
+        config = state.configs[name]
         given = {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora}
         wrong = [
             f"{key}={value} was passed to create_lorafa_optimizer, the adapter has {getattr(config, key)}"
@@ -154,7 +154,7 @@ def create_lorafa_optimizer(
             raise ConfigError(f"{name}: {'; '.join(wrong)}")
     ups, downs, scales = [], [], []
     for layer in lora_layers(root).values():
-        for name in roster.active:
+        for name in state.active:
             if name in layer.scaling and layer.kind != "embedding":
                 A, B = layer.factor_parameters(name)
                 A.requires_grad_(False)

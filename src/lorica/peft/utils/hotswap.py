@@ -136,9 +136,9 @@ def prepare_model_for_compiled_hotswap(
         )
     if target_rank is None:
         return
-    root, roster = adapted(model)
-    roster.check_unmerged("change the rank of adapters")
-    found = {name: lorica.extract(root, name) for name in roster.configs}
+    root, state = adapted(model)
+    state.check_unmerged("change the rank of adapters")
+    found = {name: lorica.extract(root, name) for name in state.configs}
     highest = max(f.r for adapter in found.values() for f in adapter.factors.values())
     if target_rank < highest:
         raise ConfigError(
@@ -151,12 +151,12 @@ def prepare_model_for_compiled_hotswap(
 
 
 def _exchange(model: nn.Module, new: Adapter, name: str) -> None:
-    root, roster = adapted(model)
-    roster.known(name)
-    roster.check_unmerged("swap an adapter")
+    root, state = adapted(model)
+    state.known(name)
+    state.check_unmerged("swap an adapter")
     live = lorica.extract(root, name)
     # Where its start was taken out of W0, the old one's place is beside another weight.
-    if roster.starts.get(name) or not _fits_in(new, live):
+    if state.starts.get(name) or not _fits_in(new, live):
         _replace(model, new, name)
         return
     with torch.no_grad():
@@ -204,8 +204,8 @@ def _has_room(new: Factors, live: Factors) -> bool:
 
 def _replace(model: nn.Module, new: Adapter, name: str) -> None:
     """Take the old adapter off and put the new one on; if that cannot be, the old one comes back."""
-    root, roster = adapted(model)
-    active, old = roster.active, lorica.extract(root, name)
+    root, state = adapted(model)
+    active, old = state.active, lorica.extract(root, name)
     trained = {place: parameter.requires_grad for place, parameter in _parameters(root, name)}
     trains = any(trained.values())
     lorica.detach(root, name)

@@ -24,7 +24,7 @@ from lorica.peft import loading, places, saving
 from lorica.peft.base import from_meta, on_meta, to_meta
 from lorica.peft.incoming import LoadResult
 from lorica.peft.peft_model import PeftModel
-from lorica.roster import Roster
+from lorica.state import AdapterState
 
 _PREFIX = "base_model.model."
 
@@ -90,8 +90,8 @@ def set_peft_model_state_dict(
     adapter = saving.outgoing(model, adapter_name, None, False)
     live = to_tensors(adapter)
     if adapter.trained_as is not None:
-        root, roster = adapted(model)
-        roster.check_unmerged("give the adapter another start")
+        root, state = adapted(model)
+        state.check_unmerged("give the adapter another start")
         training = values.as_trained(root, adapter_name)
         as_it_trains = not _misfits(given, to_tensors(training))
         adapter = training if as_it_trains else copy.deepcopy(adapter)  # of which A and B are copies anyway
@@ -129,21 +129,21 @@ def _bring(root: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> set[str
     Returns:
         Keys of those that are such parameters.
     """
-    roster = adapted(root)[1]
-    roster.check_unmerged("give an adapter parameters of the base")
+    state = adapted(root)[1]
+    state.check_unmerged("give an adapter parameters of the base")
     have = base_parameters(root)
     named = {key: key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in tensors}
     found = {
         key: path for key, path in named.items() if path in have and have[path].shape == tensors[key].shape
     }
-    acting = roster.active
-    roster.activate(root, ())
+    acting = state.active
+    state.activate(root, ())
     for key, path in found.items():
-        base = roster.base_parameter(root, path)
+        base = state.base_parameter(root, path)
         value = tensors[key].to(base, copy=True)
         if not torch.equal(value, base):
-            roster.slots.setdefault(name, {})[path] = Parameter(value, requires_grad=False)
-    roster.activate(root, acting)
+            state.slots.setdefault(name, {})[path] = Parameter(value, requires_grad=False)
+    state.activate(root, acting)
     return set(found)
 
 
@@ -153,8 +153,8 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: wrapped or not.
     """
-    root, roster = adapted(model)
-    with _base(root, roster):
+    root, state = adapted(model)
+    with _base(root, state):
         own = [
             f"{place.path}.{name}." if place.path else f"{name}."
             for place in walk(root)
@@ -181,9 +181,9 @@ def set_base_model_state_dict(
         StateError: with the whole list of what does not fit; or a start was taken out of the base, or is
             merged into it. The model is untouched.
     """
-    root, roster = adapted(model)
-    roster.check_unmerged("load another base")
-    begun = [name for name, starts in roster.starts.items() if starts]
+    root, state = adapted(model)
+    state.check_unmerged("load another base")
+    begun = [name for name, starts in state.starts.items() if starts]
     if begun:
         raise StateError(
             f"the start of {listing(map(repr, begun))} was taken out of the base that is there (PiSSA, "
@@ -207,20 +207,20 @@ def set_base_model_state_dict(
 
 
 @contextlib.contextmanager
-def _base(root: nn.Module, roster: Roster) -> Iterator[None]:
+def _base(root: nn.Module, state: AdapterState) -> Iterator[None]:
     """Let the base's own parameters stand in the model."""
-    if not roster.merged:
-        with roster.base_in_place(root):
+    if not state.merged:
+        with state.base_in_place(root):
             yield
         return
-    merged, active = roster.merged, roster.active
+    merged, active = state.merged, state.active
     with as_unmerged(root):
-        roster.activate(root, ())
+        state.activate(root, ())
         try:
             yield
         finally:
-            roster.activate(root, merged)
-            roster.active = active
+            state.activate(root, merged)
+            state.active = active
 
 
 def _misfits(given: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> list[str]:

@@ -1,6 +1,6 @@
 """What a model carries: its adapters by name, which of them act, and what was set aside for them.
 
-One roster is shared by a model and all its adapted layers, so that choosing another adapter costs the same
+One state is shared by a model and all its adapted layers, so that choosing another adapter costs the same
 however many layers or adapters there are.
 """
 
@@ -39,7 +39,7 @@ class Start:
 
 
 @dataclass(eq=False)
-class Roster(Choices):
+class AdapterState(Choices):
     """State shared by an adapted model and its layers; `Choices` says which adapters act.
 
     Args:

@@ -10,48 +10,48 @@ from torch.nn import Parameter
 from lorica import LoraConfig
 from lorica.choice import Choice
 from lorica.errors import AdapterError, StateError
-from lorica.roster import Roster, place
+from lorica.state import AdapterState, place
 
 
-def roster(*names: str, **fields: object) -> Roster:
-    return Roster(configs={name: LoraConfig() for name in names}, **fields)  # pyright: ignore[reportArgumentType]
+def state(*names: str, **fields: object) -> AdapterState:
+    return AdapterState(configs={name: LoraConfig() for name in names}, **fields)  # pyright: ignore[reportArgumentType]
 
 
 class TestKnown:
     def test_a_name_that_is_there(self) -> None:
-        assert roster("topics").known("topics") == "topics"
+        assert state("topics").known("topics") == "topics"
 
     def test_one_that_is_not_hears_of_those_there_are(self) -> None:
         with pytest.raises(
             AdapterError, match=r"'topic'; did you mean 'topics'\?; the model has: 'tone', 'topics'"
         ):
-            roster("tone", "topics").known("topic")
+            state("tone", "topics").known("topic")
 
     def test_none_at_all(self) -> None:
         with pytest.raises(AdapterError, match="the model has: none"):
-            roster().known("topics")
+            state().known("topics")
 
 
 class TestOne:
     def test_the_name_given(self) -> None:
-        assert roster("a", "b", shared=Choice(("b",))).one("a") == "a"
+        assert state("a", "b", shared=Choice(("b",))).one("a") == "a"
 
     def test_the_only_one_though_it_does_not_act(self) -> None:
-        assert roster("a").one(None) == "a"
+        assert state("a").one(None) == "a"
 
     def test_the_only_one_that_acts(self) -> None:
-        assert roster("a", "b", shared=Choice(("b",))).one(None) == "b"
+        assert state("a", "b", shared=Choice(("b",))).one(None) == "b"
 
     @pytest.mark.parametrize("active", [(), ("a", "b")])
     def test_an_open_choice(self, active: tuple[str, ...]) -> None:
         with pytest.raises(AdapterError, match="which adapter\\? The model has 'a', 'b', 'c'"):
-            roster("a", "b", "c", shared=Choice(active)).one(None)
+            state("a", "b", "c", shared=Choice(active)).one(None)
 
 
 def test_what_needs_the_base_is_refused_while_merged() -> None:
-    roster("a").check_unmerged("save")
+    state("a").check_unmerged("save")
     with pytest.raises(StateError, match=r"cannot save while 'a' is merged.*lorica.restore"):
-        roster("a", merged=("a",)).check_unmerged("save")
+        state("a", merged=("a",)).check_unmerged("save")
 
 
 class TestPlace:
@@ -75,12 +75,14 @@ class TestActivate:
         return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
 
     @pytest.fixture
-    def carried(self) -> Roster:
+    def carried(self) -> AdapterState:
         own = {name: {"0.bias": Parameter(torch.full((2,), float(i)))} for i, name in enumerate("ab", 1)}
         own["b"]["1.bias"] = Parameter(torch.full((2,), 3.0))
-        return roster("a", "b", "plain", slots=own)
+        return state("a", "b", "plain", slots=own)
 
-    def test_parameters_take_their_places_and_go_again(self, model: nn.Sequential, carried: Roster) -> None:
+    def test_parameters_take_their_places_and_go_again(
+        self, model: nn.Sequential, carried: AdapterState
+    ) -> None:
         bases = model[0].bias, model[1].bias
         carried.activate(model, ("b",))
         assert model[0].bias is carried.slots["b"]["0.bias"]
@@ -92,12 +94,14 @@ class TestActivate:
         assert (model[0].bias, model[1].bias) == bases
         assert not carried.originals
 
-    def test_several_at_once(self, model: nn.Sequential, carried: Roster) -> None:
+    def test_several_at_once(self, model: nn.Sequential, carried: AdapterState) -> None:
         carried.activate(model, ("plain", "a", "plain"))
         assert carried.active == ("plain", "a")
         assert model[0].bias is carried.slots["a"]["0.bias"]
 
-    def test_two_with_their_own_version_of_one_parameter(self, model: nn.Sequential, carried: Roster) -> None:
+    def test_two_with_their_own_version_of_one_parameter(
+        self, model: nn.Sequential, carried: AdapterState
+    ) -> None:
         carried.activate(model, ("a",))
         with pytest.raises(
             AdapterError, match=r"'plain', 'a', 'b' cannot act together: each brings its own 0\.bias"
@@ -106,13 +110,13 @@ class TestActivate:
         assert carried.active == ("a",)
         assert model[0].bias is carried.slots["a"]["0.bias"]
 
-    def test_an_unknown_name_changes_nothing(self, model: nn.Sequential, carried: Roster) -> None:
+    def test_an_unknown_name_changes_nothing(self, model: nn.Sequential, carried: AdapterState) -> None:
         carried.activate(model, ("a",))
         with pytest.raises(AdapterError, match="no adapter is named 'c'"):
             carried.activate(model, ("b", "c"))
         assert carried.active == ("a",)
         assert model[0].bias is carried.slots["a"]["0.bias"]
 
-    def test_the_same_name_twice(self, model: nn.Sequential, carried: Roster) -> None:
+    def test_the_same_name_twice(self, model: nn.Sequential, carried: AdapterState) -> None:
         carried.activate(model, ("a", "a"))
         assert carried.active == ("a",)
