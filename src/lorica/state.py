@@ -51,7 +51,8 @@ class AdapterState(Choices):
         statistics: adapter name → name of a running statistic in the base → the adapter's own.
         whole: adapter name → path of a module that it trains → its rows of it, or None for all of it.
         parts: adapter name → places of what it adds to the model.
-        originals: parameters whose place is taken at the moment.
+        originals: parameters and buffers whose place is taken at the moment.
+        bringers: their names → the adapter whose own stands there.
         axes: what mixtures have found out about the layers' inputs.
         shown: the kinds of calls for which the model was shown one row alone.
         hooks: of mixtures, on the model and its parts; until `detach`.
@@ -72,6 +73,7 @@ class AdapterState(Choices):
     whole: dict[str, dict[str, frozenset[int] | None]] = field(default_factory=dict)
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     originals: dict[str, Any] = field(default_factory=dict)
+    bringers: dict[str, str] = field(default_factory=dict)
     axes: dict[Any, bool] = field(default_factory=dict)
     shown: set[Any] = field(default_factory=set)
     hooks: list[Any] = field(default_factory=list)
@@ -163,15 +165,17 @@ class AdapterState(Choices):
         if {*bringing} == {*self.placed}:
             return
         self.check_placing(bringing)
-        incoming = {path: (name, p) for name in names for path, p in self.stand_ins(name).items()}
+        # Of statistics, those that moved: only one adapter's did.
+        ordered = sorted(bringing, key=lambda name: bool(self.moved(root, name)))
+        incoming = {path: (name, p) for name in ordered for path, p in self.stand_ins(name).items()}
         self._check_devices(root, {**self.originals, **{path: p for path, (_, p) in incoming.items()}})
         for path, parameter in self.originals.items():
-            place(root, path, parameter)
+            self._note_moved(path, place(root, path, parameter))
             _tell(root, path, None)
         self.originals = {path: place(root, path, parameter) for path, (_, parameter) in incoming.items()}
         for path, original in self.originals.items():
             _tell(root, path, (incoming[path][0], original))
-        self.placed = bringing
+        self.placed, self.bringers = bringing, {path: name for path, (name, _) in incoming.items()}
 
     def _check_devices(self, root: nn.Module, coming: dict[str, Any]) -> None:
         """Refuse to exchange parameters for those of a model without values.
@@ -220,6 +224,12 @@ class AdapterState(Choices):
         finally:
             self._put(root, tuple(name for name in before if name in self.configs))
 
+    def _note_moved(self, path: str, left: Tensor) -> None:
+        """Keep an adapter's statistic as it leaves: a model that moves to a device has new ones."""
+        own = self.statistics.get(self.bringers[path], {})
+        if path in own:
+            own[path] = left
+
     def stand_ins(self, name: str) -> dict[str, Tensor]:
         """Name of a parameter or buffer in the base → what takes its place while the adapter acts."""
         weights = {path: start.weight for path, start in self.starts.get(name, {}).items()}
@@ -227,15 +237,19 @@ class AdapterState(Choices):
 
     def moved(self, root: nn.Module, name: str) -> dict[str, Tensor]:
         """The adapter's running statistics that are no longer the base's."""
-        own = self.statistics.get(name, {})
+        own = self.live_statistics(root, name)
         return {path: t for path, t in own.items() if not torch.equal(t, self.base_tensor(root, path).to(t))}
+
+    def live_statistics(self, root: nn.Module, name: str) -> dict[str, Tensor]:
+        """The adapter's running statistics, as they stand in the model while it acts."""
+        own = self.statistics.get(name, {})
+        return {path: _held(root, path) if self.bringers.get(path) == name else t for path, t in own.items()}
 
     def base_tensor(self, root: nn.Module, path: str) -> Tensor:
         """The base's own parameter or buffer of that name, whatever stands in its place."""
         if path in self.originals:
             return self.originals[path]
-        owner, leaf = owner_of(root, path)
-        return _table(owner, leaf)[leaf]
+        return _held(root, path)
 
     def base_parameter(self, root: nn.Module, path: str) -> Parameter:
         """The base's own parameter of that name, whatever stands in its place."""
@@ -293,6 +307,12 @@ def place(root: nn.Module, path: str, parameter: Any) -> Any:
         parameter.data = parameter.data.to(before)
     _table(owner, leaf)[leaf] = parameter
     return before
+
+
+def _held(root: nn.Module, path: str) -> Tensor:
+    """The parameter or buffer that stands where `path` says."""
+    owner, leaf = owner_of(root, path)
+    return _table(owner, leaf)[leaf]
 
 
 def _table(module: nn.Module, leaf: str) -> Any:

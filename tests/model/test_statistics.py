@@ -102,14 +102,60 @@ def test_merged_switched_and_restored() -> None:
     assert torch.equal(run(model), run(base()))
 
 
+@torch.no_grad()
+def test_a_model_that_moves_keeps_what_an_adapter_moved() -> None:
+    model = trained().double()
+    for _ in range(2):
+        model.train()(inputs(3).double())
+    want = model.eval()(inputs().double())
+    other = lorica.attach(base().double(), lorica.extract(model))
+    torch.testing.assert_close(other.eval()(inputs().double()), want)
+    with lorica.disabled(model):
+        pass
+    assert torch.equal(model(inputs().double()), want)
+
+
 def test_two_that_moved_them_do_not_act_together() -> None:
     model = trained()
     lorica.adapt(model, LoraConfig(r=2, target_modules=["3"]), "still")
-    lorica.active(model, ["one", "still"])
-    run(model)
+    alone = run(lorica.active(model, "one") and model)
+    for both in (["one", "still"], ["still", "one"]):
+        lorica.active(model, both)
+        assert torch.equal(run(model), alone)
     trained("two", 1, model=model)
     with pytest.raises(AdapterError, match=r"cannot act together: each brings its own 1\.running"):
         lorica.active(model, ["one", "two"])
     with pytest.raises(AdapterError, match="which cannot differ by row"):
         lorica.mixed(model, ["one", None])
     lorica.mixed(model, ["still", None])
+
+
+@torch.no_grad()
+def test_a_pass_in_training_without_an_adapters_own_moves_nothing() -> None:
+    model, untouched = trained(), base()
+    lorica.adapt(model, LoraConfig(r=2, target_modules=["3"]), "still")
+    lorica.attach(model, lorica.extract(trained()), "frozen")
+    lorica.attach(model, lorica.extract(lorica.adapt(base(), LoraConfig(r=2, target_modules=["0"]))), "bare")
+
+    def step() -> Tensor:
+        return model.train()(inputs(1)[:2])
+
+    expected = untouched.train()(inputs(1)[:2])
+    untouched = base()
+    for choice in (
+        lambda: lorica.disabled(model),
+        lambda: lorica.mixed(model, ["still", None]),
+        lambda: lorica.active(model, "bare"),
+    ):
+        with choice():
+            found = {k: bits(v) for k, v in model.state_dict().items() if "running" in k or "num_b" in k}
+            step()
+            assert {k: bits(v) for k, v in model.state_dict().items() if k in found} == found
+    with lorica.disabled(model):
+        assert torch.equal(step(), expected)
+        assert torch.equal(run(model), run(untouched))
+    lorica.detach(model)
+    before = {k: bits(v) for k, v in model.state_dict().items()}
+    assert before == {k: bits(v) for k, v in base().state_dict().items()}
+    step()
+    assert {k: bits(v) for k, v in model.state_dict().items()} != before

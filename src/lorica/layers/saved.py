@@ -58,9 +58,10 @@ class SavedModule(AskedModule):
             master: keep it in float32 beside a base in half precision. False where others read its weights
                 without calling it, and need the base's dtype.
         """
+        shared: dict[int, Any] = {id(self.adapter_state): self.adapter_state}  # what hooks inside know
         state = self.leave()
         try:
-            twin = copy.deepcopy(self)
+            twin = copy.deepcopy(self, shared)
         finally:
             SwappedModule.enter(self, state)
         # The module's own hooks run whichever copy answers; copied along, they would run twice.

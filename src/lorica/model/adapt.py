@@ -21,7 +21,7 @@ from lorica.model.methods import resolve_methods
 from lorica.model.mount import Mount, mount, open_for, parameter_for, remove_parts, uncollected
 from lorica.model.stack import stacked, unstack
 from lorica.model.starting import PREPARED, Source, begin, check_alone, check_start, prepared
-from lorica.model.statistics import give_statistics
+from lorica.model.statistics import give_statistics, release
 from lorica.model.structure import (
     STATE,
     Target,
@@ -188,6 +188,7 @@ def detach(model: M, name: str | None = None) -> M:
         unstack(root, state)
         pretrained.leave(root)
         stop_watching(root)
+        release(root)
         delattr(root, STATE)
     return model
 

@@ -11,6 +11,7 @@ from torch import nn
 from lorica.errors import StateError
 from lorica.layers.quantized import release_layout
 from lorica.model.merge import put
+from lorica.model.statistics import release
 from lorica.model.structure import STATE, adapted
 from lorica.state import place
 
@@ -114,5 +115,6 @@ def settle(model: M) -> M:
     release_layout(state.layouts)
     for hook in state.hooks:
         hook.remove()
+    release(root)
     delattr(root, STATE)
     return model

@@ -26,6 +26,7 @@ from lorica.layers import (
 )
 from lorica.layers.quantized import hold_layout
 from lorica.model import pretrained
+from lorica.model.statistics import keep_still, release
 from lorica.model.structure import STATE, Target, added_modules, base_parameters, find_adapted
 from lorica.model.tied import tie_copies
 from lorica.model.tokens import TokenTarget
@@ -139,6 +140,7 @@ def mount(
         state.layouts = hold_layout(root)
         setattr(root, STATE, state)
         pretrained.enter(root)
+        keep_still(root, state)
     state.configs[name] = config
     for target, A, B, scale, dropout, magnitude, bias, _ in mounts:
         module = target.module
@@ -193,6 +195,7 @@ def _copy(
         try:
             parent = module_at(root, path.rpartition(".")[0]) if path else None
             module.add_copy(name, trainable=trainable, master=not read_by(parent))
+            release(module.modules_to_save[name])
         except Exception as error:
             for host in hosts:
                 if name in host.modules_to_save:

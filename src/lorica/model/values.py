@@ -191,7 +191,7 @@ def fitting(
     def write() -> None:
         for key, tensor in live.items():
             tensor.copy_(new[key])
-        for path, buffer in state.statistics.get(name, {}).items():
+        for path, buffer in state.live_statistics(root, name).items():
             buffer.copy_(moved.get(path, state.base_tensor(root, path)))
         for path, layer in lora_layers(root).items():
             if path in starts:
