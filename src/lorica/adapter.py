@@ -163,7 +163,7 @@ class Adapter:
                 )
             factors[path] = dataclasses.replace(f, A=f.A[:r], B=f.B[:, :r], scale=config.scale(path))
             starts[path] = f.A[r:], -f.B[:, r:]
-        return Adapter(config, factors, self.extras, self.added), starts
+        return dataclasses.replace(self, config=config, factors=factors, trained_as=None), starts
 
     def check_on_base(self, doing: str) -> None:
         """Refuse factors that mean nothing without the weight their start was taken out of.

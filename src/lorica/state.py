@@ -58,7 +58,7 @@ class AdapterState(Choices):
         hooks: of mixtures, on the model and its parts; until `detach`.
         frozen: parameters that `adapt` froze and `detach` thaws.
         layouts: quantized layers that `adapt` keeps from repacking their weights, until `detach`.
-        classes: names of the classes before those of the adapter that brought its head, both ways.
+        classes: the names of the classes of each head, where adapters bring their own.
         labels: of the call that is running, where a prefix needs them.
         layout: where a prefix stands in the call that is running.
         stack: how the list of blocks was exchanged (`layer_replication`), until `detach`.
@@ -79,7 +79,7 @@ class AdapterState(Choices):
     hooks: list[Any] = field(default_factory=list)
     frozen: list[Parameter] = field(default_factory=list)
     layouts: list[nn.Module] = field(default_factory=list)
-    classes: tuple[dict[int, str], dict[str, int]] | None = None
+    classes: Any = None
     labels: Any = None
     layout: Any = None
     stack: Any = None
@@ -154,6 +154,12 @@ class AdapterState(Choices):
                 taken[path] = rows | before if rows is not None and before is not None else rows
         self._put(root, names)
         self.decide(self.last._replace(names=names, placed=self.placed))
+        self.name_classes()
+
+    def name_classes(self) -> None:
+        """Have the model's configuration name the classes of the head that acts for the model."""
+        if self.classes is not None:
+            self.classes.follow(self.shared)
 
     def present(self, choice: Choice) -> Choice:
         """A choice without the adapters that are gone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 import lorica
-from lorica.errors import FileError
+from lorica import algebra
+from lorica.errors import AdapterError, FileError
 
 NAMES = {0: "negative", 1: "neutral", 2: "positive"}
 
@@ -63,3 +65,100 @@ def test_damaged_names(tmp_path: Path) -> None:
     save_file(load_file(file), file, {"format": "pt", "lorica_classes": '{"a": 1}'})
     with pytest.raises(FileError, match="lorica_classes in it is no list of names"):
         lorica.read(tmp_path / "a")
+
+
+def named(prefix: str) -> dict[int, str]:
+    return {place: f"{prefix}{place}" for place in range(3)}
+
+
+def shown(of: BertForSequenceClassification) -> str:
+    """Whose names the configuration holds, told by their first letter; both ways agree."""
+    names = [of.config.id2label[place] for place in range(3)]
+    assert of.config.label2id == {name: place for place, name in enumerate(names)}
+    return names[0][0]
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> BertForSequenceClassification:
+    """Adapters a and b with heads of their own, c without one, n whose head has no names; base: x."""
+    of = model(named("x"))
+    for name in "ab":
+        lorica.load(of, saved(tmp_path / name, names=named(name)), name)
+    lorica.load(of, saved(tmp_path / "c", None), "c")
+    lorica.load(of, saved(tmp_path / "n", names=None), "n")
+    return of
+
+
+def test_the_names_are_the_acting_heads(several: Any) -> None:
+    assert shown(several) == "a"
+    for name, expected in {"b": "b", "c": "x", "a": "a", "n": "x"}.items():
+        lorica.active(several, name)
+        assert shown(several) == expected
+        with lorica.disabled(several):
+            assert shown(several) == "x"
+        assert shown(several) == expected
+        with lorica.active(several, ["c", "b"]):
+            assert shown(several) == "b"
+        with lorica.mixed(several, ["a", "b"]):
+            assert shown(several) == "x"
+        with lorica.mixed(several, ["a", "a"]):
+            assert shown(several) == "a"
+        assert shown(several) == expected
+        assert [names and names[0][0] for names in (lorica.extract(several, n).classes for n in "abcn")] == [
+            *("a", "b", None, "x")
+        ]
+
+
+def test_merged_switched_and_restored_they_follow(several: Any, tmp_path: Path) -> None:
+    lorica.merge(several, "b")
+    assert shown(several) == "b"
+    several.save_pretrained(tmp_path / "merged")
+    assert BertConfig.from_pretrained(tmp_path / "merged").id2label == named("b")
+    lorica.switch(several, "a")
+    assert shown(several) == "a"
+    lorica.switch(several, "c")
+    assert shown(several) == "x"
+    lorica.restore(several)
+    assert shown(several) == "a"
+    lorica.detach(several, "a")
+    lorica.active(several, "b")
+    lorica.detach(several, "b")
+    assert shown(several) == "x"
+    lorica.detach(several)
+    assert shown(several) == "x"
+
+
+def test_names_that_are_given_while_a_head_acts_are_that_heads(several: Any, tmp_path: Path) -> None:
+    config = lorica.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    lorica.adapt(several, config, "new")
+    assert shown(several) == "x"
+    several.config.id2label = named("y")
+    several.config.label2id = {name: place for place, name in named("y").items()}
+    lorica.active(several, "a")
+    assert shown(several) == "a"
+    lorica.active(several, "new")
+    assert shown(several) == "y"
+    assert lorica.extract(several, "new").classes == tuple(named("y").values())
+    lorica.load_weights(several, tmp_path / "b", "new")
+    assert shown(several) == "b"
+    lorica.active(several, "c")
+    lorica.load_weights(several, tmp_path / "a", "new")
+    assert shown(several) == "x"
+    lorica.active(several, "new")
+    assert shown(several) == "a"
+
+
+def test_adapters_made_from_others_have_them_too(several: Any) -> None:
+    one, other, bare, nameless = (lorica.extract(several, name) for name in "abcn")
+    head = tuple(named("a").values())
+    assert algebra.compress(one, rank=1)[0].classes == head
+    assert algebra.scale(one, 2.0).classes == head
+    assert algebra.combine([one, other], keep=0).classes == head
+    assert algebra.combine([other, one], keep=1, method="linear").classes == head
+    assert algebra.add(one, bare).classes == head
+    assert algebra.subtract(bare, one).classes == head
+    same = dataclasses.replace(other, extras=one.extras)
+    with pytest.raises(AdapterError, match=r"names of the classes: a0, a1, a2 and b0"):
+        algebra.add(one, same)
+    assert algebra.add(one, same, keep=1).classes == tuple(named("b").values())
+    assert algebra.add(one, dataclasses.replace(nameless, extras=one.extras, classes=None)).classes == head

@@ -58,9 +58,9 @@ def compress(
         k = _needed(found, 1.0 if energy is None else energy)
         limit = k if rank is None else per_group(rank, f, path)
         factors[path] = dataclasses.replace(found.cut(min(k, limit)).factors(f), magnitude=f.magnitude)
-    result = Adapter(
-        describing(adapter.lora, factors), tied(adapter.lora, factors, [adapter]), adapter.extras
-    )
+    config = describing(adapter.lora, factors)
+    made = tied(adapter.lora, factors, [adapter])
+    result = dataclasses.replace(adapter, config=config, factors=made, trained_as=None)
     return result, error(result, [adapter])
 
 

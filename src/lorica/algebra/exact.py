@@ -94,7 +94,9 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
         )
         for path, f in adapter.factors.items()
     }
-    return Adapter(config, tied(config, factors, [adapter]), adapter.extras)
+    return dataclasses.replace(
+        adapter, config=config, factors=tied(config, factors, [adapter]), trained_as=None
+    )
 
 
 def side_by_side(path: str, updates: Sequence[Term], like: Factors) -> Factors:

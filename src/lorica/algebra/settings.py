@@ -25,6 +25,7 @@ _SETTLED = (
 )
 
 Extras = dict[str, Tensor]
+Classes = tuple[str, ...] | None
 
 
 def describing(config: LoraConfig, factors: Mapping[str, Factors]) -> LoraConfig:
@@ -62,7 +63,9 @@ def tied(
     return made
 
 
-def agreed(adapters: Sequence[Adapter], paths: Sequence[str], keep: int | None) -> tuple[LoraConfig, Extras]:
+def agreed(
+    adapters: Sequence[Adapter], paths: Sequence[str], keep: int | None
+) -> tuple[LoraConfig, Extras, Classes]:
     """What several adapters agree on, for one that has updates at `paths`.
 
     Args:
@@ -72,7 +75,7 @@ def agreed(adapters: Sequence[Adapter], paths: Sequence[str], keep: int | None) 
             none contradicts another.
 
     Returns:
-        The configuration, all but its ranks, and the tensors trained whole.
+        The configuration, all but its ranks, the tensors trained whole, and the names of the head's classes.
 
     Raises:
         AdapterError: with the whole list of what differs, where `keep` is None or cannot choose.
@@ -88,7 +91,7 @@ def agreed(adapters: Sequence[Adapter], paths: Sequence[str], keep: int | None) 
     ]
     if unlike:
         raise AdapterError(f"the adapters differ in {listing(unlike)}, and no one adapter can have both")
-    extras, settings = _whole(adapters, paths, keep)
+    extras, settings, classes = _whole(adapters, paths, keep)
     defaults = LoraConfig()
     training = {name: getattr(defaults, name) for name in _TRAINING if not _same(configs, name)}
     config = configs[0].replace(
@@ -98,13 +101,13 @@ def agreed(adapters: Sequence[Adapter], paths: Sequence[str], keep: int | None) 
         **_base(configs),
         fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
     )
-    return config, extras
+    return config, extras, classes
 
 
 def _whole(
     adapters: Sequence[Adapter], paths: Sequence[str], keep: int | None
-) -> tuple[Extras, dict[str, Any]]:
-    """What is trained whole, and the settings that speak of it."""
+) -> tuple[Extras, dict[str, Any], Classes]:
+    """What is trained whole, the settings that speak of it, and the names of the classes."""
     if keep is not None:
         if keep not in range(len(adapters)):
             raise ConfigError(f"keep must be the index of an adapter, 0 to {len(adapters) - 1}, not {keep!r}")
@@ -115,6 +118,9 @@ def _whole(
         for name, tensor in adapter.extras.items():
             if not _equal(extras.setdefault(name, tensor), tensor):
                 differing[name] = "other values in each"
+    named = list(dict.fromkeys(a.classes for a in adapters if a.classes is not None))
+    if len(named) > 1:
+        differing["names of the classes"] = " and ".join(listing(names, limit=5) for names in named)
     tasks, biases = (_given(adapters, name) for name in ("task_type", "bias"))
     for name, values in (("task_type", tasks), ("bias", biases)):
         if len(values) > 1:
@@ -136,7 +142,8 @@ def _whole(
         bias = (
             "none"  # of some layers there is no trained bias; those there are load from the file all the same
         )
-    return extras, {"task_type": next(iter(tasks), None), "bias": bias, "modules_to_save": saved or None}
+    settings = {"task_type": next(iter(tasks), None), "bias": bias, "modules_to_save": saved or None}
+    return extras, settings, next(iter(named), None)
 
 
 def _given(adapters: Sequence[Adapter], name: str) -> list[Any]:

@@ -73,9 +73,10 @@ class Terms:
         """
         self.check_magnitudes()
         self.check_layers()
-        config, extras = agreed(self.adapters, self.paths, keep)
+        config, extras, classes = agreed(self.adapters, self.paths, keep)
         factors = {path: _join(how, path, self.at(path)) for path in self.paths}
-        return Adapter(describing(config, factors), tied(config, factors, self.adapters), extras)
+        made = tied(config, factors, self.adapters)
+        return Adapter(describing(config, factors), made, extras, classes=classes)
 
     def check_magnitudes(self) -> None:
         """Refuse DoRA.

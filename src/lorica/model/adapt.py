@@ -119,6 +119,7 @@ def _adapt(root: nn.Module, state: AdapterState, config: AdapterConfig, name: st
         trainable=trainable,
     )
     give_statistics(root, state, name, found.saved, {}, trainable=trainable)
+    classes.give(root, state, name)
     if lora is not None and lora.init_lora_weights in FROM_DATA:
         root.__dict__.pop(PREPARED, None)
 
@@ -177,6 +178,7 @@ def detach(model: M, name: str | None = None) -> M:
         state.starts.pop(n, None)
         state.whole.pop(n, None)
         state.parts.pop(n, None)
+        classes.take_back(state, n)
         del state.configs[n]
     if not state.configs:
         for parameter in state.frozen:
@@ -184,7 +186,6 @@ def detach(model: M, name: str | None = None) -> M:
         release_layout(state.layouts)
         for hook in state.hooks:
             hook.remove()
-        classes.take_back(root, state)
         unstack(root, state)
         pretrained.leave(root)
         stop_watching(root)
@@ -225,24 +226,27 @@ class active:
     """
 
     def __init__(self, model: nn.Module, names: str | Iterable[str], rows: Any = None) -> None:
-        self._root, self._roster = root, state = adapted(model)
+        self._root, self._state = root, state = adapted(model)
         state.check_unmerged("choose another adapter")
         self._here, self._own, self._shared = state.last, state.own_choice(), state.shared
         state.activate(root, (names,) if isinstance(names, str) else tuple(names))
         state.decide(state.last._replace(rows=rows, resting=None))
+        state.name_classes()
 
     def __enter__(self) -> None:
         """From here on it is a block: the thread's or task's own, and no longer the model's."""
-        self._roster.enter(self, self._shared)
+        self._state.enter(self, self._shared)
+        self._state.name_classes()
 
     def __exit__(self, *error: object) -> None:
         """Let those act that did before, as far as they are still there."""
-        state = self._roster
+        state = self._state
         state.check_unmerged("leave the choice of another adapter")
         now = state.shared
         state.activate(self._root, state.present(self._here).names)
         own = None if self._own is None else state.present(self._own)
         state.leave(self, own, state.present(self._shared), now)
+        state.name_classes()
 
 
 def disabled(model: nn.Module) -> active:

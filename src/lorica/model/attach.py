@@ -73,7 +73,6 @@ def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> 
         _attach(root, state, adapter, name, trainable)
     if len(state.configs) == 1:
         state.activate(root, (name,))
-        classes.give(root, state, adapter)
     return model
 
 
@@ -151,6 +150,8 @@ def _attach(root: nn.Module, state: AdapterState, adapter: Adapter, name: str, t
         trainable=trainable,
     )
     give_statistics(root, state, name, saved, adapter.extras, trainable=trainable)
+    classes.give(root, state, name)
+    classes.take(state, name, adapter)
     with torch.no_grad():
         for copy in trained_copies(root, state, name):
             copy.tensor.copy_(adapter.extras[copy.base_name])

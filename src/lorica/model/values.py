@@ -17,7 +17,7 @@ from lorica.config import LoraConfig, changes_base, members
 from lorica.errors import AdapterError, LoricaWarning, TargetError, lines
 from lorica.layers import LoraLayer, tied_factors
 from lorica.layers.added import join
-from lorica.model.classes import names_of
+from lorica.model.classes import names_of, take
 from lorica.model.starting import less
 from lorica.model.structure import (
     adapted,
@@ -120,7 +120,7 @@ def as_trained(
             place = join(path, host.own_modules[0])
             for leaf, parameter in host.parts[name].named_parameters():
                 added[f"{place}.{leaf}"] = value(f"{place}.{name}.{leaf}", parameter)
-    return Adapter(config, factors, extras, added, classes=names_of(root, extras))
+    return Adapter(config, factors, extras, added, classes=names_of(root, state, name, extras))
 
 
 def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None, *, strict: bool = True) -> None:
@@ -189,6 +189,7 @@ def fitting(
 
     @torch.no_grad()
     def write() -> None:
+        take(state, name, given)
         for key, tensor in live.items():
             tensor.copy_(new[key])
         for path, buffer in state.live_statistics(root, name).items():

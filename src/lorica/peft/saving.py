@@ -155,4 +155,4 @@ def on_untouched_base(adapter: Adapter, before: str | os.PathLike[str]) -> Adapt
         rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
         alpha_pattern={key: larger * alpha for key, alpha in config.alpha_pattern.items()},
     )
-    return Adapter(config, factors, adapter.extras)
+    return dataclasses.replace(adapter, config=config, factors=factors)

@@ -296,7 +296,8 @@ def cut(adapter: Adapter, advice: Advice) -> Adapter:
         if layer.rank:
             alone = Adapter(adapter.config, {path: adapter.factors[path]})
             factors[path] = compress(alone, rank=layer.rank)[0].factors[path]
-    return Adapter(describing(advice.config, factors), factors, adapter.extras)
+    config = describing(advice.config, factors)
+    return dataclasses.replace(adapter, config=config, factors=factors, trained_as=None)
 
 
 def check(

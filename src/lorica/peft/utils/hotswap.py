@@ -253,7 +253,7 @@ def _at_rank(adapter: Adapter, rank: int) -> Adapter:
     config = config.replace(init_lora_weights=start).replace(
         r=rank, lora_alpha=common, rank_pattern={}, alpha_pattern=patterns
     )
-    return Adapter(config, factors, adapter.extras)
+    return dataclasses.replace(adapter, config=config, factors=factors, trained_as=None)
 
 
 def _padded(factor: Tensor, dim: int, size: int) -> Tensor:
