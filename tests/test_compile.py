@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 
 import lorica
 from lorica import LoraConfig
-from lorica.errors import TargetError
+from lorica.errors import StateError, TargetError
 
 EVERYTHING = ("embed", "up", "down", "head")
 
@@ -173,6 +174,23 @@ class TestDistributed:
         parallel = nn.parallel.DistributedDataParallel(model)
         assert_same(step(parallel, tokens()), expected)
         assert list(lorica.extract(parallel).factors) == list(lorica.extract(model).factors)
+
+    def test_adapting_after_data_parallel(self) -> None:
+        model = Toy()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        before = dict(model.state_dict())
+        for wrapped in (parallel, model, torch.compile(parallel, backend="eager"), nn.Sequential(parallel)):
+            with pytest.raises(StateError, match="was wrapped in DistributedDataParallel"):
+                lorica.adapt(wrapped, LoraConfig(target_modules=["up"]))
+            assert dict(model.state_dict()).keys() == before.keys()
+        adapter = lorica.extract(lorica.adapt(Toy(), LoraConfig(target_modules=["up"]), seed=0))
+        lorica.attach(parallel, adapter, "frozen")
+        assert lorica.extract(parallel).factors.keys() == adapter.factors.keys()
+        with pytest.raises(StateError, match="was wrapped in DistributedDataParallel"):
+            lorica.adapt(parallel, LoraConfig(target_modules=["up"]), "later")
+        del parallel, wrapped
+        gc.collect()
+        lorica.adapt(model, LoraConfig(target_modules=["up"]), "later")
 
     def test_fully_shard(self) -> None:
         from torch.distributed.fsdp import fully_shard

@@ -44,6 +44,20 @@ class Net(nn.Module):
         return self.head(torch.tanh(self.lin(x))).mean(1)
 
 
+@pytest.mark.parametrize("original", [False, True])
+def test_adapting_after_wrapping_is_refused(original: bool) -> None:
+    model = Net()
+    adapter = lorica.extract(lorica.adapt(Net(), lorica.LoraConfig(r=2, target_modules=["lin"]), seed=0))
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
+    keys = list(wrapped.state_dict())
+    for part in (wrapped, model, nn.Sequential(wrapped)):
+        with pytest.raises(StateError, match="was wrapped in FullyShardedDataParallel"):
+            lorica.adapt(part, lorica.LoraConfig(r=2, target_modules=["lin"]))
+        with pytest.raises(StateError, match="was wrapped in FullyShardedDataParallel"):
+            lorica.attach(part, adapter)
+    assert list(wrapped.state_dict()) == keys
+
+
 CASES: dict[str, dict[str, Any]] = {
     "factors": {},
     "magnitudes": {"use_dora": True},

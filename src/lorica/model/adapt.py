@@ -74,8 +74,8 @@ def adapt(
 
     Source: Hu et al., 2021, §4.1.
     """
-    root, state = open_for(model, name)
     config = as_config(config)
+    root, state = open_for(model, name, trainable=not config.inference_mode)
     with uncollected(), stacked(root, state, config), state.base_in_place(root):
         _adapt(root, state, config, name, seed)
     active(root, name)

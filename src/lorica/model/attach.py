@@ -68,7 +68,7 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
 
 def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> M:
     """As `attach`, for an adapter that is known to be finite: one that was just read is."""
-    root, state = open_for(model, name)
+    root, state = open_for(model, name, trainable=trainable)
     with uncollected(), stacked(root, state, adapter.config), state.base_in_place(root):
         _attach(root, state, adapter, name, trainable)
     if len(state.configs) == 1:

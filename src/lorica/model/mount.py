@@ -31,7 +31,8 @@ from lorica.model.structure import STATE, Target, added_modules, base_parameters
 from lorica.model.tied import tie_copies
 from lorica.model.tokens import TokenTarget
 from lorica.model.uncalled import watch_next_pass
-from lorica.state import AdapterState, Start, module_at, uncompiled
+from lorica.model.wrapped import check_unnoted, unwrapped
+from lorica.state import AdapterState, Start, module_at
 
 
 class Mount(NamedTuple):
@@ -47,23 +48,24 @@ class Mount(NamedTuple):
     start: Start | None = None
 
 
-def open_for(model: nn.Module, name: str) -> tuple[nn.Module, AdapterState]:
+def open_for(model: nn.Module, name: str, *, trainable: bool) -> tuple[nn.Module, AdapterState]:
     """The adapted model in `model` and its state; where there is none yet, `model` and a new state.
 
     A model that `torch.compile` wrapped is adapted inside its wrapper.
 
     Raises:
         AdapterError: the name is taken, or cannot be one.
-        StateError: an adapter is merged.
+        StateError: an adapter is merged, or the model was wrapped for training on several devices.
     """
     check_name(name)
-    root, state = find_adapted(model) or (uncompiled(model), AdapterState())
+    root, state = find_adapted(model) or (unwrapped(model), AdapterState())
     state.check_unmerged("add an adapter")
     if name in state.configs:
         raise AdapterError(
             f"the model already has an adapter named {name!r}; give another name, or "
             f"lorica.detach(model, {name!r}) first"
         )
+    check_unnoted(root, trainable=trainable)
     return root, state
 
 

@@ -384,7 +384,8 @@ class LoraModel(nn.Module):
             ConfigError: there is no such type, or it does not take an option that is given.
             StateError: an adapter is merged.
         """
-        open_for(self.model, adapter_name)  # the name must be free; better known before the work than after
+        # The name must be free; better known before the work than after.
+        open_for(self.model, adapter_name, trainable=False)
         with behind_merge(self.model):
             parts = [lorica.extract(self.model, self.adapter_state.known(name)) for name in adapters]
         method = "linear" if len(parts) == 1 else combination_type
