@@ -67,6 +67,20 @@ REFUSED = {
     "untouched base, so no other adapter is disturbed; PEFT warns",
     r"test_generate_pos_args.*DID NOT RAISE": "no refusal: generate takes its inputs by position, where PEFT "
     "raises",
+    r"_register_custom_module|TestDynamicDispatch": "wrappers of the caller's own: layers change their class "
+    "in place, and nothing is wrapped",
+    r"adapter_config should be an instance of PeftConfig|TestNamingConflictWarning(?s:.*): linear in the "
+    r"adapter, Linear in the model": "transformers' own add_adapter and adapters in "
+    "from_pretrained: they import PEFT and put its layers on the model",
+    r"test_mha_with_dora_raises.*DID NOT RAISE": "no refusal: DoRA of an nn.MultiheadAttention is computed",
+    r"different_target_parameters_raises.*DID NOT RAISE": "no refusal: adapters of different parameters "
+    "stand beside each other",
+    r"same_modules_to_save_merging_adapters_raises.*DID NOT RAISE": "no refusal: whole copies that are equal "
+    "are combined; those that differ are refused",
+    "test_warn_for_tied_embeddings_merge": "no warning before a merge: tied tables that differ after it are "
+    "untied, and that is said",
+    r"test_converted_lora_to_lora": "convert_to_lora: turns PEFT's other methods into LoRA; lorica.compress "
+    "lowers a rank",
     r"TestDisableInputDtypeCasting.*DID NOT RAISE": "no refusal: inputs of another dtype than the weights' "
     "are computed, where PEFT raises",
 }

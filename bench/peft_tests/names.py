@@ -26,13 +26,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import lorica.peft
+from lorica.layers import LoraParameters
 from lorica.peft import LoraConfig, PeftModel
 from lorica.peft.config import PeftConfig as OwnConfig
 
 _SETTINGS: Any = importlib.import_module("lorica.peft.config")
 _VERSION = _SETTINGS.__version__
 CLIENTS = ("tests", "selection")
-OF_ALL_METHODS = ("PeftType", "PEFT_TYPE_TO_CONFIG_MAPPING", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING")
+OF_ALL_METHODS = (
+    "PeftType",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+)
 
 
 class _AnyConfig(type):
@@ -143,12 +149,18 @@ class Names:
 
     @staticmethod
     def _replaces(own: Any, real: Any) -> bool:
-        if isinstance(own, types.ModuleType) or not (inspect.isclass(real) or callable(real)):
+        if isinstance(own, types.ModuleType):
             return False
-        return isinstance(own, dict) or str(getattr(own, "__module__", "")).startswith("lorica")
+        if isinstance(own, dict):
+            return isinstance(real, dict)
+        return (inspect.isclass(real) or callable(real)) and str(getattr(own, "__module__", "")).startswith(
+            "lorica"
+        )
 
 
 NAMES = Names()
+# A fixture patches this method of PEFT's layer, so that there must be one to patch; nothing calls it.
+LoraParameters.update_layer = REAL.tuners.lora.layer.ParamWrapper.update_layer  # type: ignore[attr-defined]
 _MODULES: dict[str, Overlay] = {}
 
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import Toy, shake, tokens, transformer
+from tiny import outputs as answers
 from torch import Tensor
 
 import lorica
-from lorica.errors import AdapterError, ConfigError, LoricaWarning
+from lorica.errors import AdapterError, ConfigError, FileError, LoricaWarning
 from lorica.peft import (
     AutoPeftModel,
     LoraConfig,
@@ -182,6 +183,19 @@ class TestSaving:
         torch.testing.assert_close(outputs(PeftModel.from_pretrained(toy(), tmp_path)), before)
         model.unmerge_adapter()
         torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+    def test_merged_weights_do_not_go_beside_the_adapter(self, how: str, tmp_path: Path) -> None:
+        transformer_adapter(tmp_path)
+        model = PeftModel.from_pretrained(transformer("bert-classifier"), tmp_path)
+        base: Any = model.get_base_model()
+        getattr(model, how)()
+        with pytest.raises(FileError, match="count twice"):
+            base.save_pretrained(tmp_path)
+        assert not (tmp_path / "model.safetensors").exists()
+        base.save_pretrained(tmp_path / "merged")
+        again = type(base).from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(answers(again), answers(base.eval()), rtol=0, atol=0)
 
     def test_embeddings_when_asked_for(self, tmp_path: Path) -> None:
         base = transformer("bert-classifier")

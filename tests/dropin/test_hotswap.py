@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import Toy, shake, tokens
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorica.errors import AdapterError, ConfigError
+from lorica.errors import AdapterError, ConfigError, StateError
 from lorica.peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights
 from lorica.peft.utils.hotswap import (
     hotswap_adapter,
@@ -153,6 +153,59 @@ def test_a_base_that_was_quantized_for_a_rank_is_not_filled_up() -> None:
     with pytest.raises(AdapterError, match="make it with r=5"):
         prepare_model_for_compiled_hotswap(model, target_rank=5)
     torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
+
+
+class Grouped(nn.Module):
+    """A convolution in two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(4, 6, 3, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+def grouped(seed: int, r: int) -> PeftModel:
+    model = get_peft_model(Grouped(), LoraConfig(r=r, lora_alpha=3, target_modules=["conv"]))
+    shake(model, seed)
+    return model.eval()
+
+
+@pytest.mark.parametrize("r", [2, 4, 8])
+def test_grouped_convolutions_of_other_ranks(r: int, tmp_path: Path) -> None:
+    x = torch.randn(2, 4, 5, 5)
+    model, other = grouped(1, 4), grouped(2, r)
+    other.save_pretrained(tmp_path)
+    before = model(x)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch.testing.assert_close(model(x), before)
+    held = {id(p) for p in model.parameters()}
+    hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(model(x), other(x))
+    assert {id(p) for p in model.parameters()} == held  # written where the old values were
+    with pytest.raises(ConfigError, match="original rank is larger"):
+        prepare_model_for_compiled_hotswap(model, target_rank=2)
+    with pytest.raises(AdapterError, match="groups=2 to target rank 9, but the target rank is not divisible"):
+        prepare_model_for_compiled_hotswap(model, target_rank=9)
+
+
+@pytest.mark.parametrize("r", [2, 6])
+def test_while_another_is_merged(r: int, tmp_path: Path) -> None:
+    wrapped(2, r=r).save_pretrained(tmp_path)
+    model = wrapped(1)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+    model.merge_adapter(["other"])
+    before = outputs(model)
+    with pytest.raises(StateError, match="merged"):
+        hotswap_adapter(model, tmp_path, "other")
+    hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
+    assert model.base_model.merged_adapters == ["other"]
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    torch.testing.assert_close(outputs(model), outputs(wrapped(2, r=r)))
 
 
 def test_what_does_not_fit_changes_nothing(tmp_path: Path) -> None:

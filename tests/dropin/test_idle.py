@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Toy
+from tiny import Toy, transformer
 from torch import nn
 
 import lorica
-from lorica.errors import LoricaWarning, StateError, TargetError
-from lorica.peft import LoraConfig, get_peft_model
+from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, TargetError
+from lorica.peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from lorica.peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from lorica.peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
@@ -107,3 +107,63 @@ def test_rows_that_two_adapters_train_are_not_merged(at_once: bool) -> None:
     with pytest.raises(ValueError, match="already defined and would result in undefined merging behavior"):
         model.base_model.merge_adapter(["two"] if first else ["one", "two"])
     assert model.base_model.merged_adapters == first
+
+
+@pytest.mark.parametrize("idle", ["target_modules", "target_parameters"])
+def test_targets_of_one_kind_that_match_nothing_beside_the_others(idle: str) -> None:
+    right = {"target_modules": ["up"], "target_parameters": ["head.weight"]}
+    wrong = {"target_modules": ["typo"], "target_parameters": ["typo.weight"]}
+    config = LoraConfig(r=2, **right | {idle: wrong[idle]})  # pyright: ignore[reportArgumentType]
+    with pytest.warns(RuntimeWarning, match=f"{idle}=.*typo.* were set but no .* was matched"):
+        model = get_peft_model(Toy(), config)
+    tuner = model.base_model
+    named = tuner.targeted_module_names or tuner.targeted_parameter_names
+    assert named == (UPS if idle == "target_parameters" else right["target_parameters"])
+    with pytest.raises(TargetError, match="typo"):
+        get_peft_model(Toy(), LoraConfig(r=2, **wrong))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_state_says_which_modules_are_adapted() -> None:
+    config: Any = LoraConfig(r=2, target_modules=["up", "down"])
+    model = inject_adapter_in_model(config, Toy())
+    state = get_peft_model_state_dict(model)
+    config.exclude_modules = ["blocks.0.up"]
+    with pytest.warns(RuntimeWarning, match=r"state_dict contained these .*: \['blocks.0.up'\]"):
+        again = inject_adapter_in_model(config, Toy(), state_dict=state)
+    assert get_peft_model_state_dict(again).keys() == state.keys()
+    fewer = {f"_orig_mod.{key}": value for key, value in state.items() if "blocks.0" not in key}
+    with pytest.warns(RuntimeWarning, match=r"PEFT config contained these .*: \['blocks.0.down'\]"):
+        again = inject_adapter_in_model(config, Toy(), state_dict=fewer)
+    assert len(get_peft_model_state_dict(again)) == len(fewer)
+
+
+def test_custom_wrappers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="puts no wrapper around a layer"):
+        LoraConfig(r=2)._register_custom_module({nn.Linear: nn.Linear})
+
+
+def test_the_one_that_is_assigned_acts() -> None:
+    model = get_peft_model(Toy(), LoraConfig(r=2, target_modules=["up"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["up"]))
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.active_adapter = "other"
+    assert model.active_adapters == model.base_model.active_adapter == ["other"]
+    model.base_model.active_adapter = ["default", "other"]
+    assert model.active_adapter == ["default", "other"]
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
+    with pytest.raises(AdapterError, match="no adapter is named 'typo'"):
+        model.active_adapter = "typo"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_that_are_not_tied_after_a_merge_are_said(tied: bool) -> None:
+    """Also where the configuration alone said so: transformers does not tie what a file holds apart."""
+    base = transformer("llama")
+    base.config.tie_word_embeddings = True
+    if tied:
+        base.tie_weights()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False))
+    with pytest.warns(UserWarning, match="Setting `tie_word_embeddings=False`"):
+        merged: Any = model.merge_and_unload()
+    assert not merged.config.tie_word_embeddings
+    assert merged.lm_head.weight is not merged.model.embed_tokens.weight

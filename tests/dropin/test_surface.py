@@ -251,6 +251,7 @@ class TestNames:
             "tuners.tuners_utils.check_target_module_exists",
             "utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
             "utils.constants.SAFETENSORS_WEIGHTS_NAME",
+            "utils.error.NoMatchingPeftModuleError",
             "utils.integrations.dequantize_module_weight",
             "utils.loftq_utils.replace_lora_weights_loftq",
             "utils.other.fsdp_auto_wrap_policy",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import socket
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,23 @@ class TestSavePretrained:
             lorica.restore(model)
             model.save_pretrained(tmp_path / "adapter")
             assert files(tmp_path / "adapter") == FILES
+
+    def test_merged_it_is_not_saved_beside_an_adapter(self, tmp_path: Path) -> None:
+        """transformers would load the adapter on top of weights that have it already."""
+        model = self.model("default")
+        model.save_pretrained(tmp_path)
+        lorica.merge(model)
+        for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            with pytest.raises(FileError, match="count twice"):
+                each.save_pretrained(save_directory=str(tmp_path))
+        assert files(tmp_path) == FILES
+        model.save_pretrained(tmp_path / "merged")
+        again = type(model).from_pretrained(tmp_path / "merged").eval()
+        assert bits(outputs(again)) == bits(outputs(model))
+        lorica.restore(model).save_pretrained(tmp_path)
+        assert files(tmp_path) >= FILES
+        lorica.detach(model)
+        model.save_pretrained(tmp_path)  # the base beside its adapter loads right
 
     def test_the_class_keeps_its_name(self) -> None:
         transformers = pytest.importorskip("transformers")

@@ -158,6 +158,7 @@ def merge(
         state.activate(root, before)
         raise
     pretrained.leave(root)
+    pretrained.keep_apart(root)
     states = {  # plain weights wait until the layers are in their base form
         path: {leaf: value for leaf, value in tensors.items() if path not in weights or leaf != "weight"}
         for path, tensors in merged.items()

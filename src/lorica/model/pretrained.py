@@ -8,6 +8,7 @@ adapter-only checkpoints.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,13 +18,17 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lorica import checkpoint
-from lorica.errors import ConfigError
+from lorica.checkpoint.peft import CONFIG_FILE
+from lorica.errors import ConfigError, FileError
 from lorica.layers import SwappedModule
 from lorica.model import trainers
 from lorica.model.heads import check_head
-from lorica.model.structure import adapted
+from lorica.model.structure import adapted, find_adapted
 from lorica.model.values import extract
 from lorica.model.vocabulary import resized, with_resized_tables
+from lorica.state import AdapterState
+
+_SAVE = "save_pretrained"
 
 
 class _Asked:
@@ -168,6 +173,7 @@ def _setting(sources: Iterable[Mapping[str, Any]], name: str) -> int:
 
 def enter(root: nn.Module) -> None:
     """Swap the root's class, if it is a transformers model."""
+    root.__dict__.pop(_SAVE, None)
     modeling = sys.modules.get("transformers.modeling_utils")
     if (
         modeling is not None
@@ -177,6 +183,36 @@ def enter(root: nn.Module) -> None:
         Pretrained.swap(root)
         trainers.tell()
         root.register_forward_pre_hook(check_head, with_kwargs=True)
+
+
+def keep_apart(root: nn.Module) -> None:
+    """Have a merged model refuse to be saved beside an adapter, until `enter`; its class stays its own."""
+    if hasattr(root, _SAVE):
+        root.__dict__[_SAVE] = functools.partial(_save_apart, root)
+
+
+def _save_apart(root: Any, *args: Any, **kwargs: Any) -> Any:
+    """As the model's own `save_pretrained`, into a folder without an adapter.
+
+    Raises:
+        FileError: there is one.
+    """
+    folder = next((each for each in (*args, *kwargs.values()) if isinstance(each, str | os.PathLike)), None)
+    if folder is not None and (Path(folder) / CONFIG_FILE).is_file():
+        raise FileError(
+            f"{folder} holds an adapter ({CONFIG_FILE}). Who loads a model from there gets that adapter on "
+            "top of the weights, and these are merged: it would count twice. Save into another folder, or "
+            "remove the adapter's files first"
+        )
+    _, state = find_adapted(root) or (root, AdapterState())
+    aside = state.aside
+    if aside is None or not aside.shown:
+        return getattr(type(root), _SAVE)(root, *args, **kwargs)
+    aside.hide()
+    try:
+        return getattr(type(root), _SAVE)(root, *args, **kwargs)
+    finally:
+        aside.show()
 
 
 def leave(root: nn.Module) -> None:

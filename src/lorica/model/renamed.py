@@ -86,9 +86,11 @@ def config_now(root: nn.Module, config: LoraConfig) -> LoraConfig:
     taken = set(old.values())
     missing = [name for name in fused if name not in taken]
     if missing and len(missing) < len(fused):
+        part, whole = listing(sorted(taken & set(fused))), now[fused[0]]
         raise TargetError(
-            f"target_modules names {listing(sorted(taken & set(fused)))} without {listing(missing)}, and in "
-            f"this {type(root).__name__} they are one weight, {now[fused[0]]}; name both"
+            f"Cannot convert PEFT target(s) {part} without also targeting {listing(missing)} because they "
+            f"are fused into {whole}. target_modules names {part} without {listing(missing)}, and in "
+            f"this {type(root).__name__} they are one weight, {whole}; name both"
         )
     wanted = [now[name] for name in now if name in taken]
     there = [name for name in dict.fromkeys(wanted) if any(path.endswith(f".{name}") for path in parameters)]

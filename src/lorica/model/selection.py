@@ -78,7 +78,7 @@ def _with_outputs(chosen: list[Place], places: list[Place]) -> list[Place]:
 
 def _combined(config: LoraConfig) -> str:
     """What may be the matter besides a name."""
-    if not config.exclude_modules and not config.modules_to_save:
+    if not config.exclude_modules and not config.modules_to_save and config.task_type not in HEADS:
         return ""
     return (
         ". No modules were targeted for adaptation. This might be caused by a combination of target_modules "

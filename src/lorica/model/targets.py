@@ -68,12 +68,16 @@ def resolve(root: nn.Module, config: LoraConfig) -> Targets:
     saved = trained_whole(places, config)
     free = outside(places, saved)
     targets = [as_target(place, config) for place in meant(root, free, config)]
+    _check_below(root, config)
     targets += parameter_targets(free, config)
     both = {t.path for t in targets if t.parameter is None} & {t.path for t in targets if t.parameter}
     if both:
+        first = next(t for t in targets if t.path in both)
+        kind = type(first.module).__name__
         raise TargetError(
-            f"{listing(sorted(both))}: targeted as a module and by a parameter of it; leave one of the two "
-            "out of target_modules and target_parameters"
+            f"Trying to wrap an `nn.Parameter` of layer '{first.path}' of type {kind}, which is not a valid "
+            f"target. {listing(sorted(both))}: targeted as a module and by a parameter of it; leave one of "
+            "the two out of target_modules and target_parameters"
         )
     check_looked_up(places, {*saved, *(target.path for target in targets)})
     paths = [target.pattern_path for target in targets]
@@ -151,6 +155,20 @@ def as_target(place: Place, config: LoraConfig) -> Target:
 def _inside(path: str, module: nn.Module) -> str:
     names = [p.path for p in walk(module) if p.path and layer_class(p.module, p.parent)]
     return f". Inside it are: {listing(f'{path}.{name}' for name in names)}" if names else ""
+
+
+def _check_below(root: nn.Module, config: LoraConfig) -> None:
+    """Refuse a parameter of the model itself, which is no module of it that could change its class.
+
+    Raises:
+        TargetError: `target_parameters` names one.
+    """
+    for name in config.target_parameters or ():
+        if name in root._parameters:
+            raise TargetError(
+                f"Targeting an nn.Parameter on the top-level module is not supported (parameter {name!r}). "
+                "Put the model into a module of its own and adapt that"
+            )
 
 
 def parameter_targets(places: Iterable[Place], config: LoraConfig) -> list[Target]:

@@ -112,7 +112,8 @@ def _wanted(
         if not hits:
             tables = [p.path for p in places if isinstance(p.module, nn.Embedding)]
             raise TargetError(
-                f"trainable_token_indices names {name!r}, which the model does not have"
+                f"Target modules {{{name!r}}} not found in the base model. trainable_token_indices names "
+                f"{name!r}, which the model does not have"
                 f"{nearest(name, tables)}. The model's embeddings: {listing(tables) or 'none'}"
             )
         for place in hits:
@@ -138,12 +139,16 @@ def _check(
         if place.path not in indices:
             continue
         check_rows(place, indices[place.path])
-        for field, same in (
-            ("target_modules", place.path in adapted),
-            ("modules_to_save", within_any(place.path, saved)),
+        for field, same, what in (
+            ("target_modules", place.path in adapted, ""),
+            (
+                "modules_to_save",
+                within_any(place.path, saved),
+                "The embedding layer is already marked to be trained fully: ",
+            ),
         ):
             if same:
                 raise TargetError(
-                    f"{place.path}: rows of it train (trainable_token_indices), by itself or as tied to an "
-                    f"embedding that has some, so it cannot be in {field} too"
+                    f"{what}{place.path}: rows of it train (trainable_token_indices), by itself or as tied "
+                    f"to an embedding that has some, so it cannot be in {field} too"
                 )

@@ -53,6 +53,7 @@ from lorica.peft.starts import replace_lora_weights_loftq as replace_lora_weight
 from lorica.peft.status import get_layer_status as get_layer_status
 from lorica.peft.status import get_model_status as get_model_status
 from lorica.peft.tuner import LoraModel as LoraModel
+from lorica.peft.utils.error import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from lorica.peft.utils.other import cast_mixed_precision_params as cast_mixed_precision_params
 from lorica.peft.utils.other import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from lorica.peft.utils.save_and_load import get_base_model_state_dict as get_base_model_state_dict

@@ -97,34 +97,43 @@ class AutoPeftModel:
 
     @classmethod
     def _base_class(cls, saved: Any, allowed: Sequence[str]) -> Any:
+        mapping = saved.auto_mapping if isinstance(saved.auto_mapping, Mapping) else {}
+        if isinstance(package := mapping.get("parent_library"), str):
+            _check_allowed(package, allowed)
         if saved.task_type is not None:
             expected = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[saved.task_type]
             if cls.target_peft_class is not expected:
                 name = expected.__name__.replace("PeftModel", "AutoPeftModel")
                 raise ConfigError(f"the adapter is for {saved.task_type}; use {name}, not {cls.__name__}")
         elif cls.target_class is None:
-            return _named_class(saved.auto_mapping, allowed)
+            return _named_class(mapping)
         return getattr(require("transformers", extra="train"), cls.target_class or "AutoModel")
 
 
-def _named_class(mapping: Any, allowed: Sequence[str]) -> Any:
+def _check_allowed(package: str, allowed: Sequence[str]) -> None:
+    """Refuse to import what a file names, unless the caller trusts it.
+
+    Raises:
+        ConfigError: it is not in a package that is allowed.
+    """
+    if not any(package == entry or package.startswith(f"{entry}.") for entry in allowed):
+        raise ConfigError(
+            f"the adapter's file wants {package!r} imported, which is not in the import allowlist; if you "
+            f"trust it, pass import_allowlist=[{package.split('.')[0]!r}]"
+        )
+
+
+def _named_class(mapping: Mapping[str, Any]) -> Any:
     """The class of the base that an adapter's file names.
 
     Raises:
-        ConfigError: it names none, or one that is not there, or in a package that is not allowed.
+        ConfigError: it names none, or one that is not there.
     """
-    mapping = mapping if isinstance(mapping, Mapping) else {}
     package, name = mapping.get("parent_library"), mapping.get("base_model_class")
     if not isinstance(package, str) or not isinstance(name, str) or not package or not name:
         raise ConfigError(
             "the adapter has no task and does not name its base's class; use the AutoPeftModelFor... of its "
             "task"
-        )
-    if not any(package == entry or package.startswith(f"{entry}.") for entry in allowed):
-        raise ConfigError(
-            f"the adapter's file wants {package!r} imported, which is not in the import allowlist; if you "
-            "trust it, pass "
-            f"import_allowlist=[{package.split('.')[0]!r}]"
         )
     try:
         found = getattr(importlib.import_module(package), name)

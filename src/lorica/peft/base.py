@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -111,6 +112,35 @@ def put_again(model: nn.Module, name: str, put: Callable[[str], object]) -> None
     lorica.detach(model, trial)
     lorica.detach(model, name)
     put(name)
+
+
+def say_untied(model: nn.Module, *, by_merge: bool) -> None:
+    """Say that a model's tables are not tied; its configuration must not say that they are.
+
+    Args:
+        model: merged model.
+        by_merge: whether merging untied them. If not, the configuration may have been wrong before.
+
+    Warns:
+        LoricaWarning: they are not, and the configuration said so, or says so no longer.
+    """
+    config: Any = getattr(model, "config", None)
+    if not by_merge and getattr(config, "tie_word_embeddings", None) is True:
+        tables: list[Any] = []
+        for get in ("get_input_embeddings", "get_output_embeddings"):
+            with contextlib.suppress(AttributeError, NotImplementedError):
+                tables.append(getattr(getattr(model, get)(), "weight", None))
+        by_merge = (
+            len(tables) == 2 and all(table is not None for table in tables) and tables[0] is not tables[1]
+        )
+        config.tie_word_embeddings = not by_merge
+    if by_merge:
+        warnings.warn(
+            "Input and output embeddings are no longer tied after merging. Setting "
+            "`tie_word_embeddings=False` in the model config.",
+            LoricaWarning,
+            stacklevel=3,
+        )
 
 
 def to_meta(model: nn.Module, name: str) -> None:

@@ -11,7 +11,7 @@ import lorica
 from lorica.config import LoraConfig, full_match, matches_pattern
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, listing
 from lorica.layers import TrainedTokens
-from lorica.model.selection import ending_in
+from lorica.model.selection import ending_in, means_all_linear
 from lorica.model.structure import lora_layers, walk
 from lorica.model.targets import resolve
 from lorica.peft.status import module_type
@@ -26,6 +26,8 @@ class IdleWarning(LoricaWarning, RuntimeWarning):
 
 def without_idle(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """The configuration without exclusions and keys of patterns that match nothing, as PEFT ignores them.
+
+    Likewise where, of `target_modules` and `target_parameters`, one matches nothing and the other something.
 
     Args:
         model: the base.
@@ -57,6 +59,7 @@ def without_idle(model: nn.Module, config: LoraConfig) -> LoraConfig:
                 stacklevel=5,
             )
             config = config.replace(exclude_modules=kept or None)
+    config = _without_idle_targets(model, config)
     if not config.rank_pattern and not config.alpha_pattern:
         return config
     with warnings.catch_warnings():
@@ -75,6 +78,25 @@ def without_idle(model: nn.Module, config: LoraConfig) -> LoraConfig:
             )
             changes[field] = {key: value for key, value in pattern.items() if key not in idle}
     return config.replace(**changes) if changes else config
+
+
+def _without_idle_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    modules, parameters = config.target_modules, config.target_parameters
+    if not modules or not parameters or means_all_linear(modules):
+        return config
+    places = [place for place in walk(model) if place.path]
+    if isinstance(modules, str):
+        hits = any(full_match(modules, place.path) for place in places)
+    else:
+        hits = bool(ending_in(places, modules))
+    named = [f".{place.path}.{leaf}" for place in places for leaf in place.module._parameters]
+    found = any(path.endswith(f".{name}") for path in named for name in parameters)
+    if hits == found:
+        return config
+    idle, what = ("target_modules", "module") if found else ("target_parameters", "parameter")
+    given = set(modules) if found and not isinstance(modules, str) else getattr(config, idle)
+    warnings.warn(f"{idle}={given} were set but no {what} was matched.", IdleWarning, stacklevel=6)
+    return config.replace(**{idle: [] if found else None})
 
 
 def warn_of_name(name: str) -> None:

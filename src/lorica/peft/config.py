@@ -7,7 +7,7 @@ import enum
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,6 +29,18 @@ __version__ = "0.21.2+lorica"
 _DEFAULTS = {"eva_config": "EVA", "corda_config": "CorDA"}
 _NEED_OTHERS = ("layers_pattern", "target_modules")
 """Fields of which some values are right only beside another field's."""
+
+
+class Names(list[str]):
+    """Names of modules, in the order in which they were given; equal to a set of them, which PEFT has."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return set(self) == other if isinstance(other, Set) else super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
 
 class PeftType(enum.StrEnum):
@@ -96,6 +108,9 @@ class PeftConfig(core.LoraConfig):
         )
         quiet = settings.pop("quiet", False)
         super().__init__(**settings)
+        for field in ("target_modules", "exclude_modules"):
+            if isinstance(names := getattr(self, field), list):
+                self.__dict__[field] = Names(names)
         if not quiet:
             self._tell(settings)
 
@@ -146,6 +161,18 @@ class PeftConfig(core.LoraConfig):
         if name in FOREIGN:
             return FOREIGN[name].inert
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+    def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
+        """Refuse wrappers of the caller's own: lorica changes a layer's class in place, and wraps none.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"_register_custom_module({', '.join(kind.__name__ for kind in mapping)}): lorica.peft puts no "
+            "wrapper around a layer, so it takes none. A subclass of nn.Linear is adapted as it is, around "
+            "its own forward; for other layers use PEFT itself"
+        )
 
     @property
     def peft_type(self) -> PeftType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,14 +10,16 @@ from torch import nn
 
 import lorica
 from lorica.config import LoraConfig as CoreConfig
-from lorica.errors import ConfigError
+from lorica.errors import ConfigError, TargetError
+from lorica.model.targets import resolve
 from lorica.peft.base import named_whole, put_again, to_meta
-from lorica.peft.checks import warn_of_base, warn_of_name, without_idle
+from lorica.peft.checks import IdleWarning, warn_of_base, warn_of_name, without_idle
 from lorica.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
-from lorica.peft.config import PeftType, as_peft_config
+from lorica.peft.config import LoraConfig, PeftType, as_peft_config
 from lorica.peft.config import get_peft_config as get_peft_config
 from lorica.peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from lorica.peft.tuner import LoraModel
+from lorica.state import as_uncompiled
 
 PEFT_TYPE_TO_TUNER_MAPPING = {PeftType.LORA: LoraModel}
 
@@ -87,12 +90,39 @@ def inject_adapter_in_model(
     """
     config = named_whole(model, without_idle(model, as_peft_config(peft_config)))
     if state_dict is not None:
-        named = {key[: key.index(mark)] for key in state_dict for mark in _MARKS if mark in key}
-        if not named:
-            raise ConfigError("state_dict has no key with .lora_A or .lora_B in it: it names no module")
-        paths = sorted(name.removeprefix("base_model.model.") for name in named)
-        config = config.replace(target_modules=paths, layers_to_transform=None, layers_pattern=None)
+        config = _as_named(model, config, state_dict)
     put_again(model, adapter_name, lambda name: lorica.adapt(model, config, name))
     if low_cpu_mem_usage:
         to_meta(model, adapter_name)
     return model
+
+
+def _as_named(model: nn.Module, config: LoraConfig, state_dict: Mapping[str, Any]) -> LoraConfig:
+    """The configuration that means the modules of which a state has values.
+
+    Raises:
+        ConfigError: it names none.
+
+    Warns:
+        IdleWarning: the configuration means other modules.
+    """
+    named = {key[: key.index(mark)] for key in state_dict for mark in _MARKS if mark in key}
+    if not named:
+        raise ConfigError("state_dict has no key with .lora_A or .lora_B in it: it names no module")
+    paths = {as_uncompiled(name).removeprefix("base_model.model.") for name in named}
+    try:
+        meant = {target.path for target in resolve(model, config).layers}
+    except TargetError:
+        meant = set[str]()
+    for what, more in (("PEFT config", meant - paths), ("state_dict", paths - meant)):
+        if more:
+            warnings.warn(
+                "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config "
+                "and the provided state_dict. This is not necessarily an issue and can be ignored if this "
+                f"was the intent. The {what} contained these additional target modules: {sorted(more)}. ",
+                IdleWarning,
+                stacklevel=3,
+            )
+    return config.replace(
+        target_modules=sorted(paths), exclude_modules=None, layers_to_transform=None, layers_pattern=None
+    )

@@ -110,9 +110,13 @@ class PeftModel(Incoming, Outgoing):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The one that acts; a list where it is not one."""
+        """The one that acts, a list where it is not one; what is assigned acts, and what trains stays."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
+
+    @active_adapter.setter
+    def active_adapter(self, names: str | Sequence[str]) -> None:
+        self.base_model.active_adapter = names
 
     @property
     def active_peft_config(self) -> Any:

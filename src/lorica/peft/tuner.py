@@ -25,7 +25,7 @@ from lorica.model.merged import behind_merge, settle, stay_adapted
 from lorica.model.mount import open_for
 from lorica.model.owners import parameters_of
 from lorica.model.structure import find_adapted, lora_layers
-from lorica.peft.base import named_whole, put_again, to_meta
+from lorica.peft.base import named_whole, put_again, say_untied, to_meta
 from lorica.peft.checks import check_alone, check_one_bias, check_rows_apart, warn_of_bias, without_idle
 from lorica.state import AdapterState
 
@@ -121,8 +121,12 @@ class LoraModel(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """As `active_adapters`."""
+        """As `active_adapters`; those that are assigned act, and what trains stays as it is."""
         return self.active_adapters
+
+    @active_adapter.setter
+    def active_adapter(self, names: str | Sequence[str]) -> None:
+        self._act((names,) if isinstance(names, str) else tuple(names))
 
     @property
     def first_active(self) -> str:
@@ -153,6 +157,11 @@ class LoraModel(nn.Module):
             AdapterError: no such adapter, or two that cannot act together.
         """
         names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        self._act(names)
+        for name in self.adapter_state.configs:
+            self.set_requires_grad(name, name in names and not inference_mode)
+
+    def _act(self, names: tuple[str, ...]) -> None:
         for name in names:
             self.adapter_state.known(name)
         if self.adapter_state.merged:
@@ -169,8 +178,6 @@ class LoraModel(nn.Module):
             lorica.disabled(self.model)
             self._resting = names
         self._choose_for_all()
-        for name in self.adapter_state.configs:
-            self.set_requires_grad(name, name in names and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train, or not.
@@ -315,6 +322,7 @@ class LoraModel(nn.Module):
             self.merge_adapter(names)
         if not self.adapter_state.merged:
             raise StateError("no adapter is active; say which to merge, or call unload()")
+        say_untied(self.model, by_merge=self.adapter_state.aside.ties.config is not None)
         return settle(self.model)
 
     def unload(self) -> nn.Module:

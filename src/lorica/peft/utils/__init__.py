@@ -15,6 +15,8 @@ from lorica.peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
 )
 from lorica.peft.utils.constants import WEIGHTS_NAME as WEIGHTS_NAME
+from lorica.peft.utils.error import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+from lorica.peft.utils.error import PeftError as PeftError
 from lorica.peft.utils.other import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
 from lorica.peft.utils.other import ModulesToSaveWrapper as ModulesToSaveWrapper
 from lorica.peft.utils.other import TrainableTokensWrapper as TrainableTokensWrapper

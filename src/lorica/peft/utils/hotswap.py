@@ -23,11 +23,13 @@ from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft_tensors import from_tensors
 from lorica.config import LoraConfig as CoreConfig
 from lorica.config import changes_base, exactly
-from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, lines
+from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError
 from lorica.model.attach import attach_finite
+from lorica.model.merged import stay_adapted
 from lorica.model.structure import adapted, find_adapted, lora_layers
 from lorica.peft import loading, places
 from lorica.peft.config import as_peft_config
+from lorica.state import AdapterState
 
 _PREFIX = "base_model.model."
 # Where the adapter's name is in a live name, and what the file has not behind it.
@@ -114,8 +116,8 @@ def prepare_model_for_compiled_hotswap(
     Raises:
         StateError: the model is compiled already, or carries no adapter.
         ConfigError: the rank is none, or lower than an adapter's; or `check_compiled` is something else.
-        AdapterError: a grouped convolution, or a base that LoftQ quantized for a rank: neither can be filled
-            up.
+        AdapterError: the rank is no multiple of a convolution's groups, or LoftQ quantized the base for the
+            rank that is there.
     """
     if check_compiled not in ("error", "warn", "ignore"):
         raise ConfigError(
@@ -151,13 +153,28 @@ def prepare_model_for_compiled_hotswap(
 
 
 def _exchange(model: nn.Module, new: Adapter, name: str) -> None:
+    """Put the new adapter in the place of the one of that name; others may be merged meanwhile."""
     root, state = adapted(model)
-    state.known(name)
-    state.check_unmerged("swap an adapter")
+    if state.known(name) in state.merged:
+        state.check_unmerged("swap an adapter")
+    if not state.merged:
+        _put(root, state, new, name)
+        return
+    merged, into, shown = state.merged, state.aside.into, state.aside.shown
+    lorica.restore(root)
+    try:
+        _put(root, state, new, name)
+    finally:
+        lorica.merge(root, merged, into=into)
+        if shown:
+            stay_adapted(root)
+
+
+def _put(root: nn.Module, state: AdapterState, new: Adapter, name: str) -> None:
     live = lorica.extract(root, name)
     # Where its start was taken out of W0, the old one's place is beside another weight.
     if state.starts.get(name) or not _fits_in(new, live):
-        _replace(model, new, name)
+        _replace(root, new, name)
         return
     with torch.no_grad():
         for path, old in live.factors.items():
@@ -166,8 +183,9 @@ def _exchange(model: nn.Module, new: Adapter, name: str) -> None:
                 old.A.zero_()
                 old.B.zero_()
                 continue
-            old.A.copy_(_padded(given.A, 0, old.r))
-            old.B.copy_(_padded(given.B, 1, old.B.shape[1]) * (given.scale / old.scale))
+            A, B = _at(given, old.r)
+            old.A.copy_(A)
+            old.B.copy_(B * (given.scale / old.scale))
             for ours, theirs in ((old.magnitude, given.magnitude), (old.bias, given.bias)):
                 if ours is not None and theirs is not None:
                     ours.copy_(theirs if ours is old.magnitude else theirs * (given.scale / old.scale))
@@ -190,13 +208,12 @@ def _fits_in(new: Adapter, live: Adapter) -> bool:
 
 
 def _has_room(new: Factors, live: Factors) -> bool:
-    grouped = live.B.shape[1] != live.r
     return (
         new.kind == live.kind
-        and (new.r == live.r if grouped else new.r <= live.r)
+        and new.r <= live.r
         and new.A.shape[1:] == live.A.shape[1:]
         and new.B.shape[0] == live.B.shape[0]
-        and (new.B.shape[1] != new.r) == grouped
+        and _groups(new) == _groups(live)
         and (new.magnitude is None) == (live.magnitude is None)
         and (new.bias is None) == (live.bias is None)
     )
@@ -230,9 +247,13 @@ def _parameters(root: nn.Module, name: str) -> Iterator[tuple[tuple[str, int], P
 
 def _at_rank(adapter: Adapter, rank: int) -> Adapter:
     """The same adapter with zeros up to a rank; its scale is what it was."""
-    grouped = [path for path, f in adapter.factors.items() if f.B.shape[1] != f.r]
-    if grouped:
-        raise AdapterError(f"grouped convolutions cannot be filled up to a rank:\n{lines(grouped)}")
+    for path, f in adapter.factors.items():
+        if rank % _groups(f):
+            raise AdapterError(
+                f"Trying to pad a Conv{f.A.dim() - 2}d LoRA adapter with groups={_groups(f)} to target rank "
+                f"{rank}, but the target rank is not divisible by {_groups(f)}. Please choose a target rank "
+                f"that is divisible by {_groups(f)}. The convolution is {path}"
+            )
     config = adapter.lora
     if config.loftq_config is not None and config.loftq_config.loftq_iter > 1:
         raise AdapterError(
@@ -240,8 +261,9 @@ def _at_rank(adapter: Adapter, rank: int) -> Adapter:
             f"cannot be filled up; make it with r={rank}"
         )
     factors = {
-        path: dataclasses.replace(f, A=_padded(f.A, 0, rank), B=_padded(f.B, 1, rank))
+        path: dataclasses.replace(f, A=A, B=B)
         for path, f in adapter.factors.items()
+        for A, B in [_at(f, rank)]
     }
     scales = {path: config.scale(path) for path in factors}
     power = 0.5 if config.use_rslora else 1.0
@@ -251,9 +273,24 @@ def _at_rank(adapter: Adapter, rank: int) -> Adapter:
     # It has started already; how may not go with any rank.
     start = config.init_lora_weights if changes_base(config.init_lora_weights) else True
     config = config.replace(init_lora_weights=start).replace(
-        r=rank, lora_alpha=common, rank_pattern={}, alpha_pattern=patterns
+        r=rank,
+        lora_alpha=common,
+        rank_pattern=dict.fromkeys(config.rank_pattern, rank),
+        alpha_pattern=patterns,
     )
     return dataclasses.replace(adapter, config=config, factors=factors, trained_as=None)
+
+
+def _groups(factors: Factors) -> int:
+    """Groups of a convolution: each has its own rows of A, and B sees those alone; 1 for any other layer."""
+    return factors.r // factors.B.shape[1]
+
+
+def _at(factors: Factors, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, ...) and B (d_out, rank / groups, ...), filled up with zeros."""
+    groups = _groups(factors)
+    A = factors.A.unflatten(0, (groups, -1))
+    return _padded(A, 1, rank // groups).flatten(0, 1), _padded(factors.B, 1, rank // groups)
 
 
 def _padded(factor: Tensor, dim: int, size: int) -> Tensor:

@@ -1,0 +1,8 @@
+"""What scripts import from `peft.utils.error`."""
+
+from __future__ import annotations
+
+from lorica.errors import LoricaError as PeftError
+from lorica.errors import TargetError as NoMatchingPeftModuleError
+
+__all__ = ["NoMatchingPeftModuleError", "PeftError"]
