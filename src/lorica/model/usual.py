@@ -70,7 +70,7 @@ def model_type(root: nn.Module) -> str | None:
     """What a model's configuration calls its architecture; None where it has none."""
     config: Any = getattr(root, "config", None)
     found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
-    if not isinstance(found, str) and hasattr(config, "to_dict"):
+    if not isinstance(found, str) and not isinstance(config, dict) and hasattr(config, "to_dict"):
         told = config.to_dict()
         found = told.get("model_type") if isinstance(told, dict) else None
     return found if isinstance(found, str) else None

@@ -15,7 +15,7 @@ from lorica.model.targets import resolve
 from lorica.peft.base import named_whole, put_again, to_meta
 from lorica.peft.checks import IdleWarning, warn_of_base, warn_of_name, without_idle
 from lorica.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
-from lorica.peft.config import LoraConfig, PeftType, as_peft_config
+from lorica.peft.config import PeftType, as_peft_config
 from lorica.peft.config import get_peft_config as get_peft_config
 from lorica.peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from lorica.peft.tuner import LoraModel
@@ -97,7 +97,7 @@ def inject_adapter_in_model(
     return model
 
 
-def _as_named(model: nn.Module, config: LoraConfig, state_dict: Mapping[str, Any]) -> LoraConfig:
+def _as_named(model: nn.Module, config: CoreConfig, state_dict: Mapping[str, Any]) -> CoreConfig:
     """The configuration that means the modules of which a state has values.
 
     Raises:
