@@ -105,7 +105,7 @@ def search(folder: Path) -> str:
     recipe, out = folder / "sentiment.yaml", folder / "search"
     rules = {"trials": TRIALS, "scheduler": "asha", "max_t": EPOCHS, "grace_period": 1, "reduction_factor": 2}
     flags = [text for name, value in rules.items() for text in (f"--{name}", str(value))]
-    start = ["tune", str(recipe), "--space", str(SPACE), *flags, "--out", str(out)]
+    start = ["tune", str(recipe), "--space", str(SPACE), *flags, "--output", str(out)]
     begun = (out / "search.json").exists()
     if not begun:
         folder.mkdir(parents=True, exist_ok=True)

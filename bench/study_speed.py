@@ -84,7 +84,7 @@ def report() -> float:
     with tempfile.TemporaryDirectory() as folder:
         command: list[Any] = [sys.executable, "-m", "lorica", "study", RELEASED, "--alpha", "16"]
         start = time.perf_counter()
-        subprocess.run([*command, "--out", folder], check=True, capture_output=True)
+        subprocess.run([*command, "--output", folder], check=True, capture_output=True)
         return time.perf_counter() - start
 
 

@@ -47,7 +47,7 @@ def small_models(script: Any, monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
 
 
 def test_every_recipe_is_run_and_every_run_is_a_recipe_on_the_page(script: Any) -> None:
-    from lorica.cli.train import parser
+    from lorica.cli.training.train import parser
     from lorica.train.recipe import check_file, from_parsed
 
     known = script.runs()

@@ -51,7 +51,7 @@ def flags(folder: Path, output: Path) -> list[str]:
             "--training.batch_size",
             "4",
         ),
-        *("--training.report_to", "[]", "--output", str(output)),
+        *("--training.report_to", "[]", "-o", str(output)),
     ]
 
 
@@ -74,7 +74,7 @@ def test_options_override_the_recipe(place: Path, tmp_path: Path, capsys: pytest
         "2",
         "--training.max_steps",
         "2",
-        "--output",
+        "-o",
         str(tmp_path / "run"),
     ]
     assert main(argv) == 0
@@ -136,14 +136,11 @@ def test_predict(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert 0.5 <= float(probability) <= 1
     assert main(["predict", run, "a lovely film", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["label"] == label
-    assert (
-        main(["predict", run, str(place / "data" / "test.jsonl"), "--output", str(tmp_path / "said.jsonl")])
-        == 0
-    )
+    assert main(["predict", run, str(place / "data" / "test.jsonl"), "-o", str(tmp_path / "said.jsonl")]) == 0
     assert len((tmp_path / "said.jsonl").read_text().splitlines()) == 12
     assert main(["predict", run, str(tmp_path / "none.csv")]) == 1
     assert "there is no file" in capsys.readouterr().err
-    assert main(["predict", run, "a film", "--output", str(tmp_path / "no" / "folder.jsonl")]) == 1
+    assert main(["predict", run, "a film", "-o", str(tmp_path / "no" / "folder.jsonl")]) == 1
     assert "cannot write" in capsys.readouterr().err
     assert main(["predict", run, str(place / "data")]) == 1
     assert "data is a folder; give a file of rows" in capsys.readouterr().err
@@ -152,7 +149,7 @@ def test_predict(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "cannot tell the format" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [("evaluate", "--predictions"), ("generate", "a film", "--out")])
+@pytest.mark.parametrize("command", [("evaluate", "--predictions"), ("generate", "a film", "-o")])
 def test_what_cannot_be_written_is_said_first(
     command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,16 +161,18 @@ def test_what_cannot_be_written_is_said_first(
 
 
 def test_merge(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["merge", str(place / "model"), str(place / "run"), str(tmp_path / "merged")]) == 0
+    assert main(["merge", str(place / "model"), str(place / "run"), "-o", str(tmp_path / "merged")]) == 0
     out = capsys.readouterr().out
     assert "share of each update lost to rounding" in out
     assert "more layers that lost less" in out
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert not lorica.adapters(model)
     assert main(["evaluate", str(tmp_path / "merged")]) == 0
-    assert main(["merge", str(place / "model"), str(place / "run"), str(tmp_path / "m"), "--restart"]) == 2
+    assert (
+        main(["merge", str(place / "model"), str(place / "run"), "-o", str(tmp_path / "m"), "--restart"]) == 2
+    )
     assert "--restart belongs to --stream" in capsys.readouterr().err
-    assert main(["merge", str(place / "model"), str(place / "run"), str(tmp_path / "merged")]) == 1
+    assert main(["merge", str(place / "model"), str(place / "run"), "-o", str(tmp_path / "merged")]) == 1
 
 
 def test_info(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +211,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
                 "t.csv",
                 "--max_steps",
                 "3",
-                "--output",
+                "-o",
                 str(tmp_path),
             ]
         )

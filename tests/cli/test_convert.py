@@ -36,21 +36,22 @@ def test_there_and_back(
 ) -> None:
     folder, back = tmp_path / "peft", tmp_path / "back.pt"
     more = ["--alpha", "4", "--base_model", "gpt2", "--task_type", "CAUSAL_LM"]
-    assert main(["convert", str(source), str(folder), *more, *how]) == 0
+    assert main(["convert", str(source), "-o", str(folder), *more, *how]) == 0
     out = capsys.readouterr().out
     assert f"and 1 tensor trained whole to {folder}" in out
     assert "trained whole: head" in out
     config = lorica.read(folder).lora
     assert (config.base_model_name_or_path, config.task_type) == ("gpt2", "CAUSAL_LM")
     assert config.target_modules == (["c_attn", "out"] if "--enable_lora" in how else ["out", "q", "v"])
-    assert main(["convert", str(folder), str(back), *how]) == 0
+    assert main(["convert", str(folder), "-o", str(back), *how]) == 0
     out = capsys.readouterr().out
     assert "the file does not hold the scale; make the layers with r=2, lora_alpha=4" in out
     assert same(source, back)
 
 
 def test_names_may_be_given(source: Path, tmp_path: Path) -> None:
-    argv = ["convert", str(source), str(tmp_path / "peft"), "--alpha=4", "--split=c_attn=q,-,v", "--to=peft"]
+    argv = ["convert", str(source), "-o", str(tmp_path / "peft")]
+    argv += ["--alpha=4", "--split=c_attn=q,-,v", "--to=peft"]
     more = [
         "--target_modules=h.0.q",
         "--target_modules=h.0.v",
@@ -76,11 +77,11 @@ def test_names_may_be_given(source: Path, tmp_path: Path) -> None:
 def test_what_is_wrong(
     options: list[str], message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["convert", str(source), str(tmp_path / "peft"), *options]) == 1
+    assert main(["convert", str(source), "-o", str(tmp_path / "peft"), *options]) == 1
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["lora.pt"]
 
 
 def test_no_such_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", str(tmp_path / "none"), str(tmp_path / "out")]) == 1
+    assert main(["convert", str(tmp_path / "none"), "-o", str(tmp_path / "out")]) == 1
     assert "neither a file nor a folder" in capsys.readouterr().err

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import lorica
-from lorica.cli.glance import glance
-from lorica.cli.info import describe, whole_read
+from lorica.cli.adapters.glance import glance
+from lorica.cli.adapters.info import describe, whole_read
 
 
 def made(dtype: torch.dtype = torch.float32, **settings: Any) -> lorica.Adapter:

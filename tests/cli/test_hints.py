@@ -11,7 +11,8 @@ import yaml
 from train import tiny
 
 import lorica
-from lorica.cli import hints, main
+from lorica.cli import main
+from lorica.cli.shared import hints
 from lorica.train import Recipe
 
 
@@ -29,8 +30,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(place: Path, rows: str, *more: str) -> list[str]:
-    given = ["-m", str(place / "model"), "-d", str(place / rows), "--r", "4", "--lr", "1e-2", "-b", "4"]
-    return [*given, "--max-steps", "4", "--training.report_to", "[]", *more]
+    given = ["-m", str(place / "model"), "-d", str(place / rows), "--method.r", "4", "--lr", "1e-2"]
+    return [*given, "-b", "4", "--max-steps", "4", "--training.report_to", "[]", *more]
 
 
 def commands(printed: str) -> list[list[str]]:
@@ -76,7 +77,7 @@ def test_after_training_by_other_methods(
 
 def test_after_merging(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, more in (("merged", []), ("streamed", ["--stream"])):
-        argv = ["merge", str(place / "model"), str(place / "run"), str(tmp_path / name), *more]
+        argv = ["merge", str(place / "model"), str(place / "run"), "--output", str(tmp_path / name), *more]
         assert follow(argv, capsys) == ["evaluate", "predict"]
 
 
@@ -87,9 +88,9 @@ def test_what_is_made_of_adapters_can_be_scored(
     assert main(["train", *flags(place, "data"), "--seed", "1", "-o", str(tmp_path / "other")]) == 0
     other = str(tmp_path / "other")
     made = {
-        "small": ["compress", run, str(tmp_path / "small"), "--rank", "2"],
-        "both": ["combine", run, other, str(tmp_path / "both"), "--keep", other],
-        "cut": ["study", run, "--out", str(tmp_path / "report"), "--cut", str(tmp_path / "cut")],
+        "small": ["compress", run, "--output", str(tmp_path / "small"), "--rank", "2"],
+        "both": ["combine", run, other, "--output", str(tmp_path / "both"), "--keep", other],
+        "cut": ["study", run, "--output", str(tmp_path / "report"), "--cut", str(tmp_path / "cut")],
     }
     for name, argv in made.items():
         assert follow(argv, capsys) == ["evaluate", "predict"], name
@@ -108,7 +109,7 @@ def test_adapters_of_different_tasks_have_no_recipe_in_common(
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["data"]["labels"] = ["one", "two", "three"]
     (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert follow(["combine", str(run), str(other), str(tmp_path / "both")], capsys) == ["info"]
+    assert follow(["combine", str(run), str(other), "--output", str(tmp_path / "both")], capsys) == ["info"]
     assert not (tmp_path / "both" / "recipe.yaml").exists()
 
 
@@ -119,9 +120,9 @@ def test_after_a_search(
     recipe = tiny.recipe(place / "model", place / "data", tmp_path / "x", epochs=1)
     recipe.save(tmp_path / "recipe.yaml")
     (tmp_path / "space.yaml").write_text("method.r: {choice: [1, 2]}\n")
-    argv = ["tune", "recipe.yaml", "--space", "space.yaml", "--trials", "2", "--out", "search"]
+    argv = ["tune", "recipe.yaml", "--space", "space.yaml", "--trials", "2", "--output", "search"]
     assert follow(argv, capsys) == ["evaluate", "predict", "train"]
-    argv = ["tune", "recipe.yaml", "--ramp", "--rank.limit", "2", "--out", "ramp"]
+    argv = ["tune", "recipe.yaml", "--ramp", "--rank.limit", "2", "--output", "ramp"]
     assert follow(argv, capsys) == ["train"]
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import lorica
-from lorica.cli import COMMANDS, main, train
-from lorica.cli.options import SHORT, expanded
+from lorica.cli import COMMANDS, main
+from lorica.cli.shared.options import SHORT, expanded
+from lorica.cli.training import train
 from lorica.errors import LoricaError
 from lorica.train.recipe import from_parsed
 
@@ -110,8 +111,9 @@ def test_the_help_of_training_fits_a_screen_or_two(capsys: pytest.CaptureFixture
 
 def test_short_names_are_the_options_themselves() -> None:
     command = train.parser()
-    typed = ["-m", "mine", "-d=rows.csv", "--lr", "1e-3", "--batch_size", "2", "--max-length=9", "-r", "3"]
-    found = from_parsed(command, command.parse_args(expanded([*typed, "--targets", "[q, v]", "-o", "out"])))
+    typed = ["-m", "mine", "-d=rows.csv", "--lr", "1e-3", "--batch_size", "2", "--max-length=9", "-o", "out"]
+    typed += ["--method.r", "3", "--method.target_modules", "[q, v]"]
+    found = from_parsed(command, command.parse_args(expanded(typed)))
     assert (found.model, found.data.train, found.output) == ("mine", "rows.csv", "out")
     assert (found.training.learning_rate, found.training.batch_size, found.training.max_length) == (
         1e-3,
@@ -122,6 +124,47 @@ def test_short_names_are_the_options_themselves() -> None:
     known = {flag for action in command._actions for flag in action.option_strings}
     assert not known & {short for shorts in SHORT.values() for short in shorts}
     assert {f"--{name}" for name in SHORT} <= known
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("merge base adapter out", "'out' is one word too many; what it writes is named by --output"),
+        ("merge base adapter", "name what to write with --output"),
+        ("combine one two three", "name what to write with --output"),
+        ("compress one out --rank 2", "'out' is one word too many; what it writes is named by --output"),
+        ("convert one out", "'out' is one word too many; what it writes is named by --output"),
+        ("generate one text --out said.jsonl", "there is no option --out: it is --output"),
+        ("study one --out=page", "there is no option --out: it is --output"),
+        ("tune recipe.yaml --out runs/x", "there is no option --out: it is --output"),
+        ("train -r 4", "there is no option -r: it is --method.r"),
+        ("train --r=4", "there is no option --r: it is --method.r"),
+        ("train --alpha 4", "there is no option --alpha: it is --method.lora_alpha"),
+        ("train --targets [q]", "there is no option --targets: it is --method.target_modules"),
+        ("plan gpt3 --r 4", "there is no option --r: it is --method.r"),
+        (
+            "plan gpt3 --target_modules q",
+            "there is no option --target_modules: it is --method.target_modules",
+        ),
+        ("plan gpt3 --task-type SEQ_CLS", "there is no option --task-type: it is --method.task_type"),
+        ("plan gpt3 --use_dora true", "there is no option --use_dora: it is --method.use_dora"),
+    ],
+)
+def test_an_old_spelling_names_the_new_one(
+    typed: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(typed.split()) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"evaluate", "info", "plan", "push"}))
+def test_every_command_names_what_it_writes_alike(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    assert "-o" in (out := capsys.readouterr().out)
+    assert "--output" in out
+    assert "--out " not in out
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["--help"]])

@@ -24,8 +24,8 @@ def places(tmp_path: Path) -> dict[str, str]:
 
 
 def test_equal_to_the_command_without(places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["merge", places["base"], places["adapter"], places["memory"]]) == 0
-    assert main(["merge", "--stream", places["base"], places["adapter"], places["disk"]]) == 0
+    assert main(["merge", places["base"], places["adapter"], "-o", places["memory"]]) == 0
+    assert main(["merge", "--stream", places["base"], places["adapter"], "-o", places["disk"]]) == 0
     out = capsys.readouterr().out
     assert "share of each update lost to rounding" in out
     assert "more layers that lost less" in out
@@ -42,7 +42,8 @@ def test_another_dtype_and_a_warning_in_one_line(
     from safetensors.torch import save_file
 
     save_file(small, Path(places["adapter"]) / "adapter_model.safetensors", {"format": "pt"})
-    command = ["merge", "--stream", places["base"], places["adapter"], places["disk"], "--dtype", "bfloat16"]
+    start = ["merge", "--stream", places["base"], places["adapter"]]
+    command = [*start, "-o", places["disk"], "--dtype", "bfloat16"]
     assert main(command) == 0
     assert "warning: stored as bfloat16, rounding takes about" in capsys.readouterr().err
     assert json.loads((Path(places["disk"]) / "config.json").read_text())["dtype"] == "bfloat16"
@@ -50,10 +51,10 @@ def test_another_dtype_and_a_warning_in_one_line(
 
 def test_what_it_refuses(places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     start = ["merge", "--stream"]
-    assert main([*start, places["base"], places["adapter"], places["base"]]) == 1
+    assert main([*start, places["base"], places["adapter"], "-o", places["base"]]) == 1
     assert "not empty" in capsys.readouterr().err
-    assert main([*start, "no/such-base", places["adapter"], places["disk"]]) == 1
+    assert main([*start, "no/such-base", places["adapter"], "-o", places["disk"]]) == 1
     assert "cannot find the base 'no/such-base'" in capsys.readouterr().err
-    assert main([*start, places["base"], places["adapter"], places["disk"], "--dtype", "int8"]) == 1
+    assert main([*start, places["base"], places["adapter"], "-o", places["disk"], "--dtype", "int8"]) == 1
     assert "dtype must be one of" in capsys.readouterr().err
     assert not Path(places["disk"]).exists()

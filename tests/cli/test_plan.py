@@ -23,8 +23,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 OPTIONS = {
     "as it comes": [],
-    "ranks and targets": ["--r", "3", "--targets", "[query]"],
-    "one name": ["--targets", "[value]", "--alpha", "4"],
+    "ranks and targets": ["--method.r", "3", "--method.target_modules", "[query]"],
+    "one name": ["--method.target_modules", "[value]", "--method.lora_alpha", "4"],
     "three classes": ["--data.labels", "[good, bad, other]"],
     "another method": ["--baseline", "{method: bitfit}"],
     "everything": ["--baseline", "{method: full}"],

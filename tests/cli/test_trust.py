@@ -72,8 +72,8 @@ COMMANDS = [
     "train --config={0}/run/recipe.yaml --output {0}/again",
     "train --from {0}/run/run.json --output {0}/again",
     "train --from {0}/run --output {0}/again --task sequence-classification --config {0}/run/recipe.yaml",
-    "tune {0}/run/recipe.yaml --out {0}/search",
-    "tune {0}/run/recipe.yaml --ramp --out {0}/search",
+    "tune {0}/run/recipe.yaml --output {0}/search",
+    "tune {0}/run/recipe.yaml --ramp --output {0}/search",
     "tune --resume {0}/tune",
     "compare {0}/compare.yaml",
     "compare {0}/compare.yaml --counts",
@@ -91,7 +91,7 @@ def test_no_command_runs_a_folders_task(
 
 
 @pytest.mark.parametrize(
-    "command", ["info {0}/run", "compress {0}/run {0}/small --rank 1", "study {0}/run --out {0}/page"]
+    "command", ["info {0}/run", "compress {0}/run -o {0}/small --rank 1", "study {0}/run --output {0}/page"]
 )
 def test_what_needs_no_task_asks_nothing(place: Path, command: str) -> None:
     assert main(command.format(place).split()) == 0

@@ -242,7 +242,7 @@ def test_bad_input(model: Any, settings: dict[str, Any], message: str) -> None:
 
 def test_the_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(BERT))
-    argv = ["plan", str(tmp_path), "--task_type=SEQ_CLS", "--r=4", "--batch=2", "--length=8"]
+    argv = ["plan", str(tmp_path), "--method.task_type=SEQ_CLS", "--method.r=4", "--batch=2", "--length=8"]
     assert main([*argv, "--method=all"]) == 0
     out = capsys.readouterr().out
     assert [out.count(f"{m}\n") for m in ("full", "lora", "qlora")] == [1, 2, 1]

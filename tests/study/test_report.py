@@ -13,7 +13,7 @@ import lorica
 from lorica import algebra, study
 from lorica.checkpoint import loralib
 from lorica.cli import main
-from lorica.cli.study import facts_of
+from lorica.cli.adapters.study import facts_of
 from lorica.errors import AdapterError, FileError
 from lorica.study import figures
 from lorica.study.folder import write_report
@@ -103,7 +103,7 @@ def test_what_is_untrained_is_said(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (0, 1):
         lorica.write(trained(seed), tmp_path / f"seed-{seed}")
-    argv = ["study", str(tmp_path / "seed-0"), "--out", str(tmp_path / "out")]
+    argv = ["study", str(tmp_path / "seed-0"), "--output", str(tmp_path / "out")]
     assert main([*argv, "--against", str(tmp_path / "seed-1"), "--base", str(base), "--budget", "400"]) == 0
     out = capsys.readouterr().out
     assert "q of layer 0: this adapter used" in out
@@ -121,7 +121,7 @@ def test_the_command(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_loralib_file_needs_its_alpha(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loralib.write(trained(0), tmp_path / "lora.pt")
-    argv = ["study", str(tmp_path / "lora.pt"), "--out", str(tmp_path / "out")]
+    argv = ["study", str(tmp_path / "lora.pt"), "--output", str(tmp_path / "out")]
     assert main(argv) == 1
     assert "does not hold lora_alpha" in capsys.readouterr().err
     assert main([*argv, "--alpha", "8"]) == 0
@@ -152,7 +152,7 @@ def test_what_has_no_low_rank_update_is_refused(tmp_path: Path, capsys: pytest.C
     with pytest.raises(AdapterError, match="no layer that can be compared"):
         gather(trained(0), against=whole())
     lorica.write(whole(), tmp_path / "full")
-    assert main(["study", str(tmp_path / "full"), "--out", str(tmp_path / "out")]) == 1
+    assert main(["study", str(tmp_path / "full"), "--output", str(tmp_path / "out")]) == 1
     assert "lorica study forget" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -142,7 +142,7 @@ def test_the_command(
     assert capsys.readouterr().out.splitlines() == expected
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     out = tmp_path / "said.jsonl"
-    arguments = ["--file", str(tmp_path / "prompts.txt"), "--out", str(out), "--adapter", str(folders["two"])]
+    arguments = ["--file", str(tmp_path / "prompts.txt"), "-o", str(out), "--adapter", str(folders["two"])]
     assert main(["generate", one, *five, *arguments, "--generation.num_beams", "2", "--sequences", "2"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 3 * 2 * 2

@@ -42,7 +42,7 @@ def test_a_merged_checkpoint_pads_with_the_adapters_token(run: Recipe, tmp_path:
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[UNK]"})
     )
     _, out = merge_checkpoint(run.model, run.output, tmp_path / "merged")
-    assert main(["merge", run.model, run.output, str(tmp_path / "streamed"), "--stream"]) == 0
+    assert main(["merge", run.model, run.output, "--output", str(tmp_path / "streamed"), "--stream"]) == 0
     for folder in (out, tmp_path / "streamed"):
         assert json.loads((folder / "config.json").read_text())["pad_token_id"] == 1
 

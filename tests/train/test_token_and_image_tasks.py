@@ -117,7 +117,7 @@ def test_images_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["predict", str(result.output), rows[1]["image"]]) == 0
     assert capsys.readouterr().out.startswith("light  ")
     merged = tmp_path / "merged"
-    assert main(["merge", str(tmp_path / "model"), str(result.output), str(merged)]) == 0
+    assert main(["merge", str(tmp_path / "model"), str(result.output), "--output", str(merged)]) == 0
     assert [row["label"] for row in predict(merged, [rows[0]["image"]])] == ["dark"]
 
 

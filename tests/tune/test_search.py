@@ -371,7 +371,7 @@ def test_the_command(make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFi
     make_recipe(epochs=1, max_steps=1).save(recipe)
     space.write_text("method.r: {choice: [1, 2]}\n")
     out = str(tmp_path / "out")
-    options = ["--space", str(space), "--algorithm", "grid", "--scheduler", "none", "--out", out]
+    options = ["--space", str(space), "--algorithm", "grid", "--scheduler", "none", "--output", out]
     assert main(["tune", str(recipe), *options, "--trials", "1"]) == 0
     said = capsys.readouterr().out
     assert "1 trials by accuracy" in said
@@ -384,7 +384,7 @@ def test_the_command(make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFi
     assert reopen(out)[2] == SearchConfig(trials=2, algorithm="grid", scheduler="none")
     for options, named in (
         ([str(recipe), "--resume", out], "recipe"),
-        (["--resume", out, "--metric", "loss", "--out", "x"], "--metric, --out"),
+        (["--resume", out, "--metric", "loss", "--output", "x"], "--metric, --output"),
         ([str(recipe), "--ramp", "--metric", "loss", "--space", "x"], "--metric, --space"),
         (["--ramp", "--resume", out], "--resume"),
         ([str(recipe), "--rank.gain", "0.1"], "--rank"),
@@ -392,7 +392,7 @@ def test_the_command(make_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFi
         assert main(["tune", *options]) == 1
         assert f"leave out {named}\n" in capsys.readouterr().err
     space.write_text("method.rr: {choice: [1, 2]}\n")
-    assert main(["tune", str(recipe), "--space", str(space), "--out", str(tmp_path / "x")]) == 1
+    assert main(["tune", str(recipe), "--space", str(space), "--output", str(tmp_path / "x")]) == 1
     assert "did you mean 'method.r'" in capsys.readouterr().err
-    assert main(["tune", str(recipe), "--ramp", "--rank.limit", "1", "--out", str(tmp_path / "ramp")]) == 0
+    assert main(["tune", str(recipe), "--ramp", "--rank.limit", "1", "--output", str(tmp_path / "ramp")]) == 0
     assert "take r=1" in capsys.readouterr().out

@@ -14,23 +14,27 @@ from typing import Any
 from lorica.errors import LoricaError, nearest
 from lorica.plain import Visible, visible
 
-COMMANDS = {
+TRAINING = {
     "demo": "adapt a real model to a real task, beside full fine-tuning; no download, a few minutes",
     "train": "train an adapter from a recipe, a file of rows or a Hub data set",
-    "compare": "methods × tasks × seeds from one file, to the LoRA paper's table and plot",
+    "plan": "what training will cost: parameters, file, memory, arithmetic, the largest batch that fits",
     "tune": "search for the best rank, targets, learning rate, ... of a recipe",
+    "compare": "methods × tasks × seeds from one file, to the LoRA paper's table and plot",
     "evaluate": "score a trained adapter",
     "predict": "use a trained adapter on a text or a file of them",
     "generate": "write texts with a trained model, an adapter, or any model",
+}
+ADAPTERS = {
+    "info": "what is in an adapter: rank, targets, size, norm of each layer's update",
+    "study": "what an adapter learned: a report with figures and advice on its ranks",
     "merge": "fold an adapter into its base: a plain checkpoint, as fast as the base",
-    "push": "upload an adapter's files to the Hugging Face Hub",
-    "convert": "a checkpoint of loralib's to an adapter in PEFT's format, or back",
     "combine": "several adapters into one: their weighted sum, TIES, DARE and others",
     "compress": "an adapter at the rank it needs, with the error that makes",
-    "plan": "what training will cost: parameters, file, memory, arithmetic, the largest batch that fits",
-    "study": "what an adapter learned: a report with figures and advice on its ranks",
-    "info": "what is in an adapter: rank, targets, size, norm of each layer's update",
+    "convert": "a checkpoint of loralib's to an adapter in PEFT's format, or back",
+    "push": "upload an adapter's files to the Hugging Face Hub",
 }
+COMMANDS = {**TRAINING, **ADAPTERS}
+"""Command → what it does; each is a module of `training` or `adapters`."""
 
 # What these log as they are imported is about kernels of theirs that no command needs.
 _TALKATIVE = ("bitsandbytes", "torch.utils._pytree", "torchao")
@@ -65,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with _harmless():
-            return importlib.import_module(f"lorica.cli.{name}").run(rest)
+            room = "training" if name in TRAINING else "adapters"
+            return importlib.import_module(f"lorica.cli.{room}.{name}").run(rest)
     except SystemExit as stop:  # the parser's: 0 after --help, 2 for wrong usage
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BrokenPipeError:  # whoever read the output has read enough, as `head` does
@@ -83,15 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """What ``lorica --help`` prints."""
-    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
             "usage: lorica [--version] [--debug] COMMAND [...]",
             "",
             "Adapt a large model to a task by training two thin matrices beside each frozen weight.",
             "",
-            "commands:",
-            *lines,
+            "train, and use what was trained:",
+            *(f"  {name:<10} {what}" for name, what in TRAINING.items()),
+            "",
+            "the files of adapters:",
+            *(f"  {name:<10} {what}" for name, what in ADAPTERS.items()),
             "",
             "`lorica COMMAND --help` shows a command's options with their units and defaults.",
             "--debug shows where an error came from.",

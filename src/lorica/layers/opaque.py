@@ -46,8 +46,8 @@ class LoraOpaque(LoraLayer):
         if weight is None or not weight.is_floating_point():
             raise StateError(
                 f"a quantized {self.base_class.__name__}, packed in a way that lorica can neither read nor "
-                "write; merge into the original base (`lorica merge BASE ADAPTER OUT`), or teach lorica the "
-                "format with lorica.layers.quantized.register"
+                "write; merge into the original base (`lorica merge BASE ADAPTER --output DIR`), or teach "
+                "lorica the format with lorica.layers.quantized.register"
             )
         if has_own_forward(self.base_class):
             x = torch.randn(4, self.factor_shapes(self, 1)[0][1], dtype=weight.dtype, device="cpu")

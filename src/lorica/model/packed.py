@@ -54,7 +54,7 @@ def check_into(into: Into | None, merging: Iterable[str]) -> None:
             f"the weights of {listing(paths, limit=3)} are quantized; say what to merge into: "
             'into="quantized" packs W0 + scale·B·A again, which rounds much of the update away, and '
             'into="dequantized" makes them plain layers, exact and as large as before they were quantized. '
-            "To merge into the original weights, use `lorica merge BASE ADAPTER OUT`"
+            "To merge into the original weights, use `lorica merge BASE ADAPTER --output DIR`"
         )
 
 

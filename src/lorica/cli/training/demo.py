@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.cli.parsing import Parser
+from lorica.cli.shared.parsing import Parser, add_output
 
 
 def parser() -> Parser:
@@ -26,9 +26,7 @@ def parser() -> Parser:
     result.add_argument(
         "--data.test", dest="test", type=str | None, help="test rows, if the data has no split of that name"
     )
-    result.add_argument(
-        "--output", type=str, default="runs/demo", help="folder for adapter/, merged/ and results.json"
-    )
+    add_output(result, "folder for adapter/, merged/ and results.json", "runs/demo")
     result.add_argument("--max_length", type=int, default=32, help="tokens kept of each row")
     result.add_argument("--batch_size", type=int, default=16, help="rows a training step")
     result.add_argument(

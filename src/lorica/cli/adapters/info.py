@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorica.cli.parsing import Parser
+from lorica.cli.shared.parsing import Parser
 from lorica.plain import as_json
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def parser() -> Parser:
 
 def describe(directory: str) -> dict[str, Any]:
     """An adapter's settings, counts and norms, as plain values; without torch where its files are plain."""
-    from lorica.cli.glance import glance
+    from lorica.cli.adapters.glance import glance
     from lorica.config import family_of, members
 
     config, found = glance(Path(directory)) or whole_read(directory)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lorica.cli import hints
+from lorica.cli.shared import hints
 from lorica.errors import FileError, LoricaWarning
 from lorica.train.files import write_atomically
 from lorica.train.recipe import Recipe, check_file

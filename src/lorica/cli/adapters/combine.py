@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.cli.parsing import Parser
+from lorica.cli.shared.parsing import Parser, add_output, output_of
 
 
 def parser() -> Parser:
@@ -15,7 +15,7 @@ def parser() -> Parser:
         "weighted sum. No model is loaded.",
     )
     result.add_argument("adapters", type=str, nargs="+", help="folders with the adapters, lorica's or PEFT's")
-    result.add_argument("out", type=str, help="folder for the combination; it must be new or empty")
+    add_output(result, "folder for the combination; it must be new or empty")
     result.add_argument(
         "--weights",
         type=float,
@@ -62,14 +62,15 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Combine, save, and say how far the result is from the sum."""
-    parsed: Any = parser().parse_args(argv)
+    command = parser()
+    parsed: Any = command.parse_args(argv)
 
     from lorica.algebra import combine, error
     from lorica.checkpoint import read
-    from lorica.cli.updates import check_new, save_and_show, warnings_in_a_line
+    from lorica.cli.shared.made import check_new, save_and_show, warnings_in_a_line
     from lorica.errors import ConfigError, listing
 
-    out = check_new(parsed.out)
+    out = check_new(output_of(command, parsed))
     if parsed.keep is not None and parsed.keep not in parsed.adapters:
         raise ConfigError(f"--keep must be one of {listing(map(repr, parsed.adapters))}, not {parsed.keep!r}")
     keep = None if parsed.keep is None else parsed.adapters.index(parsed.keep)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.cli.parsing import Parser
+from lorica.cli.shared.parsing import Parser
 
 
 def parser() -> Parser:

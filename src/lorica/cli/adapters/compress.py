@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.cli.parsing import Parser
+from lorica.cli.shared.parsing import Parser, add_output, output_of
 
 
 def parser() -> Parser:
@@ -15,7 +15,7 @@ def parser() -> Parser:
         "that makes. No model is loaded.",
     )
     result.add_argument("adapter", type=str, help="folder with the adapter, lorica's or PEFT's")
-    result.add_argument("out", type=str, help="folder for the compressed adapter; it must be new or empty")
+    add_output(result, "folder for the compressed adapter; it must be new or empty")
     result.add_argument("--rank", type=int | None, help="the most that any layer may have, at least 1")
     result.add_argument(
         "--energy",
@@ -28,13 +28,14 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Compress, save, and say what it cost."""
-    parsed: Any = parser().parse_args(argv)
+    command = parser()
+    parsed: Any = command.parse_args(argv)
 
     from lorica.algebra import compress
     from lorica.checkpoint import read
-    from lorica.cli.updates import check_new, save_and_show
+    from lorica.cli.shared.made import check_new, save_and_show
 
-    out = check_new(parsed.out)
+    out = check_new(output_of(command, parsed))
     adapter, report = compress(read(parsed.adapter), rank=parsed.rank, energy=parsed.energy)
     save_and_show(
         adapter, report, out, parsed.adapter, f"; kept energy {report.energy:.2%}", of=[parsed.adapter]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.cli.options import expanded
-from lorica.cli.parsing import Parser, add_trust
+from lorica.cli.shared.options import expanded
+from lorica.cli.shared.parsing import Parser, add_trust
 from lorica.errors import ConfigError, nearest
 from lorica.plain import as_json
 
@@ -13,7 +13,6 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SHORT = {
     "--batch": "--training.batch_size",
     "--length": "--training.max_length",
-    "--task-type": "--method.task_type",
 }
 # What PEFT calls each kind of model → the task that trains one.
 _TASKS = {
@@ -67,7 +66,6 @@ def run(argv: list[str]) -> int:
             recipe = model.endswith((".yaml", ".yml"))
             argv = ["--config" if recipe else "--model", model, *argv]
     command = parser()
-    argv = _one_list(argv)
     targets = any(argument.startswith("--method.target_modules") for argument in argv)
     parsed: Any = command.parse_args(argv)
     if parsed.dtype not in _DTYPES:
@@ -146,27 +144,8 @@ def _without_method(argv: list[str]) -> tuple[list[str], str | None]:
     return rest, found
 
 
-def _one_list(argv: list[str]) -> list[str]:
-    """Several ``--target_modules NAME`` as one list."""
-    flag, names, rest, waiting = "--target_modules", [], [], False
-    for argument in argv:
-        if waiting:
-            names.append(argument)
-            waiting = False
-        elif argument == flag:
-            waiting = True
-        elif argument.startswith(f"{flag}="):
-            names.append(argument.partition("=")[2])
-        else:
-            rest.append(argument)
-    if not names:
-        return argv
-    value = names[0] if len(names) == 1 and (names[0] == "all-linear" or names[0][:1] == "[") else None
-    return [*rest, "--method.target_modules", value or f"[{','.join(names)}]"]
-
-
 def _print_help() -> None:
-    from lorica.cli.options import first_sentence
+    from lorica.cli.shared.options import first_sentence
 
     command = parser()
     print(f"usage: {command.usage}\n\n{command.description}\n")
@@ -175,7 +154,5 @@ def _print_help() -> None:
         if action.dest in ("dtype", "optimizer", "checkpointing", "fit", "json"):
             name = f"{action.option_strings[0]} {action.metavar or ''}".strip()
             print(f"  {name:<23} {first_sentence(str(action.help))}")
-    print(
-        "\nand those of `lorica train --help`, such as --r, --targets, --task, --batch-size (or --batch) and"
-    )
-    print("--max-length (or --length); `lorica plan --help-all` shows every one")
+    print("\nand those of `lorica train --help`, such as --method.r, --task, --batch-size (or --batch)")
+    print("and --max-length (or --length); `lorica plan --help-all` shows every one")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorica.cli.parsing import Parser, add_trust
-from lorica.cli.writing import add_generation, generation_of
+from lorica.cli.shared.options import add_generation, generation_of
+from lorica.cli.shared.parsing import Parser, add_output, add_trust
 from lorica.plain import as_json
 
 
@@ -20,11 +20,7 @@ def parser() -> Parser:
         help="a text (of a pair: two texts with a tab or \\t between) or an image's path, a .txt file of "
         "one a line, a file of rows (csv, tsv, json, jsonl, xlsx, parquet), or a folder of images",
     )
-    result.add_argument(
-        "--output",
-        type=str | None,
-        help="file to write the predictions to, one JSON object a line (default: print them)",
-    )
+    add_output(result, "file for the predictions, one JSON object a line (default: print them)")
     result.add_argument("--json", action="store_true", help="print JSON lines also for a single text")
     add_generation(result)
     add_trust(result)

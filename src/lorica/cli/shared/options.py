@@ -5,10 +5,14 @@ An option's own name is its place in the recipe, such as ``--training.learning_r
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from lorica.cli.shared.parsing import Parser
+from lorica.train.generation.config import GenerationConfig
 
 SHORT: Mapping[str, tuple[str, ...]] = {
     "model": ("-m",),
@@ -18,9 +22,9 @@ SHORT: Mapping[str, tuple[str, ...]] = {
     "data.test": ("--test",),
     "data.preset": ("--preset",),
     "output": ("-o",),
-    "method.r": ("-r", "--r"),
-    "method.lora_alpha": ("--alpha",),
-    "method.target_modules": ("--targets",),
+    "method.r": (),
+    "method.lora_alpha": (),
+    "method.target_modules": (),
     "training.learning_rate": ("--lr",),
     "training.epochs": ("--epochs",),
     "training.max_steps": ("--max-steps",),
@@ -28,9 +32,13 @@ SHORT: Mapping[str, tuple[str, ...]] = {
     "training.max_length": ("--max-length",),
     "training.seed": ("--seed",),
 }
-"""Field of a recipe → its short names; a hyphen may be an underscore. Their order is that of the help."""
+"""What most people set → its short names; a hyphen may be an underscore. Their order is that of the help.
+
+A method's fields have one spelling, PEFT's name behind ``--method.``.
+"""
 
 _LONG = {short.replace("_", "-"): f"--{name}" for name, shorts in SHORT.items() for short in shorts}
+_GENERATION = "generation."
 _GROUPS = {
     "": "the run",
     "data": "rows",
@@ -110,3 +118,18 @@ def first_sentence(text: str) -> str:
     """The part of a description before its first full stop; what a parser filled in is left out."""
     text = " ".join(text.split()).partition(" (type:")[0].partition(" (default:")[0]
     return text.partition(". ")[0].partition("; ")[0].rstrip(".")
+
+
+def add_generation(parser: Parser) -> None:
+    """Give a parser the fields of a recipe's ``generation``, each left out unless it is given."""
+    group = parser.add_argument_group("how text is written (default: as the recipe says)")
+    types = {"metrics": list[str], "arguments": dict[str, Any], "eval_rows": int}
+    for item in dataclasses.fields(GenerationConfig):
+        kind = types.get(item.name) or {"int": int, "float": float, "bool": bool}[str(item.type)]
+        group.add_argument(f"--{_GENERATION}{item.name}", type=kind | None)
+
+
+def generation_of(parsed: Any, recipe: GenerationConfig) -> GenerationConfig:
+    """A recipe's settings with those that were given in their place."""
+    given = {item.name: parsed.get(_GENERATION + item.name) for item in dataclasses.fields(GenerationConfig)}
+    return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})

@@ -7,8 +7,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorica.cli import hints
-from lorica.cli.parsing import Parser, add_trust
+from lorica.cli.shared import hints
+from lorica.cli.shared.parsing import Parser, add_output, add_trust, output_of
 from lorica.errors import FileError, LoricaWarning
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def parser() -> Parser:
     )
     result.add_argument("base", type=str, help="the base model: a folder or a Hub name")
     result.add_argument("adapter", type=str, help="folder with the adapter, lorica's or PEFT's")
-    result.add_argument("out", type=str, help="folder for the merged model; it must be new or empty")
+    add_output(result, "folder for the merged model; it must be new or empty")
     result.add_argument(
         "--dtype",
         type=str,
@@ -51,6 +51,7 @@ def run(argv: list[str]) -> int:
     """Merge, save, and say what rounding cost."""
     command = parser()
     parsed: Any = command.parse_args(argv)
+    out = output_of(command, parsed)
     if parsed.restart and not parsed.stream:
         command.error("--restart belongs to --stream")
 
@@ -59,12 +60,12 @@ def run(argv: list[str]) -> int:
 
     console = make_console()
     if parsed.stream:
-        report, out = _stream(parsed), parsed.out
+        report = _stream(parsed)
     else:
         from lorica.train.merging import merge_checkpoint
 
         report, out = merge_checkpoint(
-            parsed.base, parsed.adapter, parsed.out, dtype=parsed.dtype, trust_task=parsed.trust_task
+            parsed.base, parsed.adapter, out, dtype=parsed.dtype, trust_task=parsed.trust_task
         )
     path, worst = report.worst
     head, *lines = str(report).splitlines()
@@ -108,7 +109,7 @@ def _stream(parsed: Any) -> StreamReport:
         return stream.merge(
             _folder(parsed.base),
             parsed.adapter,
-            parsed.out,
+            parsed.output,
             dtype=dtype,
             resume=not parsed.restart,
             config=_labels(Path(parsed.adapter), trust_task=parsed.trust_task),

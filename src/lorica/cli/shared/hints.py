@@ -59,7 +59,7 @@ def to_merge(base: str, folder: str | Path, recipe: Recipe) -> str | None:
     lora, others = members(recipe.configuration())
     if any(family_of(other) == "additive" for other in others) or (lora is None and not others):
         return None
-    return command("merge", base, folder, unused(f"{folder}-merged"), *word(recipe))
+    return command("merge", base, folder, "--output", unused(f"{folder}-merged"), *word(recipe))
 
 
 def word(recipe: Recipe) -> list[str]:

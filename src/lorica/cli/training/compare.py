@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.cli.parsing import Parser, add_trust
+from lorica.cli.shared.parsing import Parser, add_output, add_trust
 from lorica.plain import as_json
 
 
@@ -18,7 +18,7 @@ def parser() -> Parser:
     add = result.add_argument
     add("file", type=str, help="the comparison, such as recipes/compare/classification.yaml")
     add("--data", type=str | None, help="folder from which the file's relative paths of rows start")
-    add("--output", type=str | None, help="folder for results, table and plot (default: the file's)")
+    add_output(result, "folder for results, table and plot (default: the file's)")
     add("--counts", action="store_true", help="print what each method would train, and run nothing")
     add("--table", action="store_true", help="print the table of what has run so far, and run nothing")
     add("--in_process", action="store_true", help="run here, not in a process each: no peak memory then")

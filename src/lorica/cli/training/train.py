@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorica.cli import INTERRUPTED, hints
-from lorica.cli.options import expanded, print_help
-from lorica.cli.parsing import Parser, add_trust
+from lorica.cli import INTERRUPTED
+from lorica.cli.shared import hints
+from lorica.cli.shared.options import expanded, print_help
+from lorica.cli.shared.parsing import Parser, add_trust
 from lorica.train.recipe import Recipe, add_recipe, check_file, from_parsed
 from lorica.train.trust import check_trusted, names_code
 
@@ -20,7 +21,7 @@ def parser() -> Parser:
     """The command's options: every field of a recipe."""
     result = Parser(
         "train",
-        usage="lorica train [RECIPE.yaml | --from run.json] [-t TASK] [-m MODEL] [-d ROWS] [--r R] "
+        usage="lorica train [RECIPE.yaml | --from run.json] [-t TASK] [-m MODEL] [-d ROWS] [--method.r R] "
         "[--lr RATE] ... [-o DIR]",
         description="Train an adapter. RECIPE.yaml holds any of the options below; those given here "
         "override it.",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.cli.parsing import Parser, add_trust
-from lorica.cli.writing import add_generation, generation_of
+from lorica.cli.shared.options import add_generation, generation_of
+from lorica.cli.shared.parsing import Parser, add_trust
 from lorica.plain import as_json
 
 

@@ -10,7 +10,27 @@ import jsonargparse
 
 from lorica.errors import nearest
 
-_UNKNOWN = re.compile(r"(?:Unrecognized arguments: |Option '?|unrecognized arguments: )-*([\w.]+)")
+_UNKNOWN = re.compile(r"(?:[Uu]nrecognized arguments: |Option '?)(?P<flag>-*)(?P<name>[^\s'=]+)")
+_RENAMED = {"out": "output", "alpha": "method.lora_alpha", "targets": "method.target_modules"}
+"""What an option was called before → what it is called now."""
+
+
+def add_output(parser: Parser, text: str, default: str | None = None) -> None:
+    """Give a command the option that says where it writes.
+
+    Args:
+        parser: of the command.
+        text: what is written, and what holds where nothing is given.
+        default: where to, if nothing is given; None: `output_of` asks for it, or nothing is written.
+    """
+    parser.add_argument("-o", "--output", type=str if default else str | None, default=default, help=text)
+
+
+def output_of(parser: Parser, parsed: Any) -> str:
+    """Where to write; a command that must know stops if it is not told."""
+    if parsed.output is None:
+        parser.error("name what to write with --output (not by a last word)")
+    return parsed.output
 
 
 def add_trust(parser: Parser) -> None:
@@ -47,6 +67,19 @@ class Parser(jsonargparse.ArgumentParser):
         unknown = _UNKNOWN.search(message)
         if unknown:
             known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
-            message = f"there is no option --{unknown[1]}{nearest(unknown[1], known)}"
+            message = _unknown(unknown["flag"], unknown["name"], known)
         print(f"{self.prog}: {message.strip()}\nsee: {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _unknown(flag: str, name: str, known: list[str]) -> str:
+    """What to say of a word that a command does not take."""
+    if not flag:
+        written = "; what it writes is named by --output" if "output" in known else ""
+        return f"{name!r} is one word too many{written}"
+    plain = name.replace("-", "_")
+    same = [option for option in known if option.rpartition(".")[2] == plain and option != plain]
+    new = _RENAMED.get(plain) if _RENAMED.get(plain) in known else same[0] if len(same) == 1 else None
+    if new is not None:
+        return f"there is no option {flag}{name}: it is --{new}"
+    return f"there is no option {flag}{name}{nearest(name, known)}"

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorica.cli import INTERRUPTED, hints
-from lorica.cli.parsing import Parser, add_trust
+from lorica.cli import INTERRUPTED
+from lorica.cli.shared import hints
+from lorica.cli.shared.parsing import Parser, add_output, add_trust
 from lorica.errors import ConfigError, listing
 
 
@@ -21,8 +22,8 @@ def parser() -> Parser:
     result = Parser(
         "tune",
         usage="lorica tune [RECIPE.yaml] [--space SPACE.yaml] [--trials N] [--algorithm random|tpe|grid] ... "
-        "[--out DIR]\n       lorica tune --resume DIR [--trials N] [--slots N] ...\n"
-        "       lorica tune [RECIPE.yaml] --ramp [--rank.limit R] [--rank.gain GAIN] [--out DIR]",
+        "[-o DIR]\n       lorica tune --resume DIR [--trials N] [--slots N] ...\n"
+        "       lorica tune [RECIPE.yaml] --ramp [--rank.limit R] [--rank.gain GAIN] [-o DIR]",
         description="Search for the best values of a recipe's fields. Trials that differ only in what can be "
         "joint are trained together over one base; others run in processes of Ray Tune.",
     )
@@ -38,7 +39,7 @@ def parser() -> Parser:
         type=str | None,
         help="YAML file of the fields to search (default: what LoRA's tutorials search)",
     )
-    add("--out", type=str | None, help="folder to write (default: runs/tune, or runs/ramp with --ramp)")
+    add_output(result, "folder to write (default: runs/tune, or runs/ramp with --ramp)")
     add(
         "--resume",
         type=str | None,
@@ -78,7 +79,7 @@ def run(argv: list[str]) -> int:
             else Recipe()
         )
         space = Space.load(parsed.space) if parsed.space is not None else None
-        out = parsed.out or ("runs/ramp" if parsed.ramp else "runs/tune")
+        out = parsed.output or ("runs/ramp" if parsed.ramp else "runs/tune")
     if parsed.ramp:
         curve = ramp(recipe, out, values.rank, console=console)
         console.print(str(curve), soft_wrap=True, markup=False)
@@ -119,8 +120,8 @@ def _check_together(given: set[str], parsed: Any) -> None:
     from lorica.tune.settings import FREE
 
     if parsed.ramp:
-        useless = given - {"recipe", "ramp", "rank", "out", "trust_task"}
-        why = "--ramp takes no options but --rank.* and --out; what decides is the recipe's metric_for_best"
+        useless = given - {"recipe", "ramp", "rank", "output", "trust_task"}
+        why = "--ramp takes --rank.* and --output alone; what decides is the recipe's metric_for_best"
     elif parsed.resume is not None:
         useless = given - {"resume", "trust_task", *FREE}
         why = "--resume takes the recipe, the space and the other options from the folder"

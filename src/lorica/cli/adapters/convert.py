@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lorica.cli import hints
-from lorica.cli.parsing import Parser
+from lorica.cli.shared import hints
+from lorica.cli.shared.parsing import Parser, add_output, output_of
 from lorica.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def parser() -> Parser:
         type=str,
         help="checkpoint of loralib's (a file, or a folder with one), or an adapter folder",
     )
-    add("out", type=str, help="folder to write; or, towards loralib, a file such as adapter.bin")
+    add_output(result, "folder to write; or, towards loralib, a file such as adapter.bin")
     add("--to", type=str, default=None, help="peft or loralib (default: whichever the source is not)")
     text = "lora_alpha that the loralib layers were made with; it is not in their file"
     add("--alpha", type=float, default=None, help=text)
@@ -54,7 +54,9 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Convert, and say what became of it."""
-    parsed: Any = parser().parse_args(argv)
+    command = parser()
+    parsed: Any = command.parse_args(argv)
+    out = output_of(command, parsed)
 
     from lorica import checkpoint
     from lorica.checkpoint.loralib import read as read_loralib
@@ -70,8 +72,8 @@ def run(argv: list[str]) -> int:
     split = _table("--split", parsed.split, lambda part: None if part == "-" else part)
     if is_peft:
         adapter = checkpoint.read(parsed.source)
-        write_loralib(adapter, parsed.out, enable_lora=enable_lora, split=split)
-        print(f"wrote {_contents(adapter)} to {parsed.out}")
+        write_loralib(adapter, out, enable_lora=enable_lora, split=split)
+        print(f"wrote {_contents(adapter)} to {out}")
         print(f"the file does not hold the scale; make the layers with {_settings(adapter, enable_lora)}")
         return 0
     settings = {
@@ -88,13 +90,13 @@ def run(argv: list[str]) -> int:
         embeddings=parsed.embedding or (),
         **{name: value for name, value in settings.items() if value},
     )
-    checkpoint.write(adapter, Path(parsed.out))
+    checkpoint.write(adapter, Path(out))
     config = adapter.lora
-    print(f"wrote {_contents(adapter)} to {parsed.out}")
+    print(f"wrote {_contents(adapter)} to {out}")
     print(f"r={config.r}, lora_alpha={config.lora_alpha:g}, target_modules={config.target_modules}")
     if config.modules_to_save:
         print(f"trained whole: {', '.join(config.modules_to_save)}")
-    hints.show(hints.command("info", parsed.out), hints.command("study", parsed.out))
+    hints.show(hints.command("info", out), hints.command("study", out))
     return 0
 
 

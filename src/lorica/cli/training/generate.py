@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorica.cli.parsing import Parser, add_trust
-from lorica.cli.writing import add_generation, generation_of
+from lorica.cli.shared.options import add_generation, generation_of
+from lorica.cli.shared.parsing import Parser, add_output, add_trust
 
 
 def parser() -> Parser:
@@ -21,9 +21,7 @@ def parser() -> Parser:
     )
     result.add_argument("prompts", type=str, nargs="*", help="prompts (default: standard input, one a line)")
     result.add_argument("--file", type=str | None, help="text file of prompts, one a line")
-    result.add_argument(
-        "--out", type=str | None, help="file for the texts, one JSON object a line (default: print them)"
-    )
+    add_output(result, "file for the texts, one JSON object a line (default: print them)")
     result.add_argument(
         "--adapter",
         type=str,
@@ -52,12 +50,12 @@ def run(argv: list[str]) -> int:
     from lorica.train.files import writable_file, write_lines
     from lorica.train.generation.answering import generate, opened
 
-    if parsed.out is not None:
-        writable_file(parsed.out)
+    if parsed.output is not None:
+        writable_file(parsed.output)
     trained = opened(parsed.source, trust_task=parsed.trust_task)
     config = generation_of(parsed, trained.recipe.generation)
     alone = len(prompts) == parsed.sequences == config.num_beams == 1 and not parsed.adapter
-    live = alone and parsed.out is None and sys.stdout.isatty()
+    live = alone and parsed.output is None and sys.stdout.isatty()
     rows = generate(
         trained,
         prompts,
@@ -69,8 +67,8 @@ def run(argv: list[str]) -> int:
         seed=parsed.seed,
         stream=(lambda text: print(text, end="", flush=True)) if live else None,
     )
-    if parsed.out is not None:
-        write_lines(parsed.out, rows)
+    if parsed.output is not None:
+        write_lines(parsed.output, rows)
     elif live:
         print()
     else:

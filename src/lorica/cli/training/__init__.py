@@ -1,0 +1,1 @@
+"""Commands that train a model or use a trained one, a module each."""
