@@ -24,7 +24,7 @@ from quality_rotten_tomatoes import rows
 import lorica
 from lorica import algebra, study
 from lorica.study.figures import drawn
-from lorica.study.places import spots
+from lorica.study.modules import spots
 from lorica.study.report import gather
 from lorica.train import Prepared, Recipe, TrainingConfig, fit, prepare
 

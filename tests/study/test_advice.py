@@ -12,7 +12,7 @@ import lorica
 from lorica import Factors, study
 from lorica.errors import AdapterError, ConfigError
 from lorica.study.advice import proposed
-from lorica.study.places import spots
+from lorica.study.modules import spots
 
 
 def layer(values: list[float], seed: int, d: int = 20) -> Factors:

@@ -12,7 +12,7 @@ from lorica import study
 from lorica.cli import main
 from lorica.errors import ConfigError
 from lorica.study.planning import GPT3, OPTIMIZERS
-from lorica.study.tracing import trace
+from lorica.study.planning.tracing import trace
 
 pytest.importorskip("transformers")
 

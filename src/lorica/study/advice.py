@@ -13,7 +13,7 @@ from lorica.algebra import compress, error
 from lorica.algebra.settings import describing
 from lorica.config import LoraConfig, exactly
 from lorica.errors import AdapterError, ConfigError, listing
-from lorica.study.places import spots
+from lorica.study.modules import spots
 from lorica.study.results import Result
 from lorica.study.spectra import Spectrum, SpectrumReport, spectrum
 

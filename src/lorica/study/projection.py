@@ -17,8 +17,8 @@ from torch import Tensor
 from lorica._shapes import Float
 from lorica.adapter import Adapter
 from lorica.errors import ConfigError
-from lorica.study.base import Weight, base_weights
 from lorica.study.directions import decompose, orthonormal, top_directions
+from lorica.study.modules import Weight, base_weights
 from lorica.study.results import Result
 from lorica.study.subspaces import phi
 

@@ -14,8 +14,7 @@ from lorica.config import method_of
 from lorica.errors import AdapterError
 from lorica.study.adding import Interference, between
 from lorica.study.advice import Advice, advise
-from lorica.study.base import base_weights
-from lorica.study.places import Spot, spots
+from lorica.study.modules import Spot, base_weights, spots
 from lorica.study.projection import Amplification, Overlap, amplified, overlapped
 from lorica.study.results import Result
 from lorica.study.sizes import Drift, Norms, drifted, normed

@@ -10,8 +10,8 @@ import torch
 from lorica.adapter import Adapter, Factors
 from lorica.errors import ConfigError
 from lorica.folding import fold, one_thread
-from lorica.study.base import Weight, base_weights
 from lorica.study.directions import singular_values
+from lorica.study.modules import Weight, base_weights
 from lorica.study.results import Result
 
 

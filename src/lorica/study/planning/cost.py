@@ -12,8 +12,8 @@ from lorica.config import LoraConfig
 from lorica.errors import ConfigError, listing
 from lorica.model.adapt import adapt
 from lorica.model.skeleton import skeleton
+from lorica.study.planning.tracing import trace
 from lorica.study.results import Result
-from lorica.study.tracing import trace
 
 Method = Literal["lora", "full", "qlora"]
 
