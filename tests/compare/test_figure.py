@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lorica.compare.figure import draw, drawn
-from lorica.compare.folder import write_table
+from lorica.compare.report import draw, drawn, write_table
 from lorica.compare.table import Cost, Score, Table
 
 

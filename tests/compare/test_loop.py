@@ -15,10 +15,10 @@ from rich.console import Console
 
 from lorica.compare import loop
 from lorica.compare.file import Comparison
+from lorica.compare.loop import Failed
 from lorica.compare.results import Results
 from lorica.compare.runs import Run, cells
 from lorica.compare.table import Table
-from lorica.compare.work import Failed
 from lorica.errors import ConfigError, LoricaError
 
 Score = Callable[[Run], float]

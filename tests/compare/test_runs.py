@@ -19,11 +19,10 @@ from train import tiny
 
 import lorica
 from lorica.cli import main
-from lorica.compare.counts import counts
-from lorica.compare.fingerprint import fingerprint
-from lorica.compare.results import Results
+from lorica.compare.check import counts
+from lorica.compare.loop import Failed, in_own_process, in_this_process
+from lorica.compare.results import Results, fingerprint
 from lorica.compare.runs import cells
-from lorica.compare.work import Failed, in_own_process, in_this_process
 from lorica.train import train
 from lorica.train.preparing import read
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorica.compare.file import Comparison as Comparison
     from lorica.compare.file import FewShot as FewShot
-    from lorica.compare.folder import write_table as write_table
     from lorica.compare.loop import compare as compare
     from lorica.compare.loop import gather as gather
+    from lorica.compare.report import write_table as write_table
     from lorica.compare.table import Table as Table
 
 _PLACE_OF = {
@@ -22,7 +22,7 @@ _PLACE_OF = {
     "Table": "table",
     "compare": "loop",
     "gather": "loop",
-    "write_table": "folder",
+    "write_table": "report",
 }
 
 __all__ = ["Comparison", "FewShot", "Table", "compare", "gather", "write_table"]

@@ -1,4 +1,4 @@
-"""The runs of a comparison: each a recipe with a rate and a seed, known by a fingerprint."""
+"""The runs of a comparison, each a recipe with a rate and a seed; which rate a method's seeds run with."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lorica.compare.check import lower_is_better
 from lorica.compare.file import Comparison, FewShot
-from lorica.compare.fingerprint import fingerprint
+from lorica.compare.results import Results, fingerprint, score_of
 from lorica.train.embedded import resolve_model
 from lorica.train.recipe import Recipe
 
@@ -145,3 +146,24 @@ def _unlike(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(item, dict) and isinstance(before, dict)
         result[name] = _unlike(item, before) if both else item  # type: ignore[arg-type]
     return result
+
+
+def choose(cell: Cell, results: Results) -> Run | None:
+    """The trial that was best on the validation rows; None as long as none has a result.
+
+    A score that is no number never wins; of equals the first given does. Where there is one trial, there is
+    nothing to choose.
+
+    Raises:
+        ConfigError: the metric is none that the runs have.
+    """
+    tried = [(run, row) for run in cell.trials if (row := results.get(run.key)) is not None]
+    if len(cell.trials) == 1:
+        return tried[0][0] if tried else None
+    sign = -1 if lower_is_better(cell.metric) else 1
+    best: tuple[float, Run] | None = None
+    for run, row in tried:
+        value = score_of(row, "validation", cell.metric)
+        if value is not None and (best is None or sign * value > best[0]):
+            best = sign * value, run
+    return None if best is None else best[1]

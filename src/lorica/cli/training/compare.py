@@ -42,8 +42,8 @@ def run(argv: list[str]) -> int:
         _print_counts(console, spec, in_json=parsed.json)
         return 0
 
-    from lorica.compare.folder import write_table
     from lorica.compare.loop import compare, gather
+    from lorica.compare.report import write_table
 
     table = gather(spec) if parsed.table else compare(spec, console=console, in_process=parsed.in_process)
     files = write_table(table, spec.output)
@@ -72,7 +72,7 @@ def _bold(cell: str) -> Any:
 
 
 def _print_counts(console: Any, spec: Any, *, in_json: bool) -> None:
-    from lorica.compare.counts import counts
+    from lorica.compare.check import counts
     from lorica.train.console import print_table, size
 
     found = counts(spec)

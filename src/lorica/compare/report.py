@@ -1,15 +1,21 @@
-"""The plot of quality against trainable parameters (the paper's figure 2)."""
+"""The outcome as files: the table, its numbers, and the plot of quality against trainable parameters.
+
+The plot is the paper's figure 2.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorica.checkpoint.atomic import Writer
+from lorica.checkpoint.atomic import Writer, replace_files
 from lorica.compare.table import Score, Table
+from lorica.plain import as_json
+from lorica.train.record import versions
 
 _WIDE = 3  # panels in a row
 _MARKS = "osD^vP*Xhd<>p"
@@ -72,3 +78,26 @@ def _save(draw: Callable[[], Any], path: Path) -> None:
     # Without a date and with names that follow from the content, the same table is the same file.
     with matplotlib.rc_context({"svg.hashsalt": "lorica"}):
         draw().savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def write_table(table: Table, output: str | Path) -> list[Path]:
+    """Write table.md, table.json, and the plot where matplotlib is there.
+
+    Returns:
+        The files.
+
+    Raises:
+        FileError: the folder cannot be written.
+    """
+    data = as_json({**asdict(table), "versions": versions()})
+    writers: dict[str, Writer] = {
+        **drawn(table),
+        "table.md": lambda path: _text(path, table.markdown()),
+        "table.json": lambda path: _text(path, data + "\n"),
+    }
+    replace_files(Path(output), writers)
+    return [Path(output) / name for name in writers]
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
