@@ -22,7 +22,7 @@ from lorica.errors import StateError
 from lorica.functional import dropout, lora_linear
 from lorica.layers import LoraLayer
 from lorica.layers.quantized.product import packed_linear
-from lorica.tune.population.joint_linear import Segment, joint_linear
+from lorica.tune.population.joint_layers import Segment, joint_linear
 
 D_IN, D_OUT, R = 4, 3, 2
 Function = Callable[..., Tensor]

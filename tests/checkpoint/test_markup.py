@@ -17,9 +17,9 @@ from lorica.cli import main
 from lorica.plain import as_json, visible
 from lorica.train.card import _table
 from lorica.train.console import Console, print_table
-from lorica.tune.controller import Goal
 from lorica.tune.journal import Record
 from lorica.tune.progress import trials_table, write_table
+from lorica.tune.schedulers import Goal
 
 NAMES = [
     "someone/base",

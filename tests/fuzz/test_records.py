@@ -19,9 +19,9 @@ from lorica.train.checkpoints import STATE, find_best, is_complete
 from lorica.train.record import Record
 from lorica.train.resuming import check_state
 from lorica.tune import SearchConfig, Space
-from lorica.tune.controller import Goal
 from lorica.tune.journal import Evaluation, Journal
 from lorica.tune.progress import ranked, write_table
+from lorica.tune.schedulers import Goal
 from lorica.tune.settings import reopen, settings
 
 SPACE = {"method.r": {"choice": [1, 2, 4]}, "training.learning_rate": {"loguniform": [1e-3, 1e-2]}}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorica.functional import drop_rate
-from lorica.tune.population.joint_linear import Segment, joint_linear, segment
+from lorica.tune.population.joint_layers import Segment, joint_linear, segment
 
 D_IN, D_OUT = 6, 5
 

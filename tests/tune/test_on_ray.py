@@ -28,7 +28,7 @@ from lorica.errors import ConfigError
 from lorica.train import Recipe, train
 from lorica.tune import SearchConfig, Space, search
 from lorica.tune.journal import Journal
-from lorica.tune.population.packed_model import PackedModel
+from lorica.tune.population.shared_base import PackedModel
 
 ray = pytest.importorskip("ray", reason="needs lorica[tune]")
 from tune.killed_on_ray import CLUSTER  # noqa: E402

@@ -22,7 +22,7 @@ from lorica import LoraConfig
 from lorica.errors import ConfigError, LoricaError
 from lorica.train import DataConfig, Recipe, TrainingConfig, train
 from lorica.tune import Goal, Halving, Population, Record
-from lorica.tune.population import joint_layers, joint_linear, runner, shared_base
+from lorica.tune.population import joint_layers, population, shared_base
 
 Make = Callable[..., Recipe]
 
@@ -71,7 +71,7 @@ def test_equal_to_training_each_alone(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipes, sizes, frozen = unlike(make_recipe(epochs=1)), [], gc.get_freeze_count()
-    original = joint_linear.joint_linear
+    original = joint_layers.joint_linear
 
     def counted(segments: Any, weight: Any, bias: Any) -> Any:
         sizes.append(len(segments))
@@ -89,7 +89,7 @@ def test_autocast_to_bfloat16_is_joint_too(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipes, dtypes = unlike(make_recipe(epochs=1, bf16=True)), set()
-    original = joint_linear.joint_linear
+    original = joint_layers.joint_linear
 
     def seen(segments: Any, weight: Any, bias: Any) -> Any:
         dtypes.add((len(segments), segments[0].x.dtype, weight.dtype))
@@ -212,7 +212,7 @@ def test_a_failing_trial_is_shown_and_harms_no_other(
         "later": recipe.replace(training={"seed": 7}),
         "good": recipe,
     }
-    original, output = runner.JointTrainer.training_step, io.StringIO()
+    original, output = population.JointTrainer.training_step, io.StringIO()
 
     def fails(self: Any, *args: Any, **options: Any) -> Any:
         loss = original(self, *args, **options)
@@ -220,7 +220,7 @@ def test_a_failing_trial_is_shown_and_harms_no_other(
             raise RuntimeError("out of luck")
         return loss
 
-    monkeypatch.setattr(runner.JointTrainer, "training_step", fails)
+    monkeypatch.setattr(population.JointTrainer, "training_step", fails)
     console = Console(file=output, width=200)
     records = {r.name: r for r in Population(recipes, tmp_path / "p", console=console).run()}
     assert {name: record.status for name, record in records.items()} == {

@@ -19,7 +19,7 @@ from lorica.tune import (
     ramp,
     search,
 )
-from lorica.tune.population.runner import TrialRunner
+from lorica.tune.population.population import TrialRunner
 
 
 def test_the_ramp_ends_where_a_doubling_no_longer_pays(

@@ -31,9 +31,9 @@ from lorica.tune import (
     reopen,
     search,
 )
-from lorica.tune.controller import mode_of
 from lorica.tune.figures import write_figures
 from lorica.tune.journal import Journal
+from lorica.tune.schedulers import mode_of
 from lorica.tune.searching import _why_apart, best_of, longest, query_and_value
 
 

@@ -13,13 +13,13 @@ from lorica.errors import require
 require("greenlet", extra="tune")
 
 if TYPE_CHECKING:
-    from lorica.tune.controller import Goal as Goal
     from lorica.tune.journal import Evaluation as Evaluation
     from lorica.tune.journal import Record as Record
     from lorica.tune.population import Population as Population
     from lorica.tune.ramping import Ramp as Ramp
     from lorica.tune.ramping import RampConfig as RampConfig
     from lorica.tune.ramping import ramp as ramp
+    from lorica.tune.schedulers import Goal as Goal
     from lorica.tune.schedulers import Halving as Halving
     from lorica.tune.schedulers import Median as Median
     from lorica.tune.schedulers import RunAll as RunAll
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     from lorica.tune.space import Space as Space
 
 _PLACES = {
-    "schedulers": ("Halving", "Median", "RunAll", "Scheduler"),
+    "schedulers": ("Goal", "Halving", "Median", "RunAll", "Scheduler"),
     "journal": ("Evaluation", "Record"),
     "population": ("Population",),
     "ramping": ("Ramp", "RampConfig", "ramp"),
-    "controller": ("Goal",),
     "searching": ("SearchResult", "search"),
     "settings": ("SearchConfig", "reopen"),
     "space": ("Dimension", "Space"),

@@ -12,9 +12,9 @@ from typing import Any
 from lorica.checkpoint.atomic import Writer, replace_files
 from lorica.errors import require
 from lorica.study.figures import save_figure, sheet
-from lorica.tune.controller import Goal
 from lorica.tune.journal import Record, score_of
 from lorica.tune.samplers import TPESampler
+from lorica.tune.schedulers import Goal
 from lorica.tune.space import Space
 
 FIGURES = "figures"

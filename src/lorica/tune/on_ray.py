@@ -21,11 +21,10 @@ from rich.console import Console
 from lorica.errors import ConfigError, LoricaError, require
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
-from lorica.tune.controller import Goal, TrialController
 from lorica.tune.journal import ENDED, JOURNAL, TRIALS, Journal, Record
 from lorica.tune.population.shared_base import SharedBase
 from lorica.tune.progress import ProgressTable
-from lorica.tune.schedulers import Scheduler
+from lorica.tune.schedulers import Goal, Scheduler, TrialController
 
 if TYPE_CHECKING:
     from lorica.tune.settings import SearchConfig
@@ -35,7 +34,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from lorica.tune.journal import Status
-from lorica.tune.population.runner import TrialRunner
+from lorica.tune.population.population import TrialRunner
 
 
 class RaySearch:

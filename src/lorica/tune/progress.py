@@ -16,8 +16,8 @@ from rich.text import Text
 
 from lorica.train.console import duration
 from lorica.train.files import write_atomically
-from lorica.tune.controller import Goal
 from lorica.tune.journal import Record
+from lorica.tune.schedulers import Goal
 
 TABLE = "trials.csv"
 

@@ -24,9 +24,9 @@ from lorica.train.alone import alone_in
 from lorica.train.console import make_console
 from lorica.train.files import write_atomically
 from lorica.train.recipe import Recipe
-from lorica.tune.controller import Goal
 from lorica.tune.journal import JOURNAL, TRIALS, Record
 from lorica.tune.population import Population
+from lorica.tune.schedulers import Goal
 from lorica.tune.settings import RAMP, SEARCH, changes
 
 FIGURE = "ramp"

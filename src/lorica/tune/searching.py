@@ -28,13 +28,13 @@ from lorica.train.files import write_atomically
 from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
 from lorica.train.run import RECIPE
-from lorica.tune.controller import Goal, mode_of
 from lorica.tune.figures import write_figures
 from lorica.tune.journal import ENDED, TRIALS, Journal, NoMetric, Record
 from lorica.tune.population import Population
 from lorica.tune.population.shared_base import shared_fields, why_alone
 from lorica.tune.progress import trials_table, write_table
 from lorica.tune.samplers import Sampler, make_sampler
+from lorica.tune.schedulers import Goal, mode_of
 from lorica.tune.settings import SEARCH, SearchConfig, check_same, evaluations, settings
 from lorica.tune.space import Space, documents
 

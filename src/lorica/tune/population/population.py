@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import gc
+import time
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from rich.console import Console
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorica.errors import ConfigError, LoricaError
 from lorica.train import presets
-from lorica.train.console import make_console
+from lorica.train.checkpoints import last_checkpoint
+from lorica.train.console import Console, make_console
 from lorica.train.files import writable_directory
+from lorica.train.fitting import logged_scores
+from lorica.train.preparing import Prepared, prepare
+from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
-from lorica.tune.controller import Goal, TrialController
-from lorica.tune.journal import JOURNAL, TRIALS, Journal, Record
-from lorica.tune.population.runner import TrialRunner
+from lorica.train.run import Result, train_prepared
+from lorica.train.trainer import Trainer
+from lorica.tune.journal import ENDED, JOURNAL, TRIALS, Journal, Record, Status
+from lorica.tune.population.coroutines import BACKWARD, Coroutine, CoroutineGroup
+from lorica.tune.population.joint_layers import join_layers
+from lorica.tune.population.shared_base import SharedBase, base_of, why_alone
 from lorica.tune.progress import ProgressTable
-from lorica.tune.schedulers import Scheduler
+from lorica.tune.schedulers import Goal, Scheduler, TrialController
+
+LOG = "log.txt"
 
 
 class Population:
@@ -119,3 +137,239 @@ class Population:
         with self._progress:
             runner.run(self._source, until)
         return list(self.journal.records.values())
+
+
+class Controller(Protocol):
+    """What a runner reports to: a `TrialController`, or a proxy of one in another process."""
+
+    def trial_created(self, name: str, recipe: Recipe, values: Mapping[str, object]) -> Record:
+        """A trial exists; returns its record."""
+        ...
+
+    def trial_started(self, name: str) -> None:
+        """A trial started to train."""
+        ...
+
+    def goal_of(self, recipe: Recipe) -> Goal:
+        """The goal of a recipe."""
+        ...
+
+    def trial_evaluated(
+        self, name: str, goal: Goal, metrics: Mapping[str, float], step: int, epoch: float, seconds: float
+    ) -> bool:
+        """A trial was evaluated; returns whether it must end."""
+        ...
+
+    def trial_ended(self, name: str, status: Status, **more: object) -> Record:
+        """A trial ended."""
+        ...
+
+
+class TrialStopped(Exception):
+    """Ends a trial that the scheduler stops."""
+
+
+class JointTrainer(Trainer):
+    """The trainer of one trial; it waits for the others before a step, at each layer and before backward."""
+
+    def __init__(
+        self, *args: Any, coroutine: Coroutine[Any], places: Mapping[str, int], **options: Any
+    ) -> None:
+        """Join the model's layers."""
+        super().__init__(*args, **options)
+        self.coroutine = coroutine
+        model: Any = self.model
+        join_layers(model, coroutine, places, apart=model.get_output_embeddings())
+        vars(self.accelerator)["backward"] = self._backward
+        if hasattr(model, "num_parameters"):
+            # Asked for at every step, and counted by a walk over all modules.
+            vars(model)["num_parameters"] = functools.cache(model.num_parameters)
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """A step of training, along with the other coroutines'."""
+        self.coroutine.begin_step()
+        return super().training_step(*args, **options)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.coroutine.synchronize(BACKWARD, loss / self.accelerator.gradient_accumulation_steps)
+
+
+class TrialRunner:
+    """Trains recipes, together where they can share a base.
+
+    Args:
+        controller: decides which trials end early, and keeps the journal.
+        folder: trial → its own folder.
+        slots: trials at once.
+        base: rows and weights that are loaded already. None loads them.
+        resume: go on from the newest checkpoints where there are some.
+        values: trial and recipe → what to show of it in tables.
+        note: says a line to the user.
+        on_end: called with a trial's record when it ends.
+    """
+
+    def __init__(
+        self,
+        controller: Controller,
+        folder: Callable[[str], Path],
+        *,
+        slots: int,
+        base: SharedBase | None = None,
+        resume: bool = False,
+        values: Callable[[str, Recipe], Mapping[str, Any]] = lambda name, recipe: {},
+        note: Callable[[str], None] = lambda line: None,
+        on_end: Callable[[Record], None] = lambda record: None,
+    ) -> None:
+        """Nothing is loaded yet."""
+        self._controller, self._folder, self._slots = controller, folder, slots
+        self._base, self._resume = base, resume
+        self._values, self._note, self._on_end = values, note, on_end
+        self._elsewhere: deque[tuple[str, Recipe]] = deque()
+        self._alone: deque[tuple[str, Recipe]] = deque()
+
+    def run(self, source: Iterator[tuple[str, Recipe]], until: Callable[[], bool] = lambda: False) -> None:
+        """Train all that the source gives, asked for the next when a slot is free.
+
+        Args:
+            source: names and recipes.
+            until: asked before every step; once it says so, no more is trained.
+        """
+        more: Iterator[tuple[str, Recipe]] | None = source
+        with _frozen_garbage():
+            while more is not None and not until():
+                self._train_joint(more, until)
+                more = iter(list(self._elsewhere)) if self._elsewhere else None
+                self._elsewhere.clear()
+            while self._alone and not until():
+                self._train_alone(*self._alone.popleft())
+
+    def _train_joint(self, source: Iterator[tuple[str, Recipe]], until: Callable[[], bool]) -> None:
+        base = None
+        with CoroutineGroup() as group, quiet():
+            while True:
+                while len(group.coroutines) < self._slots and (trial := self._next(source, base)) is not None:
+                    base = base or self._known(trial[1]) or SharedBase(trial[1])
+                    group.add(self._coroutine(base, *trial))
+                if not group.coroutines or until():
+                    return
+                for coroutine in group.advance():
+                    self._close(coroutine.name, coroutine.result, coroutine.error)
+
+    def _next(
+        self, source: Iterator[tuple[str, Recipe]], base: SharedBase | None
+    ) -> tuple[str, Recipe] | None:
+        """The next trial on this base; others are put aside."""
+        for name, recipe in source:
+            if self._controller.trial_created(name, recipe, self._values(name, recipe)).status in ENDED:
+                continue
+            reason = why_alone(recipe)
+            if reason is not None:
+                self._note(f"trial {name} is trained by itself: {reason}")
+                self._alone.append((name, recipe))
+            elif base is not None and base_of(recipe) != base.key:
+                self._note(f"trial {name} has another task, model or data, and comes later")
+                self._elsewhere.append((name, recipe))
+            else:
+                return name, recipe
+        return None
+
+    def _known(self, recipe: Recipe) -> SharedBase | None:
+        """The base that was loaded before, if it is this recipe's."""
+        same = self._base is not None and self._base.key == base_of(recipe) and recipe.quantization is None
+        return self._base if same else None
+
+    def _coroutine(self, base: SharedBase, name: str, recipe: Recipe) -> Coroutine[Result]:
+        def work(coroutine: Coroutine[Result]) -> Result:
+            own = base.prepared(recipe)
+            trainer = partial(JointTrainer, coroutine=coroutine, places=base.places)
+            return self._train(name, recipe, own, make_trainer=trainer)
+
+        return Coroutine(name, work)
+
+    def _train_alone(self, name: str, recipe: Recipe) -> None:
+        result = error = None
+        base = self._known(recipe)
+        try:
+            result = self._train(name, recipe, prepare(recipe) if base is None else base.prepared(recipe))
+        except Exception as raised:
+            error = raised
+        self._close(name, result, error)
+
+    def _train(self, name: str, recipe: Recipe, prepared: Prepared, **options: Any) -> Result:
+        folder = writable_directory(self._folder(name))
+        self._controller.trial_started(name)
+        prepared = dataclasses.replace(prepared, recipe=prepared.recipe.replace(output=str(folder)))
+        reporter = Reporter(partial(self._controller.trial_evaluated, name, self._controller.goal_of(recipe)))
+        # A trial that has nothing to go on from starts as new, its warm start and all.
+        begun = self._resume and last_checkpoint(folder / "checkpoints") is not None
+        with (folder / LOG).open("a", encoding="utf-8") as log:
+            return train_prepared(
+                prepared,
+                resume=begun,
+                overwrite=not begun,
+                console=Console(file=log, width=200, no_color=True),
+                callbacks=[reporter],
+                hear_interrupts=False,
+                **options,
+            )
+
+    def _close(self, name: str, result: Result | None, error: Exception | None) -> None:
+        if result is not None:
+            record = self._controller.trial_ended(name, "finished", metrics=result.metrics)
+        elif isinstance(error, TrialStopped):
+            record = self._controller.trial_ended(name, "stopped")
+        else:
+            assert error is not None
+            folder = self._folder(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / LOG).open("a", encoding="utf-8") as log:
+                log.write("".join(traceback.format_exception(error)))
+            record = self._controller.trial_ended(name, "failed", error=f"{type(error).__name__}: {error}")
+        self._on_end(record)
+
+
+@contextlib.contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    """Hide existing objects from the garbage collector: each trainer that starts makes it visit them all."""
+    if gc.get_freeze_count():  # the caller froze it already
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+class Reporter(TrainerCallback):
+    """Reports each evaluation to the controller, and ends the trial if it must end."""
+
+    def __init__(self, tell: Callable[[dict[str, float], int, float, float], bool]) -> None:
+        self._tell = tell
+        self._began = time.perf_counter()
+        self._parameters = 0
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        """Count what trains."""
+        self._parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Report the scores, and the number of trained parameters."""
+        scores = logged_scores(metrics or {}, "eval_")
+        scores["parameters"] = self._parameters
+        if self._tell(scores, state.global_step, state.epoch or 0.0, time.perf_counter() - self._began):
+            raise TrialStopped
