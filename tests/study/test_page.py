@@ -12,7 +12,7 @@ import pytest
 import torch
 from study import made
 
-from lorica.study.page import write_report
+from lorica.study.figures import write_report
 from lorica.study.report import gather
 
 pytest.importorskip("matplotlib")

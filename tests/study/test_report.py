@@ -16,7 +16,7 @@ from lorica.cli import main
 from lorica.cli.adapters.study import facts_of
 from lorica.errors import AdapterError, FileError
 from lorica.study import figures
-from lorica.study.page import write_report
+from lorica.study.figures import write_report
 from lorica.study.report import gather, spread
 
 pytest.importorskip("matplotlib")

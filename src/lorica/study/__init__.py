@@ -22,7 +22,7 @@ from lorica.study.advice import check as check
 from lorica.study.advice import cut as cut
 from lorica.study.directions import Side as Side
 from lorica.study.directions import directions as directions
-from lorica.study.page import write_report as write_report
+from lorica.study.figures import write_report as write_report
 from lorica.study.planning import Plan as Plan
 from lorica.study.planning import largest_batch as largest_batch
 from lorica.study.planning import plan as plan

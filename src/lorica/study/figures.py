@@ -1,4 +1,4 @@
-"""The report's figures as files, in the paper's layout."""
+"""A report as a folder: its page, its numbers, and its figures in the paper's layout."""
 
 from __future__ import annotations
 
@@ -7,14 +7,41 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorica.checkpoint.atomic import Writer
+from lorica.checkpoint.atomic import Writer, replace_files
 from lorica.errors import require
-from lorica.study.page import chosen, similarity_title
+from lorica.plain import as_json
+from lorica.study.page import chosen, page, similarity_title
 from lorica.study.report import Report
 from lorica.study.subspaces import random_phi
 
 _WIDE = 4  # panels in a row
 _NAMES = 48  # along a side of a map
+
+
+def write_report(report: Report, out: str | Path) -> Path:
+    """Write a report: `index.html`, which needs nothing else, `study.json`, and each figure as PNG and SVG.
+
+    Args:
+        report: what `gather` returned.
+        out: folder, made if it is not there.
+
+    Returns:
+        The page.
+
+    Raises:
+        FileError: the folder cannot be written.
+        MissingExtra: matplotlib is not installed.
+    """
+    data = as_json(report.to_dict(), indent=1)
+    writers: dict[str, Writer] = {**drawn(report)}
+    writers["study.json"] = lambda path: _text(path, data + "\n")
+    writers["index.html"] = lambda path: _text(path, page(report))
+    replace_files(Path(out), writers)
+    return Path(out) / "index.html"
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def drawn(report: Report) -> dict[str, Writer]:

@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
     from lorica.cli.shared.made import check_new, save_and_show
     from lorica.errors import AdapterError
     from lorica.study import cut
-    from lorica.study.page import write_report
+    from lorica.study.figures import write_report
     from lorica.study.report import gather
 
     out = check_new(parsed.cut) if parsed.cut else None
