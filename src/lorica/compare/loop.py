@@ -15,6 +15,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import rich.console
+
 from lorica.compare.check import check
 from lorica.compare.file import Comparison
 from lorica.compare.results import Results, Row, score_of
@@ -38,7 +40,7 @@ class _Progress:
 
     plan: list[Cell]
     results: Results
-    console: Console
+    console: rich.console.Console
     done: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     took: dict[tuple[str, str], list[float]] = field(default_factory=dict)
@@ -67,7 +69,9 @@ class _Progress:
         return run.key not in self.results and run.key not in self.failures
 
 
-def compare(spec: Comparison, *, console: Console | None = None, in_process: bool = False) -> Table:
+def compare(
+    spec: Comparison, *, console: rich.console.Console | None = None, in_process: bool = False
+) -> Table:
     """Run what is missing of a comparison, and summarise it.
 
     Each learning rate is tried with the first seed; the other seeds run with the one that was best on the

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import rich.console
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -76,7 +77,7 @@ class Population:
         scheduler: Scheduler | None = None,
         goal: Goal | None = None,
         values: Callable[[str, Recipe], Mapping[str, Any]] | None = None,
-        console: Console | None = None,
+        console: rich.console.Console | None = None,
         on_end: Callable[[Record], None] | None = None,
     ) -> None:
         """Check what can be checked; nothing is loaded yet."""
