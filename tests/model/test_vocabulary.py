@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,44 @@ def test_a_table_that_an_adapter_changes_is_not_resized(form: str, *, tied: bool
     assert model.get_input_embeddings() is model.resize_token_embeddings()
     assert torch.equal(logits(model, IDS[:, :1]), want)
     assert model.config.vocab_size == 40
+
+
+@pytest.mark.parametrize("form", ["embedding", "rows", "whole embedding"])
+def test_nor_through_a_model_inside(form: str) -> None:
+    fields: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], **CHANGED[form][1]}
+    model = lorica.adapt(transformer("llama"), LoraConfig(**fields))
+    shake(model)
+    want = logits(model, IDS[:, :1])
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(StateError, match=r"model\.embed_tokens.*cannot be resized while an adapter"):
+            one.model.resize_token_embeddings(44)
+        assert one.model.get_input_embeddings() is one.model.resize_token_embeddings()
+        assert torch.equal(logits(one, IDS[:, :1]), want)
+    lorica.detach(model)
+    model.model.resize_token_embeddings(44)
+    assert model.model.embed_tokens.weight.shape[0] == 44
+    assert "resize_token_embeddings" not in vars(model.model)
+
+
+def test_a_model_inside_is_resized_where_no_adapter_changes_its_table() -> None:
+    model = lorica.adapt(transformer("llama"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    shake(model)
+    want = logits(model, IDS[:, :1])
+    model.model.resize_token_embeddings(44, mean_resizing=False)
+    assert torch.equal(logits(model, IDS[:, :1]), want)
+    assert not model.model.embed_tokens.weight.requires_grad
+    lorica.detach(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_nor_one_inside_a_module_that_is_trained_whole() -> None:
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["embeddings"])
+    model = lorica.adapt(transformer("bert-classifier"), config)
+    for acting in (("default",), ()):
+        lorica.active(model, acting)
+        for one in (model, model.bert):
+            with pytest.raises(StateError, match=r"bert\.embeddings.*word_embeddings cannot be resized"):
+                one.resize_token_embeddings(44)
 
 
 @pytest.mark.parametrize("form", ["embedding", "head", "rows", "whole head"])

@@ -23,9 +23,9 @@ from lorica.errors import ConfigError, FileError
 from lorica.layers import SwappedModule
 from lorica.model import trainers
 from lorica.model.heads import check_head
-from lorica.model.structure import adapted, find_adapted
+from lorica.model.structure import STATE, adapted, find_adapted, walk
 from lorica.model.values import extract
-from lorica.model.vocabulary import resized, with_resized_tables
+from lorica.model.vocabulary import resize_part, resized, with_resized_tables
 from lorica.state import AdapterState
 
 _SAVE = "save_pretrained"
@@ -144,7 +144,7 @@ class Pretrained(SwappedModule):
         """
         if new_num_tokens is None and pad_to_multiple_of is None:
             return super().resize_token_embeddings(*args, **kwargs)  # pyright: ignore
-        with resized(self):
+        with resized(self, adapted(self)[1]):
             return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)  # pyright: ignore
 
 
@@ -183,6 +183,8 @@ def enter(root: nn.Module) -> None:
         Pretrained.swap(root)
         trainers.tell()
         root.register_forward_pre_hook(check_head, with_kwargs=True)
+    for path, part in _models_inside(root):
+        vars(part)[_RESIZE] = functools.partial(resize_part, part, path, adapted(root)[1])
 
 
 def keep_apart(root: nn.Module) -> None:
@@ -222,3 +224,18 @@ def leave(root: nn.Module) -> None:
         root.__class__ = root.base_class  # pyright: ignore[reportAttributeAccessIssue]
         for key in [key for key, hook in root._forward_pre_hooks.items() if hook is check_head]:
             del root._forward_pre_hooks[key], root._forward_pre_hooks_with_kwargs[key]
+    if STATE in vars(root):
+        for _, part in _models_inside(root):
+            vars(part).pop(_RESIZE, None)
+
+
+_RESIZE = "resize_token_embeddings"
+
+
+def _models_inside(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of a model that are models of transformers too, by their paths."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is not None:
+        for path, part, _ in walk(root):
+            if path and isinstance(part, modeling.PreTrainedModel):
+                yield path, part

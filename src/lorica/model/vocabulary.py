@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,33 +15,67 @@ from torch import Tensor, nn
 from lorica.adapter import Adapter
 from lorica.errors import LoricaWarning, StateError, listing
 from lorica.layers import SwappedModule
-from lorica.model.structure import adapted, base_parameters, walk
+from lorica.layers.added import join
+from lorica.model.selection import within_any
+from lorica.model.structure import base_parameters, walk
 from lorica.state import AdapterState
 
 
 @contextmanager
-def resized(root: nn.Module) -> Iterator[None]:
+def resized(model: nn.Module, state: AdapterState, path: str = "") -> Iterator[None]:
     """Around a resizing of the vocabulary: refuses what could not follow it; new tables are base as the old.
 
     Args:
-        root: a model that carries adapters, none merged.
+        model: a model that carries adapters, none merged, or a part of it that is a model too.
+        state: the model's.
+        path: of the part.
 
     Raises:
         StateError: an adapter changes one of the tables. The model is untouched.
     """
-    _, state = adapted(root)
-    tables = dict(_tables(root))
-    changed = [path for path, module in tables.items() if _is_changed(path, module, state)]
+    tables = {join(path, name): module for name, module in _tables(model)}
+    changed = [name for name, module in tables.items() if _is_changed(name, module, state)]
+    changed += [join(path, name) for name in _copied(model)]
     if changed:
         raise StateError(
             f"{listing(changed)} cannot be resized while an adapter changes it; resize the model before it "
             "is adapted (lorica.detach takes adapters off)"
         )
-    before = base_parameters(root)
+    before = base_parameters(model)
     yield
-    after = base_parameters(root)
+    after = base_parameters(model)
     exchanged = {id(old): after[path] for path, old in before.items() if path in after}
     state.frozen = [exchanged.get(id(parameter), parameter) for parameter in state.frozen]
+
+
+def resize_part(
+    part: Any,
+    path: str,
+    state: AdapterState,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`resize_token_embeddings` of a model inside the adapted one: as the whole model's.
+
+    Args:
+        part: the model inside.
+        path: of it.
+        state: of the whole.
+        new_num_tokens: as transformers has it.
+        pad_to_multiple_of: likewise.
+        args: likewise.
+        kwargs: likewise.
+
+    Raises:
+        StateError: an adapter changes one of the tables.
+    """
+    resize = functools.partial(type(part).resize_token_embeddings, part)
+    if new_num_tokens is None and pad_to_multiple_of is None:
+        return resize(*args, **kwargs)
+    with resized(part, state, path):
+        return resize(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
 
 def with_tables(adapter: Adapter, root: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> Adapter:
@@ -87,14 +122,26 @@ def is_resized(root: nn.Module) -> bool:
     return getattr(original, "vocab_size", config.vocab_size) != config.vocab_size
 
 
-def _tables(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The input embedding and the output head, by their paths."""
+def _found(root: nn.Module) -> list[Any]:
+    """The input embedding and the output head, as the model shows them."""
     found = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             found.append(getattr(root, getter)())
         except (AttributeError, NotImplementedError, TypeError):
             continue
+    return found
+
+
+def _copied(root: nn.Module) -> list[str]:
+    """Live paths of those that are an adapter's own, in a copy of a module around them."""
+    own, base = _found(root), {module for _, module, _ in walk(root)}
+    return [p for p, m in root.named_modules() if m not in base and any(m is table for table in own)]
+
+
+def _tables(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The input embedding and the output head, by their paths."""
+    found = _found(root)
     for path, module, _ in walk(root):
         if any(module is table for table in found) and module._parameters.get("weight") is not None:
             yield path, module
@@ -102,7 +149,8 @@ def _tables(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_changed(path: str, module: nn.Module, state: AdapterState) -> bool:
     """Whether some adapter has an update, a copy, rows or a stand-in for a table."""
-    if isinstance(module, SwappedModule):
+    whole = [place for own in state.whole.values() for place, rows in own.items() if rows is None]
+    if isinstance(module, SwappedModule) or within_any(path, whole):
         return True
     own = {name for adapter in state.configs for name in state.stand_ins(adapter)}
     return any(f"{path}.{leaf}" in own for leaf in module._parameters)
