@@ -29,7 +29,7 @@ from transformers import (
 
 import lorica
 from lorica.train import Trainer
-from lorica.train.loss import CHUNK, LinearHead, chunked_cross_entropy
+from lorica.train.trainer.loss import CHUNK, LinearHead, chunked_cross_entropy
 
 VOCABULARY, TOKENS, WIDTH = 50_257, 2_048, 768
 PLAIN, OWN, TORCH, TORCH_AUTO = "plain", "lorica", f"torch, chunks of {CHUNK}", "torch, its own chunks"

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 import lorica
 from lorica.train import DataConfig, Prepared, Recipe, TrainingConfig, prepare
 from lorica.train.embedded import model_directory
-from lorica.train.sampler import LengthGroupedSampler, padding
+from lorica.train.trainer.sampler import LengthGroupedSampler, padding
 
 GROUPED, RANDOM = "by length (lorica)", "random order"
 BATCHES = 3

@@ -28,8 +28,8 @@ from rich.console import Console
 from lorica import LoraConfig
 from lorica.errors import require
 from lorica.train import DataConfig, Recipe, TrainingConfig
+from lorica.train.console import quiet
 from lorica.train.embedded import docstrings
-from lorica.train.quiet import quiet
 
 TRIALS, STEPS, BATCH, LENGTH = 8, 60, 4, 32
 VALIDATION = 32

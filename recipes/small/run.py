@@ -29,7 +29,7 @@ import yaml
 from lorica.cli import main as lorica
 from lorica.train import Record
 from lorica.train.console import duration, scores
-from lorica.train.files import write_atomically
+from lorica.train.system import write_atomically
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

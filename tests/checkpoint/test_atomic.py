@@ -16,7 +16,7 @@ import torch
 import lorica
 from lorica.checkpoint.atomic import Writer, replace_files, staged
 from lorica.errors import FileError
-from lorica.train.files import write_atomically
+from lorica.train.system import write_atomically
 
 
 def text(content: str) -> Writer:

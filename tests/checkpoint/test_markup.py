@@ -15,8 +15,8 @@ import lorica
 from lorica.checkpoint.markup import as_line, as_markdown, as_yaml
 from lorica.cli import main
 from lorica.plain import as_json, visible
-from lorica.train.card import _table
 from lorica.train.console import Console, print_table
+from lorica.train.record import _table
 from lorica.tune.journal import Record
 from lorica.tune.progress import trials_table, write_table
 from lorica.tune.schedulers import Goal

@@ -10,7 +10,7 @@ from train import tiny
 
 from lorica.cli import main
 from lorica.train import Recipe
-from lorica.train.planning import plan_recipe
+from lorica.train.plan import plan_recipe
 
 
 @pytest.fixture(scope="module")

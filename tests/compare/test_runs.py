@@ -24,7 +24,7 @@ from lorica.compare.loop import Failed, in_own_process, in_this_process
 from lorica.compare.results import Results, fingerprint
 from lorica.compare.runs import cells
 from lorica.train import train
-from lorica.train.preparing import read
+from lorica.train.prepared import read
 
 # Rank 2 on two blocks' six matrices and on the pooler's.
 UPDATES = 2 * (4 * 2 * (32 + 32) + 2 * 2 * (32 + 64)) + 2 * (32 + 32)

@@ -15,9 +15,8 @@ from lorica.compare.file import Comparison
 from lorica.compare.results import Results
 from lorica.errors import LoricaError
 from lorica.train import Recipe
-from lorica.train.checkpoints import STATE, find_best, is_complete
 from lorica.train.record import Record
-from lorica.train.resuming import check_state
+from lorica.train.trainer.checkpoints import STATE, check_state, find_best, is_complete
 from lorica.tune import SearchConfig, Space
 from lorica.tune.journal import Evaluation, Journal
 from lorica.tune.progress import ranked, write_table

@@ -10,11 +10,11 @@ import pytest
 
 from lorica.errors import StateError
 from lorica.train import Recipe, train
-from lorica.train.alone import alone_in
+from lorica.train.system import alone_in
 
 HOLD = """
 import sys, time
-from lorica.train.alone import alone_in
+from lorica.train.system import alone_in
 with alone_in(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)

@@ -17,7 +17,7 @@ import lorica
 from lorica.cli import main
 from lorica.errors import LoricaError
 from lorica.train import DataConfig, GenerationConfig, Recipe, generate, tasks
-from lorica.train.generation.answering import opened
+from lorica.train.generation.generate import opened
 from lorica.train.generation.writing import write
 
 PROMPTS = ["film story", "song", "great cast light plot"]

@@ -18,7 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from lorica.cli import main
 from lorica.errors import LoricaError
 from lorica.train import Recipe, RowError, evaluate, predict, train
-from lorica.train.preparing import encode
+from lorica.train.prepared import encode
 
 IMAGES = "image-classification"
 

@@ -8,7 +8,7 @@ import torch
 
 from lorica.errors import ConfigError
 from lorica.train import TrainingConfig
-from lorica.train.arguments import training_arguments
+from lorica.train.trainer.arguments import training_arguments
 
 
 def config(**values: Any) -> TrainingConfig:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 import lorica
 from lorica.train import Fit, Interrupted, Prepared, Recipe, fit, prepare
-from lorica.train.callbacks import CheckpointCallback, interruptible
+from lorica.train.trainer.callbacks import CheckpointCallback, interruptible
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from lorica.train import last_checkpoint
-from lorica.train.checkpoints import discard_incomplete, find_best, is_complete
+from lorica.train.trainer.checkpoints import discard_incomplete, find_best, is_complete
 
 
 def checkpoint(folder: Path, step: int, *, state: str | None = None, without: str = "") -> Path:

@@ -6,7 +6,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from lorica.errors import ConfigError, LoricaError
-from lorica.train import RowError, columns
+from lorica.train import RowError
+from lorica.train.data import columns
 
 
 def rows(**values: list[Any]) -> Dataset:

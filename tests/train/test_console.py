@@ -9,8 +9,7 @@ import pytest
 import transformers
 from rich.console import Console
 
-from lorica.train.console import duration, make_console, print_table, scores, size
-from lorica.train.quiet import quiet
+from lorica.train.console import duration, make_console, print_table, quiet, scores, size
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (3661, "1:01:01")])

@@ -14,8 +14,9 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from lorica.errors import ConfigError, FileError
-from lorica.train import DataConfig, Recipe, data
-from lorica.train.preparing import encode
+from lorica.train import DataConfig, Recipe
+from lorica.train.data import splits as data
+from lorica.train.prepared import encode
 
 ROWS = [{"text": "NA", "label": 1}, {"text": 'a "quoted", text', "label": 0}, {"text": "null", "label": 1}]
 

@@ -12,7 +12,7 @@ from torch import nn
 import lorica
 from lorica import baselines
 from lorica.train import Recipe, TrainingConfig, train
-from lorica.train.defaults import MOST_PASSES, chosen, passes, rate, settled
+from lorica.train.trainer.defaults import MOST_PASSES, chosen, passes, rate, settled
 
 
 def wide(width: int) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorica
-from lorica.train.deferred import DeferredLogits, deferred_logits
+from lorica.train.trainer.deferred import DeferredLogits, deferred_logits
 
 CHUNK = 4
 

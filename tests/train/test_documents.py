@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lorica.errors import FileError
-from lorica.train import data
+from lorica.train.data import splits as data
 
 
 def write(folder: Path, **files: str) -> Path:

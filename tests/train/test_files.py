@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lorica.errors import FileError
-from lorica.train import files
+from lorica.train import system as files
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,7 @@ from transformers import BertModel, PreTrainedModel, T5Config, T5ForConditionalG
 import lorica
 from lorica.errors import LoricaError
 from lorica.train import DataConfig, GenerationConfig, evaluate, predict, tasks, train
-from lorica.train.generation.scoring import asked
-from lorica.train.generation.writing import settings_of, write
+from lorica.train.generation.writing import asked, settings_of, write
 from lorica.train.metrics import written
 
 LM, S2S = "causal-lm", "seq2seq-lm"

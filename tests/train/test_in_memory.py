@@ -9,8 +9,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from lorica.errors import ConfigError, FileError
-from lorica.train import DataConfig, data
-from lorica.train.in_memory import as_found, in_memory
+from lorica.train import DataConfig
+from lorica.train.data import splits as data
+from lorica.train.data.tables import as_found, in_memory
 
 ROWS = [{"text": "a", "label": 1}, {"text": "b", "label": 2}]
 

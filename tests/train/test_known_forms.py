@@ -11,10 +11,10 @@ from train.test_language_tasks import TEMPLATE, tokenizer
 
 from lorica.errors import LoricaError
 from lorica.train import DataConfig, tasks
-from lorica.train.data import Splits
-from lorica.train.formats.tables import columns_of, table
-from lorica.train.preparing import notes_on
-from lorica.train.rows import Origin, Used
+from lorica.train.data.rows import Origin, Used
+from lorica.train.data.splits import Splits
+from lorica.train.data.tables import columns_of, table
+from lorica.train.prepared import notes_on
 
 LM, S2S = "causal-lm", "seq2seq-lm"
 

@@ -8,10 +8,11 @@ import pytest
 from datasets import Dataset
 
 from lorica.errors import ConfigError, LoricaError
-from lorica.train import DataConfig, RowError, columns, tasks
-from lorica.train.cells import structured
-from lorica.train.data import Splits
-from lorica.train.labels import read_otherwise
+from lorica.train import DataConfig, RowError, tasks
+from lorica.train.data import columns
+from lorica.train.data.labels import read_otherwise
+from lorica.train.data.rows import structured
+from lorica.train.data.splits import Splits
 
 
 def rows(values: list[Any]) -> Dataset:

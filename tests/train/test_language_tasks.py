@@ -19,7 +19,7 @@ from transformers import (
 
 from lorica.errors import LoricaError
 from lorica.train import DataConfig, Recipe, Trainer, evaluate, tasks, train
-from lorica.train.data import Splits
+from lorica.train.data.splits import Splits
 
 LM, S2S = "causal-lm", "seq2seq-lm"
 TEMPLATE = (

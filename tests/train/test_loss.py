@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import lorica
 from lorica.errors import ConfigError, StateError
-from lorica.train.loss import LinearHead, chunked_cross_entropy
+from lorica.train.trainer.loss import LinearHead, chunked_cross_entropy
 
 WIDTH, CLASSES = 8, 37
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import TrainerState
 
-from lorica.train.measuring import learned, unit
+from lorica.train.trainer.measuring import learned, unit
 
 
 @pytest.mark.parametrize(

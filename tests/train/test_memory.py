@@ -11,7 +11,7 @@ import subprocess, sys
 ballast = bytearray(600_000_000)
 print(subprocess.check_output([sys.executable, "-c", sys.argv[1]], text=True))
 """
-CHILD = "from lorica.train.memory import peak_memory; print(peak_memory())"
+CHILD = "from lorica.train.system import peak_memory; print(peak_memory())"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is its own")

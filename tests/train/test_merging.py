@@ -14,7 +14,7 @@ from lorica import LoraConfig
 from lorica.cli import main
 from lorica.errors import ConfigError, FileError
 from lorica.train import Recipe, predict, train
-from lorica.train.merging import merge_checkpoint
+from lorica.train.merge import merge_checkpoint
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import lorica
 from lorica import LoraConfig
 from lorica.errors import ConfigError
 from lorica.train import Prepared, Recipe, fit, parameter_groups, prepare
-from lorica.train.sampler import LengthGroupedSampler
+from lorica.train.trainer.sampler import LengthGroupedSampler
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from torch import nn
 from lorica.errors import ConfigError, MissingExtra
 from lorica.layers.quantized import quantizer_of
 from lorica.train import Recipe, evaluate, predict, prepare, train
-from lorica.train.merging import merge_checkpoint
-from lorica.train.use import open_run
+from lorica.train.merge import merge_checkpoint
+from lorica.train.trained import open_run
 
 kinds = pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError, LoricaError
 from lorica.train import DataConfig, RowError, evaluate, metrics, predict, tasks, train
-from lorica.train.data import Splits
+from lorica.train.data.splits import Splits
 
 TASK = tasks.get("question-answering")
 

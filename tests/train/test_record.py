@@ -18,7 +18,7 @@ import lorica
 from lorica.cli import main
 from lorica.errors import ConfigError, FileError
 from lorica.train import Recipe, Record, prepare, train
-from lorica.train.record import fingerprint
+from lorica.train.data.rows import fingerprint
 
 
 def sha256(folder: Path) -> str:

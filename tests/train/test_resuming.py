@@ -13,7 +13,7 @@ import torch
 
 from lorica.errors import FileError
 from lorica.train import Recipe, train
-from lorica.train.checkpoints import STATE
+from lorica.train.trainer.checkpoints import STATE
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from train.test_language_tasks import decoder, tokenizer
 
 from lorica.errors import FileError
 from lorica.train import Recipe, Record, RowError, evaluate, predict, prepare, train
-from lorica.train.rows import Origin, Unusable, Used, read_each, use
+from lorica.train.data.rows import Origin, Unusable, Used, read_each, use
 
 
 def even(value: int) -> int:

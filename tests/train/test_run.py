@@ -14,8 +14,8 @@ from train import tiny
 from lorica.errors import ConfigError, FileError, LoricaError
 from lorica.plain import as_json
 from lorica.train import Recipe, RowError, evaluate, predict, train
-from lorica.train.callbacks import CheckpointCallback
-from lorica.train.fitting import Interrupted
+from lorica.train.trainer.callbacks import CheckpointCallback
+from lorica.train.trainer.fit import Interrupted
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from train import tiny
 
 from lorica.train import DataConfig, Task, Trainer, TrainingConfig, tasks
-from lorica.train.arguments import training_arguments
-from lorica.train.data import Splits
+from lorica.train.data.splits import Splits
 from lorica.train.tasks.base import own_loss
+from lorica.train.trainer.arguments import training_arguments
 
 TEXTS = [row["text"] for row in tiny.sentences(8)]
 WORDS = [text.split() for text in TEXTS]

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from lorica.train.sampler import LengthGroupedSampler
-from lorica.train.sampler import padding as saved
+from lorica.train.trainer.sampler import LengthGroupedSampler
+from lorica.train.trainer.sampler import padding as saved
 
 LENGTHS = random.Random(0).choices(range(3, 61), k=1003)
 

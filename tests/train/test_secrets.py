@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorica.train import Recipe, train
-from lorica.train.secrets import without_secrets
+from lorica.train.recipe import without_secrets
 from lorica.tune import SearchConfig, Space
 from lorica.tune.settings import settings
 

@@ -19,7 +19,8 @@ from lorica.adapter import Adapter
 from lorica.cli import main
 from lorica.config import CordaConfig, EvaConfig, LoraConfig
 from lorica.errors import ConfigError, LoricaError
-from lorica.train import Recipe, prepare, starts, train
+from lorica.train import Recipe, prepare, train
+from lorica.train import adapt as starts
 
 METHODS: dict[str, dict[str, Any]] = {
     "eva": {"eva_config": EvaConfig(tau=0.8)},

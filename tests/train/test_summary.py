@@ -14,7 +14,7 @@ from train.test_language_tasks import LM, S2S, TEMPLATE, decoder, tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lorica.train import DataConfig, Recipe, prepare
-from lorica.train.summary import announce
+from lorica.train.prepared import announce
 
 
 def said(folder: Path, task: str, rows: list[dict[str, Any]], limit: int = 64, **data: Any) -> list[str]:

@@ -16,9 +16,9 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import MissingExtra
 from lorica.train import DataConfig, Record, evaluate, predict, tasks, train
-from lorica.train.data import Splits
+from lorica.train.data.splits import Splits
 from lorica.train.metrics import tagging
-from lorica.train.metrics.tagging import marks_spans, spans
+from lorica.train.metrics.predictions import marks_spans, spans
 
 TASK = "token-classification"
 # The example of seqeval's own description.

@@ -14,9 +14,9 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError, FileError
 from lorica.train import DataConfig, Task, register, tasks
-from lorica.train.data import Splits
-from lorica.train.positions import positions_of
+from lorica.train.data.splits import Splits
 from lorica.train.tasks import SequenceClassification
+from lorica.train.tasks.base import positions_of
 
 TASK = SequenceClassification()
 NONE = Dataset.from_dict({})

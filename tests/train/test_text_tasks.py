@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lorica.errors import ConfigError, FileError, LoricaError
 from lorica.train import DataConfig, Recipe, evaluate, predict, tasks, train
-from lorica.train.data import Splits
+from lorica.train.data.splits import Splits
 
 CLASSES, MULTI = "sequence-classification", "multi-label-classification"
 

@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalPrediction
 from lorica.cli import main
 from lorica.errors import LoricaError
 from lorica.train import DataConfig, predict, tasks, train
-from lorica.train.data import Splits
+from lorica.train.data.splits import Splits
 
 TOKENS, IMAGES = "token-classification", "image-classification"
 

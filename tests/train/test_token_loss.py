@@ -15,8 +15,8 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.trainer_pt_utils import LabelSmoother
 
 import lorica
-from lorica.train.deferred import DeferredLogits
-from lorica.train.token_loss import TokenLossMixin
+from lorica.train.trainer.deferred import DeferredLogits
+from lorica.train.trainer.token_loss import TokenLossMixin
 
 
 class TokenTrainer(TokenLossMixin, transformers.Trainer):

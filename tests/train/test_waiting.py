@@ -6,8 +6,8 @@ import threading
 import pytest
 from rich.console import Console
 
-from lorica.train import waiting as module
-from lorica.train.waiting import waiting
+from lorica.train import console as module
+from lorica.train.console import waiting
 
 
 def test_it_says_at_once_and_again(monkeypatch: pytest.MonkeyPatch) -> None:

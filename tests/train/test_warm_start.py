@@ -12,7 +12,7 @@ from train import tiny
 import lorica
 from lorica.errors import AdapterError, ConfigError, FileError
 from lorica.train import Recipe, prepare, train
-from lorica.train.warm_start import warm_start
+from lorica.train.adapt import warm_start
 
 
 @pytest.fixture

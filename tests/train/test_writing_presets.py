@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from lorica.errors import LoricaError
 from lorica.train import DataConfig, Recipe, presets
-from lorica.train.data import load
+from lorica.train.data.splits import load
 
 MR = "name[Blue Spice], eatType[pub], priceRange[£20-25], familyFriendly[no], customer rating[low]"
 TABLE = "name : Blue Spice | Type : pub | price : £ 20 - 25 | family friendly : no | customer rating : low"

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lorica.errors import LoricaError
-from lorica.train.metrics import jars, written
+from lorica.train.metrics import captions as jars
+from lorica.train.metrics import written
 from lorica.train.metrics.written import METRICS
 
 for needed in ("sacrebleu", "rouge_score", "pycocoevalcap"):

@@ -16,8 +16,9 @@ from tune.searches import SPACE, Make, silent
 
 from lorica.cli import main
 from lorica.errors import ConfigError, LoricaError
-from lorica.train import Recipe, evaluate, reading
-from lorica.train.arguments import LOWER_IS_BETTER, training_arguments
+from lorica.train import Recipe, evaluate
+from lorica.train.data import sources as reading
+from lorica.train.trainer.arguments import LOWER_IS_BETTER, training_arguments
 from lorica.tune import (
     Evaluation,
     Goal,

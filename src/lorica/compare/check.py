@@ -12,11 +12,11 @@ from lorica.model import adapt, trainable_parameters
 from lorica.model.skeleton import skeleton
 from lorica.model.structure import saved_modules
 from lorica.train import tasks
-from lorica.train.arguments import LOWER_IS_BETTER
 from lorica.train.embedded import resolve_model
-from lorica.train.preparing import read
+from lorica.train.prepared import read
 from lorica.train.recipe import Recipe
 from lorica.train.tasks import SequenceClassification, Task
+from lorica.train.trainer.arguments import LOWER_IS_BETTER
 
 
 def check(spec: Comparison) -> dict[str, str]:

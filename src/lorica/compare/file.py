@@ -17,8 +17,7 @@ from typing import Any
 
 from lorica.errors import ConfigError, FileError, lines, nearest
 from lorica.train import presets
-from lorica.train.recipe import Recipe
-from lorica.train.yaml_file import read_yaml
+from lorica.train.recipe import Recipe, read_yaml
 
 SUMMARIES = ("mean", "median")
 SPLITS = ("test", "validation")

@@ -23,13 +23,11 @@ from lorica.compare.results import Results, Row, score_of
 from lorica.compare.runs import Cell, Run, cells, choose
 from lorica.compare.table import Table, summarise
 from lorica.errors import LoricaError
-from lorica.train.alone import alone_in
-from lorica.train.apart import apart
 from lorica.train.console import Console, duration, make_console
-from lorica.train.fitting import Interrupted
-from lorica.train.memory import peak_memory
 from lorica.train.record import versions
 from lorica.train.run import train
+from lorica.train.system import alone_in, apart, peak_memory
+from lorica.train.trainer.fit import Interrupted
 
 RESULTS = "results.jsonl"
 

@@ -23,18 +23,18 @@ from transformers.trainer_utils import EvalPrediction
 from lorica.compare.file import FewShot
 from lorica.errors import ConfigError, FileError
 from lorica.train import tasks
-from lorica.train.columns import check_texts
-from lorica.train.console import Console
+from lorica.train.console import Console, quiet
+from lorica.train.data.columns import check_texts
 from lorica.train.embedded import resolve_model
-from lorica.train.fitting import score
-from lorica.train.generation.scoring import writer_of
-from lorica.train.positions import positions_of
-from lorica.train.preparing import read
-from lorica.train.quiet import quiet
-from lorica.train.recipe import DataConfig, Recipe
+from lorica.train.generation.writing import writer_of
+from lorica.train.prepared import read
+from lorica.train.recipe import Recipe
+from lorica.train.settings import DataConfig
 from lorica.train.tasks import CausalLanguageModelling, SequenceClassification
+from lorica.train.tasks.base import positions_of
 from lorica.train.tasks.prompts import prompts_of
-from lorica.train.trainer import Trainer
+from lorica.train.trainer.fit import score
+from lorica.train.trainer.trainer import Trainer
 
 _ONE, _TWO = "{text}\nAnswer:", "{text}\n{text_pair}\nAnswer:"
 _EMPTY = "N/A"  # the row without content of Zhao et al.

@@ -17,44 +17,44 @@ for _module in ("transformers", "accelerate", "datasets", "jsonargparse", "rich"
         require(_module, extra="train")
 
 if TYPE_CHECKING:
-    from lorica.train.checkpoints import last_checkpoint as last_checkpoint
-    from lorica.train.fitting import Fit as Fit
-    from lorica.train.fitting import Interrupted as Interrupted
-    from lorica.train.fitting import fit as fit
-    from lorica.train.generation import GenerationConfig as GenerationConfig
-    from lorica.train.generation.answering import generate as generate
-    from lorica.train.optimizer import parameter_groups as parameter_groups
-    from lorica.train.preparing import Prepared as Prepared
-    from lorica.train.preparing import prepare as prepare
-    from lorica.train.recipe import DataConfig as DataConfig
+    from lorica.train.data.rows import RowError as RowError
+    from lorica.train.generation.generate import generate as generate
+    from lorica.train.prepared import Prepared as Prepared
+    from lorica.train.prepared import prepare as prepare
     from lorica.train.recipe import Recipe as Recipe
-    from lorica.train.recipe import TrainingConfig as TrainingConfig
     from lorica.train.record import Record as Record
-    from lorica.train.rows import RowError as RowError
     from lorica.train.run import Result as Result
     from lorica.train.run import train as train
+    from lorica.train.settings import DataConfig as DataConfig
+    from lorica.train.settings import GenerationConfig as GenerationConfig
+    from lorica.train.settings import TrainingConfig as TrainingConfig
     from lorica.train.tasks import Task as Task
     from lorica.train.tasks import register as register
-    from lorica.train.trainer import LoraTrainerMixin as LoraTrainerMixin
-    from lorica.train.trainer import Trainer as Trainer
-    from lorica.train.use import evaluate as evaluate
-    from lorica.train.use import open_run as open_run
-    from lorica.train.use import predict as predict
+    from lorica.train.trained import evaluate as evaluate
+    from lorica.train.trained import open_run as open_run
+    from lorica.train.trained import predict as predict
+    from lorica.train.trainer.checkpoints import last_checkpoint as last_checkpoint
+    from lorica.train.trainer.fit import Fit as Fit
+    from lorica.train.trainer.fit import Interrupted as Interrupted
+    from lorica.train.trainer.fit import fit as fit
+    from lorica.train.trainer.optimizer import parameter_groups as parameter_groups
+    from lorica.train.trainer.trainer import LoraTrainerMixin as LoraTrainerMixin
+    from lorica.train.trainer.trainer import Trainer as Trainer
 
 _PLACES = {
-    "checkpoints": ("last_checkpoint",),
-    "fitting": ("Fit", "Interrupted", "fit"),
-    "generation": ("GenerationConfig",),
-    "generation.answering": ("generate",),
-    "optimizer": ("parameter_groups",),
-    "preparing": ("Prepared", "prepare"),
-    "recipe": ("DataConfig", "Recipe", "TrainingConfig"),
+    "data.rows": ("RowError",),
+    "generation.generate": ("generate",),
+    "prepared": ("Prepared", "prepare"),
+    "recipe": ("Recipe",),
     "record": ("Record",),
-    "rows": ("RowError",),
     "run": ("Result", "train"),
+    "settings": ("DataConfig", "GenerationConfig", "TrainingConfig"),
     "tasks": ("Task", "register"),
-    "trainer": ("LoraTrainerMixin", "Trainer"),
-    "use": ("evaluate", "open_run", "predict"),
+    "trained": ("evaluate", "open_run", "predict"),
+    "trainer.checkpoints": ("last_checkpoint",),
+    "trainer.fit": ("Fit", "Interrupted", "fit"),
+    "trainer.optimizer": ("parameter_groups",),
+    "trainer.trainer": ("LoraTrainerMixin", "Trainer"),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 

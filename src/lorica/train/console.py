@@ -1,8 +1,13 @@
-"""What a run shows: on a terminal a line that moves, into a pipe plain lines."""
+"""What a run shows: lines, tables, what it is waiting for. The libraries below it keep quiet."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
+import threading
+import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,3 +80,79 @@ def size(count: float) -> str:
             break
         count /= 1000
     return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
+EVERY = 10.0
+"""Seconds between lines, into a pipe."""
+
+
+@contextlib.contextmanager
+def waiting(console: rich_console.Console | None, what: str) -> Iterator[None]:
+    """Say at once what is being done, and that it is still being done.
+
+    On a terminal the line shows the seconds; into a pipe there is a line now and another every ten seconds.
+
+    Args:
+        console: where to say it; None says nothing.
+        what: is being done, such as "reading rows.csv".
+    """
+    if console is None:
+        yield
+        return
+    if not console.is_terminal:
+        console.print(what, markup=False, soft_wrap=True)
+    began, done = time.monotonic(), threading.Event()
+    status = console.status("") if console.is_terminal else None
+
+    def say() -> None:
+        while not done.wait(1.0 if status is not None else EVERY):
+            line = f"{what} ({duration(time.monotonic() - began)})"
+            if status is not None:
+                status.update(line)
+            else:
+                console.print(line, markup=False, soft_wrap=True)
+
+    # A thread, for what takes the time is a library's call that tells nothing.
+    clock = threading.Thread(target=say, daemon=True)
+    if status is not None:
+        status.update(what)
+        status.start()
+    clock.start()
+    try:
+        yield
+    finally:
+        done.set()
+        clock.join()
+        if status is not None:
+            status.stop()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep libraries from printing bars and notes of their own, and give them back their voice afterwards."""
+    import datasets
+    import transformers
+
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    data_bars = datasets.utils.is_progress_bar_enabled()
+    others = {name: logging.getLogger(name) for name in ("accelerate", "bitsandbytes")}
+    levels = {name: logger.level for name, logger in others.items()}
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for logger in others.values():
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # Loaders pin memory where it helps; on a machine without a GPU torch remarks on it at every one.
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            yield
+    finally:
+        log.set_verbosity(level)
+        for name, logger in others.items():
+            logger.setLevel(levels[name])
+        if bars:
+            log.enable_progress_bar()
+        if data_bars:
+            datasets.enable_progress_bars()

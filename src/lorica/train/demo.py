@@ -23,17 +23,13 @@ from lorica.config import LoraConfig
 from lorica.errors import LoricaError
 from lorica.model import adapt, merge, save, trainable_parameters
 from lorica.plain import as_json
-from lorica.train.alone import alone_in
-from lorica.train.apart import apart
-from lorica.train.console import make_console
-from lorica.train.files import bytes_of, write_atomically
-from lorica.train.fitting import Interrupted, fit
-from lorica.train.memory import peak_memory
-from lorica.train.preparing import Prepared, prepare
-from lorica.train.quiet import quiet
+from lorica.train.console import make_console, quiet
+from lorica.train.prepared import Prepared, prepare
 from lorica.train.recipe import Recipe
 from lorica.train.record import versions
-from lorica.train.use import open_run
+from lorica.train.system import alone_in, apart, bytes_of, peak_memory, write_atomically
+from lorica.train.trained import open_run
+from lorica.train.trainer.fit import Interrupted, fit
 
 TITLES = {"frozen": "frozen encoder + head", "lora": "LoRA", "full": "full fine-tuning"}
 
@@ -44,6 +40,7 @@ TRAINING: Mapping[str, Mapping[str, Any]] = {
     "lora": {"learning_rate": 1e-3, "epochs": 8},
     "full": {"learning_rate": 2e-4, "epochs": 3},
 }
+
 METHOD = LoraConfig(r=12, lora_alpha=24, target_modules="all-linear", task_type="SEQ_CLS")
 
 

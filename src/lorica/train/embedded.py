@@ -9,7 +9,6 @@ modules does this docstring belong to?
 from __future__ import annotations
 
 import ast
-import contextlib
 import hashlib
 import inspect
 import json
@@ -25,8 +24,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from lorica.checkpoint.embedded import MODEL as MODEL
 from lorica.checkpoint.embedded import model_directory as model_directory
 from lorica.checkpoint.embedded import resolve_model as resolve_model
-from lorica.errors import FileError, LoricaError
-from lorica.train.files import write_atomically
+from lorica.errors import FileError
+from lorica.train.system import write_atomically
 
 DATA = "docstrings"
 
@@ -46,32 +45,14 @@ _MODULES = {
     "unittest": "unittest",
     "xml": "xml",
 }
+
 _SPLITS = {
     "train": range(72),
     "validation": range(72, 80),
     "test": range(80, 100),
 }  # per cent of the texts' hashes
+
 _FORMAT = 1  # raised whenever the rows come out differently
-
-
-@contextlib.contextmanager
-def loading(what: str, hint: str = "") -> Iterator[None]:
-    """Say what was being loaded where that fails: damaged files fail in whatever way their bytes say.
-
-    Args:
-        what: such as "a tokenizer from 'models/x'".
-        hint: more to say, at the end.
-
-    Raises:
-        FileError: it failed.
-    """
-    try:
-        yield
-    except LoricaError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise FileError(f"cannot load {what}: {reason}{hint}") from error
 
 
 def docstrings() -> dict[str, Dataset]:

@@ -23,18 +23,18 @@ from torch import Tensor
 from lorica.config import method_of
 from lorica.errors import ConfigError, FileError
 from lorica.model import disabled
-from lorica.train import data as sources
 from lorica.train import tasks
-from lorica.train.data import Splits
-from lorica.train.fitting import score
-from lorica.train.preparing import encode_split
-from lorica.train.quiet import quiet
-from lorica.train.recipe import DataConfig
+from lorica.train.console import quiet
+from lorica.train.data import splits as sources
+from lorica.train.data.rows import Used
+from lorica.train.data.splits import Splits
+from lorica.train.prepared import encode_split
 from lorica.train.record import Record
-from lorica.train.rows import Used
+from lorica.train.settings import DataConfig
 from lorica.train.tasks import Task
 from lorica.train.tasks.texts import TextTask
-from lorica.train.use import Trained, open_run, scoring
+from lorica.train.trained import Trained, open_run, scoring
+from lorica.train.trainer.fit import score
 
 PROBE, LOSS = "probe accuracy", "loss"
 

@@ -1,226 +1,38 @@
-"""`Recipe`: a whole run as a value. A YAML file holds one; the command line's flags are its fields."""
+"""`Recipe`: a whole run as a value. A YAML file holds one; the command line's flags are its fields.
+
+A recipe travels, so its file is read with care: unknown fields are refused, code that it names as its task
+runs only where the user trusts it, and no token or password is written down.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import re
+import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import yaml
 
 from lorica.config import AdapterConfig, LoraConfig, as_config, read_config
-from lorica.errors import ConfigError, FileError
-from lorica.train.fields import check_fields
-from lorica.train.files import write_atomically
-from lorica.train.generation.config import GenerationConfig
-from lorica.train.secrets import without_secrets
-from lorica.train.trust import check_trusted
-from lorica.train.yaml_file import read_yaml
+from lorica.errors import ConfigError, FileError, listing, nearest
+from lorica.reading import DEPTH, bearable
+from lorica.train.settings import (
+    QUANTIZATIONS,
+    DataConfig,
+    GenerationConfig,
+    TrainingConfig,
+    as_texts,
+    expect,
+)
+from lorica.train.system import write_atomically
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
-
-QUANTIZATIONS = ("nf4", "fp4", "int8")
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the rows come from, and which of their columns matter.
-
-    Args:
-        preset: name of a data set that lorica knows, such as "glue/rte": its task, place, columns, labels and
-            metric take the place of what is left at its default here.
-        train: training rows: a csv, tsv, json, jsonl, txt, conll (each also .gz, .zst, .bz2, .xz or .zip),
-            xlsx, parquet or arrow file; a folder of such files named after their splits, of images or texts
-            in folders named after their classes, of images listed in metadata.csv, or one that datasets
-            saved; a data set's name on the Hugging Face Hub; or "docstrings", the data set made from
-            Python's own docstrings. ``#NAME`` after it takes its split, or a workbook's sheet, of that name.
-        validation: validation rows, in any of these forms. None takes the split of that name from `train`, or
-            a part of its rows.
-        test: test rows, in any of these forms. None takes the split of that name from `train`, if it has one.
-        subset: configuration of a Hub data set that has several, such as "sst2" of "nyu-mll/glue".
-        encoding: encoding of text files, such as "cp1251". None takes that of their byte-order mark, else
-            UTF-8, else cp1252, which is then said.
-        columns: names of the columns of csv, tsv and xlsx files that do not begin with them. None takes their
-            first line.
-        text: column of the input: the text, the prompt, the messages, the list of words, an image or its
-            path. None looks for the usual names.
-        text_pair: column of the second text, where a row is a pair; of the second part of a prompt, such as
-            Alpaca's ``input``. None looks for the usual names when `text` is None too.
-        system: column of what comes before a prompt or a conversation, as its system message. None looks for
-            the usual names.
-        label: column of what is to be learned: the class, the number, the completion, the text to write, the
-            list of classes. None looks for the usual names.
-        references: column of lists of texts, each of which would be right: where rows have it, it takes the
-            place of a language task's `label`.
-        separator: what stands between a prompt and its completion. May hold special tokens of the model.
-        stride: tokens that neighbouring windows of a long text share, in question answering. None takes a
-            quarter of a window.
-        unanswerable: whether a question may have no answer in its text. None looks at the training rows.
-        labels: names of the classes in the order of their ids. None takes those found in the training rows,
-            sorted.
-        validation_fraction: share of the training rows set aside, in (0, 1), when there is no validation
-            split; 0 sets none aside.
-        split_seed: seed of that draw, and of the parts that `fraction` and the numbers of rows keep.
-        fraction: share of the training rows to learn from, in (0, 1]. None takes all.
-        train_rows: number of training rows to learn from. None takes all.
-        validation_rows: number of validation rows to score. None takes all.
-        test_rows: number of test rows to score. None takes all.
-        skip_bad: leave out rows that cannot be used, and count them, in place of refusing them all.
-    """
-
-    preset: str | None = None
-    train: str = "docstrings"
-    validation: str | None = None
-    test: str | None = None
-    subset: str | None = None
-    encoding: str | None = None
-    columns: list[str] | None = None
-    text: str | None = None
-    text_pair: str | None = None
-    system: str | None = None
-    label: str | None = None
-    references: str = "references"
-    separator: str = "\n"
-    stride: int | None = None
-    unanswerable: bool | None = None
-    labels: list[str] | None = None
-    validation_fraction: float = 0.1
-    split_seed: int = 0
-    fraction: float | None = None
-    train_rows: int | None = None
-    validation_rows: int | None = None
-    test_rows: int | None = None
-    skip_bad: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        _as_texts(self, "train", "validation", "test")
-        _expect(self, "validation_fraction", 0 <= self.validation_fraction < 1, "a share in [0, 1)")
-        _expect(self, "stride", self.stride is None or self.stride >= 0, "None, or 0 or more")
-        _expect(self, "fraction", self.fraction is None or 0 < self.fraction <= 1, "a share in (0, 1]")
-        for name in ("train_rows", "validation_rows", "test_rows"):
-            rows = getattr(self, name)
-            _expect(self, name, rows is None or rows > 0, "None or more than 0")
-        alone = self.fraction is None or self.train_rows is None
-        _expect(self, "train_rows", alone, "None where fraction is given")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How to train. AdamW, with a checkpoint at each evaluation.
-
-    Args:
-        learning_rate: peak learning rate. None chooses it by the method and the model's width (see
-            `lorica.train.defaults`): LoRA likes about ten times that of full fine-tuning.
-        epochs: passes over the training rows. None takes 3, or as many as few rows need to be learned.
-        max_steps: optimizer steps to take, whatever `epochs` says. None lets `epochs` decide.
-        batch_size: rows a step on each device.
-        auto_batch_size: halve `batch_size` while a step on the longest rows does not fit into memory, and
-            gather as many more batches a step: the rows a step stay the same.
-        eval_batch_size: rows a batch in evaluation, on each device.
-        gradient_accumulation: batches whose gradients are added up for one step.
-        weight_decay: AdamW's decay of weight matrices, a step and unit of learning rate; biases and norms
-            have none.
-        warmup_ratio: share of the steps, in [0, 1), over which the learning rate climbs to its peak.
-        lr_scheduler: course of the learning rate after that: "linear", "cosine", "constant",
-            "constant_with_warmup", "polynomial" or "inverse_sqrt".
-        max_grad_norm: norm to which larger gradients are scaled down; 0 leaves them.
-        max_length: tokens kept of each row; how many rows are cut is reported.
-        seed: seed of the new head, the adapter, the order of rows and dropout.
-        start_batches: batches of training rows that a start from data looks at before training, where
-            `init_lora_weights` is "eva", "corda" or "lora_ga".
-        eval_steps: steps between evaluations. None evaluates once an epoch.
-        save_steps: steps between checkpoints, besides the one at each evaluation. None writes no others.
-        save_total_limit: checkpoints to keep: the newest, and always the best.
-        early_stopping_patience: evaluations without a better result after which training stops. None never
-            stops early.
-        metric_for_best: metric that decides which checkpoint is the best, "loss" included. None takes the
-            task's own.
-        load_best: end with the best checkpoint instead of the last.
-        loraplus_lr_ratio: learning rate of B over that of A (LoRA+; Hayou et al., 2024, advise 2 to 16). None
-            or 1 trains both at one rate.
-        chunked_loss: compute a language model's loss a few tokens at a time, without the matrix of all
-            logits: the same loss and gradients in a fraction of the memory.
-        group_by_length: put rows of similar lengths into one batch, which saves padding.
-        bf16: bfloat16 autocast. Needs a device that has it.
-        fp16: float16 autocast with loss scaling. Needs a GPU.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more
-            time.
-        logging_steps: steps between log entries.
-        report_to: trackers that receive them: "tensorboard", "wandb", "mlflow", ... An empty list is none.
-        arguments: any other fields of transformers.TrainingArguments, passed on as they are.
-    """
-
-    learning_rate: float | None = None
-    epochs: float | None = None
-    max_steps: int | None = None
-    batch_size: int = 16
-    auto_batch_size: bool = False
-    eval_batch_size: int = 64
-    gradient_accumulation: int = 1
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.06
-    lr_scheduler: str = "linear"
-    max_grad_norm: float = 1.0
-    max_length: int = 128
-    seed: int = 0
-    start_batches: int = 16
-    eval_steps: int | None = None
-    save_steps: int | None = None
-    save_total_limit: int = 2
-    early_stopping_patience: int | None = None
-    metric_for_best: str | None = None
-    load_best: bool = True
-    loraplus_lr_ratio: float | None = None
-    chunked_loss: bool = True
-    group_by_length: bool = True
-    bf16: bool = False
-    fp16: bool = False
-    gradient_checkpointing: bool = False
-    logging_steps: int = 10
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for name in (
-            "batch_size",
-            "start_batches",
-            "eval_batch_size",
-            "gradient_accumulation",
-            "max_length",
-            "logging_steps",
-        ):
-            _expect(self, name, getattr(self, name) > 0, "more than 0")
-        for name in (
-            "learning_rate",
-            "epochs",
-            "max_steps",
-            "eval_steps",
-            "save_steps",
-            "early_stopping_patience",
-            "loraplus_lr_ratio",
-        ):
-            value = getattr(self, name)
-            _expect(self, name, value is None or value > 0, "None or more than 0")
-        for name in ("weight_decay", "max_grad_norm"):
-            _expect(self, name, getattr(self, name) >= 0, "0 or more")
-        _expect(self, "save_total_limit", self.save_total_limit >= 1, "at least 1")
-        _expect(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "a share in [0, 1)")
-        _expect(self, "lr_scheduler", self.lr_scheduler in SCHEDULERS, f"one of {SCHEDULERS}")
-        ends = self.lr_scheduler == "polynomial" and "lr_scheduler_kwargs" not in self.arguments
-        _expect(
-            self,
-            "learning_rate",
-            not ends or self.learning_rate is None or self.learning_rate > 1e-7,
-            "more than 1e-7, where the polynomial schedule ends",
-        )
-        _expect(self, "fp16", not (self.fp16 and self.bf16), "False where bf16 is True")
 
 
 def _default_method() -> LoraConfig:
@@ -267,17 +79,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _as_texts(self, "model", "init_from", "output")
+        as_texts(self, "model", "init_from", "output")
         self.configuration()
-        _expect(
+        expect(
             self,
             "quantization",
             self.quantization in (None, *QUANTIZATIONS),
             f"None or one of {QUANTIZATIONS}",
         )
-        _expect(
-            self, "init_head", self.init_from is not None or not self.init_head, "False without init_from"
-        )
+        expect(self, "init_head", self.init_from is not None or not self.init_head, "False without init_from")
 
     def configuration(self) -> AdapterConfig:
         """What to train: `baseline`, or else `method`.
@@ -400,13 +210,187 @@ def check_file(path: str | Path) -> Mapping[str, Any]:
     return content
 
 
-def _as_texts(config: Any, *names: str) -> None:
-    """Take a path as its text, which YAML and JSON have a form for."""
-    for name in names:
-        if isinstance(value := getattr(config, name), Path):
-            object.__setattr__(config, name, str(value))
+def names_code(task: object) -> bool:
+    """Whether a task is a class in somebody's file or module, and no name that lorica knows."""
+    return isinstance(task, str) and (":" in task or task.endswith(".py"))
 
 
-def _expect(config: Any, name: str, ok: bool, expected: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name} must be {expected}, not {getattr(config, name)!r}")
+def check_trusted(task: object, where: str, *, trust_task: bool) -> None:
+    """Refuse a task that is code, out of a file, unless the user trusts it.
+
+    Args:
+        task: as the file names it.
+        where: what to call the file in the error.
+        trust_task: the user's word.
+
+    Raises:
+        ConfigError: it is code, and not trusted.
+    """
+    if names_code(task) and not trust_task:
+        raise ConfigError(
+            f"{where} names Python code as its task, {task!r}, which would run here. Read it, and if you "
+            "trust it, say so with --trust_task (in Python: trust_task=True)"
+        )
+
+
+# Words of an argument's name, such as hub_token or WANDB_API_KEY.
+_NAME = re.compile(
+    r"(?:^|_)(?:token|tokens|password|passwd|secret|credentials?|api_?key|access_?key)$", re.IGNORECASE
+)
+
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+
+_IN_ADDRESS = re.compile(r"(?<=://)[^/\s@]+:[^/\s@]+@")
+
+
+def without_secrets(value: Any) -> Any:
+    """Plain values as a file may hold them: without what is secret by its name, or by its form.
+
+    Args:
+        value: of maps, lists and plain values, such as a recipe's fields.
+    """
+    if isinstance(value, Mapping):
+        return {name: without_secrets(item) for name, item in value.items() if not is_secret(name, item)}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item) for item in value]
+    return _IN_ADDRESS.sub("", _HUB_TOKEN.sub("", value)) if isinstance(value, str) else value
+
+
+def is_secret(name: object, value: object) -> bool:
+    """Whether a field's value, by its name, is one that opens somebody's account."""
+    return isinstance(name, str) and isinstance(value, str) and _NAME.search(name) is not None
+
+
+_MERGED = 10_000
+"""Fields of a map after those that it takes over from others (``<<``)."""
+
+
+class _Loader(yaml.SafeLoader):
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Take over other maps' fields, as many as somebody may have written by hand."""
+        for key, value in node.value:
+            merged = key.tag == "tag:yaml.org,2002:merge" and isinstance(value, yaml.SequenceNode)
+            if merged and len(value.value) > DEPTH:
+                raise yaml.YAMLError(f"a map takes over {len(value.value)} others")
+        super().flatten_mapping(node)
+        if len(node.value) > _MERGED:
+            raise yaml.YAMLError(f"a map has more than {_MERGED:,} fields")
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The value in a YAML file.
+
+    Args:
+        path: of the file.
+        what: it is to hold, such as "the recipe".
+
+    Raises:
+        FileError: it cannot be read, is not YAML, or holds what nobody writes into such a file.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise FileError(f"cannot read {what} {path}: {error.strerror or error}") from error
+    except ValueError as error:  # no UTF-8; or a path that no file can have
+        raise FileError(f"{what} {path} is not YAML: {error}") from error
+    try:
+        if _deepest(text) > DEPTH:
+            raise ValueError(f"its brackets are nested more than {DEPTH} deep")
+        return bearable(yaml.load(text, _Loader))
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except (
+        Exception
+    ) as error:  # a date that is none, a number of a thousand digits: each fails in its own way
+        reason = str(error) or type(error).__name__
+    raise FileError(f"{what} {path} is not YAML: {reason}")
+
+
+def _deepest(text: str) -> int:
+    """How deep brackets stand inside one another, those in quotes and comments too, where few stand."""
+    depth = deepest = 0
+    for character in text:
+        if character in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "]}":
+            depth = max(depth - 1, 0)
+    return deepest
+
+
+C = TypeVar("C")
+
+
+def check_fields(values: Mapping[str, Any], default: Any, where: str) -> None:
+    """Refuse plain values of which one belongs to no field.
+
+    Args:
+        values: fields by name, those of a part in a mapping of their own.
+        default: what they are to become, such as a `Recipe`, with all its defaults.
+        where: what to call them in an error.
+
+    Raises:
+        ConfigError: naming every unknown field, with the nearest known one; a part that holds no fields; or
+            every field that is null and must not be.
+    """
+    if unknown := list(_unknown(values, default)):
+        raise ConfigError(f"{where}: unknown field {'; unknown field '.join(unknown)}")
+    for name, value in values.items():
+        if dataclasses.is_dataclass(getattr(default, name)) and not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {name} must hold fields, not {value!r}")
+    if empty := list(_empty(values, default)):
+        raise ConfigError(
+            f"{where}: {listing(empty)} must have a value, not null; leave it out for the default"
+        )
+
+
+def read_fields(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+    """A configuration of plain fields, from what a file holds.
+
+    Args:
+        cls: a dataclass whose fields are numbers, texts, truth values or maps of numbers.
+        values: fields by name.
+        where: what to call the file in an error.
+
+    Raises:
+        ConfigError: a field that does not exist, or a value of another type.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [item.name for item in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    if unknown := [f"{str(name)!r}{nearest(str(name), names)}" for name in values if name not in names]:
+        raise ConfigError(f"{where}: unknown field {'; unknown field '.join(unknown)}")
+    if wrong := [
+        f"{name} cannot be {value!r}" for name, value in values.items() if not _fits(value, hints[name])
+    ]:
+        raise ConfigError(f"{where}: {listing(wrong)}")
+    return cls(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is dict:
+        return isinstance(value, dict) and all(
+            _fits(item, typing.get_args(hint)[1]) for item in value.values()
+        )
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _unknown(content: Mapping[str, Any], known: Any, prefix: str = "") -> Iterator[str]:
+    names = [item.name for item in dataclasses.fields(known)]
+    for key, value in content.items():
+        if key not in names:
+            yield f"{prefix + str(key)!r}{nearest(str(key), names)}"
+        elif dataclasses.is_dataclass(part := getattr(known, key)) and isinstance(value, Mapping):
+            yield from _unknown(value, part, f"{prefix}{key}.")
+
+
+def _empty(content: Mapping[str, Any], known: Any, prefix: str = "") -> Iterator[str]:
+    types = {item.name: str(item.type) for item in dataclasses.fields(known)}
+    for key, value in content.items():
+        if value is None and "None" not in types[key]:
+            yield f"{prefix}{key}"
+        elif isinstance(value, Mapping) and dataclasses.is_dataclass(part := getattr(known, key)):
+            yield from _empty(value, part, f"{prefix}{key}.")

@@ -1,32 +1,31 @@
-"""``run.json``: what a run was made of and what it came to, enough to have it again bit for bit."""
+"""``run.json``: what a run was made of and what came of it, enough to repeat it bit for bit; its card."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
-import hashlib
-import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import pyarrow as pa
 import torch
-from datasets import Dataset, Image
 
+from lorica.checkpoint.markup import as_markdown
 from lorica.errors import ConfigError, FileError, listing
 from lorica.plain import as_json
 from lorica.reading import read_object
-from lorica.train.files import write_atomically
+from lorica.train.console import scores
 from lorica.train.recipe import Recipe
+from lorica.train.system import write_atomically
 
 RECORD = "run.json"
+
 _THREADS = 4096
 """More than any machine has; torch would try to start as many."""
+
 _PACKAGES = ("lorica", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
@@ -155,23 +154,6 @@ def changed_rows(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapp
     ]
 
 
-def fingerprint(rows: Dataset) -> dict[str, Any]:
-    """Number of some rows, and SHA-256 of their content.
-
-    The same rows have the same one whatever file they came in. Images count by their bytes.
-    """
-    images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
-    for name in images:
-        rows = rows.cast_column(name, Image(decode=False))
-    digest = hashlib.sha256()
-    for batch in rows.with_format("arrow").iter(batch_size=1000):  # as stored: nothing is decoded
-        values: dict[str, Any] = cast(pa.Table, batch).to_pydict()
-        for name in images:
-            values[name] = [_content(image) for image in values[name]]
-        digest.update(json.dumps(values, sort_keys=True, default=_hashable).encode())
-    return {"rows": len(rows), "sha256": digest.hexdigest()}
-
-
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     found = {"python": platform.python_version()}
@@ -191,22 +173,46 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _content(image: dict[str, Any] | None) -> Any:
-    if image is None or image["bytes"] is not None:
-        return image and image["bytes"]
-    try:
-        return Path(image["path"]).read_bytes()
-    except OSError:
-        return image["path"]  # whoever looks at the image says so
-
-
 def _count(data: Mapping[str, Mapping[str, Any]], split: str) -> str:
     return f"{data[split]['rows']:,}" if split in data else "none"
 
 
-def _hashable(item: Any) -> Any:
-    if isinstance(item, bytes):
-        return hashlib.sha256(item).hexdigest()
-    if isinstance(item, (datetime.date, datetime.time)):
-        return item.isoformat()
-    return str(item)  # decimals, durations
+def about(
+    recipe: Recipe, inputs: Sequence[str], rows: Mapping[str, int], metrics: Mapping[str, Mapping[str, float]]
+) -> str:
+    """Two sections of a model card.
+
+    Args:
+        recipe: the run.
+        inputs: columns that the model reads.
+        rows: split → rows.
+        metrics: split → scores.
+    """
+    data, training = recipe.data, recipe.training
+    source = data.preset or (Path(data.train).name if Path(data.train).exists() else data.train)
+    learned = " + ".join(inputs) + (f" → {data.label}" if data.label else "")
+    facts = {
+        "task": recipe.task,
+        "data": " ".join(filter(None, [source, data.subset if data.preset is None else None])),
+        "learned": learned,
+        **({"classes": listing(data.labels, limit=12)} if data.labels else {}),
+        "rows": ", ".join(f"{count:,} {split}" for split, count in rows.items()),
+        "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler}",
+        "rows a step": str(training.batch_size * training.gradient_accumulation),
+        "passes": f"{training.epochs:g}" if training.max_steps is None else f"{training.max_steps:,} steps",
+        "seed": str(training.seed),
+    }
+    parts = ["## Training", "", *_table(["", ""], list(facts.items())), ""]
+    names = list(dict.fromkeys(name for each in metrics.values() for name in each))
+    if names:
+        found = [
+            [split, *(dict(scores(each)).get(name, "") for name in names)] for split, each in metrics.items()
+        ]
+        parts += ["## Scores", "", *_table(["split", *names], found), ""]
+    parts += ["`run.json` beside this file holds the whole run; `lorica train --from run.json` repeats it."]
+    return "\n".join(parts)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(map(as_markdown, line))} |" for line in lines]

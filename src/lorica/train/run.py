@@ -18,26 +18,22 @@ from lorica.errors import ConfigError, FileError, LoricaError, listing
 from lorica.model import extract, save, trainable_parameters
 from lorica.plain import as_json
 from lorica.reading import read_object
-from lorica.train import defaults
-from lorica.train.alone import alone_in
-from lorica.train.batch_size import fitting_batch
-from lorica.train.card import about
-from lorica.train.checkpoints import last_checkpoint
+from lorica.train.adapt import start, warm_start
 from lorica.train.console import make_console
-from lorica.train.data import Rows
-from lorica.train.files import bytes_of, sha256_of, writable_directory, write_atomically
-from lorica.train.fitting import fit
-from lorica.train.generation.scoring import writer_of
-from lorica.train.majority import majority
-from lorica.train.method import typed
-from lorica.train.preparing import Prepared, prepare
+from lorica.train.data.splits import Rows
+from lorica.train.generation.writing import writer_of
+from lorica.train.prepared import Prepared, announce, prepare, typed
 from lorica.train.recipe import Recipe
-from lorica.train.record import RECORD, Record, changed_rows, is_whole, machine, versions
-from lorica.train.starts import start
-from lorica.train.summary import announce
-from lorica.train.warm_start import warm_start
+from lorica.train.record import RECORD, Record, about, changed_rows, is_whole, machine, versions
+from lorica.train.system import alone_in, bytes_of, sha256_of, writable_directory, write_atomically
+from lorica.train.trainer import defaults
+from lorica.train.trainer.callbacks import majority
+from lorica.train.trainer.checkpoints import last_checkpoint
+from lorica.train.trainer.defaults import fitting_batch
+from lorica.train.trainer.fit import fit
 
 RECIPE = "recipe.yaml"
+
 ROWS = "rows.json"
 """Beside the checkpoints: how many rows each split of the run has, and what they are known by."""
 

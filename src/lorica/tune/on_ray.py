@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lorica.errors import ConfigError, LoricaError, require
-from lorica.train.quiet import quiet
+from lorica.train.console import quiet
 from lorica.train.recipe import Recipe
 from lorica.tune.journal import ENDED, JOURNAL, TRIALS, Journal, Record
 from lorica.tune.population.shared_base import SharedBase

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorica.train.console import duration
-from lorica.train.files import write_atomically
+from lorica.train.system import write_atomically
 from lorica.tune.journal import Record
 from lorica.tune.schedulers import Goal
 

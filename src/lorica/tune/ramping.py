@@ -20,10 +20,9 @@ from lorica.config import LoraConfig
 from lorica.errors import ConfigError, LoricaError, listing
 from lorica.study.figures import save_figure, sheet
 from lorica.train import presets
-from lorica.train.alone import alone_in
 from lorica.train.console import make_console
-from lorica.train.files import write_atomically
 from lorica.train.recipe import Recipe
+from lorica.train.system import alone_in, write_atomically
 from lorica.tune.journal import JOURNAL, TRIALS, Record
 from lorica.tune.population import Population
 from lorica.tune.schedulers import Goal

@@ -16,8 +16,8 @@ import numpy
 
 from lorica.errors import ConfigError
 from lorica.train import presets, tasks
-from lorica.train.arguments import LOWER_IS_BETTER
 from lorica.train.recipe import Recipe
+from lorica.train.trainer.arguments import LOWER_IS_BETTER
 from lorica.tune.journal import Evaluation, Journal, Record, Status, score_of
 
 SCHEDULERS = ("asha", "median", "none")

@@ -19,15 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.checkpoint.atomic import staged
 from lorica.errors import ConfigError, FileError, LoricaError, listing, require
-from lorica.train import data as sources
 from lorica.train import presets, tasks
-from lorica.train.alone import alone_in
-from lorica.train.console import make_console
+from lorica.train.console import make_console, quiet
+from lorica.train.data import splits as sources
 from lorica.train.embedded import resolve_model
-from lorica.train.files import write_atomically
-from lorica.train.quiet import quiet
 from lorica.train.recipe import Recipe
 from lorica.train.run import RECIPE
+from lorica.train.system import alone_in, write_atomically
 from lorica.tune.figures import write_figures
 from lorica.tune.journal import ENDED, TRIALS, Journal, NoMetric, Record
 from lorica.tune.population import Population

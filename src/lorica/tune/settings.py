@@ -13,8 +13,7 @@ from typing import Any
 
 from lorica.errors import ConfigError, FileError, LoricaError, listing, nearest
 from lorica.reading import read_object
-from lorica.train.fields import read_fields
-from lorica.train.recipe import Recipe
+from lorica.train.recipe import Recipe, read_fields
 from lorica.tune.journal import JOURNAL, TRIALS
 from lorica.tune.samplers import ALGORITHMS
 from lorica.tune.schedulers import SCHEDULERS, Halving, Median, RunAll, Scheduler

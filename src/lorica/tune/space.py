@@ -15,9 +15,7 @@ from typing import Any
 
 from lorica.errors import ConfigError, FileError, LoricaError, lines, nearest
 from lorica.train import presets
-from lorica.train.recipe import Recipe
-from lorica.train.trust import names_code
-from lorica.train.yaml_file import read_yaml
+from lorica.train.recipe import Recipe, names_code, read_yaml
 from lorica.tune.expression import Expression, field_named
 
 KINDS = ("choice", "uniform", "loguniform", "integer", "tied", "value")

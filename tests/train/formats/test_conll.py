@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from lorica.errors import FileError
-from lorica.train.formats import Form, Found, read_file
+from lorica.train.data.files import read_file
+from lorica.train.data.tables import Form, Found
 
 CONLL_2003 = """-DOCSTART- -X- -X- O
 

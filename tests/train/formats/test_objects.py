@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from lorica.errors import FileError
-from lorica.train.formats import Form, Found, read_file
+from lorica.train.data.files import read_file
+from lorica.train.data.tables import Form, Found
 
 A, B = {"text": "a", "label": 1}, {"text": "b", "label": 2}
 QUESTION = {"question": "who?", "id": "q1", "answers": [{"text": "Ann", "answer_start": 0}]}

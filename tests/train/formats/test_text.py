@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from lorica.errors import ConfigError, FileError
-from lorica.train.formats.text import content, decoded, lines_of, read_lines
+from lorica.train.data.text import content, decoded, lines_of, read_lines
 
 TEXT = "text,label\ncafé ☕,x\n"
 

@@ -56,13 +56,13 @@ def run(argv: list[str]) -> int:
         command.error("--restart belongs to --stream")
 
     from lorica.train.console import make_console, size
-    from lorica.train.files import bytes_of
+    from lorica.train.system import bytes_of
 
     console = make_console()
     if parsed.stream:
         report = _stream(parsed)
     else:
-        from lorica.train.merging import merge_checkpoint
+        from lorica.train.merge import merge_checkpoint
 
         report, out = merge_checkpoint(
             parsed.base, parsed.adapter, out, dtype=parsed.dtype, trust_task=parsed.trust_task

@@ -84,7 +84,7 @@ def read(path: str, alpha: float | None) -> Adapter:
 def facts_of(path: str) -> dict[str, str]:
     """What the recipe beside an adapter says of it; nothing in it is run, and a damaged one says nothing."""
     from lorica.errors import FileError
-    from lorica.train.yaml_file import read_yaml
+    from lorica.train.recipe import read_yaml
 
     try:
         recipe = read_yaml(Path(path) / "recipe.yaml", "the recipe")
@@ -141,7 +141,7 @@ def forget(argv: list[str]) -> int:
 
     from lorica.errors import ConfigError
     from lorica.train.forgetting import forgetting
-    from lorica.train.recipe import DataConfig
+    from lorica.train.settings import DataConfig
 
     if parsed.rows is None:
         raise ConfigError("name the other data with --data.train")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorica.reading import read_object
-from lorica.train.trust import names_code
+from lorica.train.recipe import names_code
 
 if TYPE_CHECKING:
     from lorica.train.recipe import Recipe

@@ -13,8 +13,8 @@ import yaml
 
 from lorica.cli.shared import hints
 from lorica.errors import FileError, LoricaWarning
-from lorica.train.files import write_atomically
 from lorica.train.recipe import Recipe, check_file
+from lorica.train.system import write_atomically
 
 if TYPE_CHECKING:
     from lorica.adapter import Adapter

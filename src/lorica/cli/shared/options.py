@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lorica.cli.shared.parsing import Parser
-from lorica.train.generation.config import GenerationConfig
+from lorica.train.settings import GenerationConfig
 
 SHORT: Mapping[str, tuple[str, ...]] = {
     "model": ("-m",),

@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
     parsed: Any = parser().parse_args(argv)
 
     from lorica.train.console import make_console, print_table, scores
-    from lorica.train.use import evaluate, recipe_of
+    from lorica.train.trained import evaluate, recipe_of
 
     generation = generation_of(parsed, recipe_of(parsed.directory, trust_task=parsed.trust_task).generation)
     metrics = evaluate(

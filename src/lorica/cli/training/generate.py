@@ -47,8 +47,8 @@ def run(argv: list[str]) -> int:
     parsed: Any = parser().parse_args(argv)
     prompts = _prompts(parsed)
 
-    from lorica.train.files import writable_file, write_lines
-    from lorica.train.generation.answering import generate, opened
+    from lorica.train.generation.generate import generate, opened
+    from lorica.train.system import writable_file, write_lines
 
     if parsed.output is not None:
         writable_file(parsed.output)

@@ -87,9 +87,8 @@ def _plans(
 ) -> list[Any]:
     import torch
 
-    from lorica.train.planning import plan_recipe
-    from lorica.train.recipe import from_parsed
-    from lorica.train.trust import check_trusted
+    from lorica.train.plan import plan_recipe
+    from lorica.train.recipe import check_trusted, from_parsed
 
     methods = ("full", "lora", "qlora") if method == "all" else (method,)
     dtype = None if parsed.dtype == "auto" else getattr(torch, parsed.dtype)

@@ -33,9 +33,9 @@ def run(argv: list[str]) -> int:
 
     from lorica.errors import FileError
     from lorica.train import tasks
-    from lorica.train.files import writable_file, write_lines
-    from lorica.train.reading import format_of
-    from lorica.train.use import predict, recipe_of
+    from lorica.train.data.files import format_of
+    from lorica.train.system import writable_file, write_lines
+    from lorica.train.trained import predict, recipe_of
 
     recipe = recipe_of(parsed.directory, trust_task=parsed.trust_task)
     path = Path(parsed.input)

@@ -13,8 +13,7 @@ from lorica.cli import INTERRUPTED
 from lorica.cli.shared import hints
 from lorica.cli.shared.options import expanded, print_help
 from lorica.cli.shared.parsing import Parser, add_trust
-from lorica.train.recipe import Recipe, add_recipe, check_file, from_parsed
-from lorica.train.trust import check_trusted, names_code
+from lorica.train.recipe import Recipe, add_recipe, check_file, check_trusted, from_parsed, names_code
 
 
 def parser() -> Parser:
@@ -59,14 +58,13 @@ def run(argv: list[str]) -> int:
     if parsed.changed_data and path is None:
         command.error("--changed_data belongs to --from")
 
-    from lorica.train.console import make_console
-    from lorica.train.waiting import waiting
+    from lorica.train.console import make_console, waiting
 
     console = make_console()
     with waiting(console, "loading torch and transformers"):
-        from lorica.train.fitting import Interrupted
         from lorica.train.record import Record
         from lorica.train.run import RECIPE, train
+        from lorica.train.trainer.fit import Interrupted
 
     repeats = None if path is None else Record.load(path, trust_task=True)  # seen to below
     if repeats is not None:

@@ -1,7 +1,1 @@
-"""Text that a model writes: settings, writing in batches, and scores of it in evaluation."""
-
-from __future__ import annotations
-
-from lorica.train.generation.config import GenerationConfig
-
-__all__ = ["GenerationConfig"]
+"""Text that a model writes: for a user's prompts, and in evaluation, where it is scored."""

@@ -15,14 +15,15 @@ from typing import Any
 from datasets import Dataset
 
 from lorica.errors import ConfigError, listing, nearest
-from lorica.train.generation.config import GenerationConfig
-from lorica.train.recipe import DataConfig, Recipe, TrainingConfig
-from lorica.train.rows import Unusable, read_each
+from lorica.train.data.rows import Unusable, read_each
+from lorica.train.recipe import Recipe
+from lorica.train.settings import DataConfig, GenerationConfig, TrainingConfig
 
 _SOURCE = ("train", "validation", "test", "subset")
 
 
 Part = DataConfig | TrainingConfig | GenerationConfig
+
 Row = Mapping[str, Any]
 """A row: column → value."""
 

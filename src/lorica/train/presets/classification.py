@@ -12,7 +12,9 @@ from typing import Any
 from lorica.train.presets.base import Preset, register
 
 _CLASSES = "sequence-classification"
+
 _ENTAILED = ["entailment", "not_entailment"]
+
 _MNLI = ["entailment", "neutral", "contradiction"]
 
 
@@ -36,23 +38,29 @@ def _glue(name: str, about: str, columns: tuple[str, ...], labels: list[str] | N
 
 
 _glue("cola", "is a sentence grammatical?", ("sentence",), ["unacceptable", "acceptable"])
+
 _glue("sst2", "is a sentence of a film review positive?", ("sentence",), ["negative", "positive"])
+
 _glue(
     "mrpc",
     "do two sentences say the same?",
     ("sentence1", "sentence2"),
     ["not_equivalent", "equivalent"],
 )
+
 _glue("stsb", "how alike are two sentences, from 0 to 5?", ("sentence1", "sentence2"), None)
+
 _glue(
     "qqp",
     "do two questions ask the same?",
     ("question1", "question2"),
     ["not_duplicate", "duplicate"],
 )
+
 _glue(
     "mnli", "does one sentence follow from another? Scored on known genres", ("premise", "hypothesis"), _MNLI
 )
+
 _glue(
     "mnli_mismatched",
     "does one sentence follow from another? Scored on unknown genres",
@@ -60,7 +68,9 @@ _glue(
     _MNLI,
     validation="nyu-mll/glue#validation_mismatched",
 )
+
 _glue("qnli", "does a sentence hold the answer to a question?", ("question", "sentence"), _ENTAILED)
+
 _glue("rte", "does one sentence follow from another?", ("sentence1", "sentence2"), _ENTAILED)
 
 register(

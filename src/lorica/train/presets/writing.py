@@ -13,7 +13,9 @@ from typing import Any
 from lorica.train.presets.base import Preset, Row, register
 
 _NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
+
 _SLOT = re.compile(r"(\w[\w ]*)\[(.*?)\]")
+
 _BEAMS = {"num_beams": 10, "no_repeat_ngram_size": 4}
 
 
@@ -101,6 +103,7 @@ _register(
     table,
     {"metrics": ["bleu", "nist", "meteor", "rouge_l", "cider"], "length_penalty": 0.9},
 )
+
 _register(
     "webnlg",
     "a text that says what triples of an encyclopedia hold",
@@ -108,6 +111,7 @@ _register(
     web_triples,
     {"metrics": ["bleu", "meteor", "ter"], "length_penalty": 0.8, "max_new_tokens": 100},
 )
+
 _register(
     "dart",
     "a text that says what triples of many tables hold",
@@ -115,6 +119,7 @@ _register(
     record_triples,
     {"metrics": ["bleu", "meteor", "ter"], "length_penalty": 0.8, "max_new_tokens": 100},
 )
+
 _register(
     "wikisql",
     "a question on a table, as an SQL query",
@@ -122,6 +127,7 @@ _register(
     query,
     {"metrics": ["logical_form"], "num_beams": 1, "no_repeat_ngram_size": 0},
 )
+
 _register(
     "samsum",
     "what a dialogue comes to",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from lorica.errors import ConfigError, nearest
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from lorica.errors import ConfigError, FileError, nearest
 from lorica.train.tasks.base import Encoded, Task
 from lorica.train.tasks.causal_lm import CausalLanguageModelling
-from lorica.train.tasks.files import load_task
 from lorica.train.tasks.image_classification import ImageClassification
-from lorica.train.tasks.language import LanguageTask
-from lorica.train.tasks.multi_label import MultiLabelClassification
+from lorica.train.tasks.language import LanguageTask, SequenceToSequence
 from lorica.train.tasks.question_answering import QuestionAnswering
-from lorica.train.tasks.regression import Regression
-from lorica.train.tasks.seq2seq import SequenceToSequence
-from lorica.train.tasks.sequence_classification import SequenceClassification
+from lorica.train.tasks.texts import MultiLabelClassification, Regression, SequenceClassification
 from lorica.train.tasks.token_classification import TokenClassification
 
 __all__ = [
@@ -82,3 +85,78 @@ for _task in (
     ImageClassification,
 ):
     register(_task)
+
+
+_EARLIER = {
+    f"lorica.train.tasks.{name}": f"lorica.train.tasks.{now}"
+    for name, now in {
+        **dict.fromkeys(("sequence_classification", "multi_label", "regression"), "texts"),
+        "seq2seq": "language",
+    }.items()
+}
+"""Modules that recipes written by earlier versions may name → where their tasks are now."""
+
+
+def load_task(entry: str) -> type[Task]:
+    """Find a task's class.
+
+    Args:
+        entry: ``path/to/file.py:Class`` or ``package.module:Class``. A file with one task in it needs no
+            class.
+
+    Raises:
+        FileError: there is no such file or module, or it raised when imported.
+        ConfigError: it has no such class, the class is no `Task`, or it leaves out something a task must say.
+    """
+    place, _, name = (
+        entry.rpartition(":") if ".py:" in entry or not entry.endswith(".py") else (entry, "", "")
+    )
+    place = _EARLIER.get(place, place)
+    module = _import(place)
+    found = {
+        key: value
+        for key, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, Task) and value.__module__ == module.__name__
+    }
+    if not name:
+        if len(found) != 1:
+            there = ", ".join(found) or "no class derived from lorica.train.Task"
+            raise ConfigError(f"{place} holds {there}; name one: --task {place}:Class")
+        name = next(iter(found))
+    task = getattr(module, name, None)
+    if task is None:
+        raise ConfigError(f"{place} has no {name!r}{nearest(name, found)}")
+    if not (inspect.isclass(task) and issubclass(task, Task)):
+        raise ConfigError(f"in {place}, {name} is no lorica.train.Task")
+    left = sorted(getattr(task, "__abstractmethods__", ()))
+    left += [key for key in ("name", "task_type", "auto_class", "best_metric") if not hasattr(task, key)]
+    if left:
+        raise ConfigError(f"the task {entry} leaves out {', '.join(left)}; see lorica.train.Task")
+    return task
+
+
+def _import(place: str) -> ModuleType:
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        path = Path(place).expanduser().resolve()
+        if not path.is_file():
+            raise FileError(f"there is no file {place} to take the task from")
+        name = f"_lorica_task_{path.stem}_{abs(hash(path)):x}"
+        if name in sys.modules:
+            return sys.modules[name]
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and pickle look their module up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module
+    except FileError:
+        raise
+    except Exception as error:
+        raise FileError(f"cannot import the task from {place}: {type(error).__name__}: {error}") from error

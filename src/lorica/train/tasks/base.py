@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,12 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction
 
-from lorica.errors import ConfigError
-from lorica.train.data import Splits
-from lorica.train.embedded import loading, resolve_model
-from lorica.train.positions import positions_of
-from lorica.train.recipe import DataConfig
-from lorica.train.rows import RowError
+from lorica.checkpoint.embedded import resolve_model
+from lorica.errors import ConfigError, FileError, LoricaError
+from lorica.train.data.rows import RowError
+from lorica.train.data.splits import Splits
+from lorica.train.settings import DataConfig
 
 NEW = "lorica_new"
 """Attribute of a loaded model: names of the parameters that its files did not hold, which are random."""
@@ -258,3 +257,41 @@ def _hint(name: str) -> str:
         ". A folder works without the Hub, with config.json, model.safetensors and the "
         "tokenizer's files in it, as save_pretrained writes them: --model FOLDER"
     )
+
+
+@contextlib.contextmanager
+def loading(what: str, hint: str = "") -> Iterator[None]:
+    """Say what was being loaded where that fails: damaged files fail in whatever way their bytes say.
+
+    Args:
+        what: such as "a tokenizer from 'models/x'".
+        hint: more to say, at the end.
+
+    Raises:
+        FileError: it failed.
+    """
+    try:
+        yield
+    except LoricaError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise FileError(f"cannot load {what}: {reason}{hint}") from error
+
+
+# These number positions from behind the padding token's id on, and leave those before it unused.
+_COUNT_FROM_PADDING = {
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke"),
+    *("markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+
+
+def positions_of(config: Any) -> int | None:
+    """The most tokens that a model takes, by its configuration, or None where that names no limit."""
+    config = config.get_text_config()
+    count = getattr(config, "max_position_embeddings", None)
+    if not isinstance(count, int) or count <= 0:
+        return None
+    if config.model_type in _COUNT_FROM_PADDING and isinstance(config.pad_token_id, int):
+        return count - config.pad_token_id - 1
+    return count

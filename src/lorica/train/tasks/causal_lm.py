@@ -10,18 +10,32 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lorica.errors import FileError
-from lorica.train.cells import structured
-from lorica.train.columns import by_lower_case, find_texts, needs_column
-from lorica.train.data import Splits
-from lorica.train.generation.scoring import APART, GROUP, PROMPT, REFERENCE
-from lorica.train.recipe import DataConfig
-from lorica.train.rows import RowError, read_each
+from lorica.train.data.columns import by_lower_case, find_texts, needs_column
+from lorica.train.data.rows import RowError, read_each, structured
+from lorica.train.data.splits import Splits
+from lorica.train.settings import DataConfig
 from lorica.train.tasks.base import Encoded
-from lorica.train.tasks.conversations import conversation_pieces, conversation_prompt
-from lorica.train.tasks.language import LanguageTask, groups_of, references_of
-from lorica.train.tasks.messages import ASSISTANT, LEARNED, as_messages
+from lorica.train.tasks.language import (
+    APART,
+    GROUP,
+    PROMPT,
+    REFERENCE,
+    LanguageTask,
+    groups_of,
+    references_of,
+)
+from lorica.train.tasks.prompts import (
+    ASSISTANT,
+    LEARNED,
+    add_parts,
+    as_messages,
+    check_raw,
+    conversation_pieces,
+    conversation_prompt,
+    find_prompt,
+    prompts_of,
+)
 from lorica.train.tasks.prompts import CHATS as CHATS
-from lorica.train.tasks.prompts import add_parts, check_raw, find_prompt, prompts_of
 
 _IGNORED = -100
 

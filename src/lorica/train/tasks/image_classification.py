@@ -14,17 +14,17 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError
 from lorica.train import metrics
-from lorica.train.columns import find_column, find_label, label_ids, needs_column
-from lorica.train.data import Splits
-from lorica.train.embedded import loading, resolve_model
-from lorica.train.labels import read_otherwise
-from lorica.train.recipe import DataConfig
-from lorica.train.rows import Unusable, read_each
-from lorica.train.tasks.base import Encoded, Task
-from lorica.train.tasks.sequence_classification import classes, most_likely
-from lorica.train.tasks.texts import logits_of, named_outputs, softmax
+from lorica.train.data.columns import find_column, find_label, label_ids, needs_column
+from lorica.train.data.labels import read_otherwise
+from lorica.train.data.rows import Unusable, read_each
+from lorica.train.data.splits import Splits
+from lorica.train.embedded import resolve_model
+from lorica.train.settings import DataConfig
+from lorica.train.tasks.base import Encoded, Task, loading
+from lorica.train.tasks.texts import classes, logits_of, most_likely, named_outputs, softmax
 
 _IMAGES = ("image", "img", "picture", "photo", "file_name", "path")
+
 # The model's forward names it, so the trainer keeps it; the collator makes numbers of it, a batch at a time.
 _COLUMN = "pixel_values"
 

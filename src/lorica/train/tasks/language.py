@@ -1,23 +1,35 @@
-"""What the tasks have in common whose answer is a text: its tokens are the targets, and it can be written."""
+"""Tasks whose answer is a text: its tokens are the targets, and a model writes it. Here: text to text."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError, listing
-from lorica.train.cells import structured
-from lorica.train.columns import needs_column
-from lorica.train.recipe import DataConfig
-from lorica.train.rows import Unusable, read_each
-from lorica.train.tasks.base import Task, padded_right
-from lorica.train.tasks.prompts import filled_text, prompt_columns
+from lorica.train.data.columns import find_label, find_texts, needs_column
+from lorica.train.data.rows import Unusable, read_each, structured
+from lorica.train.data.splits import Splits
+from lorica.train.settings import DataConfig
+from lorica.train.tasks.base import Encoded, Task, needs_tokens, padded_right
+from lorica.train.tasks.prompts import FORMS, add_parts, filled_text, find_prompt, prompt_columns, prompts_of
+
+if TYPE_CHECKING:
+    from lorica.train.tasks.base import Task
+
+
+PROMPT, GROUP, REFERENCE = "prompt_tokens", "group", "reference"
+"""Columns of encoded rows that the model does not see: how many of the tokens are the prompt, which rows ask
+the same, and the text that this row holds for it."""
+
+APART = "prompt_ids"
+"""A column more, where rows are cut: the prompt's tokens, where the row's own do not begin with them."""
 
 
 class LanguageTask(Task):
@@ -115,3 +127,82 @@ def groups_of(rows: Dataset, data: DataConfig, prompts: Sequence[str]) -> list[i
         return list(range(len(rows)))
     first: dict[str, int] = {}
     return [first.setdefault(prompt, row) for row, prompt in enumerate(prompts)]
+
+
+_TARGETS = ("target", "output", "summary", "highlights", "completion", "translation", "label")
+
+_SOURCES = ("source", "input", "dialogue", "article", "document", "context", "text", "prompt")
+
+_FORMS = (
+    *FORMS,
+    *((source, target) for source in _SOURCES for target in _TARGETS),
+)
+
+
+class SequenceToSequence(LanguageTask):
+    """A text (``data.label``) made of another (``data.text``), by a model with an encoder and a decoder.
+
+    The text that is read may have parts: ``data.system`` before it, ``data.text_pair`` after it.
+    """
+
+    name = "seq2seq-lm"
+    task_type = "SEQ_2_SEQ_LM"
+    auto_class = "AutoModelForSeq2SeqLM"
+
+    def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
+        """Find the two columns."""
+        rows = splits.train
+        self.check_columns(rows, data)
+        if data.text is None and data.label is None and (found := find_prompt(rows, data, _FORMS)):
+            return found
+        text, _ = find_texts(rows, data.text, None)
+        label = find_label(rows, data.label, _TARGETS, "text to write")
+        if text == label:
+            raise ConfigError(
+                f"column {label!r} cannot be both read and written; name both with --data.text and "
+                "--data.label"
+            )
+        return add_parts(rows, replace(data, text=text, label=label))
+
+    def encode(
+        self,
+        rows: Dataset,
+        data: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        where: str,
+        *,
+        labelled: bool = True,
+    ) -> Encoded:
+        """Tokenize both texts, without padding; count the rows of which either was too long."""
+        limit = min(max_length, tokenizer.model_max_length)
+        prompts = prompts_of(rows, data, where, filled=True)
+        whole = tokenizer(prompts, verbose=False)["input_ids"]
+        needs_tokens(whole, where)
+        sources = tokenizer(prompts, truncation=True, max_length=limit)["input_ids"]
+        right, groups = references_of(rows, data, where), groups_of(rows, data, prompts)
+        places = [row for row, texts in enumerate(right) for _ in texts]
+        texts = [text for texts in right for text in texts]
+        targets = tokenizer(text_target=texts, truncation=False, verbose=False)["input_ids"]
+        needs_tokens(targets, where)
+        ids = [sources[row] for row in places]
+        features: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": [[1] * len(tokens) for tokens in ids],
+            "labels": tokenizer(text_target=texts, truncation=True, max_length=limit)["input_ids"],
+            "length": [len(tokens) for tokens in ids],
+            PROMPT: [len(tokens) for tokens in ids],
+            GROUP: [groups[row] for row in places],
+            REFERENCE: texts,
+        }
+        longest = [len(tokens) for tokens in whole]
+        for row, tokens in zip(places, targets, strict=True):
+            longest[row] = max(longest[row], len(tokens))
+        truncated = sum(n > limit for n in longest)
+        return Encoded(Dataset.from_dict(features), truncated, max(longest), rows=len(rows), lengths=longest)
+
+    def prompts(
+        self, rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str
+    ) -> list[list[int]]:
+        """The text that is read."""
+        return [list(ids) for ids in tokenizer(prompts_of(rows, data, where), verbose=False)["input_ids"]]

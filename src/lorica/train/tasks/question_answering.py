@@ -25,19 +25,21 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError
 from lorica.train import metrics
-from lorica.train.cells import structured
-from lorica.train.columns import check_texts, find_label, find_texts, needs_column
-from lorica.train.data import Splits
-from lorica.train.recipe import DataConfig
-from lorica.train.rows import Unusable, read_each
+from lorica.train.data.columns import check_texts, find_label, find_texts, needs_column
+from lorica.train.data.rows import Unusable, read_each, structured
+from lorica.train.data.splits import Splits
+from lorica.train.settings import DataConfig
 from lorica.train.tasks.base import Encoded, Task, needs_tokens, padded_right
 from lorica.train.tasks.texts import softmax, split_pairs
 
 _LABELS = ("answers", "answer", "label", "labels")
+
 _BEST = 20
 """Likeliest first and last tokens that are paired."""
+
 _LONGEST_ANSWER = 30
 """Tokens of an answer, as in the evaluation of BERT on SQuAD."""
+
 _AT_ONCE = 1000
 
 

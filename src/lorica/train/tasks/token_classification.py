@@ -13,19 +13,21 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError
 from lorica.train import metrics
-from lorica.train.cells import structured
-from lorica.train.columns import find_column, find_label, label_list_ids, label_list_names, needs_column
-from lorica.train.data import Splits
-from lorica.train.labels import read_otherwise
-from lorica.train.metrics.tagging import OUTSIDE, marks_spans, seqeval, spans, tagging
-from lorica.train.recipe import DataConfig
-from lorica.train.rows import RowError, Unusable, read_each
+from lorica.train.data.columns import find_column, find_label, label_list_ids, label_list_names, needs_column
+from lorica.train.data.labels import read_otherwise
+from lorica.train.data.rows import RowError, Unusable, read_each, structured
+from lorica.train.data.splits import Splits
+from lorica.train.metrics.predictions import OUTSIDE, marks_spans, seqeval, spans, tagging
+from lorica.train.settings import DataConfig
 from lorica.train.tasks.base import Encoded, Task, needs_tokens, padded_right
 from lorica.train.tasks.texts import logits_of, named_outputs, softmax
 
 _WORDS = ("tokens", "words", "text")
+
 _TAGS = ("ner_tags", "tags", "ner", "labels", "pos_tags", "upos", "label")
+
 _IGNORED = -100
+
 _TRUE = "classes"
 """The classes of the words that are read, by names: what the metrics compare with."""
 

@@ -20,15 +20,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorica.errors import ConfigError, LoricaError
 from lorica.train import presets
-from lorica.train.checkpoints import last_checkpoint
-from lorica.train.console import Console, make_console
-from lorica.train.files import writable_directory
-from lorica.train.fitting import logged_scores
-from lorica.train.preparing import Prepared, prepare
-from lorica.train.quiet import quiet
+from lorica.train.console import Console, make_console, quiet
+from lorica.train.prepared import Prepared, prepare
 from lorica.train.recipe import Recipe
 from lorica.train.run import Result, train_prepared
-from lorica.train.trainer import Trainer
+from lorica.train.system import writable_directory
+from lorica.train.trainer.checkpoints import last_checkpoint
+from lorica.train.trainer.fit import logged_scores
+from lorica.train.trainer.trainer import Trainer
 from lorica.tune.journal import ENDED, JOURNAL, TRIALS, Journal, Record, Status
 from lorica.tune.population.coroutines import BACKWARD, Coroutine, CoroutineGroup
 from lorica.tune.population.joint_layers import join_layers

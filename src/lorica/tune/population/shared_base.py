@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lorica.config.inits import FROM_DATA
 from lorica.train import tasks
-from lorica.train.preparing import Encoding, Prepared, encode, load_model
+from lorica.train.prepared import Encoding, Prepared, encode, load_model
 from lorica.train.recipe import Recipe
 from lorica.train.tasks import Task
 from lorica.tune.population.joint_layers import module_order

@@ -1,0 +1,218 @@
+"""Rows that can be used, and rows that cannot: where they came from, what is wrong, their fingerprint."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import datetime
+import hashlib
+import io
+import itertools
+import json
+import tokenize
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import pyarrow as pa
+from datasets import Dataset, Image
+
+from lorica.errors import FileError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where some rows came from.
+
+    Args:
+        source: what to call it in a message: a file's path, or ``the test split of user/name``.
+        places: place in it of each row, from 0; None where the rows are all of it, in their order.
+        lines: line of the file, from 1, on which each of its rows begins; None where there are no lines.
+        notes: what a user should know of how it was read; lines that do not name it.
+    """
+
+    source: str
+    places: Sequence[int] | None = None
+    lines: Sequence[int] | None = None
+    notes: tuple[str, ...] = ()
+
+    def number(self, row: int) -> int:
+        """Number in the source, from 1, of a row, from 0."""
+        return self._place(row) + 1
+
+    def line(self, row: int) -> int | None:
+        """Line of the source, from 1, of a row, from 0; None where there are no lines."""
+        return None if self.lines is None else self.lines[self._place(row)]
+
+    def _place(self, row: int) -> int:
+        return row if self.places is None else self.places[row]
+
+    def select(self, kept: Sequence[int]) -> Origin:
+        """Where some of the rows came from."""
+        places = kept if self.places is None else [self.places[row] for row in kept]
+        return dataclasses.replace(self, places=list(places))
+
+
+class RowError(FileError):
+    """Rows that cannot be used.
+
+    Args:
+        rows: their places among the rows that were looked at, from 0.
+        where: what to call these rows, such as "the training rows".
+        problem: what is wrong with the first of them, such as "has no label in column 'label'".
+        origin: where the rows came from, if that is known: the message then tells the first one's number, and
+            its line, there.
+    """
+
+    def __init__(self, rows: Sequence[int], where: str, problem: str, origin: Origin | None = None) -> None:
+        """Say which row it is, and how many more there are."""
+        self.rows, self.where, self.problem = tuple(rows), where, problem
+        number, line = (
+            (rows[0] + 1, None) if origin is None else (origin.number(rows[0]), origin.line(rows[0]))
+        )
+        at = "" if line is None else f" (line {line:,})"
+        more = f" (and so have {len(rows) - 1:,} more)" if len(rows) > 1 else ""
+        super().__init__(f"row {number} of {where} {problem}{at}{more}")
+
+    def found_in(self, origin: Origin) -> RowError:
+        """The same error, with the file's name and the row's number in it."""
+        return RowError(self.rows, origin.source, self.problem, origin)
+
+
+class Unusable(ValueError):
+    """What is wrong with a value, such as "has no label in column 'label'"; `read_each` says of which row."""
+
+
+def read_each(values: Iterable[Any], read: Callable[[Any], T], where: str) -> list[T]:
+    """Read the values of all rows.
+
+    Args:
+        values: a value for each row.
+        read: makes of it what is wanted; raises `Unusable` where that cannot be.
+        where: what to call the rows in an error.
+
+    Raises:
+        RowError: with all the rows whose value cannot be read.
+    """
+    found: list[T] = []
+    bad: dict[int, str] = {}
+    for row, value in enumerate(values):
+        try:
+            found.append(read(value))
+        except Unusable as problem:
+            bad[row] = str(problem)
+    if bad:
+        raise RowError(list(bad), where, next(iter(bad.values())))
+    return found
+
+
+@dataclass(frozen=True)
+class Used:
+    """Rows in use, and what was left out of them.
+
+    Args:
+        rows: the rows.
+        origin: where they came from.
+        skipped: how many more there were that could not be used.
+        first: what was wrong with the first of these, if any.
+    """
+
+    rows: Dataset
+    origin: Origin
+    skipped: int = 0
+    first: str | None = None
+
+    def select(self, kept: Sequence[int]) -> Used:
+        """Some of the rows."""
+        return dataclasses.replace(self, rows=self.rows.select(kept), origin=self.origin.select(kept))
+
+
+def use(used: Used, act: Callable[[Dataset], T], *, skip: bool) -> tuple[T, Used]:
+    """Do something with rows; leave out those that it cannot be done with, if that is wanted.
+
+    Args:
+        used: the rows.
+        act: what is done with them; raises `RowError` for those that it cannot be done with.
+        skip: leave these out and try again with the others.
+
+    Returns:
+        What came of it, and the rows that it came of.
+
+    Raises:
+        RowError: a row cannot be used, by its number in its source.
+        FileError: no row is left.
+    """
+    while True:
+        try:
+            return act(used.rows), used
+        except RowError as error:
+            found = error.found_in(used.origin)
+            if not skip:
+                raise found from error
+            bad = set(error.rows)
+            kept = [row for row in range(len(used.rows)) if row not in bad]
+            if not kept:
+                raise FileError(f"no row of {used.origin.source} can be used: {found}") from error
+            used = dataclasses.replace(
+                used.select(kept), skipped=used.skipped + len(bad), first=used.first or str(found)
+            )
+
+
+def structured(value: Any) -> Any:
+    """What a cell such as ``["a", "b"]`` or ``{'text': ['a']}`` holds; any other value as it is.
+
+    Python joins texts between which there is no comma; numpy's arrays are written so, and are left as texts.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text[:1] + text[-1:] not in ("[]", "{}"):
+        return value
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        found = ast.literal_eval(text)
+        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError):
+        return value
+    joined = any(one == two == tokenize.STRING for one, two in itertools.pairwise(kinds))
+    return value if joined or not isinstance(found, (list, dict)) else found
+
+
+def fingerprint(rows: Dataset) -> dict[str, Any]:
+    """Number of some rows, and SHA-256 of their content.
+
+    The same rows have the same one whatever file they came in. Images count by their bytes.
+    """
+    images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    for name in images:
+        rows = rows.cast_column(name, Image(decode=False))
+    digest = hashlib.sha256()
+    for batch in rows.with_format("arrow").iter(batch_size=1000):  # as stored: nothing is decoded
+        values: dict[str, Any] = cast(pa.Table, batch).to_pydict()
+        for name in images:
+            values[name] = [_content(image) for image in values[name]]
+        digest.update(json.dumps(values, sort_keys=True, default=_hashable).encode())
+    return {"rows": len(rows), "sha256": digest.hexdigest()}
+
+
+def _content(image: dict[str, Any] | None) -> Any:
+    if image is None or image["bytes"] is not None:
+        return image and image["bytes"]
+    try:
+        return Path(image["path"]).read_bytes()
+    except OSError:
+        return image["path"]  # whoever looks at the image says so
+
+
+def _hashable(item: Any) -> Any:
+    if isinstance(item, bytes):
+        return hashlib.sha256(item).hexdigest()
+    if isinstance(item, (datetime.date, datetime.time)):
+        return item.isoformat()
+    return str(item)  # decimals, durations

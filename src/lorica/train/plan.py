@@ -1,0 +1,113 @@
+"""What a recipe's training will cost: the model, head and method that `train` would make, weightless."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import transformers
+
+from lorica.config import method_of
+from lorica.errors import ConfigError
+from lorica.study.planning import Plan, largest_batch, plan
+from lorica.train import presets, tasks
+from lorica.train.embedded import resolve_model
+from lorica.train.prepared import read, typed
+from lorica.train.recipe import Recipe
+from lorica.train.settings import DataConfig
+from lorica.train.tasks import Task
+from lorica.train.tasks.base import positions_of
+
+METHODS = ("lora", "full", "qlora")
+
+
+def plan_recipe(
+    recipe: Recipe,
+    *,
+    method: str | None = None,
+    gigabytes: float | None = None,
+    dtype: torch.dtype | None = None,
+    optimizer: str = "adamw",
+) -> Plan:
+    """What a step of `train(recipe)` would take: its model with its task's head, its targets, its batch.
+
+    Where the recipe names rows or their labels, the head has as many classes as they; so the rows are read.
+
+    Args:
+        recipe: the run.
+        method: ``"lora"``, ``"full"`` or ``"qlora"`` in place of the recipe's own.
+        gigabytes: find the largest batch that fits into so much memory, in units of 10⁹ bytes; None plans the
+            recipe's batch.
+        dtype: of the model's weights; None takes what the model's configuration names, as loading does.
+        optimizer: as of `lorica.plan`.
+
+    Raises:
+        LoricaError: the recipe, its rows, its model or its method cannot be planned.
+    """
+    if method is not None and method not in METHODS:
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    recipe = presets.apply(recipe, own_rows=False)
+    task = tasks.get(recipe.task)
+    settings = _settings(recipe, task)
+    config: Any = typed(recipe.configuration(), task)
+    chosen = method or _method(recipe)
+    if method is not None and method_of(config) != "lora":
+        config = typed(recipe.method, task)
+    length = min(recipe.training.max_length, positions_of(settings) or recipe.training.max_length)
+    options: dict[str, Any] = {
+        "method": chosen,
+        "length": length,
+        "dtype": dtype or _dtype(settings),
+        "optimizer": optimizer,
+        "checkpointing": recipe.training.gradient_checkpointing,
+    }
+    if gigabytes is not None:
+        found = largest_batch(settings, gigabytes, config, **options)
+    else:
+        found = plan(settings, config, batch=recipe.training.batch_size, **options)
+    named = method_of(config)
+    return found if named in ("lora", "full") else dataclasses.replace(found, method=named)
+
+
+def _head(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """Fields of the model's configuration that make the head fit; those of its classes need the rows."""
+    data = recipe.data
+    if "id2label" in task.head(data) and not data.labels:
+        if data.train == DataConfig().train and task.name != Recipe().task:
+            return {}  # no rows are named that it could be trained on: as many classes as the model has
+        data = read(recipe)[0].data
+    return task.head(data)
+
+
+def _settings(recipe: Recipe, task: Task) -> Any:
+    """The model's configuration with the task's head, as `Task.model` loads it."""
+    try:
+        found = transformers.AutoConfig.from_pretrained(
+            resolve_model(recipe.model), trust_remote_code=False, **_head(recipe, task)
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ConfigError(f"no model configuration can be had from {recipe.model!r}: {reason}") from error
+    mapping = getattr(transformers, task.auto_class)._model_mapping
+    if type(found) not in mapping:
+        raise ConfigError(f"{type(found).__name__} has no model for {task.name}")
+    made = mapping[type(found)]
+    found.architectures = [(made[0] if isinstance(made, (list, tuple)) else made).__name__]
+    return found
+
+
+def _method(recipe: Recipe) -> str:
+    """What the plan is made for: everything trains, on four bits, or otherwise."""
+    if recipe.quantization == "int8":
+        raise ConfigError(
+            "a plan counts bases of 4 bits (quantization: nf4) and of full precision, not of int8"
+        )
+    if recipe.quantization is not None:
+        return "qlora"
+    return "full" if method_of(recipe.configuration()) == "full" else "lora"
+
+
+def _dtype(settings: Any) -> torch.dtype:
+    found = getattr(settings, "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32

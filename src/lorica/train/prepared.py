@@ -1,0 +1,274 @@
+"""From a recipe to all that training needs: rows found and encoded, model and tokenizer loaded, and told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorica.config import AdapterConfig
+from lorica.errors import ConfigError, listing, require
+from lorica.model.selection import HEADS
+from lorica.train import presets, tasks
+from lorica.train.console import quiet, waiting
+from lorica.train.data import splits as sources
+from lorica.train.data.rows import Used, fingerprint, use
+from lorica.train.recipe import Recipe
+from lorica.train.settings import DataConfig
+from lorica.train.tasks import Encoded, Task
+from lorica.train.trainer.arguments import check_device
+from lorica.train.trainer.sampler import padding
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that training needs, before anything is adapted or trained.
+
+    Args:
+        recipe: the recipe, with the columns and labels that were found.
+        task: what is learned.
+        tokenizer: the model's tokenizer.
+        model: the pretrained model with a new head, every parameter trainable.
+        splits: encoded rows by split: ``train``, and ``validation`` and ``test`` where there are any.
+        data: split → ``rows`` and ``sha256`` of the rows as they came (see `fingerprint`); ``skipped``, how
+            many more could not be used, and ``first_skipped``, what was wrong with the first of these.
+        unlabelled: source of test rows that are left out because they have no labels, or None.
+        notes: what a user should know of how the rows were read; whole lines.
+    """
+
+    recipe: Recipe
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    splits: dict[str, Encoded]
+    data: dict[str, dict[str, Any]]
+    unlabelled: str | None = None
+    notes: Sequence[str] = ()
+
+    def features(self, split: str) -> Dataset | None:
+        """Encoded rows of a split, or None."""
+        return self.splits[split].features if split in self.splits else None
+
+
+class Encoding(NamedTuple):
+    """What `Prepared` holds, but for the model."""
+
+    recipe: Recipe
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    splits: dict[str, Encoded]
+    data: dict[str, dict[str, Any]]
+    unlabelled: str | None = None
+    notes: Sequence[str] = ()
+
+
+def prepare(recipe: Recipe, rows: sources.Rows | None = None, *, console: Console | None = None) -> Prepared:
+    """Read the rows, find what the recipe left open, load the model, and encode the rows.
+
+    torch's random numbers are seeded first, so the new head is the same each time, whatever is trained later.
+
+    Args:
+        recipe: the run.
+        rows: rows in memory, in place of those that `recipe.data.train` names.
+        console: where to say what is being done. None says nothing.
+
+    Raises:
+        LoricaError: something is missing or does not fit. Nothing has been written.
+    """
+    read = encode(recipe, rows, console=console)
+    with waiting(console, f"loading {recipe.model}"):
+        model = load_model(read.recipe, read)
+    return Prepared(model=model, **read._asdict())
+
+
+def encode(recipe: Recipe, rows: sources.Rows | None = None, *, console: Console | None = None) -> Encoding:
+    """Read and encode the rows; `prepare` without the model."""
+    source = recipe.data.preset or recipe.data.train
+    with waiting(console, "looking at the rows" if rows is not None else f"reading {source}"):
+        recipe, task, used, unlabelled = _read(recipe, rows)
+    encoded, data = {}, {}
+    notes: list[str] = []
+    with quiet():
+        tokenizer = task.tokenizer(recipe.model)
+        for name, own in used.items():
+            with waiting(console, f"encoding {len(own.rows):,} {name} rows"):
+                encoded[name], own = encode_split(recipe, task, tokenizer, own)
+            data[name] = {**fingerprint(own.rows), "skipped": own.skipped}
+            if own.first is not None:
+                data[name]["first_skipped"] = own.first
+            notes += notes_on(task, recipe.data, own, training=name == "train")
+    return Encoding(recipe, task, tokenizer, encoded, data, unlabelled, list(dict.fromkeys(notes)))
+
+
+def notes_on(task: Task, data: DataConfig, used: Used, *, training: bool = False) -> list[str]:
+    """What a user should know of how some rows were read; whole lines.
+
+    Args:
+        task: what reads them.
+        data: their columns, resolved.
+        used: the rows.
+        training: tell which of their columns are not read, too.
+    """
+    read = {*task.columns(data), *(data.labels or [])}
+    idle = [name for name in used.rows.column_names if name not in read] if training else []
+    told = [*used.origin.notes, *task.notes(used.rows, data)]
+    told += [f"columns that are not read: {listing(idle)}"] if idle else []
+    return [f"{used.origin.source}: {note}" for note in told]
+
+
+def load_model(recipe: Recipe, read: Encoding) -> PreTrainedModel:
+    """The model for rows that `encode` read, its new head drawn from the recipe's seed."""
+    task = read.task
+    with quiet():
+        transformers.set_seed(recipe.training.seed)
+        model = task.model(recipe.model, recipe.data, **quantized_loading(recipe, task))
+    task.pad(model, read.tokenizer)
+    task.begin(model, read.splits["train"].features)
+    return model
+
+
+def encode_split(recipe: Recipe, task: Task, tokenizer: Any, used: Used) -> tuple[Encoded, Used]:
+    """Encode the rows of a split.
+
+    Raises:
+        RowError: a row cannot be used, and the recipe does not say to leave it out.
+    """
+    data, limit, where = recipe.data, recipe.training.max_length, used.origin.source
+    return use(used, lambda rows: task.encode(rows, data, tokenizer, limit, where), skip=data.skip_bad)
+
+
+def read(recipe: Recipe, rows: sources.Rows | None = None) -> tuple[Recipe, Task, dict[str, Used]]:
+    """Read the rows and find what the recipe left open; `encode` without a tokenizer.
+
+    Columns and labels are looked for in all training rows, of which those that are asked for are then kept.
+
+    Returns:
+        The recipe with what was found, its task, and the rows of each split.
+    """
+    return _read(recipe, rows)[:3]
+
+
+def _read(recipe: Recipe, rows: sources.Rows | None) -> tuple[Recipe, Task, dict[str, Used], str | None]:
+    recipe = presets.apply(recipe, own_rows=rows is not None)
+    if rows is not None:
+        recipe = recipe.replace(data={"train": sources.IN_PYTHON})
+    task = tasks.get(recipe.task)
+    check_device(recipe.training)
+    splits = sources.load(recipe.data, rows, tagged=task.tagged)
+    train = splits.used()["train"]
+
+    def resolve(rows: Dataset) -> Any:
+        return task.resolve(dataclasses.replace(splits, train=rows), recipe.data)
+
+    try:
+        data, train = use(train, resolve, skip=recipe.data.skip_bad)
+    except ConfigError as error:
+        raise ConfigError(f"{train.origin.source}: {error}") from error
+    kept = sources.labelled(splits, data)
+    left_out = splits.used()["test"].origin.source if kept.test is not splits.test else None
+    used = {**kept.used(), "train": train}
+    recipe = dataclasses.replace(recipe, data=data)
+    return recipe, task, {split: sources.part(each, split, data) for split, each in used.items()}, left_out
+
+
+def announce(prepared: Prepared, console: Console) -> None:
+    """Print it."""
+    for line in lines(prepared):
+        # A row's own text may be in it: brackets are no markup then, and its end is worth having.
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def lines(prepared: Prepared) -> Iterator[str]:
+    """What is printed."""
+    data, training = prepared.recipe.data, prepared.recipe.training
+    columns = " + ".join(prepared.task.inputs(data))
+    rows = ", ".join(f"{len(rows):,} {split}" for split, rows in prepared.splits.items())
+    classes = f" ({listing(data.labels, limit=6)})" if data.labels else ""
+    target = f" → {data.label}{classes}" if data.label else f" →{classes}" if classes else ""
+    yield f"{prepared.recipe.model}: {columns}{target}; {rows} rows"
+    if prepared.unlabelled is not None:
+        yield f"{prepared.unlabelled} has no labels, and is not scored"
+    yield from prepared.notes
+    yield from prepared.task.remarks(data)
+    for split, facts in prepared.data.items():
+        if facts["skipped"]:
+            yield (
+                f"{facts['skipped']:,} {split} rows are left out, the first of them because "
+                f"{facts['first_skipped']}"
+            )
+    train = prepared.splits["train"]
+    if train.lengths:
+        yield lengths(train)
+    if len(train) != len(train.features):
+        longest = max(train.features["length"])
+        yield f"{len(train):,} training rows are read as {len(train.features):,} of up to {longest:,} tokens"
+    limit = min(training.max_length, getattr(prepared.tokenizer, "model_max_length", training.max_length))
+    for split, encoded in prepared.splits.items():
+        if encoded.truncated:
+            yield (
+                f"{encoded.truncated:,} of {len(encoded):,} {split} rows "
+                f"({encoded.truncated / len(encoded):.1%}) are cut to {limit} tokens; "
+                f"the longest has {encoded.longest:,}"
+            )
+    saved = padding(train.features["length"], training.batch_size, training.seed)
+    if training.group_by_length and saved is not None:
+        yield (
+            f"batches of similar lengths: {saved.grouped:.0%} of what the model reads is padding, in a "
+            f"random order {saved.random:.0%}"
+        )
+
+
+def lengths(encoded: Encoded) -> str:
+    """How long the rows are, in tokens, before any is cut."""
+    low, middle, high, most = np.percentile(encoded.lengths or [0], [0, 50, 95, 100])
+    return (
+        f"tokens a training row: {low:,.0f} at least, {middle:,.0f} in the median, 95 % have up to "
+        f"{high:,.0f}, {most:,.0f} at most"
+    )
+
+
+def quantized_loading(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """What `from_pretrained` needs to load the base as the recipe's `quantization` says; nothing for None.
+
+    Scales are packed too (double quantization), and products are taken in the dtype the recipe trains in.
+
+    Raises:
+        MissingExtra: bitsandbytes is not installed.
+    """
+    if recipe.quantization is None:
+        return {}
+    require("bitsandbytes", extra="quantized")
+    training = recipe.training
+    # The head is new and trains whole. None leaves it to transformers, which spares output embeddings.
+    skip = list(HEADS.get(task.task_type or "", ())) or None
+    if recipe.quantization == "int8":
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    else:
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=recipe.quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16
+            if training.bf16
+            else torch.float16
+            if training.fp16
+            else torch.float32,
+            llm_int8_skip_modules=skip,
+        )
+    return {"quantization_config": config}
+
+
+def typed(config: AdapterConfig, task: Task) -> AdapterConfig:
+    """A configuration that trains the task's new head too."""
+    config = config if config.task_type else config.replace(task_type=task.task_type)
+    if task.modules_to_save and config.modules_to_save is None:
+        config = config.replace(modules_to_save=list(task.modules_to_save))
+    return config

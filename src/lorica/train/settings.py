@@ -1,0 +1,282 @@
+"""The parts of a recipe: where the rows come from, how training goes, how text is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorica.errors import ConfigError
+
+if TYPE_CHECKING:
+    pass
+
+
+QUANTIZATIONS = ("nf4", "fp4", "int8")
+
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the rows come from, and which of their columns matter.
+
+    Args:
+        preset: name of a data set that lorica knows, such as "glue/rte": its task, place, columns, labels and
+            metric take the place of what is left at its default here.
+        train: training rows: a csv, tsv, json, jsonl, txt, conll (each also .gz, .zst, .bz2, .xz or .zip),
+            xlsx, parquet or arrow file; a folder of such files named after their splits, of images or texts
+            in folders named after their classes, of images listed in metadata.csv, or one that datasets
+            saved; a data set's name on the Hugging Face Hub; or "docstrings", the data set made from
+            Python's own docstrings. ``#NAME`` after it takes its split, or a workbook's sheet, of that name.
+        validation: validation rows, in any of these forms. None takes the split of that name from `train`, or
+            a part of its rows.
+        test: test rows, in any of these forms. None takes the split of that name from `train`, if it has one.
+        subset: configuration of a Hub data set that has several, such as "sst2" of "nyu-mll/glue".
+        encoding: encoding of text files, such as "cp1251". None takes that of their byte-order mark, else
+            UTF-8, else cp1252, which is then said.
+        columns: names of the columns of csv, tsv and xlsx files that do not begin with them. None takes their
+            first line.
+        text: column of the input: the text, the prompt, the messages, the list of words, an image or its
+            path. None looks for the usual names.
+        text_pair: column of the second text, where a row is a pair; of the second part of a prompt, such as
+            Alpaca's ``input``. None looks for the usual names when `text` is None too.
+        system: column of what comes before a prompt or a conversation, as its system message. None looks for
+            the usual names.
+        label: column of what is to be learned: the class, the number, the completion, the text to write, the
+            list of classes. None looks for the usual names.
+        references: column of lists of texts, each of which would be right: where rows have it, it takes the
+            place of a language task's `label`.
+        separator: what stands between a prompt and its completion. May hold special tokens of the model.
+        stride: tokens that neighbouring windows of a long text share, in question answering. None takes a
+            quarter of a window.
+        unanswerable: whether a question may have no answer in its text. None looks at the training rows.
+        labels: names of the classes in the order of their ids. None takes those found in the training rows,
+            sorted.
+        validation_fraction: share of the training rows set aside, in (0, 1), when there is no validation
+            split; 0 sets none aside.
+        split_seed: seed of that draw, and of the parts that `fraction` and the numbers of rows keep.
+        fraction: share of the training rows to learn from, in (0, 1]. None takes all.
+        train_rows: number of training rows to learn from. None takes all.
+        validation_rows: number of validation rows to score. None takes all.
+        test_rows: number of test rows to score. None takes all.
+        skip_bad: leave out rows that cannot be used, and count them, in place of refusing them all.
+    """
+
+    preset: str | None = None
+    train: str = "docstrings"
+    validation: str | None = None
+    test: str | None = None
+    subset: str | None = None
+    encoding: str | None = None
+    columns: list[str] | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    system: str | None = None
+    label: str | None = None
+    references: str = "references"
+    separator: str = "\n"
+    stride: int | None = None
+    unanswerable: bool | None = None
+    labels: list[str] | None = None
+    validation_fraction: float = 0.1
+    split_seed: int = 0
+    fraction: float | None = None
+    train_rows: int | None = None
+    validation_rows: int | None = None
+    test_rows: int | None = None
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        as_texts(self, "train", "validation", "test")
+        expect(self, "validation_fraction", 0 <= self.validation_fraction < 1, "a share in [0, 1)")
+        expect(self, "stride", self.stride is None or self.stride >= 0, "None, or 0 or more")
+        expect(self, "fraction", self.fraction is None or 0 < self.fraction <= 1, "a share in (0, 1]")
+        for name in ("train_rows", "validation_rows", "test_rows"):
+            rows = getattr(self, name)
+            expect(self, name, rows is None or rows > 0, "None or more than 0")
+        alone = self.fraction is None or self.train_rows is None
+        expect(self, "train_rows", alone, "None where fraction is given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How to train. AdamW, with a checkpoint at each evaluation.
+
+    Args:
+        learning_rate: peak learning rate. None chooses it by the method and the model's width (see
+            `lorica.train.trainer.defaults`): LoRA likes about ten times that of full fine-tuning.
+        epochs: passes over the training rows. None takes 3, or as many as few rows need to be learned.
+        max_steps: optimizer steps to take, whatever `epochs` says. None lets `epochs` decide.
+        batch_size: rows a step on each device.
+        auto_batch_size: halve `batch_size` while a step on the longest rows does not fit into memory, and
+            gather as many more batches a step: the rows a step stay the same.
+        eval_batch_size: rows a batch in evaluation, on each device.
+        gradient_accumulation: batches whose gradients are added up for one step.
+        weight_decay: AdamW's decay of weight matrices, a step and unit of learning rate; biases and norms
+            have none.
+        warmup_ratio: share of the steps, in [0, 1), over which the learning rate climbs to its peak.
+        lr_scheduler: course of the learning rate after that: "linear", "cosine", "constant",
+            "constant_with_warmup", "polynomial" or "inverse_sqrt".
+        max_grad_norm: norm to which larger gradients are scaled down; 0 leaves them.
+        max_length: tokens kept of each row; how many rows are cut is reported.
+        seed: seed of the new head, the adapter, the order of rows and dropout.
+        start_batches: batches of training rows that a start from data looks at before training, where
+            `init_lora_weights` is "eva", "corda" or "lora_ga".
+        eval_steps: steps between evaluations. None evaluates once an epoch.
+        save_steps: steps between checkpoints, besides the one at each evaluation. None writes no others.
+        save_total_limit: checkpoints to keep: the newest, and always the best.
+        early_stopping_patience: evaluations without a better result after which training stops. None never
+            stops early.
+        metric_for_best: metric that decides which checkpoint is the best, "loss" included. None takes the
+            task's own.
+        load_best: end with the best checkpoint instead of the last.
+        loraplus_lr_ratio: learning rate of B over that of A (LoRA+; Hayou et al., 2024, advise 2 to 16). None
+            or 1 trains both at one rate.
+        chunked_loss: compute a language model's loss a few tokens at a time, without the matrix of all
+            logits: the same loss and gradients in a fraction of the memory.
+        group_by_length: put rows of similar lengths into one batch, which saves padding.
+        bf16: bfloat16 autocast. Needs a device that has it.
+        fp16: float16 autocast with loss scaling. Needs a GPU.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more
+            time.
+        logging_steps: steps between log entries.
+        report_to: trackers that receive them: "tensorboard", "wandb", "mlflow", ... An empty list is none.
+        arguments: any other fields of transformers.TrainingArguments, passed on as they are.
+    """
+
+    learning_rate: float | None = None
+    epochs: float | None = None
+    max_steps: int | None = None
+    batch_size: int = 16
+    auto_batch_size: bool = False
+    eval_batch_size: int = 64
+    gradient_accumulation: int = 1
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.06
+    lr_scheduler: str = "linear"
+    max_grad_norm: float = 1.0
+    max_length: int = 128
+    seed: int = 0
+    start_batches: int = 16
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    save_total_limit: int = 2
+    early_stopping_patience: int | None = None
+    metric_for_best: str | None = None
+    load_best: bool = True
+    loraplus_lr_ratio: float | None = None
+    chunked_loss: bool = True
+    group_by_length: bool = True
+    bf16: bool = False
+    fp16: bool = False
+    gradient_checkpointing: bool = False
+    logging_steps: int = 10
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in (
+            "batch_size",
+            "start_batches",
+            "eval_batch_size",
+            "gradient_accumulation",
+            "max_length",
+            "logging_steps",
+        ):
+            expect(self, name, getattr(self, name) > 0, "more than 0")
+        for name in (
+            "learning_rate",
+            "epochs",
+            "max_steps",
+            "eval_steps",
+            "save_steps",
+            "early_stopping_patience",
+            "loraplus_lr_ratio",
+        ):
+            value = getattr(self, name)
+            expect(self, name, value is None or value > 0, "None or more than 0")
+        for name in ("weight_decay", "max_grad_norm"):
+            expect(self, name, getattr(self, name) >= 0, "0 or more")
+        expect(self, "save_total_limit", self.save_total_limit >= 1, "at least 1")
+        expect(self, "warmup_ratio", 0 <= self.warmup_ratio < 1, "a share in [0, 1)")
+        expect(self, "lr_scheduler", self.lr_scheduler in SCHEDULERS, f"one of {SCHEDULERS}")
+        ends = self.lr_scheduler == "polynomial" and "lr_scheduler_kwargs" not in self.arguments
+        expect(
+            self,
+            "learning_rate",
+            not ends or self.learning_rate is None or self.learning_rate > 1e-7,
+            "more than 1e-7, where the polynomial schedule ends",
+        )
+        expect(self, "fp16", not (self.fp16 and self.bf16), "False where bf16 is True")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How text is written, and what it is scored by.
+
+    The most likely token each time, unless this says otherwise: a model's own generation_config.json is asked
+    for its special tokens, and for nothing else.
+
+    Args:
+        metrics: scores of what the model writes, in each evaluation: any of "bleu", "nist", "ter", "rouge",
+            "meteor", "rouge_l", "cider", "exact_match", "f1", "logical_form". Empty writes nothing there, and
+            leaves loss and perplexity.
+        max_new_tokens: tokens written at most.
+        num_beams: continuations kept in beam search; 1 searches none.
+        length_penalty: exponent of the length by which a beam's log-likelihood is divided: above 0 favours
+            long texts.
+        no_repeat_ngram_size: no run of so many tokens is written twice; 0 allows all.
+        repetition_penalty: divisor of the odds of tokens that were there before; 1 is none.
+        do_sample: draw tokens instead of taking the most likely.
+        temperature: divisor of the logits in drawing; below 1 is more certain.
+        top_k: draw from so many of the most likely tokens; 0 is all.
+        top_p: draw from the most likely tokens that together have this probability; 1 is all.
+        batch_size: prompts that are written for at once, on each device.
+        eval_rows: prompts written for in an evaluation during training, the first ones. None takes all; the
+            scores after training always rest on all.
+        arguments: any other fields of transformers.GenerationConfig, passed on as they are.
+    """
+
+    metrics: list[str] = field(default_factory=list)
+    max_new_tokens: int = 64
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    repetition_penalty: float = 1.0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    batch_size: int = 16
+    eval_rows: int | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        of = "generation."
+        for name in ("max_new_tokens", "num_beams", "batch_size", "repetition_penalty", "temperature"):
+            expect(self, name, getattr(self, name) > 0, "more than 0", of)
+        for name in ("no_repeat_ngram_size", "top_k"):
+            expect(self, name, getattr(self, name) >= 0, "0 or more", of)
+        expect(self, "top_p", 0 < self.top_p <= 1, "a probability in (0, 1]", of)
+        expect(self, "eval_rows", self.eval_rows is None or self.eval_rows > 0, "None or more than 0", of)
+
+
+def as_texts(config: Any, *names: str) -> None:
+    """Take a path as its text, which YAML and JSON have a form for."""
+    for name in names:
+        if isinstance(value := getattr(config, name), Path):
+            object.__setattr__(config, name, str(value))
+
+
+def expect(config: Any, name: str, ok: bool, expected: str, prefix: str = "") -> None:
+    """Refuse a field's value that is not as expected.
+
+    Raises:
+        ConfigError: `ok` is false; the message calls the field `prefix` + `name`.
+    """
+    if not ok:
+        raise ConfigError(f"{prefix}{name} must be {expected}, not {getattr(config, name)!r}")

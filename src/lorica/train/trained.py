@@ -1,0 +1,283 @@
+"""A trained model in use: opened from its folder, scored, and asked for predictions."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset, Image
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from lorica.checkpoint import is_adapter
+from lorica.errors import FileError
+from lorica.model import load
+from lorica.train import presets, tasks
+from lorica.train.console import make_console, quiet
+from lorica.train.data import splits as sources
+from lorica.train.data.sources import holds_images, images_in
+from lorica.train.data.splits import Rows
+from lorica.train.data.tables import Table, as_found
+from lorica.train.data.text import read_lines
+from lorica.train.generation.writing import Writer, written_scores
+from lorica.train.prepared import encode_split, notes_on, quantized_loading
+from lorica.train.recipe import Recipe
+from lorica.train.run import RECIPE
+from lorica.train.settings import GenerationConfig
+from lorica.train.system import writable_file
+from lorica.train.tasks import LanguageTask, Task
+from lorica.train.tasks.base import own_loss
+from lorica.train.trainer.checkpoints import last_checkpoint
+from lorica.train.trainer.fit import score
+from lorica.train.trainer.trainer import Trainer
+
+Asked = Sequence[str] | str | Path | Table
+"""What is to be predicted: texts, a file's or a folder's path, or a table of rows."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, ready to use.
+
+    Args:
+        recipe: what made it.
+        task: what it does.
+        tokenizer: its tokenizer.
+        model: the model, with its adapter, frozen.
+    """
+
+    recipe: Recipe
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+
+
+def open_run(directory: str | Path, *, trust_task: bool = False) -> Trained:
+    """Load what `train` left in a folder, or what ``lorica merge`` made of it.
+
+    Args:
+        directory: the folder.
+        trust_task: use it also where its recipe's task is code, ``file.py:Class``, which then runs here.
+
+    Raises:
+        FileError: the folder is no such folder.
+        ConfigError: the task is code, and not trusted.
+    """
+    directory = Path(directory)
+    recipe = recipe_of(directory, trust_task=trust_task)
+    task = tasks.get(recipe.task)
+    adapted = is_adapter(directory)
+    if not adapted and not (directory / "config.json").is_file():
+        hint = (
+            "; training did not finish: resume it with --resume"
+            if last_checkpoint(directory / "checkpoints")
+            else ""
+        )
+        raise FileError(f"{directory} holds neither an adapter nor a model{hint}")
+    with quiet():
+        tokenizer = task.tokenizer(str(directory))
+        if adapted:
+            base = task.model(recipe.model, recipe.data, **quantized_loading(recipe, task))
+            model = load(base, directory)
+        else:
+            model = task.model(str(directory), recipe.data)
+    task.pad(model, tokenizer)
+    return Trained(recipe, task, tokenizer, model.eval())
+
+
+def recipe_of(directory: str | Path, *, trust_task: bool = False) -> Recipe:
+    """The recipe in a folder that `train` filled.
+
+    Args:
+        directory: the folder.
+        trust_task: as in `Recipe.load`.
+
+    Raises:
+        FileError: the folder is no such folder.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileError(f"there is no folder {directory}")
+    if not (directory / RECIPE).is_file():
+        raise FileError(
+            f"{directory} has no {RECIPE}, so it was not made by `lorica train`; expected that command's "
+            "--output folder"
+        )
+    return Recipe.load(directory / RECIPE, trust_task=trust_task)
+
+
+def evaluate(
+    directory: str | Path,
+    test: str | Rows | None = None,
+    *,
+    generation: GenerationConfig | None = None,
+    predictions: str | Path | None = None,
+    trust_task: bool = False,
+) -> dict[str, float]:
+    """Score a trained model.
+
+    Args:
+        directory: the folder that `train` filled.
+        test: rows to score it on, in any form that `DataConfig.train` takes, or in memory. None takes the
+            test rows of its recipe, as many as it names.
+        generation: how a language model writes text, and by what that is scored. None takes its recipe's.
+        predictions: file for what it wrote: JSON lines of ``prompt``, ``generated`` and ``references``.
+        trust_task: as in `open_run`.
+
+    Returns:
+        The task's metrics, the loss, and ``rows``, how many there were.
+
+    Raises:
+        FileError: the folder or the rows are missing.
+        ConfigError: the rows do not have the columns or labels that the model was trained on.
+    """
+    if predictions is not None:
+        writable_file(predictions)
+    trained = open_run(directory, trust_task=trust_task)
+    recipe = trained.recipe
+    if test is not None:
+        tagged = trained.task.tagged
+        used = sources.laid_out(sources.load_test(test, recipe.data, tagged=tagged), recipe.data)
+    else:
+        loaded = sources.load(recipe.data, tagged=trained.task.tagged)
+        found = sources.labelled(loaded, recipe.data).used()
+        if "test" not in found:
+            raise FileError("the recipe has no test rows with labels; name some with --data.test")
+        used = sources.part(found["test"], "test", recipe.data)
+    with quiet():
+        encoded, used = encode_split(recipe, trained.task, trained.tokenizer, used)
+    _tell(notes_on(trained.task, recipe.data, used))
+    if used.skipped:
+        _tell([f"{used.skipped:,} rows are left out, the first of them because {used.first}"])
+    recipe = recipe if generation is None else recipe.replace(generation=generation)
+    with quiet():
+        scores = written_scores(
+            recipe, trained.task, trained.tokenizer, trained.model, encoded.features, predictions
+        )
+    with scoring(trained) as trainer:
+        return {**score(trainer, encoded.features), **scores, "rows": len(encoded)}
+
+
+def predict(
+    directory: str | Path,
+    texts: Asked,
+    *,
+    generation: GenerationConfig | None = None,
+    trust_task: bool = False,
+) -> list[dict[str, Any]]:
+    """Predict with a trained model.
+
+    Args:
+        directory: the folder that `train` filled.
+        texts: texts; or rows in memory, in any form that `train` takes; or a file or a folder of them in any
+            form that `DataConfig.train` takes. A ``.txt`` file holds one text a line; a folder of images
+            needs no classes.
+        generation: how a language model writes. None takes its recipe's.
+        trust_task: as in `open_run`.
+
+    Returns:
+        A dictionary for each row: the texts, and what the task says of them, such as ``label`` and
+        ``probability``; a language model's ``generated``.
+
+    Raises:
+        FileError: the folder or the file is missing.
+        ConfigError: the rows do not have the columns that the model was trained on.
+    """
+    trained = open_run(directory, trust_task=trust_task)
+    recipe, task = trained.recipe, trained.task
+    rows, where = _asked(trained, texts)
+    rows = presets.lay_out(rows, recipe.data.preset)
+    with quiet():
+        if isinstance(task, LanguageTask):
+            prompts = task.prompts(rows, recipe.data, trained.tokenizer, where)
+            writer = Writer(trained.tokenizer, generation or recipe.generation, make_console(stderr=True))
+            outputs, features = writer.texts(trained.model, prompts), rows
+        else:
+            encoded = task.encode(
+                rows, recipe.data, trained.tokenizer, recipe.training.max_length, where, labelled=False
+            )
+            features = encoded.features
+            with scoring(trained) as trainer:
+                outputs = trainer.predict(features).predictions  # type: ignore[arg-type]
+    columns = [name for name in task.inputs(recipe.data) if name in rows.column_names]
+    plain = _undecoded(rows).select_columns(columns).to_list() if columns else [{}] * len(rows)
+    given = [{name: _shown(value) for name, value in row.items()} for row in plain]
+    answers = task.read(outputs, features, recipe.data)
+    return [{**row, **said} for row, said in zip(given, answers, strict=True)]
+
+
+def _asked(trained: Trained, texts: Asked) -> tuple[Dataset, str]:
+    """The rows to predict, and what to call them."""
+    recipe, task = trained.recipe, trained.task
+    if not isinstance(texts, (str, Path)):
+        if isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts):
+            if not texts:
+                raise FileError("there is no text to predict")
+            return task.rows(texts, recipe.data), "the rows"
+        return as_found(texts).rows, "the rows"
+    path = Path(texts)
+    if path.is_dir() and task.reads_files and holds_images(path):
+        return task.rows([str(file) for file in images_in(path)], recipe.data), str(texts)
+    if path.suffix == ".txt" and path.is_file():
+        # A line is a text, also of words whose classes are to be told.
+        if not (lines := read_lines(path, recipe.data.encoding)):
+            raise FileError(f"{texts} holds no rows to predict")
+        return task.rows(lines, recipe.data), str(texts)
+    used = sources.load_test(str(texts), recipe.data, tagged=task.tagged)
+    _tell([f"{used.origin.source}: {note}" for note in used.origin.notes])
+    return used.rows, used.origin.source
+
+
+def _tell(notes: Sequence[str]) -> None:
+    """Print what a user should know of how rows were read, where it is not taken for results."""
+    console = make_console(stderr=True)
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    for name, feature in rows.features.items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+    return rows
+
+
+def _shown(value: Any) -> Any:
+    """A value as JSON has it: of an image, its path."""
+    return value.get("path") if isinstance(value, dict) and set(value) == {"bytes", "path"} else value
+
+
+class scoring:
+    """A trainer that only scores and predicts, and leaves no folder behind."""
+
+    def __init__(self, trained: Trained) -> None:
+        self._trained = trained
+        self._folder = tempfile.TemporaryDirectory()
+
+    def __enter__(self) -> Trainer:
+        args = TrainingArguments(
+            output_dir=self._folder.name,
+            per_device_eval_batch_size=self._trained.recipe.training.eval_batch_size,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            prediction_loss_only=not self._trained.task.reads_outputs,
+        )
+        trained = self._trained
+        trainer = Trainer(
+            model=trained.model,
+            args=args,
+            processing_class=trained.tokenizer,
+            data_collator=trained.task.collator(trained.tokenizer),
+            score=trained.task.metrics,
+            loss=own_loss(trained.task),
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        return trainer
+
+    def __exit__(self, *error: object) -> None:
+        self._folder.cleanup()

@@ -1,0 +1,1 @@
+"""The training itself: one Trainer, its loss, its optimizer, and what happens around its steps."""
