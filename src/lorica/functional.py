@@ -12,6 +12,7 @@ one byte per element for the dropout mask, and A·x (tokens × r).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ except ModuleNotFoundError:  # torch runs without it, and so does lorica
     numpy = None
 
 _LEVELS = 256  # a mask element is drawn from eight random bits
+_EVEN = 1 / 65504  # float16's largest number
 _NARROW = 1024  # widths up to which `A·xᵀ` beats `x·Aᵀ` on a CPU, by a third
 
 
@@ -91,6 +93,18 @@ def low_rank(
 ) -> Float[Tensor, "... d_out"]:
     """The update alone, ``scale · B·A·dropout(x)``, in x's dtype, by plain differentiable operations."""
     return F.linear(F.linear(dropout(x, p), A.to(x.dtype)), B.to(x.dtype)).mul(scale)
+
+
+def evened(A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:
+    """The factors with a scale that half precision has no room for divided between them; others as they are.
+
+    What goes through the products, or comes back through them, is multiplied by the scale last: by one beyond
+    65,504 a gradient overflows in float16, by one below 1/65,504 it vanishes.
+    """
+    if _EVEN < abs(scale) < 1 / _EVEN or not scale:
+        return A, B, scale
+    root = math.sqrt(abs(scale))
+    return A * root, B * math.copysign(root, scale), 1.0
 
 
 def row_norm(

@@ -178,8 +178,8 @@ class LoraLayer(AskedLayer):
 
     def update_of(self, name: str) -> tuple[Tensor, Tensor, float, float]:
         """A, B, scale, and the dropout probability in force now (0 in evaluation)."""
-        A, B = self.factor_parameters(name)
-        return A, B, self.scaling[name], self.lora_dropout[name] if self.training else 0.0
+        p = self.lora_dropout[name] if self.training else 0.0
+        return (*functional.evened(*self.factor_parameters(name), self.scaling[name]), p)
 
     def factor_parameters(self, name: str) -> tuple[Parameter, Parameter]:
         """The adapter's A and B."""
@@ -216,8 +216,9 @@ class LoraLayer(AskedLayer):
         magnitude = self.magnitude_parameter(name)
         if magnitude is None:
             return None
-        A, B = (factor.flatten(1).to(dtype or factor.dtype) for factor in self.factor_parameters(name))
-        return magnitude / self.row_norm(self, A, B, self.scaling[name], self.weight_beside(name))
+        *factors, scale, _ = self.update_of(name)
+        A, B = (factor.flatten(1).to(dtype or factor.dtype) for factor in factors)
+        return magnitude / self.row_norm(self, A, B, scale, self.weight_beside(name))
 
     @classmethod
     def row_norm(

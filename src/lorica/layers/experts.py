@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lorica import functional
 from lorica.adapter import Factors, Kind
 from lorica.folding import fold
 from lorica.layers.base import LoraLayer
@@ -52,7 +53,11 @@ class ParameterUpdate(nn.Module):
 
     def product(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The matrices, stacked over experts, whose product, times the scale, is laid out as W0."""
-        A, B = (factor.to(dtype) for factor in self.factor_parameters(name))
+        A, B = self.factor_parameters(name)
+        return self._laid_out(A.to(dtype), B.to(dtype))
+
+    def _laid_out(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """As `product`, of any factors."""
         if self.experts is None:
             return B, A
         A = A.reshape(self.experts, -1, A.shape[1])
@@ -84,7 +89,9 @@ class ParameterUpdate(nn.Module):
         add = torch.addmm if self.experts is None else torch.baddbmm
         for name in names:
             if name in self.scaling:
-                weight = add(weight, *self.product(name, weight.dtype), alpha=self.scaling[name])
+                A, B, scale = functional.evened(*self.factor_parameters(name), self.scaling[name])
+                matrices = self._laid_out(A.to(weight.dtype), B.to(weight.dtype))
+                weight = add(weight, *matrices, alpha=scale)
         return weight
 
 
