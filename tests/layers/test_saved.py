@@ -141,3 +141,31 @@ def test_rows_of_a_module_that_is_called_by_keywords_alone() -> None:
     model(x)
     with lorica.mixed(model, ["default", None]), pytest.raises(StateError, match=r"\(pixels\).*the rows"):
         model(x)
+
+
+class Reader(nn.Module):
+    """A scorer by its own table's weight, as MobileBERT's head and torch's fused kernels read theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Linear(4, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.table.weight.mT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_part_whose_weight_its_parent_reads(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(4, 4), Reader()).to(dtype)
+    lorica.adapt(model, lorica.LoraConfig(r=1, target_modules=["0"], modules_to_save=["table"]))
+    own = model[1].table.modules_to_save["default"].weight
+    with torch.no_grad():
+        own.add_(1)
+    x = torch.randn(2, 4, dtype=dtype)
+    y = model(x)
+    assert torch.equal(y, model[0](x) @ own.mT)
+    y.sum().backward()
+    assert own.grad is not None
+    with pytest.raises(StateError, match=r"1\.table is read past its layer"):
+        lorica.mixed(model, ["default", None])

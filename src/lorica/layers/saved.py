@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorica.errors import StateError
 from lorica.layers.ecosystem import AskedModule, base_of, told
 from lorica.layers.masters import call_lowered, lowered, raise_precision
+from lorica.layers.reading import reading_of
 from lorica.layers.swapped import SwappedModule
 
 
@@ -163,6 +164,7 @@ def _held(module: nn.Module) -> set[str]:
     return {name for table in tables for name in table} - {"modules_to_save"}
 
 
-def read_by(parent: nn.Module | None) -> bool:
-    """Whether a module reads the weights of its parts without calling them, always or at times."""
-    return isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+def read_by(parent: nn.Module | None, part: nn.Module) -> bool:
+    """Whether a module reads the weights of a part without calling it, always or at times."""
+    fused = isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+    return fused or reading_of(part, parent).read

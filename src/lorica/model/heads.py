@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorica.errors import StateError
-from lorica.layers import LoraLayer, SavedModule
+from lorica.layers import LoraLayer, SavedModule, TrainedTokens
 
 
 def check_head(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -33,7 +33,7 @@ def check_head(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     if not fused:
         return
     head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    if not isinstance(head, LoraLayer | SavedModule):
+    if not isinstance(head, LoraLayer | SavedModule | TrainedTokens):
         return
     if head.adapter_state.rows is not None or (isinstance(head, LoraLayer) and head.acting()):
         path = next(path for path, module in model.named_modules() if module is head)

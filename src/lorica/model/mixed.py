@@ -65,7 +65,7 @@ class mixed:
             own: Container[str] = ()
             if isinstance(module, LoraLayer) and not module.rows_differ:
                 own = module.scaling
-            elif isinstance(module, SavedModule) and read_by(parent):
+            elif isinstance(module, SavedModule) and read_by(parent, module):
                 own = module.modules_to_save
             routed = isinstance(module, LoraLayer) and _is_expert(path) and len(set(rows.names)) > 1
             if routed and not own and any(name in module.scaling for name in used):  # type: ignore[union-attr]

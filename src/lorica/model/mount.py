@@ -196,7 +196,7 @@ def _copy(
         hosts.append(module)
         try:
             parent = module_at(root, path.rpartition(".")[0]) if path else None
-            module.add_copy(name, trainable=trainable, master=not read_by(parent))
+            module.add_copy(name, trainable=trainable, master=not read_by(parent, module))
             release(module.modules_to_save[name])
         except Exception as error:
             for host in hosts:
