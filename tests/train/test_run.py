@@ -1,7 +1,11 @@
+"""A run killed at any moment and resumed ends with the same file as one that was never interrupted."""
+
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,3 +277,13 @@ def test_a_recipe_survives_as_it_was_written(run: Path) -> None:
 def test_what_has_no_form_in_json() -> None:
     with pytest.raises(TypeError, match="not JSON serializable"):
         as_json({"x": object()})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes, and this system cannot fork")
+def test_a_killed_run_resumes_to_the_same_adapter(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("killed.py")
+    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert len(outcome) == 10
+    assert outcome == {name: [-9, 0, True] for name in outcome}, done.stderr

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from train.test_generation import restless
-from train.test_language_tasks import TEMPLATE, decoder, tokenizer
+from train.generation.test_writing import restless
+from train.tasks.test_language import TEMPLATE, decoder, tokenizer
 from transformers import LlamaForCausalLM
 
 import lorica

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from train import tiny
-from train.test_language_tasks import decoder, tokenizer
+from train.tasks.test_language import decoder, tokenizer
 
 from lorica.errors import FileError
 from lorica.train import Recipe, Record, RowError, evaluate, predict, prepare, train

@@ -7,10 +7,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lorica.errors import StateError
+from lorica.errors import FileError, StateError
 from lorica.train import Recipe, train
+from lorica.train import system as files
 from lorica.train.system import alone_in
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.json"
+    files.write_atomically(path, "old")
+
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        files.write_atomically(path, "new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.json", "old")]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=r"cannot write to .*file/run: .*; choose another folder"):
+        files.writable_directory(tmp_path / "file" / "run")
+    assert files.writable_directory(tmp_path / "a" / "b").is_dir()
+
+
+def test_sizes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("xyz")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b").write_text("xy")
+    assert files.bytes_of(tmp_path / "a") == 3
+    assert files.bytes_of(tmp_path) == 5
+
 
 HOLD = """
 import sys, time
@@ -66,3 +97,22 @@ def test_training_into_a_folder_in_use_is_refused_and_changes_nothing(
         with pytest.raises(StateError, match="another run is at work in"):
             train(recipe, **options)
         assert list(folder.iterdir()) == []
+
+
+PARENT = """
+import subprocess, sys
+ballast = bytearray(600_000_000)
+print(subprocess.check_output([sys.executable, "-c", sys.argv[1]], text=True))
+"""
+
+CHILD = "from lorica.train.system import peak_memory; print(peak_memory())"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is its own")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_a_process_is_not_charged_for_what_its_parent_had() -> None:
+    alone, child = (
+        int(subprocess.check_output([sys.executable, "-c", *argv], text=True))
+        for argv in ([CHILD], [PARENT, CHILD])
+    )
+    assert child < alone + 200_000_000

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from train.test_language_tasks import TEMPLATE, tokenizer
+from train.tasks.test_language import TEMPLATE, tokenizer
 
 from lorica.errors import LoricaError
 from lorica.train import DataConfig, tasks

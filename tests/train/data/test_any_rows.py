@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from train import tiny
-from train.test_language_tasks import decoder, tokenizer
+from train.tasks.test_language import decoder, tokenizer
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lorica.cli import main

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from train import tiny
-from train.test_language_tasks import TEMPLATE, decoder, encode, run, tokenizer
+from train.tasks.test_language import TEMPLATE, decoder, encode, run, tokenizer
 from transformers import BertModel, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import lorica

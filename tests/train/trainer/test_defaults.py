@@ -1,15 +1,92 @@
 from __future__ import annotations
 
 import inspect
+import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tiny import transformer
+from torch import nn
 from transformers import BertForSequenceClassification
 
+import lorica
+from lorica import baselines
 from lorica.errors import ConfigError, LoricaError
-from lorica.train import Recipe, Record, train
+from lorica.train import Recipe, Record, TrainingConfig, train
+from lorica.train.trainer.defaults import MOST_PASSES, chosen, passes, rate, settled
+
+
+def wide(width: int) -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.config = type("Config", (), {"hidden_size": width})()  # type: ignore[assignment]
+    return model
+
+
+def adapted(width: int, config: Any = None) -> nn.Module:
+    # Llama has no biases.
+    model: Any = transformer("bert" if isinstance(config, baselines.BitFitConfig) else "llama")
+    lorica.adapt(model, config or lorica.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.config.hidden_size = width
+    return model
+
+
+def test_the_rate_falls_with_the_width() -> None:
+    rates = [rate(adapted(width)) for width in (384, 768, 2000, 4096, 12288)]
+    assert rates == [1.0e-3, 7.5e-4, 5.0e-4, 3.7e-4, 2.3e-4]
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        (baselines.FullConfig(), 0.1),
+        (baselines.BitFitConfig(), 3.0),
+        (baselines.AdapterHConfig(bottleneck=2), 2.0),
+        ([lorica.LoraConfig(r=2, target_modules=["q_proj"]), baselines.PreLayerConfig(prefix=2)], 1.0),
+    ],
+)
+def test_each_method_has_its_factor(config: Any, factor: float) -> None:
+    assert rate(adapted(2000, config)) == pytest.approx(5e-4 * factor)
+
+
+def test_what_carries_no_adapter_is_trained_whole() -> None:
+    assert rate(wide(2000)) == pytest.approx(5e-5)
+    assert rate(nn.Linear(2, 2)) == pytest.approx(5e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 200, 400, 800, 2490, 3668, 8551])
+def test_few_rows_get_more_passes(rows: int) -> None:
+    training = TrainingConfig()
+    found = passes(rows, training, 600)
+    assert 3 <= found <= MOST_PASSES
+    steps = found * math.ceil(rows / 16)
+    assert steps >= 600 or found == MOST_PASSES
+    assert found == 3 or steps < 600 + math.ceil(rows / 16) or found == MOST_PASSES
+
+
+def test_a_batch_that_is_gathered_counts_as_one_step() -> None:
+    one = passes(400, TrainingConfig(batch_size=32), 600)
+    assert one == passes(400, TrainingConfig(batch_size=8, gradient_accumulation=4), 600)
+
+
+def test_a_users_values_win() -> None:
+    given = TrainingConfig(learning_rate=0.3, epochs=1.5)
+    assert settled(given, 10, wide(8)) == given
+    steps = settled(TrainingConfig(max_steps=7), 10, wide(8))
+    assert steps.max_steps == 7
+    assert set(chosen(TrainingConfig(max_steps=7), steps)) == {"learning_rate"}
+
+
+def test_a_run_keeps_what_was_chosen(make_recipe: Callable[..., Recipe], capsys: Any) -> None:
+    recipe = make_recipe(learning_rate=None, max_steps=2)
+    result = train(recipe)
+    record = json.loads((result.output / "run.json").read_text())
+    assert record["results"]["chosen"] == {"learning_rate": record["recipe"]["training"]["learning_rate"]}
+    assert Recipe.load(result.output / "recipe.yaml").training.learning_rate == result.chosen["learning_rate"]
+    assert f"chosen: learning rate {result.chosen['learning_rate']:g}" in capsys.readouterr().out
+    assert train(recipe, resume=True).metrics == result.metrics
 
 
 @pytest.fixture
