@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lorica
-from lorica.errors import FileError
+from lorica.checkpoint import loralib
+from lorica.errors import FileError, LoricaError
 
 FACTORS = torch.ones(2, 8), torch.ones(8, 2)
 MLX = {
@@ -78,6 +79,29 @@ def test_files_of_other_libraries(names: tuple[str, str], message: str, tmp_path
     with pytest.raises(FileError, match=message) as found:
         lorica.load(net(), tmp_path / "lora.safetensors")
     assert "damaged" not in str(found.value)
+
+
+@pytest.mark.parametrize("alpha", [None, 4.0])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("lora_unet_x.lora_down.weight", "lora_unet_x.alpha"), "of kohya's sd-scripts"),
+        (("unet.x.lora_A.weight", "unet.x.lora_B.weight"), "of diffusers'"),
+        (("layers.0.q_proj.lora_a", "layers.0.q_proj.lora_b"), "of MLX's"),
+        (("q_proj.lora_a.weight", "q_proj.lora_b.weight"), "of torchtune's"),
+        (("x.lora_A.weight", "x.lora_B.weight"), "not a loralib adapter"),
+        (("x.weight", "y.weight"), "there is no lora_A or lora_B in it"),
+    ],
+)
+def test_none_is_taken_for_loralibs(
+    names: tuple[str, str], message: str, suffix: str, alpha: float | None, tmp_path: Path
+) -> None:
+    file = tmp_path / f"lora.{suffix}"
+    save_file(tensors(*names), file) if suffix == "safetensors" else torch.save(tensors(*names), file)
+    with pytest.raises(LoricaError, match=message) as found:
+        loralib.read(file, alpha)
+    assert "is a checkpoint of loralib's" not in str(found.value)
 
 
 def test_a_file_of_an_adapter_is_not_its_folder(tmp_path: Path) -> None:

@@ -43,14 +43,21 @@ def _folder(path: Path) -> str | None:
 def _by_keys(path: Path) -> str | None:
     try:
         with safetensors.safe_open(path, "pt") as file:
-            names: Iterable[str] = list(file.keys())
+            return by_names(list(file.keys()))
     except Exception:  # no safetensors: whatever it is, it is no folder
         return None
+
+
+def by_names(names: Iterable[str]) -> str | None:
+    """What a file is, by the names of its tensors; None if not known."""
+    names = list(names)
     ends = {name.rpartition(".")[2] for name in names}
     if any(".lora_down." in name or ".lora_up." in name for name in names):
         return _KOHYA
     if {"lora_a", "lora_b"} & ends:
         return _MLX
+    if any(name.endswith((".lora_a.weight", ".lora_b.weight")) for name in names):
+        return _TORCHTUNE
     if any(name.startswith(("unet.", "text_encoder.", "transformer.")) for name in names):
         return _DIFFUSERS
     return None

@@ -18,6 +18,7 @@ from torch import Tensor
 from lorica.adapter import TOKEN_ROWS, Adapter, Factors
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.derived import derived_config
+from lorica.checkpoint.foreign import by_names
 from lorica.checkpoint.fused import Parts, ends_with, fused_parts, groups, packed, unpacked
 from lorica.checkpoint.tensors import load, named_tensors, save
 from lorica.errors import AdapterError, ConfigError, FileError, lines, listing, nearest
@@ -53,20 +54,25 @@ def read(
         The adapter, on the CPU; tensors keep their dtype.
 
     Raises:
-        FileError: there is no such file, or it is damaged.
+        FileError: there is no such file, it is damaged, or another library's.
         ConfigError: `lora_alpha` is missing, or a setting is wrong.
         AdapterError: with the whole list of what in it is not a loralib adapter's.
     """
     file = _file(Path(path))
-    if lora_alpha is None:
+    tensors = _load(file)
+    own = any(name.endswith((".lora_A", ".lora_B")) for name in tensors)
+    if not own and (other := by_names(tensors)) is not None:
+        raise FileError(f"{file} is {other}; this reads loralib's checkpoints")
+    if own and lora_alpha is None:
         raise ConfigError(
             f"{file} is a checkpoint of loralib's, which does not hold lora_alpha; the update is alpha / r "
             "times B·A, and only the script that trained it knows alpha. Give it: --alpha on the command "
             "line, lora_alpha= in Python"
         )
     try:
+        alpha = 1.0 if lora_alpha is None else lora_alpha
         adapter = from_tensors(
-            _load(file), lora_alpha, fused_parts(enable_lora, split), embeddings=embeddings, **settings
+            tensors, alpha, fused_parts(enable_lora, split), embeddings=embeddings, **settings
         )
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from None
