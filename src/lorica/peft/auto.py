@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 from lorica.checkpoint.hub import locate
 from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import ConfigError, require
-from lorica.peft import places
-from lorica.peft.config import PeftConfig
+from lorica.peft.config import PeftConfig, split_hub
 from lorica.peft.peft_model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftModel,
@@ -80,7 +79,7 @@ class AutoPeftModel:
             name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs
         }
         for_adapter |= {**account, "revision": revision}
-        folder = locate(pretrained_model_name_or_path, **places.split_hub(for_adapter)[0])
+        folder = locate(pretrained_model_name_or_path, **split_hub(for_adapter)[0])
         saved = PeftConfig.from_pretrained(folder)
         if not saved.base_model_name_or_path:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""PEFT's configuration classes over lorica's: the same fields, which can be assigned too."""
+"""PEFT's configuration classes over lorica's, whose fields can be assigned; options of loading."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft import CONFIG_FILE, read_settings
 from lorica.config.foreign import FOREIGN, without_foreign
 from lorica.config.inits import SETTINGS
-from lorica.errors import ConfigError, LoricaWarning, nearest
-from lorica.peft.places import check_options, split_hub
+from lorica.errors import ConfigError, LoricaWarning, listing, nearest
 from lorica.reading import read_object
 
 __version__ = "0.21.2+lorica"
@@ -27,6 +26,25 @@ __version__ = "0.21.2+lorica"
 
 
 _DEFAULTS = {"eva_config": "EVA", "corda_config": "CorDA"}
+_HUB = (
+    "subfolder",
+    "revision",
+    "token",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "repo_type",
+    "user_agent",
+    "etag_timeout",
+    "headers",
+    "endpoint",
+    "library_name",
+    "library_version",
+    "local_dir",
+)
+# An adapter is read on the CPU and goes where its base is; PEFT's ways of spreading it have nothing to do.
+_PLACES = ("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index")
 _NEED_OTHERS = ("layers_pattern", "target_modules")
 """Fields of which some values are right only beside another field's."""
 
@@ -308,6 +326,34 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig:
         ConfigError: another method, or a setting that lorica cannot honour.
     """
     return LoraConfig.from_dict(config_dict)
+
+
+def split_hub(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options that say where to find a file, and the others."""
+    hub = {name: value for name, value in options.items() if name in _HUB and value is not None}
+    if options.get("use_auth_token") is not None:
+        hub.setdefault("token", options["use_auth_token"])
+    return hub, {name: value for name, value in options.items() if name not in (*_HUB, "use_auth_token")}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of loading that mean nothing, and warn of those that PEFT ignores too.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    idle = [name for name in ("torch_dtype", "dtype") if options.get(name) is not None]
+    if idle:
+        warnings.warn(
+            f"{listing(idle)} is for loading the base; the adapter is float32, or as the base is with "
+            "autocast_adapter_dtype=False",
+            LoricaWarning,
+            stacklevel=3,
+        )
+    known = (*_PLACES, *_HUB, "ignore_mismatched_sizes", "torch_dtype", "dtype", "use_safetensors")
+    unknown = [f"{name!r}{nearest(name, known)}" for name in options if name not in known]
+    if unknown:
+        raise ConfigError(f"loading an adapter takes no {listing(unknown)}")
 
 
 def _write(path: Path, text: str) -> None:

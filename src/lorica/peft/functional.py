@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lorica.peft.mapping import inject_adapter_in_model as inject_adapter_in_model
-from lorica.peft.tuner import LoraModel
+from lorica.peft.tuners.lora.model import LoraModel
 from lorica.peft.utils.save_and_load import get_peft_model_state_dict as get_peft_model_state_dict
 from lorica.peft.utils.save_and_load import set_peft_model_state_dict as set_peft_model_state_dict
 

@@ -1,4 +1,4 @@
-"""Putting adapters on a model, by PEFT's functions."""
+"""PEFT's methods by name, which are LoRA alone, and adapters without a wrapper."""
 
 from __future__ import annotations
 
@@ -12,57 +12,18 @@ import lorica
 from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import ConfigError, TargetError
 from lorica.model.targets import resolve
-from lorica.peft.base import named_whole, put_again, to_meta
-from lorica.peft.checks import IdleWarning, warn_of_base, warn_of_name, without_idle
 from lorica.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
 from lorica.peft.config import PeftType, as_peft_config
 from lorica.peft.config import get_peft_config as get_peft_config
-from lorica.peft.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
-from lorica.peft.tuner import LoraModel
+from lorica.peft.mapping_func import get_peft_model as get_peft_model
+from lorica.peft.tuners.lora.model import LoraModel
+from lorica.peft.utils.integrations import to_meta
+from lorica.peft.utils.other import IdleWarning, named_whole, put_again, without_idle
 from lorica.state import as_uncompiled
 
 PEFT_TYPE_TO_TUNER_MAPPING = {PeftType.LORA: LoraModel}
 
 _MARKS = (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
-
-
-def get_peft_model(
-    model: nn.Module,
-    peft_config: CoreConfig,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel:
-    """Put a new adapter on a model, in place, and wrap it; the adapter acts at once, and trains.
-
-    Args:
-        model: any model.
-        peft_config: what to train; it is not changed.
-        adapter_name: of the adapter.
-        mixed: must be False: there is one method to mix.
-        autocast_adapter_dtype: keep A and B in float32 beside a base of less precision; False gives them the
-            base's.
-        revision: of the base, to be written down.
-        low_cpu_mem_usage: leave the adapter on the meta device, until its values are loaded.
-
-    Returns:
-        The wrapper that the configuration's task asks for.
-
-    Raises:
-        TargetError: a pattern matches nothing, or something that cannot be adapted.
-        ConfigError: the model is wrapped already, or `mixed` is set.
-    """
-    if mixed:
-        raise ConfigError("mixed=True mixes methods, and lorica.peft has LoRA alone; leave it out")
-    config = as_peft_config(peft_config)
-    if revision is not None:
-        config = config.replace(revision=revision)
-    warn_of_name(adapter_name)
-    warn_of_base(model, config)
-    wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", PeftModel)
-    return wrapper(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
 def inject_adapter_in_model(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from lorica.model import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from lorica.peft.config import PeftType as PeftType
 from lorica.peft.config import TaskType as TaskType
-from lorica.peft.starts import replace_lora_weights_loftq as replace_lora_weights_loftq
 from lorica.peft.utils import integrations as integrations
 from lorica.peft.utils.constants import CONFIG_NAME as CONFIG_NAME
 from lorica.peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -17,6 +16,7 @@ from lorica.peft.utils.constants import (
 from lorica.peft.utils.constants import WEIGHTS_NAME as WEIGHTS_NAME
 from lorica.peft.utils.error import NoMatchingPeftModuleError as NoMatchingPeftModuleError
 from lorica.peft.utils.error import PeftError as PeftError
+from lorica.peft.utils.loftq_utils import replace_lora_weights_loftq as replace_lora_weights_loftq
 from lorica.peft.utils.other import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
 from lorica.peft.utils.other import ModulesToSaveWrapper as ModulesToSaveWrapper
 from lorica.peft.utils.other import TrainableTokensWrapper as TrainableTokensWrapper

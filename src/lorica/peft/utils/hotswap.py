@@ -27,8 +27,8 @@ from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError
 from lorica.model.attach import attach_finite
 from lorica.model.merged import stay_adapted
 from lorica.model.structure import adapted, find_adapted, lora_layers
-from lorica.peft import loading, places
-from lorica.peft.config import as_peft_config
+from lorica.peft.config import as_peft_config, check_options, split_hub
+from lorica.peft.utils.save_and_load import conversions, read
 from lorica.state import AdapterState
 
 _PREFIX = "base_model.model."
@@ -61,10 +61,10 @@ def hotswap_adapter(
         AdapterError: no adapter of that name, or the new one does not fit the model; nothing has changed.
         StateError: an adapter is merged.
     """
-    hub, rest = places.split_hub(kwargs)
-    places.check_options(rest)
-    renames = loading.conversions(adapted(model)[0], None)
-    _exchange(model, loading.read(locate(model_name_or_path, **hub), key_mapping=renames), adapter_name)
+    hub, rest = split_hub(kwargs)
+    check_options(rest)
+    renames = conversions(adapted(model)[0], None)
+    _exchange(model, read(locate(model_name_or_path, **hub), key_mapping=renames), adapter_name)
 
 
 def hotswap_adapter_from_state_dict(

@@ -1,12 +1,73 @@
-"""What scripts import from `peft.utils.integrations`."""
+"""Other libraries: who knows PEFT's models by their class, quantizers, DeepSpeed, the meta device.
+
+transformers' Trainer, accelerate and TRL ask `isinstance(model, peft.PeftModel)` before they save, resume or
+freeze anything. There is nothing else to opt in by, so the model answers yes, as `unittest.mock` does:
+`__class__` says so, while `type(model)`, and with it every method, stays lorica's. Without PEFT the question
+is never asked; then transformers' own function that would ask is told.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import sys
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
+from lorica.layers import AskedModule
 from lorica.layers.quantized import quantizer_of, registry
+from lorica.model.structure import base_parameters, walk
+
+_CLASS = object.__dict__["__class__"]
+_ASKS = "_is_peft_model"
+
+
+@functools.cache
+def _joined(own: type, other: type) -> type:
+    return type(own.__name__, (own, other), {"__module__": own.__module__, "__doc__": own.__doc__})
+
+
+def _apparent_class(self: nn.Module) -> type:
+    own = type(self)
+    if torch.compiler.is_compiling():
+        return own
+    peft = sys.modules.get("peft")
+    if peft is not None and not getattr(peft, "__name__", "").startswith("lorica."):
+        theirs = next((vars(peft)[cls.__name__] for cls in own.__mro__ if cls.__name__ in vars(peft)), None)
+    else:
+        modeling = sys.modules.get("transformers.modeling_utils")
+        theirs = getattr(modeling, "PreTrainedModel", None)
+    return own if theirs is None else _joined(own, theirs)
+
+
+def _become(self: nn.Module, cls: type) -> None:
+    _CLASS.__set__(self, cls)
+
+
+apparent_class: Any = property(_apparent_class, _become)
+
+
+def tell_transformers(known: type[nn.Module]) -> None:
+    """Where PEFT is not installed, have transformers' Trainer treat `known` as it treats PEFT's models."""
+    if "transformers" not in sys.modules or importlib.util.find_spec("peft") is not None:
+        return
+    trainer_utils = importlib.import_module("transformers.trainer_utils")
+    asks = getattr(trainer_utils, _ASKS, None)
+    if asks is None or getattr(asks, "knows_lorica", False):
+        return
+
+    @functools.wraps(asks)
+    def is_peft_model(model: object) -> bool:
+        return isinstance(model, known) or asks(model)
+
+    is_peft_model.knows_lorica = True  # type: ignore[attr-defined]
+    for module in [module for name, module in sys.modules.items() if name.startswith("transformers.")]:
+        if vars(module).get(_ASKS) is asks:
+            setattr(module, _ASKS, is_peft_model)
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
@@ -25,3 +86,45 @@ def check_deepspeed_zero3_enabled() -> bool:
     """Whether DeepSpeed shards parameters in this process."""
     deepspeed = sys.modules.get("transformers.integrations.deepspeed")
     return deepspeed is not None and bool(deepspeed.is_deepspeed_zero3_enabled())
+
+
+def to_meta(model: nn.Module, name: str) -> None:
+    """Let an adapter's parameters be without values, on the meta device, until they are loaded."""
+    moved: dict[Parameter, Parameter] = {}
+    for tables, leaf in _brought(model, name):
+        was = tables[leaf]
+        empty = Parameter(torch.empty_like(was, device="meta"), requires_grad=was.requires_grad)
+        tables[leaf] = moved.setdefault(was, empty)
+
+
+def from_meta(model: nn.Module, name: str) -> None:
+    """Give an adapter's parameters that are without values room where the base is."""
+    moved: dict[Parameter, Parameter] = {}
+    devices = [p.device for p in base_parameters(model).values() if not p.is_meta]
+    for tables, leaf in _brought(model, name):
+        was = tables[leaf]
+        if was.is_meta and devices:
+            full = Parameter(torch.empty_like(was, device=devices[0]), requires_grad=was.requires_grad)
+            tables[leaf] = moved.setdefault(was, full)
+
+
+def on_meta(model: nn.Module, name: str) -> bool:
+    """Whether an adapter is without values."""
+    return any(tables[leaf].is_meta for tables, leaf in _brought(model, name))
+
+
+def _brought(model: nn.Module, name: str) -> list[tuple[dict[str, Any], str]]:
+    """Where the parameters of an adapter stand: the tables that hold them, and their names there."""
+    own = {
+        id(parameter)
+        for place in walk(model)
+        if isinstance(place.module, AskedModule)
+        for adapter, parameter in place.module.brought()
+        if adapter == name
+    }
+    return [
+        (module._parameters, leaf)
+        for module in model.modules()
+        for leaf, parameter in module._parameters.items()
+        if id(parameter) in own
+    ]

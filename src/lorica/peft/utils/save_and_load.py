@@ -4,29 +4,219 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
+import re
+import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+import lorica
+from lorica.adapter import Adapter
 from lorica.checkpoint.hub import locate
-from lorica.checkpoint.peft import CONFIG_FILE, as_trained, read_settings, read_tensors
-from lorica.checkpoint.peft_tensors import to_tensors
-from lorica.errors import AdapterError, StateError, lines, listing
+from lorica.checkpoint.peft import (
+    CONFIG_FILE,
+    as_trained,
+    read_scales,
+    read_settings,
+    read_tensors,
+    read_trained_as,
+    stacks_of,
+)
+from lorica.checkpoint.peft_tensors import from_tensors, to_tensors
+from lorica.config import LoraConfig as CoreConfig
+from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, lines, listing
 from lorica.layers import SwappedModule
 from lorica.model import values
-from lorica.model.merged import as_unmerged
+from lorica.model.merged import as_unmerged, behind_merge
 from lorica.model.structure import adapted, base_parameters, walk
-from lorica.peft import loading, places, saving
-from lorica.peft.base import from_meta, on_meta, to_meta
-from lorica.peft.incoming import LoadResult
-from lorica.peft.peft_model import PeftModel
-from lorica.state import AdapterState
+from lorica.model.vocabulary import is_resized, with_tables
+from lorica.peft.config import LoraConfig, as_peft_config, check_options, split_hub
+from lorica.peft.utils.integrations import from_meta, on_meta, to_meta
+from lorica.state import AdapterState, as_uncompiled
 
 _PREFIX = "base_model.model."
+# What wrapping and data parallelism put into a name.
+_WRAPPERS = re.compile(r"^(?:module\.)*base_model\.model\.")
+
+
+class LoadResult(NamedTuple):
+    """What did not fit, as torch's `load_state_dict` tells it.
+
+    Args:
+        missing_keys: of the model, without a value.
+        unexpected_keys: without a place.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def read(
+    folder: Path, config: LoraConfig | None = None, key_mapping: Mapping[str, str] | None = None
+) -> Adapter:
+    """An adapter from a folder, with one of these configurations.
+
+    Args:
+        folder: that holds it.
+        config: in place of the folder's own.
+        key_mapping: regular expression → replacement, for modules that go by another name in this model; the
+            first that matches a key is applied.
+
+    Raises:
+        FileError: a file is missing or damaged.
+        ConfigError: the configuration asks for what lorica does not carry.
+        AdapterError: the tensors are not what the configuration says.
+    """
+    settings = read_settings(folder)
+    found = as_trained(read_tensors(folder), settings)
+    tensors = renamed(found, key_mapping or {})
+    # How it trains is told by the names that modules had then, and goes with the configuration of then.
+    told = read_trained_as(folder) if config is None and tensors.keys() == found.keys() else None
+    try:
+        chosen = LoraConfig.from_dict(settings) if config is None else config
+        adapter = from_tensors(tensors, chosen, read_scales(folder))
+    except AdapterError as error:
+        raise AdapterError(f"{folder}: {error}") from None
+    adapter.check_finite()
+    trained_as = None if told is None else as_peft_config(told)
+    return dataclasses.replace(adapter, trained_as=trained_as, stacks=stacks_of(adapter, settings))
+
+
+def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors with each key changed by the first expression that matches it.
+
+    Raises:
+        ConfigError: an expression or a replacement is none, or two keys become one.
+    """
+    result: dict[str, Tensor] = {}
+    try:
+        patterns = [(re.compile(pattern), new) for pattern, new in key_mapping.items()]
+        for key, tensor in tensors.items():
+            name = key.removeprefix(_PREFIX)
+            changes = (pattern.subn(new, name) for pattern, new in patterns)
+            name = next((changed for changed, times in changes if times), name)
+            name = _PREFIX + name if key.startswith(_PREFIX) else name
+            if name in result:
+                raise ConfigError(f"key_mapping makes one key of two: {key} becomes {name}, as another did")
+            result[name] = tensor
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"key_mapping holds no regular expression or replacement: {error}") from error
+    return result
+
+
+def conversions(model: nn.Module, given: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """How keys are to be renamed: as given, or as transformers renamed the architecture's modules."""
+    return getattr(model, "_checkpoint_conversion_mapping", None) if given is None else given
+
+
+def fitting(adapter: Adapter, own: Mapping[str, Tensor]) -> Adapter:
+    """The adapter with the model's own tensors where those it trained whole have another shape.
+
+    Args:
+        adapter: as it was saved.
+        own: the model's tensors by name.
+
+    Warns:
+        LoricaWarning: naming what is left out.
+    """
+    wrong = [n for n, tensor in adapter.extras.items() if n in own and own[n].shape != tensor.shape]
+    if wrong:
+        warnings.warn(
+            f"of another shape than in this model, and so left as the model has it: {listing(wrong)}",
+            LoricaWarning,
+            stacklevel=3,
+        )
+    kept = {**adapter.extras, **{name: own[name].detach() for name in wrong}}
+    return dataclasses.replace(adapter, extras=kept)
+
+
+def outgoing(
+    model: nn.Module,
+    name: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: str | bool = "auto",
+) -> Adapter:
+    """An adapter as it is saved; also while it is merged.
+
+    Args:
+        model: wrapped or not.
+        name: of the adapter.
+        state_dict: take the values from here, by their live names.
+        save_embedding_layers: whether to add the embedding tables of the base: True, False, or "auto", where
+            they have other rows than the base's own configuration says.
+
+    Raises:
+        AdapterError: no such adapter; or `state_dict` lacks what trains of it, or holds it in another shape.
+        ConfigError: `save_embedding_layers` is something else.
+    """
+    root, _ = adapted(model)
+    gathered = None if state_dict is None else _Gathered(state_dict)
+    with behind_merge(root):
+        adapter = lorica.extract(root, name, state_dict=gathered)
+        if gathered is not None:
+            gathered.check(name, root)
+    if save_embedding_layers not in (True, False, "auto"):
+        raise ConfigError(f'save_embedding_layers is True, False or "auto", not {save_embedding_layers!r}')
+    if save_embedding_layers is True or (save_embedding_layers == "auto" and is_resized(root)):
+        adapter = with_tables(adapter, root)
+    return dataclasses.replace(adapter, config=_telling_base(adapter.lora, root))
+
+
+class _Gathered(dict[str, Tensor]):
+    """Values by their live names, as sharded training gathers them; it notes what it is asked for."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
+        super().__init__({_WRAPPERS.sub("", as_uncompiled(key)): value for key, value in state_dict.items()})
+        self._live: dict[str, Tensor] = {}
+
+    def __bool__(self) -> bool:
+        """An empty one is asked too."""
+        return True
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of that name, or else the live one."""
+        self._live[key] = default
+        return super().get(key, default)
+
+    def check(self, adapter: str, root: nn.Module) -> None:
+        """Refuse values that are not the adapter's.
+
+        What is frozen may be missing: DeepSpeed leaves it out. A shard is flat or empty, and says no shape.
+
+        Raises:
+            AdapterError: with the whole list.
+        """
+        live = (as_uncompiled(name) for name, _ in root.named_parameters())
+        of_model = not self.keys().isdisjoint(live)
+        problems = [
+            f"missing: {key}"
+            for key, live in self._live.items()
+            if key not in self and (live.requires_grad or not of_model)
+        ]
+        problems += [
+            f"shape of {key}: {tuple(self[key].shape)}, on the model {tuple(live.shape)}"
+            for key, live in self._live.items()
+            if key in self and live.dim() > 1 and live.numel() and self[key].shape != live.shape
+        ]
+        if problems:
+            raise AdapterError(
+                f"state_dict should hold the values of the adapter {adapter!r} by their names in "
+                f"model.state_dict(), and has {listing(list(self)[:3]) or 'nothing'}, ...:\n{lines(problems)}"
+            )
+
+
+def _telling_base(config: CoreConfig, root: nn.Module) -> CoreConfig:
+    """The configuration with the base's class in it, where no task says how to load it."""
+    if config.task_type is None and getattr(config, "auto_mapping", ()) is None:
+        mapping = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
+        return config.replace(auto_mapping=mapping)
+    return config
 
 
 def get_peft_model_state_dict(
@@ -51,10 +241,15 @@ def get_peft_model_state_dict(
     Raises:
         AdapterError: no such adapter.
     """
-    tensors = to_tensors(saving.outgoing(model, adapter_name, state_dict, save_embedding_layers))
-    if any(isinstance(module, PeftModel) for module in model.modules()):
+    tensors = to_tensors(outgoing(model, adapter_name, state_dict, save_embedding_layers))
+    if any(_is_wrapper(module) for module in model.modules()):
         return tensors
     return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether it is a `PeftModel`, whose parameters have ``base_model.model.`` before their names."""
+    return hasattr(module._modules.get("base_model"), "tuner_layer_cls")
 
 
 def set_peft_model_state_dict(
@@ -87,7 +282,7 @@ def set_peft_model_state_dict(
     if without_values:
         from_meta(root, adapter_name)
     given = {_PREFIX + key.removeprefix(_PREFIX): tensor for key, tensor in peft_model_state_dict.items()}
-    adapter = saving.outgoing(model, adapter_name, None, False)
+    adapter = outgoing(model, adapter_name, None, False)
     live = to_tensors(adapter)
     if adapter.trained_as is not None:
         root, state = adapted(model)
@@ -251,10 +446,10 @@ def load_peft_weights(
     Raises:
         FileError: a file is missing or damaged.
     """
-    hub, rest = places.split_hub(hf_hub_download_kwargs)
-    places.check_options(rest)
+    hub, rest = split_hub(hf_hub_download_kwargs)
+    check_options(rest)
     folder = locate(model_id, **hub)
     # PEFT reads weights that stand there alone.
     settings = read_settings(folder) if (folder / CONFIG_FILE).is_file() else {}
-    tensors = loading.renamed(as_trained(read_tensors(folder), settings), key_mapping or {})
+    tensors = renamed(as_trained(read_tensors(folder), settings), key_mapping or {})
     return {key: tensor.to(device or "cpu") for key, tensor in tensors.items()}

@@ -1,5 +1,29 @@
-"""What scripts import from `peft.tuners.lora.corda`."""
+"""CorDA: factors oriented by the covariance of each layer's inputs, with PEFT's names and arguments."""
 
 from __future__ import annotations
 
-from lorica.peft.starts import preprocess_corda as preprocess_corda
+from torch import nn
+
+import lorica
+from lorica.config import LoraConfig
+from lorica.model.preprocess import Data
+from lorica.peft.utils.other import named_whole, without_idle
+
+
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    run_model: Data | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
+    """Find out along which directions each layer's inputs lie; see `lorica.preprocess_corda`.
+
+    Args:
+        model: the model, not adapted yet.
+        lora_config: with ``init_lora_weights="corda"`` and a `corda_config`.
+        run_model: a function that runs the model on some data, or batches. None where a file of
+            `corda_config` is there.
+        hooked_model: the model that `run_model` runs, where it is another.
+    """
+    lora_config = named_whole(model, lora_config)
+    lorica.preprocess_corda(model, without_idle(model, lora_config), run_model, hooked_model=hooked_model)

@@ -1,7 +1,8 @@
-"""What scripts import from `peft.tuners.lora.layer`."""
+"""Adapted layers by PEFT's names."""
 
 from __future__ import annotations
 
+from lorica.layers import AskedModule, LoraOpaque, SavedModule, TrainedTokens
 from lorica.layers import LoraAttention as MultiheadAttention
 from lorica.layers import LoraConv as Conv1d
 from lorica.layers import LoraConv as Conv2d
@@ -20,4 +21,32 @@ __all__ = [
     "LoraLayer",
     "MultiheadAttention",
     "ParamWrapper",
+    "module_type",
+    "quantization_backend",
 ]
+
+_BACKENDS = {"Linear4bit": "bnb 4bit", "Linear8bitLt": "bnb 8bit"}
+
+
+def quantization_backend(module: AskedModule) -> str | None:
+    """What packs the layer's weight, such as ``"bnb 4bit"``; None if nothing does."""
+    return _BACKENDS.get(module.base_class.__name__)
+
+
+def module_type(module: AskedModule) -> str:
+    """What PEFT calls such a layer."""
+    if isinstance(module, SavedModule):
+        return "ModulesToSaveWrapper"
+    if isinstance(module, TrainedTokens):
+        return "TrainableTokensLayer"
+    if isinstance(module, ParamWrapper):
+        return "lora.ParamWrapper"
+    if isinstance(module, Embedding):
+        return "lora.Embedding"
+    if isinstance(module, MultiheadAttention):
+        return "lora.MultiheadAttention"
+    if isinstance(module, Conv2d):
+        return f"lora.Conv{module.base_weight.dim() - 2}d"
+    if isinstance(module, LoraOpaque) and quantization_backend(module):
+        return f"lora.{module.base_class.__name__}"
+    return "lora.Linear"

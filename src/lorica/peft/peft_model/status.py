@@ -11,19 +11,10 @@ from torch.nn import Parameter
 
 import lorica
 from lorica.errors import StateError
-from lorica.layers import (
-    AskedModule,
-    LoraAttention,
-    LoraConv,
-    LoraEmbedding,
-    LoraLayer,
-    LoraOpaque,
-    LoraParameters,
-    SavedModule,
-    TrainedTokens,
-)
+from lorica.layers import AskedModule, LoraLayer, SavedModule, TrainedTokens
 from lorica.model.merged import as_unmerged, behind_merge
 from lorica.model.structure import find_adapted, walk
+from lorica.peft.tuners.lora.layer import module_type, quantization_backend
 from lorica.state import AdapterState, uncompiled
 
 Irregular = Literal["irregular"]
@@ -171,35 +162,13 @@ def _layer(
         requires_grad={key: _common(p.requires_grad for p in values) for key, values in parts.items()},
         available_adapters=sorted(parts),
         devices={key: sorted({p.device.type for p in values}) for key, values in parts.items()},
-        quantization_backend=_BACKENDS.get(module.base_class.__name__),
+        quantization_backend=quantization_backend(module),
     )
 
 
 def _within(module: AskedModule) -> str:
     """Where PEFT's layer lies below the module, by its names."""
     return ".token_adapter" if isinstance(module, TrainedTokens) else ""
-
-
-_BACKENDS = {"Linear4bit": "bnb 4bit", "Linear8bitLt": "bnb 8bit"}
-
-
-def module_type(module: AskedModule) -> str:
-    """What PEFT calls such a layer."""
-    if isinstance(module, SavedModule):
-        return "ModulesToSaveWrapper"
-    if isinstance(module, TrainedTokens):
-        return "TrainableTokensLayer"
-    if isinstance(module, LoraParameters):
-        return "lora.ParamWrapper"
-    if isinstance(module, LoraEmbedding):
-        return "lora.Embedding"
-    if isinstance(module, LoraAttention):
-        return "lora.MultiheadAttention"
-    if isinstance(module, LoraConv):
-        return f"lora.Conv{module.base_weight.dim() - 2}d"
-    if isinstance(module, LoraOpaque) and module.base_class.__name__ in _BACKENDS:
-        return f"lora.{module.base_class.__name__}"
-    return "lora.Linear"
 
 
 def _common(values: Iterable[Any]) -> Any:
