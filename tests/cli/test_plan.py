@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,20 @@ def test_what_is_planned_is_trained(
     results = json.loads((tmp_path / "run" / "run.json").read_text())["results"]
     assert planned["trainable"] == results["trainable"]
     assert (planned["batch"], planned["length"]) == (16, 64)  # the model takes no more
+    assert main(["plan", *given, "--modules", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trainable"] == results["trainable"]
     # The same from the recipe that the run left, and with the model in front.
     for argv in ([str(tmp_path / "run" / "recipe.yaml")], [given[1], *given[2:]]):
         assert main(["plan", *argv, "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == planned
+
+
+def test_what_is_adapted_module_by_module(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(place / "model"), "-d", str(place / "data"), "--modules"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"bert\.encoder\.layer\.\*\.attention\.self\.query +2 +lora +32 x 32 +8 +1,024\n", out)
+    assert re.search(r"classifier +1 +whole +2 x 32 +66\n", out)
+    assert re.search(r"\d+ modules adapted, 1 trained whole; [\d,]+ of [\d,]+ parameters train", out)
 
 
 def test_the_embedded_model_goes_by_its_name() -> None:

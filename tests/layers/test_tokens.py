@@ -17,7 +17,7 @@ import lorica
 import lorica.algebra
 from lorica.errors import AdapterError, ConfigError, TargetError
 from lorica.layers import TrainedTokens
-from lorica.model.merged import settle
+from lorica.model.merged import finalize
 
 ROWS = [7, 2, 39]
 
@@ -169,7 +169,7 @@ def test_merged_for_good() -> None:
     with torch.no_grad():
         y = model(ids)
     lorica.merge(model)
-    settle(model)
+    finalize(model)
     torch.testing.assert_close(model(ids), y)
     assert list(model.state_dict()) == list(before.state_dict())
     assert model.embed.weight.requires_grad

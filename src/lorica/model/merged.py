@@ -85,7 +85,7 @@ def stay_adapted(model: nn.Module) -> None:
     state.active = ()
 
 
-def settle(model: M) -> M:
+def finalize(model: M) -> M:
     """Make a merge final: W0 and all adapters are let go, and what trained before `adapt` trains again.
 
     Args:
@@ -99,7 +99,7 @@ def settle(model: M) -> M:
     """
     root, state = adapted(model)
     if not state.merged:
-        raise StateError("nothing is merged, so there is nothing to settle; call lorica.merge first")
+        raise StateError("nothing is merged, so there is nothing to make final; call lorica.merge first")
     state.aside.hide()
     thawed = {id(parameter) for parameter in state.frozen}
     replaced = {

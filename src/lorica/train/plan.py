@@ -10,6 +10,7 @@ import transformers
 
 from lorica.config import method_of
 from lorica.errors import ConfigError
+from lorica.model import Preview, preview
 from lorica.study.planning import Plan, largest_batch, plan
 from lorica.train import presets, tasks
 from lorica.train.embedded import resolve_model
@@ -20,6 +21,17 @@ from lorica.train.tasks import Task
 from lorica.train.tasks.base import positions_of
 
 METHODS = ("lora", "full", "qlora")
+
+
+def preview_recipe(recipe: Recipe) -> Preview:
+    """What `train(recipe)` would adapt, train whole and add, module by module; no weight is read.
+
+    Raises:
+        LoricaError: as of `plan_recipe`.
+    """
+    recipe = presets.apply(recipe, own_rows=False)
+    task = tasks.get(recipe.task)
+    return preview(_settings(recipe, task), typed(recipe.configuration(), task))
 
 
 def plan_recipe(

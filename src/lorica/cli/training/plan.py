@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from lorica.cli.shared.options import expanded
@@ -47,6 +48,7 @@ def parser() -> Parser:
     add("--optimizer", type=str, default="adamw", help="adamw, sgd or momentum")
     add("--checkpointing", action="store_true", help="short for --training.gradient_checkpointing true")
     add("--fit", type=float | None, metavar="GB", help="find the largest batch that fits, in 10^9 bytes")
+    add("--modules", action="store_true", help="say which modules would be adapted or trained whole, instead")
     add("--json", action="store_true", help="print JSON")
     add_trust(result)
     return result
@@ -73,6 +75,8 @@ def run(argv: list[str]) -> int:
 
     typed = any(argument.removeprefix("--task=") == parsed.task for argument in argv)
     parsed.trust_task = parsed.trust_task or typed  # by nobody but the user
+    if parsed.modules:
+        return _show_modules(command, parsed, model, usual_targets=not targets)
     plans = _plans(command, parsed, model, method, usual_targets=not targets)
     if parsed.json:
         found = [{**p.to_dict(), "memory": p.memory} for p in plans]
@@ -82,37 +86,64 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _show_modules(command: Parser, parsed: Any, model: str | None, *, usual_targets: bool) -> int:
+    """Print what the recipe's method does to its model."""
+    recipe = _recipe(command, parsed)
+    if model == "gpt3":
+        from lorica.model import preview
+        from lorica.study.planning import GPT3
+
+        found = preview(GPT3, _config_of_gpt3(recipe, usual_targets=usual_targets))
+    else:
+        from lorica.train.plan import preview_recipe
+
+        found = preview_recipe(recipe)
+    print(as_json(dataclasses.asdict(found)) if parsed.json else found)
+    return 0
+
+
+def _recipe(command: Parser, parsed: Any) -> Any:
+    """The recipe that the options stand for, with what only a plan has a word for."""
+    from lorica.train.recipe import check_trusted, from_parsed
+
+    recipe = from_parsed(command, parsed)
+    check_trusted(recipe.task, "the recipe", trust_task=parsed.trust_task)
+    if (kind := recipe.method.task_type) is not None and kind != "FEATURE_EXTRACTION":
+        recipe = recipe.replace(task=_TASKS[kind])
+    if parsed.checkpointing:
+        recipe = recipe.replace(training={"gradient_checkpointing": True})
+    return recipe
+
+
 def _plans(
     command: Parser, parsed: Any, model: str | None, method: str | None, *, usual_targets: bool
 ) -> list[Any]:
     import torch
 
     from lorica.train.plan import plan_recipe
-    from lorica.train.recipe import check_trusted, from_parsed
 
     methods = ("full", "lora", "qlora") if method == "all" else (method,)
     dtype = None if parsed.dtype == "auto" else getattr(torch, parsed.dtype)
-    recipe = from_parsed(command, parsed)
-    check_trusted(recipe.task, "the recipe", trust_task=parsed.trust_task)
+    recipe = _recipe(command, parsed)
     if model == "gpt3":
-        if usual_targets:  # the paper's: query and value
-            recipe = recipe.replace(method={"target_modules": None})
-        return [_of_gpt3(recipe, parsed, each or "lora", dtype or torch.float32) for each in methods]
-    if (kind := recipe.method.task_type) is not None and kind != "FEATURE_EXTRACTION":
-        recipe = recipe.replace(task=_TASKS[kind])
-    if parsed.checkpointing:
-        recipe = recipe.replace(training={"gradient_checkpointing": True})
+        config = _config_of_gpt3(recipe, usual_targets=usual_targets)
+        return [_of_gpt3(recipe, config, parsed, each or "lora", dtype or torch.float32) for each in methods]
     return [
         plan_recipe(recipe, method=each, gigabytes=parsed.fit, dtype=dtype, optimizer=parsed.optimizer)
         for each in methods
     ]
 
 
-def _of_gpt3(recipe: Any, parsed: Any, method: str, dtype: Any) -> Any:
+def _config_of_gpt3(recipe: Any, *, usual_targets: bool) -> Any:
+    """A recipe's LoRA for a language model; its usual targets are the paper's, query and value."""
+    config = recipe.method.replace(task_type="CAUSAL_LM")
+    return config.replace(target_modules=None) if usual_targets else config
+
+
+def _of_gpt3(recipe: Any, config: Any, parsed: Any, method: str, dtype: Any) -> Any:
     """The plan of the paper's largest model, of which nobody has the weights: no recipe trains it."""
     from lorica.study.planning import GPT3, largest_batch, plan
 
-    config = recipe.method.replace(task_type="CAUSAL_LM")
     options: dict[str, Any] = {
         "method": method,
         "length": recipe.training.max_length,
@@ -150,7 +181,7 @@ def _print_help() -> None:
     print(f"usage: {command.usage}\n\n{command.description}\n")
     print("  --method NAME           lora, full, qlora, or all three (default: as the recipe says)")
     for action in command._actions:
-        if action.dest in ("dtype", "optimizer", "checkpointing", "fit", "json"):
+        if action.dest in ("dtype", "optimizer", "checkpointing", "fit", "modules", "json"):
             name = f"{action.option_strings[0]} {action.metavar or ''}".strip()
             print(f"  {name:<23} {first_sentence(str(action.help))}")
     print("\nand those of `lorica train --help`, such as --method.r, --task, --batch-size (or --batch)")

@@ -20,7 +20,7 @@ from lorica.config import LoraConfig
 from lorica.errors import AdapterError, LoricaWarning, StateError, listing
 from lorica.layers import LoraLayer, LoraParameters
 from lorica.layers import LoraLayer as BaseTunerLayer
-from lorica.model.merged import behind_merge, settle, stay_adapted
+from lorica.model.merged import behind_merge, finalize, stay_adapted
 from lorica.model.owners import parameters_of
 from lorica.model.structure import find_adapted, lora_layers, saved_modules
 from lorica.peft.utils.integrations import to_meta
@@ -330,7 +330,7 @@ class BaseTuner(nn.Module):
         if not self.adapter_state.merged:
             raise StateError("no adapter is active; say which to merge, or call unload()")
         say_untied(self.model, by_merge=self.adapter_state.aside.ties.config is not None)
-        return settle(self.model)
+        return finalize(self.model)
 
     def unload(self) -> nn.Module:
         """Take all adapters off.
