@@ -107,6 +107,18 @@ class TestHelpers:
             ({"target_modules": ["q"], "layers_to_transform": [1]}, "layers.0.q", False),
             ({"target_modules": ["q"], "layers_to_transform": 0}, "layers.0.q", True),
             ({"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": "h"}, "layers.0.q", False),
+            ({"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": ""}, "h.0.q", True),
+            ({"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "h"}, "h.1.h.0.q", True),
+            (
+                {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": r"\d+\.h"},
+                "h.1.h.0.q",
+                True,
+            ),
+            (
+                {"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": r"\d+\.h"},
+                "h.1.h.0.q",
+                False,
+            ),
         ],
     )
     def test_whether_a_module_is_meant(self, settings: dict[str, Any], key: str, expected: bool) -> None:

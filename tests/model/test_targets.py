@@ -177,6 +177,16 @@ class TestBlocks:
             == 4
         )
 
+    def test_a_pattern_may_be_an_expression(self) -> None:
+        """As PEFT has it: of the end of the list's path; the outermost list that it means is counted."""
+        model = nn.Module()
+        model.blocks = nn.ModuleList([Toy(blocks=1), Toy(blocks=2)])
+        paths = [
+            targeted(model, target_modules=["up"], layers_to_transform=1, layers_pattern=pattern)
+            for pattern in ("blocks", r"\d+\.blocks")
+        ]
+        assert paths == [["blocks.1.blocks.0.up", "blocks.1.blocks.1.up"], ["blocks.1.blocks.1.up"]]
+
     def test_the_outermost_list_is_counted_without_one(self) -> None:
         paths = targeted(transformer("t5"), layers_to_transform=1)
         assert len(paths) == 6

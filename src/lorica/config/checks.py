@@ -128,6 +128,9 @@ def check(config: LoraConfig) -> None:
         )
     for name in ("target_modules", "exclude_modules"):
         _check_regex(name, getattr(config, name))
+    holders = config.layers_pattern
+    for holder in [holders] if isinstance(holders, str) else holders or ():
+        _check_regex("layers_pattern", holder)
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
             _check_regex(name, key, with_prefix(key))

@@ -90,7 +90,8 @@ class LoraConfig:
         rank_pattern: name or regular expression → rank, where it differs from `r`. The first match wins.
         alpha_pattern: name or regular expression → alpha, where it differs from `lora_alpha`.
         layers_to_transform: indices of the transformer blocks to adapt; None adapts all.
-        layers_pattern: name of the list that holds the blocks (``"layers"``, ``"h"``); None accepts any.
+        layers_pattern: name of the list that holds the blocks (``"layers"``, ``"h"``), or a regular
+            expression of the end of its path; None accepts any.
         layer_replication: ranges ``[start, end)`` of blocks that make a deeper model, sharing weights, each
             block with updates of its own: ``[[0, 4], [2, 6]]`` gives 0 1 2 3 2 3 4 5. The other settings
             count the new blocks.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
@@ -150,9 +149,7 @@ def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:
     layers = config.layers_to_transform
     wanted = {layers} if isinstance(layers, int) else set(layers or ())
     names = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    holder = "|".join(map(re.escape, names)) if names else r"[^.]+"
-    pattern = re.compile(rf"(?:^|\.)(?:{holder})\.(\d+)(?:\.|$)")
-    found = {p: int(hit[1]) for p in chosen if (hit := pattern.search(p.path))}
+    found = {p: block for p in chosen if (block := block_of(p.path, names)) is not None}
     # A name given in full is meant as it is, wherever it stands.
     exact = config.target_modules if isinstance(config.target_modules, list) else []
     missing = wanted - set(found.values())
@@ -164,6 +161,25 @@ def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:
             f"modules{where} are in blocks {have}"
         )
     return [p for p in chosen if p.path in exact or found.get(p) in wanted]
+
+
+def block_of(path: str, holders: Sequence[str] | None = None) -> int | None:
+    """The index of the outermost block that a module is in; None if it is in none.
+
+    Args:
+        path: of the module.
+        holders: names of the lists that hold blocks, or regular expressions of the ends of their paths, as
+            PEFT takes them; none accepts any list.
+    """
+    holders = [holder for holder in holders or () if holder]
+    parts = path.split(".")
+    for i, part in enumerate(parts[1:], 1):
+        above = ".".join(parts[:i])
+        if part.isdecimal() and (
+            not holders or any(full_match(rf"(?:.*\.)?(?:{holder})", above) for holder in holders)
+        ):
+            return int(part)
+    return None
 
 
 def trained_whole(places: list[Place], config: AdapterConfig) -> dict[str, nn.Module]:

@@ -1,5 +1,17 @@
 """PEFT's LoRA, name for name, over lorica: ``from peft import ...`` becomes ``from lorica.peft import ...``.
 
+Each file has PEFT's name and, of what concerns LoRA, PEFT's contents:
+
+config.py          configurations, and the options of loading
+mapping_func.py    get_peft_model
+mapping.py         inject_adapter_in_model
+peft_model/        PeftModel, a class for each task, the status of layers
+auto.py            a base and its adapter in one call
+tuners/            tuners_utils.py: BaseTuner, which the model's adapters answer to; lora/: LoraModel, starts
+utils/             save_and_load.py, hotswap.py, other.py (names of modules), integrations.py (libraries)
+optimizers/        LoRA+ and LoRA-FA
+helpers.py  functional.py  import_utils.py
+
 What lorica does not carry is refused by name. Where PEFT 0.21 computes something else than it says, this does
 what it says.
 """
@@ -62,59 +74,12 @@ from lorica.peft.utils.save_and_load import load_peft_weights as load_peft_weigh
 from lorica.peft.utils.save_and_load import set_base_model_state_dict as set_base_model_state_dict
 from lorica.peft.utils.save_and_load import set_peft_model_state_dict as set_peft_model_state_dict
 
-_METHODS = (
-    *(
-        "AdaLora",
-        "Adamss",
-        "AdaptionPrompt",
-        "Arrow",
-        "BdLora",
-        "Beft",
-        "BOFT",
-        "C3A",
-        "Cartridge",
-        "CPT",
-        "Deft",
-    ),
-    *(
-        "DeLora",
-        "FourierFT",
-        "Frod",
-        "Glora",
-        "Gralora",
-        "Hira",
-        "HRA",
-        "IA3",
-        "Kasa",
-        "Lily",
-        "LNTuning",
-        "LoHa",
-    ),
-    *(
-        "LoKr",
-        "Mica",
-        "Miss",
-        "Monteclora",
-        "MultitaskPromptTuning",
-        "OFT",
-        "OSF",
-        "Peanut",
-        "PeftMixed",
-        "Poly",
-    ),
-    *(
-        "PrefixTuning",
-        "PromptEncoder",
-        "PromptTuning",
-        "Psoft",
-        "PVeRA",
-        "RandLora",
-        "Road",
-        "Shadow",
-        "Shira",
-    ),
-    *("TinyLora", "TrainableTokens", "UniLora", "VBLoRA", "Velora", "Vera", "WaveFT", "XLora"),
-)
+_METHODS = """
+AdaLora Adamss AdaptionPrompt Arrow BdLora Beft BOFT C3A Cartridge CPT Deft DeLora FourierFT Frod Glora
+Gralora Hira HRA IA3 Kasa Lily LNTuning LoHa LoKr Mica Miss Monteclora MultitaskPromptTuning OFT OSF Peanut
+PeftMixed Poly PrefixTuning PromptEncoder PromptTuning Psoft PVeRA RandLora Road Shadow Shira TinyLora
+TrainableTokens UniLora VBLoRA Velora Vera WaveFT XLora
+"""
 _INSTEAD = {
     "PrefixTuning": "lorica.PrefixConfig, of lorica itself, is the paper's",
     "TrainableTokens": "LoraConfig(trainable_token_indices=...) trains rows beside LoRA",
@@ -128,7 +93,7 @@ def __getattr__(name: str) -> object:
     Raises:
         NotCarried: it is one of them.
     """
-    for method in _METHODS:
+    for method in _METHODS.split():
         if name in (f"{method}Config", f"{method}Model"):
             instead = _INSTEAD.get(method, "use PEFT itself for it")
             raise NotCarried(f"{name}: lorica.peft carries PEFT's LoRA, not its other methods; {instead}")

@@ -8,7 +8,6 @@ are and which act is the adapted model's own to say.
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -16,12 +15,13 @@ from typing import Any, cast
 from torch import nn
 
 import lorica
-from lorica.config import LoraConfig
+from lorica.config import LoraConfig, full_match
 from lorica.errors import AdapterError, LoricaWarning, StateError, listing
 from lorica.layers import LoraLayer, LoraParameters
 from lorica.layers import LoraLayer as BaseTunerLayer
 from lorica.model.merged import behind_merge, finalize, stay_adapted
 from lorica.model.owners import parameters_of
+from lorica.model.selection import block_of
 from lorica.model.structure import find_adapted, lora_layers, saved_modules
 from lorica.peft.utils.integrations import to_meta
 from lorica.peft.utils.other import (
@@ -414,16 +414,14 @@ def check_target_module_exists(config: LoraConfig, key: str) -> bool:
     if _named(config.exclude_modules, key) or not _named(config.target_modules, key):
         return False
     layers = config.layers_to_transform
-    if layers is None:
+    if layers is None or key in (config.target_modules or ()):
         return True
-    pattern = config.layers_pattern
-    holders = [pattern] if isinstance(pattern, str) else pattern
-    holder = "|".join(map(re.escape, holders)) if holders else r"[^.]+"
-    found = re.search(rf"(?:^|\.)(?:{holder})\.(\d+)(?:\.|$)", key)
-    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    holders = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    index = block_of(key, holders)
+    return index is not None and index in ([layers] if isinstance(layers, int) else layers)
 
 
 def _named(names: Any, key: str) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, key) is not None
+        return full_match(names, key)
     return any(f".{key}".endswith(f".{name}") for name in names or ())
