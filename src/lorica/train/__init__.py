@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from lorica.train.trained import evaluate as evaluate
     from lorica.train.trained import open_run as open_run
     from lorica.train.trained import predict as predict
+    from lorica.train.trainer.checkpoints import LoraTrainerMixin as LoraTrainerMixin
     from lorica.train.trainer.checkpoints import last_checkpoint as last_checkpoint
     from lorica.train.trainer.fit import Fit as Fit
     from lorica.train.trainer.fit import Interrupted as Interrupted
     from lorica.train.trainer.fit import fit as fit
     from lorica.train.trainer.optimizer import parameter_groups as parameter_groups
-    from lorica.train.trainer.trainer import LoraTrainerMixin as LoraTrainerMixin
     from lorica.train.trainer.trainer import Trainer as Trainer
 
 _PLACES = {
@@ -51,10 +51,10 @@ _PLACES = {
     "settings": ("DataConfig", "GenerationConfig", "TrainingConfig"),
     "tasks": ("Task", "register"),
     "trained": ("evaluate", "open_run", "predict"),
-    "trainer.checkpoints": ("last_checkpoint",),
+    "trainer.checkpoints": ("LoraTrainerMixin", "last_checkpoint"),
     "trainer.fit": ("Fit", "Interrupted", "fit"),
     "trainer.optimizer": ("parameter_groups",),
-    "trainer.trainer": ("LoraTrainerMixin", "Trainer"),
+    "trainer.trainer": ("Trainer",),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 

@@ -27,10 +27,10 @@ from lorica.train.recipe import Recipe
 from lorica.train.record import RECORD, Record, about, changed_rows, is_whole, machine, versions
 from lorica.train.system import alone_in, bytes_of, sha256_of, writable_directory, write_atomically
 from lorica.train.trainer import defaults
-from lorica.train.trainer.callbacks import majority
 from lorica.train.trainer.checkpoints import last_checkpoint
 from lorica.train.trainer.defaults import fitting_batch
 from lorica.train.trainer.fit import fit
+from lorica.train.trainer.scoring import majority
 
 RECIPE = "recipe.yaml"
 

@@ -19,8 +19,7 @@ from transformers import TrainerCallback, TrainerState
 
 import lorica
 from lorica.train import Fit, Interrupted, Prepared, Recipe, fit, prepare, train
-from lorica.train.trainer.callbacks import CheckpointCallback, interruptible
-from lorica.train.trainer.measuring import learned, unit
+from lorica.train.trainer.callbacks import CheckpointCallback, interruptible, learned, unit
 
 
 @pytest.fixture(autouse=True)

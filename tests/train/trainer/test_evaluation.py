@@ -11,7 +11,7 @@ from train import tiny
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
 
 from lorica.train import Trainer
-from lorica.train.trainer.evaluation import back_in_order
+from lorica.train.trainer.scoring import back_in_order
 
 ROWS = 23
 

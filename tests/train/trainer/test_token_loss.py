@@ -15,12 +15,8 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.trainer_pt_utils import LabelSmoother
 
 import lorica
+from lorica.train import Trainer
 from lorica.train.trainer.deferred import DeferredLogits
-from lorica.train.trainer.token_loss import TokenLossMixin
-
-
-class TokenTrainer(TokenLossMixin, transformers.Trainer):
-    """The mixin on its own."""
 
 
 def rows(count: int = 8, length: int = 12) -> Any:
@@ -35,9 +31,7 @@ def rows(count: int = 8, length: int = 12) -> Any:
     return Dataset.from_list(made)
 
 
-def trainer(
-    model: Any, folder: Path, *, rows_at_once: int = 8, batches: int = 1, **options: Any
-) -> TokenTrainer:
+def trainer(model: Any, folder: Path, *, rows_at_once: int = 8, batches: int = 1, **options: Any) -> Trainer:
     """A trainer that makes one step of plain gradient descent at rate 1, so that the step is the gradient."""
     own = {key: options.pop(key) for key in ("chunked_loss", "compute_metrics") if key in options}
     args = TrainingArguments(
@@ -58,9 +52,7 @@ def trainer(
         dataloader_pin_memory=False,
         **options,
     )
-    return TokenTrainer(
-        model=model, args=args, train_dataset=rows(), data_collator=default_data_collator, **own
-    )
+    return Trainer(model=model, args=args, train_dataset=rows(), data_collator=default_data_collator, **own)
 
 
 def bart() -> Any:
@@ -86,7 +78,7 @@ def make(name: str) -> Any:
     return bart() if name == "bart" else tiny.transformer(name, **NO_DROPOUT.get(name, {}))
 
 
-def stepped(name: str, folder: Path, **options: Any) -> tuple[Tensor, float, TokenTrainer]:
+def stepped(name: str, folder: Path, **options: Any) -> tuple[Tensor, float, Trainer]:
     """The gradient of a step, its loss, and the trainer."""
     model = make(name)
     before = parameters(model)
@@ -175,7 +167,7 @@ def test_evaluation(metrics: bool, tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_says_once_when_logits_are_needed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Entropy(TokenTrainer):
+    class Entropy(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
             return model(**inputs).logits.softmax(-1).square().sum()
 

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import EvalLoopOutput
 
 from lorica.errors import ConfigError, LoricaError, nearest
 from lorica.model import mixed
@@ -339,34 +338,6 @@ def written_scores(
         write_lines(predictions, ({"prompt": p, "generated": t, "references": r} for p, t, r in rows))
     writer.note()
     return written(texts, wanted.references, recipe.generation.metrics)
-
-
-class WritingMixin(_Base):
-    """Adds to a trainer's evaluation the scores of what its model writes.
-
-    Args:
-        *args: as the trainer takes them.
-        writer: writes and scores. None leaves evaluation as it is.
-        **options: as the trainer takes them.
-    """
-
-    _rows: Any
-
-    def __init__(self, *args: Any, writer: Writer | None = None, **options: Any) -> None:
-        """Keep the writer."""
-        self.writer = writer
-        super().__init__(*args, **options)
-
-    def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
-        """Evaluate; see transformers' Trainer."""
-        found = super().evaluation_loop(*args, **options)
-        if self.writer is not None and found.metrics is not None:
-            model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            few = self.writer.config.eval_rows if self.is_in_train else None
-            prefix = options.get("metric_key_prefix", "eval")
-            scores = self.writer.score(model, self._rows, few)
-            found.metrics.update({f"{prefix}_{name}": score for name, score in scores.items()})
-        return found
 
 
 @contextmanager

@@ -1,7 +1,4 @@
-"""Between the steps: progress is shown, checkpoints fall where a resume is exact, Ctrl-C is heard.
-
-Of a classifier the progress also says what it must beat, and whether it calls all rows the same.
-"""
+"""Between the steps: progress is shown, checkpoints fall where a resume is exact, Ctrl-C is heard."""
 
 from __future__ import annotations
 
@@ -10,22 +7,16 @@ import signal
 import statistics
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import EvalPrediction
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorica.train.console import duration
-from lorica.train.tasks import Task
-from lorica.train.tasks.texts import logits_of
-from lorica.train.trainer.measuring import learned, unit
+from lorica.train.trainer.scoring import Scoring
 
 
 class CheckpointCallback(TrainerCallback):
@@ -229,51 +220,13 @@ class ProgressCallback(TrainerCallback):
         return f"{step}  loss {self._loss}  {pace:,.0f} {unit(self._model)}/s  ETA {duration(left)}"
 
 
-def majority(task: Task, model: PreTrainedModel, train: Dataset, rows: Dataset) -> dict[str, float]:
-    """Scores of calling every row the class that most training rows have; empty where no row has one class.
-
-    Args:
-        task: what is learned.
-        model: the model, which knows its classes.
-        train: encoded rows to learn from.
-        rows: encoded rows to score.
-    """
-    if not _classifies(model) or "labels" not in rows.column_names:
-        return {}
-    counts = np.bincount(np.asarray(train["labels"][:]), minlength=int(model.config.num_labels or 0))
-    logits = np.zeros((len(rows), len(counts)))
-    logits[:, counts.argmax()] = 1.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some metrics say that a class was never called
-        return task.metrics(EvalPrediction(predictions=logits, label_ids=np.asarray(rows["labels"][:])), rows)
+def learned(model: Any, args: TrainingArguments, state: TrainerState) -> int:
+    """How much a run has learned from so far, in what `unit` says: tokens, padding apart, or rows."""
+    if unit(model) == "tokens":
+        return int(state.num_input_tokens_seen)
+    return state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-class Scoring:
-    """A task's metrics, which notes whether a classifier calls all rows the same.
-
-    Args:
-        task: what is learned.
-        model: the model.
-
-    Attributes:
-        only: name of the class that all rows were called in the last evaluation, or None.
-    """
-
-    def __init__(self, task: Task, model: PreTrainedModel) -> None:
-        """Nothing is scored yet."""
-        self.only: str | None = None
-        self._metrics: Callable[[EvalPrediction, Dataset], dict[str, float]] = task.metrics
-        self._names: Any = model.config.id2label if _classifies(model) else None
-
-    def __call__(self, outcome: EvalPrediction, rows: Dataset) -> dict[str, float]:
-        """The metrics."""
-        self.only = None
-        if self._names is not None:
-            called = np.unique(logits_of(outcome.predictions).argmax(-1))
-            if len(called) == 1 and len(rows) > 1:
-                self.only = str(self._names.get(int(called[0]), called[0]))
-        return self._metrics(outcome, rows)
-
-
-def _classifies(model: PreTrainedModel) -> bool:
-    return getattr(model.config, "problem_type", None) == "single_label_classification"
+def unit(model: Any) -> Literal["tokens", "samples"]:
+    """What there is most sense in counting: "samples" for images, sound, and whatever else is no tokens."""
+    return "tokens" if getattr(model, "main_input_name", "input_ids") == "input_ids" else "samples"

@@ -34,9 +34,7 @@ from lorica.train.trainer.arguments import training_arguments
 from lorica.train.trainer.callbacks import (
     CheckpointCallback,
     ProgressCallback,
-    Scoring,
     interruptible,
-    majority,
 )
 from lorica.train.trainer.checkpoints import (
     STATE,
@@ -46,6 +44,7 @@ from lorica.train.trainer.checkpoints import (
     last_checkpoint,
 )
 from lorica.train.trainer.defaults import settled
+from lorica.train.trainer.scoring import Scoring, majority
 from lorica.train.trainer.trainer import Trainer
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary, without the matrix of logits.
+"""The loss of a step: the mean over its targets, and cross-entropy without the matrix of logits.
 
                plain                                   in chunks
     hidden ──▶ head ──▶ logits, tokens × 50,000        drop the tokens that are no targets, then for each 256:
@@ -7,17 +7,25 @@
 
 A scalar loss has one number come back to it, so its gradient can be formed before that number is known and
 multiplied by it later. Nothing is computed twice.
+
+Some models take the mean over a micro-batch, others are told the number of targets in the step; the functions
+below tell which.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer_pt_utils import LabelSmoother
 
 from lorica._shapes import Float, Int
 from lorica.errors import ConfigError, StateError
@@ -190,3 +198,108 @@ def _sum(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
 
 def _scaled(gradient: Tensor | None, by: Tensor) -> Tensor | None:
     return None if gradient is None else gradient * by
+
+
+def targets_in(labels: Tensor, *, shifted: bool) -> Tensor:
+    """How many of some labels are targets.
+
+    Args:
+        labels: (..., tokens), -100 where there is nothing to learn.
+        shifted: whether the model predicts the next token, which leaves no target in a row's first place.
+    """
+    return (labels[..., 1:] if shifted else labels).ne(-100).sum()
+
+
+def part_of_step(loss: Tensor, targets: Tensor, count: Tensor | int, copies: int = 1) -> Tensor:
+    """What a micro-batch's mean loss adds to the mean over the targets of a whole step.
+
+    Args:
+        loss: the micro-batch's own mean, a scalar.
+        targets: how many targets it has.
+        count: how many the step has.
+        copies: devices over which the result will be averaged, where `count` is over all of them.
+    """
+    return loss * (targets / count * copies)
+
+
+def why_whole(head: nn.Module | None, args: transformers.TrainingArguments, *, sharded: bool) -> str | None:
+    """Why a model's loss has to be computed from all its logits at once; None where it need not be.
+
+    Args:
+        head: what makes the logits, if one module does.
+        args: the trainer's.
+        sharded: whether FSDP or DeepSpeed shards the model.
+    """
+    if head is None:
+        return "it has not one head that makes them"
+    if sharded:
+        return "the head's weight is sharded"
+    if args.n_gpu > 1:
+        return "DataParallel copies the model"
+    if args.torch_compile:
+        return "the model is compiled"
+    if args.use_liger_kernel:
+        return "Liger's kernels compute it"
+    if hasattr(head, "_hf_hook"):
+        return "the head's weight is moved in and out by accelerate"
+    if head._backward_hooks or head._backward_pre_hooks:
+        return "the head has backward hooks"
+    return None
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether transformers knows the model's class as one of causal language models."""
+    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+class SmoothedLoss(LabelSmoother):
+    """transformers' smoothed loss, through ``F.cross_entropy`` and so in chunks."""
+
+    def __call__(
+        self, model_output: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The loss of a model's outputs; see `LabelSmoother`."""
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        if shift_labels:
+            logits, labels = logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
+        loss = F.cross_entropy(
+            logits.float().view(-1, logits.shape[-1]),
+            labels.view(-1),
+            reduction="sum",
+            ignore_index=self.ignore_index,
+            label_smoothing=self.epsilon,
+        )
+        return loss / (
+            labels.ne(self.ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+        )
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module whose output is a model's logits, or None."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the model's loss is transformers' for causal language models, under whatever name."""
+    if not _calls_loss_function(model) or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    return model.loss_function is ForCausalLMLoss
+
+
+def ignores_count(model: nn.Module) -> bool:
+    """Whether the model is one of transformers' whose loss is the mean over the micro-batch, in any case.
+
+    Some write out a loss of their own, which does not look at the number of targets that it is given. Those
+    that share the loss of classes and numbers pass that number on to it, or do not.
+    """
+    if not inspect.unwrap(type(model).forward).__module__.startswith("transformers."):
+        return False
+    return not _calls_loss_function(model) or model.loss_function is ForSequenceClassificationLoss
+
+
+def _calls_loss_function(model: nn.Module) -> bool:
+    if not isinstance(model, transformers.PreTrainedModel):
+        return False
+    return "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names

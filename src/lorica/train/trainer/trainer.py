@@ -1,113 +1,138 @@
-"""transformers' Trainer for adapted models.
+"""lorica's Trainer: transformers' own, with a step, evaluation and checkpoints that read from top to bottom.
 
-transformers' own Trainer trains an adapted model, saves its adapters and reads them back:
-`lorica.model.trainers` sees to that. `LoraTrainerMixin` does the same by inheritance, for trainers which
-override those methods::
+    a step        for each micro-batch: forward ──▶ logits not computed yet ──▶ loss ──▶ backward
+                  then clipping, optimizer and schedule
+    its loss      the mean over the target tokens of all the step's micro-batches
+    evaluation    rows by length, outputs beside their rows; the loss over all targets; what a model writes
+    a checkpoint  the adapter, the optimizer, random states; no secrets, and damage is named
 
-    class LoraSFTTrainer(LoraTrainerMixin, trl.SFTTrainer): ...
+What is not here, such as the loop over epochs, is as transformers has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.trainer_pt_utils import LabelSmoother
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from lorica.errors import LoricaError
-from lorica.model.trainers import takes_back
-from lorica.train.generation.writing import WritingMixin
-from lorica.train.trainer.evaluation import EvaluationMixin
-from lorica.train.trainer.measuring import MeasuringMixin
+from lorica.baselines.inserted import noted_labels
+from lorica.train.generation.writing import Writer
+from lorica.train.recipe import is_secret
+from lorica.train.system import peak_memory
+from lorica.train.trainer.callbacks import learned, unit
+from lorica.train.trainer.checkpoints import LoraTrainerMixin, check_moments, readable
+from lorica.train.trainer.deferred import deferred_logits
+from lorica.train.trainer.loss import (
+    SmoothedLoss,
+    ignores_count,
+    is_language_model,
+    output_head,
+    part_of_step,
+    shifts_labels,
+    targets_in,
+    why_whole,
+)
 from lorica.train.trainer.optimizer import parameter_groups
-from lorica.train.trainer.resuming import ResumingMixin
 from lorica.train.trainer.sampler import LengthGroupedSampler
-from lorica.train.trainer.token_loss import TokenLossMixin
+from lorica.train.trainer.scoring import Score, back_in_order, scored
 
-if TYPE_CHECKING:
-    _Base = transformers.Trainer
-else:
-    _Base = object
-
-_HOOKS = ("_load_from_checkpoint", "_load_best_model")
+logger = logging.getLogger(__name__)
 
 
-class LoraTrainerMixin(_Base):
-    """Lets a trainer resume from adapter-only checkpoints, and end with the best of them.
-
-    Put it before the trainer it is mixed into. A model without adapters, FSDP and DeepSpeed take the
-    trainer's own ways.
-    """
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Refuse a trainer in which the two methods would never be called.
-
-        Raises:
-            LoricaError: the installed transformers names them otherwise.
-        """
-        super().__init_subclass__(**options)
-        place = cls.__mro__.index(LoraTrainerMixin)
-        before, after = cls.__mro__[:place], cls.__mro__[place + 1 : -1]
-        hidden = [base.__name__ for base in before if not issubclass(base, LoraTrainerMixin)]
-        if hidden:
-            raise LoricaError(
-                f"{cls.__name__} cannot load adapters: {hidden[0]} comes before LoraTrainerMixin; "
-                f"write class {cls.__name__}(LoraTrainerMixin, {hidden[0]})"
-            )
-        missing = [hook for hook in _HOOKS if not any(hook in vars(base) for base in after)]
-        if after and missing:
-            raise LoricaError(
-                f"{cls.__name__} cannot load adapters: {after[0].__name__} of transformers "
-                f"{transformers.__version__} has no {' and no '.join(missing)}; "
-                "this version of transformers is not supported yet"
-            )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not takes_back(self, resume_from_checkpoint, model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not takes_back(self, self.state.best_model_checkpoint):
-            super()._load_best_model()
-
-
-class Trainer(
-    LoraTrainerMixin,
-    ResumingMixin,
-    MeasuringMixin,
-    WritingMixin,
-    EvaluationMixin,
-    TokenLossMixin,
-    transformers.Trainer,
-):
+class Trainer(LoraTrainerMixin, transformers.Trainer):
     """transformers' Trainer, with adapter checkpoints, LoRA+ and an order of rows that a resume keeps.
 
     The loss of a language model is averaged over the target tokens of all the batches of a step, or of all
     rows in evaluation, and computed without the matrix of logits.
 
+    - A step is all the micro-batches that gradient accumulation gathers: four of them give the gradient of
+      one batch four times as large, whatever each holds of targets. transformers' Trainer does so for models
+      that name their loss as it expects; here the others are right as well: those without a known name
+      (GPT-2), for which it counts a target too many in each row, and those with a loss of their own (BART,
+      T5, BERT's classifiers), for which it adds up the micro-batches' means.
+    - The logits of all tokens never exist at once where the model has one head that ends in cross-entropy;
+      see `deferred`. Where it has not, or the trainer shards or compiles the model, a line of log says so.
+    - Evaluation reads rows longest first where a column says how long they are, which saves padding; outputs
+      stand beside their rows all the same. Where only the loss is computed, its exponential is reported
+      beside it as ``perplexity``.
+    - Log entries with a training loss also hold ``peak_memory_gb`` and the speed: ``tokens_per_second``,
+      padding left out, or ``samples_per_second`` where the model reads no tokens.
+
     Args:
         *args: as transformers' Trainer takes them.
-        loraplus_lr_ratio: learning rate of B over that of A; see `parameter_groups`. None trains both at one
-            rate.
         loss: function of the model's outputs and its inputs that returns a batch's mean loss, or None for
             the model's own; such as a task's.
-        **options: as transformers' Trainer takes them, `chunked_loss` (see `TokenLossMixin`), `score`
-            (see `EvaluationMixin`) and `writer` (see `WritingMixin`).
+        chunked_loss: False computes all logits at once.
+        loraplus_lr_ratio: learning rate of B over that of A; see `parameter_groups`. None trains both at one
+            rate.
+        score: function of the outputs and the encoded rows, with all their columns, that returns metrics.
+        writer: adds to each evaluation the scores of what the model writes. None leaves evaluation as it is.
+        **options: as transformers' Trainer takes them.
     """
 
     def __init__(
         self,
         *args: Any,
-        loraplus_lr_ratio: float | None = None,
         loss: Callable[[Any, Mapping[str, Any]], Tensor | None] | None = None,
+        chunked_loss: bool = True,
+        loraplus_lr_ratio: float | None = None,
+        score: Score | None = None,
+        writer: Writer | None = None,
         **options: Any,
     ) -> None:
-        """Keep the two, and leave the rest to transformers."""
+        """Look at how the model computes its loss; leave the rest to transformers."""
+        self.loss, self.chunked_loss, self.writer = loss, chunked_loss, writer
         self.loraplus_lr_ratio = loraplus_lr_ratio
-        self.loss = loss
+        self._clock: tuple[float, int] | None = None
+        """When the log's last entry was made, and how much was learned from by then."""
+        self._rows: Any = None
+        """What is evaluated."""
+        self._order: list[int] | None = None
+        """The places of these rows in the order in which they are read; None is their own."""
+        self._sums: list[Tensor] = []
+        """Of each batch that was evaluated: the sum of its targets' losses, and their number."""
+        if score is not None:
+            options["compute_metrics"] = lambda outcome: scored(score, self._beside_rows(outcome), self._rows)
         super().__init__(*args, **options)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self._mean_of_batch = self.model_accepts_loss_kwargs and ignores_count(model)
+        self._loss_shifts_labels = not self._mean_of_batch and (
+            self._loss_shifts_labels or shifts_labels(model)
+        )
+        self._head = self._find_head(model) if chunked_loss else None
+        smoother = self.label_smoother
+        if self._head is not None and isinstance(smoother, LabelSmoother):
+            self.label_smoother = SmoothedLoss(smoother.epsilon, smoother.ignore_index)
+
+    # A step of training: forward, loss, backward.
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Add the gradients of a micro-batch.
+
+        Args:
+            model: the model.
+            inputs: the micro-batch, labels included.
+            num_items_in_batch: targets in all micro-batches of the step, where the loss is told them.
+
+        Returns:
+            Its loss, a scalar.
+        """
+        if self._clock is None:
+            self._clock = time.perf_counter(), learned(self.model, self.args, self.state)
+        with self._deferred():
+            # On the right device and in the right dtype: `compute_loss` below, then backward.
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self,
@@ -116,36 +141,86 @@ class Trainer(
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a micro-batch; see transformers' Trainer."""
-        if self.loss is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        found = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss, outputs = found
-        own = self.loss(outputs, inputs)
-        if own is not None:
+        """The loss of a micro-batch: its part of the mean over the step's targets.
+
+        Args:
+            model: the model.
+            inputs: the micro-batch, labels included.
+            return_outputs: return the model's outputs beside it.
+            num_items_in_batch: targets in all micro-batches of the step. None: the mean over this one.
+        """
+        labels, count = inputs.get("labels"), num_items_in_batch
+        if self.args.label_smoothing_factor or self.compute_loss_func:
+            # The labels are kept from the model, which would make the decoder's inputs of them.
+            inputs = self._with_decoder_inputs(model, inputs)
+            with noted_labels(model, labels):
+                loss, outputs = super().compute_loss(model, inputs, True, count)
+        elif self._mean_of_batch and labels is not None and count is not None:
+            # Some of these models would divide by the number of targets, and some would not: none is told it.
+            self.model_accepts_loss_kwargs = False
+            try:
+                loss, outputs = super().compute_loss(model, inputs, True)
+            finally:
+                self.model_accepts_loss_kwargs = True
+            loss = self._part_of_step(loss, labels, count)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, True, count)
+        if self.loss is not None and (own := self.loss(outputs, inputs)) is not None:
             labels = inputs.get("labels")
-            if labels is None or num_items_in_batch is None:
-                loss = own
-            else:
-                loss = own * self._share(labels, num_items_in_batch)
+            loss = own if labels is None or count is None else self._part_of_step(own, labels, count)
         return (loss, outputs) if return_outputs else loss
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether this is the best evaluation so far; of two that tie, the one with the lower loss."""
-        before, step = self.state.best_metric, self.state.best_global_step
-        if super()._determine_best_metric(metrics, trial):
-            return True
-        name = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
-        loss, best = metrics.get("eval_loss"), self._loss_at(step)
-        if before is None or metrics.get(name) != before or loss is None or best is None or not loss < best:
-            return False
-        self.state.best_global_step = self.state.global_step
-        return True
+    def _part_of_step(self, loss: Tensor, labels: Tensor, count: Tensor | int) -> Tensor:
+        """What a micro-batch's mean loss adds to the mean over the targets of its step."""
+        copies = 1  # of the loss, where `count` is the number of targets on all devices
+        if self.args.average_tokens_across_devices:
+            copies = self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu
+        return part_of_step(loss, targets_in(labels, shifted=self._loss_shifts_labels), count, copies)
 
-    def _loss_at(self, step: int | None) -> float | None:
-        """Loss of the evaluation at a step."""
-        found = [e["eval_loss"] for e in self.state.log_history if e["step"] == step and "eval_loss" in e]
-        return found[-1] if found else None
+    def _with_decoder_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+        bare: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        shift = getattr(bare, "prepare_decoder_input_ids_from_labels", None)
+        if shift is None or inputs.get("labels") is None or "decoder_input_ids" in inputs:
+            return inputs
+        return {**inputs, "decoder_input_ids": shift(labels=inputs["labels"])}
+
+    @contextmanager
+    def _deferred(self, wanted: bool = True) -> Iterator[None]:
+        """Within it, the model's head answers with logits that its loss computes a few tokens at a time."""
+        if self._head is None or not wanted:
+            yield
+            return
+        with deferred_logits(self._head, on_whole=self._give_up):
+            yield
+
+    def _give_up(self, reason: str) -> None:
+        if self._head is not None:
+            self._head = None
+            self._say_whole(f"they are used in {reason}")
+
+    def _find_head(self, model: nn.Module) -> nn.Module | None:
+        head = output_head(model)
+        reason = why_whole(head, self.args, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if reason is None:
+            return head
+        if head is not None or is_language_model(model):
+            self._say_whole(reason, model)
+        return None
+
+    def _say_whole(self, reason: str, model: Any = None) -> None:
+        name = type(self.model if model is None else model).__name__
+        logger.warning("%s: the loss is computed from all logits at once, because %s", name, reason)
+
+    # What is logged of the steps, and who takes them: the optimizer, in which order of rows.
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Log; see transformers' Trainer."""
+        if "loss" in logs and self._clock is not None:
+            began, before = self._clock
+            self._clock = now, seen = time.perf_counter(), learned(self.model, self.args, self.state)
+            logs[f"{unit(self.model)}_per_second"] = round((seen - before) / max(now - began, 1e-9), 1)
+            logs["peak_memory_gb"] = round(peak_memory() / 1e9, 3)
+        super().log(logs, *args, **options)
 
     def get_optimizer_cls_and_kwargs(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: Any, model: Any = None
@@ -170,3 +245,118 @@ class Trainer(
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthGroupedSampler(rows[column], self._train_batch_size, seed)
+
+    # Evaluation.
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **options: Any) -> dict[str, float]:
+        """Evaluate on rows; see transformers' Trainer."""
+        self._look_at(self.eval_dataset if eval_dataset is None else eval_dataset)
+        return super().evaluate(eval_dataset, *args, **options)
+
+    def predict(self, test_dataset: Any, *args: Any, **options: Any) -> Any:
+        """Predict for rows; see transformers' Trainer."""
+        self._look_at(test_dataset)
+        return super().predict(test_dataset, *args, **options)
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
+        """Read all rows, take the mean loss over all their targets, and score what the model writes."""
+        self._sums = []
+        found = super().evaluation_loop(*args, **options)
+        if found.metrics is not None:
+            if self._sums:
+                self._take_mean(found.metrics)
+            if self.writer is not None:
+                model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+                few = self.writer.config.eval_rows if self.is_in_train else None
+                prefix = options.get("metric_key_prefix", "eval")
+                scores = self.writer.score(model, self._rows, few)
+                found.metrics.update({f"{prefix}_{name}": score for name, score in scores.items()})
+        self._sums = []
+        return found._replace(
+            predictions=back_in_order(found.predictions, self._order),
+            label_ids=back_in_order(found.label_ids, self._order),
+        )
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **options: Any
+    ) -> Any:
+        """Evaluate a batch, and count its targets; where only its loss matters, it is computed in chunks."""
+        with self._deferred(prediction_loss_only):
+            found = super().prediction_step(model, inputs, prediction_loss_only, *args, **options)
+        loss, labels = found[0], inputs.get("labels")
+        of_tokens = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+        if loss is not None and of_tokens:
+            count = targets_in(labels, shifted=self._loss_shifts_labels).to(loss.device, torch.float64)
+            self._sums.append(torch.stack([loss.double() * count if count else count, count]))
+        return found
+
+    def _take_mean(self, metrics: dict[str, float]) -> None:
+        """Put the mean over all targets in place of the mean over rows, which moves with the batch size."""
+        own = torch.stack(self._sums).sum(0)
+        gathered = self.accelerator.gather(own.float().unsqueeze(0))
+        assert isinstance(gathered, Tensor)
+        # On one process nothing is gathered, and no digit lost.
+        total, count = own if len(gathered) == 1 else gathered.double().sum(0)
+        loss = float(total / count) if count else math.nan
+        name = next((key for key in metrics if key.endswith("_loss")), None)
+        if name is not None:
+            metrics[name] = loss
+            if self.args.prediction_loss_only:
+                # Past 700 the exponential has no float.
+                metrics[name.removesuffix("loss") + "perplexity"] = math.exp(min(loss, 700.0))
+
+    def _look_at(self, rows: Any) -> None:
+        """Keep the rows, and the order in which they are read if that is not their own."""
+        self._rows, self._order = rows, None
+        column = self.args.length_column_name
+        if self.args.world_size <= 1 and column in getattr(rows, "column_names", ()):
+            lengths = rows[column][:]
+            self._order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
+        # transformers' own order by length is drawn at random, so outputs could not be put beside their rows.
+        if self.args.world_size > 1:
+            return None
+        own = torch.utils.data.SequentialSampler(eval_dataset)
+        return own if self._order is None else cast(torch.utils.data.Sampler, self._order)
+
+    def _beside_rows(self, outcome: EvalPrediction) -> EvalPrediction:
+        """Outputs and labels in the rows' own order."""
+        parts = (outcome.predictions, outcome.label_ids, outcome.inputs, outcome.losses)
+        return EvalPrediction(*(back_in_order(part, self._order) for part in parts))
+
+    # Checkpoints: which is the best, what is written, what can be read.
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether this is the best evaluation so far; of two that tie, the one with the lower loss."""
+        before, step = self.state.best_metric, self.state.best_global_step
+        if super()._determine_best_metric(metrics, trial):
+            return True
+        name = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        history = [e for e in self.state.log_history if e["step"] == step and "eval_loss" in e]
+        loss, best = metrics.get("eval_loss"), history[-1]["eval_loss"] if history else None
+        if before is None or metrics.get(name) != before or loss is None or best is None or not loss < best:
+            return False
+        self.state.best_global_step = self.state.global_step
+        return True
+
+    def _save(self, *args: Any, **options: Any) -> None:
+        """Write the model and the arguments, without the secrets among these."""
+        hidden = {name: value for name, value in vars(self.args).items() if is_secret(name, value)}
+        for name in hidden:
+            setattr(self.args, name, None)
+        try:
+            super()._save(*args, **options)
+        finally:
+            for name, value in hidden.items():
+                setattr(self.args, name, value)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint, "the optimizer's or the schedule's file"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and self.optimizer is not None:
+                check_moments(self.optimizer)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint, "the file of random states"):
+            super()._load_rng_state(checkpoint)
