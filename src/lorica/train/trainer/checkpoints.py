@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from lorica.errors import FileError, listing
+from lorica.errors import FileError, LoricaError, listing
 from lorica.model.resuming import beside
 from lorica.model.trainers import takes_back
 from lorica.reading import read_object
