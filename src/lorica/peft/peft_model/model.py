@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from lorica import checkpoint
 from lorica.adapter import Adapter
 from lorica.checkpoint.hub import locate
 from lorica.config import LoraConfig
-from lorica.errors import ConfigError, listing
+from lorica.errors import ConfigError, LoricaWarning, listing
 from lorica.model.attach import attach_finite
 from lorica.model.structure import adapted
 from lorica.model.values import overwrite
@@ -25,7 +26,7 @@ from lorica.peft.peft_model.wrapper import Wrapper, check_bare
 from lorica.peft.tuners.lora.model import on_untouched_base
 from lorica.peft.tuners.tuners_utils import cast_adapter_dtype
 from lorica.peft.utils.other import put_again
-from lorica.peft.utils.save_and_load import LoadResult, conversions, fitting, outgoing, read
+from lorica.peft.utils.save_and_load import LoadResult, conversions, outgoing, read
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
 
@@ -325,3 +326,24 @@ def as_trainable(adapter: Adapter, trainable: bool) -> Adapter:
         config=adapter.config.replace(inference_mode=not trainable),
         trained_as=None if told is None else told.replace(inference_mode=not trainable),
     )
+
+
+def fitting(adapter: Adapter, own: Mapping[str, Tensor]) -> Adapter:
+    """The adapter with the model's own tensors where those it trained whole have another shape.
+
+    Args:
+        adapter: as it was saved.
+        own: the model's tensors by name.
+
+    Warns:
+        LoricaWarning: naming what is left out.
+    """
+    wrong = [n for n, tensor in adapter.extras.items() if n in own and own[n].shape != tensor.shape]
+    if wrong:
+        warnings.warn(
+            f"of another shape than in this model, and so left as the model has it: {listing(wrong)}",
+            LoricaWarning,
+            stacklevel=3,
+        )
+    kept = {**adapter.extras, **{name: own[name].detach() for name in wrong}}
+    return dataclasses.replace(adapter, extras=kept)

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from lorica.checkpoint.peft import (
 )
 from lorica.checkpoint.peft_tensors import from_tensors, to_tensors
 from lorica.config import LoraConfig as CoreConfig
-from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, lines, listing
+from lorica.errors import AdapterError, ConfigError, StateError, lines, listing
 from lorica.layers import SwappedModule
 from lorica.model import values
 from lorica.model.merged import as_unmerged, behind_merge
@@ -113,27 +112,6 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> di
 def conversions(model: nn.Module, given: Mapping[str, str] | None) -> Mapping[str, str] | None:
     """How keys are to be renamed: as given, or as transformers renamed the architecture's modules."""
     return getattr(model, "_checkpoint_conversion_mapping", None) if given is None else given
-
-
-def fitting(adapter: Adapter, own: Mapping[str, Tensor]) -> Adapter:
-    """The adapter with the model's own tensors where those it trained whole have another shape.
-
-    Args:
-        adapter: as it was saved.
-        own: the model's tensors by name.
-
-    Warns:
-        LoricaWarning: naming what is left out.
-    """
-    wrong = [n for n, tensor in adapter.extras.items() if n in own and own[n].shape != tensor.shape]
-    if wrong:
-        warnings.warn(
-            f"of another shape than in this model, and so left as the model has it: {listing(wrong)}",
-            LoricaWarning,
-            stacklevel=3,
-        )
-    kept = {**adapter.extras, **{name: own[name].detach() for name in wrong}}
-    return dataclasses.replace(adapter, extras=kept)
 
 
 def outgoing(
