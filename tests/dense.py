@@ -13,14 +13,22 @@ from typing import Any
 import oracle
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import Parameter
 
 import lorica
 from lorica.layers import LoraLayer
-from lorica.model.structure import adapted as roster_of
-from lorica.model.values import trained_copies
+from lorica.pieces.copies import ParameterCopy
+from lorica.pieces.whole import copies_of
+from lorica.state import AdapterState
+from lorica.state import adapted as roster_of
 
 TAKEN_OUT = ("pissa", "olora", "loftq")
 """Starts that leave another weight than W0 beside A and B."""
+
+
+def slots_of(state: AdapterState, name: str) -> dict[str, Parameter]:
+    """Name of a parameter of the base → the adapter's trained copy of it."""
+    return {p.path: p.parameter for p in state.pieces[name] if isinstance(p, ParameterCopy)}
 
 
 class Dense:
@@ -49,10 +57,10 @@ class Dense:
         result: dict[str, Tensor] = {**own}
         _, state = roster_of(model)
         for name in names:
-            for path, slot in state.slots.get(name, {}).items():
+            for path, slot in slots_of(state, name).items():
                 result[path] = result[path] + (slot - own[path])
-            for twin in trained_copies(model, state, name):
-                result[twin.base_name] = twin.tensor
+            for twin in copies_of(state, name):
+                result[twin.key] = twin.tensor
             for path, layer in layers_of(model, name):
                 full = f"{path}.{layer.weight_name}"
                 made = self.rests.get((name, full), own[full]) + oracle.delta(layer, name)

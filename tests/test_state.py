@@ -10,7 +10,9 @@ from torch.nn import Parameter
 from lorica import LoraConfig
 from lorica.choice import Choice
 from lorica.errors import AdapterError, StateError
-from lorica.state import AdapterState, place
+from lorica.pieces.copies import ParameterCopy
+from lorica.state import AdapterState
+from lorica.tree import put_at
 
 
 def state(*names: str, **fields: object) -> AdapterState:
@@ -58,12 +60,12 @@ class TestPlace:
     def test_the_one_that_was_there_comes_back(self) -> None:
         model = nn.Sequential(nn.Linear(2, 2))
         before, new = model[0].bias, Parameter(torch.ones(2))
-        assert place(model, "0.bias", new) is before
+        assert put_at(model, "0.bias", new) is before
         assert model[0].bias is new
 
     def test_in_the_root_itself(self) -> None:
         model, new = nn.Linear(2, 2), Parameter(torch.ones(2))
-        place(model, "bias", new)
+        put_at(model, "bias", new)
         assert model.bias is new
 
 
@@ -78,17 +80,20 @@ class TestActivate:
     def carried(self) -> AdapterState:
         own = {name: {"0.bias": Parameter(torch.full((2,), float(i)))} for i, name in enumerate("ab", 1)}
         own["b"]["1.bias"] = Parameter(torch.full((2,), 3.0))
-        return state("a", "b", "plain", slots=own)
+        pieces = {
+            name: [ParameterCopy(path, p) for path, p in copies.items()] for name, copies in own.items()
+        }
+        return state("a", "b", "plain", pieces=pieces)
 
     def test_parameters_take_their_places_and_go_again(
         self, model: nn.Sequential, carried: AdapterState
     ) -> None:
         bases = model[0].bias, model[1].bias
         carried.activate(model, ("b",))
-        assert model[0].bias is carried.slots["b"]["0.bias"]
-        assert model[1].bias is carried.slots["b"]["1.bias"]
+        assert model[0].bias is carried.stand_ins("b")["0.bias"]
+        assert model[1].bias is carried.stand_ins("b")["1.bias"]
         carried.activate(model, ("a",))
-        assert model[0].bias is carried.slots["a"]["0.bias"]
+        assert model[0].bias is carried.stand_ins("a")["0.bias"]
         assert model[1].bias is bases[1]
         carried.activate(model, ())
         assert (model[0].bias, model[1].bias) == bases
@@ -97,7 +102,7 @@ class TestActivate:
     def test_several_at_once(self, model: nn.Sequential, carried: AdapterState) -> None:
         carried.activate(model, ("plain", "a", "plain"))
         assert carried.active == ("plain", "a")
-        assert model[0].bias is carried.slots["a"]["0.bias"]
+        assert model[0].bias is carried.stand_ins("a")["0.bias"]
 
     def test_two_with_their_own_version_of_one_parameter(
         self, model: nn.Sequential, carried: AdapterState
@@ -108,14 +113,14 @@ class TestActivate:
         ):
             carried.activate(model, ("plain", "a", "b"))
         assert carried.active == ("a",)
-        assert model[0].bias is carried.slots["a"]["0.bias"]
+        assert model[0].bias is carried.stand_ins("a")["0.bias"]
 
     def test_an_unknown_name_changes_nothing(self, model: nn.Sequential, carried: AdapterState) -> None:
         carried.activate(model, ("a",))
         with pytest.raises(AdapterError, match="no adapter is named 'c'"):
             carried.activate(model, ("b", "c"))
         assert carried.active == ("a",)
-        assert model[0].bias is carried.slots["a"]["0.bias"]
+        assert model[0].bias is carried.stand_ins("a")["0.bias"]
 
     def test_the_same_name_twice(self, model: nn.Sequential, carried: AdapterState) -> None:
         carried.activate(model, ("a", "a"))

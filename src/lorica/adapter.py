@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorica.config import AdapterConfig, LoraConfig, changes_base, method_of
 from lorica.errors import AdapterError, listing
@@ -18,8 +18,6 @@ Kind = Literal["linear", "embedding", "conv", "parameter"]
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 """Where an embedding's trained rows are under its path: in an adapter, in PEFT's files, and live."""
-
-_RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,23 +218,3 @@ def _summable(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         return torch.view_as_real(tensor.resolve_conj())
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
-
-
-def check_name(name: str) -> str:
-    """An adapter's name becomes part of parameter names and folder names; refuse what cannot be either.
-
-    Raises:
-        AdapterError: the name is empty, or holds a dot, a slash or another character that is not a letter,
-            digit, ``_`` or ``-``.
-    """
-    if not isinstance(name, str) or not name or not all(c.isalnum() or c in "_-" for c in name):
-        raise AdapterError(
-            f"an adapter's name must be made of letters, digits, '_' and '-', not {name!r}; "
-            "it becomes part of parameter and folder names"
-        )
-    if name in _RESERVED:
-        raise AdapterError(
-            f"{name!r} is an attribute of torch's ModuleDict or ParameterDict, which are keyed by adapter; "
-            "choose another name"
-        )
-    return name

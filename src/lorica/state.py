@@ -1,4 +1,4 @@
-"""What a model carries: its adapters by name, which of them act, and what was set aside for them.
+"""What a model carries: its adapters by name, each a list of pieces, and which of them act.
 
 One state is shared by a model and all its adapted layers, so that choosing another adapter costs the same
 however many layers or adapters there are.
@@ -11,31 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.choice import Choice, Choices
 from lorica.config import AdapterConfig
 from lorica.errors import AdapterError, StateError, listing, nearest
+from lorica.piece import Piece, Rows
+from lorica.tree import owner_of, parameter_at, put_at, table_of, walk
 
-_COMPILED = "_orig_mod"
-"""Name of the module that `torch.compile` wraps."""
-
-
-@dataclass(eq=False)
-class Start:
-    """A start that was taken out of W0.
-
-    Args:
-        weight: what stands in W0's place while the adapter acts: W0 less the start, or W0 quantized.
-        A: the start's own A (r, d_in), to tell what training changed; None where W0 was quantized.
-        B: its B (d_out, r).
-    """
-
-    weight: Parameter
-    A: Tensor | None = None
-    B: Tensor | None = None
+STATE = "lorica_state"
+"""Attribute of the adapted model that holds its state."""
+_RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 
 
 @dataclass(eq=False)
@@ -44,18 +31,12 @@ class AdapterState(Choices):
 
     Args:
         configs: adapter name → how it was made, in the order of arrival.
-        slots: adapter name → parameter name in the base → the parameter that takes its place while the
-            adapter acts (trained biases).
-        starts: adapter name → name of a weight in the base → what the adapter's start made of it, and puts in
-            its place while the adapter acts. W0 itself is never written to.
-        statistics: adapter name → name of a running statistic in the base → the adapter's own.
-        whole: adapter name → path of a module that it trains → its rows of it, or None for all of it.
-        parts: adapter name → places of what it adds to the model.
-        originals: parameters and buffers whose place is taken at the moment.
-        bringers: their names → the adapter whose own stands there.
+        pieces: adapter name → all that it holds.
+        originals: parameters and buffers of the base whose place is taken at the moment.
+        standing: their names → the adapter whose own stands there, and its piece.
         axes: what mixtures have found out about the layers' inputs.
         shown: the kinds of calls for which the model was shown one row alone.
-        hooks: of mixtures, on the model and its parts; until `detach`.
+        hooks: on the model and its parts; until `detach`.
         frozen: parameters that `adapt` froze and `detach` thaws.
         layouts: quantized layers that `adapt` keeps from repacking their weights, until `detach`.
         classes: the names of the classes of each head, where adapters bring their own.
@@ -63,17 +44,15 @@ class AdapterState(Choices):
         layout: where a prefix stands in the call that is running.
         stack: how the list of blocks was exchanged (`layer_replication`), until `detach`.
         aside: what merging took off the model and `restore` puts back.
+        opened: kinds of pieces that have something to undo when the last adapter is off.
+        watch: the hook that looks for layers that a pass does not call.
         uncalled: kinds of layers that a pass of the model did not call, as was said.
     """
 
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
-    slots: dict[str, dict[str, Parameter]] = field(default_factory=dict)
-    starts: dict[str, dict[str, Start]] = field(default_factory=dict)
-    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    whole: dict[str, dict[str, frozenset[int] | None]] = field(default_factory=dict)
-    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
     originals: dict[str, Any] = field(default_factory=dict)
-    bringers: dict[str, str] = field(default_factory=dict)
+    standing: dict[str, tuple[str, Piece]] = field(default_factory=dict)
     axes: dict[Any, bool] = field(default_factory=dict)
     shown: set[Any] = field(default_factory=set)
     hooks: list[Any] = field(default_factory=list)
@@ -84,7 +63,50 @@ class AdapterState(Choices):
     layout: Any = None
     stack: Any = None
     aside: Any = None
+    opened: list[Any] = field(default_factory=list)
+    watch: Any = None
     uncalled: set[str] = field(default_factory=set)
+
+    def put(
+        self, root: nn.Module, name: str, config: AdapterConfig, pieces: list[Piece], *, trainable: bool
+    ) -> None:
+        """Put an adapter's pieces on the model; it does not act yet."""
+        self.configs[name], self.pieces[name] = config, pieces
+        for piece in pieces:
+            piece.put(root, self, name, trainable=trainable)
+        self._placing.pop(name, None)
+
+    def add(self, root: nn.Module, name: str, piece: Piece, *, trainable: bool) -> None:
+        """Put one more piece of an adapter on the model, in the place of what it has under that path."""
+        kept = [own for own in self.pieces[name] if type(own) is not type(piece) or own.path != piece.path]
+        self.pieces[name] = [*kept, piece]
+        piece.put(root, self, name, trainable=trainable)
+        self._placing.pop(name, None)
+
+    def off(self, root: nn.Module, name: str) -> None:
+        """Take an adapter, which does not act, off the model."""
+        for piece in reversed(self.pieces.pop(name)):
+            piece.off(root, name)
+        self._placing.pop(name, None)
+        if self.classes is not None:
+            self.classes.own.pop(name, None)
+        del self.configs[name]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._placing: dict[str, list[Piece]] = {}
+
+    def pieces_in(self, root: nn.Module, name: str) -> list[Piece]:
+        """An adapter's pieces that are in the model still, by the paths that they have there now."""
+        paths = {place.module: place.path for place in walk(root)}
+        return [piece for piece in self.pieces[name] if piece.follow(paths)]
+
+    def placing(self, name: str) -> list[Piece]:
+        """The adapter's pieces that stand in the base's place, or let no other act beside them."""
+        found = self._placing.get(name)
+        if found is None:  # found once for all: most adapters have a hundred pieces, and none of these
+            found = self._placing[name] = [piece for piece in self.pieces.get(name, ()) if piece.places]
+        return found
 
     def known(self, name: str) -> str:
         """The name, if there is such an adapter.
@@ -132,27 +154,23 @@ class AdapterState(Choices):
         Raises:
             AdapterError: unknown name, or two of them bring their own version of one parameter.
         """
-        names = tuple(dict.fromkeys(names))
-        taken: dict[str, frozenset[int] | None] = {}
+        names = tuple(dict.fromkeys(map(self.known, names)))
+        taken: dict[str, Rows] = {}
         for name in names:
-            starts = self.starts.get(self.known(name), {})
-            moved = self.moved(root, name)
-            alone = (*self.slots.get(name, ()), *self.parts.get(name, ()), *starts, *moved)
-            own = {**dict.fromkeys(alone), **self.whole.get(name, {})}
-            for path, rows in own.items():
+            own = [
+                (path, rows, piece)
+                for piece in self.placing(name)
+                for path, rows in piece.claims(name).items()
+            ]
+            for path, rows, piece in own:
                 if any(_overlap(path, other) and not _apart(rows, its) for other, its in taken.items()):
-                    why = (
-                        f"each took its start out of {path}; extract one and attach it again, and it stands "
-                        "beside W0 itself"
-                        if path in starts
-                        else f"each brings its own {path}; updates of rank r add up, parameters trained "
-                        "whole do not"
+                    raise AdapterError(
+                        f"{listing(map(repr, names))} cannot act together: {piece.clash.format(path)}"
                     )
-                    raise AdapterError(f"{listing(map(repr, names))} cannot act together: {why}")
-            for path, rows in own.items():
+            for path, rows, _ in own:
                 before = taken.get(path)
                 taken[path] = rows | before if rows is not None and before is not None else rows
-        self._put(root, names)
+        self._exchange(root, names)
         self.decide(self.last._replace(names=names, placed=self.placed))
         self.name_classes()
 
@@ -165,23 +183,31 @@ class AdapterState(Choices):
         """A choice without the adapters that are gone."""
         return choice._replace(names=tuple(name for name in choice.names if name in self.configs))
 
-    def _put(self, root: nn.Module, names: tuple[str, ...]) -> None:
+    def _exchange(self, root: nn.Module, names: tuple[str, ...]) -> None:
         """Have the parameters of these adapters stand in the base's place, and those of no others."""
         bringing = tuple(name for name in names if self.stand_ins(name))
         if {*bringing} == {*self.placed}:
             return
         self.check_placing(bringing)
-        # Of statistics, those that moved: only one adapter's did.
-        ordered = sorted(bringing, key=lambda name: bool(self.moved(root, name)))
-        incoming = {path: (name, p) for name in ordered for path, p in self.stand_ins(name).items()}
-        self._check_devices(root, {**self.originals, **{path: p for path, (_, p) in incoming.items()}})
-        for path, parameter in self.originals.items():
-            self._note_moved(path, place(root, path, parameter))
-            _tell(root, path, None)
-        self.originals = {path: place(root, path, parameter) for path, (_, parameter) in incoming.items()}
+        # Of what all of them have, one's own is other than the base's: that comes last, and stands.
+        ordered = sorted(
+            bringing, key=lambda name: any(p.optional and p.claims(name) for p in self.placing(name))
+        )
+        standing: dict[str, tuple[str, Piece]] = {}
+        incoming: dict[str, Tensor] = {}
+        for name in ordered:
+            for piece in self.placing(name):
+                for path, tensor in piece.stand_ins(name).items():
+                    standing[path], incoming[path] = (name, piece), tensor
+        self._check_devices(root, {**self.originals, **incoming})
         for path, original in self.originals.items():
-            _tell(root, path, (incoming[path][0], original))
-        self.placed, self.bringers = bringing, {path: name for path, (name, _) in incoming.items()}
+            left = put_at(root, path, original)
+            self.standing[path][1].left(left)
+            _tell(root, path, None)
+        self.originals = {path: put_at(root, path, tensor) for path, tensor in incoming.items()}
+        for path, original in self.originals.items():
+            _tell(root, path, (standing[path][0], original))
+        self.placed, self.standing = bringing, standing
 
     def _check_devices(self, root: nn.Module, coming: dict[str, Any]) -> None:
         """Refuse to exchange parameters for those of a model without values.
@@ -191,7 +217,7 @@ class AdapterState(Choices):
         """
         for path, tensor in coming.items():
             owner, leaf = owner_of(root, path)
-            if _table(owner, leaf)[leaf].is_meta != tensor.is_meta:
+            if table_of(owner, leaf)[leaf].is_meta != tensor.is_meta:
                 raise StateError(
                     f"{path} was moved to the meta device, without values (accelerate's offloading?), and an "
                     "adapter has its own in that place; bring it back first "
@@ -220,110 +246,136 @@ class AdapterState(Choices):
         self.activate(_NOWHERE, names)
 
     @contextlib.contextmanager
+    def originals_in_place(self, root: nn.Module) -> Iterator[None]:
+        """Have the base's own parameters stand in the model for a while."""
+        before = self.placed
+        if before:
+            self._exchange(root, ())
+        try:
+            yield
+        finally:
+            if before:
+                self._exchange(root, tuple(name for name in before if name in self.configs))
+
+    @contextlib.contextmanager
     def base_in_place(self, root: nn.Module) -> Iterator[None]:
         """Let no adapter act for a while, so that the base's own parameters stand in the model."""
-        before = tuple(name for name in self.placed)
-        self._put(root, ())
-        try:
-            with self.only_here(Choice()):
-                yield
-        finally:
-            self._put(root, tuple(name for name in before if name in self.configs))
-
-    def _note_moved(self, path: str, left: Tensor) -> None:
-        """Keep an adapter's statistic as it leaves: a model that moves to a device has new ones."""
-        own = self.statistics.get(self.bringers[path], {})
-        if path in own:
-            own[path] = left
+        with self.originals_in_place(root), self.only_here(Choice()):
+            yield
 
     def stand_ins(self, name: str) -> dict[str, Tensor]:
         """Name of a parameter or buffer in the base → what takes its place while the adapter acts."""
-        weights = {path: start.weight for path, start in self.starts.get(name, {}).items()}
-        return {**self.slots.get(name, {}), **weights, **self.statistics.get(name, {})}
+        return {
+            path: tensor for piece in self.placing(name) for path, tensor in piece.stand_ins(name).items()
+        }
 
-    def moved(self, root: nn.Module, name: str) -> dict[str, Tensor]:
-        """The adapter's running statistics that are no longer the base's."""
-        own = self.live_statistics(root, name)
-        return {path: t for path, t in own.items() if not torch.equal(t, self.base_tensor(root, path).to(t))}
+    def starts_in(self, name: str) -> list[str]:
+        """Names of the weights that an adapter's start was taken out of."""
+        return [path for piece in self.placing(name) if piece.residual for path in piece.claims(name)]
 
-    def live_statistics(self, root: nn.Module, name: str) -> dict[str, Tensor]:
-        """The adapter's running statistics, as they stand in the model while it acts."""
-        own = self.statistics.get(name, {})
-        return {path: _held(root, path) if self.bringers.get(path) == name else t for path, t in own.items()}
+    def whole(self, name: str) -> dict[str, Rows]:
+        """Path → module that an adapter has a copy of, or rows of."""
+        found: dict[str, Rows] = {}
+        for piece in self.placing(name):
+            if piece.section == "extras" and not piece.stand_ins(name):
+                found |= piece.claims(name)
+        return found
 
     def base_tensor(self, root: nn.Module, path: str) -> Tensor:
         """The base's own parameter or buffer of that name, whatever stands in its place."""
         if path in self.originals:
             return self.originals[path]
-        return _held(root, path)
+        owner, leaf = owner_of(root, path)
+        return table_of(owner, leaf)[leaf]
 
     def base_parameter(self, root: nn.Module, path: str) -> Parameter:
         """The base's own parameter of that name, whatever stands in its place."""
         return self.originals[path] if path in self.originals else parameter_at(root, path)
 
+    def parameters_of(self, name: str) -> Iterator[Parameter]:
+        """All parameters that an adapter brought; each once."""
+        found = (held.tensor for piece in self.pieces[name] for held in piece.tensors(name))
+        yield from dict.fromkeys(tensor for tensor in found if isinstance(tensor, Parameter))
+
+    def in_training(self) -> list[str]:
+        """The adapters of which anything trains, in the order of arrival."""
+        return [
+            name
+            for name in self.configs
+            if any(parameter.requires_grad for parameter in self.parameters_of(name))
+        ]
+
 
 _NOWHERE = nn.Module()
 
 
-def parameter_at(root: nn.Module, path: str) -> Parameter:
-    """The parameter of that name, whatever an attribute shows in its stead."""
-    owner, leaf = owner_of(root, path)
-    parameter = owner._parameters[leaf]
-    assert parameter is not None
-    return parameter
+def find_adapted(model: nn.Module) -> tuple[nn.Module, AdapterState] | None:
+    """The adapted model in `model` and its state: itself, or what a wrapper such as DDP holds.
 
-
-def owner_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds the parameter or buffer of that name, and its name there."""
-    owner, _, leaf = path.rpartition(".")
-    return module_at(root, owner), leaf
-
-
-def module_at(root: nn.Module, path: str) -> nn.Module:
-    """The module of that name; wrappers that `torch.compile` put around modules are no part of names."""
-    module = uncompiled(root)
-    for name in path.split(".") if path else ():
-        child = module._modules[name]
-        assert child is not None
-        module = uncompiled(child)
-    return module
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module inside the wrapper that `torch.compile(module)` returns; others are returned as they are."""
-    while (inside := module._modules.get(_COMPILED)) is not None:
-        module = inside
-    return module
-
-
-def as_uncompiled(name: str) -> str:
-    """A live name of a tensor or module without what `torch.compile` put into it."""
-    return name.replace(f"{_COMPILED}.", "")
-
-
-def place(root: nn.Module, path: str, parameter: Any) -> Any:
-    """Put a parameter or buffer where `path` says; returns the one that was there.
-
-    It follows what was there to the device and dtype that the model moved to in the meantime.
+    Raises:
+        StateError: it holds several, each adapted by itself.
     """
-    owner, leaf = owner_of(root, path)
-    before = _table(owner, leaf)[leaf]
-    assert before is not None
-    if parameter.device != before.device or parameter.dtype != before.dtype:
-        parameter.data = parameter.data.to(before)
-    _table(owner, leaf)[leaf] = parameter
-    return before
+    found: dict[str, tuple[nn.Module, AdapterState]] = {}
+    seen: set[nn.Module] = set()
+    ahead = [("", model)]
+    while ahead:
+        path, module = ahead.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        state = module.__dict__.get(STATE)
+        if state is not None:  # looking further inside would cost time at every call, and find nothing
+            found[path] = module, state
+            continue
+        prefix = f"{path}." if path else ""
+        ahead += [
+            (prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None
+        ]
+    if len(found) > 1:
+        raise StateError(
+            f"{listing(found)} of this {type(model).__name__} were each adapted by themselves; call this on "
+            "each of them, or adapt the whole model in their place"
+        )
+    return next(iter(found.values()), None)
 
 
-def _held(root: nn.Module, path: str) -> Tensor:
-    """The parameter or buffer that stands where `path` says."""
-    owner, leaf = owner_of(root, path)
-    return _table(owner, leaf)[leaf]
+def adapted(model: nn.Module) -> tuple[nn.Module, AdapterState]:
+    """As `find_adapted`, where there must be one.
+
+    Raises:
+        StateError: the model carries no adapter, is only a part of the model that does, or holds several.
+    """
+    found = find_adapted(model)
+    if found is not None:
+        return found
+    if any("adapter_state" in module.__dict__ for module in model.modules()):
+        raise StateError(
+            f"this {type(model).__name__} is a part of an adapted model; pass the whole model "
+            "that was given to lorica.adapt"
+        )
+    raise StateError(
+        f"this {type(model).__name__} carries no adapter; call lorica.adapt or lorica.load first"
+    )
 
 
-def _table(module: nn.Module, leaf: str) -> Any:
-    """The table in which a module has a parameter or buffer of that name."""
-    return module._buffers if leaf in module._buffers else module._parameters
+def check_name(name: str) -> str:
+    """An adapter's name becomes part of parameter names and folder names; refuse what cannot be either.
+
+    Raises:
+        AdapterError: the name is empty, or holds a dot, a slash or another character that is not a letter,
+            digit, ``_`` or ``-``.
+    """
+    if not isinstance(name, str) or not name or not all(c.isalnum() or c in "_-" for c in name):
+        raise AdapterError(
+            f"an adapter's name must be made of letters, digits, '_' and '-', not {name!r}; "
+            "it becomes part of parameter and folder names"
+        )
+    if name in _RESERVED:
+        raise AdapterError(
+            f"{name!r} is an attribute of torch's ModuleDict or ParameterDict, which are keyed by adapter; "
+            "choose another name"
+        )
+    return name
 
 
 def _tell(root: nn.Module, path: str, displaced: tuple[str, Parameter] | None) -> None:
@@ -333,7 +385,7 @@ def _tell(root: nn.Module, path: str, displaced: tuple[str, Parameter] | None) -
         owner.__dict__["displaced"] = displaced
 
 
-def _apart(rows: frozenset[int] | None, other: frozenset[int] | None) -> bool:
+def _apart(rows: Rows, other: Rows) -> bool:
     """Whether two adapters train rows of a module that are none of them the same."""
     return rows is not None and other is not None and rows.isdisjoint(other)
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import lorica
-from lorica.checkpoint.markup import as_line, as_markdown, as_yaml
+from lorica.checkpoint.card import as_line, as_markdown, as_yaml
 from lorica.cli import main
 from lorica.plain import as_json, visible
 from lorica.train.console import Console, print_table

@@ -223,7 +223,7 @@ class TestValuesOfTheBase:
         state = {"base_model.model.body.base_layer.bias": Net().body.bias.detach(), "nothing": torch.ones(1)}
         result = peft.set_peft_model_state_dict(model, state)
         assert result.unexpected_keys == ["base_model.model.nothing"]
-        assert model.base_model.adapter_state.slots == {}
+        assert not model.base_model.adapter_state.stand_ins("default")
 
 
 def test_pefts_file_of_a_resized_table_with_trained_rows(tmp_path: Path) -> None:

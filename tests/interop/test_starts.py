@@ -13,9 +13,9 @@ from tiny import batch, outputs, shake, transformer
 from torch import Tensor, nn
 
 import lorica
-from lorica import init
+from lorica import inits
 from lorica.config import exactly
-from lorica.model.structure import lora_layers
+from lorica.layers import lora_layers
 
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'lorica[peers]'")
 
@@ -131,7 +131,7 @@ def test_loftq_is_the_same_where_pefts_own_is_right(monkeypatch: pytest.MonkeyPa
     for rounds in (1, 3):
         base, A, B = namespace["loftq_init"](weight, 4, 5, rounds)
         config = lorica.LoftQConfig(loftq_bits=4, loftq_iter=rounds)
-        my_A, my_B, my_base = init.loftq(weight, 5, 1.0, config)
+        my_A, my_B, my_base = inits.loftq(weight, 5, 1.0, config)
         close(my_base, base, 1e-2 if rounds > 1 else 0)
         close(my_B @ my_A, B @ A, 1e-1 if rounds > 1 else 1e-4)
 

@@ -317,7 +317,7 @@ class TestTrainedWhole:
         model, _ = self.layer("norm1", "self_attn")
         base = {name: t.clone() for name, t in model.state_dict().items() if "modules_to_save" not in name}
         lorica.adapt(model, lorica.BitFitConfig(), "biases")
-        for name, slot in model.lorica_state.slots["biases"].items():
+        for name, slot in model.lorica_state.stand_ins("biases").items():
             assert torch.equal(slot, base[name])
         with lorica.disabled(model):
             now = model.state_dict()

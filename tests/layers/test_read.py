@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorica
+from lorica.check import layer_class
 from lorica.errors import StateError, TargetError
-from lorica.layers import ReadWeight, Uncalled, layer_class
+from lorica.layers import ReadWeight, Uncalled
 from lorica.layers.reading import Reading, reading_of
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 import lorica
 from lorica import LoraConfig
+from lorica.check import layer_class
 from lorica.errors import AdapterError
-from lorica.layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear, layer_class, swapped_class
+from lorica.layers import LoraConv, LoraEmbedding, LoraLayer, LoraLinear, swapped_class
 from lorica.layers.swapped import Factor, blank
 
 EVERYTHING = ("embed", "up", "down", "head")

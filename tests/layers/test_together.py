@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense import TAKEN_OUT, Dense, layers_of
+from dense import TAKEN_OUT, Dense, layers_of, slots_of
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from kinds import KINDS, Kind
@@ -26,7 +26,7 @@ from lorica.baselines import BitFitConfig, FullConfig
 from lorica.config import AdapterConfig
 from lorica.errors import AdapterError, StateError
 from lorica.model.merged import behind_merge
-from lorica.model.structure import adapted as roster_of
+from lorica.state import adapted as roster_of
 
 NAMES = ("one", "two", "three")
 # Making a failure smaller takes longer than reading it.
@@ -72,7 +72,7 @@ def adapters(draw: st.DrawFn, kind: Kind) -> list[AdapterConfig]:
 def trained(model: nn.Module, name: str) -> list[Tensor]:
     """Everything that one adapter trains."""
     _, state = roster_of(model)
-    own: list[Tensor] = [*state.slots.get(name, {}).values()]
+    own: list[Tensor] = [*slots_of(state, name).values()]
     for _, layer in layers_of(model, name):
         more = (layer.magnitude_parameter(name), layer.bias_parameter(name))
         own += [*layer.factor_parameters(name), *(p for p in more if p is not None)]

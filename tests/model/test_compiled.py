@@ -105,7 +105,7 @@ def test_is_adapted_saved_merged_and_detached_as_the_model_itself(
     torch.testing.assert_close(logits(lorica.load(compiled(base()), tmp_path / "plain")), want)
     gathered = {name: p.detach() + 1 for name, p in model.named_parameters()}
     raised = lorica.extract(model, state_dict=gathered)
-    for path, factors in lorica.model.values.as_trained(plain).factors.items():
+    for path, factors in lorica.model.files.extract_live(plain).factors.items():
         torch.testing.assert_close(raised.factors[path].A[: factors.r], factors.A + 1)
 
     lorica.merge(model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lorica
 from lorica import LoraConfig
 from lorica.errors import AdapterError, StateError, TargetError
-from lorica.model.structure import lora_layers
+from lorica.layers import lora_layers
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},

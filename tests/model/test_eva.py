@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import lorica
 from lorica import EvaConfig, LoraConfig
 from lorica.errors import AdapterError, ConfigError, TargetError
-from lorica.model.structure import lora_layers
-from lorica.model.values import as_trained
+from lorica.layers import lora_layers
+from lorica.model.files import extract_live
 
 
 def toy() -> Toy:
@@ -59,7 +59,7 @@ def test_the_rows_of_A_are_right_singular_vectors_of_the_stacked_inputs() -> Non
     for path in ("blocks.0.up", "blocks.0.down", "blocks.1.up"):
         x = stacked(toy(), path, batches())
         Vh = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:3]
-        A = as_trained(model).factors[path].A.double()
+        A = extract_live(model).factors[path].A.double()
         torch.testing.assert_close(A @ A.T, torch.eye(3).double(), rtol=0, atol=1e-5)
         assert (torch.linalg.svdvals(A @ Vh.T) > 0.95).all()
 
@@ -143,7 +143,7 @@ def test_dora_keeps_its_magnitudes() -> None:
     model = lorica.adapt(toy(), config(use_dora=True))
     lorica.initialize_lora_eva_weights(model, batches())
     torch.testing.assert_close(outputs(model), outputs(toy()))
-    assert all(f.magnitude is not None for f in as_trained(model).factors.values())
+    assert all(f.magnitude is not None for f in extract_live(model).factors.values())
 
 
 def test_whitening_divides_by_the_root_of_the_singular_value() -> None:
@@ -214,10 +214,10 @@ class TestRefused:
 
     def test_batches_too_small(self) -> None:
         model = lorica.adapt(toy(), config())
-        before = {path: f.A.clone() for path, f in as_trained(model).factors.items()}
+        before = {path: f.A.clone() for path, f in extract_live(model).factors.items()}
         with pytest.raises(AdapterError, match="never had 6 tokens in one batch"):
             lorica.initialize_lora_eva_weights(model, [torch.zeros(1, 5, dtype=torch.long)])
-        assert all(torch.equal(before[path], f.A) for path, f in as_trained(model).factors.items())
+        assert all(torch.equal(before[path], f.A) for path, f in extract_live(model).factors.items())
 
     def test_a_state_dict_of_another_model(self) -> None:
         model = lorica.adapt(toy(), config())

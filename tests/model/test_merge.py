@@ -191,7 +191,7 @@ class TestMerge:
         def interrupt(*_: Any) -> Any:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(importlib.import_module("lorica.model.merge"), "with_rows", interrupt)
+        monkeypatch.setattr(importlib.import_module("lorica.model.merge"), "state_loss", interrupt)
         with pytest.raises(KeyboardInterrupt):
             lorica.merge(model, "a")
         assert record(model) == before

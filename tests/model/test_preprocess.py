@@ -12,9 +12,9 @@ from tiny import Toy, outputs, shake, transformer
 from torch import Tensor, nn
 
 import lorica
-from lorica import LoraConfig, init
+from lorica import LoraConfig, inits
 from lorica.errors import AdapterError, ConfigError, FileError, StateError, TargetError
-from lorica.model.values import as_trained
+from lorica.model.files import extract_live
 
 
 def toy() -> Toy:
@@ -169,8 +169,8 @@ class TestCorda:
         rows = [(x.flatten(0, 1) / x.max().abs()) for x in seen]
         C = sum((x.T @ x for x in rows), torch.zeros(16, 16)) / len(rows)
         lorica.adapt(model, prepare(model, "corda", corda_config={"corda_method": method}))
-        factors = as_trained(model).factors["blocks.0.up"]
-        A, B = init.orient(toy().get_parameter("blocks.0.up.weight").detach(), C, 3, method).factors(2.0)
+        factors = extract_live(model).factors["blocks.0.up"]
+        A, B = inits.orient(toy().get_parameter("blocks.0.up.weight").detach(), C, 3, method).factors(2.0)
         torch.testing.assert_close(factors.B @ factors.A, B @ A, rtol=1e-3, atol=1e-4)
 
     def test_covariances_serve_any_rank(self, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ class TestCorda:
         lorica.preprocess_corda(direct, config("corda", r=5), batches())
         lorica.adapt(direct, config("corda", r=5))
         assert torch.equal(
-            as_trained(model).factors["blocks.1.up"].A, as_trained(direct).factors["blocks.1.up"].A
+            extract_live(model).factors["blocks.1.up"].A, extract_live(direct).factors["blocks.1.up"].A
         )
 
     def test_neither_data_nor_file(self) -> None:
@@ -205,13 +205,13 @@ class TestLoraGA:
 
         def alignment(model: nn.Module, name: str) -> float:
             model.train()
-            before = {path: f.B @ f.A * f.scale for path, f in as_trained(model).factors.items()}
+            before = {path: f.B @ f.A * f.scale for path, f in extract_live(model).factors.items()}
             stepping(model)()
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.grad is not None:
                         parameter -= 1e-4 * parameter.grad
-            after = as_trained(model).factors[name]
+            after = extract_live(model).factors[name]
             change = after.B @ after.A * after.scale - before[name]
             gradient = full[f"{name}.weight"]
             return float(-(change * gradient).sum() / (change.norm() * gradient.norm()))

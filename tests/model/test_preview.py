@@ -14,7 +14,7 @@ from torch import nn
 import lorica
 from lorica import LoftQConfig, LoraConfig
 from lorica.errors import ConfigError, LoricaError, StateError, TargetError
-from lorica.model.structure import lora_layers, saved_modules
+from lorica.layers import lora_layers, saved_modules
 
 LINEAR = "all-linear"
 CASES: list[tuple[str, Any]] = [

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import lorica
 import lorica.algebra
-from lorica import LoraConfig, init
+from lorica import LoraConfig, inits
 from lorica.errors import AdapterError, ConfigError, FileError, StateError, TargetError
-from lorica.model.structure import lora_layers
-from lorica.model.values import as_trained
+from lorica.layers import lora_layers
+from lorica.model.files import extract_live
 
 TAKEN_OUT = ["pissa", "pissa_niter_4", "olora"]
 LINEAR = ["up", "down"]
@@ -42,7 +42,7 @@ def adapt(value: bool | str, **settings: Any) -> Toy:
 
 
 def factors(model: nn.Module, path: str = "blocks.0.up") -> tuple[Tensor, Tensor, float]:
-    f = as_trained(model).factors[path]
+    f = extract_live(model).factors[path]
     return f.A, f.B, f.scale
 
 
@@ -111,7 +111,7 @@ class TestTheStart:
         model = adapt("loftq", loftq_config={"loftq_bits": bits})
         W0 = toy().get_parameter("blocks.0.up.weight")
         rest = model.get_parameter("blocks.0.up.weight")
-        assert torch.equal(rest, init.quantized(W0.detach(), bits))
+        assert torch.equal(rest, inits.quantized(W0.detach(), bits))
         A, B, scale = factors(model)
         assert float((rest + scale * B @ A - W0).detach().norm()) < 0.8 * float((rest - W0).detach().norm())
 
@@ -210,7 +210,7 @@ class TestSeveral:
     def test_a_later_start_is_taken_out_of_the_base_itself(self) -> None:
         model = adapt("pissa")
         lorica.adapt(model, config("pissa"), "second", seed=0)
-        first, second = (as_trained(model, name).factors["blocks.0.up"] for name in ("default", "second"))
+        first, second = (extract_live(model, name).factors["blocks.0.up"] for name in ("default", "second"))
         assert torch.equal(first.A, second.A)
         assert torch.equal(first.B, second.B)
 
@@ -281,7 +281,7 @@ class TestFiles:
         # As on another machine: the same configuration, and a start that differs in its last digits.
         resumed = lorica.adapt(toy(), config(value), seed=99)
         state: Any = resumed.lorica_state
-        for start in state.starts["default"].values():
+        for start in [piece.start for piece in state.placing("default")]:
             start.weight.data += 1e-4
             start.A += 1e-4
         lorica.load_weights(resumed, tmp_path)
@@ -336,9 +336,9 @@ class TestFiles:
         one, two = (lorica.extract(m).factors[path] for m in (once, doubled))
         torch.testing.assert_close(two.scale * two.B @ two.A, 2 * one.scale * one.B @ one.A)
         with pytest.raises(AdapterError, match="stand beside another weight than W0"):
-            lorica.algebra.add(as_trained(model))
+            lorica.algebra.add(extract_live(model))
         with pytest.raises(AdapterError, match="stand beside another weight than W0"):
-            lorica.algebra.compress(as_trained(model), rank=1)
+            lorica.algebra.compress(extract_live(model), rank=1)
 
     def test_another_rank_does_not_resume(self, tmp_path: Path) -> None:
         lorica.save(adapt("pissa"), tmp_path)

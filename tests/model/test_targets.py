@@ -12,14 +12,13 @@ from torch import nn
 
 import lorica
 from lorica.errors import TargetError
-from lorica.model.selection import shortest_suffixes
-from lorica.model.structure import walk
-from lorica.model.targets import resolve
+from lorica.pieces import resolve
+from lorica.tree import shortest_suffixes, walk
 
 
 def targeted(model: nn.Module, **settings: Any) -> list[str]:
     """Paths that a configuration adapts."""
-    return [target.path for target in resolve(model, lorica.LoraConfig(r=2, **settings)).layers]
+    return [target.path for target in resolve(model, lorica.LoraConfig(r=2, **settings)).targets]
 
 
 def refusal(model: nn.Module, **settings: Any) -> str:
@@ -84,10 +83,10 @@ class TestNames:
 
     def test_the_settled_names_of_an_attention_leave_its_output_to_it(self) -> None:
         model = nn.TransformerEncoderLayer(8, 2, 12)
-        assert resolve(model, lorica.LoraConfig()).config.target_modules == ["self_attn"]
+        assert resolve(model, lorica.LoraConfig()).settled().target_modules == ["self_attn"]
         found = resolve(model, lorica.LoraConfig(target_modules="all-linear"))
-        assert found.config.target_modules == ["linear1", "linear2", "self_attn"]
-        assert {target.path for target in found.layers} == {
+        assert found.settled().target_modules == ["linear1", "linear2", "self_attn"]
+        assert {target.path for target in found.targets} == {
             "linear1",
             "linear2",
             "self_attn",
@@ -343,17 +342,19 @@ class TestAllLinear:
         found = resolve(
             transformer(name), lorica.LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
         )
-        assert found.saved
-        paths = [target.path for target in found.layers]
-        assert not any(path.startswith(tuple(found.saved)) for path in paths)
-        assert set(found.config.modules_to_save or ()) == {path.rpartition(".")[2] for path in found.saved}
+        assert found.whole
+        paths = [target.path for target in found.targets]
+        assert not any(path.startswith(tuple(found.whole)) for path in paths)
+        assert set(found.settled().modules_to_save or ()) == {path.rpartition(".")[2] for path in found.whole}
 
     @pytest.mark.parametrize("name", ["bert", "bert-classifier", "gpt2", "t5", "llama", "vit", "opt"])
     def test_the_configuration_then_names_the_same_modules(self, name: str) -> None:
         model = transformer(name)
         found = resolve(model, lorica.LoraConfig(target_modules="all-linear"))
-        assert isinstance(found.config.target_modules, list)
-        assert targeted(model, target_modules=found.config.target_modules) == [t.path for t in found.layers]
+        assert isinstance(found.settled().target_modules, list)
+        assert targeted(model, target_modules=found.settled().target_modules) == [
+            t.path for t in found.targets
+        ]
 
 
 class TestTasks:
@@ -375,11 +376,11 @@ class TestTasks:
         ],
     )
     def test_head_of_a_task(self, name: str, task: str, saved: list[str]) -> None:
-        assert list(resolve(transformer(name), lorica.LoraConfig(task_type=task)).saved) == saved
+        assert list(resolve(transformer(name), lorica.LoraConfig(task_type=task)).whole) == saved
 
     def test_both_names_that_peft_writes_are_fine(self) -> None:
         config = lorica.LoraConfig(task_type="SEQ_CLS", modules_to_save=["classifier", "score"])
-        assert list(resolve(transformer("bert-classifier"), config).saved) == ["classifier"]
+        assert list(resolve(transformer("bert-classifier"), config).whole) == ["classifier"]
 
 
 class TestATableThatOthersLookUpIn:

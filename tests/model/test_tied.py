@@ -22,7 +22,7 @@ from lorica.adapter import Adapter, Factors
 from lorica.checkpoint import stream
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, TargetError
 from lorica.layers import TiedFactor
-from lorica.model.values import overwrite
+from lorica.model.files import overwrite
 
 
 class Model(nn.Module):

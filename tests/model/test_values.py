@@ -13,7 +13,7 @@ from torch import nn
 
 import lorica
 from lorica.errors import AdapterError, LoricaWarning, StateError
-from lorica.model.values import as_trained, overwrite
+from lorica.model.files import extract_live, overwrite
 
 CONFIG = lorica.LoraConfig(r=2, target_modules=["up", "embed"], modules_to_save=["head"], bias="lora_only")
 
@@ -326,7 +326,7 @@ class TestOverwrite:
         assert record(model) == before
         with pytest.warns(LoricaWarning, match=re.escape(problem)):
             overwrite(model, adapter, strict=False)
-        assert {n: bits(t) for n, t in as_trained(model).named_tensors().items()} == {
+        assert {n: bits(t) for n, t in extract_live(model).named_tensors().items()} == {
             n: bits(t) for n, t in adapter.named_tensors().items()
         }
 

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TASK = """
 import os, signal
 from pathlib import Path
-from lorica.train.tasks.sequence_classification import SequenceClassification
+from lorica.train.tasks import SequenceClassification
 
 class Deadly(SequenceClassification):
     name = "deadly"
@@ -117,7 +117,7 @@ def test_a_search_whose_driver_was_killed_ends_as_if_it_had_not_been(
         "engine": "ray",
         "slots": 3,
         "resources": '{"cpu": 2}',  # one process for all, which makes the order of evaluations known
-        "out": out,
+        "output": out,
     }
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as folder:  # Ray's own files; tmp_path is too long for its sockets

@@ -16,7 +16,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lorica import init
+from lorica import inits
 from lorica.adapter import Adapter, Factors
 from lorica.algebra.compression import per_group
 from lorica.algebra.exact import side_by_side
@@ -121,12 +121,12 @@ def combine(
     terms = Terms.of(adapters, weights)
     _check(method, options, terms)
     if options.seed is None and method.startswith("dare"):
-        options = options._replace(seed=init.draw_seed())
+        options = options._replace(seed=inits.draw_seed())
 
     def join(path: str, updates: Sequence[Term], like: Factors) -> Factors:
         if method == "cat":
             return side_by_side(path, updates, like)
-        random = None if options.seed is None else init.generator(options.seed, path)
+        random = None if options.seed is None else inits.generator(options.seed, path)
         mix = partial(_mix, method.removesuffix("_svd"), options, random)
         if "svd_rank" in METHODS[method]:
             found = _spectrum(mix, updates, like, options, lean=method == "svd")

@@ -11,8 +11,10 @@ from torch import nn
 from lorica.config import MethodConfig
 from lorica.config.method import Family
 from lorica.errors import TargetError
+from lorica.find import all_biases
 from lorica.layers import Plan
-from lorica.model.targets import all_biases
+from lorica.pieces import register
+from lorica.pieces.plugins.added import MethodKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +29,18 @@ class BitFitConfig(MethodConfig):
     method: ClassVar[str] = "bitfit"
     family: ClassVar[Family] = "selective"
 
-    def plan(self, root: nn.Module, saved: Collection[str], seed: int) -> Plan:
-        """All biases outside the modules trained whole."""
-        names = list(all_biases(root, saved))
+
+class BitFit(MethodKind):
+    """All biases outside the modules trained whole."""
+
+    def plan(self, config: BitFitConfig, root: nn.Module, whole: Collection[str], seed: int) -> Plan:  # noqa: D102
+        names = list(all_biases(root, whole))
         if not names:
             raise TargetError(
                 f"{type(root).__name__} has no biases, which are all that BitFit trains; choose another "
                 "method, such as LoRA"
             )
         return Plan(names)
+
+
+register(BitFit(), "bitfit")

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorica.errors import TargetError
 from lorica.layers import SwappedModule
-from lorica.model.structure import Place, walk
+from lorica.tree import Place, walk
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 

@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from lorica import init
 from lorica.baselines.blocks import inner, stacks, sublayers
 from lorica.config import MethodConfig
 from lorica.config.method import Family
 from lorica.errors import StateError, TargetError
+from lorica.inits import generator
 from lorica.layers.added import AddedModule, Part, Plan, like
-from lorica.model.structure import Place
+from lorica.pieces import register
+from lorica.pieces.plugins.added import MethodKind
+from lorica.tree import Place
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
@@ -142,18 +144,6 @@ class _BottleneckConfig(MethodConfig):
         ok = isinstance(self.init_std, int | float) and not isinstance(self.init_std, bool)
         self._expect("init_std", ok and 0 < self.init_std < float("inf"), "a positive number")
 
-    def plan(self, root: nn.Module, saved: Collection[str], seed: int) -> Plan:
-        """A bottleneck at each of the method's places."""
-        d = hidden_size(root)
-        parts = []
-        for stack in stacks(root):
-            for i, block in enumerate(stack):
-                for place, host in self.places(block, i, len(stack)):
-                    random = init.generator(seed, place.path)
-                    part = self._fresh(block.module, d, random)
-                    parts.append(Part(place.path, place.module, host, part))
-        return Plan(parts=parts)
-
     def places(self, block: Place, index: int, blocks: int) -> list[tuple[Place, type[AddedModule]]]:
         """The modules of a block behind which a bottleneck stands, and what they become.
 
@@ -164,7 +154,8 @@ class _BottleneckConfig(MethodConfig):
         """
         raise NotImplementedError
 
-    def _fresh(self, block: nn.Module, d: int, random: torch.Generator, *, norm: bool = False) -> Bottleneck:
+    def fresh(self, block: nn.Module, d: int, random: torch.Generator, *, norm: bool = False) -> Bottleneck:
+        """A new bottleneck beside a module of width d."""
         return Bottleneck(block, d, self.bottleneck, self.activation, self.init_std, norm=norm, random=random)
 
 
@@ -218,8 +209,9 @@ class AdapterLConfig(_BottleneckConfig):
         """The block itself."""
         return [(block, Bottlenecked)]
 
-    def _fresh(self, block: nn.Module, d: int, random: torch.Generator, *, norm: bool = True) -> Bottleneck:
-        return super()._fresh(block, d, random, norm=norm)
+    def fresh(self, block: nn.Module, d: int, random: torch.Generator, *, norm: bool = True) -> Bottleneck:
+        """With a norm of its own."""
+        return super().fresh(block, d, random, norm=norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +277,20 @@ class AdapterDConfig(AdapterPConfig):
         return [] if index < self.dropped else super().places(block, index, blocks)
 
 
+class Bottlenecks(MethodKind):
+    """A bottleneck at each of the method's places."""
+
+    def plan(self, config: _BottleneckConfig, root: nn.Module, whole: Collection[str], seed: int) -> Plan:  # noqa: D102
+        d = hidden_size(root)
+        parts = []
+        for stack in stacks(root):
+            for i, block in enumerate(stack):
+                for place, host in config.places(block, i, len(stack)):
+                    part = config.fresh(block.module, d, generator(seed, place.path))
+                    parts.append(Part(place.path, place.module, host, part))
+        return Plan(parts=parts)
+
+
 def hidden_size(root: nn.Module) -> int:
     """Width of a transformer's blocks.
 
@@ -302,3 +308,6 @@ def hidden_size(root: nn.Module) -> int:
         if isinstance(d, int):
             return d
     raise TargetError(f"{type(root).__name__} has no config that says its hidden_size")
+
+
+register(Bottlenecks(), "adapter-h", "adapter-l", "adapter-p", "adapter-d")

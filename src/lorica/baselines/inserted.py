@@ -15,8 +15,7 @@ from torch.nn import Parameter
 from lorica.baselines.positions import Layout, check_room, first_position, is_causal, lay_out, put
 from lorica.errors import StateError
 from lorica.layers.added import AddedModule, like
-from lorica.model.structure import find_adapted
-from lorica.state import AdapterState
+from lorica.state import AdapterState, find_adapted
 
 _NOTE = "lorica_inserted"
 

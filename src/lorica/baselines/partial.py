@@ -16,8 +16,9 @@ from lorica.config import MethodConfig
 from lorica.config.method import Family
 from lorica.errors import TargetError
 from lorica.layers import Plan
-from lorica.model.selection import within_any
-from lorica.model.structure import base_parameters
+from lorica.pieces import register
+from lorica.pieces.plugins.added import MethodKind
+from lorica.tree import base_parameters, within_any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +33,12 @@ class FullConfig(MethodConfig):
     method: ClassVar[str] = "full"
     family: ClassVar[Family] = "selective"
 
-    def plan(self, root: nn.Module, saved: Collection[str], seed: int) -> Plan:
-        """All parameters that are not trained whole already."""
-        return Plan(_trained(root, [""], saved, self.method))
+
+class Full(MethodKind):
+    """All parameters that are not trained whole already."""
+
+    def plan(self, config: FullConfig, root: nn.Module, whole: Collection[str], seed: int) -> Plan:  # noqa: D102
+        return Plan(_trained(root, [""], whole, config.method))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +66,18 @@ class TopConfig(MethodConfig):
         super().__post_init__()
         self._expect_count("blocks", 1)
 
-    def plan(self, root: nn.Module, saved: Collection[str], seed: int) -> Plan:
-        """The parameters of the last blocks."""
+
+class Top(MethodKind):
+    """The parameters of the last blocks."""
+
+    def plan(self, config: TopConfig, root: nn.Module, whole: Collection[str], seed: int) -> Plan:  # noqa: D102
         stack = stacks(root)[-1]
-        if self.blocks > len(stack):
+        if config.blocks > len(stack):
             raise TargetError(
-                f"blocks={self.blocks}, but {type(root).__name__} has {len(stack)}; give fewer, or train all "
-                "of it with FullConfig"
+                f"blocks={config.blocks}, but {type(root).__name__} has {len(stack)}; give fewer, or train "
+                "all of it with FullConfig"
             )
-        return Plan(_trained(root, [block.path for block in stack[-self.blocks :]], saved, self.method))
+        return Plan(_trained(root, [block.path for block in stack[-config.blocks :]], whole, config.method))
 
 
 def _trained(root: nn.Module, inside: list[str], saved: Collection[str], method: str) -> list[str]:
@@ -86,3 +93,7 @@ def _trained(root: nn.Module, inside: list[str], saved: Collection[str], method:
                 "model unquantized, or use a method that leaves them frozen, such as LoRA"
             )
     return list(parameters)
+
+
+register(Full(), "full")
+register(Top(), "top")

@@ -18,7 +18,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lorica import init
 from lorica.baselines.blocks import stacks
 from lorica.baselines.bottleneck import hidden_size
 from lorica.baselines.inserted import Inserted, PrefixedBlock, PrefixedEmbeddings, PrefixedModel
@@ -26,8 +25,11 @@ from lorica.baselines.positions import context, is_causal
 from lorica.config import MethodConfig
 from lorica.config.method import Family
 from lorica.errors import ConfigError, TargetError
+from lorica.inits import generator
 from lorica.layers.added import Part, Plan
-from lorica.model.structure import Place, walk
+from lorica.pieces import register
+from lorica.pieces.plugins.added import MethodKind
+from lorica.tree import Place, walk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,28 +56,6 @@ class _PrefixConfig(MethodConfig):
         """l_p and l_i."""
         return self.prefix, self.infix
 
-    def _place(self, root: nn.Module) -> Place:
-        """The model that gets the positions, if it has room for them."""
-        found = _inner(root)
-        positions = context(found.module)
-        if positions is not None and sum(self.lengths) >= positions:
-            raise TargetError(
-                f"prefix={self.prefix} and infix={self.infix} leave no room for an input: "
-                f"{type(root).__name__} has {positions} positions"
-            )
-        return found
-
-    def _on(self, root: nn.Module, place: Place, part: Inserted) -> Part:
-        """The part of the model that gets the positions."""
-        if self.infix and _writes(root) and is_causal(place.module):
-            part.__dict__["caller"] = (root,)  # whose calls' labels say where the prompt ends
-        return Part(*place[:2], PrefixedModel, part)
-
-    def _drawn(self, root: nn.Module, random: torch.Generator) -> Tensor:
-        """A small start of the positions (positions, d)."""
-        start = torch.empty(sum(self.lengths), hidden_size(root), device="cpu")
-        return start.normal_(0.0, 0.02, generator=random)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreEmbedConfig(_PrefixConfig):
@@ -97,25 +77,6 @@ class PreEmbedConfig(_PrefixConfig):
 
     method: ClassVar[str] = "pre-embed"
 
-    def plan(self, root: nn.Module, saved: Collection[str], seed: int) -> Plan:
-        """The positions, which start as embeddings of words drawn at random."""
-        place = self._place(root)
-        random = init.generator(seed, place.path)
-        patches = _embeddings_of_patches(place)
-        if patches is not None:
-            start = self._drawn(root, random)
-            inner = Part(
-                patches.path,
-                patches.module,
-                PrefixedEmbeddings,
-                Inserted(self.lengths, start, patches.module),
-            )
-            return Plan(parts=[self._on(root, place, Inserted(self.lengths)), inner])
-        words = place.module.get_input_embeddings().weight.detach()  # type: ignore[operator]
-        drawn = torch.randint(len(words), (sum(self.lengths),), generator=random, device="cpu")
-        part = Inserted(self.lengths, words[drawn.to(words.device)], place.module)
-        return Plan(parts=[self._on(root, place, part)])
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreLayerConfig(_PrefixConfig):
@@ -136,20 +97,74 @@ class PreLayerConfig(_PrefixConfig):
 
     method: ClassVar[str] = "pre-layer"
 
-    def plan(self, root: nn.Module, saved: Collection[str], seed: int) -> Plan:
-        """The positions, and their activations before each block, which start small."""
-        place = self._place(root)
-        parts = [self._on(root, place, Inserted(self.lengths))]
+
+class PreEmbed(MethodKind):
+    """The positions, which start as embeddings of words drawn at random."""
+
+    def plan(self, config: _PrefixConfig, root: nn.Module, whole: Collection[str], seed: int) -> Plan:  # noqa: D102
+        place = _place(config, root)
+        random = generator(seed, place.path)
         patches = _embeddings_of_patches(place)
         if patches is not None:
-            parts.append(Part(*patches[:2], PrefixedEmbeddings, Inserted(self.lengths)))
+            start = _drawn(config, root, random)
+            inner = Part(
+                patches.path,
+                patches.module,
+                PrefixedEmbeddings,
+                Inserted(config.lengths, start, patches.module),
+            )
+            return Plan(parts=[_on(config, root, place, Inserted(config.lengths)), inner])
+        words = place.module.get_input_embeddings().weight.detach()  # type: ignore[operator]
+        drawn = torch.randint(len(words), (sum(config.lengths),), generator=random, device="cpu")
+        part = Inserted(config.lengths, words[drawn.to(words.device)], place.module)
+        return Plan(parts=[_on(config, root, place, part)])
+
+
+class PreLayer(MethodKind):
+    """The positions, and their activations before each block, which start small."""
+
+    def plan(self, config: _PrefixConfig, root: nn.Module, whole: Collection[str], seed: int) -> Plan:  # noqa: D102
+        place = _place(config, root)
+        parts = [_on(config, root, place, Inserted(config.lengths))]
+        patches = _embeddings_of_patches(place)
+        if patches is not None:
+            parts.append(Part(*patches[:2], PrefixedEmbeddings, Inserted(config.lengths)))
         inside = f"{place.path}." if place.path else ""
         for stack in stacks(root):
             for block in (block for block in stack if block.path.startswith(inside)):
-                random = init.generator(seed, block.path)
-                start = self._drawn(root, random)
-                parts.append(Part(*block[:2], PrefixedBlock, Inserted(self.lengths, start, block.module)))
+                random = generator(seed, block.path)
+                start = _drawn(config, root, random)
+                parts.append(Part(*block[:2], PrefixedBlock, Inserted(config.lengths, start, block.module)))
         return Plan(parts=parts)
+
+
+register(PreEmbed(), "pre-embed")
+register(PreLayer(), "pre-layer")
+
+
+def _place(config: _PrefixConfig, root: nn.Module) -> Place:
+    """The model that gets the positions, if it has room for them."""
+    found = _inner(root)
+    positions = context(found.module)
+    if positions is not None and sum(config.lengths) >= positions:
+        raise TargetError(
+            f"prefix={config.prefix} and infix={config.infix} leave no room for an input: "
+            f"{type(root).__name__} has {positions} positions"
+        )
+    return found
+
+
+def _on(config: _PrefixConfig, root: nn.Module, place: Place, part: Inserted) -> Part:
+    """The part of the model that gets the positions."""
+    if config.infix and _writes(root) and is_causal(place.module):
+        part.__dict__["caller"] = (root,)  # whose calls' labels say where the prompt ends
+    return Part(*place[:2], PrefixedModel, part)
+
+
+def _drawn(config: _PrefixConfig, root: nn.Module, random: torch.Generator) -> Tensor:
+    """A small start of the positions (positions, d)."""
+    start = torch.empty(sum(config.lengths), hidden_size(root), device="cpu")
+    return start.normal_(0.0, 0.02, generator=random)
 
 
 def _writes(root: nn.Module) -> bool:

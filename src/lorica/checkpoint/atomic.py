@@ -10,6 +10,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import safetensors.torch
+import torch
+from torch import Tensor
+
 from lorica.errors import FileError
 
 try:
@@ -150,3 +154,28 @@ def _lock(stage: Path, *, ours: bool = True) -> int | None:
             return handle
     os.close(handle)
     return None
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors; by the suffix as safetensors, or else in torch's pickled form.
+
+    Args:
+        path: of the file.
+        tensors: contiguous, on the CPU, no two with one memory.
+        metadata: text for the header of safetensors.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata or {}) or None)
+        else:
+            # A view would bring the whole of what it is a part of.
+            whole = {
+                name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
+                for name, t in tensors.items()
+            }
+            torch.save(whole, path)
+    except (safetensors.SafetensorError, RuntimeError) as error:  # a full disk comes as these, too
+        raise OSError(str(error)) from error

@@ -1,13 +1,18 @@
-"""The model card beside an adapter's weights."""
+"""The model card beside an adapter's weights; names in it are text, whatever characters they hold."""
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from pathlib import Path
 
 from lorica.adapter import Adapter
-from lorica.checkpoint.markup import as_line, as_markdown, as_shell, as_yaml, is_model_name
-from lorica.config import LoraConfig, members
+from lorica.config import LoraConfig
 
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|!~&])")
+_PLAIN_YAML = re.compile(r"(?:base_model:adapter:)?[A-Za-z][\w.]*[-/][\w./-]*", re.ASCII)
+_MODEL = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?", re.ASCII)
 _MARK = "<!-- written by lorica; remove this line to keep your own edits when the adapter is saved again -->"
 _PIPELINES = {
     "SEQ_CLS": "text-classification",
@@ -41,7 +46,7 @@ def model_card(adapter: Adapter, existing: Path, about: str = "") -> str | None:
     library = (getattr(config, "auto_mapping", None) or {}).get("parent_library") or "transformers"
     known = str(library).startswith(("transformers", "diffusers"))
     on_hub = base is not None and known and is_model_name(base)
-    lora, others = members(config)
+    lora, others = config.members()
     head = [
         "---",
         *([f"base_model: {as_yaml(base)}"] if base and on_hub else []),
@@ -133,3 +138,30 @@ def _of_lora(adapter: Adapter, config: LoraConfig) -> list[str]:
         f"| alpha | {config.lora_alpha:g}{rooted} |",
         f"| adapted modules | {len(adapter.factors)} |",
     ]
+
+
+def as_line(text: str) -> str:
+    """A text on one line: what breaks a line, or steers a terminal, becomes a space."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def as_markdown(text: str) -> str:
+    """A text that Markdown shows as it is: no markup, HTML, table cell or heading of its own."""
+    escaped = _SPECIAL.sub(r"\\\1", as_line(text))
+    # Renderers know these without the backslash.
+    return escaped.replace("\\&", "&amp;").replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\\_", "_")
+
+
+def as_yaml(text: str) -> str:
+    """A text as a YAML scalar, quoted where it could be anything else."""
+    return text if _PLAIN_YAML.fullmatch(text) else json.dumps(text)
+
+
+def as_shell(text: str) -> str:
+    """A text as one word of a shell's line."""
+    return shlex.quote(text)
+
+
+def is_model_name(text: str) -> bool:
+    """Whether a text can be the name of a repository on the Hub, and is no path."""
+    return _MODEL.fullmatch(text) is not None

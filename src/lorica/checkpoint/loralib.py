@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from lorica.adapter import TOKEN_ROWS, Adapter, Factors
-from lorica.checkpoint.atomic import replace_files
+from lorica.checkpoint.atomic import replace_files, save
 from lorica.checkpoint.derived import derived_config
 from lorica.checkpoint.foreign import by_names
 from lorica.checkpoint.fused import Parts, ends_with, fused_parts, groups, packed, unpacked
-from lorica.checkpoint.tensors import load, named_tensors, save
+from lorica.checkpoint.tensors import load, named_tensors
 from lorica.errors import AdapterError, ConfigError, FileError, lines, listing, nearest
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")

@@ -23,11 +23,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lorica.adapter import Adapter
-from lorica.checkpoint.atomic import replace_files
+from lorica.checkpoint.atomic import replace_files, save
 from lorica.checkpoint.card import model_card
 from lorica.checkpoint.foreign import recognized
 from lorica.checkpoint.peft_tensors import from_tensors, to_tensors
-from lorica.checkpoint.tensors import SAFETENSORS, load, named_tensors, read_metadata, save
+from lorica.checkpoint.tensors import SAFETENSORS, load, named_tensors, read_metadata
 from lorica.config import AdapterConfig, LoraConfig, read_config
 from lorica.errors import AdapterError, ConfigError, FileError
 from lorica.reading import parse_json, read_object
@@ -251,7 +251,7 @@ def stacks_of(adapter: Adapter, provenance: Mapping[str, Any]) -> Literal["plain
 def _read_config(folder: Path) -> tuple[AdapterConfig, Mapping[str, Any]]:
     data = read_settings(folder)
     try:
-        return read_config(data), data
+        return (read_config(data) if "method" in data else LoraConfig.from_dict(data)), data
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from error
 

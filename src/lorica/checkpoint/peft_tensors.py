@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorica.adapter import TOKEN_ROWS, Adapter, Factors, Kind
 from lorica.checkpoint.parameters import told_apart
-from lorica.config import AdapterConfig, LoraConfig, full_match, members
+from lorica.config import AdapterConfig, LoraConfig, full_match
 from lorica.errors import AdapterError, lines
 
 _PREFIX = "base_model.model."
@@ -93,7 +93,7 @@ def from_tensors(
         AdapterError: with the whole list of keys that are not an adapter's, halves without their other half,
             and wrong ranks.
     """
-    lora, others = members(config)
+    lora, others = config.members()
     found = _sort(tensors, takes_added=bool(others))
     problems = found.problems
     factors = _paired(found, lora, scales)

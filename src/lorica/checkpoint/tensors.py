@@ -1,8 +1,7 @@
-"""Files of tensors by their names: safetensors, and torch's pickled form, of which nothing else is read."""
+"""Reading files of tensors by their names: safetensors, and torch's pickled form, nothing else of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,28 +83,3 @@ def _oddness(name: str, tensor: Tensor) -> str | None:
 
 def _shown(name: str) -> str:
     return name.encode("ascii", "backslashreplace").decode()
-
-
-def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors; by the suffix as safetensors, or else in torch's pickled form.
-
-    Args:
-        path: of the file.
-        tensors: contiguous, on the CPU, no two with one memory.
-        metadata: text for the header of safetensors.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    try:
-        if path.suffix == SAFETENSORS:
-            safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata or {}) or None)
-        else:
-            # A view would bring the whole of what it is a part of.
-            whole = {
-                name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
-                for name, t in tensors.items()
-            }
-            torch.save(whole, path)
-    except (safetensors.SafetensorError, RuntimeError) as error:  # a full disk comes as these, too
-        raise OSError(str(error)) from error

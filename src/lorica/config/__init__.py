@@ -17,7 +17,6 @@ from lorica.config.method import Combination as Combination
 from lorica.config.method import MethodConfig as MethodConfig
 from lorica.config.method import as_config as as_config
 from lorica.config.method import family_of as family_of
-from lorica.config.method import members as members
 from lorica.config.method import method_of as method_of
 from lorica.config.method import read_config as read_config
 from lorica.config.patterns import exactly as exactly

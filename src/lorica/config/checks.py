@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lorica.config.inits import check_init
 from lorica.config.matching import why_unreadable
-from lorica.config.numbers import is_count, is_index, is_number
 from lorica.config.patterns import with_prefix
 from lorica.errors import ConfigError, ConfigTypeError, listing
 
@@ -15,6 +13,27 @@ if TYPE_CHECKING:
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 BIASES = ("none", "all", "lora_only")
+
+
+_LARGEST_INT = 2**31 - 1
+_LARGEST = 1e30
+"""Scales are multiplied with float32 numbers; beyond this nothing but infinity comes out."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number of a size that can be computed with."""
+    # An int of any size compares; NaN compares as False.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+
+
+def is_index(value: Any) -> bool:
+    """Whether it is a whole number that counts from 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_INT
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number of at least 1."""
+    return is_index(value) and value >= 1
 
 
 def _is_range(value: Any) -> bool:
@@ -134,7 +153,6 @@ def check(config: LoraConfig) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
             _check_regex(name, key, with_prefix(key))
-    check_init(config)
 
 
 def _check_tokens(given: Any) -> None:

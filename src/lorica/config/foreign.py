@@ -47,7 +47,7 @@ FOREIGN = {
     "megatron_core": _Foreign("Megatron's parallel layers", "leave it out", "megatron.core"),
 }
 # Fields that say who wrote the file, or how PEFT ran, not what to do (merge_weights: PEFT before 0.4).
-_PROVENANCE = ("peft_type", "peft_version", "auto_mapping", "runtime_config", "merge_weights")
+PROVENANCE = frozenset(("peft_type", "peft_version", "auto_mapping", "runtime_config", "merge_weights"))
 
 
 def without_foreign(
@@ -71,11 +71,11 @@ def without_foreign(
     refused, unknown = [], []
     for name, value in fields.items():
         foreign = FOREIGN.get(name)
-        if name in known or (strict and foreign is None and name not in _PROVENANCE):
+        if name in known or (strict and foreign is None and name not in PROVENANCE):
             kept[name] = value
         elif foreign is not None and value and value != foreign.inert:
             refused.append(f"{name}={value!r}: {foreign.method} is not carried; {foreign.instead}")
-        elif foreign is None and name not in _PROVENANCE and value:
+        elif foreign is None and name not in PROVENANCE and value:
             unknown.append(name)
     if refused:
         raise ConfigError(

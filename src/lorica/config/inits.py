@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
-from lorica.config.numbers import is_count, is_number
+from lorica.config.checks import is_count, is_number
 from lorica.errors import ConfigError, listing, nearest
 
 if TYPE_CHECKING:
@@ -18,12 +18,25 @@ if TYPE_CHECKING:
 Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
 Scaling = Literal["stable", "weight_svd", "gd_scale", "unit"]
 
-BASE_KEPT = (True, False, "gaussian", "orthogonal", "eva")
+BASE_KEPT: list[bool | str] = [True, False, "gaussian", "orthogonal", "eva"]
 """Starts beside which W0 stays as it is."""
 FROM_DATA = ("eva", "corda", "lora_ga")
 """Starts that look at data first."""
-INITS = (*BASE_KEPT, "pissa", "pissa_niter_[number]", "olora", "corda", "lora_ga", "loftq")
+INITS: list[bool | str] = [*BASE_KEPT, "pissa", "pissa_niter_[number]", "olora", "corda", "lora_ga", "loftq"]
 _NITER = re.compile(r"pissa_niter_(\d{1,9})")
+
+
+def make_known(value: str, *, residual: bool) -> None:
+    """Let configurations name an init.
+
+    Args:
+        value: of `init_lora_weights`.
+        residual: whether it is taken out of W0.
+    """
+    if value not in INITS:
+        INITS.append(value)
+        if not residual:
+            BASE_KEPT.append(value)
 
 
 def niter(init: bool | str) -> int | None:
@@ -224,8 +237,12 @@ def check_init(config: LoraConfig) -> None:
             raise ConfigError(
                 "init_lora_weights='mica': MiCA, which trains A alone, is not carried; take 'pissa' or 'eva'"
             )
-        hint = nearest(value, INITS[2:]) if isinstance(value, str) else ""  # pyright: ignore[reportArgumentType]
-        raise ConfigError(f"init_lora_weights must be one of {INITS}, not {value!r}{hint}")
+        hint = (
+            nearest(value, [name for name in INITS if isinstance(name, str)])
+            if isinstance(value, str)
+            else ""
+        )
+        raise ConfigError(f"init_lora_weights must be one of {tuple(INITS)}, not {value!r}{hint}")
     for name, settings in SETTINGS.items():
         if not config.keeps_idle and getattr(config, name) is not None and value != settings.belongs_to:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
 from lorica.config.checks import check
-from lorica.config.foreign import without_foreign
+from lorica.config.foreign import PROVENANCE, without_foreign
 from lorica.config.inits import (
     SETTINGS,
     CordaConfig,
@@ -18,6 +19,7 @@ from lorica.config.inits import (
     LoftQConfig,
     LoraGAConfig,
     changes_base,
+    check_init,
     without_idle,
 )
 from lorica.config.patterns import first_match
@@ -37,7 +39,7 @@ def _knowing_pefts_fields(cls: type[C]) -> type[C]:
 
     @functools.wraps(make)
     def __init__(self: Any, **fields: Any) -> None:
-        make(self, **without_foreign(fields, known, strict=True))
+        make(self, **(fields if fields.keys() <= known else without_foreign(fields, known, strict=True)))
 
     cls.__init__ = __init__
     return cls
@@ -172,19 +174,24 @@ class LoraConfig:
         if isinstance(self.init_lora_weights, str):
             object.__setattr__(self, "init_lora_weights", self.init_lora_weights.lower())
         for name, settings in SETTINGS.items():
-            value = settings.from_value(getattr(self, name))
+            value = getattr(self, name)
+            value = None if value is None or value == {} else settings.from_value(value)
             if value is None and self.init_lora_weights == settings.belongs_to:
                 value = settings()
             object.__setattr__(self, name, value)
         check(self)
+        if self.init_lora_weights is not True or any(getattr(self, name) is not None for name in SETTINGS):
+            check_init(self)
 
     def rank(self, path: str) -> int:
         """Rank of the module at `path`: `rank_pattern` where it matches, else `r`."""
-        return first_match(self.rank_pattern, path, self.r)
+        return first_match(self.rank_pattern, path, self.r) if self.rank_pattern else self.r
 
     def alpha(self, path: str) -> float:
         """Alpha of the module at `path`: `alpha_pattern` where it matches, else `lora_alpha`."""
-        return first_match(self.alpha_pattern, path, self.lora_alpha)
+        return (
+            first_match(self.alpha_pattern, path, self.lora_alpha) if self.alpha_pattern else self.lora_alpha
+        )
 
     def scale(self, path: str) -> float:
         """Scale of the module's update: α/r, or α/√r with `use_rslora`, after the patterns."""
@@ -194,6 +201,25 @@ class LoraConfig:
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **(changes if self.keeps_idle else without_idle(changes)))
+
+    def as_found(self, **changes: Any) -> Self:
+        """A copy with some fields as they turned out on a model, which need no check."""
+        found = copy.copy(self)
+        for name, value in changes.items():
+            object.__setattr__(found, name, value)
+        return found
+
+    def parts(self) -> tuple[Self, ...]:
+        """The configurations of the single methods that make up the adapter: this one."""
+        return (self,)
+
+    def members(self) -> tuple[Self, list[Any]]:
+        """The LoRA among the adapter's methods, and the other methods."""
+        return self, []
+
+    def asks(self) -> set[str]:
+        """What looks for what it names: ``"lora"``, and each field that is set."""
+        return {"lora", *(name for name, value in vars(self).items() if value and value != "none")}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` holds them, ``peft_type`` included."""
@@ -232,7 +258,8 @@ class LoraConfig:
         if str(getattr(method, "value", method)).upper() != "LORA":
             raise ConfigError(f"peft_type is {method!r}; this is not a LoRA adapter")
         known = {item.name for item in dataclasses.fields(cls)}
-        kept = without_foreign(data, known)
+        strange = data.keys() - known - PROVENANCE
+        kept = without_foreign(data, known) if strange else {key: data[key] for key in known & data.keys()}
         # PEFT lets settings of another start stand beside the one that is used.
         start = data.get("init_lora_weights")
         start = start.lower() if isinstance(start, str) else start

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+import importlib
+from abc import ABC
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 from lorica.config.checks import TASK_TYPES
 from lorica.config.lora import LoraConfig
 from lorica.errors import ConfigError, listing, nearest
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from lorica.layers.added import Plan
-
 Family = Literal["selective", "reparametrisation", "additive"]
 _METHODS: dict[str, type[MethodConfig]] = {}
+_MORE = "lorica.baselines"
+"""The package whose methods are known by their names before anything imports it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +73,17 @@ class MethodConfig(ABC):
         )
         self._expect("inference_mode", isinstance(self.inference_mode, bool), "True or False")
 
-    @abstractmethod
-    def plan(self, root: nn.Module, saved: Collection[str], seed: int) -> Plan:
-        """What the method trains of a model, and what it adds to it; the model stays as it is.
+    def parts(self) -> tuple[AdapterConfig, ...]:
+        """The configurations of the single methods that make up the adapter: this one."""
+        return (self,)
 
-        Args:
-            root: the model.
-            saved: paths of the modules trained whole, which are somebody else's to train.
-            seed: fixes how what it adds starts.
+    def members(self) -> tuple[LoraConfig | None, list[MethodConfig]]:
+        """The LoRA among the adapter's methods, if there is one, and the other methods."""
+        return None, [self]
 
-        Raises:
-            TargetError: the architecture cannot take the method.
-        """
+    def asks(self) -> set[str]:
+        """What looks for what it names: the method, its family, and each field that is set."""
+        return {self.method, self.family, *(name for name, value in vars(self).items() if value)}
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
@@ -175,9 +172,16 @@ class Combination(MethodConfig):
         """The families of its methods, joined by " + "."""
         return " + ".join(dict.fromkeys(family_of(config) for config in self.configs))
 
-    def plan(self, root: nn.Module, saved: Collection[str], seed: int) -> Plan:
-        """Not asked of a combination; its methods are asked one by one."""
-        raise NotImplementedError
+    def parts(self) -> tuple[AdapterConfig, ...]:
+        """The configurations of its methods."""
+        return self.configs
+
+    def members(self) -> tuple[LoraConfig | None, list[MethodConfig]]:
+        """As `MethodConfig.members`; what the combination says of heads holds for its LoRA."""
+        lora = next((part for part in self.configs if isinstance(part, LoraConfig)), None)
+        if lora is not None:
+            lora = lora.replace(modules_to_save=self.modules_to_save, task_type=self.task_type)
+        return lora, [part for part in self.configs if isinstance(part, MethodConfig)]
 
     def to_dict(self) -> dict[str, Any]:
         """As `MethodConfig.to_dict`; each method as a file of its own would have it."""
@@ -207,21 +211,6 @@ def as_config(config: AdapterConfig | Iterable[AdapterConfig] | None) -> Adapter
     return configs[0] if len(configs) == 1 else Combination(configs=configs)
 
 
-def members(config: AdapterConfig) -> tuple[LoraConfig | None, list[MethodConfig]]:
-    """The LoRA among a configuration's methods, if it is one, and the other methods.
-
-    What a combination says of heads holds for its LoRA.
-    """
-    if isinstance(config, LoraConfig):
-        return config, []
-    if not isinstance(config, Combination):
-        return None, [config]
-    lora = next((part for part in config.configs if isinstance(part, LoraConfig)), None)
-    if lora is not None:
-        lora = lora.replace(modules_to_save=config.modules_to_save, task_type=config.task_type)
-    return lora, [part for part in config.configs if isinstance(part, MethodConfig)]
-
-
 def method_of(config: AdapterConfig) -> str:
     """Name of a configuration's method."""
     return "lora" if isinstance(config, LoraConfig) else config.method
@@ -239,6 +228,8 @@ def read_config(data: Mapping[str, Any]) -> AdapterConfig:
         ConfigError: a method or a field that lorica does not know, or a value that cannot be used.
     """
     method = data.get("method", "lora")
+    if isinstance(method, str) and method != "lora" and method not in _METHODS:
+        importlib.import_module(_MORE)  # this floor does not know them, and few files name one
     if method == "lora":
         return LoraConfig.from_dict({name: value for name, value in data.items() if name != "method"})
     if not isinstance(method, str) or method not in _METHODS:

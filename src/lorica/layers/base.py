@@ -188,7 +188,8 @@ class LoraLayer(AskedLayer):
         assert B is not None
         return A.weight, B.weight
 
-    def factor_names(self, name: str) -> tuple[str, str]:
+    @classmethod
+    def factor_names(cls, name: str) -> tuple[str, str]:
         """Names of the adapter's A and B among this module's parameters."""
         return f"lora_A.{name}.weight", f"lora_B.{name}.weight"
 

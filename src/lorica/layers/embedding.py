@@ -37,7 +37,8 @@ class LoraEmbedding(LoraLayer):
     def factor_parameters(self, name: str) -> tuple[Parameter, Parameter]:  # noqa: D102
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
-    def factor_names(self, name: str) -> tuple[str, str]:  # noqa: D102
+    @classmethod
+    def factor_names(cls, name: str) -> tuple[str, str]:  # noqa: D102
         return f"lora_embedding_A.{name}", f"lora_embedding_B.{name}"
 
     def add_factors(self, name: str, A: Parameter, B: Parameter, scale: float, dropout: float) -> None:  # noqa: D102

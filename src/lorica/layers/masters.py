@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.state import parameter_at
+from lorica.tree import parameter_at
 
 HALVES = (torch.float16, torch.bfloat16)
 """The dtypes in which training loses small steps."""

@@ -14,6 +14,7 @@ from lorica.layers.ecosystem import AskedModule, base_of, told
 from lorica.layers.masters import call_lowered, lowered, raise_precision
 from lorica.layers.reading import reading_of
 from lorica.layers.swapped import SwappedModule
+from lorica.state import AdapterState
 
 
 class SavedModule(AskedModule):
@@ -50,32 +51,17 @@ class SavedModule(AskedModule):
         self.modules_to_save = nn.ModuleDict()
         self.__dict__["masters"] = set()
 
-    def add_copy(self, name: str, *, trainable: bool, master: bool = True) -> None:
-        """Give the adapter a copy of the original module.
+    def add_copy(self, name: str, twin: nn.Module, *, master: bool) -> None:
+        """Take an adapter's copy.
 
         Args:
             name: of the adapter.
-            trainable: whether it trains.
-            master: keep it in float32 beside a base in half precision. False where others read its weights
-                without calling it, and need the base's dtype.
+            twin: the copy, as `twin_of` makes it.
+            master: whether it is of higher precision than the module.
         """
-        shared: dict[int, Any] = {id(self.adapter_state): self.adapter_state}  # what hooks inside know
-        state = self.leave()
-        try:
-            twin = copy.deepcopy(self, shared)
-        finally:
-            SwappedModule.enter(self, state)
-        # The module's own hooks run whichever copy answers; copied along, they would run twice.
-        for hooks in (
-            twin._forward_pre_hooks,
-            twin._forward_hooks,
-            twin._backward_pre_hooks,
-            twin._backward_hooks,
-        ):
-            hooks.clear()
-        if master and raise_precision(twin):
+        self.modules_to_save[name] = twin
+        if master:
             self.masters.add(name)
-        self.modules_to_save[name] = twin.requires_grad_(trainable)
 
     def base_state(self) -> dict[str, Tensor]:
         """The original module's state, without the copies."""
@@ -156,6 +142,33 @@ class SavedModule(AskedModule):
                 "can be put together row by row"
             )
         return torch.cat(parts).index_select(0, torch.cat(places).argsort())
+
+
+def twin_of(
+    module: nn.Module, parent: nn.Module | None, known: AdapterState | None = None
+) -> tuple[nn.Module, bool]:
+    """A copy of a module for an adapter, and whether it is of higher precision than the module.
+
+    Args:
+        module: as it is in the base, or with copies for other adapters.
+        parent: what holds it. Where that reads its weights without calling it, the copy keeps their dtype.
+        known: the model's state, which what is copied may know of, and is not copied.
+    """
+    state = module.leave() if isinstance(module, SavedModule) else None
+    try:
+        twin = copy.deepcopy(module, {} if known is None else {id(known): known})
+    finally:
+        if state is not None:
+            SwappedModule.enter(module, state)
+    # The module's own hooks run whichever copy answers; copied along, they would run twice.
+    for hooks in (
+        twin._forward_pre_hooks,
+        twin._forward_hooks,
+        twin._backward_pre_hooks,
+        twin._backward_hooks,
+    ):
+        hooks.clear()
+    return twin, not read_by(parent, module) and raise_precision(twin)
 
 
 def _held(module: nn.Module) -> set[str]:

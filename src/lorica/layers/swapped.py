@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
@@ -116,6 +117,8 @@ class SwappedModule(nn.Module):
     """Child modules that the mixin adds."""
     own_attributes: ClassVar[tuple[str, ...]] = ("adapter_state",)
     """Plain attributes that the mixin adds."""
+    outermost: ClassVar[bool] = False
+    """Whether this class stays the outermost, whatever else the module hosts."""
 
     adapter_state: AdapterState
 
@@ -209,6 +212,21 @@ class SwappedModule(nn.Module):
     def mixin(cls) -> type[SwappedModule]:
         """What `swapped_class` joined with the module's own class."""
         return cls.swapped_by
+
+
+@contextmanager
+def without_outermost(module: nn.Module) -> Iterator[None]:
+    """Take the outermost class off a module for a while, so that another goes under it, or comes off."""
+    mixin = type(module).swapped_by if isinstance(module, SwappedModule) else None
+    if mixin is None or not mixin.outermost:
+        yield
+        return
+    # Not `leave()`: what it would take off is that other host's.
+    module.__class__ = type(module).base_class  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        mixin.swap(module)
 
 
 def _first_parameter(module: nn.Module) -> Parameter | None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from lorica.model.adapt import active as active
+from lorica.model.activate import active as active
+from lorica.model.activate import disabled as disabled
 from lorica.model.adapt import adapt as adapt
 from lorica.model.adapt import adapters as adapters
+from lorica.model.adapt import attach as attach
 from lorica.model.adapt import detach as detach
-from lorica.model.adapt import disabled as disabled
-from lorica.model.attach import attach as attach
+from lorica.model.adapt import load as load
 from lorica.model.count import ParameterCount as ParameterCount
 from lorica.model.count import count as count
 from lorica.model.count import trainable_parameters as trainable_parameters
 from lorica.model.delta import delta_weight as delta_weight
 from lorica.model.eva import get_eva_state_dict as get_eva_state_dict
 from lorica.model.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
+from lorica.model.files import extract as extract
+from lorica.model.files import load_weights as load_weights
+from lorica.model.files import push_to_hub as push_to_hub
+from lorica.model.files import save as save
+from lorica.model.folded import MergeReport as MergeReport
 from lorica.model.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from lorica.model.merge import merge as merge
 from lorica.model.merge import restore as restore
@@ -24,9 +30,3 @@ from lorica.model.preprocess import preprocess_corda as preprocess_corda
 from lorica.model.preprocess import preprocess_loraga as preprocess_loraga
 from lorica.model.preview import Preview as Preview
 from lorica.model.preview import preview as preview
-from lorica.model.rounding import MergeReport as MergeReport
-from lorica.model.storage import load as load
-from lorica.model.storage import load_weights as load_weights
-from lorica.model.storage import push_to_hub as push_to_hub
-from lorica.model.storage import save as save
-from lorica.model.values import extract as extract

@@ -1,4 +1,6 @@
-"""Putting a new adapter on a model, choosing which adapters act, and taking them off again.
+"""Putting an adapter on a model, new or as a value, and taking it off again.
+
+    adapt    config  ──▶ find pieces ──▶ put           attach   adapter ──▶ find pieces ──▶ fill ──▶ put
 
 All or nothing: what can fail (finding, checking, drawing, allocating) comes first, and only then is the model
 touched.
@@ -6,38 +8,34 @@ touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+import gc
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 from torch import nn
-from torch.nn import Parameter
+from torch.distributed import is_available, is_initialized
 
-from lorica import init
+from lorica import checkpoint
+from lorica.adapter import Adapter
+from lorica.checkpoint.peft import read as read_folder
 from lorica.config import AdapterConfig, LoraConfig, as_config
 from lorica.config.inits import FROM_DATA
-from lorica.layers.quantized import release_layout
+from lorica.errors import AdapterError
+from lorica.inits import draw_seed
+from lorica.layers.quantized import hold_layout, release_layout
 from lorica.model import classes, pretrained
-from lorica.model.methods import resolve_methods
-from lorica.model.mount import Mount, mount, open_for, parameter_for, remove_parts, uncollected
-from lorica.model.stack import stacked, unstack
-from lorica.model.starting import PREPARED, Source, begin, check_alone, check_start, prepared
-from lorica.model.statistics import give_statistics, release
-from lorica.model.structure import (
-    STATE,
-    Target,
-    adapted,
-    added_modules,
-    find_adapted,
-    lora_layers,
-    saved_modules,
-    token_modules,
-)
-from lorica.model.tied import check_pair, pairs, warn_if_idle
-from lorica.model.tokens import starting_rows, token_targets
-from lorica.model.uncalled import stop_watching
-from lorica.state import AdapterState, parameter_at
+from lorica.model.uncalled import FUSED, watch_pass
+from lorica.model.wrapped import check_unnoted
+from lorica.pieces import Kind, Search, asked, find_pieces, surroundings
+from lorica.state import STATE, AdapterState, adapted, check_name, find_adapted
+from lorica.tree import base_parameters, unwrapped
 
 M = TypeVar("M", bound=nn.Module)
+PREPARED = "lorica_prepared"
+"""Attribute of a model that was shown data: what its modules' starts are made from, by path."""
 
 
 def adapt(
@@ -74,54 +72,109 @@ def adapt(
 
     Source: Hu et al., 2021, §4.1.
     """
-    config = as_config(config)
-    root, state = open_for(model, name, trainable=not config.inference_mode)
-    with uncollected(), stacked(root, state, config), state.base_in_place(root):
-        _adapt(root, state, config, name, seed)
-    active(root, name)
+    config = config if isinstance(config, LoraConfig) else as_config(config)
+    trainable = not config.inference_mode
+    with changing(model, name, config, trainable=trainable) as (root, state):
+        seed = draw_seed() if seed is None else seed
+        seen = root.__dict__.get(PREPARED, {})
+        search = Search(root, config, state=state, seed=seed, trainable=trainable, seen=seen)
+        find_pieces(search)
+        _put(search, state, name, search.settled())
+        if search.lora is not None and search.lora.init_lora_weights in FROM_DATA:
+            root.__dict__.pop(PREPARED, None)
+    state.activate(root, (name,))
+    state.decide(state.last._replace(rows=None, resting=None))
     return model
 
 
-def _adapt(root: nn.Module, state: AdapterState, config: AdapterConfig, name: str, seed: int | None) -> None:
-    seed = init.draw_seed() if seed is None else seed
-    found = resolve_methods(root, config, seed)
-    lora = found.lora
-    tokens = token_targets(root, lora, {target.path for target in found.layers}, found.saved)
-    mounts, tied = [], []
-    if lora is not None:
-        check_alone(lora, found.config)
-        targets = {target.path: target for target in found.layers if target.parameter is None}
-        shared = pairs(root, lora, targets)
-        for path, table in shared.items():
-            check_pair(targets[path], targets[table], lora)
-        heads = {table: targets[path] for path, table in shared.items()}
-        tied = [(targets[path], table) for path, table in shared.items()]
-        warn_if_idle(root, lora, (*targets, *found.saved, *(table.path for table in tokens)))
-        mounts = [
-            _fresh(target, lora, seed, prepared(root), heads.get(target.path))
-            for target in found.layers
-            if target.path not in shared
-        ]
-    slots = _slots(root, found.trained)
-    rows = [(table, starting_rows(table)) for table in tokens]
-    trainable = not found.config.inference_mode
-    mount(
-        root,
-        state,
-        name,
-        found.config,
-        mounts,
-        found.saved,
-        slots,
-        found.parts,
-        rows,
-        tied,
-        trainable=trainable,
-    )
-    give_statistics(root, state, name, found.saved, {}, trainable=trainable)
-    classes.give(root, state, name)
-    if lora is not None and lora.init_lora_weights in FROM_DATA:
-        root.__dict__.pop(PREPARED, None)
+def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool = False) -> M:
+    """Put an adapter that exists as a value on a model, in place.
+
+    The first adapter on a model acts at once; a later one waits for `active`.
+
+    Args:
+        model: the base, or a model that carries other adapters.
+        adapter: its tensors are copied.
+        name: to give it on this model.
+        trainable: whether it may be trained further. Then a start that was taken out of W0 is so again.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is
+            untouched.
+        TargetError: a module that it trains whole cannot be; the model is untouched.
+        StateError: an adapter is merged.
+    """
+    adapter.check_finite()
+    return attach_finite(model, adapter, name, trainable=trainable)
+
+
+def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> M:
+    """As `attach`, for an adapter that is known to be finite: one that was just read is."""
+    with changing(model, name, adapter.config, trainable=trainable) as (root, state):
+        given, starts = adapter, None
+        if trainable and adapter.trained_as is not None:
+            given, starts = adapter.without_starts()
+        search = Search(
+            root,
+            given.config,
+            state=state,
+            adapter=given,
+            trainable=trainable,
+            seen=root.__dict__.get(PREPARED, {}),
+            starts=starts,
+        )
+        find_pieces(search)
+        _put(search, state, name, search.config)
+        if adapter.classes is not None:
+            classes.take(state, name, adapter)
+    if len(state.configs) == 1:
+        state.activate(root, (name,))
+    return model
+
+
+def load(
+    model: M,
+    directory: str | Path,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+) -> M:
+    """Put an adapter from a folder or the Hub on a model, in place; PEFT's files or lorica's.
+
+    The first adapter on a model acts at once; a later one waits for `active`.
+
+    Args:
+        model: the base, or a model that carries other adapters.
+        directory: folder with `adapter_config.json` and `adapter_model.safetensors`; or the name of a
+            repository on the Hub, ``"user/sentiment"``, if there is no such folder.
+        name: to give it on this model.
+        trainable: whether it may be trained further.
+        revision: branch, tag or commit of the repository.
+        subfolder: where in the folder or repository the adapter is.
+        token: for a private or gated repository; None takes the one of ``HF_TOKEN`` or ``hf auth login``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileError: a file is missing or damaged; or the Hub has no such adapter, or cannot be reached.
+        ConfigError: the configuration asks for what lorica does not support.
+        AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is
+            untouched.
+        MissingExtra: a repository is named, and huggingface_hub is not installed.
+    """
+    here = Path(directory)
+    if here.is_dir() and revision is None:
+        adapter = read_folder(here / (subfolder or ""))
+    else:
+        adapter = checkpoint.read(directory, revision=revision, subfolder=subfolder, token=token)
+    return attach_finite(model, adapter, name, trainable=trainable)
 
 
 def detach(model: M, name: str | None = None) -> M:
@@ -144,53 +197,16 @@ def detach(model: M, name: str | None = None) -> M:
     state.check_unmerged("detach an adapter")
     state.check_alone("detach an adapter")
     gone = tuple(state.configs) if name is None else (state.known(name),)
-    swapped = (
-        *lora_layers(root).values(),
-        *saved_modules(root).values(),
-        *added_modules(root).values(),
-        *token_modules(root).values(),
-    )
-    for module in swapped:
-        module.check_own_class()
-    state.activate(root, tuple(n for n in state.active if n not in gone))
-    for layer in lora_layers(root).values():
-        for n in gone:
-            if n in layer.scaling:
-                layer.remove_factors(n)
-        if not layer.scaling:
-            layer.leave()
-    for module in saved_modules(root).values():
-        for n in gone:
-            if n in module.modules_to_save:
-                module.remove_copy(n)
-        if not module.modules_to_save:
-            module.leave()
-    for table in token_modules(root).values():
-        for n in gone:
-            if n in table.adapters:
-                table.remove_rows(n)
-        if not table.adapters:
-            table.leave()
     for n in gone:
-        remove_parts(root, n)
-        state.slots.pop(n, None)
-        state.statistics.pop(n, None)
-        state.starts.pop(n, None)
-        state.whole.pop(n, None)
-        state.parts.pop(n, None)
-        classes.take_back(state, n)
-        del state.configs[n]
+        for piece in state.pieces[n]:
+            piece.check_class()
+    state.activate(root, tuple(n for n in state.active if n not in gone))
+    for n in gone:
+        state.off(root, n)
     if not state.configs:
         for parameter in state.frozen:
             parameter.requires_grad_(True)
-        release_layout(state.layouts)
-        for hook in state.hooks:
-            hook.remove()
-        unstack(root, state)
-        pretrained.leave(root)
-        stop_watching(root)
-        release(root)
-        delattr(root, STATE)
+        close(root, state)
     return model
 
 
@@ -200,87 +216,98 @@ def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
     return dict(found[1].configs) if found else {}
 
 
-class active:
-    """Let exactly the named adapters act; their updates add up. As a context manager, undone on exit.
+@contextmanager
+def changing(
+    model: nn.Module, name: str, config: AdapterConfig, *, trainable: bool
+) -> Iterator[tuple[nn.Module, AdapterState]]:
+    """Find a model that takes one more adapter as it is without any, until that one is on.
 
-    They act on all rows, though others were `mixed` before. Like `torch.set_grad_enabled` it takes effect
-    when it is made, so a plain call switches for good. It costs the same however many layers and adapters
-    there are, and changes neither `requires_grad` nor the training mode.
-
-    Threads and tasks of asyncio choose for themselves: what one chooses holds for no other. In the thread
-    that adapted the model a choice is the model's too, for all that chose nothing; a task's block is not. A
-    thread that is to go on with its caller's choice is started by `contextvars.copy_context().run`.
-
-    Where parameters of an adapter stand in the base's place (trained biases, a start that was taken out of
-    W0), they are one for all threads: a choice that exchanges them is refused in other threads, and while
-    others are inside a block.
-
-    Args:
-        model: adapted model.
-        names: an adapter's name, or several.
-        rows: which acts on which row; `mixed` gives it.
+    A model that `torch.compile` wrapped is adapted inside its wrapper.
 
     Raises:
-        AdapterError: no such adapter, or two that cannot act together.
-        StateError: an adapter is merged; or parameters would be exchanged under others' computations.
+        AdapterError: the name is taken, or cannot be one.
+        StateError: an adapter is merged, or the model was wrapped for training on several devices.
     """
-
-    def __init__(self, model: nn.Module, names: str | Iterable[str], rows: Any = None) -> None:
-        self._root, self._state = root, state = adapted(model)
-        state.check_unmerged("choose another adapter")
-        self._here, self._own, self._shared = state.last, state.own_choice(), state.shared
-        state.activate(root, (names,) if isinstance(names, str) else tuple(names))
-        state.decide(state.last._replace(rows=rows, resting=None))
-        state.name_classes()
-
-    def __enter__(self) -> None:
-        """From here on it is a block: the thread's or task's own, and no longer the model's."""
-        self._state.enter(self, self._shared)
-        self._state.name_classes()
-
-    def __exit__(self, *error: object) -> None:
-        """Let those act that did before, as far as they are still there."""
-        state = self._state
-        state.check_unmerged("leave the choice of another adapter")
-        now = state.shared
-        state.activate(self._root, state.present(self._here).names)
-        own = None if self._own is None else state.present(self._own)
-        state.leave(self, own, state.present(self._shared), now)
-        state.name_classes()
+    root, state = open_for(model, name, trainable=trainable)
+    with uncollected(), surroundings(root, state, config), state.originals_in_place(root):
+        yield root, state
 
 
-def disabled(model: nn.Module) -> active:
-    """Let no adapter act: the base itself. Takes effect at once; as a context manager, undone on exit."""
-    return active(model, ())
+def open_for(model: nn.Module, name: str, *, trainable: bool) -> tuple[nn.Module, AdapterState]:
+    """The adapted model in `model` and its state; where there is none yet, `model` and a new state.
+
+    Raises:
+        AdapterError: the name is taken, or cannot be one.
+        StateError: an adapter is merged, or the model was wrapped for training on several devices.
+    """
+    check_name(name)
+    root, state = find_adapted(model) or (unwrapped(model), AdapterState())
+    state.check_unmerged("add an adapter")
+    if name in state.configs:
+        raise AdapterError(
+            f"the model already has an adapter named {name!r}; give another name, or "
+            f"lorica.detach(model, {name!r}) first"
+        )
+    if "torch.distributed.fsdp" in sys.modules or (is_available() and is_initialized()):
+        check_unnoted(root, trainable=trainable)
+    return root, state
 
 
-def _fresh(
-    target: Target, config: LoraConfig, seed: int, prepared: Mapping[str, Source], head: Target | None = None
-) -> Mount:
-    check_start(target, config)
-    drawn_for = target if head is None else head
-    random, r = init.generator(seed, drawn_for.pattern_path), config.rank(target.pattern_path)
-    A, B, start = begin(drawn_for, config, random, prepared)
-    if drawn_for.layer.transposed != target.layer.transposed:  # a head's start, as its embedding stores it
-        A, B = B.t(), A.t()
-    A, B = (parameter_for(target, factor, copy=False) for factor in (A, B))
-    scale = config.scale(target.pattern_path)
-    weight = None if start is None else start.weight
-    magnitude = _norms(target, weight, A, B, scale) if config.use_dora else None
-    bias = None
-    if config.lora_bias:
-        drawn = init.start_bias(B.shape[0], r, config.init_lora_weights, random)
-        bias = parameter_for(target, drawn, copy=False)
-    return Mount(target, A, B, scale, config.lora_dropout, magnitude, bias, start)
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep the garbage collector off: nothing of an adapter is garbage, and looking through it takes time.
+
+    A hundred adapters are some twenty thousand small modules.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
-def _norms(target: Target, weight: Parameter | None, A: Parameter, B: Parameter, scale: float) -> Parameter:
-    """DoRA's magnitudes at the start: what leaves the weight as it is."""
-    return Parameter(target.layer.row_norm(target.module, A.flatten(1), B.flatten(1), scale, weight))
+def _put(search: Search, state: AdapterState, name: str, config: AdapterConfig) -> None:
+    """Put the pieces that were found on the model; the base is frozen when the first adapter comes."""
+    root = search.root
+    if not state.configs:
+        _open(search, state)
+    state.put(root, name, config, search.pieces, trainable=search.trainable)
+    watched = isinstance(root, FUSED) or watch_pass in root._forward_pre_hooks.values()
+    if not watched and any(piece.called for piece in search.pieces):
+        state.watch = root.register_forward_pre_hook(watch_pass, with_kwargs=True)
+    if hasattr(root, "config"):
+        classes.give(root, state, name)
 
 
-def _slots(root: nn.Module, paths: Iterable[str]) -> dict[str, Parameter]:
-    """A copy of each named parameter of the base; tied ones stay tied."""
-    bases = {path: parameter_at(root, path) for path in paths}
-    own = {base: Parameter(base.detach().clone()) for base in bases.values()}
-    return {path: own[base] for path, base in bases.items()}
+def _open(search: Search, state: AdapterState) -> None:
+    """Make a model one that carries adapters."""
+    root = search.root
+    state.frozen = [p for p in base_parameters(root).values() if p.requires_grad]
+    for parameter in state.frozen:
+        parameter.requires_grad_(False)
+    if "bitsandbytes" in sys.modules:
+        state.layouts = hold_layout(root)
+    setattr(root, STATE, state)
+    if "transformers.modeling_utils" in sys.modules:
+        pretrained.enter(root)
+    for kind in asked(search):
+        if type(kind).opened is not Kind.opened:
+            kind.opened(root, state)
+            state.opened.append(kind)
+
+
+def close(root: nn.Module, state: AdapterState) -> None:
+    """Let go of the state of a model whose adapters are gone."""
+    if state.layouts:
+        release_layout(state.layouts)
+    for hook in (*state.hooks, state.watch):
+        if hook is not None:
+            hook.remove()
+    for kind in state.opened:
+        kind.closed(root, state)
+    if isinstance(root, pretrained.Pretrained):
+        pretrained.leave(root)
+    delattr(root, STATE)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lorica.layers import LoraLayer, SavedModule, TrainedTokens
 from lorica.layers.axes import Witness
 from lorica.layers.rows import Rows
-from lorica.model.structure import walk
 from lorica.model.watching import as_it_was
 from lorica.state import AdapterState
+from lorica.tree import walk
 
 # Inputs by which a call tells its number of rows, the surest first.
 _MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "pixel_values")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lorica.adapter import Adapter
 from lorica.choice import Choice
-from lorica.model.structure import saved_modules
 from lorica.state import AdapterState
 
 _Names = tuple[Any, Any]
@@ -98,7 +97,7 @@ def give(root: nn.Module, state: AdapterState, name: str) -> None:
     """
     config = getattr(root, "config", None)
     names = getattr(config, "id2label", None)
-    if not names or not _heads(dict(_whole(root, state, name)), len(names)):
+    if not names or not _heads(dict(_whole(state, name)), len(names)):
         return
     if state.classes is None:
         state.classes = ClassNames(config, (config.id2label, config.label2id))  # type: ignore[union-attr]
@@ -119,19 +118,11 @@ def take(state: AdapterState, name: str, adapter: Adapter) -> None:
         kept.config.id2label, kept.config.label2id = kept.own[name]
 
 
-def take_back(state: AdapterState, name: str) -> None:
-    """Forget an adapter's, which no longer acts."""
-    if state.classes is not None:
-        state.classes.own.pop(name, None)
-
-
-def _whole(root: nn.Module, state: AdapterState, name: str) -> Iterator[tuple[str, Tensor]]:
+def _whole(state: AdapterState, name: str) -> Iterator[tuple[str, Tensor]]:
     """What an adapter trains whole."""
-    yield from state.slots.get(name, {}).items()
-    if name in state.whole:
-        for path, module in saved_modules(root).items():
-            if name in module.modules_to_save:
-                yield from module.modules_to_save[name].named_parameters(prefix=path)
+    for piece in state.pieces[name]:
+        if piece.section == "extras":
+            yield from ((held.key, held.tensor) for held in piece.tensors(name))
 
 
 def _heads(whole: Mapping[str, Tensor], outputs: int) -> bool:

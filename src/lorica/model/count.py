@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from lorica.config import AdapterConfig, as_config
+from lorica.layers import saved_modules
 from lorica.layers.quantized import numel
 from lorica.model.adapt import adapt
 from lorica.model.skeleton import skeleton
-from lorica.model.structure import saved_modules, walk
+from lorica.tree import walk
 
 
 @dataclass(frozen=True)

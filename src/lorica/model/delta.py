@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from lorica.errors import AdapterError, StateError, TargetError, nearest
 from lorica.folding import one_thread
-from lorica.layers import LoraLayer
-from lorica.model.adapt import active
+from lorica.layers import LoraLayer, lora_layers
+from lorica.model.activate import active
 from lorica.model.folded import check_mergeable
 from lorica.model.merged import as_unmerged
-from lorica.model.structure import adapted, lora_layers
-from lorica.state import AdapterState
+from lorica.state import AdapterState, adapted
 
 
 def delta_weight(model: nn.Module, path: str, name: str | Iterable[str] | None = None) -> Tensor:

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lorica import init
+from lorica import inits
 from lorica.config import EvaConfig, LoraConfig, exactly
 from lorica.errors import AdapterError, ConfigError, listing
-from lorica.layers import LoraLayer
-from lorica.model.selection import shortest_suffixes
-from lorica.model.starting import check_start
-from lorica.model.structure import Target, adapted, lora_layers, walk
-from lorica.model.targets import resolve
+from lorica.find import Target
+from lorica.layers import LoraLayer, lora_layers
 from lorica.model.watching import (
     Batches,
     Forward,
@@ -29,6 +26,9 @@ from lorica.model.watching import (
     to_device,
     watching,
 )
+from lorica.pieces import resolve
+from lorica.state import adapted
+from lorica.tree import shortest_suffixes, walk
 
 M = TypeVar("M", bound=nn.Module)
 Progress = Callable[[int, int], None]
@@ -88,7 +88,7 @@ def get_eva_state_dict(
         ]
         with state.base_in_place(root):
             return _Search(targets, config, seed).run(model, dataloader, forward, progress)
-    return _Search(resolve(model, config).layers, config, seed).run(model, dataloader, forward, progress)
+    return _Search(resolve(model, config).targets, config, seed).run(model, dataloader, forward, progress)
 
 
 def initialize_lora_eva_weights(
@@ -160,7 +160,7 @@ class _Search:
 
     def __init__(self, targets: list[Target], config: LoraConfig, seed: int) -> None:
         for target in targets:
-            check_start(target, config)
+            inits.of(config).check(target, config)
         self.modules = {target.path: target.module for target in targets}
         self.settings = config.eva_config or EvaConfig()
         self.ranks = {path: config.rank(path) for path in self.modules}
@@ -168,7 +168,7 @@ class _Search:
         self.seed = seed
         self.keep: Tensor | None = None
         self.same: dict[str, str] = {}
-        self.found: dict[str, init.IncrementalSVD] = {}
+        self.found: dict[str, inits.IncrementalSVD] = {}
 
     def _most(self, target: Target) -> int:
         """The most directions that a layer may get."""
@@ -201,7 +201,7 @@ class _Search:
             return dict(self.most)
         explained = {path: svd.explained() for path, svd in self.found.items()}
         explained |= {path: explained[other] for path, other in self.same.items()}
-        return init.share_ranks(explained, sum(self.ranks.values()), self.same)
+        return inits.share_ranks(explained, sum(self.ranks.values()), self.same)
 
     def _show(self, model: nn.Module, inputs: Any, forward: Forward, paths: list[str]) -> None:
         self._choose(inputs)
@@ -230,7 +230,7 @@ class _Search:
             self.most[owner] = max(self.most[owner], self.most[path])
         for path in owners:
             if path not in self.same:
-                self.found[path] = init.IncrementalSVD(self.most[path], init.generator(self.seed, path))
+                self.found[path] = inits.IncrementalSVD(self.most[path], inits.generator(self.seed, path))
 
     def _choose(self, inputs: Any) -> None:
         """Which tokens of a batch count."""

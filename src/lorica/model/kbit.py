@@ -11,7 +11,8 @@ from torch import nn
 from lorica.errors import StateError
 from lorica.layers.quantized import quantizer_of
 from lorica.model.packed import packed_layers
-from lorica.model.structure import base_parameters, find_adapted
+from lorica.state import find_adapted
+from lorica.tree import base_parameters
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -11,13 +11,13 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from lorica import init
+from lorica import inits
 from lorica.checkpoint.stream.names import Names, fused, fused_rows, match, split, whole
 from lorica.checkpoint.stream.shards import DTYPES, WEIGHTS, Checkpoint, open_checkpoint, read_shard
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, ConfigError, FileError, StateError, lines, require
-from lorica.layers import LoraQuantized
-from lorica.model.structure import adapted, lora_layers
+from lorica.layers import LoraQuantized, lora_layers
+from lorica.state import adapted
 
 Keep = Callable[[nn.Module, str], bool]
 
@@ -81,7 +81,7 @@ def replace_lora_weights_loftq(
         parameters = [*layer.factor_parameters(adapter_name)]
         quantized = layer.base_rows(slice(None), torch.float32)
         weight = _weight(base, names, path, layer).to(quantized)
-        new = list(init.compensate(weight, quantized, len(parameters[0]), layer.scaling[adapter_name]))
+        new = list(inits.compensate(weight, quantized, len(parameters[0]), layer.scaling[adapter_name]))
         magnitude = layer.magnitude_parameter(adapter_name)
         if magnitude is not None:
             parameters.append(magnitude)

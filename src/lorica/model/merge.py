@@ -18,20 +18,29 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.adapter import Adapter
-from lorica.errors import StateError
-from lorica.layers import LayerState, LoraLayer, SavedModule, SwappedModule, TrainedTokens
+from lorica.config import family_of, method_of
+from lorica.errors import StateError, listing
+from lorica.layers import (
+    LayerState,
+    LoraLayer,
+    LoraQuantized,
+    SavedModule,
+    SwappedModule,
+    TrainedTokens,
+)
 from lorica.layers.quantized import set_attribute
 from lorica.model import pretrained
 from lorica.model.folded import (
+    MergeReport,
     check_finite,
     check_mergeable,
     fold_all,
     may_overflow,
     merged_states,
     room,
+    state_loss,
     with_rows,
 )
-from lorica.model.methods import check_merges
 from lorica.model.packed import (
     Into,
     Unpacked,
@@ -42,11 +51,10 @@ from lorica.model.packed import (
     repack,
     unpack,
 )
-from lorica.model.rounding import MergeReport, state_loss
-from lorica.model.structure import adapted, added_modules, lora_layers, saved_modules, token_modules
 from lorica.model.ties import Ties
 from lorica.model.untouched import Held, check_untouched, held
-from lorica.state import AdapterState, owner_of, place
+from lorica.state import AdapterState, adapted
+from lorica.tree import owner_of, put_at, walk
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -129,36 +137,36 @@ def merge(
     chosen = state.active if names is None else (names,) if isinstance(names, str) else tuple(names)
     if not chosen:
         raise StateError("no adapter is active; say which to merge")
-    check_merges(state, chosen)
+    _check_merges(state, chosen)
     before = state.active
     state.activate(root, ())
     ties = Ties.of(root, stacked=state.stack is not None)
-    layers = lora_layers(root)
-    swapped: dict[str, SwappedModule] = {
-        **layers,
-        **saved_modules(root),
-        **added_modules(root),
-        **token_modules(root),
-    }
+    found = {place.path: place.module for place in walk(root)}
+    swapped = {path: m for path, m in found.items() if isinstance(m, SwappedModule) and m.own_modules}
+    layers = {path: m for path, m in swapped.items() if isinstance(m, LoraLayer)}
+    tables = {path: m for path, m in swapped.items() if isinstance(m, TrainedTokens)}
     try:
         state.activate(root, chosen)
         chosen = state.active
         for module in swapped.values():
             module.check_own_class()
         acting = {path: layer for path, layer in layers.items() if layer.acting()}
-        packed = packed_layers(root)
-        check_into(into, [path for path in acting if path in packed])
+        packed: dict[str, nn.Module] = {}
+        if into is not None or any(isinstance(layer, LoraQuantized) for layer in layers.values()):
+            packed = packed_layers(root)
+            check_into(into, [path for path in acting if path in packed])
         check_mergeable(acting, chosen)
         plain = plain_dtype(root) if packed and into == "dequantized" else None
         merged = merged_states(acting, packed, chosen, plain)
         weights = plain_weights(packed, merged, plain) if plain is not None else {}
-        tables = with_rows(token_modules(root), chosen)
+        rows = with_rows(tables, chosen) if tables else {}
         losses = {path: state_loss(layers[path], chosen, tensors) for path, tensors in merged.items()}
     except BaseException:
         state.activate(root, before)
         raise
-    pretrained.leave(root)
-    pretrained.keep_apart(root)
+    if isinstance(root, pretrained.Pretrained):
+        pretrained.leave(root)
+        pretrained.keep_apart(root)
     states = {  # plain weights wait until the layers are in their base form
         path: {leaf: value for leaf, value in tensors.items() if path not in weights or leaf != "weight"}
         for path, tensors in merged.items()
@@ -166,7 +174,7 @@ def merge(
     aside = _Merged(
         before,
         [
-            _set_aside(path, module, states.get(path, tables.get(path, {})), chosen)
+            _set_aside(path, module, states.get(path, rows.get(path, {})), chosen)
             for path, module in swapped.items()
         ],
         ties,
@@ -197,7 +205,7 @@ def switch(model: nn.Module, name: str) -> None:
             stays so.
     """
     root, state = adapted(model)
-    check_merges(state, (name,))
+    _check_merges(state, (name,))
     state.check_alone("switch adapters")
     if not state.merged:
         merge(model, name)
@@ -272,6 +280,24 @@ def restore(model: M) -> M:
     state.merged, state.aside = (), None
     state.activate(root, aside.before)
     return model
+
+
+def _check_merges(state: AdapterState, names: Iterable[str]) -> None:
+    """Refuse to merge what is no change of the base's weights.
+
+    Raises:
+        AdapterError: no such adapter.
+        StateError: one adds parts to the model.
+    """
+    for name in names:
+        config = state.configs[state.known(name)]
+        if not all(piece.mergeable for piece in state.placing(name)):
+            parts = [part for part in config.parts() if family_of(part) == "additive"]
+            guilty = listing(method_of(part) for part in parts or [config])
+            raise StateError(
+                f"{name!r} cannot be merged: {guilty} adds to what the model computes, with no place in its "
+                "weights; use the adapter as it is"
+            )
 
 
 def _check_untouched(root: nn.Module, aside: _Merged) -> None:
@@ -376,7 +402,7 @@ def _put(module: nn.Module, path: str, tensor: Any) -> Any:
     if not isinstance(tensor, Tensor):
         return set_attribute(module, path, tensor)
     if isinstance(tensor, Parameter):
-        return place(module, path, tensor)
+        return put_at(module, path, tensor)
     owner, leaf = owner_of(module, path)
     before = owner._buffers[leaf]
     assert before is not None

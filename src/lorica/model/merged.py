@@ -9,11 +9,10 @@ from typing import TypeVar
 from torch import nn
 
 from lorica.errors import StateError
-from lorica.layers.quantized import release_layout
+from lorica.model.adapt import close
 from lorica.model.merge import put
-from lorica.model.statistics import release
-from lorica.model.structure import STATE, adapted
-from lorica.state import place
+from lorica.state import adapted
+from lorica.tree import put_at
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -61,12 +60,12 @@ def as_unmerged(model: nn.Module) -> Iterator[None]:
     with behind_merge(model):
         aside = state.aside
         own = [(item, put(item.module, item.originals)) for item in aside.modules]
-        copies = {name: place(root, name, original) for name, original in aside.ties.copies.items()}
+        copies = {name: put_at(root, name, original) for name, original in aside.ties.copies.items()}
         try:
             yield
         finally:
             for name, copy in copies.items():
-                place(root, name, copy)
+                put_at(root, name, copy)
             for item, merged in own:
                 put(item.module, merged)
 
@@ -112,9 +111,5 @@ def finalize(model: M) -> M:
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if id(parameter) in thawed or name in replaced | taken:
             parameter.requires_grad_(True)
-    release_layout(state.layouts)
-    for hook in state.hooks:
-        hook.remove()
-    release(root)
-    delattr(root, STATE)
+    close(root, state)
     return model

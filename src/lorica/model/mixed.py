@@ -12,9 +12,10 @@ from lorica.errors import AdapterError, StateError, listing
 from lorica.layers import LoraLayer, SavedModule, read_by
 from lorica.layers.axes import Axes
 from lorica.layers.rows import Rows
-from lorica.model.adapt import active
+from lorica.model.activate import active
 from lorica.model.alone import watch_calls
-from lorica.model.structure import adapted, walk
+from lorica.state import adapted
+from lorica.tree import walk
 
 
 class mixed:
@@ -49,13 +50,13 @@ class mixed:
             raise AdapterError("mixed needs a name (or None) for each row of the batch, and got none")
         used = [state.known(name) for name in dict.fromkeys(rows.names) if name is not None]
         for name in used:
-            if state.parts.get(name):
+            if not all(piece.rows_differ for piece in state.placing(name)):
                 raise AdapterError(
                     f"{name!r} ({method_of(state.configs[name])}) adds parts to the model, which "
                     "cannot differ by row; only LoRA's updates and heads can"
                 )
-            kept = state.statistics.get(name, {}).keys() - state.moved(root, name).keys()
-            own = [path for path in state.stand_ins(name) if path not in kept]
+            pieces = state.placing(name)
+            own = [path for piece in pieces for path in piece.stand_ins(name) if path in piece.claims(name)]
             if own:
                 raise AdapterError(
                     f"{name!r} brings parameters in place of the base's ({listing(own, limit=3)}), which "

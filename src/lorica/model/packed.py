@@ -18,11 +18,10 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from lorica.check import check_replaceable
 from lorica.errors import ConfigError, StateError, listing
 from lorica.layers.quantized import dequantize, quantizer_of
-from lorica.model.adaptable import check_replaceable
-from lorica.model.structure import base_parameters, walk
-from lorica.state import module_at
+from lorica.tree import base_parameters, module_at, walk
 
 Into = Literal["quantized", "dequantized"]
 

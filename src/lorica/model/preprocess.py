@@ -15,16 +15,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorica import init
+from lorica import inits
 from lorica.checkpoint.atomic import replace_files
 from lorica.config import CordaConfig, LoraConfig
 from lorica.errors import AdapterError, ConfigError, FileError, listing
-from lorica.model.starting import PREPARED, Source, base_weight, check_start
-from lorica.model.structure import Target, find_adapted
-from lorica.model.targets import resolve
+from lorica.find import Target
+from lorica.inits import base_weight
+from lorica.model.adapt import PREPARED
 from lorica.model.watching import Batches, as_it_was, run, run_all, watching
-from lorica.state import module_at, uncompiled
+from lorica.pieces import resolve
+from lorica.state import find_adapted
+from lorica.tree import module_at, uncompiled
 
+Source = inits.Oriented | inits.Triple
 Data = Batches | Callable[[], Any]
 T = TypeVar("T")
 _GRADIENT = "_peft_loraga_grad"
@@ -68,7 +71,7 @@ def preprocess_corda(
         found: dict[str, Source] = {}
         for target in targets:
             U, S, V = (_entry(cache, f"{target.path}.eigens.{key}", settings.cache_file) for key in _ORIENTED)
-            found[target.path] = init.Oriented(U, S, V.t())
+            found[target.path] = inits.Oriented(U, S, V.t())
         root.__dict__[PREPARED] = found
         return
     covariances = _covariances(hooked_model or model, targets, settings, run_model)
@@ -78,8 +81,8 @@ def preprocess_corda(
             print(f"corda: {target.path}")
         weight = target.layer.as_matrix(base_weight(target).detach()).float()
         C = covariances.pop(target.path).to(weight)
-        oriented = init.orient(weight, C, config.rank(target.path), settings.corda_method)
-        found[target.path] = init.Oriented(*(tensor.clone() for tensor in oriented))
+        oriented = inits.orient(weight, C, config.rank(target.path), settings.corda_method)
+        found[target.path] = inits.Oriented(*(tensor.clone() for tensor in oriented))
     if settings.cache_file:
         tensors = {}
         for path, (U, S, V) in found.items():
@@ -123,9 +126,9 @@ def preprocess_loraga(
     found: dict[str, Source] = {}
     for target in targets:
         gradient = target.layer.as_matrix(gradients.pop(target.path)).to(base_weight(target).device).float()
-        random = init.generator(0, target.path)
-        triples = init.lead(gradient, config.rank(target.path), random)
-        found[target.path] = init.Triple(*(tensor.clone() for tensor in triples))
+        random = inits.generator(0, target.path)
+        triples = inits.lead(gradient, config.rank(target.path), random)
+        found[target.path] = inits.Triple(*(tensor.clone() for tensor in triples))
     root.__dict__[PREPARED] = found
 
 
@@ -146,9 +149,9 @@ def _targets(model: nn.Module, config: LoraConfig, value: str) -> tuple[nn.Modul
                 f"{listing(map(repr, state.active))} is active, and the start is made from the base; do "
                 "this inside lorica.disabled(model)"
             )
-    targets = resolve(root, config).layers
+    targets = resolve(root, config).targets
     for target in targets:
-        check_start(target, config)
+        inits.of(config).check(target, config)
     return root, targets
 
 
@@ -162,7 +165,7 @@ def _covariances(
     if run_model is None:
         raise ConfigError("run_model is needed: corda_config names no file that is there")
     dtype = torch.float16 if settings.use_float16_for_covariance else torch.float32
-    sums = {target.path: init.Covariance(dtype) for target in targets}
+    sums = {target.path: inits.Covariance(dtype) for target in targets}
 
     modules = {target.path: _twin(model, target) for target in targets}
     with (

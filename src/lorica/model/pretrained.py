@@ -22,11 +22,11 @@ from lorica.checkpoint.peft import CONFIG_FILE
 from lorica.errors import ConfigError, FileError
 from lorica.layers import SwappedModule
 from lorica.model import trainers
+from lorica.model.files import extract
 from lorica.model.heads import check_head
-from lorica.model.structure import STATE, adapted, find_adapted, walk
-from lorica.model.values import extract
 from lorica.model.vocabulary import resize_part, resized, with_resized_tables
-from lorica.state import AdapterState
+from lorica.state import STATE, AdapterState, adapted, find_adapted
+from lorica.tree import walk
 
 _SAVE = "save_pretrained"
 
@@ -51,6 +51,7 @@ class Pretrained(SwappedModule):
 
     label: ClassVar[str] = ""
     own_attributes: ClassVar[tuple[str, ...]] = ()
+    outermost: ClassVar[bool] = True
     accepts_loss_kwargs = _Asked()
 
     def __init_subclass__(cls) -> None:

@@ -1,32 +1,28 @@
 """A dry run of a configuration: what it would adapt, train whole and add, and how many parameters that is.
 
-model ──same modules, values left out──▶ a copy on the meta device ──adapt──▶ counted, thrown away
+config ──find pieces, without values──▶ [piece, ...] ──▶ a row each
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn import Parameter
 
-from lorica.config import AdapterConfig, LoraConfig, as_config, members, method_of
-from lorica.config.inits import BASE_KEPT
-from lorica.model.adapt import adapt, adapters
+from lorica.config import AdapterConfig, as_config
 from lorica.model.count import trainable_parameters
-from lorica.model.methods import resolve_methods
 from lorica.model.skeleton import skeleton
-from lorica.model.starting import check_alone, check_start
-from lorica.model.structure import adapted, lora_layers, saved_modules
-from lorica.model.values import as_trained
-
-_NAME = "preview"
+from lorica.piece import Held, Piece
+from lorica.pieces import Search, looking, resolve
+from lorica.pieces.low_rank import LowRank
+from lorica.pieces.plugins.tied import Tied
+from lorica.pieces.plugins.tokens import TokenRows
+from lorica.pieces.statistics import RunningStatistic
+from lorica.pieces.whole import WholeCopy
+from lorica.state import AdapterState, find_adapted
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ class Preview:
 def preview(model: Any, config: AdapterConfig | Iterable[AdapterConfig] | None = None) -> Preview:
     """Say what `adapt` would do to a model, and leave the model as it is.
 
-    No factor is drawn, no weight is read and no memory taken: the work is done on a copy without values.
+    No factor is drawn, no weight is copied and no memory taken: what is found has shapes, and no values.
 
     Args:
         model: a model, adapted or not, on the meta device too; or transformers' configuration of one, its
@@ -117,86 +113,56 @@ def preview(model: Any, config: AdapterConfig | Iterable[AdapterConfig] | None =
         LoricaError: whatever `adapt` would refuse, in the same words; but not that a start needs data.
     """
     config = as_config(config)
-    made = _weightless(model) if isinstance(model, nn.Module) else skeleton(model, config.task_type)
-    for parameter in made.parameters():
-        if parameter.requires_grad:  # so that what trains afterwards is this configuration's
-            parameter.requires_grad_(False)
-    light, notes = _drawn(made, config)
-    taken = adapters(made)
-    name = next(n for n in (_NAME, *(f"{_NAME}-{i}" for i in range(len(taken)))) if n not in taken)
-    adapt(made, light, name, seed=0)
-    count = trainable_parameters(made)
-    return Preview(tuple(_rows(made, name)), count.trainable, count.total, notes)
-
-
-def _weightless(model: nn.Module) -> nn.Module:
-    """A copy whose plain tensors are on the meta device; packed ones, which do not train, are shared."""
-    tensors: dict[int, Any] = {}
-    for parameter in model.parameters():
-        if type(parameter) is Parameter:
-            empty = torch.empty_like(parameter, device="meta")
-            tensors[id(parameter)] = Parameter(empty, requires_grad=parameter.requires_grad)
-        elif not parameter.requires_grad:
-            tensors[id(parameter)] = parameter
-    for buffer in model.buffers():
-        tensors.setdefault(id(buffer), torch.empty_like(buffer, device="meta"))
-    return copy.deepcopy(model, tensors)
-
-
-def _drawn(root: nn.Module, config: AdapterConfig) -> tuple[AdapterConfig, tuple[str, ...]]:
-    """The configuration with a start that is drawn, once the modules are known to allow its own."""
-    lora, _ = members(config)
-    if lora is None:
-        return config, ()
-    check_alone(lora, config)
-    if lora.init_lora_weights == "eva":
-        return config, ("eva shares the ranks out anew once it has seen data; these are before that",)
-    if lora.init_lora_weights in BASE_KEPT:
-        return config, ()
-    light = _plain(lora)
-    for target in resolve_methods(root, light, 0).layers:
-        check_start(target, lora)
-    return light, ()
-
-
-def _plain(lora: LoraConfig) -> LoraConfig:
-    settings = {item.name: None for item in dataclasses.fields(lora) if item.name.endswith("_config")}
-    kept = {name: value for name, value in settings.items() if getattr(lora, name) is not None}
-    return lora.replace(init_lora_weights=True, **kept)
-
-
-def _rows(root: nn.Module, name: str) -> Iterable[PreviewRow]:
-    """What the adapter holds, module by module."""
-    _, state = adapted(root)
-    adapter = as_trained(root, name)
-    lora, others = members(adapter.config)
-    for path, layer in lora_layers(root).items():
-        for _, live, holder in layer.holders(name) if name in layer.scaling else ():
-            leaf = live.rpartition(".")[2]
-            f = holder.factors(name)
-            own = (f.A, f.B, *(t for t in (f.magnitude, f.bias) if t is not None))
-            shape = layer.get_base(leaf).shape if leaf else (f.B.shape[0], *f.A.shape[1:])
-            named = f"{path}.{leaf}" if leaf else path
-            kind, r = "lora" if f.magnitude is None else "dora", lora.rank(named) if lora else f.r
-            yield PreviewRow(named, kind, tuple(shape), r, sum(t.numel() for t in own))
-    whole = {
-        path: module.modules_to_save[name]
-        for path, module in saved_modules(root).items()
-        if name in module.modules_to_save
+    root = model if isinstance(model, nn.Module) else skeleton(model, config.task_type)
+    root, state = find_adapted(root) or (root, AdapterState())
+    state.check_unmerged("look for what an adapter would hold")
+    with looking(root, state, config):
+        search = resolve(root, config, state=state)
+        total = trainable_parameters(root).total
+    rows = tuple(row for piece in search.pieces if (row := _row(piece, search)) is not None)
+    new = {
+        id(held.tensor): (piece, held.tensor)
+        for piece in search.pieces
+        if not isinstance(piece, Tied)
+        for held in _parameters(piece)
     }
-    for path, module in whole.items():
-        parameters = list(module.parameters())
-        shape = tuple(parameters[0].shape) if parameters else ()
-        yield PreviewRow(path, "whole", shape, None, sum(p.numel() for p in parameters))
-    statistics = state.statistics.get(name, {})
-    for key, tensor in adapter.extras.items():
-        if key in statistics or any(key.startswith(f"{path}.") or not path for path in whole):
-            continue
-        path, _, leaf = key.partition(".token_adapter.")
-        yield PreviewRow(path, "rows" if leaf else "parameter", tuple(tensor.shape), None, tensor.numel())
-    parts = [method_of(part) for part in others]
-    for key, tensor in adapter.added.items():
-        yield PreviewRow(key, "+".join(parts), tuple(tensor.shape), None, tensor.numel())
+    beside = sum(t.numel() for piece, t in new.values() if not piece.stand_ins(""))
+    trainable = sum(tensor.numel() for _, tensor in new.values())
+    notes = ()
+    if search.lora is not None and search.lora.init_lora_weights == "eva":
+        notes = ("eva shares the ranks out anew once it has seen data; these are before that",)
+    return Preview(rows, trainable, total + beside, notes)
+
+
+def _parameters(piece: Piece) -> list[Held]:
+    """What of a piece would train."""
+    held = () if isinstance(piece, RunningStatistic) else piece.tensors("")
+    return [h for h in held if h.tensor.is_floating_point() and not h.buffer]
+
+
+def _row(piece: Piece, search: Search) -> PreviewRow | None:
+    """What one piece comes to."""
+    held = _parameters(piece)
+    tensors = [h.tensor for h in held]
+    numel = sum(tensor.numel() for tensor in tensors)
+    if isinstance(piece, LowRank):
+        A, B = (h.tensor for h in list(piece.tensors(""))[:2])
+        target = piece.target
+        shape = (B.shape[0], *A.shape[1:])
+        if target.parameter is not None:
+            shape = target.module._parameters[target.parameter].shape  # type: ignore[union-attr]
+        kind = "dora" if search.lora and search.lora.use_dora else "lora"
+        r = search.lora.rank(target.pattern_path) if search.lora else len(A)
+        return PreviewRow(target.pattern_path, kind, tuple(shape), r, numel)
+    if not tensors:
+        return None
+    if piece.section == "added":
+        method = "+".join(method.method for method in search.methods)
+        return PreviewRow(piece.path, method, tuple(tensors[0].shape), None, numel)
+    kind = (
+        "whole" if isinstance(piece, WholeCopy) else "rows" if isinstance(piece, TokenRows) else "parameter"
+    )
+    return PreviewRow(piece.path, kind, tuple(tensors[0].shape), None, numel)
 
 
 def _pattern(path: str) -> str:

@@ -14,9 +14,8 @@ from torch import nn
 
 from lorica import checkpoint
 from lorica.errors import FileError, listing
-from lorica.model.owners import in_training
-from lorica.model.structure import find_adapted
-from lorica.model.values import fitting
+from lorica.model.files import fitting
+from lorica.state import find_adapted
 
 
 def holds_adapters(folder: str | Path) -> bool:
@@ -46,7 +45,7 @@ def restore_trained(model: nn.Module, folder: str | Path) -> bool:
     if found is None or not holds_adapters(folder):
         return False
     root, state = found
-    trained = in_training(root, state)
+    trained = state.in_training()
     homes = {name: _home(folder, name, alone=len(trained) == 1) for name in trained}
     writers = [fitting(root, checkpoint.read(home), name) for name, home in homes.items()]
     for write in writers:

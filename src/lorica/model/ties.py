@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lorica.model.structure import base_parameters
-from lorica.state import parameter_at, place
+from lorica.tree import base_parameters, parameter_at, put_at
 
 
 @dataclass(eq=False)
@@ -58,7 +57,7 @@ class Ties:
                     parameter = parameter_at(root, name)
                     if parameter in held:
                         copy = Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-                        self.copies[name] = place(root, name, copy)
+                        self.copies[name] = put_at(root, name, copy)
                     held.add(parameter)
         return list(dict.fromkeys(name.rpartition(".")[0] for names in apart for name in names))
 
@@ -69,13 +68,13 @@ class Ties:
             for name in names[1:]:
                 other = parameter_at(root, name)
                 if other is not first and _equal(first, other):
-                    self.joined.append(place(root, name, first))
+                    self.joined.append(put_at(root, name, first))
                     other.data = first.data
 
     def redo(self, root: nn.Module) -> None:
         """Take back `undo`, as far as what is put back by others does not."""
         for name, parameter in self.copies.items():
-            place(root, name, parameter)
+            put_at(root, name, parameter)
         self.copies.clear()
         for parameter in self.joined:  # to be written to again, if another adapter is merged in its place
             parameter.data = torch.empty_like(parameter)

@@ -24,7 +24,7 @@ from lorica.errors import LoricaError
 from lorica.layers import LoraLayer
 from lorica.model.reference import Reference
 from lorica.model.resuming import restore_trained
-from lorica.model.structure import find_adapted
+from lorica.state import find_adapted
 
 _KNOWS = "knows_lorica"
 

@@ -16,32 +16,18 @@ import torch
 from torch import nn
 
 from lorica.errors import LoricaWarning, listing
-from lorica.layers import LoraAttention, LoraLayer, LoraReadLinear, ReadWeight
-from lorica.model.structure import STATE, lora_layers
+from lorica.layers import LoraAttention, LoraLayer, LoraReadLinear, ReadWeight, lora_layers
+from lorica.state import STATE
 
 # Layers that need no call: the module around them reads their weight.
 _READ = (ReadWeight, LoraReadLinear, LoraAttention)
 # In inference these run one fused kernel, unless a hook stands on them or inside them.
-_FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+FUSED = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 # With these a pass leaves out a part of the model.
 _INSTEAD = ("encoder_outputs", "inputs_embeds", "decoder_inputs_embeds")
 
 
-def watch_next_pass(root: nn.Module) -> None:
-    """Look at the next whole pass of the model for adapted layers that it does not call."""
-    if not isinstance(root, _FUSED) and _begin not in root._forward_pre_hooks.values():
-        root.register_forward_pre_hook(_begin, with_kwargs=True)
-
-
-def stop_watching(root: nn.Module) -> None:
-    """Take back `watch_next_pass`."""
-    for key, hook in list(root._forward_pre_hooks.items()):
-        if hook is _begin:
-            del root._forward_pre_hooks[key]
-            root._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def watch_pass(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Have each adapted layer tell that it is called, until the end of this pass."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
@@ -52,8 +38,8 @@ def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     }
     if not waiting:  # merged, or all of them are read
         return
-    stop_watching(root)
-    if any(isinstance(module, _FUSED) for module in root.modules()):
+    root.__dict__[STATE].watch.remove()
+    if any(isinstance(module, FUSED) for module in root.modules()):
         return
     called: set[nn.Module] = set()
     handles = [
@@ -64,7 +50,7 @@ def _begin(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         for handle in handles:
             handle.remove()
         if output is None:  # it failed on the way
-            watch_next_pass(root)
+            root.__dict__[STATE].watch = root.register_forward_pre_hook(watch_pass, with_kwargs=True)
         else:
             _name(root, waiting, called)
 

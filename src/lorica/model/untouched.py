@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.errors import StateError
-from lorica.state import module_at, owner_of
+from lorica.tree import module_at, owner_of
 
 
 class Mark(NamedTuple):

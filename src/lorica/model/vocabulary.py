@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from lorica.adapter import Adapter
 from lorica.errors import LoricaWarning, StateError, listing
 from lorica.layers import SwappedModule
-from lorica.layers.added import join
-from lorica.model.selection import within_any
-from lorica.model.structure import base_parameters, walk
 from lorica.state import AdapterState
+from lorica.tree import base_parameters, join, walk, within_any
 
 
 @contextmanager
@@ -149,7 +147,7 @@ def _tables(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_changed(path: str, module: nn.Module, state: AdapterState) -> bool:
     """Whether some adapter has an update, a copy, rows or a stand-in for a table."""
-    whole = [place for own in state.whole.values() for place, rows in own.items() if rows is None]
+    whole = [place for name in state.configs for place, rows in state.whole(name).items() if rows is None]
     if isinstance(module, SwappedModule) or within_any(path, whole):
         return True
     own = {name for adapter in state.configs for name in state.stand_ins(adapter)}

@@ -12,20 +12,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn import DataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from lorica.errors import StateError
-from lorica.state import uncompiled
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers that run one model: `torch.compile`'s and the data-parallel ones."""
-    while True:
-        model = uncompiled(model)
-        if not isinstance(model, (DataParallel, DistributedDataParallel)):
-            return model
-        model = model.module
 
 
 def check_unnoted(root: nn.Module, *, trainable: bool) -> None:

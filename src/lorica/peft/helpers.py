@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from lorica.errors import ConfigError, ConfigTypeError, FileError, StateError
-from lorica.model.structure import find_adapted, lora_layers
+from lorica.layers import lora_layers
 from lorica.peft.config import PeftConfig
+from lorica.state import find_adapted
 
 
 @contextmanager

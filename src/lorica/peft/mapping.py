@@ -11,7 +11,6 @@ from torch import nn
 import lorica
 from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import ConfigError, TargetError
-from lorica.model.targets import resolve
 from lorica.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
 from lorica.peft.config import PeftType, as_peft_config
 from lorica.peft.config import get_peft_config as get_peft_config
@@ -19,7 +18,8 @@ from lorica.peft.mapping_func import get_peft_model as get_peft_model
 from lorica.peft.tuners.lora.model import LoraModel
 from lorica.peft.utils.integrations import to_meta
 from lorica.peft.utils.other import IdleWarning, named_whole, put_again, without_idle
-from lorica.state import as_uncompiled
+from lorica.pieces import resolve
+from lorica.tree import as_uncompiled
 
 PEFT_TYPE_TO_TUNER_MAPPING = {PeftType.LORA: LoraModel}
 
@@ -72,7 +72,7 @@ def _as_named(model: nn.Module, config: CoreConfig, state_dict: Mapping[str, Any
         raise ConfigError("state_dict has no key with .lora_A or .lora_B in it: it names no module")
     paths = {as_uncompiled(name).removeprefix("base_model.model.") for name in named}
     try:
-        meant = {target.path for target in resolve(model, config).layers}
+        meant = {target.path for target in resolve(model, config).targets}
     except TargetError:
         meant = set[str]()
     for what, more in (("PEFT config", meant - paths), ("state_dict", paths - meant)):

@@ -27,8 +27,9 @@ from lorica.errors import AdapterError, listing
 from lorica.model import adapt, adapters, initialize_lora_eva_weights, load
 from lorica.model import preprocess_corda as look_for_corda
 from lorica.model import preprocess_loraga as look_for_loraga
-from lorica.model.structure import adapted
-from lorica.model.values import extract, overwrite, trained_copies
+from lorica.model.files import extract, overwrite
+from lorica.pieces.whole import copies_of
+from lorica.state import adapted
 from lorica.train.console import duration
 from lorica.train.trainer.checkpoints import last_checkpoint
 
@@ -142,8 +143,8 @@ def warm_start(model: nn.Module, start: Adapter, *, head: bool) -> None:
             "and method.use_rslora the values that it was trained with"
         )
     if not head:
-        root, state = adapted(model)
-        heads = {copy.base_name for copy in trained_copies(root, state, state.one(None))}
+        _, state = adapted(model)
+        heads = {held.key for held in copies_of(state, state.one(None))}
         theirs = {name: tensor for name, tensor in start.extras.items() if name not in heads}
         ours = {name: tensor for name, tensor in own.extras.items() if name in heads}
         start = dataclasses.replace(start, extras={**theirs, **ours})

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorica.config import AdapterConfig
 from lorica.errors import ConfigError, listing, require
-from lorica.model.selection import HEADS
+from lorica.find import HEADS
 from lorica.train import presets, tasks
 from lorica.train.console import quiet, waiting
 from lorica.train.data import splits as sources
@@ -142,12 +142,7 @@ def encode_split(recipe: Recipe, task: Task, tokenizer: Any, used: Used) -> tupl
         RowError: a row cannot be used, and the recipe does not say to leave it out.
     """
     data, limit, where = recipe.data, recipe.training.max_length, used.origin.source
-
-    def act(rows: Dataset) -> Encoded:
-        rows = task.located(rows, data, used.origin.folder, where)
-        return task.encode(rows, data, tokenizer, limit, where)
-
-    return use(used, act, skip=data.skip_bad)
+    return use(used, lambda rows: task.encode(rows, data, tokenizer, limit, where), skip=data.skip_bad)
 
 
 def read(recipe: Recipe, rows: sources.Rows | None = None) -> tuple[Recipe, Task, dict[str, Used]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lorica.checkpoint.markup import as_markdown
+from lorica.checkpoint.card import as_markdown
 from lorica.errors import ConfigError, FileError, listing
 from lorica.plain import as_json
 from lorica.reading import read_object

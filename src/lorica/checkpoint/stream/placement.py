@@ -12,7 +12,6 @@ from lorica.adapter import TOKEN_ROWS, Adapter, Factors
 from lorica.checkpoint.stream.names import Names, fused, fused_rows, match, split, whole
 from lorica.checkpoint.stream.shards import DTYPES, Checkpoint, Entry
 from lorica.checkpoint.stream.ties import Tie, find_tie, is_table
-from lorica.config import members
 from lorica.errors import AdapterError, lines, nearest
 
 # transformers' models that hold their linear layers' weights (d_in, d_out), and what those layers are called.
@@ -81,7 +80,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placement:
     Raises:
         AdapterError: with the whole list of what has none, or does not fit it.
     """
-    lora, _ = members(adapter.config)
+    lora, _ = adapter.config.members()
     if lora is not None and lora.layer_replication:
         raise AdapterError(
             "the adapter is for a deeper model than the one on disk (layer_replication), so it is not merged "

@@ -25,10 +25,10 @@ def parser() -> Parser:
 def describe(directory: str) -> dict[str, Any]:
     """An adapter's settings, counts and norms, as plain values; without torch where its files are plain."""
     from lorica.cli.adapters.glance import glance
-    from lorica.config import family_of, members
+    from lorica.config import family_of
 
     config, found = glance(Path(directory)) or whole_read(directory)
-    lora, others = members(config)
+    lora, others = config.members()
     own = () if lora is None else ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
     return {
         "methods": ["lora"] * (lora is not None) + [other.method for other in others],

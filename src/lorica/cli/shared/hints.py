@@ -54,9 +54,9 @@ def to_use(folder: str | Path, recipe: Recipe) -> str | None:
 
 def to_merge(base: str, folder: str | Path, recipe: Recipe) -> str | None:
     """How to fold a method's update into its base, where it can be."""
-    from lorica.config import family_of, members
+    from lorica.config import family_of
 
-    lora, others = members(recipe.configuration())
+    lora, others = recipe.configuration().members()
     if any(family_of(other) == "additive" for other in others) or (lora is None and not others):
         return None
     return command("merge", base, folder, "--output", unused(f"{folder}-merged"), *word(recipe))

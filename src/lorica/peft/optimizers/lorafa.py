@@ -12,7 +12,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lorica.errors import ConfigError
-from lorica.model.structure import adapted, lora_layers
+from lorica.layers import lora_layers
+from lorica.state import adapted
 
 _RIDGE = 1e-8
 

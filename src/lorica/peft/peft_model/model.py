@@ -18,15 +18,15 @@ from lorica.adapter import Adapter
 from lorica.checkpoint.hub import locate
 from lorica.config import LoraConfig
 from lorica.errors import ConfigError, LoricaWarning, listing
-from lorica.model.attach import attach_finite
-from lorica.model.structure import adapted
-from lorica.model.values import overwrite
+from lorica.model.adapt import attach_finite
+from lorica.model.files import overwrite
 from lorica.peft.config import TaskType, as_peft_config, check_options, split_hub
 from lorica.peft.peft_model.wrapper import Wrapper, check_bare
 from lorica.peft.tuners.lora.model import on_untouched_base
 from lorica.peft.tuners.tuners_utils import cast_adapter_dtype
 from lorica.peft.utils.other import put_again
 from lorica.peft.utils.save_and_load import LoadResult, conversions, outgoing, read
+from lorica.state import adapted
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
 

@@ -13,9 +13,9 @@ import lorica
 from lorica.errors import StateError
 from lorica.layers import AskedModule, LoraLayer, SavedModule, TrainedTokens
 from lorica.model.merged import as_unmerged, behind_merge
-from lorica.model.structure import find_adapted, walk
 from lorica.peft.tuners.lora.layer import module_type, quantization_backend
-from lorica.state import AdapterState, uncompiled
+from lorica.state import AdapterState, find_adapted
+from lorica.tree import uncompiled, walk
 
 Irregular = Literal["irregular"]
 

@@ -17,12 +17,10 @@ from torch import nn
 import lorica
 from lorica.config import LoraConfig, full_match
 from lorica.errors import AdapterError, LoricaWarning, StateError, listing
-from lorica.layers import LoraLayer, LoraParameters
+from lorica.find import block_of
+from lorica.layers import LoraLayer, LoraParameters, lora_layers, saved_modules
 from lorica.layers import LoraLayer as BaseTunerLayer
 from lorica.model.merged import behind_merge, finalize, stay_adapted
-from lorica.model.owners import parameters_of
-from lorica.model.selection import block_of
-from lorica.model.structure import find_adapted, lora_layers, saved_modules
 from lorica.peft.utils.integrations import to_meta
 from lorica.peft.utils.other import (
     check_alone,
@@ -33,7 +31,8 @@ from lorica.peft.utils.other import (
     say_untied,
     without_idle,
 )
-from lorica.state import AdapterState, parameter_at
+from lorica.state import AdapterState, find_adapted
+from lorica.tree import parameter_at
 
 __all__ = ["BaseTuner", "BaseTunerLayer", "cast_adapter_dtype", "check_target_module_exists"]
 
@@ -195,7 +194,7 @@ class BaseTuner(nn.Module):
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             self.adapter_state.known(name)
             with behind_merge(self.model):
-                for parameter in parameters_of(self.model, self.adapter_state, name):
+                for parameter in self.adapter_state.parameters_of(name):
                     parameter.requires_grad_(requires_grad)
 
     def disable_adapter_layers(self) -> None:

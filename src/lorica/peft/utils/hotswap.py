@@ -24,12 +24,12 @@ from lorica.checkpoint.peft_tensors import from_tensors
 from lorica.config import LoraConfig as CoreConfig
 from lorica.config import changes_base, exactly
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError
-from lorica.model.attach import attach_finite
+from lorica.layers import lora_layers
+from lorica.model.adapt import attach_finite
 from lorica.model.merged import stay_adapted
-from lorica.model.structure import adapted, find_adapted, lora_layers
 from lorica.peft.config import as_peft_config, check_options, split_hub
 from lorica.peft.utils.save_and_load import conversions, read
-from lorica.state import AdapterState
+from lorica.state import AdapterState, adapted, find_adapted
 
 _PREFIX = "base_model.model."
 # Where the adapter's name is in a live name, and what the file has not behind it.
@@ -173,7 +173,7 @@ def _exchange(model: nn.Module, new: Adapter, name: str) -> None:
 def _put(root: nn.Module, state: AdapterState, new: Adapter, name: str) -> None:
     live = lorica.extract(root, name)
     # Where its start was taken out of W0, the old one's place is beside another weight.
-    if state.starts.get(name) or not _fits_in(new, live):
+    if state.starts_in(name) or not _fits_in(new, live):
         _replace(root, new, name)
         return
     with torch.no_grad():

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from lorica.layers import AskedModule
 from lorica.layers.quantized import quantizer_of, registry
-from lorica.model.structure import base_parameters, walk
+from lorica.tree import base_parameters, walk
 
 _CLASS = object.__dict__["__class__"]
 _ASKS = "_is_peft_model"

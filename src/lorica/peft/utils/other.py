@@ -16,16 +16,16 @@ from torch.nn import Parameter
 import lorica
 from lorica.config import LoraConfig, full_match, matches_pattern
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, listing, require
+from lorica.find import HEADS, means_all_linear
 from lorica.layers import SavedModule as ModulesToSaveWrapper
 from lorica.layers import TrainedTokens as TrainableTokensWrapper
 from lorica.model import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-from lorica.model.selection import HEADS, ending_in, means_all_linear
-from lorica.model.structure import find_adapted, walk
-from lorica.model.targets import resolve
 from lorica.peft.utils.constants import CONFIG_NAME as CONFIG_NAME
 from lorica.peft.utils.constants import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from lorica.peft.utils.constants import WEIGHTS_NAME as WEIGHTS_NAME
-from lorica.state import AdapterState
+from lorica.pieces import resolve
+from lorica.state import AdapterState, find_adapted
+from lorica.tree import ending_in, walk
 
 AuxiliaryTrainingWrapper = (ModulesToSaveWrapper, TrainableTokensWrapper)
 """What is asked of isinstance: a module trained whole, or one some of whose rows are."""
@@ -178,7 +178,7 @@ def without_idle(model: nn.Module, config: LoraConfig) -> LoraConfig:
         return config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whoever adapts says it again
-        layers = resolve(model, config.replace(rank_pattern={}, alpha_pattern={})).layers
+        layers = resolve(model, config.replace(rank_pattern={}, alpha_pattern={})).targets
     changes = {}
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, field)
@@ -286,7 +286,7 @@ def check_alone(root: nn.Module, state: AdapterState, names: Sequence[str]) -> N
     """
     for i, name in enumerate(names):
         for other in names[i + 1 :]:
-            both = sorted({*state.whole.get(name, ())} & {*state.whole.get(other, ())})
+            both = sorted({*state.whole(name)} & {*state.whole(other)})
             if both:
                 rows = isinstance(root.get_submodule(both[0]), TrainableTokensWrapper)
                 kind = "TrainableTokensWrapper" if rows else "ModulesToSaveWrapper"
@@ -305,7 +305,7 @@ def check_rows_apart(state: AdapterState, names: Sequence[str]) -> None:
     """
     for i, name in enumerate(names):
         for other in names[:i]:
-            mine, its = state.whole.get(name, {}), state.whole.get(other, {})
+            mine, its = state.whole(name), state.whole(other)
             for path in mine.keys() & its.keys():
                 if (mine[path] or frozenset()) & (its[path] or frozenset()):
                     raise AdapterError(

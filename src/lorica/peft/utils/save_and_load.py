@@ -31,13 +31,14 @@ from lorica.checkpoint.peft_tensors import from_tensors, to_tensors
 from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import AdapterError, ConfigError, StateError, lines, listing
 from lorica.layers import SwappedModule
-from lorica.model import values
+from lorica.model import files
 from lorica.model.merged import as_unmerged, behind_merge
-from lorica.model.structure import adapted, base_parameters, walk
 from lorica.model.vocabulary import is_resized, with_tables
 from lorica.peft.config import LoraConfig, as_peft_config, check_options, split_hub
 from lorica.peft.utils.integrations import from_meta, on_meta, to_meta
-from lorica.state import AdapterState, as_uncompiled
+from lorica.pieces.copies import ParameterCopy
+from lorica.state import AdapterState, adapted
+from lorica.tree import as_uncompiled, base_parameters, walk
 
 _PREFIX = "base_model.model."
 # What wrapping and data parallelism put into a name.
@@ -265,7 +266,7 @@ def set_peft_model_state_dict(
     if adapter.trained_as is not None:
         root, state = adapted(model)
         state.check_unmerged("give the adapter another start")
-        training = values.as_trained(root, adapter_name)
+        training = files.extract_live(root, adapter_name)
         as_it_trains = not _misfits(given, to_tensors(training))
         adapter = training if as_it_trains else copy.deepcopy(adapter)  # of which A and B are copies anyway
         live = to_tensors(adapter)
@@ -284,7 +285,7 @@ def set_peft_model_state_dict(
             if key in given and given[key].shape == tensor.shape:
                 tensor.copy_(given[key])
     if adapter.trained_as is not None:
-        values.overwrite(model, adapter, adapter_name)
+        files.overwrite(model, adapter, adapter_name)
     placed = _bring(root, adapter_name, {key: t for key, t in given.items() if key not in live})
     return LoadResult(missing, [key for key in given if key not in live and key not in placed])
 
@@ -315,7 +316,7 @@ def _bring(root: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> set[str
         base = state.base_parameter(root, path)
         value = tensors[key].to(base, copy=True)
         if not torch.equal(value, base):
-            state.slots.setdefault(name, {})[path] = Parameter(value, requires_grad=False)
+            state.add(root, name, ParameterCopy(path, Parameter(value)), trainable=False)
     state.activate(root, acting)
     return set(found)
 
@@ -356,7 +357,7 @@ def set_base_model_state_dict(
     """
     root, state = adapted(model)
     state.check_unmerged("load another base")
-    begun = [name for name, starts in state.starts.items() if starts]
+    begun = [name for name in state.configs if state.starts_in(name)]
     if begun:
         raise StateError(
             f"the start of {listing(map(repr, begun))} was taken out of the base that is there (PiSSA, "

@@ -31,7 +31,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from lorica.config import AdapterConfig, members
+from lorica.config import AdapterConfig
 from lorica.errors import LoricaError
 from lorica.model import adapters
 from lorica.train.console import quiet
@@ -129,7 +129,7 @@ def _steps_a_pass(rows: int, training: TrainingConfig) -> int:
 
 def _factor(config: AdapterConfig) -> float:
     """Of several methods that train together, the one that wants the lowest rate decides."""
-    lora, others = members(config)
+    lora, others = config.members()
     factors: list[float] = [*([1.0] if lora is not None else []), *_others(others)]
     return min(factors, default=1.0)
 

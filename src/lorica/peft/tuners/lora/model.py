@@ -21,10 +21,9 @@ from lorica.algebra import combine
 from lorica.algebra.combination import METHODS
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, listing
-from lorica.model.attach import attach_finite
+from lorica.layers import lora_layers
+from lorica.model.adapt import attach_finite, open_for
 from lorica.model.merged import behind_merge
-from lorica.model.mount import open_for
-from lorica.model.structure import lora_layers
 from lorica.peft.tuners.lora.layer import module_type
 from lorica.peft.tuners.tuners_utils import BaseTuner
 from lorica.peft.utils.constants import (

@@ -1,0 +1,352 @@
+"""Which modules a configuration means; a name or pattern that means none is an error."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lorica.check import (
+    ADAPTABLE,
+    check_adaptable,
+    check_bias,
+    check_dropout,
+    check_magnitudes,
+    check_whole,
+    layer_class,
+)
+from lorica.config import AdapterConfig, LoraConfig, full_match
+from lorica.default_targets import BY_TYPE, QUERY_VALUE, model_type
+from lorica.errors import LoricaWarning, TargetError, listing, nearest
+from lorica.layers import AddedModule, LoraEmbedding, LoraLayer, LoraParameters, SavedModule
+from lorica.layers.conv import LoraConv
+from lorica.tree import (
+    Place,
+    base_parameters,
+    ending_in,
+    outermost,
+    output_head,
+    tails,
+    walk,
+    within_any,
+)
+
+# The heads that a task puts on a pretrained model, new and so to be trained whole.
+HEADS = {
+    "SEQ_CLS": ("pre_classifier", "classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+class Target(NamedTuple):
+    """A module to adapt, and the kind of layer it becomes.
+
+    Args:
+        path: of the module.
+        module: itself.
+        layer: what it becomes.
+        parameter: which of its parameters, where that is not the kind's own.
+        depth: how many parameters of the module that are adapted too it registered later.
+    """
+
+    path: str
+    module: nn.Module
+    layer: type[LoraLayer]
+    parameter: str | None = None
+    depth: int = 0
+
+    @property
+    def key(self) -> str:
+        """Its name in an adapter."""
+        return self.path + ".base_layer" * self.depth
+
+    @property
+    def pattern_path(self) -> str:
+        """What `rank_pattern` and `alpha_pattern` are matched against."""
+        return self.path if self.parameter is None else f"{self.path}.{self.parameter}"
+
+    @property
+    def anchor(self) -> Tensor | None:
+        """The tensor that says on which device the update computes, and how precisely."""
+        if self.parameter is not None:
+            return self.module._parameters[self.parameter]
+        return self.layer.anchor(self.module)
+
+    def computes(self) -> tuple[torch.device | None, torch.dtype]:
+        """Where the update's parameters belong, and how precise they are: float32, or the layer's better."""
+        anchor = self.anchor
+        if anchor is None:
+            return None, torch.float32
+        precise = anchor.is_floating_point()
+        return anchor.device, torch.promote_types(anchor.dtype, torch.float32) if precise else torch.float32
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B at rank `r`.
+
+        Raises:
+            TargetError: the module cannot carry such an update.
+        """
+        if self.parameter is not None:
+            return LoraParameters.shapes(self.module, self.parameter, r)
+        return self.layer.factor_shapes(self.module, r)
+
+    @property
+    def weight_path(self) -> str:
+        """Name of the weight that the update belongs to."""
+        return f"{self.path}.{self.layer.weight_name}"
+
+
+def meant(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:
+    """The places that `target_modules` means, less those that other fields leave out.
+
+    Raises:
+        TargetError: a name or pattern matches nothing, or nothing is left.
+    """
+    if config.target_modules in ([], ""):
+        if not config.target_parameters:
+            raise TargetError(
+                "No `target_modules` passed but also no `target_parameters` found. Please check the values "
+                "for these arguments."
+            )
+        return []
+    if config.target_modules is None:
+        chosen = _usual(root, places, config)
+        if not chosen:
+            return []
+    elif means_all_linear(config.target_modules):
+        chosen = all_linear(root, places)
+    else:
+        chosen = _match("target_modules", config.target_modules, places, _combined(config))
+    if config.layers_to_transform is not None:
+        chosen = _in_blocks(chosen, config)
+    chosen = _with_outputs(chosen, places)
+    if config.exclude_modules:
+        left_out = {p.path for p in _match("exclude_modules", config.exclude_modules, places)}
+        kept = [p for p in chosen if p.path not in left_out]
+        if not kept:
+            raise TargetError(
+                f"All modules were excluded: no module is left to adapt, for exclude_modules="
+                f"{config.exclude_modules!r} leaves out all that was targeted"
+            )
+        if len(kept) == len(chosen):
+            warnings.warn(
+                f"You have passed exclude_modules={config.exclude_modules!r} but no modules were excluded: "
+                "none of these was targeted",
+                LoricaWarning,
+                stacklevel=2,
+            )
+        chosen = kept
+    return chosen
+
+
+def _with_outputs(chosen: list[Place], places: list[Place]) -> list[Place]:
+    """An attention's output projection is a module of its own; naming the attention means both."""
+    outputs = {f"{p.path}.out_proj" for p in chosen if isinstance(p.module, nn.MultiheadAttention)}
+    if not outputs:
+        return chosen
+    return [*chosen, *(p for p in places if p.path in outputs and p not in chosen)]
+
+
+def _combined(config: LoraConfig) -> str:
+    """What may be the matter besides a name."""
+    if not config.exclude_modules and not config.modules_to_save and config.task_type not in HEADS:
+        return ""
+    return (
+        ". No modules were targeted for adaptation. This might be caused by a combination of target_modules "
+        "with exclude_modules or modules_to_save"
+    )
+
+
+def _match(name: str, patterns: list[str] | str, places: list[Place], more: str = "") -> list[Place]:
+    if isinstance(patterns, str):
+        hits = [p for p in places if full_match(patterns, p.path)]
+        if not hits:
+            what = f"{name}={patterns!r} matches no module{hint(patterns, places)}{more}"
+            raise TargetError(_none_of(name, patterns) + what)
+        return hits
+    hits = ending_in(places, patterns)
+    for pattern in patterns:
+        if not ending_in(hits, [pattern]):
+            what = f"{name} names {pattern!r}, which matches no module{hint(pattern, places)}{more}"
+            raise TargetError(_none_of(name, [pattern]) + what)
+    return hits
+
+
+def _none_of(name: str, patterns: object) -> str:
+    """How PEFT says that nothing of `target_modules` is there."""
+    return f"Target modules {patterns} not found in the base model: " if name == "target_modules" else ""
+
+
+def _usual(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:
+    told = BY_TYPE.get(model_type(root) or "")
+    if told is not None:
+        hits = (
+            [p for p in places if full_match(told, p.path)]
+            if isinstance(told, str)
+            else ending_in(places, told)
+        )
+        if hits:
+            return hits
+    for names in QUERY_VALUE:
+        chosen = [p for p in places if p.path.rpartition(".")[2] in names and layer_class(p.module, p.parent)]
+        if {p.path.rpartition(".")[2] for p in chosen} == set(names):
+            return chosen
+    chosen = [p for p in places if isinstance(p.module, nn.MultiheadAttention)]
+    if not chosen and not config.target_parameters:
+        raise TargetError(
+            "Please specify `target_modules` or `target_parameters`: lorica knows no usual targets for "
+            f'{type(root).__name__}. Or take "all-linear"{hint("", places)}'
+        )
+    return chosen
+
+
+def all_linear(root: nn.Module, places: list[Place]) -> list[Place]:
+    """Every linear layer but the output head."""
+    head = output_head(root)
+    chosen = [
+        p
+        for p in places
+        if p.module is not head
+        and not isinstance(p.module, SavedModule)
+        and (layer := layer_class(p.module, p.parent)) is not None
+        and not issubclass(layer, (LoraEmbedding, LoraConv))
+    ]
+    if not chosen:
+        raise TargetError(
+            f'target_modules="all-linear", but {type(root).__name__} has no linear layer besides its head'
+        )
+    return chosen
+
+
+def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:
+    layers = config.layers_to_transform
+    wanted = {layers} if isinstance(layers, int) else set(layers or ())
+    names = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    found = {p: block for p in chosen if (block := block_of(p.path, names)) is not None}
+    # A name given in full is meant as it is, wherever it stands.
+    exact = config.target_modules if isinstance(config.target_modules, list) else []
+    missing = wanted - set(found.values())
+    if missing:
+        have = listing(map(str, sorted(set(found.values())))) or "none"
+        where = f" in {listing(names)}" if names else ""
+        raise TargetError(
+            f"layers_to_transform names block {listing(map(str, sorted(missing)))}; the targeted "
+            f"modules{where} are in blocks {have}"
+        )
+    return [p for p in chosen if p.path in exact or found.get(p) in wanted]
+
+
+def block_of(path: str, holders: Sequence[str] | None = None) -> int | None:
+    """The index of the outermost block that a module is in; None if it is in none.
+
+    Args:
+        path: of the module.
+        holders: names of the lists that hold blocks, or regular expressions of the ends of their paths, as
+            PEFT takes them; none accepts any list.
+    """
+    holders = [holder for holder in holders or () if holder]
+    parts = path.split(".")
+    for i, part in enumerate(parts[1:], 1):
+        above = ".".join(parts[:i])
+        if part.isdecimal() and (
+            not holders or any(full_match(rf"(?:.*\.)?(?:{holder})", above) for holder in holders)
+        ):
+            return int(part)
+    return None
+
+
+def trained_whole(places: list[Place], config: AdapterConfig) -> dict[str, nn.Module]:
+    """The modules that `modules_to_save` and `task_type` mean, the outermost where they are nested.
+
+    Raises:
+        TargetError: a name that the model lacks, or a module that cannot be trained whole.
+    """
+    heads, names = HEADS.get(config.task_type or "", ()), config.modules_to_save or []
+    found: list[Place] = []
+    for name in dict.fromkeys([*names, *heads]):
+        hits = ending_in(places, [name])
+        # PEFT writes both "classifier" and "score" for a model that has one of them.
+        if not hits and name not in heads:
+            raise TargetError(
+                f"modules_to_save names {name!r}, which the model does not have{hint(name, places)}"
+            )
+        found += hits
+    for path, module, _ in found:
+        if isinstance(module, SavedModule):
+            continue
+        check_whole(path, module)
+        inside = [p for p in places if within_any(p.path, [path])]
+        adapted = [p.path for p in inside if isinstance(p.module, LoraLayer | AddedModule)]
+        if adapted:
+            raise TargetError(
+                f"{path} cannot be trained whole: another adapter has its updates in {listing(adapted)}"
+            )
+    return outermost(found)
+
+
+def means_all_linear(pattern: object) -> bool:
+    """Whether a value of `target_modules` is "all-linear", in any case."""
+    return isinstance(pattern, str) and pattern.lower() == "all-linear"
+
+
+def hint(name: str, places: list[Place]) -> str:
+    """The end of an error: the name that was perhaps meant, and what the model has to adapt."""
+    adaptable = tails(p.path for p in places if layer_class(p.module, p.parent))
+    everything = [*adaptable, *tails(p.path for p in places), *(p.path for p in places)]
+    return f"{nearest(name, everything)}. The model's adaptable modules: {listing(adaptable) or 'none'}"
+
+
+def as_target(place: Place, config: LoraConfig) -> Target:
+    """What the module at a place becomes.
+
+    Raises:
+        TargetError: it cannot be adapted so.
+    """
+    path, module, parent = place
+    if isinstance(module, AddedModule):
+        raise TargetError(
+            f"{path} carries a part that another method added ({type(module).swapped_by.__name__}) and "
+            "cannot take a low-rank update beside that; leave it out"
+        )
+    if isinstance(module, SavedModule):
+        raise TargetError(
+            f"{path} is trained whole by another adapter (modules_to_save) and cannot take a "
+            "low-rank update beside that"
+        )
+    layer = layer_class(module, parent)
+    if layer is None:
+        raise TargetError(
+            f"{path} is a {type(module).__name__}, which cannot be adapted (lorica adapts "
+            f"{ADAPTABLE}){_inside(path, module)}"
+        )
+    if layer is LoraParameters:
+        raise TargetError(
+            f"{path}: another adapter adapts parameters of it (target_parameters), so it cannot take an "
+            "update of its own weight beside that; target its parameter"
+        )
+    check_adaptable(place, layer)
+    if config.use_dora:
+        check_magnitudes(place, layer)
+    if config.lora_bias:
+        check_bias(place, layer)
+    if config.lora_dropout:
+        check_dropout(place, layer)
+    return Target(path, module, layer)
+
+
+def _inside(path: str, module: nn.Module) -> str:
+    names = [p.path for p in walk(module) if p.path and layer_class(p.module, p.parent)]
+    return f". Inside it are: {listing(f'{path}.{name}' for name in names)}" if names else ""
+
+
+def all_biases(root: nn.Module, saved: Iterable[str]) -> Iterator[str]:
+    """Names of the base's biases outside the modules trained whole."""
+    saved = list(saved)
+    for name in base_parameters(root):
+        leaf = name.rpartition(".")[2]
+        if (leaf == "bias" or leaf.endswith("_bias")) and not within_any(name, saved):
+            yield name

@@ -1,0 +1,111 @@
+"""Principal directions of inputs that come batch by batch, and ranks shared out by them: EVA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorica._shapes import Float
+from lorica.inits.draws import Drawn
+from lorica.inits.init import register
+from lorica.inits.lowrank import leading
+
+_NITER = 4
+
+
+class IncrementalSVD:
+    """The leading right singular vectors of all rows seen so far, each less the mean of them all.
+
+    What is kept is k vectors, however many rows come: the vectors so far, times their singular values, stand
+    for the rows they came from.
+
+    Args:
+        k: vectors to keep.
+        random: source of the randomized decompositions' draws.
+
+    Source: Ross et al., 2008, §3.1; Paischer et al., 2024, §3.
+    """
+
+    def __init__(self, k: int, random: torch.Generator) -> None:
+        """Start from nothing."""
+        self.k, self._random = k, random
+        self.rows = 0
+        self.mean: Tensor | None = None
+        self.scatter: Tensor | None = None
+        self.S: Tensor | None = None
+        self.Vh: Tensor | None = None
+        self.settled = torch.zeros(k, device="cpu")
+
+    def add(self, x: Float[Tensor, "rows d_in"]) -> None:
+        """Take in a batch of rows.
+
+        Args:
+            x: at least k rows; fewer say too little about k directions, and are passed over.
+        """
+        if len(x) < self.k:
+            return
+        x = x.detach().float()
+        mean = x.double().mean(0)
+        rows = [x - mean.float()]
+        scatter = rows[0].double().square().sum(0)
+        before = self.Vh
+        if before is None or self.S is None or self.mean is None or self.scatter is None:
+            self.mean = mean
+        else:
+            share = self.rows * len(x) / (self.rows + len(x))
+            shift = self.mean - mean
+            rows = [self.S[:, None] * before, rows[0], (share**0.5 * shift)[None].float()]
+            scatter += self.scatter + share * shift.square()
+            self.mean = (self.mean * self.rows + mean * len(x)) / (self.rows + len(x))
+        self.scatter, self.rows = scatter, self.rows + len(x)
+        found = leading(torch.cat(rows), self.k, niter=_NITER, oversampling=self.k, random=self._random)
+        # A singular vector's sign means nothing; with the largest element positive it does not flip.
+        signs = found.Vh.gather(1, found.Vh.abs().argmax(1, keepdim=True)).sign()
+        self.S, self.Vh = found.S, found.Vh * signs
+        if before is not None:
+            self.settled = F.cosine_similarity(self.Vh, before).cpu()
+
+    def explained(self) -> Tensor:
+        """The share of all variance along each vector (k,)."""
+        assert self.S is not None
+        assert self.scatter is not None
+        return (self.S.double().square() / self.scatter.sum()).cpu()
+
+
+def share_ranks(
+    explained: Mapping[str, Tensor], budget: int, same_inputs: Mapping[str, str]
+) -> dict[str, int]:
+    """Give ranks to the layers whose inputs vary most along one more direction.
+
+    Args:
+        explained: layer → share of its inputs' variance along each direction it may get (k,).
+        budget: ranks to give in all.
+        same_inputs: layer → layer with the same inputs; that one gets no less.
+
+    Returns:
+        Layer → rank, 0 for some.
+
+    Source: Paischer et al., 2024, §3.2.
+    """
+    owners = [name for name, shares in explained.items() for _ in shares]
+    best = torch.cat(list(explained.values())).argsort(descending=True)[:budget]
+    ranks = dict.fromkeys(explained, 0)
+    for i in best.tolist():
+        ranks[owners[i]] += 1
+    for name, other in same_inputs.items():
+        ranks[other], ranks[name] = max(ranks[other], ranks[name]), min(ranks[other], ranks[name])
+    return ranks
+
+
+class Eva(Drawn):
+    """As True, until the layer's inputs were looked at."""
+
+    reads_weight: ClassVar[bool] = True
+    looks: ClassVar[bool] = True
+
+
+register("eva", Eva())

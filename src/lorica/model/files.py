@@ -1,0 +1,343 @@
+"""A live adapter as a value, and as files: loops over its pieces.
+
+extract, save   pieces ──▶ tensors        load_weights   a file's tensors ──▶ the same pieces
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica import checkpoint
+from lorica.adapter import TOKEN_ROWS, Adapter
+from lorica.checkpoint.peft import read as read_folder
+from lorica.config import AdapterConfig, LoraConfig, changes_base
+from lorica.errors import AdapterError, ConfigError, LoricaWarning, TargetError, lines
+from lorica.model.classes import names_of, take
+from lorica.model.vocabulary import with_resized_tables
+from lorica.piece import Contents
+from lorica.pieces import fill, misfits
+from lorica.pieces.low_rank import LowRank
+from lorica.pieces.plugins.tokens import TokenRows, token_rows
+from lorica.state import AdapterState, adapted
+from lorica.tree import as_uncompiled, base_parameters
+
+
+def extract(
+    model: nn.Module, name: str | None = None, *, state_dict: Mapping[str, Tensor] | None = None
+) -> Adapter:
+    """An adapter of a model as a value: an update of the base's own weights.
+
+    It shares memory with the model, but where its start was taken out of W0: there the start stands beside
+    it, with the other sign and for twice the rank. (LoftQ's base is no such difference; its factors come as
+    they are.)
+
+    Args:
+        model: adapted model.
+        name: of the adapter; None takes the only one, or the only active one.
+        state_dict: take the values from here instead, by their live names, as sharded training gathers them.
+
+    Returns:
+        The adapter: factors by module path, and what is trained whole by its name in the base.
+
+    Raises:
+        AdapterError: no such adapter, or more than one to choose from.
+        StateError: an adapter is merged, or none was ever put on.
+    """
+    _, state = adapted(model)
+    live = extract_live(model, name, state_dict=state_dict)
+    starts = {
+        piece.path: (piece.start.A, piece.start.B)
+        for piece in _with_starts(state, state.one(name))
+        if piece.path in live.factors
+    }
+    return live.with_starts(starts) if starts else live
+
+
+def _with_starts(state: AdapterState, name: str) -> Iterator[Any]:
+    """The pieces of an adapter whose starts were taken out of W0."""
+    for piece in state.placing(name):
+        if isinstance(piece, LowRank) and piece.start is not None and piece.start.A is not None:
+            yield piece
+
+
+def extract_live(
+    model: nn.Module, name: str | None = None, *, state_dict: Mapping[str, Tensor] | None = None
+) -> Adapter:
+    """As `extract`, but always the live tensors: factors that may belong beside another weight than W0."""
+    root, state = adapted(model)
+    name = state.one(name)
+    state.check_unmerged("take an adapter out")
+    gathered = state_dict or {}
+    if any(as_uncompiled(key) != key for key in gathered):
+        gathered = {as_uncompiled(key): tensor for key, tensor in gathered.items()}
+
+    def value(live: str | None, tensor: Tensor) -> Tensor:
+        return (tensor if live is None else gathered.get(live, tensor)).detach()
+
+    contents = Contents({}, {}, {})
+    for piece in state.pieces_in(root, name):
+        piece.give(name, contents, value)
+    names = names_of(root, state, name, contents.extras) if contents.extras else None
+    return Adapter(state.configs[name], *contents, classes=names)
+
+
+def save(
+    model: nn.Module, directory: str | Path, name: str | None = None, *, as_trained: bool = False
+) -> Path:
+    """Write an adapter to a folder in PEFT's format.
+
+    The files are `adapter_config.json`, `adapter_model.safetensors` and `README.md`. Nothing touches the
+    network. A folder that is written over holds either the old adapter or the new one, or refuses to load.
+
+    What is written is an update of the base as it was before `adapt`, whatever `init_lora_weights` took out
+    of it: the start is added with the other sign, for twice the rank, and any reader of PEFT's files computes
+    the same. lorica takes the two apart again to train on.
+
+    Where the vocabulary of a transformers model was resized since the base was saved, the file holds the
+    embedding tables too: no reader has their new rows. `load` puts them on a model of that size.
+
+    Args:
+        model: adapted model.
+        directory: folder; made if it is not there.
+        name: of the adapter; None takes the only one, or the only active one.
+        as_trained: write A and B as they train, with `init_lora_weights` as it was given; half the size, and
+            as PEFT does it unasked. A reader must then make the same start from the same base, which PEFT
+            does for ``"pissa"`` and ``"olora"``, and cannot for the others.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterError: no such adapter, more than one to choose from, or NaN or infinity in its tensors.
+        FileError: the folder cannot be written.
+        StateError: an adapter is merged, or none was ever put on.
+    """
+    adapter = extract_live(model, name) if as_trained else extract(model, name)
+    root, _ = adapted(model)
+    return checkpoint.write(
+        with_resized_tables(adapter, root) if hasattr(root, "config") else adapter, directory
+    )
+
+
+def push_to_hub(
+    source: nn.Module | Adapter | str | Path,
+    repo_id: str,
+    name: str | None = None,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload an adapter to the Hub, in one commit; the repository is made if need be.
+
+    Args:
+        source: adapted model, adapter as a value, or folder with an adapter, of which nothing else goes.
+        repo_id: name of the repository, ``"user/sentiment"``.
+        name: of the model's adapter; None takes the only one, or the only active one.
+        subfolder: where in the repository the adapter goes; None for the top.
+        revision: branch; made if it is not there. None is the main one.
+        private: whether the repository is; None takes the account's default for a new one.
+        token: of the account; None takes the one of ``HF_TOKEN`` or ``hf auth login``.
+        commit_message: title of the commit.
+        create_pr: open a pull request in place of committing to the branch.
+
+    Returns:
+        URL of the commit, or of the pull request.
+
+    Raises:
+        AdapterError: no such adapter, more than one to choose from, or NaN or infinity in its tensors.
+        StateError: an adapter is merged, or none was ever put on.
+        FileError: the adapter is damaged, or the Hub cannot be reached or refuses.
+        ConfigError: the repository is there already, and public where private was asked, or the reverse.
+        MissingExtra: huggingface_hub is not installed.
+    """
+    with tempfile.TemporaryDirectory() as stage:
+        if isinstance(source, nn.Module):
+            source = with_resized_tables(extract(source, name), adapted(source)[0])
+        elif name is not None:
+            raise ConfigError(
+                f"name={name!r} chooses among a model's adapters; {type(source).__name__} has one"
+            )
+        return checkpoint.push(
+            checkpoint.write(source, stage) if isinstance(source, Adapter) else source,
+            repo_id,
+            subfolder=subfolder,
+            revision=revision,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+
+
+def load_weights(model: nn.Module, directory: str | Path, name: str | None = None) -> None:
+    """Give an adapter that is already on the model the values saved in a folder, as resuming does.
+
+    Args:
+        model: adapted model.
+        directory: folder that `save` wrote for an adapter of the same make.
+        name: of the adapter; None takes the only one, or the only active one.
+
+    Raises:
+        FileError: a file is missing or damaged.
+        AdapterError: with the whole list of what does not fit; the model is untouched.
+    """
+    overwrite(model, read_folder(directory) if Path(directory).is_dir() else checkpoint.read(directory), name)
+
+
+def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None, *, strict: bool = True) -> None:
+    """Give an adapter that is already on the model the values of another of the same make.
+
+    Nothing else changes: not which adapter acts, not what trains, not the training mode.
+
+    Args:
+        model: adapted model.
+        adapter: the values to take.
+        name: of the adapter on the model; None takes the only one, or the only active one.
+        strict: whether other scales, tokens or starts are an error too, and not just a warning.
+
+    Raises:
+        AdapterError: with the whole list of what is missing, unexpected, of another shape or means something
+            else; the model is untouched.
+        StateError: an adapter is merged, or none was ever put on.
+
+    Warns:
+        LoricaWarning: unless `strict`, with the list of what means something else here.
+    """
+    fitting(model, adapter, name, strict=strict)()
+
+
+def fitting(
+    model: nn.Module, adapter: Adapter, name: str | None = None, *, strict: bool = True
+) -> Callable[[], None]:
+    """`overwrite` in two steps: what can fail is done here, and what is returned writes the values."""
+    root, state = adapted(model)
+    adapter.check_finite()
+    if adapter.stacks is not None:
+        raise AdapterError(
+            "these factors of stacked experts are as an older PEFT computed with them; lorica.load the "
+            "adapter on its base"
+        )
+    name = state.one(name)
+    state.check_unmerged("load values into an adapter")
+    begun, starts, given = list(_with_starts(state, name)), {}, adapter
+    if begun:
+        config = state.configs[name]
+        assert isinstance(config, LoraConfig)
+        if all(f.r == 2 * config.rank(path) for path, f in adapter.factors.items()):
+            # A file that went through other hands no longer says how it trained, but its form does.
+            adapter = dataclasses.replace(adapter, trained_as=adapter.trained_as or config)
+        if adapter.trained_as is not None:
+            adapter, starts = adapter.without_starts()
+    pieces, new = state.pieces_in(root, name), adapter.named_tensors()
+    missing, unexpected, shapes = misfits(pieces, name, new, "on the model")
+    tables = _tables(root, new) if unexpected else set()
+    problems = [
+        *(f"missing: {key}" for key in missing),
+        *(f"unexpected: {key}" for key in unexpected if key not in tables),
+        *shapes.values(),
+    ]
+    problems = problems or _torn(state, name, new)
+    unlike = [
+        *_scales(state, name, given),
+        *_tokens(root, state, name, adapter),
+        *_base(state.configs[name], adapter.config, starts),
+    ]
+    if problems or (unlike and strict):
+        raise AdapterError(f"the adapter does not fit the one on the model:\n{lines([*problems, *unlike])}")
+    if unlike:
+        warnings.warn(
+            f"the values come from an adapter of another make than the one on the model:\n{lines(unlike)}",
+            LoricaWarning,
+            stacklevel=4,
+        )
+
+    @torch.no_grad()
+    def write() -> None:
+        take(state, name, given)
+        fill(pieces, name, new)
+        for piece in begun:
+            if piece.path in starts:
+                W0 = state.base_parameter(root, piece.target.weight_path)
+                piece.restart(W0, *starts[piece.path], piece.scale(name))
+
+    return write
+
+
+def _tables(root: nn.Module, new: Mapping[str, Tensor]) -> set[str]:
+    """The tables of a resized vocabulary that a file brings beside what trained, and that are the base's."""
+    base = base_parameters(root)
+    return {
+        key
+        for key, tensor in new.items()
+        if key in base and base[key].shape == tensor.shape and torch.equal(tensor.to(base[key]), base[key])
+    }
+
+
+def _scales(state: AdapterState, name: str, adapter: Adapter) -> Iterator[str]:
+    """Updates that are multiplied by another number in the adapter."""
+    live = {piece.path: piece for piece in state.pieces[name] if isinstance(piece, LowRank)}
+    for path, factors in adapter.factors.items():
+        ours = live[path].scale(name) if path in live else factors.scale
+        if not math.isclose(factors.scale, ours, rel_tol=1e-6):
+            yield f"scale of {path}: {factors.scale:g} in the adapter, {ours:g} on the model"
+
+
+def _tokens(root: nn.Module, state: AdapterState, name: str, adapter: Adapter) -> Iterator[str]:
+    """Tables whose rows are other tokens' in the adapter."""
+    if not any(key.endswith(TOKEN_ROWS) for key in adapter.extras):
+        return
+    try:
+        found = token_rows(root, adapter.config.members()[0], (), ())
+    except TargetError as error:
+        yield str(error)
+        return
+    theirs = {path: table.indices for table in found for path in table.modules}
+    for table in state.pieces[name]:
+        if isinstance(table, TokenRows):
+            for path in table.modules:
+                if path in theirs and theirs[path] != table.indices:
+                    yield (
+                        f"tokens of {path}: {[*theirs[path]]} in the adapter, {[*table.indices]} on the model"
+                    )
+
+
+def _base(ours: AdapterConfig, theirs: AdapterConfig, starts: Mapping[str, object]) -> Iterator[str]:
+    """Factors that stand beside another weight than the model's own, and bring no start to make it from."""
+    mine, its = (c.init_lora_weights if isinstance(c, LoraConfig) else True for c in (ours, theirs))
+    if mine != its and (changes_base(mine) or changes_base(its)) and not starts:
+        yield f"init_lora_weights: {its!r} in the adapter, {mine!r} on the model; each means another base"
+
+
+def _torn(state: AdapterState, name: str, new: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong where two names stand for one tensor, and other values are given for each."""
+    live = {held.key: held.tensor for piece in state.pieces[name] for held in piece.tensors(name)}
+    first: dict[int, str] = {}
+    problems = []
+    for key, tensor in live.items():
+        if key not in new:
+            continue
+        other = first.setdefault(tensor.data_ptr(), key)
+        value = new[other] if _laid_out_alike(live[other], tensor) else new[other].mT
+        if other != key and tensor.numel() and not torch.equal(new[key], value):
+            problems.append(f"{key} and {other} are one on the model, and differ in the adapter")
+    return problems
+
+
+def _laid_out_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two names of the same memory are the same tensor, and not each other's transpose."""
+    # Strides tell in squares alone: along a single row or column they mean nothing.
+    square = one.ndim == 2 and one.shape[0] == one.shape[1]
+    return one.shape == other.shape and (not square or one.stride() == other.stride())

@@ -1,0 +1,356 @@
+"""What an adapter can hold, and how it is found on a model.
+
+    config (and a file's tensors) ──▶ each kind that it asks for ──▶ [piece, piece, ...] ──put──▶ model
+
+A `Piece` is one thing at one place; a `Kind` finds the pieces of its sort. Whatever has a kind is adapted,
+loaded, saved, merged and taken off by the same verbs, which name no kind.
+
+low_rank    A and B on a layer                      plugins/parameters  on a parameter (stacked experts)
+whole       a copy of a module                      plugins/tied        one update for two tied tables
+copies      a copy of a parameter (biases)          plugins/tokens      rows of an embedding
+statistics  running statistics (batch norm)         plugins/added       parts beside a module
+                                                    plugins/replicated  blocks that share their weights
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorica.adapter import Adapter
+from lorica.config import AdapterConfig, LoraConfig
+from lorica.errors import AdapterError, lines, nearest
+from lorica.piece import Piece
+from lorica.state import AdapterState
+from lorica.tree import Place, base_parameters, outside, walk
+
+
+class Search:
+    """Looking for an adapter's pieces on a model.
+
+    Args:
+        root: the model, with the base's own parameters in place.
+        config: what to look for.
+        state: the model's, as far as it carries adapters.
+        adapter: what is being loaded; None where the adapter is new.
+        seed: fixes how what is new starts.
+        trainable: whether the adapter will train.
+        seen: what data showed of each module, by path, for the starts that look at some.
+        starts: path → A₀ and B₀ that the adapter being loaded took out of W0.
+        dry: only look: what is new has shapes, and no values.
+
+    Attributes:
+        lora: the LoRA among the configuration's methods, if there is one.
+        methods: its other methods.
+        itself: the model.
+        places: every module in it.
+        pieces: those found so far.
+        whole: path → module that is trained whole.
+        changes: what was found out about the configuration: field of the LoRA → value.
+        problems: what does not fit in the adapter that is being loaded, a line each.
+        missing: what its configuration names, and it has nothing for.
+        passed_over: keys of its tensors that need no place.
+        trained: names of the base's parameters of which methods besides LoRA train copies.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        config: AdapterConfig,
+        *,
+        state: AdapterState | None = None,
+        adapter: Adapter | None = None,
+        seed: int = 0,
+        trainable: bool = True,
+        seen: Mapping[str, Any] | None = None,
+        starts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        dry: bool = False,
+    ) -> None:
+        self.state = state
+        self.root, self.seed, self.trainable, self.dry = root, seed, trainable, dry
+        self.seen, self.starts = seen or {}, starts or {}
+        self.adapter: Adapter | None = None
+        self.take(config, adapter)
+        self.itself, *self.places = walk(root)
+        self.pieces: list[Piece] = []
+        self.whole: dict[str, nn.Module] = {}
+        self.changes: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self.missing: list[str] = []
+        self.passed_over: set[str] = set()
+        self.trained: list[str] = []
+
+    def take(self, config: AdapterConfig, adapter: Adapter | None = None) -> None:
+        """Look for this configuration, and load this adapter."""
+        self.config, self.adapter = config, adapter
+        self.lora, self.methods = config.members()
+        self.asks = {key for member in (self.lora, *self.methods) if member for key in member.asks()}
+
+    def reject(self, path: str, problem: str) -> None:
+        """Say what is the matter with the factors that the adapter has of a module."""
+        self.problems.append(problem)
+        self.passed_over |= {f"{path} ({part})" for part in ("A", "B", "magnitude", "bias")}
+
+    @property
+    def free(self) -> list[Place]:
+        """The places outside the modules that are trained whole."""
+        return outside(self.places, self.whole)
+
+    @property
+    def targets(self) -> list[Any]:
+        """The modules and parameters with a low-rank update (`lorica.find.Target`)."""
+        return [target for piece in self.pieces if (target := getattr(piece, "target", None)) is not None]
+
+    def of(self, kind: type[Piece]) -> list[Any]:
+        """The pieces of a kind that were found so far."""
+        return [piece for piece in self.pieces if isinstance(piece, kind)]
+
+    def rename(self, lora: LoraConfig) -> None:
+        """Take a LoRA that says more exactly what to look for."""
+        self.lora = lora
+        self.asks |= lora.asks()
+
+    def settled(self) -> AdapterConfig:
+        """The configuration as a file should hold it: every reader finds the same by it."""
+        base = getattr(self.root, "name_or_path", None) or self.config.base_model_name_or_path or None
+        lora = self.lora.as_found(**self.changes, base_model_name_or_path=base) if self.lora else None
+        if lora is not None and not self.methods:
+            return lora
+        heads = sorted({path.rpartition(".")[2] for path in self.whole})
+        changes: dict[str, Any] = {
+            "modules_to_save": list(dict.fromkeys([*(self.config.modules_to_save or []), *heads])) or None,
+            "base_model_name_or_path": base,
+        }
+        parts: tuple[AdapterConfig, ...] = self.config.parts()
+        if self.config not in parts:
+            changes["configs"] = tuple(
+                lora.replace(modules_to_save=part.modules_to_save, task_type=part.task_type)
+                if isinstance(part, LoraConfig) and lora
+                else dataclasses.replace(part, base_model_name_or_path=base)
+                for part in parts
+            )
+        return self.config.replace(**changes)
+
+
+class Kind(ABC):
+    """A sort of piece: finds its pieces on a model.
+
+    Attributes:
+        of_modules: classes of modules in whose presence it is asked too.
+        of_transformers: whether it is asked for every model with a configuration of transformers.
+        brought: section of an `Adapter` that asks for it when there is something in it.
+    """
+
+    of_modules: ClassVar[tuple[type[nn.Module], ...]] = ()
+    of_transformers: ClassVar[bool] = False
+    brought: ClassVar[str | None] = None
+    keys: tuple[str, ...] = ()
+
+    def prepare(self, search: Search) -> None:
+        """Say more exactly what the configuration names (`Search.rename`), before any kind looks."""
+        return
+
+    @abstractmethod
+    def find(self, search: Search) -> Iterable[Piece]:
+        """The pieces, with their tensors as they start; the model is not touched.
+
+        Raises:
+            TargetError: a name means nothing, or something that cannot be adapted so.
+        """
+
+    def finish(self, search: Search) -> None:
+        """Look at all that was found: check it, or change it.
+
+        Raises:
+            TargetError: two pieces cannot be together.
+        """
+        return
+
+    def filled(self, search: Search) -> None:
+        """Do what waits for the values of the adapter that is being loaded."""
+        return
+
+    def opened(self, root: nn.Module, state: AdapterState) -> None:
+        """Do what a model with such pieces needs from its first adapter on."""
+        return
+
+    def closed(self, root: nn.Module, state: AdapterState) -> None:
+        """Undo `opened`, once the last adapter is off."""
+        return
+
+    def around(
+        self, root: nn.Module, state: AdapterState, config: AdapterConfig
+    ) -> AbstractContextManager[None]:
+        """What must hold while the adapter is found and put on; an error undoes it."""
+        return contextlib.nullcontext()
+
+
+KINDS: list[Kind] = []
+"""All kinds, in the order in which they look."""
+
+
+def register(kind: Kind, *keys: str) -> Kind:
+    """Make a kind of piece known.
+
+    Args:
+        kind: it looks after those that are known already.
+        keys: the fields of a configuration, or names of methods, that ask for it; the method ``"lora"`` is
+            asked for by every LoRA.
+    """
+    kind.keys = keys
+    KINDS.append(kind)
+    return kind
+
+
+def asked(search: Search) -> Iterator[Kind]:
+    """The kinds that a configuration, a model or an adapter that is being loaded asks for."""
+    for kind in KINDS:
+        if (
+            not search.asks.isdisjoint(kind.keys)
+            or (kind.of_transformers and hasattr(search.root, "config"))
+            or (kind.brought and search.adapter is not None and getattr(search.adapter, kind.brought))
+            or (kind.of_modules and any(isinstance(place.module, kind.of_modules) for place in search.places))
+        ):
+            yield kind
+
+
+@contextlib.contextmanager
+def surroundings(root: nn.Module, state: AdapterState, config: AdapterConfig) -> Iterator[None]:
+    """What the kinds need around the whole of finding and putting on (`Kind.around`)."""
+    keys = {key for member in config.parts() for key in member.asks()}
+    with contextlib.ExitStack() as stack:
+        for kind in KINDS:
+            concerned = not keys.isdisjoint(kind.keys) or type(kind) in map(type, state.opened)
+            if concerned and type(kind).around is not Kind.around:
+                stack.enter_context(kind.around(root, state, config))
+        yield
+
+
+@contextlib.contextmanager
+def looking(root: nn.Module, state: AdapterState, config: AdapterConfig) -> Iterator[None]:
+    """As `surroundings` for a search after which nothing is put on: the model is then as it was."""
+    with surroundings(root, state, config), state.originals_in_place(root):
+        try:
+            yield
+        finally:
+            for kind in KINDS if not state.configs else ():
+                kind.closed(root, state)
+
+
+def find_pieces(search: Search) -> list[Piece]:
+    """Find all pieces of an adapter.
+
+    Raises:
+        TargetError: a name or pattern matches nothing, or something that cannot be adapted.
+        AdapterError: an adapter that is being loaded does not fit; all that is the matter with it.
+    """
+    for kind in asked(search):
+        kind.prepare(search)
+    kinds = list(asked(search))
+    for kind in kinds:
+        search.pieces += kind.find(search)
+    for kind in kinds:
+        kind.finish(search)
+    if search.adapter is not None:
+        fit(search)
+    return search.pieces
+
+
+def resolve(root: nn.Module, config: AdapterConfig, *, state: AdapterState | None = None) -> Search:
+    """What a configuration means on a model, without making anything of it.
+
+    Args:
+        root: the model.
+        config: what to look for.
+        state: the model's, if it carries adapters.
+
+    Returns:
+        The search, with its `pieces`, `targets`, `whole`, and `settled()`.
+
+    Raises:
+        TargetError: a name or pattern matches nothing, or something that cannot be adapted.
+    """
+    search = Search(root, config, state=state, dry=True)
+    find_pieces(search)
+    return search
+
+
+def fit(search: Search) -> None:
+    """Fill the pieces with the adapter that is being loaded.
+
+    Raises:
+        AdapterError: with the whole list of what is missing, unexpected or of another shape.
+    """
+    assert search.adapter is not None
+    given = search.adapter.named_tensors()
+    missing, unexpected, shapes = misfits(search.pieces, "", given, "in the model", search.passed_over)
+    have = base_parameters(search.root) if unexpected else {}
+    strange = {
+        key: f"unexpected: {key} is not a parameter of the model{nearest(key, have, limit=1)}"
+        for key in unexpected
+    }
+    odd = [problem for key in given for problem in (shapes.get(key), strange.get(key)) if problem]
+    problems = [*search.problems, *odd, *(f"missing: {key}" for key in [*missing, *search.missing])]
+    if problems:
+        raise AdapterError(f"the adapter does not fit this {type(search.root).__name__}:\n{lines(problems)}")
+    fill(search.pieces, "", given)
+    for kind in asked(search):
+        kind.filled(search)
+
+
+def misfits(
+    pieces: Sequence[Piece],
+    name: str,
+    given: Mapping[str, Tensor],
+    where: str,
+    passed_over: Collection[str] = (),
+) -> tuple[list[str], list[str], dict[str, str]]:
+    """What is the matter with an adapter's tensors for these pieces.
+
+    Args:
+        pieces: what is to take them.
+        name: of the adapter that the pieces are of.
+        given: key → tensor.
+        where: how a message calls the side of the pieces.
+        passed_over: keys that need no place.
+
+    Returns:
+        Keys that are missing; keys that are unexpected; and what is wrong with the shapes of others.
+    """
+    expected: dict[str, Tensor] = {}
+    needed: list[str] = []
+    for piece in sorted(pieces, key=lambda piece: piece.section != "factors"):
+        held = {held.key: held.tensor for held in piece.tensors(name)}
+        expected |= held
+        needed += () if piece.optional else held
+    shapes = {
+        key: f"shape of {key}: {tuple(given[key].shape)} in the adapter, {tuple(tensor.shape)} {where}"
+        for key, tensor in expected.items()
+        if key in given and given[key].shape != tensor.shape
+    }
+    missing = [key for key in dict.fromkeys(needed) if key not in given]
+    return missing, [key for key in given if key not in expected and key not in passed_over], shapes
+
+
+@torch.no_grad()
+def fill(pieces: Sequence[Piece], name: str, given: Mapping[str, Tensor]) -> None:
+    """Give pieces the values of an adapter's tensors, which fit."""
+    for piece in pieces:
+        for held in piece.tensors(name):
+            held.tensor.copy_(given[held.key] if held.key in given else piece.otherwise(held))
+
+
+# The kinds register themselves: those that find modules before those that look at what was found.
+# isort: off
+from lorica.pieces import whole as whole  # noqa: E402
+from lorica.pieces import low_rank as low_rank  # noqa: E402
+from lorica.pieces import plugins as plugins  # noqa: E402
+from lorica.pieces import statistics as statistics  # noqa: E402
+from lorica.pieces import copies as copies  # noqa: E402

@@ -1,0 +1,352 @@
+"""A low-rank update of a layer: A and B, beside W0.
+
+    module ──start──▶ A, B (, magnitude, bias) ──put──▶ LoraLinear(LoraLayer, nn.Linear)
+
+A start that is taken out of W0 (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) leaves another weight, which stands in
+W0's place while the adapter acts. W0 itself is set aside and never written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lorica import inits
+from lorica.adapter import Factors
+from lorica.check import (
+    check_adaptable,
+    check_bias,
+    check_dropout,
+    check_looked_up,
+    check_magnitudes,
+    layer_class,
+)
+from lorica.config import AdapterConfig, LoraConfig, changes_base, matches_pattern
+from lorica.config.inits import niter
+from lorica.errors import AdapterError, TargetError, nearest
+from lorica.find import Target, as_target, means_all_linear, meant
+from lorica.inits import INITS, Start, generator
+from lorica.layers import AddedModule, LoraAttention, LoraConv1D, LoraLayer, SavedModule
+from lorica.piece import Contents, Held, Piece, Rows, Value
+from lorica.pieces import Kind, Search, register
+from lorica.state import AdapterState
+from lorica.tree import Place, shortest_suffixes, tails
+
+
+class LowRank(Piece):
+    """A and B on a layer, and what goes with them.
+
+    Args:
+        target: the module.
+        factors: what they start as, in the memory that they will keep.
+        dropout: probability with which the layer's inputs are dropped in training.
+        start: what the start took out of W0, and what is left.
+    """
+
+    section = "factors"
+    called = True
+    clash = "each took its start out of {}; extract one and attach it again, and it stands beside W0 itself"
+
+    def __init__(self, target: Target, factors: Factors, dropout: float, start: Start | None = None) -> None:
+        self.path = target.key
+        self.target, self.dropout, self.start = target, dropout, start
+        self.begun: Factors | None = factors
+
+    @property
+    def places(self) -> bool:  # type: ignore[override]
+        """Whether a start was taken out of W0, so that the rest stands in its place."""
+        return self.start is not None
+
+    @property
+    def residual(self) -> bool:  # type: ignore[override]
+        """Likewise."""
+        return self.start is not None
+
+    @property
+    def layer(self) -> LoraLayer:
+        """The adapted layer that the piece is on."""
+        assert isinstance(self.target.module, LoraLayer)
+        return self.target.module
+
+    def follow(self, paths: Mapping[nn.Module, str]) -> bool:  # noqa: D102
+        path = paths.get(self.target.module)
+        if path is not None and path != self.target.path:
+            self.target = self.target._replace(path=path)
+            self.path = self.target.key
+        return path is not None
+
+    def put(self, root: nn.Module, state: AdapterState, name: str, *, trainable: bool) -> None:  # noqa: D102
+        own, module = self.begun, self.target.module
+        assert own is not None
+        layer = module if isinstance(module, LoraLayer) else self.target.layer.take(module, state)
+        A, B = Parameter(own.A, trainable), Parameter(own.B, trainable)
+        layer.add_factors(name, A, B, own.scale, self.dropout)
+        if own.magnitude is not None:
+            layer.add_magnitude(name, Parameter(own.magnitude, trainable))
+        if own.bias is not None:
+            layer.add_bias(name, Parameter(own.bias, trainable))
+        self.begun = None
+
+    def off(self, root: nn.Module, name: str) -> None:  # noqa: D102
+        layer = self.target.module
+        if isinstance(layer, LoraLayer) and name in layer.scaling:
+            layer.remove_factors(name)
+            if not layer.scaling:
+                layer.leave()
+
+    def check_class(self) -> None:  # noqa: D102
+        if isinstance(self.target.module, LoraLayer):
+            self.target.module.check_own_class()
+
+    def tensors(self, name: str) -> Iterator[Held]:  # noqa: D102
+        at, own = self.target.path, self.begun
+        if own is not None:
+            A, B, magnitude, bias = own.A, own.B, own.magnitude, own.bias
+        elif isinstance(self.target.module, LoraLayer) and name in self.layer.scaling:
+            A, B = self.layer.factor_parameters(name)
+            magnitude, bias = self.layer.magnitude_parameter(name), self.layer.bias_parameter(name)
+        else:  # the layer lost its update: EVA gave it no rank
+            return
+        live_A, live_B = self.target.layer.factor_names(name)
+        yield Held(f"{self.path} (A)", f"{at}.{live_A}", A)
+        yield Held(f"{self.path} (B)", f"{at}.{live_B}", B)
+        if magnitude is not None:
+            live = f"{at}.lora_magnitude_vector.{name}.weight"
+            yield Held(f"{self.path} (magnitude)", live, magnitude)
+        if bias is not None:
+            yield Held(f"{self.path} (bias)", f"{at}.lora_B.{name}.bias", bias)
+
+    def give(self, name: str, contents: Contents, value: Value) -> None:  # noqa: D102
+        parts = {held.key[len(self.path) :]: value(held.live, held.tensor) for held in self.tensors(name)}
+        if parts:
+            A, B, m, b = (parts.get(f" ({part})") for part in ("A", "B", "magnitude", "bias"))
+            assert A is not None
+            assert B is not None
+            contents.factors[self.path] = Factors(A, B, self.scale(name), self.target.layer.kind, m, b)
+
+    def scale(self, name: str) -> float:
+        """What its product is multiplied by."""
+        return self.layer.scaling[name] if self.begun is None else self.begun.scale
+
+    def stand_ins(self, name: str) -> Mapping[str, Tensor]:  # noqa: D102
+        return {} if self.start is None else {self.target.weight_path: self.start.weight}
+
+    def claims(self, name: str) -> Mapping[str, Rows]:  # noqa: D102
+        return {} if self.start is None else {self.target.weight_path: None}
+
+    def restart(self, W0: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
+        """Make the start one that was saved: the decomposition may differ on another machine.
+
+        Args:
+            W0: the base's own weight.
+            A: (r, d_in).
+            B: (d_out, r).
+            scale: of the update.
+        """
+        start = self.start
+        assert start is not None
+        assert start.A is not None
+        assert start.B is not None
+        start.A.copy_(A)
+        start.B.copy_(B)
+        layer = self.target.layer
+        rest = inits.less(layer, W0, start.A, start.B, scale)
+        start.weight.copy_(rest.t() if layer.transposed else rest)
+
+
+class LowRankUpdates(Kind):
+    """Finds what `target_modules` means, or what an adapter has factors of."""
+
+    def find(self, search: Search) -> Iterable[Piece]:  # noqa: D102
+        lora = search.lora
+        assert lora is not None
+        if search.adapter is not None:
+            return list(_brought(search, lora))
+        if len(search.config.parts()) > 1:
+            inits.check_alone(lora)
+        return [fresh(target, lora, search) for target in self.targets(search, lora)]
+
+    def targets(self, search: Search, lora: LoraConfig) -> list[Target]:
+        """The modules that a configuration adapts; what it means is noted, to be written into it."""
+        free = search.free
+        targets = [as_target(place, lora) for place in meant(search.root, free, lora)]
+        names = lora.target_modules
+        if names is None or means_all_linear(names):
+            # The attention's name means its output too; PEFT would adapt one that is named beside it a second
+            # time.
+            outputs = {f"{t.path}.out_proj" for t in targets if issubclass(t.layer, LoraAttention)}
+            paths = [target.path for target in targets if target.path not in outputs]
+            names = shortest_suffixes(paths, [place.path for place in free])
+        search.changes["target_modules"] = names
+        search.changes["fan_in_fan_out"] = any(issubclass(target.layer, LoraConv1D) for target in targets)
+        return targets
+
+    def finish(self, search: Search) -> None:  # noqa: D102
+        targets, lora = search.targets, search.lora
+        try:
+            check_looked_up(search.places, {*search.whole, *(target.path for target in targets)})
+        except TargetError as error:
+            if search.adapter is None:
+                raise
+            search.problems.append(str(error))
+        if lora is None or search.adapter is not None or not (lora.rank_pattern or lora.alpha_pattern):
+            return
+        paths = [target.pattern_path for target in targets]
+        for name, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+            for key in patterns:
+                if not any(matches_pattern(key, path) for path in paths):
+                    raise TargetError(
+                        f"{name} has {key!r}, which matches no adapted module{nearest(key, tails(paths))}"
+                    )
+
+    def filled(self, search: Search) -> None:
+        """Take out of W0 again what the starts of a trained adapter took."""
+        for piece in search.of(LowRank):
+            target, own = piece.target, piece.begun
+            if piece.path in search.starts:
+                piece.start = inits.taken_out(target, *search.starts[piece.path], own.scale)
+            elif search.lora and search.lora.init_lora_weights is not True:
+                piece.start = start_again(target, search.config, search.seen)
+
+
+def fresh(target: Target, config: LoraConfig, search: Search, piece: type[LowRank] = LowRank) -> LowRank:
+    """A new piece for a module, with its factors as they start.
+
+    Raises:
+        TargetError: the configuration's start is not possible on this module.
+        StateError: it needs data that the model was not shown.
+    """
+    value, r = config.init_lora_weights, config.rank(target.pattern_path)
+    scale = config.scale(target.pattern_path)
+    init = INITS.get(value) or inits.of(config)
+    if search.dry:
+        init.check(target, config)
+        shapes = target.factor_shapes(r)
+        A, B = (torch.empty(shape, device="meta") for shape in shapes)
+        m = B.new_empty(len(B)) if config.use_dora else None
+        b = B.new_empty(len(B)) if config.lora_bias else None
+        return piece(target, Factors(A, B, scale, target.layer.kind, m, b), config.lora_dropout)
+    random = generator(search.seed, target.pattern_path)
+    A, B, start = init.begin(target, config, search.seen.get(target.path), random)
+    A, B = own(target, A), own(target, B)
+    magnitude = bias = None
+    if config.use_dora:  # what leaves the weight as it is
+        weight = None if start is None else start.weight
+        magnitude = target.layer.row_norm(target.module, A.flatten(1), B.flatten(1), scale, weight)
+    if config.lora_bias:
+        bias = own(target, inits.start_bias(B.shape[0], r, value, random))
+    return piece(target, Factors(A, B, scale, target.layer.kind, magnitude, bias), config.lora_dropout, start)
+
+
+def own(target: Target, factor: Tensor) -> Tensor:
+    """A factor on the layer's device, in float32 or the layer's higher precision."""
+    device, precision = target.computes()
+    return factor.detach().to(device=device, dtype=precision).contiguous()
+
+
+def blank(target: Target, factors: Factors, dropout: float, piece: type[LowRank] = LowRank) -> LowRank:
+    """A piece for a module with room for an adapter's factors, whose shapes fit."""
+    device, precision = target.computes()
+
+    def room(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.empty(tensor.shape, dtype=precision, device=device)
+
+    A, B, m, b = map(room, (factors.A, factors.B, factors.magnitude, factors.bias))
+    assert A is not None
+    assert B is not None
+    return piece(target, Factors(A, B, factors.scale, factors.kind, m, b), dropout)
+
+
+def _brought(search: Search, lora: LoraConfig) -> Iterator[LowRank]:
+    """A piece for each module that the adapter has factors of; what does not fit is noted."""
+    adapter = search.adapter
+    assert adapter is not None
+    places = {place.path: place for place in search.places}
+    for path, factors in adapter.factors.items():
+        if factors.kind == "parameter":
+            continue
+        try:
+            target = _target(places, path, factors, drops=search.trainable and lora.lora_dropout > 0)
+            check_shapes(target.path, target.factor_shapes(factors.r), factors)
+        except TargetError as error:
+            search.reject(path, str(error))
+        else:
+            yield blank(target, factors, lora.lora_dropout)
+    # Another reader may have found other modules behind None, "all-linear" or a pattern; behind names there
+    # is no doubt.
+    if isinstance(lora.target_modules, list):
+        try:
+            wanted = [as_target(place, lora) for place in meant(search.root, search.free, lora)]
+        except TargetError:
+            return  # a name the model lacks shows in the factors that have no place
+        search.missing += [target.path for target in wanted if target.path not in adapter.factors]
+
+
+def _target(places: Mapping[str, Place], path: str, factors: Factors, *, drops: bool) -> Target:
+    """The module that an update is for.
+
+    Raises:
+        TargetError: there is none, or none that it fits.
+    """
+    place = places.get(path)
+    if place is None:
+        raise TargetError(f"unexpected: {path} is not in the model{nearest(path, places, limit=1)}")
+    layer = layer_class(place.module, place.parent)
+    if layer is None or layer.kind != factors.kind or isinstance(place.module, SavedModule | AddedModule):
+        raise TargetError(
+            f"kind of {path}: {factors.kind} in the adapter, {type(place.module).__name__} in the model"
+        )
+    check_adaptable(place, layer)
+    if drops:
+        check_dropout(place, layer)
+    if factors.magnitude is not None:
+        check_magnitudes(place, layer)
+    if factors.bias is not None:
+        check_bias(place, layer)
+    return Target(path, place.module, layer)
+
+
+def start_again(target: Target, config: AdapterConfig, seen: Mapping[str, Any]) -> Start | None:
+    """What the start of a trained adapter made of W0, for factors that were saved without their start.
+
+    Raises:
+        AdapterError: nobody can tell: the start was drawn.
+        TargetError: as `Init.begin`.
+        StateError: as `Init.begin`.
+    """
+    if not isinstance(config, LoraConfig) or not changes_base(value := config.init_lora_weights):
+        return None
+    if niter(value) is not None:
+        raise AdapterError(
+            f"the adapter was saved as init_lora_weights={value!r} leaves it, without its start, and that "
+            "was drawn. Save it where it was trained: with lorica.save, or with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+    return inits.of(config).begin(target, config, seen.get(target.path), generator(0, target.path)).start
+
+
+def check_shapes(name: str, expected: tuple[tuple[int, ...], tuple[int, ...]], factors: Factors) -> None:
+    """Refuse factors of other shapes than a module takes.
+
+    Raises:
+        TargetError: naming it, and both.
+    """
+    came = tuple(factors.A.shape), tuple(factors.B.shape)
+    if came != expected:
+        raise TargetError(
+            f"shape of {name}: A {came[0]} and B {came[1]} in the adapter, {expected[0]} and {expected[1]} "
+            "in the model"
+        )
+    for part, vector in (("magnitude", factors.magnitude), ("bias", factors.bias)):
+        if vector is not None and vector.shape != expected[1][:1]:
+            raise TargetError(
+                f"shape of {name}: {part} {tuple(vector.shape)} in the adapter, {expected[1][:1]} in the "
+                "model"
+            )
+
+
+register(LowRankUpdates(), "lora")

@@ -1,0 +1,10 @@
+"""Kinds of pieces that few adapters have; each file registers its own."""
+
+from __future__ import annotations
+
+from lorica.pieces.plugins import added as added
+from lorica.pieces.plugins import parameters as parameters
+from lorica.pieces.plugins import renamed as renamed
+from lorica.pieces.plugins import replicated as replicated
+from lorica.pieces.plugins import tied as tied
+from lorica.pieces.plugins import tokens as tokens

@@ -1,0 +1,114 @@
+"""Running statistics (batch norm), which move in training without being trained: each adapter has its own.
+
+They stand in the base's place while their adapter acts, as trained biases do. So training moves the
+adapter's, the base's stay bit for bit, and an adapter's file holds those that moved. A pass while none stand
+there leaves the base's as they are (`lorica.layers.still`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lorica.layers import SavedModule
+from lorica.layers.still import keep_still, release
+from lorica.piece import Held, Piece, Rows
+from lorica.pieces import Kind, Search, register
+from lorica.state import AdapterState
+from lorica.tree import join, within_any
+
+
+class RunningStatistic(Piece):
+    """An adapter's own value of a buffer; what it does not bring is the base's.
+
+    Args:
+        path: the buffer's name in the base.
+        module: that has it.
+        leaf: its name there.
+        own: its value.
+    """
+
+    places = True
+    optional = True
+
+    def __init__(self, path: str, module: nn.Module, leaf: str, own: Tensor) -> None:
+        super().__init__(path)
+        self.module, self.leaf, self.own = module, leaf, own
+        self.state: AdapterState | None = None
+
+    def put(self, root: nn.Module, state: AdapterState, name: str, *, trainable: bool) -> None:  # noqa: D102
+        self.state = state
+
+    def off(self, root: nn.Module, name: str) -> None:
+        """Nothing is left to do: an adapter that does not act has nothing in the base's place."""
+
+    def tensors(self, name: str) -> Iterator[Held]:  # noqa: D102
+        yield Held(self.path, self.path if self._stands() else None, self.live())
+
+    def saved(self, name: str) -> Iterator[Held]:
+        """Itself, if it moved."""
+        return self.tensors(name) if self.moved() else iter(())
+
+    def otherwise(self, held: Held) -> Tensor:
+        """The base's."""
+        return self._base()
+
+    def left(self, tensor: Tensor) -> None:  # noqa: D102
+        self.own = tensor
+
+    def stand_ins(self, name: str) -> Mapping[str, Tensor]:  # noqa: D102
+        return {self.path: self.live()}
+
+    def claims(self, name: str) -> Mapping[str, Rows]:  # noqa: D102
+        return {self.path: None} if self.moved() else {}
+
+    def moved(self) -> bool:
+        """Whether it is no longer the base's."""
+        own = self.live()
+        return not torch.equal(own, self._base().to(own))
+
+    def live(self) -> Tensor:
+        """The adapter's value, as it stands in the model while it acts."""
+        held = self.module._buffers[self.leaf] if self._stands() else self.own
+        assert held is not None
+        return held
+
+    def _stands(self) -> bool:
+        return self.state is not None and self.state.standing.get(self.path, ("", None))[1] is self
+
+    def _base(self) -> Tensor:
+        held: Tensor | None = self.state.originals.get(self.path) if self.state else None
+        base = self.module._buffers[self.leaf] if held is None else held
+        assert base is not None
+        return base
+
+
+class RunningStatistics(Kind):
+    """Finds the running statistics outside the modules that are trained whole."""
+
+    of_modules = (_NormBase,)
+
+    def opened(self, root: nn.Module, state: AdapterState) -> None:  # noqa: D102
+        keep_still(root, state)
+
+    def closed(self, root: nn.Module, state: AdapterState) -> None:  # noqa: D102
+        release(root)
+
+    def find(self, search: Search) -> Iterable[Piece]:  # noqa: D102
+        whole = [*search.whole, *(p.path for p in search.places if isinstance(p.module, SavedModule))]
+        given = search.adapter.extras if search.adapter is not None else {}
+        for path, module, _ in [search.itself, *search.places]:
+            if not isinstance(module, _NormBase) or within_any(path, whole):
+                continue
+            for leaf, buffer in module._buffers.items():
+                name = join(path, leaf)
+                if buffer is not None and (search.trainable or name in given):
+                    yield RunningStatistic(
+                        name, module, leaf, buffer if search.dry else buffer.detach().clone()
+                    )
+
+
+register(RunningStatistics())
