@@ -98,7 +98,7 @@ BASES = {
         ("head", "norm"),
     ),
     "attention": Base(seeded(Plain), IDS, ("attention", "up"), (r"attention|blocks\.1\.down",), ("head",)),
-    "encoder": Base(seeded(Encoder), IDS, ("linear1", "linear2", "embed"), (r".*linear\d",), ("head",)),
+    "encoder": Base(seeded(Encoder), IDS, ("linear1", "linear2", "embed"), (r".*linear\d",), ("head",), 2),
     "bert": Base(
         lambda: transformer("bert-classifier"),
         batch(),
