@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.adapter import Adapter, Factors
-from lorica.config import LoraConfig, full_match
+from lorica.config import LoraConfig, exactly, full_match
 from lorica.default_targets import model_type
 from lorica.errors import AdapterError, TargetError, listing
 from lorica.find import all_linear, means_all_linear
@@ -168,7 +168,13 @@ def adapter_now(root: nn.Module, adapter: Adapter) -> Adapter:
     def now(path: str) -> str:
         return loading.rename_source_key(f"{path}.weight", renamings, [])[0].removesuffix(".weight")
 
-    factors = {(path if path in paths else now(path)): f for path, f in adapter.factors.items()}
+    names = {path: path if path in paths else now(path) for path in adapter.factors}
+    factors = {names[path]: f for path, f in adapter.factors.items()}
+    config = _with_patterns(config, names)
+    if config.modules_to_save:
+        there = [f".{path}" for path in paths]
+        saved = [n if any(p.endswith(f".{n}") for p in there) else now(n) for n in config.modules_to_save]
+        config = config.replace(modules_to_save=saved)
     extras = {
         name: tensor
         for old, tensor in adapter.extras.items()
@@ -179,7 +185,12 @@ def adapter_now(root: nn.Module, adapter: Adapter) -> Adapter:
     kind = _mixture(root)
     if kind is not None:
         config, factors = config_now(root, config), _stacked(root, config, factors, kind)
-    if config.target_modules and isinstance(config.target_modules, list):
+    pattern = config.target_modules
+    if isinstance(pattern, str) and not means_all_linear(pattern):
+        found = [path for path, f in factors.items() if f.kind != "parameter"]
+        if not all(full_match(pattern, path) for path in found):
+            config = config.replace(target_modules=found)
+    elif config.target_modules:
         ends = tuple(f".{name}" for name in config.target_modules)
         lost = [
             path for path, f in factors.items() if f.kind != "parameter" and not f".{path}".endswith(ends)
@@ -187,6 +198,24 @@ def adapter_now(root: nn.Module, adapter: Adapter) -> Adapter:
         if lost:
             config = config.replace(target_modules=[*config.target_modules, *lost])
     return dataclasses.replace(adapter, config=config, factors=factors, extras=extras)
+
+
+def _with_patterns(config: LoraConfig, names: Mapping[str, str]) -> LoraConfig:
+    """A configuration whose ranks and alphas hold for modules by their names now.
+
+    Args:
+        config: as it was.
+        names: name before → name now.
+    """
+    moved = {before: now for before, now in names.items() if before != now}
+    r, alpha = config.rank, config.alpha
+    ranks = {exactly(now): r(old) for old, now in moved.items() if r(old) != r(now)}
+    alphas = {exactly(now): alpha(old) for old, now in moved.items() if alpha(old) != alpha(now)}
+    if not ranks and not alphas:
+        return config
+    return config.replace(
+        rank_pattern={**ranks, **config.rank_pattern}, alpha_pattern={**alphas, **config.alpha_pattern}
+    )
 
 
 def _extra_now(root: nn.Module, name: str, renamings: list[Any], loading: Any) -> str:
