@@ -105,7 +105,7 @@ def check(config: LoraConfig) -> None:
         ranges is None or (isinstance(ranges, list) and bool(ranges) and all(map(_is_range, ranges))),
         "None or a list of ranges [start, end) of blocks",
     )
-    for name in ("base_model_name_or_path", "revision"):
+    for name in ("base_model_name_or_path", "revision", "variant"):
         expect(name, isinstance(getattr(config, name), str | None), "None or a text")
     _check_tokens(config.trainable_token_indices)
     # PEFT's may be empty until it is used.
@@ -117,6 +117,11 @@ def check(config: LoraConfig) -> None:
                 f"{name} does not go with target_parameters: a parameter's update is folded into what "
                 f"its module reads, so it has no input or output of its own; leave {name} out"
             )
+    if config.variant is not None and (config.use_dora or config.lora_bias or config.target_parameters):
+        raise ConfigError(
+            f"variant={config.variant!r} takes the place of use_dora and lora_bias, and is for layers that "
+            "are called; leave them and target_parameters out"
+        )
     if config.lora_bias and config.use_dora:
         raise ConfigError(
             "The argument lora_bias=True is not supported for DoRA, please pass use_dora=False: it has no "

@@ -72,6 +72,8 @@ class LoraConfig:
         use_dora: train the magnitude of each output's weights too, and let B·A turn their direction (Liu et
             al., 2024).
         use_rslora: scale by α/√r, so that large ranks keep learning (Kalajdzievski, 2023).
+        variant: name of a variant of the layers' output that was registered (`lorica.layers.variants`); None
+            for LoRA itself, or what `use_dora` and `lora_bias` say.
         modules_to_save: modules trained and saved whole, such as a new classification head.
         trainable_token_indices: rows of the input embedding to train by themselves, such as those of new
             tokens; of other tables, a map from their names. What is tied to the input embedding, as a rule
@@ -123,6 +125,7 @@ class LoraConfig:
     lora_bias: bool = False
     use_dora: bool = False
     use_rslora: bool = False
+    variant: str | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
@@ -225,7 +228,10 @@ class LoraConfig:
         """The fields as `adapter_config.json` holds them, ``peft_type`` included."""
         # PEFT's file has an empty dictionary where there are no settings of LoftQ.
         unset = {} if self.loftq_config else {"loftq_config": {}}
-        return {"peft_type": "LORA", **dataclasses.asdict(self), **unset}
+        fields = {"peft_type": "LORA", **dataclasses.asdict(self), **unset}
+        if self.variant is None:  # a field that PEFT does not have
+            del fields["variant"]
+        return fields
 
     def plain(self) -> Self:
         """The configuration of the same update as seen from W0 itself.

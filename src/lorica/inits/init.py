@@ -100,6 +100,8 @@ class Init(ABC):
         """
         self.check(target, config)
         A, B = self.factors(target, config, seen, random)
+        precision = torch.promote_types(A.dtype, B.dtype)
+        A, B = A.to(precision), B.to(precision)
         if not self.residual:
             return Begun(A, B)
         return Begun(own(A), own(B), taken_out(target, A, B, config.scale(target.path)))

@@ -20,6 +20,7 @@ from lorica.errors import StateError
 from lorica.folding import fold
 from lorica.layers.ecosystem import AskedLayer
 from lorica.layers.swapped import Factor, blank
+from lorica.layers.variants import BIASED, DORA, PLAIN, Variant
 
 
 class LoraLayer(AskedLayer):
@@ -31,11 +32,12 @@ class LoraLayer(AskedLayer):
         scaling: adapter name → α/r or α/√r.
         lora_magnitude_vector: adapter name → trained magnitude of each output (DoRA); others have none.
         lora_dropout: adapter name → dropout probability.
+        variants: adapter name → what it makes of the layer besides adding its product.
         displaced: the acting adapter whose own weight stands in W0's place, and W0; None where W0 stands.
     """
 
     own_modules = ("lora_A", "lora_B", "lora_magnitude_vector")
-    own_attributes = ("adapter_state", "scaling", "scaled", "lora_dropout", "displaced")
+    own_attributes = ("adapter_state", "scaling", "scaled", "lora_dropout", "variants", "displaced")
     kind: ClassVar[Kind] = "linear"
     weight_name: ClassVar[str] = "weight"
     """Name of the base's parameter that the update belongs to."""
@@ -53,11 +55,12 @@ class LoraLayer(AskedLayer):
     lora_magnitude_vector: nn.ModuleDict
     scaling: dict[str, float]
     lora_dropout: dict[str, float]
+    variants: dict[str, Variant]
     displaced: tuple[str, Parameter] | None
 
     def prepare(self) -> None:  # noqa: D102
         self._modules.update({name: blank(nn.ModuleDict) for name in self.own_modules})
-        self.__dict__.update(scaling={}, scaled={}, lora_dropout={}, displaced=None)
+        self.__dict__.update(scaling={}, scaled={}, lora_dropout={}, variants={}, displaced=None)
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -153,20 +156,7 @@ class LoraLayer(AskedLayer):
 
     def effect(self, name: str, x: Tensor, base: Tensor) -> Tensor:
         """What one adapter adds to the output `base` that the base layer has for `x`."""
-        update = self.update(name, x).to(base.dtype)
-        shift = self.shift(name)
-        if shift is not None:
-            return update + self.along_outputs(shift.to(base.dtype))
-        ratio = self.ratio(name)
-        if ratio is None:
-            return update
-        ratio, bias = self.along_outputs(ratio.to(base.dtype)), getattr(self, "bias", None)
-        own = self.weight_beside(name)
-        if own is not None:
-            without_bias = self.multiply(x, own).to(base.dtype)
-        else:
-            without_bias = base if bias is None else base - self.along_outputs(bias)
-        return ratio * update + (ratio - 1) * without_bias
+        return self.variants[name].effect(self, name, x, base)
 
     def update(self, name: str, x: Tensor) -> Tensor:
         """One adapter's low-rank update of the output, for the layer's input `x`."""
@@ -207,20 +197,6 @@ class LoraLayer(AskedLayer):
         # Straight from nn.Module's tables: attributes and items would take a tenth of a small layer's time.
         return self._modules[own]._modules.get(name)  # type: ignore[union-attr, return-value]
 
-    def shift(self, name: str) -> Tensor | None:
-        """What the bias on B adds to every output, ``scale·bias`` (d_out,); None without one."""
-        bias = self.bias_parameter(name)
-        return None if bias is None else self.scaling[name] * bias
-
-    def ratio(self, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Magnitude over norm, for each row of ``W0 + scale·B·A`` (d_out,); None without magnitudes."""
-        magnitude = self.magnitude_parameter(name)
-        if magnitude is None:
-            return None
-        *factors, scale, _ = self.update_of(name)
-        A, B = (factor.flatten(1).to(dtype or factor.dtype) for factor in factors)
-        return magnitude / self.row_norm(self, A, B, scale, self.weight_beside(name))
-
     @classmethod
     def row_norm(
         cls, module: nn.Module, A: Tensor, B: Tensor, scale: float, weight: Tensor | None = None
@@ -249,22 +225,24 @@ class LoraLayer(AskedLayer):
     def add_factors(self, name: str, A: Parameter, B: Parameter, scale: float, dropout: float) -> None:
         """Take an adapter's factors, replacing those of the same name."""
         self.lora_A._modules[name], self.lora_B._modules[name] = Factor.of(A), Factor.of(B)
-        self.scaling[name], self.lora_dropout[name] = scale, dropout
+        self.scaling[name], self.lora_dropout[name], self.variants[name] = scale, dropout, PLAIN
 
     def add_magnitude(self, name: str, magnitude: Parameter) -> None:
         """Take an adapter's magnitudes."""
         self.lora_magnitude_vector._modules[name] = Factor.of(magnitude)
+        self.variants[name] = DORA
 
     def add_bias(self, name: str, bias: Parameter) -> None:
         """Take the bias on an adapter's B."""
         self.lora_B[name].bias = bias
+        self.variants[name] = BIASED
 
     def remove_factors(self, name: str) -> None:
         """Drop an adapter's factors and magnitudes."""
         for own in self.own_modules:
             if name in getattr(self, own):
                 del getattr(self, own)[name]
-        del self.scaling[name], self.lora_dropout[name]
+        del self.scaling[name], self.lora_dropout[name], self.variants[name]
         self.scaled.pop(name, None)
 
     def factors(self, name: str) -> Factors:
@@ -321,7 +299,8 @@ class LoraLayer(AskedLayer):
         """
         into = out or {}
         result = {self.weight_name: self.fold(names, out=into.get(self.weight_name))}
-        shifts = [shift.detach() for name in names if (shift := self.shift(name)) is not None]
+        biased = [name for name in names if self.variants.get(name) is BIASED]
+        shifts = [BIASED.shift(self, name).detach() for name in biased]
         if shifts:
             bias = self.get_base("bias").detach()
             total = bias.to(torch.promote_types(bias.dtype, torch.float32)) + torch.stack(shifts).sum(0)
@@ -342,7 +321,7 @@ class LoraLayer(AskedLayer):
         out = W0.new_empty(self.base_shape, dtype=precision) if out is None else out
         result = out.flatten(1)
         present = [name for name in names if name in self.scaling]
-        if len(present) == 1 and self.magnitude_parameter(present[0]) is None:
+        if len(present) == 1 and not self.variants[present[0]].turns:
             fold(W0, *self.product(present[0], precision), self.scaling[present[0]], out=result)
         else:
             result.copy_(self._sum(present, W0.to(precision)))
@@ -352,18 +331,42 @@ class LoraLayer(AskedLayer):
 
     def _sum(self, names: Sequence[str], W0: Tensor) -> Tensor:
         """W0 and what each adapter makes of it, in W0's dtype."""
-        result = W0
+        result, everything = W0, slice(None)
         for name in names:
             left, right = self.product(name, W0.dtype)
-            ratio = self.ratio(name)
-            if ratio is None:
+            variant = self.variants[name]
+            if not variant.turns:
                 result = fold(result, left, right, self.scaling[name])
             else:
-                own = self.rows_beside(name, slice(None), W0.dtype)
-                turned = fold(own, left, right, self.scaling[name])
-                turned *= self.along_rows(ratio.detach().to(W0.dtype))
+                own = self.rows_beside(name, everything, W0.dtype)
+                folded = fold(own, left, right, self.scaling[name])
+                turned = variant.weight(self, name, own, folded, everything).detach()
                 result = turned if len(names) == 1 else result + (turned - own)
         return result
+
+    def presented(self) -> Tensor:
+        """W0 with the acting updates folded in, differentiably: what a reader of the raw weight must see.
+
+        Returns:
+            The sum in W0's layout and dtype, summed up in float32 or W0's higher precision.
+        """
+        weight, names, everything = self.base_weight, self.acting(), slice(None)
+        if not names:
+            return weight
+        stands = result = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+        for name in names:
+            A, B, scale, _ = self.update_of(name)
+            A, B = A.flatten(1).to(stands.dtype), B.flatten(1).to(stands.dtype)
+            left, right = (A.t(), B.t()) if self.transposed else (B, A)
+            variant = self.variants[name]
+            if not variant.turns:
+                result = torch.addmm(result, left, right, alpha=scale)
+            else:
+                own = self.weight_beside(name)
+                own = stands if own is None else own.flatten(1).to(stands.dtype)
+                folded = torch.addmm(own, left, right, alpha=scale)
+                result = result + (variant.weight(self, name, own, folded, everything) - own)
+        return result.view(weight.shape).to(weight.dtype)
 
     def along_outputs(self, vector: Tensor) -> Tensor:
         """One number for each output (d_out,), shaped to multiply the layer's output."""

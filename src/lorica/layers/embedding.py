@@ -13,6 +13,7 @@ from lorica import functional
 from lorica.adapter import Kind
 from lorica.errors import StateError
 from lorica.layers.base import LoraLayer
+from lorica.layers.variants import PLAIN
 
 
 class LoraEmbedding(LoraLayer):
@@ -43,7 +44,7 @@ class LoraEmbedding(LoraLayer):
 
     def add_factors(self, name: str, A: Parameter, B: Parameter, scale: float, dropout: float) -> None:  # noqa: D102
         self.lora_embedding_A[name], self.lora_embedding_B[name] = A, B
-        self.scaling[name], self.lora_dropout[name] = scale, dropout
+        self.scaling[name], self.lora_dropout[name], self.variants[name] = scale, dropout, PLAIN
 
     def update(self, name: str, x: Tensor) -> Tensor:
         """The update for token ids of any shape: one dimension more."""

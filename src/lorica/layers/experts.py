@@ -20,6 +20,7 @@ from lorica.adapter import Factors, Kind
 from lorica.folding import fold
 from lorica.layers.base import LoraLayer
 from lorica.layers.swapped import Factor
+from lorica.layers.variants import PLAIN
 
 
 class ParameterUpdate(nn.Module):
@@ -103,7 +104,7 @@ class LoraParameters(LoraLayer):
     """
 
     own_modules = ("lora_parameters",)
-    own_attributes = ("adapter_state", "scaling", "scaled", "lora_dropout", "_shown")
+    own_attributes = ("adapter_state", "scaling", "scaled", "lora_dropout", "variants", "_shown")
     kind: ClassVar[Kind] = "parameter"
     takes_dropout: ClassVar[bool] = False
     takes_bias: ClassVar[bool] = False
@@ -114,7 +115,7 @@ class LoraParameters(LoraLayer):
 
     def prepare(self) -> None:  # noqa: D102
         self.lora_parameters = nn.ModuleDict()
-        self.scaling, self.scaled, self.lora_dropout, self._shown = {}, {}, {}, None
+        self.scaling, self.scaled, self.lora_dropout, self.variants, self._shown = {}, {}, {}, {}, None
 
     @staticmethod
     def shapes(module: nn.Module, parameter: str, r: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -162,7 +163,7 @@ class LoraParameters(LoraLayer):
         update: Any = self.lora_parameters[parameter]
         update.lora_A[name], update.lora_B[name] = Factor.of(A), Factor.of(B)
         update.scaling[name] = self.scaling[name] = scale
-        self.lora_dropout[name] = 0.0
+        self.lora_dropout[name], self.variants[name] = 0.0, PLAIN
 
     def remove_factors(self, name: str) -> None:  # noqa: D102
         for parameter, update in list(self._updates()):
@@ -170,7 +171,7 @@ class LoraParameters(LoraLayer):
                 del update.lora_A[name], update.lora_B[name]
             if not update.scaling:
                 del self.lora_parameters[parameter]
-        del self.scaling[name], self.lora_dropout[name]
+        del self.scaling[name], self.lora_dropout[name], self.variants[name]
         self.scaled.pop(name, None)
 
     def holders(self, name: str) -> list[tuple[str, str, Any]]:

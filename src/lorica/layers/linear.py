@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lorica import functional
 from lorica.layers.base import LoraLayer
+from lorica.layers.variants import BIASED, DORA, PLAIN
 
 
 class LoraLinear(LoraLayer):
@@ -42,14 +43,14 @@ class LoraLinear(LoraLayer):
         if len(names) != 1:
             return super().forward(input) if names else self.base_forward(input)
         A, B, scale, p = self.update_of(names[0])
-        ratio = self.ratio(names[0])
-        if ratio is not None and self.weight_beside(names[0]) is not None:
-            return super().forward(input)
-        if ratio is not None:
-            return functional.dora_linear(input, *self._base(), A, B, ratio, scale, p)
+        variant = self.variants[names[0]]
         weight, bias = self._base()
-        shift = self.shift(names[0])
-        if shift is not None:
+        if variant is not PLAIN:
+            if variant is DORA and self.weight_beside(names[0]) is None:
+                return functional.dora_linear(input, weight, bias, A, B, DORA.ratio(self, names[0]), scale, p)
+            if variant is not BIASED:
+                return super().forward(input)
+            shift = BIASED.shift(self, names[0])
             bias = shift.to(weight.dtype) if bias is None else bias + shift.to(bias.dtype)
         return functional.lora_linear(input, weight, bias, A, B, scale, p)
 
@@ -61,9 +62,8 @@ class LoraLinear(LoraLayer):
         return F.linear(x, self.as_matrix(weight))
 
     def is_more_than_factors(self) -> bool:
-        """Whether an adapter has magnitudes or a bias beside A and B."""
-        biased = any(self.bias_parameter(name) is not None for name in self.scaling)
-        return biased or len(self.lora_magnitude_vector) > 0
+        """Whether an adapter does more than add its product."""
+        return any(variant is not PLAIN for variant in self.variants.values())
 
     def update(self, name: str, x: Tensor) -> Tensor:  # noqa: D102
         return functional.low_rank(x, *self.update_of(name))
@@ -89,26 +89,6 @@ class LoraConv1D(LoraLinear):
         return super().forward(x)
 
 
-def presented(layer: LoraLayer) -> Tensor:
-    """W0 with the acting updates folded in, differentiably: what a reader of the raw weight must see."""
-    weight = layer.base_weight
-    names = layer.acting()
-    if not names:
-        return weight
-    stands = result = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    for name in names:
-        A, B, scale, _ = layer.update_of(name)
-        A, B = A.to(result.dtype), B.to(result.dtype)
-        ratio = layer.ratio(name)
-        if ratio is None:
-            result = torch.addmm(result, B, A, alpha=scale)
-        else:
-            own = layer.weight_beside(name)
-            own = stands if own is None else own.to(result.dtype)
-            result = result + (ratio.unsqueeze(1) * torch.addmm(own, B, A, alpha=scale) - own)
-    return result.to(weight.dtype)
-
-
 class LoraReadLinear(LoraLinear):
     """A linear layer whose weight others read, past its forward.
 
@@ -123,7 +103,7 @@ class LoraReadLinear(LoraLinear):
     @property
     def weight(self) -> Tensor:
         """W0 + Σ scale·B·A of the active adapters; W0 itself stays in `base_weight`."""
-        return presented(self)
+        return self.presented()
 
 
 class LoraAttentionOutput(LoraReadLinear):
@@ -152,4 +132,4 @@ class LoraAttention(LoraLayer):
     @property
     def in_proj_weight(self) -> Tensor:
         """W0 + Σ scale·B·A of the active adapters; W0 itself stays in `base_weight`."""
-        return presented(self)
+        return self.presented()

@@ -21,35 +21,9 @@ from lorica.layers.embedding import LoraEmbedding
 from lorica.layers.linear import LoraLinear
 from lorica.layers.opaque import LoraOpaque
 from lorica.layers.probe import has_own_forward
+from lorica.layers.variants import BIASED
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def presented(layer: LoraLayer) -> Tensor:
-    """W0 with the acting updates folded in, differentiably: what a reader of the raw weight must see.
-
-    Args:
-        layer: adapted layer.
-
-    Returns:
-        The sum in W0's layout and dtype, summed up in float32 or W0's higher precision.
-    """
-    weight = layer.base_weight
-    names = layer.acting()
-    if not names:
-        return weight
-    W0 = result = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-    for name in names:
-        A, B, scale, _ = layer.update_of(name)
-        A, B = A.flatten(1).to(W0.dtype), B.flatten(1).to(W0.dtype)
-        left, right = (A.t(), B.t()) if layer.transposed else (B, A)
-        ratio = layer.ratio(name)
-        if ratio is None:
-            result = torch.addmm(result, left, right, alpha=scale)
-        else:
-            turned = torch.addmm(W0, left, right, alpha=scale)
-            result = result + (layer.along_rows(ratio) * turned - W0)
-    return result.view(weight.shape).to(weight.dtype)
 
 
 class ReadWeight(LoraLayer):
@@ -68,7 +42,7 @@ class ReadWeight(LoraLayer):
         what = None
         if rows is not None and names:
             what = "as one weight for all rows, so adapters on it cannot be mixed in a batch"
-        elif any(self.bias_parameter(name) is not None for name in names):
+        elif any(self.variants[name] is BIASED for name in names):
             what = "without its bias; set lora_bias=False"
         elif self.training and torch.is_grad_enabled() and any(self.lora_dropout[name] for name in names):
             what = "and has no input of its own to drop; set lora_dropout=0"
@@ -77,7 +51,7 @@ class ReadWeight(LoraLayer):
                 f"the weight of an adapted {self.base_class.__name__} {tuple(self.base_shape)} is read past "
                 f"its forward, {what}, or leave the layer out (exclude_modules)"
             )
-        return presented(self)
+        return self.presented()
 
 
 class LoraReadLinear(ReadWeight, LoraLinear):

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from lorica.layers.base import LoraLayer
 from lorica.layers.embedding import LoraEmbedding
+from lorica.layers.variants import PLAIN
 
 
 class TiedFactor(nn.Module):
@@ -52,7 +53,7 @@ def tie_factors(layer: LoraLayer, name: str, table: LoraEmbedding) -> None:
         layer.add_factors(name, A, B, scale, dropout)
         return
     layer.lora_A[name], layer.lora_B[name] = TiedFactor(B), TiedFactor(A)
-    layer.scaling[name], layer.lora_dropout[name] = scale, dropout
+    layer.scaling[name], layer.lora_dropout[name], layer.variants[name] = scale, dropout, PLAIN
 
 
 def tied_factors(layer: LoraLayer, name: str) -> dict[str, Parameter] | None:

@@ -198,22 +198,23 @@ def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, row
     """
     W = stored.detach().flatten(1)
     products = [
-        (name, *layer.product(name, torch.float64), layer.scaling[name], layer.ratio(name, torch.float64))
+        (name, *layer.product(name, torch.float64), layer.scaling[name], layer.variants[name])
         for name in names
         if name in layer.scaling
     ]
+    turning = {
+        name: variant.turning(layer, name, torch.float64) for name, *_, variant in products if variant.turns
+    }
     lost = total = 0.0
     for i in range(0, W.shape[0], rows):
         part = slice(i, i + rows)
         base = layer.base_rows(part, torch.float64)
         delta = torch.zeros_like(base)
-        for name, left, right, scale, ratio in products:
+        for name, left, right, scale, _ in products:
             update = scale * (left[part] @ right)
-            if ratio is not None:
-                ratio = layer.along_rows(ratio.detach())
-                ratio = ratio if layer.transposed else ratio[part]
+            if name in turning:
                 own = layer.rows_beside(name, part, torch.float64)
-                update = ratio * (own + update) - own
+                update = turning[name](own, own + update, part).detach() - own
             delta += update
         lost += float((W[part].double() - base - delta).square().sum())
         total += float(delta.square().sum())

@@ -30,7 +30,7 @@ from lorica.config.inits import niter
 from lorica.errors import AdapterError, TargetError, nearest
 from lorica.find import Target, as_target, means_all_linear, meant
 from lorica.inits import INITS, Start, generator
-from lorica.layers import AddedModule, LoraAttention, LoraConv1D, LoraLayer, SavedModule
+from lorica.layers import AddedModule, LoraAttention, LoraConv1D, LoraLayer, SavedModule, variants
 from lorica.piece import Contents, Held, Piece, Rows, Value
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
@@ -43,7 +43,7 @@ class LowRank(Piece):
     Args:
         target: the module.
         factors: what they start as, in the memory that they will keep.
-        dropout: probability with which the layer's inputs are dropped in training.
+        config: says which of its inputs are dropped, and what else it makes of the layer (`variant`).
         start: what the start took out of W0, and what is left.
     """
 
@@ -51,9 +51,12 @@ class LowRank(Piece):
     called = True
     clash = "each took its start out of {}; extract one and attach it again, and it stands beside W0 itself"
 
-    def __init__(self, target: Target, factors: Factors, dropout: float, start: Start | None = None) -> None:
+    def __init__(
+        self, target: Target, factors: Factors, config: LoraConfig, start: Start | None = None
+    ) -> None:
         self.path = target.key
-        self.target, self.dropout, self.start = target, dropout, start
+        self.target, self.dropout, self.start = target, config.lora_dropout, start
+        self.variant = None if config.variant is None else variants.of(config.variant)
         self.begun: Factors | None = factors
 
     @property
@@ -89,6 +92,8 @@ class LowRank(Piece):
             layer.add_magnitude(name, Parameter(own.magnitude, trainable))
         if own.bias is not None:
             layer.add_bias(name, Parameter(own.bias, trainable))
+        if self.variant is not None:
+            layer.variants[name] = self.variant
         self.begun = None
 
     def off(self, root: nn.Module, name: str) -> None:  # noqa: D102
@@ -229,7 +234,7 @@ def fresh(target: Target, config: LoraConfig, search: Search, piece: type[LowRan
         A, B = (torch.empty(shape, device="meta") for shape in shapes)
         m = B.new_empty(len(B)) if config.use_dora else None
         b = B.new_empty(len(B)) if config.lora_bias else None
-        return piece(target, Factors(A, B, scale, target.layer.kind, m, b), config.lora_dropout)
+        return piece(target, Factors(A, B, scale, target.layer.kind, m, b), config)
     random = generator(search.seed, target.pattern_path)
     A, B, start = init.begin(target, config, search.seen.get(target.path), random)
     A, B = own(target, A), own(target, B)
@@ -239,7 +244,7 @@ def fresh(target: Target, config: LoraConfig, search: Search, piece: type[LowRan
         magnitude = target.layer.row_norm(target.module, A.flatten(1), B.flatten(1), scale, weight)
     if config.lora_bias:
         bias = own(target, inits.start_bias(B.shape[0], r, value, random))
-    return piece(target, Factors(A, B, scale, target.layer.kind, magnitude, bias), config.lora_dropout, start)
+    return piece(target, Factors(A, B, scale, target.layer.kind, magnitude, bias), config, start)
 
 
 def own(target: Target, factor: Tensor) -> Tensor:
@@ -248,7 +253,7 @@ def own(target: Target, factor: Tensor) -> Tensor:
     return factor.detach().to(device=device, dtype=precision).contiguous()
 
 
-def blank(target: Target, factors: Factors, dropout: float, piece: type[LowRank] = LowRank) -> LowRank:
+def blank(target: Target, factors: Factors, config: LoraConfig, piece: type[LowRank] = LowRank) -> LowRank:
     """A piece for a module with room for an adapter's factors, whose shapes fit."""
     device, precision = target.computes()
 
@@ -258,7 +263,7 @@ def blank(target: Target, factors: Factors, dropout: float, piece: type[LowRank]
     A, B, m, b = map(room, (factors.A, factors.B, factors.magnitude, factors.bias))
     assert A is not None
     assert B is not None
-    return piece(target, Factors(A, B, factors.scale, factors.kind, m, b), dropout)
+    return piece(target, Factors(A, B, factors.scale, factors.kind, m, b), config)
 
 
 def _brought(search: Search, lora: LoraConfig) -> Iterator[LowRank]:
@@ -275,7 +280,7 @@ def _brought(search: Search, lora: LoraConfig) -> Iterator[LowRank]:
         except TargetError as error:
             search.reject(path, str(error))
         else:
-            yield blank(target, factors, lora.lora_dropout)
+            yield blank(target, factors, lora)
     # Another reader may have found other modules behind None, "all-linear" or a pattern; behind names there
     # is no doubt.
     if isinstance(lora.target_modules, list):

@@ -21,6 +21,7 @@ from lorica.errors import StateError
 from lorica.layers.opaque import LoraOpaque
 from lorica.layers.quantized import registry
 from lorica.layers.quantized.product import packed_linear
+from lorica.layers.variants import BIASED, DORA, PLAIN
 
 _BLOCK = 1 << 22  # elements of W0 that are unpacked at once to measure its rows: 16 MB of float32
 
@@ -33,12 +34,13 @@ class LoraQuantized(LoraOpaque):
         names = self.acting()
         if self.adapter_state.rows is not None or len(names) != 1 or len(args) != 1 or kwargs:
             return super().forward(*args, **kwargs)
+        variant = self.variants[names[0]]
+        if variant not in (PLAIN, BIASED, DORA):
+            return super().forward(*args, **kwargs)
         y = self._product(args[0], *self.update_of(names[0]))
-        ratio = self.ratio(names[0])
-        if ratio is None:
-            shift = self.shift(names[0])
-            return y if shift is None else y + shift.to(y.dtype)
-        ratio, bias = ratio.to(y.dtype), getattr(self, "bias", None)
+        if variant is not DORA:
+            return y if variant is PLAIN else y + BIASED.shift(self, names[0]).to(y.dtype)
+        ratio, bias = DORA.ratio(self, names[0]).to(y.dtype), getattr(self, "bias", None)
         return y * ratio if bias is None else torch.addcmul(bias.to(y.dtype) * (1 - ratio), y, ratio)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:

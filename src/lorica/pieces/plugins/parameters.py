@@ -108,7 +108,7 @@ def _brought(search: Search, lora: LoraConfig, targets: Mapping[str, Target]) ->
         except TargetError as error:
             search.reject(key, str(error))
         else:
-            yield blank(target, factors, lora.lora_dropout, OnParameter)
+            yield blank(target, factors, lora, OnParameter)
     search.missing += [targets[key].pattern_path for key in targets if key not in search.adapter.factors]
 
 

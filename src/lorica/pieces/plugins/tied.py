@@ -93,7 +93,7 @@ class TiedTables(Kind):
         for path, table in found.items():
             piece = pieces[path]
             assert piece.begun is not None
-            tied = Tied(piece.target, piece.begun, piece.dropout)
+            tied = Tied(piece.target, piece.begun, lora)
             tied.table = table
             search.pieces.remove(piece)
             search.pieces.append(tied)  # after the table, which has what it shares

@@ -28,6 +28,7 @@ from lorica.functional import (
 )
 from lorica.layers import LoraLayer, LoraLinear
 from lorica.layers.linear import LoraConv1D
+from lorica.layers.variants import PLAIN
 from lorica.tune.population.coroutines import Coroutine, SyncPoint
 
 
@@ -83,7 +84,7 @@ def _segment(module: nn.Module, x: Tensor) -> Segment | None:
     names = module.acting()
     if not names:
         return Segment(x)
-    plain = len(names) == 1 and module.ratio(names[0]) is None and module.shift(names[0]) is None
+    plain = len(names) == 1 and module.variants[names[0]] is PLAIN
     return segment(x, *module.update_of(names[0])) if plain else None
 
 

@@ -1,0 +1,157 @@
+"""What an adapter makes of a layer besides adding its product: nothing more, DoRA, a bias on B.
+
+    plain    y + s·B·A·x                         W0 + s·B·A
+    DoRA     m/‖W‖ · (W·x),  W = W0 + s·B·A      m/‖W‖ · W        (by rows)
+    biased   y + s·(B·A·x + b)                   W0 + s·B·A, and s·b on the layer's bias
+
+A variant is a class with two methods, `Variant.effect` and `Variant.weight`, registered under its value of
+`LoraConfig.variant`; DoRA and the bias have fields of their own there, as in PEFT.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lorica.errors import ConfigError, listing, nearest
+
+VARIANTS: dict[str, Variant] = {}
+"""Name → variant."""
+
+
+def register(variant: Variant) -> Variant:
+    """Make a variant known by its name, as a value of `LoraConfig.variant`."""
+    VARIANTS[variant.name] = variant
+    return variant
+
+
+def of(name: str) -> Variant:
+    """The variant of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in VARIANTS:
+        have = listing(map(repr, VARIANTS))
+        raise ConfigError(f"variant={name!r} is not registered{nearest(name, VARIANTS)}; there are: {have}")
+    return VARIANTS[name]
+
+
+class Variant(ABC):
+    """How an adapter's product B·A changes a layer's output and its weight.
+
+    Attributes:
+        name: under which it is registered.
+        turns: whether the weight it makes is more than W0 + scale·B·A, so that `weight` is asked.
+    """
+
+    name: ClassVar[str]
+    turns: ClassVar[bool] = True
+
+    @abstractmethod
+    def effect(self, layer: Any, name: str, x: Tensor, base: Tensor) -> Tensor:
+        """What an adapter adds to a layer's output.
+
+        Args:
+            layer: the adapted layer (`LoraLayer`); ``layer.update(name, x)`` is ``scale·B·A·x``.
+            name: of the adapter.
+            x: the layer's input.
+            base: the layer's output without adapters, whose shape and dtype the result has.
+        """
+
+    @abstractmethod
+    def weight(self, layer: Any, name: str, W0: Tensor, folded: Tensor, rows: slice) -> Tensor:
+        """What the adapter alone makes of rows of the weight; differentiable.
+
+        Args:
+            layer: the adapted layer.
+            name: of the adapter.
+            W0: the rows of the weight that it was made beside, as matrix (rows, ...) in the weight's layout.
+            folded: ``W0 + scale·B·A``, likewise.
+            rows: which they are.
+        """
+
+    def turning(self, layer: Any, name: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, slice], Tensor]:
+        """`weight` for several blocks of rows in a dtype, once what all of them need is known."""
+        return partial(self.weight, layer, name)
+
+    def __deepcopy__(self, memo: object) -> Variant:
+        """Itself: it holds nothing of the layers."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """By its name."""
+        return of, (self.name,)
+
+
+class Plain(Variant):
+    """The product, and nothing more."""
+
+    name: ClassVar[str] = "plain"
+    turns: ClassVar[bool] = False
+
+    def effect(self, layer: Any, name: str, x: Tensor, base: Tensor) -> Tensor:  # noqa: D102
+        return layer.update(name, x).to(base.dtype)
+
+    def weight(self, layer: Any, name: str, W0: Tensor, folded: Tensor, rows: slice) -> Tensor:  # noqa: D102
+        return folded
+
+
+class Biased(Plain):
+    """A trained bias b on B: ``scale·b`` is added to every output (`lora_bias`)."""
+
+    name: ClassVar[str] = "biased"
+
+    def effect(self, layer: Any, name: str, x: Tensor, base: Tensor) -> Tensor:  # noqa: D102
+        shift = self.shift(layer, name).to(base.dtype)
+        return super().effect(layer, name, x, base) + layer.along_outputs(shift)
+
+    def shift(self, layer: Any, name: str) -> Tensor:
+        """``scale·b`` (d_out,)."""
+        return layer.scaling[name] * layer.bias_parameter(name)
+
+
+class Dora(Variant):
+    """A trained magnitude for each output: rows of ``W0 + scale·B·A`` are brought to that norm.
+
+    Source: Liu et al., 2024, §4.
+    """
+
+    name: ClassVar[str] = "dora"
+
+    def effect(self, layer: Any, name: str, x: Tensor, base: Tensor) -> Tensor:  # noqa: D102
+        update = layer.update(name, x).to(base.dtype)
+        ratio, bias = (
+            layer.along_outputs(self.ratio(layer, name).to(base.dtype)),
+            getattr(layer, "bias", None),
+        )
+        own = layer.weight_beside(name)
+        if own is not None:
+            without_bias = layer.multiply(x, own).to(base.dtype)
+        else:
+            without_bias = base if bias is None else base - layer.along_outputs(bias)
+        return ratio * update + (ratio - 1) * without_bias
+
+    def weight(self, layer: Any, name: str, W0: Tensor, folded: Tensor, rows: slice) -> Tensor:  # noqa: D102
+        return self.turning(layer, name, folded.dtype)(W0, folded, rows)
+
+    def turning(self, layer: Any, name: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, slice], Tensor]:  # noqa: D102
+        ratio = layer.along_rows(self.ratio(layer, name, dtype).to(dtype))
+        return lambda W0, folded, rows: folded * (ratio if layer.transposed else ratio[rows])
+
+    def ratio(self, layer: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Magnitude over norm, for each row of ``W0 + scale·B·A`` (d_out,)."""
+        *factors, scale, _ = layer.update_of(name)
+        A, B = (factor.flatten(1).to(dtype or factor.dtype) for factor in factors)
+        magnitude = layer.magnitude_parameter(name)
+        return magnitude / layer.row_norm(layer, A, B, scale, layer.weight_beside(name))
+
+
+PLAIN, BIASED, DORA = Plain(), Biased(), Dora()
+for _variant in (PLAIN, BIASED, DORA):
+    register(_variant)
