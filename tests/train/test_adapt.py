@@ -59,7 +59,7 @@ def test_the_start_is_made_from_training_rows(start: str, place: Path, tmp_path:
     chosen = recipe(place, start, tmp_path / "out")
     method = dataclasses.replace(chosen.method, task_type="SEQ_CLS")
     console = quiet()
-    found = starts.start(prepare(chosen), method, tmp_path / "out", resume=False, console=console)
+    found = starts.adapt_prepared(prepare(chosen), method, tmp_path / "out", resume=False, console=console)
     assert isinstance(console.file, io.StringIO)
     assert f"{start}: started from 12 training rows" in console.file.getvalue()
 

@@ -26,7 +26,7 @@ from lorica.errors import LoricaError
 from lorica.train.console import Console, duration, make_console
 from lorica.train.record import versions
 from lorica.train.run import train
-from lorica.train.system import alone_in, apart, peak_memory
+from lorica.train.system import alone_in, in_new_process, peak_memory
 from lorica.train.trainer.fit import Interrupted
 
 RESULTS = "results.jsonl"
@@ -167,7 +167,7 @@ def in_own_process(run: Run, folder: Path, *, keep: bool = False) -> Row:
         KeyboardInterrupt: the user stopped it.
     """
     try:
-        row, reason = apart(_attempt, run, folder, keep)
+        row, reason = in_new_process(_attempt, run, folder, keep)
     except BrokenProcessPool:
         reason = "its process was killed, most likely because the machine ran out of memory"
         raise Failed(reason) from None

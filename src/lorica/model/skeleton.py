@@ -12,8 +12,7 @@ from torch import nn
 from lorica.checkpoint.embedded import resolve_model
 from lorica.errors import ConfigError, require
 
-# The class that loads a model for each task, by transformers' names.
-_AUTO = {
+AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
@@ -21,6 +20,7 @@ _AUTO = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+"""Task type → transformers' class that loads a model with its head."""
 
 
 def skeleton(model: Any, task_type: str | None = None, *, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -44,7 +44,7 @@ def skeleton(model: Any, task_type: str | None = None, *, dtype: torch.dtype = t
         if names and hasattr(transformers, names[0]):
             result = getattr(transformers, names[0])(config)
         else:
-            auto = getattr(transformers, _AUTO[task_type or "FEATURE_EXTRACTION"])
+            auto = getattr(transformers, AUTO_CLASSES[task_type or "FEATURE_EXTRACTION"])
             try:
                 result = auto.from_config(config)
             except ValueError as error:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lorica.train.prepared import Prepared
 
 
-def start(
+def adapt_prepared(
     prepared: Prepared, method: AdapterConfig, output: Path, *, resume: bool, console: Console
 ) -> PreTrainedModel:
     """Put a new adapter on a run's model.

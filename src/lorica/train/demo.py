@@ -27,7 +27,7 @@ from lorica.train.console import make_console, quiet
 from lorica.train.prepared import Prepared, prepare
 from lorica.train.recipe import Recipe
 from lorica.train.record import versions
-from lorica.train.system import alone_in, apart, bytes_of, peak_memory, write_atomically
+from lorica.train.system import alone_in, bytes_of, in_new_process, peak_memory, write_atomically
 from lorica.train.trained import open_run
 from lorica.train.trainer.fit import Interrupted, fit
 
@@ -133,7 +133,7 @@ def _run_demo(recipe: Recipe, output: Path, console: Console) -> Demo:
 
 
 def _in_own_process(method: str, recipe: Recipe) -> Row:
-    outcome = apart(train_row, method, recipe)
+    outcome = in_new_process(train_row, method, recipe)
     if outcome is None:
         raise KeyboardInterrupt
     return outcome

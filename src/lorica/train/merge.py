@@ -16,23 +16,13 @@ from lorica.checkpoint import read
 from lorica.checkpoint.atomic import staged, usual_mode
 from lorica.errors import ConfigError, FileError
 from lorica.model import MergeReport, attach, merge
+from lorica.model.skeleton import AUTO_CLASSES
 from lorica.train import tasks
 from lorica.train.console import quiet
 from lorica.train.embedded import resolve_model
 from lorica.train.recipe import Recipe
 from lorica.train.system import writable_directory
 from lorica.train.tasks.base import loading
-
-# For adapters that no recipe came with: which of transformers' classes loads the base that the adapter was
-# trained on.
-_AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def merge_checkpoint(
@@ -105,7 +95,7 @@ def load_base(base: str, adapter: Adapter, recipe: Recipe | None, dtype: str = "
         auto, options = task.auto_class, task.head(recipe.data)
     else:
         kind = adapter.config.task_type
-        auto = _AUTO_CLASSES.get(kind or "") or _architecture(base)
+        auto = AUTO_CLASSES.get(kind or "") or _architecture(base)
         if kind in ("SEQ_CLS", "TOKEN_CLS") and (outputs := _outputs(adapter)) is not None:
             options = {"num_labels": outputs}
     with quiet(), loading(f"the base {base!r} as {auto}"):
@@ -126,7 +116,7 @@ def _architecture(base: str) -> str:
         return architectures[0]
     raise ConfigError(
         "neither the adapter nor its base says which kind of model this is; "
-        f"set task_type in adapter_config.json to one of {', '.join(_AUTO_CLASSES)}"
+        f"set task_type in adapter_config.json to one of {', '.join(AUTO_CLASSES)}"
     )
 
 

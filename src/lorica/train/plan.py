@@ -14,7 +14,7 @@ from lorica.model import Preview, preview
 from lorica.study.planning import Plan, largest_batch, plan
 from lorica.train import presets, tasks
 from lorica.train.embedded import resolve_model
-from lorica.train.prepared import read, typed
+from lorica.train.prepared import read, with_head
 from lorica.train.recipe import Recipe
 from lorica.train.settings import DataConfig
 from lorica.train.tasks import Task
@@ -62,10 +62,10 @@ def plan_recipe(
     recipe = presets.apply(recipe, own_rows=False)
     task = tasks.get(recipe.task)
     settings = _settings(recipe, task)
-    config: Any = typed(recipe.configuration(), task)
+    config: Any = with_head(recipe.configuration(), task)
     chosen = method or _method(recipe)
     if method is not None and method_of(config) != "lora":
-        config = typed(recipe.method, task)
+        config = with_head(recipe.method, task)
     length = min(recipe.training.max_length, positions_of(settings) or recipe.training.max_length)
     options: dict[str, Any] = {
         "method": chosen,

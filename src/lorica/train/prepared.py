@@ -157,7 +157,8 @@ def read(recipe: Recipe, rows: sources.Rows | None = None) -> tuple[Recipe, Task
 
 
 def _read(recipe: Recipe, rows: sources.Rows | None) -> tuple[Recipe, Task, dict[str, Used], str | None]:
-    recipe = presets.apply(recipe, own_rows=rows is not None)
+    if recipe.data.preset is not None:
+        recipe = presets.apply(recipe, own_rows=rows is not None)
     if rows is not None:
         recipe = recipe.replace(data={"train": sources.IN_PYTHON})
     task = tasks.get(recipe.task)
@@ -266,7 +267,7 @@ def quantized_loading(recipe: Recipe, task: Task) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
-def typed(config: AdapterConfig, task: Task) -> AdapterConfig:
+def with_head(config: AdapterConfig, task: Task) -> AdapterConfig:
     """A configuration that trains the task's new head too."""
     config = config if config.task_type else config.replace(task_type=task.task_type)
     if task.modules_to_save and config.modules_to_save is None:

@@ -18,17 +18,16 @@ from lorica.errors import ConfigError, FileError, LoricaError, listing
 from lorica.model import extract, save, trainable_parameters
 from lorica.plain import as_json
 from lorica.reading import read_object
-from lorica.train.adapt import start, warm_start
+from lorica.train.adapt import adapt_prepared, warm_start
 from lorica.train.console import make_console
 from lorica.train.data.splits import Rows
 from lorica.train.generation.writing import writer_of
-from lorica.train.prepared import Prepared, announce, prepare, typed
+from lorica.train.prepared import Prepared, announce, prepare, with_head
 from lorica.train.recipe import Recipe
 from lorica.train.record import RECORD, Record, about, changed_rows, is_whole, machine, versions
 from lorica.train.system import alone_in, bytes_of, sha256_of, writable_directory, write_atomically
-from lorica.train.trainer import defaults
+from lorica.train.trainer.arguments import chosen_defaults, describe_defaults, fitting_batch, with_defaults
 from lorica.train.trainer.checkpoints import last_checkpoint
-from lorica.train.trainer.defaults import fitting_batch
 from lorica.train.trainer.fit import fit
 from lorica.train.trainer.scoring import majority
 
@@ -150,28 +149,24 @@ def train_prepared(
     announce(prepared, console)
 
     scored = [split for split in ("validation", "test") if split in prepared.splits]
-    writer = writer_of(
-        recipe,
-        task,
-        prepared.tokenizer,
-        prepared.model,
-        [prepared.splits[split].features for split in scored],
-        console,
-    )
-    model = start(prepared, typed(recipe.configuration(), task), output, resume=resume, console=console)
+    features = {split: prepared.splits[split].features for split in scored}
+    writer = None
+    if recipe.generation.metrics:
+        writer = writer_of(recipe, task, prepared.tokenizer, prepared.model, features.values(), console)
+    method = with_head(recipe.configuration(), task)
+    model = adapt_prepared(prepared, method, output, resume=resume, console=console)
     if recipe.init_from is not None and not _goes_on(output, resume):
         warm_start(model, read(recipe.init_from), head=recipe.init_head)
     count = trainable_parameters(model)
     console.print(str(count))
     learned = prepared.splits["train"].features
-    settled = defaults.settled(recipe.training, len(learned), model)
-    found = defaults.chosen(prepared.recipe.training, settled)
-    recipe = dataclasses.replace(recipe, training=settled)
+    training = with_defaults(recipe.training, len(learned), model)
+    found = chosen_defaults(prepared.recipe.training, training)
     if found:
-        console.print(defaults.announced(found, len(learned), settled), markup=False, soft_wrap=True)
-    if recipe.training.auto_batch_size and not held:
-        training = fitting_batch(model, task, prepared.tokenizer, learned, recipe.training, console)
-        recipe = dataclasses.replace(recipe, training=training)
+        console.print(describe_defaults(found, len(learned), training), markup=False, soft_wrap=True)
+    if training.auto_batch_size and not held:
+        training = fitting_batch(model, task, prepared.tokenizer, learned, training, console)
+    recipe = dataclasses.replace(recipe, training=training)
     recipe.save(output / RECIPE)
     write_atomically(writable_directory(output / "checkpoints") / ROWS, as_json(prepared.data) + "\n")
     done = fit(
@@ -187,7 +182,6 @@ def train_prepared(
         **fitting,
         writer=writer,
     )
-    features = {split: prepared.splits[split].features for split in scored}
     metrics, doubts = {}, list(done.doubts())
     for split, own in features.items():
         metrics[split] = done.evaluated_last(own) or done.evaluate(own)

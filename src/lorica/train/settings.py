@@ -106,7 +106,7 @@ class TrainingConfig:
 
     Args:
         learning_rate: peak learning rate. None chooses it by the method and the model's width (see
-            `lorica.train.trainer.defaults`): LoRA likes about ten times that of full fine-tuning.
+            `lorica.train.trainer.arguments`): LoRA likes about ten times that of full fine-tuning.
         epochs: passes over the training rows. None takes 3, or as many as few rows need to be learned.
         max_steps: optimizer steps to take, whatever `epochs` says. None lets `epochs` decide.
         batch_size: rows a step on each device.

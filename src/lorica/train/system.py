@@ -159,7 +159,7 @@ T = TypeVar("T")
 _COMMON = ["lorica.train.run", "transformers.trainer", "datasets", "sklearn.metrics", "scipy.stats"]
 
 
-def apart(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+def in_new_process(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     """Call something in a fresh process, and wait for it.
 
     The process holds imported modules and nothing of this one's data; it ends with this one, however that

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.errors import ConfigError, FileError
-from lorica.train.data.files import read_file
+from lorica.train.data.sources import read_file
 from lorica.train.data.tables import Form, Found
 
 

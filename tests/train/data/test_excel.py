@@ -9,7 +9,7 @@ import pytest
 from lorica.errors import FileError
 from lorica.train import DataConfig
 from lorica.train.data import splits as data
-from lorica.train.data.files import read_file
+from lorica.train.data.sources import read_file
 from lorica.train.data.tables import Form
 
 openpyxl = pytest.importorskip("openpyxl", reason="lorica[excel] is not installed")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorica.errors import FileError
-from lorica.train.data.files import read_file
+from lorica.train.data.sources import read_file
 from lorica.train.data.tables import Form, Found
 
 A, B = {"text": "a", "label": 1}, {"text": "b", "label": 2}

@@ -11,7 +11,7 @@ from lorica.errors import ConfigError, LoricaError
 from lorica.train import DataConfig, RowError, tasks
 from lorica.train.data import columns
 from lorica.train.data.labels import read_otherwise
-from lorica.train.data.rows import structured
+from lorica.train.data.rows import parsed_cell
 from lorica.train.data.splits import Splits
 
 
@@ -106,7 +106,7 @@ def test_numbers_that_are_no_places(names: list[str], value: str) -> None:
     ],
 )
 def test_lists_in_cells(cell: Any, value: Any) -> None:
-    assert structured(cell) == value
+    assert parsed_cell(cell) == value
 
 
 def test_lists_of_labels_in_cells() -> None:

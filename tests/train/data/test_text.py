@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from lorica.errors import ConfigError, FileError
-from lorica.train.data.files import read_file
+from lorica.train.data.sources import read_file
 from lorica.train.data.tables import Form, Found
 from lorica.train.data.text import content, decoded, lines_of, read_lines
 

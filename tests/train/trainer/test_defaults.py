@@ -16,7 +16,7 @@ import lorica
 from lorica import baselines
 from lorica.errors import ConfigError, LoricaError
 from lorica.train import Recipe, Record, TrainingConfig, train
-from lorica.train.trainer.defaults import MOST_PASSES, chosen, passes, rate, settled
+from lorica.train.trainer.arguments import MOST_PASSES, chosen_defaults, passes, rate, with_defaults
 
 
 def wide(width: int) -> nn.Module:
@@ -73,10 +73,10 @@ def test_a_batch_that_is_gathered_counts_as_one_step() -> None:
 
 def test_a_users_values_win() -> None:
     given = TrainingConfig(learning_rate=0.3, epochs=1.5)
-    assert settled(given, 10, wide(8)) == given
-    steps = settled(TrainingConfig(max_steps=7), 10, wide(8))
+    assert with_defaults(given, 10, wide(8)) == given
+    steps = with_defaults(TrainingConfig(max_steps=7), 10, wide(8))
     assert steps.max_steps == 7
-    assert set(chosen(TrainingConfig(max_steps=7), steps)) == {"learning_rate"}
+    assert set(chosen_defaults(TrainingConfig(max_steps=7), steps)) == {"learning_rate"}
 
 
 def test_a_run_keeps_what_was_chosen(make_recipe: Callable[..., Recipe], capsys: Any) -> None:

@@ -33,7 +33,7 @@ def run(argv: list[str]) -> int:
 
     from lorica.errors import FileError
     from lorica.train import tasks
-    from lorica.train.data.files import format_of
+    from lorica.train.data.sources import format_of
     from lorica.train.system import writable_file, write_lines
     from lorica.train.trained import predict, recipe_of
 

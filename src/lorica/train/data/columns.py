@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset
 
 from lorica.errors import ConfigError, listing, nearest
 from lorica.train.data.labels import classes_of, finder, in_order, label_of
-from lorica.train.data.rows import RowError, Unusable, read_each, structured
+from lorica.train.data.rows import RowError, Unusable, parsed_cell, read_each
 
 # In order: a data set that has both a pair and a single name is a pair.
 PAIRS = (
@@ -326,7 +326,7 @@ def _inner(rows: Dataset, column: str) -> Any:
 
 
 def _items(value: Any, column: str) -> list[Any]:
-    value = structured(value)
+    value = parsed_cell(value)
     if not isinstance(value, list):
         got = "nothing" if value is None else f"{value!r:.60}"
         raise Unusable(f'has {got} in column {column!r}, where a list is due, such as ["a", "b"]')

@@ -161,7 +161,7 @@ def use(used: Used, act: Callable[[Dataset], T], *, skip: bool) -> tuple[T, Used
             )
 
 
-def structured(value: Any) -> Any:
+def parsed_cell(value: Any) -> Any:
     """What a cell such as ``["a", "b"]`` or ``{'text': ['a']}`` holds; any other value as it is.
 
     Python joins texts between which there is no comma; numpy's arrays are written so, and are left as texts.

@@ -130,6 +130,8 @@ def laid_out(used: Used, data: DataConfig) -> Used:
     Raises:
         RowError: rows have another form, and the configuration does not say to leave them out.
     """
+    if data.preset is None:
+        return used
     rows, used = use(used, lambda rows: presets.lay_out(rows, data.preset), skip=data.skip_bad)
     return replace(used, rows=rows)
 

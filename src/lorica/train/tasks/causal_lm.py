@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorica.errors import FileError
 from lorica.train.data.columns import by_lower_case, find_texts, needs_column
-from lorica.train.data.rows import RowError, read_each, structured
+from lorica.train.data.rows import RowError, parsed_cell, read_each
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
 from lorica.train.tasks.base import Encoded
@@ -236,7 +236,7 @@ def _holds_messages(rows: Dataset, column: str) -> bool:
         return False
     if getattr(rows.features[column], "dtype", None) not in ("string", "large_string"):
         return True
-    return column.lower() in CHATS and isinstance(structured(next(filter(None, rows[column]), None)), list)
+    return column.lower() in CHATS and isinstance(parsed_cell(next(filter(None, rows[column]), None)), list)
 
 
 def _conversations(

@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError, listing
 from lorica.train.data.columns import find_label, find_texts, needs_column
-from lorica.train.data.rows import Unusable, read_each, structured
+from lorica.train.data.rows import Unusable, parsed_cell, read_each
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
 from lorica.train.tasks.base import Encoded, Task, needs_tokens, padded_right
@@ -111,7 +111,7 @@ def references_of(rows: Dataset, data: DataConfig, where: str) -> list[list[str]
     single = rows[column] if column in rows.column_names else [None] * len(rows)
 
     def read(value: tuple[Any, Any]) -> list[str]:
-        texts, text = structured(value[0]), value[1]
+        texts, text = parsed_cell(value[0]), value[1]
         # Public sets leave the list of a training row empty, and give the one text beside it.
         right = list(texts) if isinstance(texts, list) and texts else [text]
         if not all(isinstance(each, str) for each in right):

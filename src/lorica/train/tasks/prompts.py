@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorica.errors import ConfigError, listing
 from lorica.train.data.columns import by_lower_case, is_text, needs_column, text_of
-from lorica.train.data.rows import RowError, Unusable, read_each, structured
+from lorica.train.data.rows import RowError, Unusable, parsed_cell, read_each
 from lorica.train.settings import DataConfig
 
 FORMS = (
@@ -197,7 +197,7 @@ def as_messages(value: Any, system: Any = None) -> list[dict[str, Any]]:
     Raises:
         Unusable: there are none, one is of neither form, or one is empty.
     """
-    value = structured(value)
+    value = parsed_cell(value)
     if not isinstance(value, list) or not value:
         raise Unusable("has no messages; expected a list of dictionaries of role and content")
     messages = [_message(place, message) for place, message in enumerate(value, 1)]

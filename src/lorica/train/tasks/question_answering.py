@@ -26,7 +26,7 @@ from transformers.trainer_utils import EvalPrediction
 from lorica.errors import ConfigError
 from lorica.train import metrics
 from lorica.train.data.columns import check_texts, find_label, find_texts, needs_column
-from lorica.train.data.rows import Unusable, read_each, structured
+from lorica.train.data.rows import Unusable, parsed_cell, read_each
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
 from lorica.train.tasks.base import Encoded, Task, needs_tokens, padded_right
@@ -230,7 +230,7 @@ def _answers(rows: Dataset, data: DataConfig, where: str) -> list[list[Answer]]:
     check_texts(rows, [context], where)
 
     def read(row: tuple[Any, str]) -> list[Answer]:
-        value, text = structured(row[0]), row[1]
+        value, text = parsed_cell(row[0]), row[1]
         # datasets turns a list of dictionaries into a dictionary of lists, or leaves it as it is.
         lists = value if isinstance(value, dict) else _gathered(value)
         texts, starts = lists.get("text"), lists.get("answer_start")

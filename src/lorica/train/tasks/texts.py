@@ -27,7 +27,7 @@ from lorica.train.data.columns import (
     numbers,
 )
 from lorica.train.data.labels import read_otherwise
-from lorica.train.data.rows import RowError, structured
+from lorica.train.data.rows import RowError, parsed_cell
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
 from lorica.train.tasks.base import NEW, Encoded, Task, needs_tokens, padded_right
@@ -230,7 +230,7 @@ class MultiLabelClassification(TextTask):
         """Labels that are not written as the classes they are taken for."""
         if data.label is None:
             return []
-        values = (item for items in rows[data.label] for item in structured(items) or [])
+        values = (item for items in rows[data.label] for item in parsed_cell(items) or [])
         return read_otherwise(values, data.labels or [], data.label)
 
     def head(self, data: DataConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lorica.errors import ConfigError
 from lorica.train import metrics
 from lorica.train.data.columns import find_column, find_label, label_list_ids, label_list_names, needs_column
 from lorica.train.data.labels import read_otherwise
-from lorica.train.data.rows import RowError, Unusable, read_each, structured
+from lorica.train.data.rows import RowError, Unusable, parsed_cell, read_each
 from lorica.train.data.splits import Splits
 from lorica.train.metrics.predictions import OUTSIDE, marks_spans, seqeval, spans, tagging
 from lorica.train.settings import DataConfig
@@ -121,7 +121,7 @@ class TokenClassification(Task):
 
     def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
         """Labels that are not written as the classes they are taken for."""
-        values = (item for items in rows[str(data.label)] for item in structured(items) or [])
+        values = (item for items in rows[str(data.label)] for item in parsed_cell(items) or [])
         return read_otherwise(values, data.labels or [], str(data.label))
 
     def remarks(self, data: DataConfig) -> list[str]:
@@ -161,7 +161,7 @@ def _words(rows: Dataset, column: str, where: str) -> list[list[str]]:
     needs_column(rows, column, where)
 
     def read(value: Any) -> list[str]:
-        value = structured(value)
+        value = parsed_cell(value)
         if not (isinstance(value, list) and value and all(isinstance(word, str) for word in value)):
             raise Unusable(f"has {value!r:.60} in column {column!r}, where a list of words is due")
         return value

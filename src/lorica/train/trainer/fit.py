@@ -30,7 +30,7 @@ from lorica.train.generation.writing import Writer
 from lorica.train.settings import TrainingConfig
 from lorica.train.tasks import Task
 from lorica.train.tasks.base import own_loss
-from lorica.train.trainer.arguments import training_arguments
+from lorica.train.trainer.arguments import training_arguments, with_defaults
 from lorica.train.trainer.callbacks import (
     CheckpointCallback,
     ProgressCallback,
@@ -43,7 +43,6 @@ from lorica.train.trainer.checkpoints import (
     find_best,
     last_checkpoint,
 )
-from lorica.train.trainer.defaults import settled
 from lorica.train.trainer.scoring import Scoring, majority
 from lorica.train.trainer.trainer import Trainer
 
@@ -151,7 +150,7 @@ def fit(
         tokenizer: its tokenizer.
         train: encoded rows to learn from.
         validation: encoded rows that choose the best checkpoint, or None.
-        training: how to train. What it leaves open is chosen by `lorica.train.trainer.defaults`.
+        training: how to train. What it leaves open is chosen by `lorica.train.trainer.arguments`.
         directory: folder for ``checkpoints/`` and ``tensorboard/``.
         resume: go on from the newest complete checkpoint, or start if there is none.
         console: where to show progress. None makes one.
@@ -171,7 +170,7 @@ def fit(
     console = console or make_console()
     directory = Path(directory)
     checkpoints = (directory / "checkpoints").resolve()
-    training = settled(training, len(train), model)
+    training = with_defaults(training, len(train), model)
     scoring = Scoring(task, model)
     deciding = (training.metric_for_best or task.best_metric).removeprefix("eval_")
     beats = {} if validation is None else majority(task, model, train, validation)
