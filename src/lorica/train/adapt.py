@@ -1,7 +1,7 @@
-"""Putting a run's adapter on its model: new, from training rows, or with another adapter's weights.
+"""A run's adapter on its model: new, started from training rows, or with another adapter's weights.
 
-EVA, CorDA and LoRA-GA see the same rows each time: drawn by the run's seed, in evaluation or training mode as
-each wants it. A resumed run takes the start from its checkpoint, so they are looked at once.
+EVA, CorDA and LoRA-GA see the same rows each time, drawn by the run's seed, in evaluation or training mode as
+each needs it. A resumed run takes its start from the checkpoint, so they look at the rows once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 def adapt_prepared(
     prepared: Prepared, method: AdapterConfig, output: Path, *, resume: bool, console: Console
 ) -> PreTrainedModel:
-    """Put a new adapter on a run's model.
+    """Put the run's adapter on its model.
 
     Args:
         prepared: the run.
@@ -81,7 +81,7 @@ def adapt_prepared(
 
 
 def _batches(prepared: Prepared) -> list[Any]:
-    """Some batches of training rows, the same for the same seed."""
+    """Batches of training rows, the same for the same seed."""
     training, task = prepared.recipe.training, prepared.task
     rows = prepared.splits["train"].features
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(training.seed)).tolist()
@@ -94,7 +94,7 @@ def _batches(prepared: Prepared) -> list[Any]:
 
 
 def _device(prepared: Prepared) -> torch.device:
-    """Where the run is going to train."""
+    """The device on which the run will train."""
     if prepared.recipe.training.arguments.get("use_cpu"):
         return torch.device("cpu")
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -102,7 +102,7 @@ def _device(prepared: Prepared) -> torch.device:
 
 @contextmanager
 def _bar(console: Console) -> Iterator[Any]:
-    """Show how many layers have settled."""
+    """Show how many layers have converged."""
     columns = TextColumn("eva: settled layers"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("")
@@ -110,7 +110,7 @@ def _bar(console: Console) -> Iterator[Any]:
 
 
 def _ranks(model: PreTrainedModel) -> str:
-    """What EVA made of the ranks, if they differ."""
+    """The ranks that EVA chose, if they differ."""
     config = adapters(model)["default"]
     assert isinstance(config, LoraConfig)
     found = {config.r, *config.rank_pattern.values()}
@@ -118,7 +118,7 @@ def _ranks(model: PreTrainedModel) -> str:
 
 
 def warm_start(model: nn.Module, start: Adapter, *, head: bool) -> None:
-    """Give the one adapter on a model the weights of another.
+    """Give the one adapter on a model another's weights.
 
     Args:
         model: adapted model.

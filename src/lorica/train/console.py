@@ -1,4 +1,4 @@
-"""What a run shows: lines, tables, what it is waiting for. The libraries below it keep quiet."""
+"""Lines, tables and waiting lines on a console; the libraries below keep quiet."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Console(rich_console.Console):
 
 
 def make_console(*, stderr: bool = False) -> rich_console.Console:
-    """A console that does not break lines where nobody reads them on a screen."""
+    """A console; into a pipe it does not break lines."""
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=200, no_color=True)
 
@@ -88,7 +88,7 @@ EVERY = 10.0
 
 @contextlib.contextmanager
 def waiting(console: rich_console.Console | None, what: str) -> Iterator[None]:
-    """Say at once what is being done, and that it is still being done.
+    """Say at once what is being done, and again while it lasts.
 
     On a terminal the line shows the seconds; into a pipe there is a line now and another every ten seconds.
 
@@ -129,7 +129,7 @@ def waiting(console: rich_console.Console | None, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep libraries from printing bars and notes of their own, and give them back their voice afterwards."""
+    """Within it, libraries print no bars and notes of their own."""
     import datasets
     import transformers
 

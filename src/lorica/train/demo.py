@@ -46,13 +46,13 @@ METHOD = LoraConfig(r=12, lora_alpha=24, target_modules="all-linear", task_type=
 
 @dataclass(frozen=True)
 class Row:
-    """What one way of training came to.
+    """The results of one way of training.
 
     Args:
         method: ``"frozen"``, ``"lora"`` or ``"full"``.
         test_accuracy: share of the test rows classified right.
         trainable_parameters: parameters that trained, the new head included.
-        checkpoint_bytes: what must be stored beside the base: the head, the adapter, or the whole model.
+        checkpoint_bytes: bytes to store beside the base: of the head, the adapter, or the whole model.
         step_seconds: median seconds a training step.
         peak_memory_bytes: largest memory of the process (on a GPU, of torch's tensors).
         training_seconds: duration of training.
@@ -71,7 +71,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demonstration showed.
+    """The results of the demonstration.
 
     Args:
         rows: one for each way of training.
@@ -183,13 +183,13 @@ def train_row(method: str, recipe: Recipe) -> Row | None:
 
 
 def freeze_encoder(model: PreTrainedModel) -> None:
-    """Let only the head train: what is not in the pretrained base model."""
+    """Let only the head train: the parameters outside the pretrained base model."""
     for parameter in model.base_model.parameters():
         parameter.requires_grad_(False)
 
 
 def _store(method: str, model: PreTrainedModel, prepared: Prepared, output: Path, work: Path) -> int:
-    """Write what the way of training must keep, and return its size; only the adapter stays."""
+    """Write what must be stored of one way of training, and return its size; only the adapter stays."""
     if method == "lora":
         folder = output / "adapter"
         save(model, folder)

@@ -110,7 +110,7 @@ def _collect(sources: list[tuple[str, Path]]) -> dict[str, list[tuple[str, str]]
         for text in _first_paragraphs(file):
             owners.setdefault(text, set()).add(module)
     rows: dict[str, list[tuple[str, str]]] = {split: [] for split in _SPLITS}
-    # By hash, so that the order mixes the modules and does not hang on how a file system lists its files.
+    # By hash, so that the order mixes the modules and does not depend on how a file system lists its files.
     for digest, text in sorted((hashlib.sha256(text.encode()).hexdigest(), text) for text in owners):
         if len(owners[text]) == 1:  # a text that two modules share has no right answer
             split = next(name for name, share in _SPLITS.items() if int(digest, 16) % 100 in share)

@@ -1,7 +1,7 @@
-"""What training took from a model: how it does on other data, before and after.
+"""What a model forgot in training: its scores on other data, before and after.
 
-A language model is scored on the other data as it stands: the loss of their tokens. An encoder that was
-trained to classify has a head for its own task alone, so what is asked is whether its features still tell the
+A language model is scored on the other data as it is: by the loss of their tokens. An encoder that was
+trained to classify has a head for its own task alone, so the question is whether its features still tell the
 other classes apart: logistic regression on the mean of the last hidden states, fitted and scored once with
 the base's features and once with those of the trained model.
 """
@@ -41,7 +41,7 @@ PROBE, LOSS = "probe accuracy", "loss"
 
 @dataclass(frozen=True)
 class Forgetting:
-    """What one run learned, and what it cost elsewhere.
+    """How much one run learned, and how much it forgot elsewhere.
 
     Args:
         run: its folder.

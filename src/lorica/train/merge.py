@@ -42,7 +42,7 @@ def merge_checkpoint(
         trust_task: as in `lorica.train.Recipe.load`, for the recipe beside the adapter.
 
     Returns:
-        What rounding cost, and the folder.
+        The losses to rounding, and the folder.
 
     Raises:
         FileError: something is missing or cannot be written.
@@ -127,7 +127,7 @@ def _outputs(adapter: Adapter) -> int | None:
 
 
 def _reader(adapter: Path, base: str, recipe: Recipe | None) -> Any:
-    """What turns the model's inputs into numbers, the adapter's own or else the base's, or None."""
+    """The tokenizer or image processor, the adapter's own or else the base's, or None."""
     own = any((adapter / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
     source = str(adapter) if own else base
     if recipe is not None:

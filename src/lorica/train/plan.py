@@ -1,4 +1,4 @@
-"""What a recipe's training will cost: the model, head and method that `train` would make, weightless."""
+"""The cost of a recipe's training: of the model, head and method that `train` would make, without weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def preview_recipe(recipe: Recipe) -> Preview:
     """
     recipe = presets.apply(recipe, own_rows=False)
     task = tasks.get(recipe.task)
-    return preview(_settings(recipe, task), typed(recipe.configuration(), task))
+    return preview(_settings(recipe, task), with_head(recipe.configuration(), task))
 
 
 def plan_recipe(
@@ -42,7 +42,7 @@ def plan_recipe(
     dtype: torch.dtype | None = None,
     optimizer: str = "adamw",
 ) -> Plan:
-    """What a step of `train(recipe)` would take: its model with its task's head, its targets, its batch.
+    """What one step of `train(recipe)` would take: its model with its task's head, its targets, its batch.
 
     Where the recipe names rows or their labels, the head has as many classes as they; so the rows are read.
 
@@ -110,7 +110,7 @@ def _settings(recipe: Recipe, task: Task) -> Any:
 
 
 def _method(recipe: Recipe) -> str:
-    """What the plan is made for: everything trains, on four bits, or otherwise."""
+    """The method of the plan: full, on a base of four bits, or LoRA."""
     if recipe.quantization == "int8":
         raise ConfigError(
             "a plan counts bases of 4 bits (quantization: nf4) and of full precision, not of int8"

@@ -30,7 +30,7 @@ from lorica.train.trainer.sampler import padding
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that training needs, before anything is adapted or trained.
+    """Everything that training needs, before anything is adapted or trained.
 
     Args:
         recipe: the recipe, with the columns and labels that were found.
@@ -41,7 +41,7 @@ class Prepared:
         data: split → ``rows`` and ``sha256`` of the rows as they came (see `fingerprint`); ``skipped``, how
             many more could not be used, and ``first_skipped``, what was wrong with the first of these.
         unlabelled: source of test rows that are left out because they have no labels, or None.
-        notes: what a user should know of how the rows were read; whole lines.
+        notes: notes for the user on how the rows were read; whole lines.
     """
 
     recipe: Recipe
@@ -59,7 +59,7 @@ class Prepared:
 
 
 class Encoding(NamedTuple):
-    """What `Prepared` holds, but for the model."""
+    """What `Prepared` holds, without the model."""
 
     recipe: Recipe
     task: Task
@@ -109,7 +109,7 @@ def encode(recipe: Recipe, rows: sources.Rows | None = None, *, console: Console
 
 
 def notes_on(task: Task, data: DataConfig, used: Used, *, training: bool = False) -> list[str]:
-    """What a user should know of how some rows were read; whole lines.
+    """Notes for the user on how some rows were read; whole lines.
 
     Args:
         task: what reads them.
@@ -146,7 +146,7 @@ def encode_split(recipe: Recipe, task: Task, tokenizer: Any, used: Used) -> tupl
 
 
 def read(recipe: Recipe, rows: sources.Rows | None = None) -> tuple[Recipe, Task, dict[str, Used]]:
-    """Read the rows and find what the recipe left open; `encode` without a tokenizer.
+    """Read the rows and find what the recipe left open; as `encode` does, without a tokenizer.
 
     Columns and labels are looked for in all training rows, of which those that are asked for are then kept.
 
@@ -188,7 +188,7 @@ def announce(prepared: Prepared, console: Console) -> None:
 
 
 def lines(prepared: Prepared) -> Iterator[str]:
-    """What is printed."""
+    """The lines that are printed."""
     data, training = prepared.recipe.data, prepared.recipe.training
     columns = " + ".join(prepared.task.inputs(data))
     rows = ", ".join(f"{len(rows):,} {split}" for split, rows in prepared.splits.items())
@@ -237,7 +237,7 @@ def lengths(encoded: Encoded) -> str:
 
 
 def quantized_loading(recipe: Recipe, task: Task) -> dict[str, Any]:
-    """What `from_pretrained` needs to load the base as the recipe's `quantization` says; nothing for None.
+    """The arguments of `from_pretrained` that load the base as the recipe's `quantization` says.
 
     Scales are packed too (double quantization), and products are taken in the dtype the recipe trains in.
 

@@ -194,7 +194,7 @@ def check_file(path: str | Path) -> Mapping[str, Any]:
     """Refuse a recipe file that is missing, is not YAML, or holds a field that does not exist.
 
     Returns:
-        What it holds.
+        Its content.
 
     Raises:
         FileError: there is no such file, or it is not YAML.
@@ -282,10 +282,10 @@ def read_yaml(path: Path, what: str) -> Any:
 
     Args:
         path: of the file.
-        what: it is to hold, such as "the recipe".
+        what: what it must hold, such as "the recipe".
 
     Raises:
-        FileError: it cannot be read, is not YAML, or holds what nobody writes into such a file.
+        FileError: it cannot be read, is not YAML, or is nested or merged beyond what anybody writes by hand.
     """
     try:
         text = path.read_bytes().decode("utf-8")
@@ -322,11 +322,11 @@ C = TypeVar("C")
 
 
 def check_fields(values: Mapping[str, Any], default: Any, where: str) -> None:
-    """Refuse plain values of which one belongs to no field.
+    """Refuse plain values that do not fit the fields of a configuration.
 
     Args:
         values: fields by name, those of a part in a mapping of their own.
-        default: what they are to become, such as a `Recipe`, with all its defaults.
+        default: an object of the class they belong to, such as a `Recipe`, with all its defaults.
         where: what to call them in an error.
 
     Raises:

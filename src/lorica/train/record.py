@@ -37,8 +37,8 @@ class Record:
         recipe: the recipe, with the columns and labels that were found.
         data: split → ``sha256`` of the rows' content, and ``rows``, their number.
         versions: package → version.
-        machine: what else decides the last bits: ``device``, ``threads`` and the ``instructions`` of the
-            processor that torch uses.
+        machine: what decides the last bits besides these: ``device``, ``threads`` and the ``instructions`` of
+            the processor that torch uses.
         results: scores, counts and times.
         adapter_sha256: of the adapter's file.
     """
@@ -97,7 +97,7 @@ class Record:
             )
 
     def differences(self) -> list[str]:
-        """What is other here than where the run was recorded, such as ``torch 2.11.0 then, 2.13.0 now``."""
+        """Differences from where the run was recorded, such as ``torch 2.11.0 then, 2.13.0 now``."""
         then, now = {**self.versions, **self.machine}, {**versions(), **machine()}
         return [
             f"{name} {then.get(name, 'absent')} then, {now.get(name, 'absent')} now"
@@ -117,7 +117,7 @@ class Record:
 
 
 def _wrong(values: Mapping[str, Any]) -> Iterator[str]:
-    """What of a run.json's parts could not be worked with."""
+    """Which parts of a run.json cannot be used."""
     for name in ("recipe", "data", "versions", "machine", "results"):
         if not isinstance(values[name], dict):
             yield f"{name} is {values[name]!r}"
@@ -164,7 +164,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What else decides the last bits."""
+    """What decides the last bits besides the versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,

@@ -39,14 +39,14 @@ ROWS = "rows.json"
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to; ``run.json`` holds the same.
+    """The results of a run; ``run.json`` holds the same.
 
     Args:
         output: folder of the adapter.
         metrics: split (``validation``, ``test``) → scores of the model as saved.
         steps: optimizer steps.
         seconds: duration of training, in this call.
-        step_seconds: median seconds a step, or None when this call made none.
+        step_seconds: median seconds per step, or None when this call made none.
         trainable: parameters that trained.
         parameters: parameters of the model in use, its base included.
         checkpoint_bytes: size of ``adapter_model.safetensors``.
@@ -54,9 +54,9 @@ class Result:
         truncated: split → rows that were longer than `max_length`.
         skipped: split → rows that could not be used, and were left out.
         adapter_sha256: of ``adapter_model.safetensors``: the same for the same recipe on the same CPU.
-        chosen: what the recipe left open of the training, and was chosen: ``learning_rate``, ``epochs``.
+        chosen: what the recipe left open of the training, as it was chosen: ``learning_rate``, ``epochs``.
         majority: split → scores of calling every row the most frequent class, where rows have classes.
-        warnings: what looks as if nothing was learned.
+        warnings: signs that nothing was learned.
     """
 
     output: Path
@@ -99,8 +99,8 @@ def train(
         resume: go on from the newest complete checkpoint in the output folder, or start if there is none.
         overwrite: start anew in a folder that holds a run.
         console: where to show progress. None makes one.
-        repeats: a recorded run that this one repeats. What is other here than there is shown, and at the end
-            whether the same adapter came out.
+        repeats: a recorded run that this one repeats. Differences of versions and machine are shown, and at
+            the end whether the same adapter came out.
         changed_data: repeat it even if the rows are not the recorded ones.
 
     Returns:
@@ -256,7 +256,7 @@ def _check_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _held(output: Path) -> list[str]:
-    """What a folder holds of a run; a recipe alone is left where one failed before its first checkpoint."""
+    """The parts of a run in a folder. A recipe alone is none: a run may fail before its first checkpoint."""
     of = ("adapter_config.json", "config.json", "checkpoints/checkpoint-*")
     found = [path for pattern in of for path in sorted(output.glob(pattern))]
     return [str(path.relative_to(output)) for path in found]

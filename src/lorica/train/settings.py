@@ -109,12 +109,12 @@ class TrainingConfig:
             `lorica.train.trainer.arguments`): LoRA likes about ten times that of full fine-tuning.
         epochs: passes over the training rows. None takes 3, or as many as few rows need to be learned.
         max_steps: optimizer steps to take, whatever `epochs` says. None lets `epochs` decide.
-        batch_size: rows a step on each device.
+        batch_size: rows per step on each device.
         auto_batch_size: halve `batch_size` while a step on the longest rows does not fit into memory, and
-            gather as many more batches a step: the rows a step stay the same.
-        eval_batch_size: rows a batch in evaluation, on each device.
+            gather as many more batches per step: the rows per step stay the same.
+        eval_batch_size: rows per batch in evaluation, on each device.
         gradient_accumulation: batches whose gradients are added up for one step.
-        weight_decay: AdamW's decay of weight matrices, a step and unit of learning rate; biases and norms
+        weight_decay: AdamW's decay of weight matrices, per step and unit of learning rate; biases and norms
             have none.
         warmup_ratio: share of the steps, in [0, 1), over which the learning rate climbs to its peak.
         lr_scheduler: course of the learning rate after that: "linear", "cosine", "constant",
@@ -124,7 +124,7 @@ class TrainingConfig:
         seed: seed of the new head, the adapter, the order of rows and dropout.
         start_batches: batches of training rows that a start from data looks at before training, where
             `init_lora_weights` is "eva", "corda" or "lora_ga".
-        eval_steps: steps between evaluations. None evaluates once an epoch.
+        eval_steps: steps between evaluations. None evaluates once per epoch.
         save_steps: steps between checkpoints, besides the one at each evaluation. None writes no others.
         save_total_limit: checkpoints to keep: the newest, and always the best.
         early_stopping_patience: evaluations without a better result after which training stops. None never

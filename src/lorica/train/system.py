@@ -91,7 +91,7 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def alone_in(folder: str | Path, what: str = "run") -> Iterator[Path]:
-    """Keep a second run out of a folder: each would write over what the other has written.
+    """Keep a second run out of a folder, where it would overwrite the first one's files.
 
     The folder is made if need be, and removed again if nothing came into it. The lock is the system's, on the
     folder itself: it leaves no file, and is gone however the process ends.
@@ -155,19 +155,18 @@ P = ParamSpec("P")
 
 T = TypeVar("T")
 
-# What every run imports: most of its seconds before the first step.
+# Modules that every run imports, which takes most of its seconds before the first step.
 _COMMON = ["lorica.train.run", "transformers.trainer", "datasets", "sklearn.metrics", "scipy.stats"]
 
 
 def in_new_process(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """Call something in a fresh process, and wait for it.
+    """Call a function in a fresh process, and wait for its result.
 
-    The process holds imported modules and nothing of this one's data; it ends with this one, however that
-    ends.
+    The process has imported modules and none of this one's data; it ends when this one ends.
 
     Args:
-        work: a function at the top of a module.
-        arguments: what it gets; they and the answer are pickled.
+        work: the function, at the top of a module.
+        arguments: its arguments; they and the result are pickled.
         named: as `arguments`.
 
     Raises:
@@ -178,7 +177,7 @@ def in_new_process(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) 
 
 
 def _context() -> BaseContext:
-    """One whose processes do not start with this one's memory as theirs, as forked ones would.
+    """A context whose processes do not inherit this one's memory, as forked ones would.
 
     Where there is a fork server, it has imported once what each of them needs.
     """
@@ -203,7 +202,7 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
-        # What getrusage says on Linux is at least what the parent had when it started this process.
+        # On Linux getrusage tells at least the memory that the parent had when it started this process.
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(re.findall(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[0]) * 1024
     except (OSError, IndexError):

@@ -36,7 +36,7 @@ from lorica.train.trainer.fit import score
 from lorica.train.trainer.trainer import Trainer
 
 Asked = Sequence[str] | str | Path | Table
-"""What is to be predicted: texts, a file's or a folder's path, or a table of rows."""
+"""Rows to predict: texts, a file's or a folder's path, or a table."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def predict(
     Args:
         directory: the folder that `train` filled.
         texts: texts; or rows in memory, in any form that `train` takes; or a file or a folder of them in any
-            form that `DataConfig.train` takes. A ``.txt`` file holds one text a line; a folder of images
+            form that `DataConfig.train` takes. A ``.txt`` file holds one text per line; a folder of images
             needs no classes.
         generation: how a language model writes. None takes its recipe's.
         trust_task: as in `open_run`.
@@ -233,7 +233,7 @@ def _asked(trained: Trained, texts: Asked) -> tuple[Dataset, str]:
 
 
 def _tell(notes: Sequence[str]) -> None:
-    """Print what a user should know of how rows were read, where it is not taken for results."""
+    """Print notes on how rows were read, to stderr, where nobody takes them for results."""
     console = make_console(stderr=True)
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)

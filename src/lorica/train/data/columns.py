@@ -268,7 +268,7 @@ def text_of(value: Any, column: str) -> str:
 
 
 def advice(columns: Sequence[str]) -> str:
-    """What to say where columns are not found: which task learns from rows of this form, if one is known."""
+    """Advice for an error about columns: the task that learns from rows of this form, if one is known."""
     names = {name.lower() for name in columns}
     known = (
         (("messages",), "--task causal-lm"),

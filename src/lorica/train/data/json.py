@@ -1,4 +1,4 @@
-"""JSON: an object a line, a list of objects, one object with the rows in it, or one that holds columns."""
+"""JSON: one object per line, a list of objects, one object with the rows in it, or one that holds columns."""
 
 from __future__ import annotations
 

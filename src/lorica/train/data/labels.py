@@ -80,7 +80,7 @@ def in_order(names: Iterable[int | str]) -> list[str]:
 
 
 def finder(feature: Any, names: Sequence[str], column: str) -> Callable[[Any], int]:
-    """What finds a label's place among the names of the classes; it raises `Unusable` where it has none.
+    """A function that returns a label's place among the names of the classes, or raises `Unusable`.
 
     Args:
         feature: type of the labels, which may have names of its own.
@@ -99,7 +99,7 @@ def finder(feature: Any, names: Sequence[str], column: str) -> Callable[[Any], i
 
 
 def read_otherwise(values: Iterable[Any], names: Sequence[str], column: str) -> list[str]:
-    """What to tell of labels that are not written as the classes they are taken for, or that look alike.
+    """Notes on labels that are not written as the classes they are taken for, or that look alike.
 
     Args:
         values: the labels, as they are written.
@@ -148,7 +148,7 @@ def _id(
 
 
 def _whole(text: str) -> bool:
-    """Whether a text is a whole number, written as numbers are."""
+    """Whether a text is a whole number as numbers are written."""
     digits = text.removeprefix("-")
     return (
         digits.isascii() and digits.isdecimal() and len(digits) < 19 and (digits == "0" or digits[0] != "0")

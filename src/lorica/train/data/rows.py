@@ -1,4 +1,4 @@
-"""Rows that can be used, and rows that cannot: where they came from, what is wrong, their fingerprint."""
+"""Rows that can be used, and rows that cannot: their origin, what is wrong with them, their fingerprint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Origin:
         source: what to call it in a message: a file's path, or ``the test split of user/name``.
         places: place in it of each row, from 0; None where the rows are all of it, in their order.
         lines: line of the file, from 1, on which each of its rows begins; None where there are no lines.
-        notes: what a user should know of how it was read; lines that do not name it.
+        notes: notes for the user on how it was read; lines that do not name it.
     """
 
     source: str
@@ -83,7 +83,7 @@ class RowError(FileError):
 
 
 class Unusable(ValueError):
-    """What is wrong with a value, such as "has no label in column 'label'"; `read_each` says of which row."""
+    """What is wrong with a value, such as "has no label in column 'label'"; `read_each` adds the row."""
 
 
 def read_each(values: Iterable[Any], read: Callable[[Any], T], where: str) -> list[T]:
@@ -131,15 +131,15 @@ class Used:
 
 
 def use(used: Used, act: Callable[[Dataset], T], *, skip: bool) -> tuple[T, Used]:
-    """Do something with rows; leave out those that it cannot be done with, if that is wanted.
+    """Do something with rows; leave out those with which it fails, if that is wanted.
 
     Args:
         used: the rows.
-        act: what is done with them; raises `RowError` for those that it cannot be done with.
+        act: the action; raises `RowError` for rows with which it fails.
         skip: leave these out and try again with the others.
 
     Returns:
-        What came of it, and the rows that it came of.
+        The action's result, and the rows that were used.
 
     Raises:
         RowError: a row cannot be used, by its number in its source.
@@ -162,7 +162,7 @@ def use(used: Used, act: Callable[[Dataset], T], *, skip: bool) -> tuple[T, Used
 
 
 def parsed_cell(value: Any) -> Any:
-    """What a cell such as ``["a", "b"]`` or ``{'text': ['a']}`` holds; any other value as it is.
+    """A list or dictionary in a cell such as ``["a", "b"]`` or ``{'text': ['a']}``; others as they are.
 
     Python joins texts between which there is no comma; numpy's arrays are written so, and are left as texts.
     """

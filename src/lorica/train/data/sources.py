@@ -14,9 +14,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from lorica.errors import ConfigError, FileError, listing
 from lorica.train import embedded
 from lorica.train.console import quiet
-from lorica.train.data.delimited import read_delimited
-from lorica.train.data.excel import read_sheets
 from lorica.train.data.json import read_objects
+from lorica.train.data.spreadsheets import read_delimited, read_sheets
 from lorica.train.data.tables import Form, Found
 from lorica.train.data.text import PACKED, content, decoded, read_conll, read_lines_of_text
 
@@ -27,7 +26,7 @@ SPLITS = {
 }
 
 IN_PYTHON = "(rows given in Python)"
-"""What a recipe says of rows that were handed over as a `datasets.Dataset`."""
+"""The name, in a recipe, of rows that were given in memory."""
 
 _KNOWN = {name for names in SPLITS.values() for name in names}
 
@@ -54,7 +53,7 @@ def find(source: str, subset: str | None = None, form: Form | None = None) -> di
         form: what is known of how its files are written.
 
     Returns:
-        What was found, by split; a single file is the ``train`` split.
+        The rows by split; a single file is the ``train`` split.
 
     Raises:
         FileError: it is missing or unreadable, or the Hub does not have it or cannot be reached.
@@ -96,7 +95,7 @@ def _plain(found: dict[str, Dataset]) -> dict[str, Found]:
 
 
 def describe(source: str, split: str) -> str:
-    """What to call a split of a source in a message: the file it is in, if it is in one."""
+    """The name of a split of a source in a message: its file, if it has one."""
     source, _ = _parts(source)
     path = Path(source).expanduser()
     if path.is_file():

@@ -19,7 +19,7 @@ from lorica.errors import ConfigError, FileError, listing
 
 @dataclass(frozen=True)
 class Form:
-    """What is known of how a file is written, besides its name.
+    """How a file is written, as far as that is known without opening it.
 
     Args:
         encoding: encoding of a text file. None takes that of its byte-order mark, else UTF-8, else cp1252.
@@ -39,7 +39,7 @@ class Found:
     Args:
         rows: the rows.
         lines: line of the file, from 1, on which each row begins. None where there are no lines.
-        notes: what a user should know of how the file was read; each a whole line that names no file.
+        notes: notes for the user on how the file was read; whole lines that do not name the file.
         broken: row → why it cannot be used.
     """
 

@@ -1,6 +1,6 @@
 """Text files: unpacked, decoded by a rule that says where it guesses, and read as lines or as CoNLL's words.
 
-EU NNP B-NP B-ORG          a word and its classes a line, a blank line between sentences (CoNLL-2003)
+EU NNP B-NP B-ORG          one word and its classes per line, a blank line between sentences (CoNLL-2003)
 rejects VBZ B-VP O
 
 1<tab>The<tab>the<tab>DET...      CoNLL-U: ten columns, and comments that begin with #

@@ -54,7 +54,7 @@ def generate(
             source's own (or the base, where it has none), all in the same batches.
         merged: fold the adapter into the weights meanwhile, which is faster and rounds once.
         chat: lay a prompt out as a user's message. None does so where the recipe learned conversations.
-        sequences: texts a prompt, which need beams or sampling.
+        sequences: texts per prompt; more than one needs beams or sampling.
         seed: seed of sampling.
         stream: called with the text of a single prompt as it comes.
         trust_task: as in `lorica.train.open_run`, for a source that is a folder.
@@ -110,7 +110,7 @@ def generate(
 
 
 def opened(source: str | Path, *, trust_task: bool = False) -> Trained:
-    """Load what there is to write with; see `generate`.
+    """Load a model that writes; see `generate`.
 
     Raises:
         FileError: there is no such model or adapter.

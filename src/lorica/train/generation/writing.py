@@ -101,7 +101,7 @@ def settings_of(
     config: GenerationConfig,
     sequences: int = 1,
 ) -> transformers.GenerationConfig:
-    """What transformers' `generate` is asked for: texts end with the model's tokens or the tokenizer's.
+    """The settings of transformers' `generate`: texts end with the model's end tokens or the tokenizer's.
 
     Raises:
         ConfigError: the model writes no text, or the settings contradict each other.
@@ -130,7 +130,7 @@ def settings_of(
     tokens = {name: value for name, value in own.to_dict().items() if name.endswith("_token_id")}
     ends = tokens.get("eos_token_id")
     ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
-    # What is learned ends with the tokenizer's, which may be none of the model's.
+    # The training rows end with the tokenizer's token, which may be none of the model's.
     ends += [end for end in [tokenizer.eos_token_id] if end is not None and end not in ends]
     tokens["eos_token_id"] = ends or None
     if tokens.get("pad_token_id") is None:
@@ -209,7 +209,7 @@ else:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of a model, and what would be right.
+    """The prompts of an evaluation, and their right answers.
 
     Args:
         prompts: tokens of each prompt.
@@ -248,7 +248,7 @@ class Writer:
     Args:
         tokenizer: the model's tokenizer.
         config: how to write, and what to score by.
-        console: where to show how far it has come.
+        console: where to show progress.
         seed: of drawing.
     """
 
@@ -295,7 +295,7 @@ def writer_of(
     scored: Iterable[Dataset],
     console: Console,
 ) -> Writer | None:
-    """What writes in a recipe's evaluations, checked on the rows that they score; None if nothing does.
+    """The writer of a recipe's evaluations, checked on the rows that they score; None if nothing is written.
 
     Raises:
         LoricaError: something of it cannot be done.
@@ -319,7 +319,7 @@ def written_scores(
     features: Dataset,
     predictions: str | Path | None,
 ) -> dict[str, float]:
-    """Write for encoded rows, score what came of it, and keep it in a file if one is named.
+    """Write for encoded rows, score the texts, and keep them in a file if one is named.
 
     Raises:
         LoricaError: the task writes no text, or something of it cannot be done.

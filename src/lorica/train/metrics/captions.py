@@ -113,7 +113,7 @@ def meteor_15(predictions: Sequence[str], references: Sequence[Sequence[str]]) -
         found = []
         for said, true in zip(predictions, references, strict=True):
             texts = [text.replace("|||", " ") for text in (*true, said)]
-            # An answer a question: the program would block on its output while it is still being written to.
+            # One answer per question: else the program would block on its output while we still write to it.
             java.stdin.write(" ||| ".join(["SCORE", *texts]) + "\n")
             java.stdin.flush()
             found.append(java.stdout.readline().strip())

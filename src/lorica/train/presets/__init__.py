@@ -1,4 +1,4 @@
-"""What is known of public data sets, by name; see `Preset`. A module here registers those of one kind."""
+"""Public data sets by name; see `Preset`. A module here registers those of one kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Presets: what is known of a public data set, under a short name.
+"""Presets: the facts about a public data set, under a short name.
 
 A preset fills in what a recipe leaves at its default: the task, where the rows are, their columns and labels,
 the metric that decides. Rows of one's own in the same columns take all of it but the place:

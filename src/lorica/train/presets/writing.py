@@ -62,7 +62,7 @@ def query(row: Row) -> Row:
 
 
 def dialogue(row: Row) -> Row:
-    """SAMSum: the utterances, one a line."""
+    """SAMSum: the utterances, one per line."""
     if "context" in row:
         return _kept(row)
     return {"context": "\n".join(str(row["dialogue"]).splitlines()), "completion": row.get("summary")}

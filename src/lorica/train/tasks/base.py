@@ -111,7 +111,7 @@ class Task(ABC):
 
     @abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        """What makes a batch of features: pads and stacks them."""
+        """A function that makes a batch of features: pads and stacks them."""
 
     def loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         """The mean loss of a batch, where it is another than the model's own.
@@ -123,7 +123,7 @@ class Task(ABC):
         return None
 
     def remarks(self, data: DataConfig) -> Sequence[str]:
-        """What a user should be told of a run before it starts, beyond its columns and rows; lines."""
+        """Lines for the user about a run before it starts, beyond its columns and rows."""
         return ()
 
     def columns(self, data: DataConfig) -> list[str]:
@@ -132,7 +132,7 @@ class Task(ABC):
         return [*self.inputs(data), *(name for name in named if name is not None), data.references]
 
     def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
-        """What a user should be told of some rows, beyond the columns that are not read; lines.
+        """Lines for the user about some rows, beyond the columns that are not read.
 
         Args:
             rows: the rows of a split, as they came.
@@ -146,7 +146,7 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, outputs: Any, features: Dataset, data: DataConfig) -> list[dict[str, Any]]:
-        """Say what the model's outputs for some rows mean, a dictionary a row as it came."""
+        """Say what the model's outputs for some rows mean, one dictionary per row as it came."""
 
     @abstractmethod
     def rows(self, texts: Sequence[str], data: DataConfig) -> Dataset:

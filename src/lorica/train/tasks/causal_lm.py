@@ -103,8 +103,8 @@ class CausalLanguageModelling(LanguageTask):
     ) -> Encoded:
         """Tokenize; a row too long loses the start of its prompt first, then the end of its completion.
 
-        What is written from in an evaluation is the prompt alone: cut by its own length, not by that of the
-        text that would be right.
+        In an evaluation the model writes from the prompt alone, cut by its own length and not by that of the
+        right text.
         """
         assert data.text is not None
         limit = min(max_length, tokenizer.model_max_length)

@@ -138,7 +138,7 @@ class QuestionAnswering(Task):
     def loss(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Cross-entropy of the first and the last token, over the tokens of each window, not its padding.
 
-        The model's own counts padding as places that may be meant, so it hangs on the other windows' lengths.
+        The model's own loss counts padding among the places, so it depends on the other windows' lengths.
         """
         padding = inputs["attention_mask"] == 0
         losses = []
@@ -173,7 +173,7 @@ def best_spans(outputs: Any, features: Dataset) -> list[dict[str, Any]]:
 
     Returns:
         ``answer``, ``start`` (None for no answer) and ``score``, the probability among the spans that were
-        compared, a dictionary a row.
+        compared, in one dictionary per row.
     """
     starts, ends = (np.asarray(logits, np.float64) for logits in outputs[:2])
     candidates: dict[int, list[tuple[float, int, int]]] = {}
@@ -265,7 +265,7 @@ def _windows(
     limit: int,
     stride: int,
 ) -> tuple[dict[str, list[Any]], list[int]]:
-    """Features of some rows, a window each, and the tokens of each row before it is cut into windows."""
+    """Features of some rows, one window each, and the tokens of each row before it is cut into windows."""
     whole = tokenizer(questions, texts, truncation=False, verbose=False)["input_ids"]
     encoding = tokenizer(
         questions,

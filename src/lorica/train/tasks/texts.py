@@ -41,7 +41,7 @@ class TextTask(Task):
 
     @abstractmethod
     def targets(self, rows: Dataset, data: DataConfig, where: str) -> list[Any]:
-        """What is to be learned of each row, as the model takes it."""
+        """The label of each row, as the model takes it."""
 
     def encode(
         self,

@@ -215,13 +215,13 @@ def with_defaults(training: TrainingConfig, rows: int, model: nn.Module) -> Trai
 
 
 def chosen_defaults(before: TrainingConfig, after: TrainingConfig) -> dict[str, float]:
-    """What `with_defaults` chose, by the names of its fields; passes only where they decide."""
+    """The values that `with_defaults` chose, by field; passes only where they decide."""
     names = ["learning_rate", *(["epochs"] if after.max_steps is None else [])]
     return {name: getattr(after, name) for name in names if getattr(before, name) is None}
 
 
 def describe_defaults(found: dict[str, float], rows: int, training: TrainingConfig) -> str:
-    """A line on what was chosen, or an empty one."""
+    """A line about the chosen values, or an empty one."""
     parts = []
     if "learning_rate" in found:
         parts.append(f"learning rate {found['learning_rate']:g}")
@@ -241,12 +241,12 @@ def rate(model: nn.Module) -> float:
 
 
 def passes(rows: int, training: TrainingConfig, least: int) -> float:
-    """Passes over so many rows, of which at least so many steps are made."""
+    """Passes over the rows that make at least `least` steps."""
     return max(PASSES, min(MOST_PASSES, math.ceil(least / _steps_a_pass(rows, training))))
 
 
 def width_of(model: nn.Module) -> int | None:
-    """Numbers per token between a model's blocks, if its configuration says."""
+    """Width of a model between its blocks, in numbers per token, if its configuration names it."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("hidden_size", "d_model", "n_embd", "dim"):
@@ -261,7 +261,7 @@ def _steps_a_pass(rows: int, training: TrainingConfig) -> int:
 
 
 def _factor(config: AdapterConfig) -> float:
-    """Of several methods that train together, the one that wants the lowest rate decides."""
+    """Of several methods that train together, the one with the lowest rate decides."""
     lora, others = config.members()
     factors: list[float] = [*([1.0] if lora is not None else []), *_others(others)]
     return min(factors, default=1.0)
@@ -279,7 +279,7 @@ def fitting_batch(
     training: TrainingConfig,
     console: Console,
 ) -> TrainingConfig:
-    """Find the batch size by steps on the longest rows, which change nothing; halve it while memory ends.
+    """Find the batch size by steps on the longest rows, which change nothing; halve it until memory suffices.
 
     Args:
         model: the model, as it will train.

@@ -68,7 +68,7 @@ class CheckpointCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def interruptible(callback: CheckpointCallback, console: Console) -> Iterator[None]:
-    """Hear the first Ctrl-C as a wish to save and stop, and the second as a wish to stop at once."""
+    """Save and stop at the first Ctrl-C, stop at once at the second."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's; elsewhere they are somebody else's to handle
         return
@@ -87,7 +87,7 @@ def interruptible(callback: CheckpointCallback, console: Console) -> Iterator[No
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows step, loss, tokens or samples a second and the time left; keeps the time of each step.
+    """Shows step, loss, tokens or samples per second and the time left; keeps the time of each step.
 
     Args:
         console: where to show it.
@@ -121,7 +121,7 @@ class ProgressCallback(TrainerCallback):
 
     @property
     def median_step_seconds(self) -> float | None:
-        """Median seconds a step, the first three left out as warm-up."""
+        """Median seconds per step, the first three left out as warm-up."""
         timed = self.step_seconds[3:] or self.step_seconds
         return statistics.median(timed) if timed else None
 
@@ -221,12 +221,12 @@ class ProgressCallback(TrainerCallback):
 
 
 def learned(model: Any, args: TrainingArguments, state: TrainerState) -> int:
-    """How much a run has learned from so far, in what `unit` says: tokens, padding apart, or rows."""
+    """How much a run has learned from so far, in what `unit` says: tokens without padding, or rows."""
     if unit(model) == "tokens":
         return int(state.num_input_tokens_seen)
     return state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def unit(model: Any) -> Literal["tokens", "samples"]:
-    """What there is most sense in counting: "samples" for images, sound, and whatever else is no tokens."""
+    """The unit of a run's speed: "tokens" for models that read them, else "samples" (images, sound)."""
     return "tokens" if getattr(model, "main_input_name", "input_ids") == "input_ids" else "samples"

@@ -34,7 +34,7 @@ class Head(NamedTuple):
         compute: the head's own forward, or its weights where it is a plain linear layer.
         parameters: those of its parameters that train.
         chunk: tokens whose logits may exist at once.
-        on_whole: told the name of an operation for which all of them had to be computed.
+        on_whole: called with the name of an operation for which all of them had to be computed.
     """
 
     compute: Step
@@ -52,7 +52,7 @@ class DeferredLogits(Tensor):
     sample: Tensor
     """(0, vocabulary): the logits of no token, for their type and place."""
     steps: tuple[Step, ...]
-    """What was done to each logit since."""
+    """Operations done to each logit since."""
 
     @staticmethod
     def __new__(
@@ -65,7 +65,7 @@ class DeferredLogits(Tensor):
         return logits
 
     def __init__(self, *_: Any) -> None:
-        """Everything is in place."""
+        """Nothing is left to do."""
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """The logits of some rows of hidden, steps included."""
@@ -85,7 +85,7 @@ class DeferredLogits(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Do to the memory what can be done to it, and to the numbers the rest."""
+        """Do to the memory what can be done to it; for the rest, compute the logits."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
@@ -116,9 +116,9 @@ class DeferredLogits(Tensor):
 def deferred_logits(
     head: nn.Module, *, chunk: int = CHUNK, on_whole: Callable[[str], None] = lambda name: None
 ) -> Iterator[None]:
-    """Let a model's head answer with `DeferredLogits`.
+    """Let a model's head return `DeferredLogits`.
 
-    Its adapters act, and so does a copy of it trained whole: each chunk goes through the head's own forward.
+    Adapters and trained copies of the head act: each chunk goes through the head's own forward.
     Where rows of the batch have adapters of their own the head computes at once, since a chunk of tokens no
     longer knows its rows.
 
@@ -126,7 +126,7 @@ def deferred_logits(
         head: the module whose output is the logits, such as ``model.get_output_embeddings()``. It treats
             every token by itself.
         chunk: tokens whose logits may exist at once.
-        on_whole: told the name of an operation for which all of them had to be computed.
+        on_whole: called with the name of an operation for which all of them had to be computed.
     """
     before = vars(head).get("forward")
     compute: Callable[..., Tensor] = head.forward
@@ -164,7 +164,7 @@ def _linear(head: nn.Module, compute: Callable[..., Tensor]) -> LinearHead | Non
 
 
 def _whole(item: Any, name: str) -> Any:
-    """An argument with deferred logits computed, wherever they are in it."""
+    """An argument with all deferred logits in it computed."""
     if isinstance(item, DeferredLogits):
         item.head.on_whole(name)
         return item.logits_of(item.hidden)
@@ -281,7 +281,7 @@ _FACTS = frozenset(
         "__hash__",
     ]
 )
-"""What can be told of logits without computing any."""
+"""What is known of logits without computing any."""
 
 _RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("float", "double", "to", "type_as", "tanh", "neg"), _each),

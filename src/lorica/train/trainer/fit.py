@@ -1,4 +1,4 @@
-"""The training itself: any model, whatever of it trains, from encoded rows to the end."""
+"""Training from encoded rows to the end, of any model, whichever of its parameters train."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Interrupted(LoricaError):
 
 @dataclass(frozen=True)
 class Fit:
-    """A trained model, and how it came to be.
+    """A trained model, and how its training went.
 
     Args:
         model: the model, with its best weights if `load_best` was asked for and there were validation rows,
@@ -72,9 +72,9 @@ class Fit:
         trainer: the trainer, for more of it.
         steps: optimizer steps of the whole run, those before a resume included.
         seconds: duration of this call's training.
-        step_seconds: median seconds a step, or None when this call made none.
-        history: what was logged, a dictionary an entry.
-        scoring: what scored the last evaluation.
+        step_seconds: median seconds per step, or None when this call made none.
+        history: what was logged, one dictionary per entry.
+        scoring: the metrics of the last evaluation.
     """
 
     model: PreTrainedModel
@@ -86,7 +86,7 @@ class Fit:
     scoring: Scoring
 
     def doubts(self) -> Iterator[str]:
-        """What in the course of the loss looks as if training diverged."""
+        """Signs in the course of the loss that training diverged."""
         what = "take a lower learning_rate, or a longer warmup_ratio"
         names = ("loss", "eval_loss") if self.trainer.args.fp16 else ("loss", "eval_loss", "grad_norm")
         if any(not math.isfinite(entry[name]) for entry in self.history for name in names if name in entry):
@@ -99,7 +99,7 @@ class Fit:
             yield f"the training loss rose from {first:.4f} to {last:.4f}: training diverged; {what}"
 
     def all_the_same(self, split: str, rows: int) -> Iterator[str]:
-        """What is to be said where the last evaluation called all rows the same."""
+        """A warning where the last evaluation called all rows the same."""
         if self.scoring.only is not None:
             yield (
                 f"all {rows:,} {split} rows are called {self.scoring.only!r}: the model has not learned to "
@@ -111,7 +111,7 @@ class Fit:
         return score(self.trainer, rows)
 
     def evaluated_last(self, rows: Dataset) -> dict[str, float] | None:
-        """What the evaluation after the last step came to, if it was of all these rows and of this model."""
+        """The scores of the evaluation after the last step, if it was of all these rows and of this model."""
         state, args, writer = self.trainer.state, self.trainer.args, self.trainer.writer
         reloaded = args.load_best_model_at_end and state.best_global_step != state.global_step
         if rows is not self.trainer.eval_dataset or reloaded or (writer and writer.config.eval_rows):
@@ -139,7 +139,7 @@ def fit(
     hear_interrupts: bool = True,
     writer: Writer | None = None,
 ) -> Fit:
-    """Train what of a model requires a gradient: an adapter, a head, or everything.
+    """Train the parameters that require a gradient: an adapter, a head, or everything.
 
     The same configuration, seed and rows give the same weights, bit for bit on a CPU, also when the run was
     killed at any moment and resumed.
@@ -158,7 +158,7 @@ def fit(
         callbacks: more callbacks.
         make_trainer: makes the trainer, of `Trainer`'s arguments.
         hear_interrupts: let Ctrl-C end training with a checkpoint. False leaves signals to the caller.
-        writer: what writes and scores texts in each evaluation. None leaves loss and the task's metrics.
+        writer: writes and scores texts in each evaluation. None leaves loss and the task's metrics.
 
     Returns:
         The trained model and figures of the run.

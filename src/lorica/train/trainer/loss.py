@@ -75,7 +75,7 @@ def chunked_cross_entropy(
         target: class of each row, or `ignore_index`.
         parameters: what `head` reads besides and whose gradient is wanted; others of it get none. A
             `LinearHead` brings its own.
-        after: what becomes of logits before their loss, such as softcapping; each row by itself.
+        after: what happens to logits before their loss, such as softcapping; each row by itself.
         ignore_index: target of rows that do not count. The head never sees them.
         reduction: "sum", or "mean" over the rows that count (nan where none does).
         label_smoothing: share of the target's probability spread over all classes, in [0, 1].

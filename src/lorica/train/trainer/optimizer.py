@@ -26,7 +26,7 @@ def parameter_groups(
 
     Args:
         model: the model, adapted or not. Frozen parameters are left out.
-        lr: learning rate, a step.
+        lr: learning rate.
         weight_decay: decay of weight matrices. Biases and the weights of norms have none.
         loraplus_lr_ratio: learning rate of B, and of its bias, over `lr`. None or 1 gives two groups, as
             without LoRA+.

@@ -12,12 +12,12 @@ from torch.utils.data import Sampler
 class LengthGroupedSampler(Sampler[int]):
     """Draws rows at random, then sorts each stretch of fifty batches by length: little padding, still random.
 
-    The order hangs on the seed and the epoch alone, not on torch's global generator as transformers' own
-    does; after a resume the same rows follow as without one.
+    The order depends on the seed and the epoch alone, and not, as transformers' own, on torch's global
+    generator; after a resume the same rows follow as without one.
 
     Args:
         lengths: length of each row, in tokens.
-        batch_size: rows a step.
+        batch_size: rows per step.
         seed: seed of the order.
     """
 
@@ -64,7 +64,7 @@ def padding(lengths: Sequence[int], batch_size: int, seed: int = 0) -> Padding |
 
     Args:
         lengths: length of each row, in tokens.
-        batch_size: rows a batch.
+        batch_size: rows per batch.
         seed: seed of both orders.
     """
     lengths = list(lengths)

@@ -55,7 +55,7 @@ def back_in_order(read: Any, order: Sequence[int] | None) -> Any:
 
 
 def majority(task: Task, model: PreTrainedModel, train: Dataset, rows: Dataset) -> dict[str, float]:
-    """Scores of calling every row the class that most training rows have; empty where no row has one class.
+    """Scores of calling every row the most frequent training class; empty where rows have no single class.
 
     Args:
         task: what is learned.

@@ -87,7 +87,7 @@ def test_quotes_of_a_tsv(content: str, expected: list[tuple[str, ...]], tmp_path
 
 @given(st.lists(st.tuples(st.text(min_size=1), st.text()), min_size=1, max_size=5), st.booleans())
 def test_what_python_writes_is_read_back(rows: list[tuple[str, str]], everything: bool) -> None:
-    from lorica.train.data.delimited import read_delimited
+    from lorica.train.data.spreadsheets import read_delimited
 
     rows = [tuple(cell.replace("\x00", "").replace("\r", "") for cell in row) for row in rows]  # type: ignore[misc]
     rows = [(text if text.strip() else "x", label) for text, label in rows]
