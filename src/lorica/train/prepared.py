@@ -142,7 +142,12 @@ def encode_split(recipe: Recipe, task: Task, tokenizer: Any, used: Used) -> tupl
         RowError: a row cannot be used, and the recipe does not say to leave it out.
     """
     data, limit, where = recipe.data, recipe.training.max_length, used.origin.source
-    return use(used, lambda rows: task.encode(rows, data, tokenizer, limit, where), skip=data.skip_bad)
+
+    def act(rows: Dataset) -> Encoded:
+        rows = task.located(rows, data, used.origin.folder, where)
+        return task.encode(rows, data, tokenizer, limit, where)
+
+    return use(used, act, skip=data.skip_bad)
 
 
 def read(recipe: Recipe, rows: sources.Rows | None = None) -> tuple[Recipe, Task, dict[str, Used]]:

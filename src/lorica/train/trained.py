@@ -189,7 +189,7 @@ def predict(
     """
     trained = open_run(directory, trust_task=trust_task)
     recipe, task = trained.recipe, trained.task
-    rows, where = _asked(trained, texts)
+    rows, where, folder = _asked(trained, texts)
     rows = presets.lay_out(rows, recipe.data.preset)
     with quiet():
         if isinstance(task, LanguageTask):
@@ -197,9 +197,8 @@ def predict(
             writer = Writer(trained.tokenizer, generation or recipe.generation, make_console(stderr=True))
             outputs, features = writer.texts(trained.model, prompts), rows
         else:
-            encoded = task.encode(
-                rows, recipe.data, trained.tokenizer, recipe.training.max_length, where, labelled=False
-            )
+            located, limit = task.located(rows, recipe.data, folder, where), recipe.training.max_length
+            encoded = task.encode(located, recipe.data, trained.tokenizer, limit, where, labelled=False)
             features = encoded.features
             with scoring(trained) as trainer:
                 outputs = trainer.predict(features).predictions  # type: ignore[arg-type]
@@ -210,26 +209,26 @@ def predict(
     return [{**row, **said} for row, said in zip(given, answers, strict=True)]
 
 
-def _asked(trained: Trained, texts: Asked) -> tuple[Dataset, str]:
-    """The rows to predict, and what to call them."""
+def _asked(trained: Trained, texts: Asked) -> tuple[Dataset, str, Path | None]:
+    """The rows to predict, what to call them, and the folder of the file that they came in."""
     recipe, task = trained.recipe, trained.task
     if not isinstance(texts, (str, Path)):
         if isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts):
             if not texts:
                 raise FileError("there is no text to predict")
-            return task.rows(texts, recipe.data), "the rows"
-        return as_found(texts).rows, "the rows"
+            return task.rows(texts, recipe.data), "the rows", None
+        return as_found(texts).rows, "the rows", None
     path = Path(texts)
     if path.is_dir() and task.reads_files and holds_images(path):
-        return task.rows([str(file) for file in images_in(path)], recipe.data), str(texts)
+        return task.rows([str(file) for file in images_in(path)], recipe.data), str(texts), None
     if path.suffix == ".txt" and path.is_file():
         # A line is a text, also of words whose classes are to be told.
         if not (lines := read_lines(path, recipe.data.encoding)):
             raise FileError(f"{texts} holds no rows to predict")
-        return task.rows(lines, recipe.data), str(texts)
+        return task.rows(lines, recipe.data), str(texts), path.parent
     used = sources.load_test(str(texts), recipe.data, tagged=task.tagged)
     _tell([f"{used.origin.source}: {note}" for note in used.origin.notes])
-    return used.rows, used.origin.source
+    return used.rows, used.origin.source, used.origin.folder
 
 
 def _tell(notes: Sequence[str]) -> None:

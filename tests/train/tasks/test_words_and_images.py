@@ -16,7 +16,8 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.cli import main
 from lorica.errors import LoricaError
-from lorica.train import DataConfig, predict, tasks, train
+from lorica.train import DataConfig, evaluate, predict, tasks, train
+from lorica.train.data.rows import RowError
 from lorica.train.data.splits import Splits
 
 TOKENS, IMAGES = "token-classification", "image-classification"
@@ -93,13 +94,7 @@ def write_images(folder: Path, count: int = 16) -> list[dict[str, Any]]:
 
 
 def test_images_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        image_size=16, patch_size=8,
-    )  # fmt: skip
-    ViTForImageClassification(config).save_pretrained(tmp_path / "model")
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    vit(tmp_path / "model")
     rows = write_images(tmp_path / "images")
     data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
     recipe = tiny.recipe(tmp_path / "model", data, tmp_path / "out", epochs=8)
@@ -119,6 +114,51 @@ def test_images_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     merged = tmp_path / "merged"
     assert main(["merge", str(tmp_path / "model"), str(result.output), "--output", str(merged)]) == 0
     assert [row["label"] for row in predict(merged, [rows[0]["image"]])] == ["dark"]
+
+
+def vit(folder: Path) -> Path:
+    """A tiny model of images on disk."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=16, patch_size=8,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "train.csv"])
+def test_paths_of_images_are_relative_to_the_file_that_has_them(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = vit(tmp_path / "model")
+    rows = [
+        (f"images/{Path(row['image']).name}", row["label"]) for row in write_images(tmp_path / "data/images")
+    ]
+    file = tmp_path / "data" / name
+    file.write_text("\n".join(["image,label", *map(",".join, rows)]))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    source = file.parent if name == "train.csv" else file
+    recipe = tiny.recipe(model, source, tmp_path / "out", epochs=1).replace(task=IMAGES)
+    recipe = recipe.replace(data={"validation_fraction": 0.25})
+    output = train(recipe).output
+    assert evaluate(output, source)["loss"] > 0
+    if name == "rows.csv":
+        assert len(predict(output, file)) == 16
+        (tmp_path / "data/list.txt").write_text("images/0.png\nimages/1.png")
+        assert [row["image"] for row in predict(output, tmp_path / "data/list.txt")] == [
+            "images/0.png",
+            "images/1.png",
+        ]
+        monkeypatch.chdir(tmp_path / "data")
+        assert len(predict(output, ["images/0.png"])) == 1
+        file.rename(tmp_path / "rows.csv")  # then the working directory has them
+        assert len(predict(output, tmp_path / "rows.csv")) == 16
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        with pytest.raises(RowError, match=r"row 1 of .*\(images/0\.png\) that is neither in .*elsewhere"):
+            train(recipe.replace(data={"train": str(tmp_path / "rows.csv")}, output=str(tmp_path / "new")))
 
 
 def test_an_image_that_does_not_decode(tmp_path: Path) -> None:

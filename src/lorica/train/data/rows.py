@@ -32,12 +32,14 @@ class Origin:
         places: place in it of each row, from 0; None where the rows are all of it, in their order.
         lines: line of the file, from 1, on which each of its rows begins; None where there are no lines.
         notes: notes for the user on how it was read; lines that do not name it.
+        folder: that of the file they are in; paths in the rows are relative to it. None where there is none.
     """
 
     source: str
     places: Sequence[int] | None = None
     lines: Sequence[int] | None = None
     notes: tuple[str, ...] = ()
+    folder: Path | None = None
 
     def number(self, row: int) -> int:
         """Number in the source, from 1, of a row, from 0."""

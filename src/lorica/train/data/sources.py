@@ -107,6 +107,12 @@ def describe(source: str, split: str) -> str:
     return f"the {split} split of {source}"
 
 
+def folder_of(source: str) -> Path | None:
+    """The folder of the file, or of the files, that a source means; None where it is on the Hub."""
+    path = Path(_parts(source)[0]).expanduser()
+    return path.parent if path.is_file() else path if path.is_dir() else None
+
+
 def _file(path: Path, form: Form) -> dict[str, Found]:
     return {name or "train": found for name, found in read_file(path, form).items()}
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from lorica.errors import ConfigError, FileError, listing
 from lorica.train import presets
 from lorica.train.data.rows import Origin, RowError, Used, use
-from lorica.train.data.sources import IN_PYTHON, SPLITS, describe, find
+from lorica.train.data.sources import IN_PYTHON, SPLITS, describe, find, folder_of
 from lorica.train.data.sources import read as read
 from lorica.train.data.tables import Form, Found
 from lorica.train.data.tables import Rows as Rows
@@ -186,7 +186,9 @@ def _split(source: Mapping[str, Found], split: str, where: str, *, skip: bool) -
     found = source[name]
     if not len(found.rows):
         raise FileError(f"{where} has no rows in its {name} split")
-    used = Used(found.rows, Origin(describe(where, name), lines=found.lines, notes=found.notes))
+    folder = None if where == IN_PYTHON else folder_of(where)
+    origin = Origin(describe(where, name), lines=found.lines, notes=found.notes, folder=folder)
+    used = Used(found.rows, origin)
 
     def whole(rows: Dataset) -> None:
         if found.broken and len(rows) == len(found.rows):

@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import transformers
@@ -104,6 +105,20 @@ class Task(ABC):
             where: what to call these rows in an error, such as "the test rows".
             labelled: whether they have labels; rows to predict have none.
         """
+
+    def located(self, rows: Dataset, data: DataConfig, folder: Path | None, where: str) -> Dataset:
+        """The rows with the paths in them as they are from here, where a task reads files.
+
+        Args:
+            rows: the rows, as they came.
+            data: their columns, resolved.
+            folder: that of the file they came in; None where they came in none.
+            where: what to call these rows in an error.
+
+        Raises:
+            RowError: there is no such file.
+        """
+        return rows
 
     @abstractmethod
     def head(self, data: DataConfig) -> dict[str, Any]:

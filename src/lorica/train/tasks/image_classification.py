@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset, Image
+from datasets import Dataset, Image, Value
 from torch import Tensor
 from transformers.trainer_utils import EvalPrediction
 
@@ -48,6 +49,28 @@ class ImageClassification(Task):
         image = find_column(rows, data.text, [*known, *_IMAGES], "images", "text")
         label = find_label(rows, data.label)
         return replace(data, text=image, label=label, labels=classes(rows, label, data.labels))
+
+    def located(self, rows: Dataset, data: DataConfig, folder: Path | None, where: str) -> Dataset:
+        """Paths are relative to the file that has them, or else to the working directory."""
+        name = data.text
+        if folder is None or name not in rows.column_names or rows.features[name] != Value("string"):
+            return rows
+
+        def find(given: str | None) -> str | None:
+            if given is None or "://" in given or Path(given).is_absolute():
+                return given
+            places = [folder / given, Path(given)]
+            found = next((place for place in places if place.exists()), None)
+            if found is None:
+                raise Unusable(
+                    f"names an image in column {name!r} ({given}) that is neither in {folder.absolute()}, "
+                    f"where these rows are, nor in the working directory {Path.cwd()}"
+                )
+            return str(found)
+
+        paths: Any = read_each(rows[name], find, where)
+        located = rows.add_column(_COLUMN, paths)  # type: ignore[call-arg]
+        return located.remove_columns(name).rename_column(_COLUMN, name)
 
     def encode(
         self,
