@@ -79,3 +79,14 @@ class TestAssigned:
         with pytest.raises(ConfigError, match=r"no field 'lora_alhpa'.*'lora_alpha'"):
             config.lora_alhpa = 4
         assert not hasattr(config, "lora_alhpa")
+
+
+def test_names_of_modules_equal_a_set_as_in_peft() -> None:
+    config: Any = LoraConfig(target_modules=["q", "k"], exclude_modules=["0.q"])
+    assert config.target_modules == {"k", "q"}
+    assert config.target_modules == ["q", "k"]
+    assert config.target_modules != {"k"}
+    assert config.exclude_modules == {"0.q"}
+    model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(r=1, target_modules="all-linear"))
+    assert model.peft_config["default"].target_modules == {"0"}
+    assert LoraConfig.from_dict(config.to_dict()) == config

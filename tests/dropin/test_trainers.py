@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from dropin import training
 from tiny import transformer
 from train import tiny
 
 import lorica
 from lorica.errors import StateError
-from lorica.peft import LoraConfig, get_peft_model
+from lorica.peft import LoraConfig, PeftModelForCausalLM, get_peft_model
 
 # transformers and TRL warn of their own future.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,7 +39,7 @@ def test_both_hold_where_peft_is_not_installed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def sft(folder: Path, model: Any = None, **more: Any) -> Any:
+def sft(folder: Path, model: Any = None, peft_config: Any = None, **more: Any) -> Any:
     trl = pytest.importorskip("trl", reason="needs TRL: pip install 'lorica[peers]'")
     values = training.options(folder, **more) | {"max_length": 8, "bf16": False}
     return trl.SFTTrainer(
@@ -47,6 +48,7 @@ def sft(folder: Path, model: Any = None, **more: Any) -> Any:
         train_dataset=training.rows(),
         eval_dataset=training.rows(8),
         processing_class=tiny.tokenizer(),
+        peft_config=peft_config,
     )
 
 
@@ -56,6 +58,42 @@ def test_trls_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 def test_trls_trainer_ends_with_the_best(tmp_path: Path) -> None:
     training.check_ends_with_the_best(sft, tmp_path)
+
+
+def test_trls_trainer_adapts_by_a_configuration(tmp_path: Path) -> None:
+    trl: Any = pytest.importorskip("trl")
+    _ = trl.SFTTrainer  # imported before the configuration is made, as scripts do
+    base = transformer("llama")
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    run = sft(tmp_path, base, peft_config=config)
+    assert type(run.model) is PeftModelForCausalLM
+    assert run.model.get_base_model() is base
+    run.train()
+    trained = training.weights(tmp_path / "checkpoint-8")
+    assert all(tensor.abs().sum() > 0 for tensor in trained.values())
+    assert not (tmp_path / "checkpoint-8" / "model.safetensors").exists()
+    lorica.detach(base)
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_dpo_adapts_by_a_configuration_and_compares_with_the_base(tmp_path: Path) -> None:
+    trl: Any = pytest.importorskip("trl")
+    kind, tokenizer = trl.DPOTrainer, tiny.tokenizer()
+    tokenizer.eos_token = "[SEP]"
+    values = training.options(tmp_path, max_steps=1) | {"max_length": 12, "bf16": False}
+    pair = {"prompt": "lovely film", "chosen": " great story", "rejected": " poor plot"}
+    run = kind(
+        model=transformer("llama"),
+        args=trl.DPOConfig(**values),
+        train_dataset=Dataset.from_list([pair] * 8),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
+    assert list(run.model.peft_config) == ["default"]
+    run.train()
+    assert run.state.log_history[0]["rewards/margins"] == 0  # the adapter starts at the base
 
 
 def test_an_adapted_head_that_trl_would_read_past_is_refused(tmp_path: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import importlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
@@ -126,11 +128,22 @@ class PeftConfig(core.LoraConfig):
         )
         quiet = settings.pop("quiet", False)
         super().__init__(**settings)
+        self._list_names()
+        if not quiet:
+            self._tell(settings)
+            if "trl" in sys.modules:  # its trainers may be given this as `peft_config`
+                importlib.import_module("lorica.peft.utils.integrations").tell_trl()
+
+    def _list_names(self) -> None:
         for field in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(self, field), list):
                 self.__dict__[field] = Names(names)
-        if not quiet:
-            self._tell(settings)
+
+    def as_found(self, **changes: Any) -> Self:
+        """A copy with some fields as they turned out on a model."""
+        found = super().as_found(**changes)
+        found._list_names()
+        return found
 
     def _tell(self, given: Mapping[str, Any]) -> None:
         """Warn of settings of a start that was not given, and of those of another."""

@@ -27,23 +27,7 @@ from lorica.peft.utils.other import warn_of_name
 
 
 class Wrapper(nn.Module):
-    """A model with LoRA adapters, under PEFT's names, as it is in memory.
-
-    The model itself is adapted in place and stays what it was: ``get_base_model()`` is the model that was
-    given. Parameters go by ``base_model.model.<their name in the model>``.
-
-    Args:
-        model: the base.
-        peft_config: what to train.
-        adapter_name: of the adapter.
-        autocast_adapter_dtype: keep A and B in float32 beside a base of less precision; False gives them the
-            base's.
-        low_cpu_mem_usage: leave the adapter on the meta device, until its values are loaded.
-
-    Raises:
-        TargetError: a pattern matches nothing, or something that cannot be adapted.
-        ConfigError: the model is wrapped already.
-    """
+    """A `PeftModel` as it is in memory; arguments and errors are said there."""
 
     __class__ = apparent_class  # pyright: ignore[reportIncompatibleMethodOverride]
     _is_prompt_learning: ClassVar[bool] = False

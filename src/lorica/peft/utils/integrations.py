@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,6 +69,38 @@ def tell_transformers(known: type[nn.Module]) -> None:
     for module in [module for name, module in sys.modules.items() if name.startswith("transformers.")]:
         if vars(module).get(_ASKS) is asks:
             setattr(module, _ASKS, is_peft_model)
+
+
+class _Either(type):
+    """A class of PEFT's of whose kind lorica's own counts as well."""
+
+    ours: type
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, (cls.ours, cls.__base__ or object))
+
+
+def tell_trl() -> None:
+    """Have TRL's trainers that are loaded take lorica's configurations as `peft_config`, and adapt by lorica.
+
+    They ask isinstance of PEFT's class, and call PEFT's `get_peft_model`; each by a name in its own module.
+    """
+    peft = importlib.import_module("lorica.peft")
+    for module in [module for name, module in sys.modules.items() if name.startswith("trl.")]:
+        theirs, configs = (vars(module).get(name) for name in ("get_peft_model", "PeftConfig"))
+        if theirs is None or configs is None or isinstance(configs, _Either):
+            continue
+        either = _Either("PeftConfig", (configs,), {"ours": peft.PeftConfig})
+        module.__dict__.update(PeftConfig=either, get_peft_model=_by_config(theirs, peft))
+
+
+def _by_config(theirs: Callable[..., Any], peft: Any) -> Callable[..., Any]:
+    @functools.wraps(theirs)
+    def get_peft_model(model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        own = isinstance(peft_config, peft.PeftConfig)
+        return (peft.get_peft_model if own else theirs)(model, peft_config, *args, **kwargs)
+
+    return get_peft_model
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:

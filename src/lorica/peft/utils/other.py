@@ -170,7 +170,7 @@ def without_idle(model: nn.Module, config: LoraConfig) -> LoraConfig:
                 f"You have passed exclude_modules={excluded!r} but no modules were excluded by {gone}: the "
                 "model has none of that name",
                 IdleWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
             config = config.replace(exclude_modules=kept or None)
     config = _without_idle_targets(model, config)
@@ -188,7 +188,7 @@ def without_idle(model: nn.Module, config: LoraConfig) -> LoraConfig:
                 f"The following {field} keys did not match any targeted module and were ignored: "
                 f"{sorted(idle)}.",
                 IdleWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
             changes[field] = {key: value for key, value in pattern.items() if key not in idle}
     return config.replace(**changes) if changes else config
@@ -209,7 +209,7 @@ def _without_idle_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
         return config
     idle, what = ("target_modules", "module") if found else ("target_parameters", "parameter")
     given = set(modules) if found and not isinstance(modules, str) else getattr(config, idle)
-    warnings.warn(f"{idle}={given} were set but no {what} was matched.", IdleWarning, stacklevel=6)
+    warnings.warn(f"{idle}={given} were set but no {what} was matched.", IdleWarning, stacklevel=7)
     return config.replace(**{idle: [] if found else None})
 
 
