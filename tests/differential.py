@@ -29,7 +29,7 @@ from torch import Tensor
 
 import lorica.peft
 from lorica.errors import LoricaError
-from lorica.model.merged import behind_merge
+from lorica.model.merging.merged import behind_merge
 
 TOLERANCE = 2e-4
 _BESIDE = re.compile(r"\.base_layer\.weight$|\.(modules_to_save|original_module)\..*bias$")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import lorica
 from lorica import Adapter, Factors, LoraConfig
-from lorica.adapter import check_name
 from lorica.errors import AdapterError
+from lorica.state import check_name
 
 
 def adapter(**extras: Tensor) -> Adapter:

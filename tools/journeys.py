@@ -39,7 +39,7 @@ CORE = (
     "model",
     "checkpoint/peft",
 )
-PLUGINS = ("layers/quantized", "pieces/plugins", "inits/plugins")
+PLUGINS = ("layers/quantized", "layers/plugins", "pieces/plugins", "inits/plugins")
 
 
 @dataclass
@@ -113,6 +113,7 @@ def core_journeys(folder: Path) -> dict[str, Walk]:
                 journey()
 
         take("adapt", lambda: lorica.adapt(model, config))
+        model(x)  # the first pass also looks for layers that it does not call
         take("forward", lambda: model(x))
         take("save", lambda: lorica.save(model, folder / "adapter"))
         take("load_weights", lambda: lorica.load_weights(model, folder / "adapter"))

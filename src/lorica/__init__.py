@@ -69,30 +69,12 @@ __all__ = [  # noqa: RUF022 - grouped by what one does
     "ParameterCount",
     "Preview",
     "LoricaError",
-    # PEFT's functions
-    "get_eva_state_dict",
-    "initialize_lora_eva_weights",
-    "prepare_model_for_kbit_training",
-    "preprocess_corda",
-    "preprocess_loraga",
-    "replace_lora_weights_loftq",
-    "baselines",
+    "methods",
 ]
 
 if TYPE_CHECKING:
-    from lorica import algebra, baselines, study
+    from lorica import algebra, methods, study
     from lorica.adapter import Adapter, Factors
-    from lorica.baselines import (
-        AdapterDConfig,
-        AdapterHConfig,
-        AdapterLConfig,
-        AdapterPConfig,
-        BitFitConfig,
-        FullConfig,
-        PreEmbedConfig,
-        PreLayerConfig,
-        TopConfig,
-    )
     from lorica.checkpoint import is_adapter, read, write
     from lorica.config import (
         AdapterConfig,
@@ -104,6 +86,17 @@ if TYPE_CHECKING:
         MethodConfig,
     )
     from lorica.errors import LoricaError
+    from lorica.methods import (
+        AdapterDConfig,
+        AdapterHConfig,
+        AdapterLConfig,
+        AdapterPConfig,
+        BitFitConfig,
+        FullConfig,
+        PreEmbedConfig,
+        PreLayerConfig,
+        TopConfig,
+    )
     from lorica.model import (
         MergeReport,
         ParameterCount,
@@ -118,15 +111,10 @@ if TYPE_CHECKING:
         disabled,
         extract,
         finalize,
-        get_eva_state_dict,
-        initialize_lora_eva_weights,
         load,
         load_weights,
         merge,
         mixed,
-        prepare_model_for_kbit_training,
-        preprocess_corda,
-        preprocess_loraga,
         preview,
         push_to_hub,
         restore,
@@ -134,28 +122,32 @@ if TYPE_CHECKING:
         switch,
         trainable_parameters,
     )
-    from lorica.model.loftq import replace_lora_weights_loftq
     from lorica.study.planning import plan
 
 # Module → the names that are imported from it when they are first used.
 _PLACES = {
     "adapter": "Adapter Factors",
-    "baselines": "AdapterDConfig AdapterHConfig AdapterLConfig AdapterPConfig BitFitConfig FullConfig "
+    "methods": "AdapterDConfig AdapterHConfig AdapterLConfig AdapterPConfig BitFitConfig FullConfig "
     "PreEmbedConfig PreLayerConfig TopConfig",
     "checkpoint": "is_adapter read write",
     "config": "AdapterConfig CordaConfig EvaConfig LoftQConfig LoraConfig LoraGAConfig MethodConfig",
     "errors": "LoricaError",
     "model": "MergeReport ParameterCount Preview active adapt adapters attach count delta_weight detach "
-    "disabled extract finalize get_eva_state_dict initialize_lora_eva_weights load load_weights merge mixed "
-    "prepare_model_for_kbit_training preprocess_corda preprocess_loraga preview push_to_hub restore save "
-    "switch trainable_parameters",
-    "model.loftq": "replace_lora_weights_loftq",
+    "disabled extract finalize load load_weights merge mixed preview push_to_hub restore save switch "
+    "trainable_parameters",
     "study.planning": "plan",
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names.split()}
 _MODULES = {
-    *("adapter", "algebra", "baselines", "checkpoint", "config", "errors", "folding"),
-    *("functional", "init", "layers", "model", "state", "study"),
+    *("adapter", "algebra", "methods", "checkpoint", "config", "errors", "folding"),
+    *("functional", "inits", "layers", "model", "pieces", "state", "study"),
+}
+
+
+# PEFT's functions, which stood here once.
+_PEFTS = {
+    *("get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_corda", "preprocess_loraga"),
+    *("prepare_model_for_kbit_training", "replace_lora_weights_loftq"),
 }
 
 
@@ -164,6 +156,13 @@ def __getattr__(name: str) -> Any:
         found = getattr(importlib.import_module(f"{__name__}.{_PLACE_OF[name]}"), name)
     elif name in _MODULES:
         found = importlib.import_module(f"{__name__}.{name}")
+    elif name == "baselines":
+        raise AttributeError(f"{__name__}.baselines is {__name__}.methods now")
+    elif name in _PEFTS:
+        instead = (
+            ", or give lorica.adapt the data (data=...)" if "loftq" not in name and "kbit" not in name else ""
+        )
+        raise AttributeError(f"{__name__}.{name} is {__name__}.peft.{name} now{instead}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found

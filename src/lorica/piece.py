@@ -56,6 +56,7 @@ class Piece(ABC):
         path: of the module that it is for, or the name of the parameter.
 
     Attributes:
+        module: at that path, where it is a module's; None elsewhere.
         section: of an `Adapter`, to which its tensors belong.
         places: whether something of it stands in the base's place while its adapter acts, or keeps others
             from acting beside it.
@@ -67,6 +68,7 @@ class Piece(ABC):
         clash: why no other adapter may have its own of what this one claims; a format with the path.
     """
 
+    module: Any = None
     section: ClassVar[str] = "extras"
     places: bool = False
     optional: ClassVar[bool] = False

@@ -98,8 +98,11 @@ class AdapterState(Choices):
 
     def pieces_in(self, root: nn.Module, name: str) -> list[Piece]:
         """An adapter's pieces that are in the model still, by the paths that they have there now."""
+        pieces = self.pieces[name]
+        if all(piece.module is None or _stands(root, piece.path, piece.module) for piece in pieces):
+            return list(pieces)
         paths = {place.module: place.path for place in walk(root)}
-        return [piece for piece in self.pieces[name] if piece.follow(paths)]
+        return [piece for piece in pieces if piece.follow(paths)]
 
     def placing(self, name: str) -> list[Piece]:
         """The adapter's pieces that stand in the base's place, or let no other act beside them."""
@@ -376,6 +379,14 @@ def check_name(name: str) -> str:
             "choose another name"
         )
     return name
+
+
+def _stands(root: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether a module is still the one at a path; no, too, where that takes looking through a wrapper."""
+    try:
+        return root.get_submodule(path) is module
+    except AttributeError:
+        return False
 
 
 def _tell(root: nn.Module, path: str, displaced: tuple[str, Parameter] | None) -> None:

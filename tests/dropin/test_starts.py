@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import lorica
 from lorica import peft
 from lorica.errors import AdapterError, ConfigError, StateError
+from lorica.model import starts
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -48,7 +49,7 @@ def eva_config(**more: Any) -> peft.LoraConfig:
 
 def test_eva() -> None:
     ours = lorica.adapt(transformer("llama"), eva_config())
-    lorica.initialize_lora_eva_weights(ours, batches())
+    starts.initialize_lora_eva_weights(ours, batches())
     calls = []
 
     def forward(model: Any, inputs: Any) -> Any:
@@ -85,7 +86,7 @@ def test_corda(tmp_path: Path) -> None:
         )
 
     ours = transformer("llama")
-    lorica.preprocess_corda(ours, config(), batches())
+    starts.preprocess_corda(ours, config(), batches())
     lorica.adapt(ours, config())
     for hooked in (None, transformer("llama")):
         base = transformer("llama")
@@ -105,7 +106,7 @@ def test_lora_ga(tmp_path: Path) -> None:
         r=2, target_modules=TARGETS, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()
     )
     ours = transformer("llama")
-    lorica.preprocess_loraga(ours, config, batches())
+    starts.preprocess_loraga(ours, config, batches())
     lorica.adapt(ours, config)
     base = transformer("llama")
 

@@ -19,7 +19,7 @@ from torch import nn
 import lorica
 import lorica.peft
 from lorica.checkpoint.peft_tensors import to_tensors
-from lorica.default_targets import BY_TYPE
+from lorica.config.default_targets import BY_TYPE
 from lorica.errors import TargetError
 
 # PEFT warns of its own patterns for parameters, and of what transformers will rename.

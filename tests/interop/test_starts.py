@@ -16,6 +16,7 @@ import lorica
 from lorica import inits
 from lorica.config import exactly
 from lorica.layers import lora_layers
+from lorica.model import starts
 
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'lorica[peers]'")
 
@@ -37,12 +38,12 @@ def data(count: int = 4, rows: int = 1) -> list[dict[str, Tensor]]:
 def ours(value: str, **more: Any) -> Any:
     model, config = transformer("llama"), lorica.LoraConfig(**settings(value, **more))
     if value == "corda":
-        lorica.preprocess_corda(model, config, data(30))
+        starts.preprocess_corda(model, config, data(30))
     elif value == "lora_ga":
-        lorica.preprocess_loraga(model, config, data())
+        starts.preprocess_loraga(model, config, data())
     lorica.adapt(model, config, seed=0)
     if value == "eva":
-        lorica.initialize_lora_eva_weights(model, data(rows=32))
+        starts.initialize_lora_eva_weights(model, data(rows=32))
     return model
 
 

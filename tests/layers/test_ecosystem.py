@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lorica
 from lorica.errors import AdapterError, StateError
 from lorica.layers import LoraLayer, LoraLinear
-from lorica.model.merged import as_unmerged, stay_adapted
+from lorica.model.merging.merged import as_unmerged, stay_adapted
 
 transformers = pytest.importorskip("transformers")
 

@@ -22,10 +22,10 @@ from tiny import record
 from torch import Tensor, nn
 
 import lorica
-from lorica.baselines import BitFitConfig, FullConfig
 from lorica.config import AdapterConfig
 from lorica.errors import AdapterError, StateError
-from lorica.model.merged import behind_merge
+from lorica.methods import BitFitConfig, FullConfig
+from lorica.model.merging.merged import behind_merge
 from lorica.state import adapted as roster_of
 
 NAMES = ("one", "two", "three")

@@ -17,7 +17,7 @@ import lorica
 import lorica.algebra
 from lorica.errors import AdapterError, ConfigError, TargetError
 from lorica.layers import TrainedTokens
-from lorica.model.merged import finalize
+from lorica.model.merging.merged import finalize
 
 ROWS = [7, 2, 39]
 

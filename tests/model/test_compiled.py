@@ -14,6 +14,7 @@ from torch import nn
 import lorica
 from lorica import LoraConfig
 from lorica.errors import TargetError
+from lorica.model import starts
 
 pytestmark = [pytest.mark.usefixtures("unchecked_shapes"), pytest.mark.filterwarnings("ignore")]
 
@@ -148,11 +149,11 @@ def test_a_start_from_data_sees_it_though_the_model_was_called_before(value: str
         model = prepare(Toy())
         model(tokens())  # compiled code knows no hook that comes later
         if value == "corda":
-            lorica.preprocess_corda(model, config, data)
+            starts.preprocess_corda(model, config, data)
             lorica.adapt(model, config, seed=0)
         else:
             lorica.adapt(model, config, seed=0)
-            lorica.initialize_lora_eva_weights(model, data, seed=0)
+            starts.initialize_lora_eva_weights(model, data, seed=0)
         found.append(lorica.extract(model))
     for path, factors in found[0].factors.items():
         torch.testing.assert_close(factors.A, found[1].factors[path].A)

@@ -380,7 +380,7 @@ class TestRefused:
     )
     def test_data_that_was_never_shown(self, value: str, call: str) -> None:
         model = toy()
-        with pytest.raises(StateError, match=f"call lorica.{call}"):
+        with pytest.raises(StateError, match=f"call lorica.peft.{call}"):
             lorica.adapt(model, config(value))
         assert not lorica.adapters(model)
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from baselines.test_counts import BASE, DEBERTA, LARGE, MEDIUM, ROBERTA_LARGE, Model
+from methods.test_counts import BASE, DEBERTA, LARGE, MEDIUM, ROBERTA_LARGE, Model
 
 import lorica
 from lorica.train import Recipe, presets, tasks

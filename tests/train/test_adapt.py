@@ -20,8 +20,9 @@ from lorica.adapter import Adapter
 from lorica.cli import main
 from lorica.config import CordaConfig, EvaConfig, LoraConfig
 from lorica.errors import AdapterError, ConfigError, FileError, LoricaError
+from lorica.model import starts
 from lorica.train import Recipe, prepare, train
-from lorica.train import adapt as starts
+from lorica.train import adapt as beginning
 from lorica.train.adapt import warm_start
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ def test_the_start_is_made_from_training_rows(start: str, place: Path, tmp_path:
     chosen = recipe(place, start, tmp_path / "out")
     method = dataclasses.replace(chosen.method, task_type="SEQ_CLS")
     console = quiet()
-    found = starts.adapt_prepared(prepare(chosen), method, tmp_path / "out", resume=False, console=console)
+    found = beginning.adapt_prepared(prepare(chosen), method, tmp_path / "out", resume=False, console=console)
     assert isinstance(console.file, io.StringIO)
     assert f"{start}: started from 12 training rows" in console.file.getvalue()
 
@@ -71,9 +72,9 @@ def test_the_start_is_made_from_training_rows(start: str, place: Path, tmp_path:
     batches = [collate(picked[i : i + 4]) for i in range(0, 12, 4)]
     model = prepared.model
     if start == "eva":
-        lorica.initialize_lora_eva_weights(lorica.adapt(model, method, seed=0), batches)
+        starts.initialize_lora_eva_weights(lorica.adapt(model, method, seed=0), batches)
     else:
-        {"corda": lorica.preprocess_corda, "lora_ga": lorica.preprocess_loraga}[start](model, method, batches)
+        {"corda": starts.preprocess_corda, "lora_ga": starts.preprocess_loraga}[start](model, method, batches)
         lorica.adapt(model, method, seed=0)
     ours, theirs = tensors(lorica.extract(found)), tensors(lorica.extract(model))
     assert ours.keys() == theirs.keys()
@@ -95,7 +96,7 @@ def test_a_resumed_run_ends_the_same_and_looks_once(
         raise AssertionError("the rows were looked at again")
 
     for name in ("look_for_corda", "look_for_loraga", "initialize_lora_eva_weights"):
-        monkeypatch.setattr(starts, name, never)
+        monkeypatch.setattr(beginning, name, never)
     resumed = train(recipe(place, start, tmp_path / "cut"), resume=True, console=quiet())
     assert resumed.adapter_sha256 == whole.adapter_sha256
     assert resumed.metrics == whole.metrics

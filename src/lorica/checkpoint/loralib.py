@@ -20,8 +20,8 @@ from lorica.checkpoint.atomic import replace_files, save
 from lorica.checkpoint.derived import derived_config
 from lorica.checkpoint.foreign import by_names
 from lorica.checkpoint.fused import Parts, ends_with, fused_parts, groups, packed, unpacked
-from lorica.checkpoint.tensors import load, named_tensors
 from lorica.errors import AdapterError, ConfigError, FileError, lines, listing, nearest
+from lorica.reading import load, named_tensors
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
 _WRAPPERS = ("model_state_dict", "state_dict")  # what training scripts put around the tensors

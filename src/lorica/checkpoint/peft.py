@@ -27,10 +27,9 @@ from lorica.checkpoint.atomic import replace_files, save
 from lorica.checkpoint.card import model_card
 from lorica.checkpoint.foreign import recognized
 from lorica.checkpoint.peft_tensors import from_tensors, to_tensors
-from lorica.checkpoint.tensors import SAFETENSORS, load, named_tensors, read_metadata
 from lorica.config import AdapterConfig, LoraConfig, read_config
 from lorica.errors import AdapterError, ConfigError, FileError
-from lorica.reading import parse_json, read_object
+from lorica.reading import SAFETENSORS, load, named_tensors, parse_json, read_metadata, read_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorica.baselines.positions import is_causal
 from lorica.compare.file import Comparison
 from lorica.config import AdapterConfig, family_of
 from lorica.errors import ConfigError, LoricaError, lines
 from lorica.layers import saved_modules
+from lorica.methods.positions import is_causal
 from lorica.model import adapt, trainable_parameters
-from lorica.model.skeleton import skeleton
+from lorica.model.pretrained.skeleton import skeleton
 from lorica.train import tasks
 from lorica.train.embedded import resolve_model
 from lorica.train.prepared import read

@@ -15,7 +15,7 @@ from lorica.errors import ConfigError, listing, nearest
 
 Family = Literal["selective", "reparametrisation", "additive"]
 _METHODS: dict[str, type[MethodConfig]] = {}
-_MORE = "lorica.baselines"
+_MORE = "lorica.methods"
 """The package whose methods are known by their names before anything imports it."""
 
 

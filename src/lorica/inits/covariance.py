@@ -118,7 +118,7 @@ class Corda(Init):
     def factors(  # noqa: D102
         self, target: Target, config: LoraConfig, seen: Any, random: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        oriented = check_seen(seen, Oriented, 1, target, config, "lorica.preprocess_corda")
+        oriented = check_seen(seen, Oriented, 1, target, config, "lorica.peft.preprocess_corda")
         return oriented.factors(config.scale(target.path))
 
 

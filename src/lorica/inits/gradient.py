@@ -78,7 +78,7 @@ class LoraGA(Init):
     def factors(  # noqa: D102
         self, target: Target, config: LoraConfig, seen: Any, random: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        triples = check_seen(seen, Triple, 2, target, config, "lorica.preprocess_loraga")
+        triples = check_seen(seen, Triple, 2, target, config, "lorica.peft.preprocess_loraga")
         r, scale = config.rank(target.pattern_path), config.scale(target.path)
         settings = config.lora_ga_config or LoraGAConfig()
         return lora_ga(triples, r, scale, precise(target), settings, random)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lorica._shapes import Float
+from lorica.config import LoraConfig
+from lorica.find import Target
 from lorica.inits.draws import Drawn
 from lorica.inits.init import register
 from lorica.inits.lowrank import leading
@@ -106,6 +108,14 @@ class Eva(Drawn):
 
     reads_weight: ClassVar[bool] = True
     looks: ClassVar[bool] = True
+
+    def factors(  # noqa: D102
+        self, target: Target, config: LoraConfig, seen: Any, random: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        if seen is None:
+            return super().factors(target, config, seen, random)
+        A = seen.detach().clone()
+        return A, A.new_zeros(target.factor_shapes(len(A))[1])
 
 
 register("eva", Eva())

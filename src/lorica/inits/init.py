@@ -12,11 +12,12 @@ it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.config import LoraConfig
@@ -105,6 +106,20 @@ class Init(ABC):
         if not self.residual:
             return Begun(A, B)
         return Begun(own(A), own(B), taken_out(target, A, B, config.scale(target.path)))
+
+    def look(self, model: nn.Module, config: LoraConfig, data: Any, seed: int) -> Mapping[str, Any]:
+        """Show the model data, where `looks`; it is left as it was.
+
+        Args:
+            model: the model, not adapted by this configuration yet.
+            config: what will be adapted.
+            data: as it was given to `lorica.adapt`.
+            seed: source of draws.
+
+        Returns:
+            What was seen of each targeted module, by path: `seen` of `factors`.
+        """
+        raise NotImplementedError
 
     def check(self, target: Target, config: LoraConfig) -> None:
         """Refuse a module on which such a start is not possible.

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorica.layers.added import AddedModule as AddedModule
-from lorica.layers.added import Part as Part
-from lorica.layers.added import Plan as Plan
 from lorica.layers.base import LoraLayer as LoraLayer
 from lorica.layers.conv import LoraConv as LoraConv
 from lorica.layers.ecosystem import AskedModule as AskedModule
 from lorica.layers.embedding import LoraEmbedding as LoraEmbedding
-from lorica.layers.experts import LoraParameters as LoraParameters
 from lorica.layers.linear import LoraAttention as LoraAttention
 from lorica.layers.linear import LoraAttentionOutput as LoraAttentionOutput
 from lorica.layers.linear import LoraConv1D as LoraConv1D
 from lorica.layers.linear import LoraLinear as LoraLinear
 from lorica.layers.linear import LoraReadLinear as LoraReadLinear
 from lorica.layers.opaque import LoraOpaque as LoraOpaque
+from lorica.layers.plugins.added import AddedModule as AddedModule
+from lorica.layers.plugins.added import Part as Part
+from lorica.layers.plugins.added import Plan as Plan
+from lorica.layers.plugins.experts import LoraParameters as LoraParameters
+from lorica.layers.plugins.tied import TiedFactor as TiedFactor
+from lorica.layers.plugins.tied import tie_factors as tie_factors
+from lorica.layers.plugins.tied import tied_factors as tied_factors
+from lorica.layers.plugins.tokens import TrainedTokens as TrainedTokens
 from lorica.layers.quantized import LoraQuantized as LoraQuantized
 from lorica.layers.read import ReadWeight as ReadWeight
 from lorica.layers.read import Uncalled as Uncalled
@@ -27,10 +31,6 @@ from lorica.layers.saved import read_by as read_by
 from lorica.layers.swapped import LayerState as LayerState
 from lorica.layers.swapped import SwappedModule as SwappedModule
 from lorica.layers.swapped import swapped_class as swapped_class
-from lorica.layers.tied import TiedFactor as TiedFactor
-from lorica.layers.tied import tie_factors as tie_factors
-from lorica.layers.tied import tied_factors as tied_factors
-from lorica.layers.tokens import TrainedTokens as TrainedTokens
 from lorica.tree import walk as walk
 
 

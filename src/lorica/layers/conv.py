@@ -13,7 +13,7 @@ from lorica import functional
 from lorica.adapter import Kind
 from lorica.errors import StateError, TargetError
 from lorica.layers.base import LoraLayer
-from lorica.layers.probe import check_multiplies, has_own_forward
+from lorica.layers.opaque import check_multiplies, has_own_forward
 
 
 class LoraConv(LoraLayer):

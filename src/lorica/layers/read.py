@@ -19,8 +19,7 @@ from lorica.layers.base import LoraLayer
 from lorica.layers.conv import LoraConv
 from lorica.layers.embedding import LoraEmbedding
 from lorica.layers.linear import LoraLinear
-from lorica.layers.opaque import LoraOpaque
-from lorica.layers.probe import has_own_forward
+from lorica.layers.opaque import LoraOpaque, has_own_forward
 from lorica.layers.variants import BIASED
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -9,6 +9,7 @@ touched.
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,9 +27,10 @@ from lorica.config.inits import FROM_DATA
 from lorica.errors import AdapterError
 from lorica.inits import draw_seed
 from lorica.layers.quantized import hold_layout, release_layout
-from lorica.model import classes, pretrained
-from lorica.model.uncalled import FUSED, watch_pass
-from lorica.model.wrapped import check_unnoted
+from lorica.model.pretrained import classes
+from lorica.model.pretrained import root as pretrained
+from lorica.model.watch.uncalled import FUSED, watch_pass
+from lorica.model.watch.wrapped import check_unnoted
 from lorica.pieces import Kind, Search, asked, find_pieces, surroundings
 from lorica.state import STATE, AdapterState, adapted, check_name, find_adapted
 from lorica.tree import base_parameters, unwrapped
@@ -43,6 +45,7 @@ def adapt(
     config: AdapterConfig | Iterable[AdapterConfig] | None = None,
     name: str = "default",
     *,
+    data: Any = None,
     seed: int | None = None,
 ) -> M:
     """Put a new adapter on a model, in place; it acts at once, and trains.
@@ -57,6 +60,9 @@ def adapt(
         config: what to train; the defaults of `LoraConfig` if None. Several make up one adapter, such as LoRA
             with a prefix.
         name: of the adapter; letters, digits, ``_`` and ``-``.
+        data: what is shown to the model for a start that looks at some (``"eva"``, ``"corda"``,
+            ``"lora_ga"``): batches that it takes, for the last with labels; for the last two also a function
+            that runs it (and calls `backward`). The model is left as it was.
         seed: fixes how A starts. None draws one from torch's global generator, so that `torch.manual_seed`
             fixes it. A's start depends on the seed and the module's path alone.
 
@@ -74,9 +80,14 @@ def adapt(
     """
     config = config if isinstance(config, LoraConfig) else as_config(config)
     trainable = not config.inference_mode
+    seen = None
+    if data is not None:
+        open_for(model, name, trainable=trainable)  # refused before the work, not after it
+        seed = draw_seed() if seed is None else seed
+        config, seen = importlib.import_module("lorica.model.starts").look(model, config, data, seed)
     with changing(model, name, config, trainable=trainable) as (root, state):
         seed = draw_seed() if seed is None else seed
-        seen = root.__dict__.get(PREPARED, {})
+        seen = root.__dict__.get(PREPARED, {}) if seen is None else seen
         search = Search(root, config, state=state, seed=seed, trainable=trainable, seen=seen)
         find_pieces(search)
         _put(search, state, name, search.settled())

@@ -12,7 +12,7 @@ from lorica.config import AdapterConfig, as_config
 from lorica.layers import saved_modules
 from lorica.layers.quantized import numel
 from lorica.model.adapt import adapt
-from lorica.model.skeleton import skeleton
+from lorica.model.pretrained.skeleton import skeleton
 from lorica.tree import walk
 
 

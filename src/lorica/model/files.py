@@ -21,8 +21,8 @@ from lorica.adapter import TOKEN_ROWS, Adapter
 from lorica.checkpoint.peft import read as read_folder
 from lorica.config import AdapterConfig, LoraConfig, changes_base
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, TargetError, lines
-from lorica.model.classes import names_of, take
-from lorica.model.vocabulary import with_resized_tables
+from lorica.model.pretrained.classes import names_of, take
+from lorica.model.pretrained.vocabulary import with_resized_tables
 from lorica.piece import Contents
 from lorica.pieces import fill, misfits
 from lorica.pieces.low_rank import LowRank

@@ -13,7 +13,7 @@ from lorica.layers import LoraLayer, SavedModule, read_by
 from lorica.layers.axes import Axes
 from lorica.layers.rows import Rows
 from lorica.model.activate import active
-from lorica.model.alone import watch_calls
+from lorica.model.watch.alone import watch_calls
 from lorica.state import adapted
 from lorica.tree import walk
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from lorica.config import AdapterConfig, as_config
 from lorica.model.count import trainable_parameters
-from lorica.model.skeleton import skeleton
+from lorica.model.pretrained.skeleton import skeleton
 from lorica.piece import Held, Piece
 from lorica.pieces import Search, looking, resolve
 from lorica.pieces.low_rank import LowRank

@@ -55,19 +55,15 @@ class LowRank(Piece):
         self, target: Target, factors: Factors, config: LoraConfig, start: Start | None = None
     ) -> None:
         self.path = target.key
-        self.target, self.dropout, self.start = target, config.lora_dropout, start
+        self.target, self.dropout = target, config.lora_dropout
+        self.module = target.module if target.parameter is None else None
+        self.start_from(start)
         self.variant = None if config.variant is None else variants.of(config.variant)
         self.begun: Factors | None = factors
 
-    @property
-    def places(self) -> bool:  # type: ignore[override]
-        """Whether a start was taken out of W0, so that the rest stands in its place."""
-        return self.start is not None
-
-    @property
-    def residual(self) -> bool:  # type: ignore[override]
-        """Likewise."""
-        return self.start is not None
+    def start_from(self, start: Start | None) -> None:
+        """Note what the start took out of W0; the rest stands in its place while the adapter acts."""
+        self.start, self.places, self.residual = start, start is not None, start is not None
 
     @property
     def layer(self) -> LoraLayer:
@@ -213,9 +209,9 @@ class LowRankUpdates(Kind):
         for piece in search.of(LowRank):
             target, own = piece.target, piece.begun
             if piece.path in search.starts:
-                piece.start = inits.taken_out(target, *search.starts[piece.path], own.scale)
+                piece.start_from(inits.taken_out(target, *search.starts[piece.path], own.scale))
             elif search.lora and search.lora.init_lora_weights is not True:
-                piece.start = start_again(target, search.config, search.seen)
+                piece.start_from(start_again(target, search.config, search.seen))
 
 
 def fresh(target: Target, config: LoraConfig, search: Search, piece: type[LowRank] = LowRank) -> LowRank:

@@ -2,7 +2,7 @@
 
 They stand in the base's place while their adapter acts, as trained biases do. So training moves the
 adapter's, the base's stay bit for bit, and an adapter's file holds those that moved. A pass while none stand
-there leaves the base's as they are (`lorica.layers.still`).
+there leaves the base's as they are (`lorica.layers.plugins.still`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lorica.layers import SavedModule
-from lorica.layers.still import keep_still, release
+from lorica.layers.plugins.still import keep_still, release
 from lorica.piece import Held, Piece, Rows
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
@@ -26,7 +26,7 @@ class RunningStatistic(Piece):
 
     Args:
         path: the buffer's name in the base.
-        module: that has it.
+        norm: the module that has it.
         leaf: its name there.
         own: its value.
     """
@@ -34,9 +34,9 @@ class RunningStatistic(Piece):
     places = True
     optional = True
 
-    def __init__(self, path: str, module: nn.Module, leaf: str, own: Tensor) -> None:
+    def __init__(self, path: str, norm: nn.Module, leaf: str, own: Tensor) -> None:
         super().__init__(path)
-        self.module, self.leaf, self.own = module, leaf, own
+        self.norm, self.leaf, self.own = norm, leaf, own
         self.state: AdapterState | None = None
 
     def put(self, root: nn.Module, state: AdapterState, name: str, *, trainable: bool) -> None:  # noqa: D102
@@ -72,7 +72,7 @@ class RunningStatistic(Piece):
 
     def live(self) -> Tensor:
         """The adapter's value, as it stands in the model while it acts."""
-        held = self.module._buffers[self.leaf] if self._stands() else self.own
+        held = self.norm._buffers[self.leaf] if self._stands() else self.own
         assert held is not None
         return held
 
@@ -81,7 +81,7 @@ class RunningStatistic(Piece):
 
     def _base(self) -> Tensor:
         held: Tensor | None = self.state.originals.get(self.path) if self.state else None
-        base = self.module._buffers[self.leaf] if held is None else held
+        base = self.norm._buffers[self.leaf] if held is None else held
         assert base is not None
         return base
 

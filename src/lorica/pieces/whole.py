@@ -12,8 +12,8 @@ from lorica.check import check_whole
 from lorica.errors import TargetError
 from lorica.find import HEADS, trained_whole
 from lorica.layers import SavedModule
+from lorica.layers.plugins.still import release
 from lorica.layers.saved import twin_of
-from lorica.layers.still import release
 from lorica.piece import Held, Piece, Rows
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState

@@ -24,10 +24,11 @@ from lorica.adapter import Adapter
 from lorica.config import AdapterConfig, LoraConfig
 from lorica.config.inits import FROM_DATA
 from lorica.errors import AdapterError, listing
-from lorica.model import adapt, adapters, initialize_lora_eva_weights, load
-from lorica.model import preprocess_corda as look_for_corda
-from lorica.model import preprocess_loraga as look_for_loraga
+from lorica.model import adapt, adapters, load
 from lorica.model.files import extract, overwrite
+from lorica.model.starts import initialize_lora_eva_weights
+from lorica.model.starts import preprocess_corda as look_for_corda
+from lorica.model.starts import preprocess_loraga as look_for_loraga
 from lorica.pieces.whole import copies_of
 from lorica.state import adapted
 from lorica.train.console import duration

@@ -16,7 +16,7 @@ from lorica.checkpoint import read
 from lorica.checkpoint.atomic import staged, usual_mode
 from lorica.errors import ConfigError, FileError
 from lorica.model import MergeReport, attach, merge
-from lorica.model.skeleton import AUTO_CLASSES
+from lorica.model.pretrained.skeleton import AUTO_CLASSES
 from lorica.train import tasks
 from lorica.train.console import quiet
 from lorica.train.embedded import resolve_model

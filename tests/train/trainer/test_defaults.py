@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BertForSequenceClassification
 
 import lorica
-from lorica import baselines
+from lorica import methods
 from lorica.errors import ConfigError, LoricaError
 from lorica.train import Recipe, Record, TrainingConfig, train
 from lorica.train.trainer.arguments import MOST_PASSES, chosen_defaults, passes, rate, with_defaults
@@ -27,7 +27,7 @@ def wide(width: int) -> nn.Module:
 
 def adapted(width: int, config: Any = None) -> nn.Module:
     # Llama has no biases.
-    model: Any = transformer("bert" if isinstance(config, baselines.BitFitConfig) else "llama")
+    model: Any = transformer("bert" if isinstance(config, methods.BitFitConfig) else "llama")
     lorica.adapt(model, config or lorica.LoraConfig(r=2, target_modules=["q_proj"]))
     model.config.hidden_size = width
     return model
@@ -41,10 +41,10 @@ def test_the_rate_falls_with_the_width() -> None:
 @pytest.mark.parametrize(
     ("config", "factor"),
     [
-        (baselines.FullConfig(), 0.1),
-        (baselines.BitFitConfig(), 3.0),
-        (baselines.AdapterHConfig(bottleneck=2), 2.0),
-        ([lorica.LoraConfig(r=2, target_modules=["q_proj"]), baselines.PreLayerConfig(prefix=2)], 1.0),
+        (methods.FullConfig(), 0.1),
+        (methods.BitFitConfig(), 3.0),
+        (methods.AdapterHConfig(bottleneck=2), 2.0),
+        ([lorica.LoraConfig(r=2, target_modules=["q_proj"]), methods.PreLayerConfig(prefix=2)], 1.0),
     ],
 )
 def test_each_method_has_its_factor(config: Any, factor: float) -> None:

@@ -14,7 +14,7 @@ from train import tiny
 
 import lorica
 from lorica.errors import LoricaError, StateError
-from lorica.model.reference import Reference
+from lorica.model.pretrained.reference import Reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and TRL warn of their own future
 

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from lorica.checkpoint.index import read_index
-from lorica.checkpoint.tensors import read_metadata
 from lorica.errors import FileError, lines
-from lorica.reading import parse_json, read_object
+from lorica.reading import parse_json, read_metadata, read_object
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that arithmetic is done on; tensors of others are bytes to carry over."""

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 import lorica
 from lorica.errors import StateError
 from lorica.layers import AskedModule, LoraLayer, SavedModule, TrainedTokens
-from lorica.model.merged import as_unmerged, behind_merge
+from lorica.model.merging.merged import as_unmerged, behind_merge
 from lorica.peft.tuners.lora.layer import module_type, quantization_backend
 from lorica.state import AdapterState, find_adapted
 from lorica.tree import uncompiled, walk

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lorica
 from lorica.config import LoraConfig
 from lorica.errors import ConfigError
-from lorica.model.merged import as_unmerged
+from lorica.model.merging.merged import as_unmerged
 from lorica.peft.config import PeftType, as_peft_config
 from lorica.peft.peft_model.status import (
     TunerLayerStatus,

@@ -20,7 +20,7 @@ from lorica.errors import AdapterError, LoricaWarning, StateError, listing
 from lorica.find import block_of
 from lorica.layers import LoraLayer, LoraParameters, lora_layers, saved_modules
 from lorica.layers import LoraLayer as BaseTunerLayer
-from lorica.model.merged import behind_merge, finalize, stay_adapted
+from lorica.model.merging.merged import behind_merge, finalize, stay_adapted
 from lorica.peft.utils.integrations import to_meta
 from lorica.peft.utils.other import (
     check_alone,

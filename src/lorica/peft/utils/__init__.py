@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorica.model import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from lorica.model.pretrained.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from lorica.peft.config import PeftType as PeftType
 from lorica.peft.config import TaskType as TaskType
 from lorica.peft.utils import integrations as integrations

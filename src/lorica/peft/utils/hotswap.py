@@ -26,7 +26,7 @@ from lorica.config import changes_base, exactly
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError
 from lorica.layers import lora_layers
 from lorica.model.adapt import attach_finite
-from lorica.model.merged import stay_adapted
+from lorica.model.merging.merged import stay_adapted
 from lorica.peft.config import as_peft_config, check_options, split_hub
 from lorica.peft.utils.save_and_load import conversions, read
 from lorica.state import AdapterState, adapted, find_adapted

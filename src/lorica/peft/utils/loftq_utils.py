@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-import lorica
+from lorica.model import starts
 
 
 def replace_lora_weights_loftq(
@@ -16,7 +16,7 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Start an adapter on a quantized base by LoftQ; see `lorica.replace_lora_weights_loftq`.
+    """Start an adapter on a quantized base by LoftQ; see `lorica.model.starts.replace_lora_weights_loftq`.
 
     Args:
         peft_model: wrapped or not.
@@ -24,4 +24,4 @@ def replace_lora_weights_loftq(
         adapter_name: of the adapter.
         callback: is called with the model and a layer's name after each layer, and says whether it stays so.
     """
-    lorica.replace_lora_weights_loftq(peft_model, model_path, adapter_name, callback)
+    starts.replace_lora_weights_loftq(peft_model, model_path, adapter_name, callback)

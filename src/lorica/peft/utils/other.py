@@ -19,7 +19,7 @@ from lorica.errors import AdapterError, ConfigError, LoricaWarning, listing, req
 from lorica.find import HEADS, means_all_linear
 from lorica.layers import SavedModule as ModulesToSaveWrapper
 from lorica.layers import TrainedTokens as TrainableTokensWrapper
-from lorica.model import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from lorica.model.pretrained.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
 from lorica.peft.utils.constants import CONFIG_NAME as CONFIG_NAME
 from lorica.peft.utils.constants import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from lorica.peft.utils.constants import WEIGHTS_NAME as WEIGHTS_NAME

@@ -32,8 +32,8 @@ from lorica.config import LoraConfig as CoreConfig
 from lorica.errors import AdapterError, ConfigError, StateError, lines, listing
 from lorica.layers import SwappedModule
 from lorica.model import files
-from lorica.model.merged import as_unmerged, behind_merge
-from lorica.model.vocabulary import is_resized, with_tables
+from lorica.model.merging.merged import as_unmerged, behind_merge
+from lorica.model.pretrained.vocabulary import is_resized, with_tables
 from lorica.peft.config import LoraConfig, as_peft_config, check_options, split_hub
 from lorica.peft.utils.integrations import from_meta, on_meta, to_meta
 from lorica.pieces.copies import ParameterCopy

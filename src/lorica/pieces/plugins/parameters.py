@@ -15,7 +15,7 @@ from lorica.config import LoraConfig
 from lorica.errors import AdapterError, TargetError, listing, nearest
 from lorica.find import Target
 from lorica.layers import LoraParameters
-from lorica.layers.experts import is_transposed
+from lorica.layers.plugins.experts import is_transposed
 from lorica.piece import Held, Piece
 from lorica.pieces import Kind, Search, register
 from lorica.pieces.low_rank import LowRank, blank, check_shapes, fresh

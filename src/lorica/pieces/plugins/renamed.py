@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorica.adapter import Adapter, Factors
 from lorica.config import LoraConfig, exactly, full_match
-from lorica.default_targets import model_type
+from lorica.config.default_targets import model_type
 from lorica.errors import AdapterError, TargetError, listing
 from lorica.find import all_linear, means_all_linear
 from lorica.piece import Piece

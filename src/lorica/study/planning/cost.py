@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lorica.config import LoraConfig
 from lorica.errors import ConfigError, listing
 from lorica.model.adapt import adapt
-from lorica.model.skeleton import skeleton
+from lorica.model.pretrained.skeleton import skeleton
 from lorica.study.planning.tracing import trace
 from lorica.study.results import Result
 

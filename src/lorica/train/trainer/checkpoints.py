@@ -1,8 +1,8 @@
 """A run's checkpoints: which can be trusted, which is the best, how a trainer takes adapters back from one.
 
 transformers' own Trainer trains an adapted model, saves its adapters and reads them back: see
-`lorica.model.trainers`. `LoraTrainerMixin` does the same by inheritance, for trainers which override those
-methods::
+`lorica.model.pretrained.trainers`. `LoraTrainerMixin` does the same by inheritance, for trainers which
+override those methods::
 
     class LoraSFTTrainer(LoraTrainerMixin, trl.SFTTrainer): ...
 """
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from lorica.errors import FileError, LoricaError, listing
-from lorica.model.resuming import beside
-from lorica.model.trainers import takes_back
+from lorica.model.pretrained.resuming import beside
+from lorica.model.pretrained.trainers import takes_back
 from lorica.reading import read_object
 from lorica.train.system import write_atomically
 

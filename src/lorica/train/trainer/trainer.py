@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from lorica.baselines.inserted import noted_labels
+from lorica.methods.inserted import noted_labels
 from lorica.train.generation.writing import Writer
 from lorica.train.recipe import is_secret
 from lorica.train.system import peak_memory

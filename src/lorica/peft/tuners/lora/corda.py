@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-import lorica
 from lorica.config import LoraConfig
-from lorica.model.preprocess import Data
+from lorica.model import starts
+from lorica.model.starts.preprocess import Data
 from lorica.peft.utils.other import named_whole, without_idle
 
 
@@ -16,7 +16,7 @@ def preprocess_corda(
     run_model: Data | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Find out along which directions each layer's inputs lie; see `lorica.preprocess_corda`.
+    """Find out along which directions each layer's inputs lie; see `lorica.model.starts.preprocess_corda`.
 
     Args:
         model: the model, not adapted yet.
@@ -26,4 +26,4 @@ def preprocess_corda(
         hooked_model: the model that `run_model` runs, where it is another.
     """
     lora_config = named_whole(model, lora_config)
-    lorica.preprocess_corda(model, without_idle(model, lora_config), run_model, hooked_model=hooked_model)
+    starts.preprocess_corda(model, without_idle(model, lora_config), run_model, hooked_model=hooked_model)

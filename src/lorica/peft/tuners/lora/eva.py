@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lorica
 from lorica.config import LoraConfig
 from lorica.errors import ConfigError
-from lorica.model.eva import Progress
-from lorica.model.watching import Batches, run
+from lorica.model import starts
+from lorica.model.starts.eva import Progress
+from lorica.model.watch.watching import Batches, run
 from lorica.peft.utils.other import named_whole
 
 
@@ -34,7 +34,7 @@ def initialize_lora_eva_weights(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> None:
-    """Carry out ``init_lora_weights="eva"`` on an adapted model; see `lorica.initialize_lora_eva_weights`.
+    """Carry out ``init_lora_weights="eva"`` on an adapted model; `lorica.model.starts` has lorica's own.
 
     Args:
         model: wrapped or not, adapted with ``init_lora_weights="eva"``.
@@ -56,7 +56,7 @@ def initialize_lora_eva_weights(
     if eva_state_dict is None:
         _check_alone(gather_distributed_inputs)
     with _bar(show_progress_bar and eva_state_dict is None) as progress:
-        lorica.initialize_lora_eva_weights(
+        starts.initialize_lora_eva_weights(
             model,
             dataloader,
             eva_state_dict,
@@ -77,7 +77,7 @@ def get_eva_state_dict(
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
 ) -> dict[str, Tensor]:
-    """The principal directions of each targeted layer's inputs; see `lorica.get_eva_state_dict`.
+    """The principal directions of each targeted layer's inputs; see `lorica.model.starts.get_eva_state_dict`.
 
     Args:
         model: wrapped or not; or not adapted yet, with `peft_config`.
@@ -102,7 +102,7 @@ def get_eva_state_dict(
     name = adapter_name if peft_config is None else None
     peft_config = peft_config and named_whole(model, peft_config)
     with _bar(show_progress_bar) as progress:
-        return lorica.get_eva_state_dict(
+        return starts.get_eva_state_dict(
             model, dataloader, peft_config, name=name, forward=forward_fn or run, progress=progress
         )
 

@@ -6,9 +6,9 @@ import os
 
 from torch import nn
 
-import lorica
 from lorica.config import LoraConfig
-from lorica.model.preprocess import Data
+from lorica.model import starts
+from lorica.model.starts.preprocess import Data
 from lorica.peft.utils.other import named_whole, without_idle
 
 
@@ -18,7 +18,7 @@ def preprocess_loraga(
     train_step: Data,
     cache_file: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Find each weight's gradient over some batches; see `lorica.preprocess_loraga`.
+    """Find each weight's gradient over some batches; see `lorica.model.starts.preprocess_loraga`.
 
     Args:
         model: the model, not adapted yet.
@@ -26,6 +26,6 @@ def preprocess_loraga(
         train_step: a function that runs the model on some data and calls `backward`, or batches.
         cache_file: file for the gradients; read if it is there.
     """
-    lorica.preprocess_loraga(
+    starts.preprocess_loraga(
         model, named_whole(model, without_idle(model, lora_config)), train_step, cache_file
     )

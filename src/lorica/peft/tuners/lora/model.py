@@ -23,7 +23,7 @@ from lorica.config import LoraConfig
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, StateError, listing
 from lorica.layers import lora_layers
 from lorica.model.adapt import attach_finite, open_for
-from lorica.model.merged import behind_merge
+from lorica.model.merging.merged import behind_merge
 from lorica.peft.tuners.lora.layer import module_type
 from lorica.peft.tuners.tuners_utils import BaseTuner
 from lorica.peft.utils.constants import (

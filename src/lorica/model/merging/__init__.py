@@ -1,0 +1,1 @@
+"""Adapters in the weights: merging, switching, restoring, making final."""
