@@ -15,7 +15,7 @@ from tiny import transformer
 from train import tiny
 
 import lorica
-from lorica.errors import StateError
+from lorica.errors import AdapterError, ConfigError, StateError
 from lorica.peft import LoraConfig, PeftModelForCausalLM, get_peft_model
 
 # transformers and TRL warn of their own future.
@@ -94,6 +94,55 @@ def test_dpo_adapts_by_a_configuration_and_compares_with_the_base(tmp_path: Path
     assert list(run.model.peft_config) == ["default"]
     run.train()
     assert run.state.log_history[0]["rewards/margins"] == 0  # the adapter starts at the base
+
+
+def test_transformers_models_take_adapters_by_their_own_methods(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model: Any = transformer("llama").eval()
+    x = torch.arange(3, 11)[None]
+    base = model(x).logits.detach()
+    model.add_adapter(config)
+    one = model(x).logits.detach()
+    assert not torch.allclose(one, base)
+    assert model.active_adapters() == ["default"]
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
+    with pytest.raises(ValueError, match="already exists"):
+        model.add_adapter(config)
+    model.add_adapter(config, "two")
+    two = model(x).logits.detach()
+    assert not torch.allclose(two, one)
+    model.disable_adapters()
+    torch.testing.assert_close(model(x).logits, base, rtol=0, atol=0)
+    model.enable_adapters()
+    torch.testing.assert_close(model(x).logits, two, rtol=0, atol=0)
+    model.set_adapter("default")
+    torch.testing.assert_close(model(x).logits, one, rtol=0, atol=0)
+    model.save_pretrained(tmp_path)
+    model.delete_adapter("two")
+    assert all(
+        torch.equal(t, model.get_adapter_state_dict()[k])
+        for k, t in model.get_adapter_state_dict("default").items()
+    )
+    with pytest.raises(AdapterError, match="no adapter is named 'two'"):
+        model.delete_adapter(["default", "two"])
+    model.load_adapter(tmp_path, "again")
+    model.set_adapter("again")
+    torch.testing.assert_close(model(x).logits, one, rtol=0, atol=0)
+
+
+def test_pefts_own_configuration_does_not_reach_a_model_that_is_adapted_here() -> None:
+    peft: Any = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model: Any = transformer("llama")
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match=r"must be a LoraConfig of lorica\.peft"):
+        model.add_adapter(config, "theirs")
+    theirs: Any = transformer("llama")
+    theirs.add_adapter(config)
+    assert type(theirs.model.layers[0].self_attn.q_proj).__module__.startswith("peft.")
 
 
 def test_an_adapted_head_that_trl_would_read_past_is_refused(tmp_path: Path) -> None:

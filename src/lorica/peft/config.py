@@ -131,8 +131,8 @@ class PeftConfig(core.LoraConfig):
         self._list_names()
         if not quiet:
             self._tell(settings)
-            if "trl" in sys.modules:  # its trainers may be given this as `peft_config`
-                importlib.import_module("lorica.peft.utils.integrations").tell_trl()
+            if "transformers" in sys.modules:  # its models or TRL's trainers may be given this
+                importlib.import_module("lorica.peft.utils.integrations").tell_users()
 
     def _list_names(self) -> None:
         for field in ("target_modules", "exclude_modules"):

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lorica.errors import ConfigError
 from lorica.layers import AskedModule
 from lorica.layers.quantized import quantizer_of, registry
+from lorica.state import find_adapted
 from lorica.tree import base_parameters, walk
 
 _CLASS = object.__dict__["__class__"]
@@ -80,7 +82,80 @@ class _Either(type):
         return isinstance(instance, (cls.ours, cls.__base__ or object))
 
 
-def tell_trl() -> None:
+def tell_users() -> None:
+    """Have those that take configurations of PEFT's take lorica's: TRL's trainers, transformers' models.
+
+    Called when a configuration is made; looks at what is loaded by then.
+    """
+    if "trl" in sys.modules:
+        _tell_trl()
+    mixin: Any = getattr(sys.modules.get("transformers.integrations.peft"), "PeftAdapterMixin", None)
+    if mixin is not None and not hasattr(mixin.add_adapter, "knows_lorica"):
+        for name, ours in _METHODS.items():
+            setattr(mixin, name, _by_model(getattr(mixin, name), ours))
+
+
+def _by_model(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of transformers' models: lorica's where lorica adapted it, or the configuration is lorica's."""
+    peft = importlib.import_module("lorica.peft")
+
+    @functools.wraps(theirs)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = (*args[:1], kwargs.get("adapter_config"))
+        own = find_adapted(self) is not None or any(isinstance(each, peft.PeftConfig) for each in given)
+        return ours(peft, self, *args, **kwargs) if own else theirs(self, *args, **kwargs)
+
+    method.knows_lorica = True  # type: ignore[attr-defined]
+    return method
+
+
+def _add_adapter(peft: Any, model: nn.Module, adapter_config: Any, adapter_name: str | None = None) -> None:
+    tuner, name = peft.LoraModel(model, None), adapter_name or "default"
+    tuner.inject_adapter(peft.config.as_peft_config(adapter_config), name)
+    tuner.set_adapter(name)
+
+
+def _load_adapter(
+    peft: Any, model: nn.Module, peft_model_id: Any = None, adapter_name: str | None = None, **options: Any
+) -> Any:
+    if peft_model_id is None:
+        raise ConfigError(
+            "load_adapter of a model that lorica adapted takes a folder or a name on the Hub; for tensors, "
+            "add_adapter(config) and set_peft_model_state_dict(model, tensors)"
+        )
+    return peft.PeftModel._around(model).load_adapter(peft_model_id, adapter_name or "default", **options)
+
+
+def _delete_adapter(peft: Any, model: nn.Module, adapter_names: str | list[str]) -> None:
+    tuner, names = (
+        peft.LoraModel(model, None),
+        [adapter_names] if isinstance(adapter_names, str) else adapter_names,
+    )
+    for name in names:
+        tuner.adapter_state.known(name)
+    for name in names:
+        tuner.delete_adapter(name)
+
+
+def _state_dict(peft: Any, model: nn.Module, adapter_name: str | None = None, state_dict: Any = None) -> Any:
+    name = adapter_name or peft.LoraModel(model, None).first_active
+    return peft.get_peft_model_state_dict(model, state_dict, name)
+
+
+# Methods that transformers gives its models for PEFT's adapters → what they do with lorica's.
+_METHODS: dict[str, Callable[..., Any]] = {
+    "add_adapter": _add_adapter,
+    "load_adapter": _load_adapter,
+    "delete_adapter": _delete_adapter,
+    "get_adapter_state_dict": _state_dict,
+    "set_adapter": lambda peft, model, name: peft.LoraModel(model, None).set_adapter(name),
+    "disable_adapters": lambda peft, model: peft.LoraModel(model, None).disable_adapter_layers(),
+    "enable_adapters": lambda peft, model: peft.LoraModel(model, None).enable_adapter_layers(),
+    "active_adapters": lambda peft, model: peft.LoraModel(model, None).active_adapters,
+}
+
+
+def _tell_trl() -> None:
     """Have TRL's trainers that are loaded take lorica's configurations as `peft_config`, and adapt by lorica.
 
     They ask isinstance of PEFT's class, and call PEFT's `get_peft_model`; each by a name in its own module.
