@@ -69,9 +69,8 @@ REFUSED = {
     "raises",
     r"_register_custom_module|TestDynamicDispatch": "wrappers of the caller's own: layers change their class "
     "in place, and nothing is wrapped",
-    r"adapter_config should be an instance of PeftConfig|TestNamingConflictWarning(?s:.*): linear in the "
-    r"adapter, Linear in the model": "transformers' own add_adapter and adapters in "
-    "from_pretrained: they import PEFT and put its layers on the model",
+    r"TestNamingConflictWarning(?s:.*): linear in the adapter, Linear in the model": "adapters beside a base "
+    "that transformers' from_pretrained loads: it puts PEFT's layers on the model",
     r"test_mha_with_dora_raises.*DID NOT RAISE": "no refusal: DoRA of an nn.MultiheadAttention is computed",
     r"different_target_parameters_raises.*DID NOT RAISE": "no refusal: adapters of different parameters "
     "stand beside each other",

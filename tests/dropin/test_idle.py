@@ -137,6 +137,13 @@ def test_a_state_says_which_modules_are_adapted() -> None:
     assert len(get_peft_model_state_dict(again)) == len(fewer)
 
 
+def test_a_state_does_not_say_which_parameters_are_adapted() -> None:
+    config = LoraConfig(r=2, target_parameters=["head.weight"])
+    state = get_peft_model_state_dict(inject_adapter_in_model(config, Toy()))
+    with pytest.raises(ConfigError, match="config uses `target_parameters`"):
+        inject_adapter_in_model(config, Toy(), state_dict=state)
+
+
 def test_custom_wrappers_are_refused() -> None:
     with pytest.raises(ConfigError, match="puts no wrapper around a layer"):
         LoraConfig(r=2)._register_custom_module({nn.Linear: nn.Linear})

@@ -62,11 +62,16 @@ def _as_named(model: nn.Module, config: CoreConfig, state_dict: Mapping[str, Any
     """The configuration that means the modules of which a state has values.
 
     Raises:
-        ConfigError: it names none.
+        ConfigError: it names none; or `target_parameters` is set, of which a state's keys do not tell.
 
     Warns:
         IdleWarning: the configuration means other modules.
     """
+    if config.target_parameters:
+        raise ConfigError(
+            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: the "
+            "keys do not tell which parameter they are of. Leave state_dict out"
+        )
     named = {key[: key.index(mark)] for key in state_dict for mark in _MARKS if mark in key}
     if not named:
         raise ConfigError("state_dict has no key with .lora_A or .lora_B in it: it names no module")

@@ -96,7 +96,7 @@ def tell_users() -> None:
 
 
 def _by_model(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of transformers' models: lorica's where lorica adapted it, or the configuration is lorica's."""
+    """A method of transformers' models: lorica's where lorica adapted it, or the configuration is its own."""
     peft = importlib.import_module("lorica.peft")
 
     @functools.wraps(theirs)
@@ -127,10 +127,8 @@ def _load_adapter(
 
 
 def _delete_adapter(peft: Any, model: nn.Module, adapter_names: str | list[str]) -> None:
-    tuner, names = (
-        peft.LoraModel(model, None),
-        [adapter_names] if isinstance(adapter_names, str) else adapter_names,
-    )
+    tuner = peft.LoraModel(model, None)
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     for name in names:
         tuner.adapter_state.known(name)
     for name in names:
