@@ -69,8 +69,8 @@ def _as_named(model: nn.Module, config: CoreConfig, state_dict: Mapping[str, Any
     """
     if config.target_parameters:
         raise ConfigError(
-            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: the "
-            "keys do not tell which parameter they are of. Leave state_dict out"
+            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: "
+            "the keys do not tell which parameter they are of. Leave state_dict out"
         )
     named = {key[: key.index(mark)] for key in state_dict for mark in _MARKS if mark in key}
     if not named:
