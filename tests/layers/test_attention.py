@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -380,3 +382,26 @@ def test_the_decoder_layer() -> None:
     model, before = oracle.adapted(base, "self_attn", "multihead_attn", "linear1", "linear2")
     x, memory = (torch.randn(3, length, DIM, requires_grad=True) for length in (LENGTH, 7))
     oracle.assert_as_folded(model, before, x, memory)
+
+
+@pytest.mark.parametrize("pattern", ["attention", r".*attention", "out_proj"])
+def test_patterns_of_an_attention_hold_for_its_output(pattern: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "other": nn.Linear(8, 8)})
+    ranks: dict[str, Any] = {"rank_pattern": {pattern: 5}, "alpha_pattern": {pattern: 3}}
+    config = lorica.LoraConfig(r=2, lora_alpha=4, target_modules=["attention", "other"], **ranks)
+    model = lorica.adapt(copy.deepcopy(base), config)
+    shake(model)
+    found = lorica.extract(model).factors
+    own = (5, 3 / 5), (2, 2.0)
+    expected = {"attention": own[pattern == "out_proj"], "attention.out_proj": own[0], "other": own[1]}
+    assert {path: (f.r, f.scale) for path, f in found.items()} == expected
+    lorica.save(model, tmp_path)
+    again = lorica.extract(lorica.load(copy.deepcopy(base), tmp_path)).factors
+    assert {path: (f.r, f.scale) for path, f in again.items()} == expected
+    # As PEFT writes it, whose patterns name the attention alone.
+    file = tmp_path / "adapter_config.json"
+    written = json.loads(file.read_text()) | ranks
+    file.write_text(json.dumps(written))
+    again = lorica.extract(lorica.load(copy.deepcopy(base), tmp_path, trainable=True)).factors
+    assert {path: (f.r, f.scale) for path, f in again.items()} == expected

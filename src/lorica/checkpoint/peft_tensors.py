@@ -96,6 +96,16 @@ def from_tensors(
     lora, others = config.members()
     found = _sort(tensors, takes_added=bool(others))
     problems = found.problems
+    if lora is not None and (lora.rank_pattern or lora.alpha_pattern):
+        paths = {path for path, _ in found.halves}
+        named = lora.with_outputs(path for path in paths if f"{path}.out_proj" in paths)
+        if named is not lora:
+            config = (
+                named
+                if config is lora
+                else config.replace(configs=tuple(named if part is lora else part for part in config.parts()))
+            )
+            lora = named
     factors = _paired(found, lora, scales)
     if lora is None or lora.trainable_token_indices is None:
         rows = (name for name in found.extras if name.endswith(f".{TOKEN_ROWS}"))

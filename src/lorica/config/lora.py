@@ -22,7 +22,7 @@ from lorica.config.inits import (
     check_init,
     without_idle,
 )
-from lorica.config.patterns import first_match
+from lorica.config.patterns import exactly, first_match
 from lorica.errors import ConfigError
 
 C = TypeVar("C")
@@ -200,6 +200,26 @@ class LoraConfig:
         """Scale of the module's update: α/r, or α/√r with `use_rslora`, after the patterns."""
         r, alpha = self.rank(path), self.alpha(path)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def with_outputs(self, attentions: Iterable[str]) -> Self:
+        """A copy in which the output projections of attentions have the attentions' ranks and alphas.
+
+        The name of an `nn.MultiheadAttention` means its `out_proj` too, and so do patterns that match it, as
+        in PEFT, unless others name the projection itself.
+
+        Args:
+            attentions: paths of those that are adapted with their projections.
+        """
+        ranks, alphas = dict(self.rank_pattern), dict(self.alpha_pattern)
+        for path in attentions:
+            out = f"{path}.out_proj"
+            if first_match(ranks, out, None) is None and self.rank(path) != self.r:
+                ranks[exactly(out)] = self.rank(path)
+            if first_match(alphas, out, None) is None and self.alpha(path) != self.lora_alpha:
+                alphas[exactly(out)] = self.alpha(path)
+        if len(ranks) == len(self.rank_pattern) and len(alphas) == len(self.alpha_pattern):
+            return self
+        return self.replace(rank_pattern=ranks, alpha_pattern=alphas)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""

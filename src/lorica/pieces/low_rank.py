@@ -169,7 +169,11 @@ class LowRankUpdates(Kind):
             return list(_brought(search, lora))
         if len(search.config.parts()) > 1:
             inits.check_alone(lora)
-        return [fresh(target, lora, search) for target in self.targets(search, lora)]
+        targets = self.targets(search, lora)
+        lora = lora.with_outputs(target.path for target in targets if issubclass(target.layer, LoraAttention))
+        if lora is not search.lora:
+            search.rename(lora)
+        return [fresh(target, lora, search) for target in targets]
 
     def targets(self, search: Search, lora: LoraConfig) -> list[Target]:
         """The modules that a configuration adapts; what it means is noted, to be written into it."""
