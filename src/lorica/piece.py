@@ -64,6 +64,7 @@ class Piece(ABC):
         called: whether a pass of the model must call its module, or it does nothing.
         rows_differ: whether each row of a batch can have a piece of its own.
         residual: whether something was taken out of a weight of the base for it.
+        master: whether what stands in the base's place is float32, and the base's in half precision.
         mergeable: whether merging can put it into the base's weights.
         clash: why no other adapter may have its own of what this one claims; a format with the path.
     """
@@ -76,6 +77,7 @@ class Piece(ABC):
     rows_differ: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
     residual: bool = False
+    master: bool = False
     clash: ClassVar[str] = "each brings its own {}; updates of rank r add up, parameters trained whole do not"
 
     def __init__(self, path: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -34,6 +35,10 @@ class AdapterState(Choices):
         pieces: adapter name → all that it holds.
         originals: parameters and buffers of the base whose place is taken at the moment.
         standing: their names → the adapter whose own stands there, and its piece.
+        anchor: a parameter of the base in half precision that stands in the model, if there is one, and the
+            dtype that it came in; by it a model is known to have moved to another.
+        rounded: copies of parameters → what stands in the base's place for them while merged, rounded to its
+            dtype; None while nothing is.
         axes: what mixtures have found out about the layers' inputs.
         shown: the kinds of calls for which the model was shown one row alone.
         hooks: on the model and its parts; until `detach`.
@@ -53,6 +58,8 @@ class AdapterState(Choices):
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
     originals: dict[str, Any] = field(default_factory=dict)
     standing: dict[str, tuple[str, Piece]] = field(default_factory=dict)
+    anchor: tuple[Parameter | None, torch.dtype] | None = None
+    rounded: dict[Parameter, Parameter] | None = None
     axes: dict[Any, bool] = field(default_factory=dict)
     shown: set[Any] = field(default_factory=set)
     hooks: list[Any] = field(default_factory=list)
@@ -204,13 +211,26 @@ class AdapterState(Choices):
                     standing[path], incoming[path] = (name, piece), tensor
         self._check_devices(root, {**self.originals, **incoming})
         for path, original in self.originals.items():
-            left = put_at(root, path, original)
-            self.standing[path][1].left(left)
+            piece = self.standing[path][1]
+            piece.left(put_at(root, path, original, self.dtype_now(original) if piece.master else None))
             _tell(root, path, None)
-        self.originals = {path: put_at(root, path, tensor) for path, tensor in incoming.items()}
+        self.originals = {
+            path: put_at(root, path, tensor, tensor.dtype if standing[path][1].master else None)
+            for path, tensor in incoming.items()
+        }
         for path, original in self.originals.items():
             _tell(root, path, (standing[path][0], original))
         self.placed, self.standing = bringing, standing
+
+    def dtype_now(self, original: Tensor) -> torch.dtype:
+        """The dtype of a parameter of the base that was set aside, where the model moved to another since."""
+        anchor, before = self.anchor or (None, None)
+        return original.dtype if anchor is None or original.dtype != before else anchor.dtype
+
+    def round(self, root: nn.Module, *, rounding: bool) -> None:
+        """Have what stands in the base's place rounded to its dtype, or not; no adapter acts then."""
+        self.activate(root, ())
+        self.rounded = {} if rounding else None
 
     def _check_devices(self, root: nn.Module, coming: dict[str, Any]) -> None:
         """Refuse to exchange parameters for those of a model without values.

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn import DataParallel, Parameter
 from torch.nn.parallel import DistributedDataParallel
@@ -90,16 +91,23 @@ def table_of(module: nn.Module, leaf: str) -> Any:
     return module._buffers if leaf in module._buffers else module._parameters
 
 
-def put_at(root: nn.Module, path: str, tensor: Any) -> Any:
+def put_at(root: nn.Module, path: str, tensor: Any, dtype: torch.dtype | None = None) -> Any:
     """Put a parameter or buffer where `path` says; returns the one that was there.
 
     It follows what was there to the device and dtype that the model moved to in the meantime.
+
+    Args:
+        root: the model.
+        path: name of the parameter or buffer.
+        tensor: what comes.
+        dtype: to give it, where that is not the dtype of what was there.
     """
     owner, leaf = owner_of(root, path)
     before = table_of(owner, leaf)[leaf]
     assert before is not None
-    if tensor.device != before.device or tensor.dtype != before.dtype:
-        tensor.data = tensor.data.to(before)
+    dtype = dtype or before.dtype
+    if tensor.device != before.device or tensor.dtype != dtype:
+        tensor.data = tensor.data.to(before.device, dtype)
     table_of(owner, leaf)[leaf] = tensor
     return before
 

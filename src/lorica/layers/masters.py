@@ -10,6 +10,8 @@ dtype, and merging, which rounds the copy once, changes none of them.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,3 +105,84 @@ def _fitted(x: Any, weight: Tensor, base: nn.Module) -> Any:
     if not isinstance(x, Tensor) or x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
         return x
     return _cast(x, original)
+
+
+class Lowering:
+    """Hooks around a module's calls, in which it sees float32 copies of its parameters rounded.
+
+    The copies stand in the place of the base's own parameters (`lorica.pieces.copies`). Whoever asks for them
+    finds them, but for the module itself while it computes: that sees the base's dtype.
+
+    Args:
+        state: of the model (`lorica.state.AdapterState`).
+        path: of the module.
+    """
+
+    def __init__(self, state: Any, path: str) -> None:
+        self.state = state
+        self.own = path and f"{path}."
+        self.inside = 0
+        self.kept: dict[str, Any] = {}
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Put the rounded values in place; an input that was fitted to a copy's dtype is fitted again."""
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK:
+            self.inside += 1
+            if self.inside == 1:
+                self._round(module)
+            weight: Any = module._parameters["weight"] if "weight" in self.kept else None
+        if weight is None or not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            return None
+        return tuple(_as_computed(x, weight.dtype) for x in args)
+
+    def _round(self, module: nn.Module) -> None:
+        originals = self.state.originals
+        with torch.enable_grad():  # for all threads that come in meanwhile, those that train too
+            for leaf, own in list(module._parameters.items()):
+                if own is None or own.dtype != torch.float32 or self.own + leaf not in originals:
+                    continue
+                dtype = self.state.dtype_now(originals[self.own + leaf])
+                if dtype in HALVES:
+                    self.kept[leaf] = own
+                    module._parameters[leaf] = own.to(dtype)  # type: ignore[assignment]
+
+    def after(self, module: nn.Module, args: Any, output: object) -> None:
+        """Put the copies back."""
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK:
+            self.inside -= 1
+            if not self.inside:
+                module._parameters.update(self.kept)
+                self.kept = {}
+
+
+_LOCK = threading.Lock()
+
+
+def lower(module: nn.Module, state: Any, path: str) -> None:
+    """Have a module compute by rounded copies (`Lowering`), if it does not yet.
+
+    Args:
+        module: whose parameters have copies in float32.
+        state: of the model.
+        path: of the module.
+    """
+    if not any(
+        isinstance(getattr(h, "__self__", None), Lowering) for h in module._forward_pre_hooks.values()
+    ):
+        hooks = Lowering(state, path)
+        module.register_forward_pre_hook(hooks.before)
+        module.register_forward_hook(hooks.after, always_call=True)
+
+
+def unlower(module: nn.Module) -> None:
+    """Undo `lower`."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), Lowering):
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def _as_computed(x: Any, dtype: torch.dtype) -> Any:
+    fitted = isinstance(x, Tensor) and x.dtype == torch.float32
+    return x.to(dtype) if fitted and not torch.is_autocast_enabled(x.device.type) else x

@@ -11,10 +11,12 @@ from torch.nn import Parameter
 
 from lorica.errors import TargetError, listing
 from lorica.find import all_biases
+from lorica.layers.masters import HALVES, lower, unlower
+from lorica.layers.saved import read_by
 from lorica.piece import Held, Piece, Rows
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
-from lorica.tree import base_parameters, within_any
+from lorica.tree import base_parameters, module_at, owner_of, within_any
 
 
 class ParameterCopy(Piece):
@@ -22,22 +24,37 @@ class ParameterCopy(Piece):
 
     Args:
         path: the parameter's name in the base.
-        parameter: the copy.
+        parameter: the copy; float32 beside a parameter in half precision.
         shadow: whether another piece has the same copy, under another of its names, and saves it.
+        owner: the module that computes by it rounded, where it is of higher precision than the base's.
     """
 
     places = True
 
-    def __init__(self, path: str, parameter: Parameter, *, shadow: bool = False) -> None:
+    def __init__(
+        self, path: str, parameter: Parameter, *, shadow: bool = False, owner: nn.Module | None = None
+    ) -> None:
         super().__init__(path)
-        self.parameter, self.shadow = parameter, shadow
+        self.parameter, self.shadow, self.owner = parameter, shadow, owner
+        self.master = owner is not None
         self.state: AdapterState | None = None
 
     def put(self, root: nn.Module, state: AdapterState, name: str, *, trainable: bool) -> None:  # noqa: D102
         self.state, self.parameter.requires_grad = state, trainable
+        if self.owner is not None:
+            if state.anchor is None:
+                state.anchor = _anchor(root, state.pieces[name])
+            lower(self.owner, state, self.path.rpartition(".")[0])
 
     def off(self, root: nn.Module, name: str) -> None:
-        """Nothing is left to do: an adapter that does not act has nothing in the base's place."""
+        """Nothing is left in the base's place: the adapter does not act."""
+        assert self.state is not None
+        if self.owner is not None and not any(
+            isinstance(piece, ParameterCopy) and piece.owner is self.owner
+            for pieces in self.state.pieces.values()
+            for piece in pieces
+        ):
+            unlower(self.owner)
 
     def tensors(self, name: str) -> Iterator[Held]:  # noqa: D102
         if not self.shadow:
@@ -45,7 +62,14 @@ class ParameterCopy(Piece):
             yield Held(self.path, self.path if acts else None, self.parameter)
 
     def stand_ins(self, name: str) -> Mapping[str, Tensor]:  # noqa: D102
-        return {self.path: self.parameter}
+        state = self.state
+        if self.owner is None or state is None or state.rounded is None:
+            return {self.path: self.parameter}
+        if self.parameter not in state.rounded:
+            base = state.originals.get(self.path, self.owner._parameters[self.path.rpartition(".")[2]])
+            values = self.parameter.detach().to(state.dtype_now(base))
+            state.rounded[self.parameter] = Parameter(values, requires_grad=False)
+        return {self.path: state.rounded[self.parameter]}
 
     def claims(self, name: str) -> Mapping[str, Rows]:  # noqa: D102
         return {self.path: None}
@@ -88,13 +112,16 @@ def _fresh(search: Search, names: list[str]) -> Iterator[ParameterCopy]:
     if twice:
         raise TargetError(f"two of the methods own the same parameter: {listing(twice, limit=5)}")
     own: dict[Parameter, Parameter] = {}
+    raised = _Raised(search)
     for name in names:
         base = have[name]
         known = base in own
+        owner = raised.owner(name, base)
         if not known:
-            own[base] = Parameter(base.detach() if search.dry else base.detach().clone())
+            copy = base.detach() if search.dry else base.detach().clone()
+            own[base] = Parameter(copy if owner is None else copy.float())
         # PEFT looks for what is tied under each of its names; elsewhere one is enough.
-        yield ParameterCopy(name, own[base], shadow=known and search.lora is None)
+        yield ParameterCopy(name, own[base], shadow=known and search.lora is None, owner=owner)
 
 
 def _brought(search: Search, names: list[str]) -> Iterator[ParameterCopy]:
@@ -106,6 +133,7 @@ def _brought(search: Search, names: list[str]) -> Iterator[ParameterCopy]:
     assert search.adapter is not None
     extras, have, trained = search.adapter.extras, base_parameters(search.root), set(names)
     own: dict[Parameter, Parameter] = {}
+    raised = _Raised(search)
     for path, tensor in extras.items():
         base = have.get(path)
         if base is None or within_any(path, search.whole):
@@ -118,17 +146,59 @@ def _brought(search: Search, names: list[str]) -> Iterator[ParameterCopy]:
             continue
         copy = tensor.to(base, copy=True)
         if path in trained or not torch.equal(copy, base):
-            known = base in own
-            yield ParameterCopy(path, own.setdefault(base, Parameter(copy)), shadow=known and not search.lora)
+            known, owner = base in own, raised.owner(path, base) if path in trained else None
+            copy = copy if owner is None else tensor.to(base.device, torch.float32, copy=True)
+            own.setdefault(base, Parameter(copy))
+            yield ParameterCopy(path, own[base], shadow=known and not search.lora, owner=owner)
         if path not in trained:
             search.passed_over.add(path)
     for path in names:
-        if have[path] in own and path not in extras:
-            yield ParameterCopy(path, own[have[path]], shadow=search.lora is None)
+        if (base := have[path]) in own and path not in extras:
+            owner = raised.owner(path, base)
+            yield ParameterCopy(path, own[base], shadow=search.lora is None, owner=owner)
     # PEFT leaves out an attention's in_proj_bias, and whatever else is not called just "bias".
     given = {id(have[path]) for path in extras if path in have}
     needed = [path for path in names if search.lora is None or path.rpartition(".")[2] == "bias"]
     search.missing[:0] = [path for path in needed if id(have[path]) not in given]
+
+
+class _Raised:
+    """Says whose copies are to be float32.
+
+    Those of parameters in half precision, but where the module around reads one without a call of its own
+    module, which needs the base's dtype; and not in layers that hold their weights twice or are no Python, as
+    of modules trained whole. What is tied goes by all of its names.
+
+    Args:
+        search: what is looked for.
+    """
+
+    def __init__(self, search: Search) -> None:
+        self.root = search.root
+        self.names: dict[Parameter, list[str]] = {}
+        for path, parameter in base_parameters(search.root).items():
+            if parameter.dtype in HALVES and not search.dry:
+                self.names.setdefault(parameter, []).append(path)
+
+    def owner(self, name: str, base: Parameter) -> nn.Module | None:
+        """The module of a parameter whose copy is to be float32; None where it is to be as it is."""
+        for path in self.names.get(base, ()):
+            above = path.rpartition(".")[0]
+            owner, parent = module_at(self.root, above), module_at(self.root, above.rpartition(".")[0])
+            if isinstance(owner, (nn.RNNBase, torch.jit.ScriptModule)) or read_by(parent, owner):
+                return None
+            if "_hf_hook" in owner.__dict__ or "parametrizations" in owner._modules:
+                return None
+        return owner_of(self.root, name)[0] if base in self.names else None
+
+
+def _anchor(root: nn.Module, pieces: Iterable[Piece]) -> tuple[Parameter | None, torch.dtype]:
+    """A parameter of the base in half precision that none of these pieces stands in for."""
+    copied = {piece.path for piece in pieces}
+    for name, parameter in base_parameters(root).items():
+        if name not in copied and parameter.dtype in HALVES:
+            return parameter, parameter.dtype
+    return None, torch.float32
 
 
 register(ParameterCopies(), "bias", "selective")

@@ -12,6 +12,7 @@ from lorica.check import check_whole
 from lorica.errors import TargetError
 from lorica.find import HEADS, trained_whole
 from lorica.layers import SavedModule
+from lorica.layers.masters import unlower
 from lorica.layers.plugins.still import release
 from lorica.layers.saved import twin_of
 from lorica.piece import Held, Piece, Rows
@@ -92,6 +93,8 @@ class WholeModules(Kind):
         try:
             twin, master = twin_of(module, parent, search.state)
             release(twin)
+            for part in twin.modules():
+                unlower(part)
         except Exception as error:
             raise TargetError(
                 f"{path} cannot be trained whole, for it cannot be copied; drop what a call left in it, "

@@ -139,7 +139,7 @@ def merge(
         raise StateError("no adapter is active; say which to merge")
     _check_merges(state, chosen)
     before = state.active
-    state.activate(root, ())
+    state.round(root, rounding=True)
     ties = Ties.of(root, stacked=state.stack is not None)
     found = {place.path: place.module for place in walk(root)}
     swapped = {path: m for path, m in found.items() if isinstance(m, SwappedModule) and m.own_modules}
@@ -162,6 +162,7 @@ def merge(
         rows = with_rows(tables, chosen) if tables else {}
         losses = {path: state_loss(layers[path], chosen, tensors) for path, tensors in merged.items()}
     except BaseException:
+        state.round(root, rounding=False)
         state.activate(root, before)
         raise
     if isinstance(root, pretrained.Pretrained):
@@ -278,6 +279,7 @@ def restore(model: M) -> M:
     aside.ties.redo(root)
     pretrained.enter(root)
     state.merged, state.aside = (), None
+    state.round(root, rounding=False)
     state.activate(root, aside.before)
     return model
 

@@ -31,7 +31,7 @@ from lorica.peft.utils.other import (
     say_untied,
     without_idle,
 )
-from lorica.state import AdapterState, find_adapted
+from lorica.state import AdapterState, adapted, find_adapted
 from lorica.tree import parameter_at
 
 __all__ = ["BaseTuner", "BaseTunerLayer", "cast_adapter_dtype", "check_target_module_exists"]
@@ -397,6 +397,11 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
             for parameter in (*holder.factor_parameters(name), *more):
                 if parameter is not None and weight is not None and weight.is_floating_point():
                     parameter.data = parameter.data.to(weight.dtype)
+    state = adapted(model)[1]
+    for piece in state.pieces[name]:
+        if piece.master:
+            for path, tensor in piece.stand_ins(name).items():
+                tensor.data = tensor.data.to(state.dtype_now(state.base_tensor(model, path)))
     for module in saved_modules(model).values():
         if name in module.masters:
             for path, parameter in module.modules_to_save[name].named_parameters():
