@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lorica.baselines import BitFitConfig, FullConfig, TopConfig
+from lorica.methods import BitFitConfig, FullConfig, TopConfig
 from tiny import batch, bits, transformer
 from torch import Tensor, nn
 
