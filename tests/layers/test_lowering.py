@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from lorica.methods import BitFitConfig, FullConfig, TopConfig
 from tiny import batch, bits, transformer
 from torch import Tensor, nn
 
 import lorica
 from lorica import LoraConfig
+from lorica.methods import BitFitConfig, FullConfig, TopConfig
 
 HALVES = [torch.float16, torch.bfloat16]
 
