@@ -65,6 +65,7 @@ def unreachable(monkeypatch: pytest.MonkeyPatch) -> str:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     point_at(url, monkeypatch)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's attempts
     return url
 
 

@@ -1,7 +1,9 @@
 """Every command and snippet of the README and the documentation runs as it is printed.
 
-A page's blocks run in order, in a folder of their own, with the encoder that lorica[demo] installs. What is
-not run says why, in a comment that readers do not see: ``<!-- not run: uploads to the Hub -->``.
+A page's blocks run in order, in a folder of their own: the README's with the encoder that lorica[demo]
+installs, the others' with a small one of that name, and all with few passes over the rows where the page
+names no number. What is not run says why, in a comment that readers do not see:
+``<!-- not run: uploads to the Hub -->``.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import Any
 
 import pytest
 from pages import blocks, world
+
+from lorica.train.trainer import defaults
 
 ROOT = world.ROOT
 PAGES = [
@@ -29,10 +33,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world.make(tmp_path_factory.mktemp("docs") / "world")
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder from which the small encoder is imported."""
+    return world.make_encoder(tmp_path_factory.mktemp("docs") / "packages")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_runs_as_printed(
-    page: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, made: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(defaults, "MOST_PASSES", defaults.PASSES)
+    if page.stem != "README":
+        monkeypatch.syspath_prepend(encoder)
     here = tmp_path / "here"
     shutil.copytree(made, here)
     monkeypatch.chdir(here)

