@@ -58,7 +58,7 @@ hypothesis.settings.load_profile("explore" if os.environ.get("LORICA_EXPLORE") e
 # A process that is killed leaves what it wrote to the system; waiting for the disk proves nothing here.
 os.fsync = lambda fd: None
 
-COVERED = ("algebra", "checkpoint", "init", "interop", "layers", "model")
+COVERED = ("algebra", "checkpoint", "inits", "interop", "layers", "methods", "model", "pieces")
 """Folders whose tests count for the coverage of the core, besides the files beside them."""
 
 
