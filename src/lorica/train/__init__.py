@@ -1,5 +1,17 @@
 """Training: recipes, tasks, a Trainer for adapted models, and the parameter groups for a loop of your own.
 
+    recipe, settings      a run as a value, and the parts of it
+    data/, presets/       rows from files, memory and the Hub, with their columns and labels; public data sets
+    tasks/, metrics/      what is learned: rows to features, the head, the loss; scores over a whole set
+    prepared, adapt, run  rows encoded and model loaded, the adapter on it, the run from end to end
+    trainer/              the Trainer, its loss, its arguments, its checkpoints; `fit`
+    generation/           texts that a model writes, and their scores in evaluation
+    record                ``run.json`` and the model card
+    trained, forgetting   a trained model opened, scored and asked; its scores on other data
+    merge, plan, demo     adapter and base to one checkpoint; the cost beforehand; the demonstration
+    embedded              a model and a data set that need no download
+    console, system       lines on a screen; files, locks and processes
+
 Names are imported when first used: transformers takes seconds to import, and a recipe or ``--help`` needs
 none of it.
 """

@@ -26,7 +26,7 @@ from lorica.model import disabled
 from lorica.train import tasks
 from lorica.train.console import quiet
 from lorica.train.data import splits as sources
-from lorica.train.data.rows import Used
+from lorica.train.data.rows import UsableRows
 from lorica.train.data.splits import Splits
 from lorica.train.prepared import encode_split
 from lorica.train.record import Record
@@ -168,7 +168,7 @@ def _probe(trained: Trained, other: DataConfig, splits: Splits) -> float:
     """Share of rows whose class logistic regression finds from the encoder's features."""
     task = tasks.get("sequence-classification")
     data = task.resolve(splits, other)
-    splits = sources.labelled(splits, data)
+    splits = sources.without_unlabelled(splits, data)
     (learn, known), (held, true) = (
         (_features(trained, rows), rows["labels"])
         for rows in (
@@ -180,7 +180,7 @@ def _probe(trained: Trained, other: DataConfig, splits: Splits) -> float:
     return float(probe.score(held.numpy(), true))
 
 
-def _encoded(trained: Trained, task: Task, data: DataConfig, used: Used) -> Dataset:
+def _encoded(trained: Trained, task: Task, data: DataConfig, used: UsableRows) -> Dataset:
     """The other rows, in the tokens and to the length of the run."""
     with quiet():
         return encode_split(trained.recipe.replace(data=data), task, trained.tokenizer, used)[0].features
@@ -206,7 +206,7 @@ def _features(trained: Trained, rows: Dataset) -> Tensor:
     return torch.cat(found)
 
 
-def _held_out(splits: Splits) -> Used:
+def _held_out(splits: Splits) -> UsableRows:
     """Rows that nothing was fitted on."""
     found = splits.used()
     if "test" not in found and "validation" not in found:

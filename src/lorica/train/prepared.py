@@ -20,7 +20,7 @@ from lorica.find import HEADS
 from lorica.train import presets, tasks
 from lorica.train.console import quiet, waiting
 from lorica.train.data import splits as sources
-from lorica.train.data.rows import Used, fingerprint, use
+from lorica.train.data.rows import UsableRows, act_on_rows, fingerprint
 from lorica.train.recipe import Recipe
 from lorica.train.settings import DataConfig
 from lorica.train.tasks import Encoded, Task
@@ -108,7 +108,7 @@ def encode(recipe: Recipe, rows: sources.Rows | None = None, *, console: Console
     return Encoding(recipe, task, tokenizer, encoded, data, unlabelled, list(dict.fromkeys(notes)))
 
 
-def notes_on(task: Task, data: DataConfig, used: Used, *, training: bool = False) -> list[str]:
+def notes_on(task: Task, data: DataConfig, used: UsableRows, *, training: bool = False) -> list[str]:
     """Notes for the user on how some rows were read; whole lines.
 
     Args:
@@ -135,7 +135,7 @@ def load_model(recipe: Recipe, read: Encoding) -> PreTrainedModel:
     return model
 
 
-def encode_split(recipe: Recipe, task: Task, tokenizer: Any, used: Used) -> tuple[Encoded, Used]:
+def encode_split(recipe: Recipe, task: Task, tokenizer: Any, used: UsableRows) -> tuple[Encoded, UsableRows]:
     """Encode the rows of a split.
 
     Raises:
@@ -147,10 +147,10 @@ def encode_split(recipe: Recipe, task: Task, tokenizer: Any, used: Used) -> tupl
         rows = task.located(rows, data, used.origin.folder, where)
         return task.encode(rows, data, tokenizer, limit, where)
 
-    return use(used, act, skip=data.skip_bad)
+    return act_on_rows(used, act, skip=data.skip_bad)
 
 
-def read(recipe: Recipe, rows: sources.Rows | None = None) -> tuple[Recipe, Task, dict[str, Used]]:
+def read(recipe: Recipe, rows: sources.Rows | None = None) -> tuple[Recipe, Task, dict[str, UsableRows]]:
     """Read the rows and find what the recipe left open; as `encode` does, without a tokenizer.
 
     Columns and labels are looked for in all training rows, of which those that are asked for are then kept.
@@ -161,7 +161,9 @@ def read(recipe: Recipe, rows: sources.Rows | None = None) -> tuple[Recipe, Task
     return _read(recipe, rows)[:3]
 
 
-def _read(recipe: Recipe, rows: sources.Rows | None) -> tuple[Recipe, Task, dict[str, Used], str | None]:
+def _read(
+    recipe: Recipe, rows: sources.Rows | None
+) -> tuple[Recipe, Task, dict[str, UsableRows], str | None]:
     if recipe.data.preset is not None:
         recipe = presets.apply(recipe, own_rows=rows is not None)
     if rows is not None:
@@ -175,14 +177,19 @@ def _read(recipe: Recipe, rows: sources.Rows | None) -> tuple[Recipe, Task, dict
         return task.resolve(dataclasses.replace(splits, train=rows), recipe.data)
 
     try:
-        data, train = use(train, resolve, skip=recipe.data.skip_bad)
+        data, train = act_on_rows(train, resolve, skip=recipe.data.skip_bad)
     except ConfigError as error:
         raise ConfigError(f"{train.origin.source}: {error}") from error
-    kept = sources.labelled(splits, data)
+    kept = sources.without_unlabelled(splits, data)
     left_out = splits.used()["test"].origin.source if kept.test is not splits.test else None
     used = {**kept.used(), "train": train}
     recipe = dataclasses.replace(recipe, data=data)
-    return recipe, task, {split: sources.part(each, split, data) for split, each in used.items()}, left_out
+    return (
+        recipe,
+        task,
+        {split: sources.keep_part(each, split, data) for split, each in used.items()},
+        left_out,
+    )
 
 
 def announce(prepared: Prepared, console: Console) -> None:

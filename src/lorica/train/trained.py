@@ -35,7 +35,7 @@ from lorica.train.trainer.checkpoints import last_checkpoint
 from lorica.train.trainer.fit import score
 from lorica.train.trainer.trainer import Trainer
 
-Asked = Sequence[str] | str | Path | Table
+ToPredict = Sequence[str] | str | Path | Table
 """Rows to predict: texts, a file's or a folder's path, or a table."""
 
 
@@ -141,13 +141,13 @@ def evaluate(
     recipe = trained.recipe
     if test is not None:
         tagged = trained.task.tagged
-        used = sources.laid_out(sources.load_test(test, recipe.data, tagged=tagged), recipe.data)
+        used = sources.in_preset_layout(sources.load_test(test, recipe.data, tagged=tagged), recipe.data)
     else:
         loaded = sources.load(recipe.data, tagged=trained.task.tagged)
-        found = sources.labelled(loaded, recipe.data).used()
+        found = sources.without_unlabelled(loaded, recipe.data).used()
         if "test" not in found:
             raise FileError("the recipe has no test rows with labels; name some with --data.test")
-        used = sources.part(found["test"], "test", recipe.data)
+        used = sources.keep_part(found["test"], "test", recipe.data)
     with quiet():
         encoded, used = encode_split(recipe, trained.task, trained.tokenizer, used)
     _tell(notes_on(trained.task, recipe.data, used))
@@ -164,7 +164,7 @@ def evaluate(
 
 def predict(
     directory: str | Path,
-    texts: Asked,
+    texts: ToPredict,
     *,
     generation: GenerationConfig | None = None,
     trust_task: bool = False,
@@ -209,7 +209,7 @@ def predict(
     return [{**row, **said} for row, said in zip(given, answers, strict=True)]
 
 
-def _asked(trained: Trained, texts: Asked) -> tuple[Dataset, str, Path | None]:
+def _asked(trained: Trained, texts: ToPredict) -> tuple[Dataset, str, Path | None]:
     """The rows to predict, what to call them, and the folder of the file that they came in."""
     recipe, task = trained.recipe, trained.task
     if not isinstance(texts, (str, Path)):

@@ -10,7 +10,7 @@ from datasets import Dataset
 from lorica.errors import ConfigError, LoricaError
 from lorica.train import DataConfig, RowError, tasks
 from lorica.train.data import columns
-from lorica.train.data.labels import read_otherwise
+from lorica.train.data.labels import notes_on_labels
 from lorica.train.data.rows import parsed_cell
 from lorica.train.data.splits import Splits
 
@@ -57,10 +57,10 @@ def test_labels_that_differ_in_case_are_refused_or_named() -> None:
 
 def test_what_is_taken_for_a_class_is_told() -> None:
     values = [" pos", "Pos", "neg", " pos", "other", 1, None]
-    assert read_otherwise(values, ["neg", "pos"], "label") == [
+    assert notes_on_labels(values, ["neg", "pos"], "label") == [
         "labels in column 'label': ' pos' is read as 'pos' (2 times), 'Pos' is read as 'pos' (1 times)"
     ]
-    assert read_otherwise([], ["01", "1", "a"], "label") == [
+    assert notes_on_labels([], ["01", "1", "a"], "label") == [
         "classes that are written otherwise and are the same number stay apart: '01' and '1'"
     ]
     task = tasks.get("sequence-classification")

@@ -12,7 +12,7 @@ from train.tasks.test_language import decoder, tokenizer
 
 from lorica.errors import FileError
 from lorica.train import Recipe, Record, RowError, evaluate, predict, prepare, train
-from lorica.train.data.rows import Origin, Unusable, Used, read_each, use
+from lorica.train.data.rows import Origin, Unusable, UsableRows, act_on_rows, read_each
 
 
 def even(value: int) -> int:
@@ -36,15 +36,15 @@ def test_all_bad_rows_are_gathered() -> None:
 
 
 def test_bad_rows_are_left_out_if_that_is_wanted() -> None:
-    used = Used(Dataset.from_dict({"x": [1, 2, 3, 4]}), Origin("a.csv", [9, 8, 7, 6]))
-    result, kept = use(used, halves, skip=True)
+    used = UsableRows(Dataset.from_dict({"x": [1, 2, 3, 4]}), Origin("a.csv", [9, 8, 7, 6]))
+    result, kept = act_on_rows(used, halves, skip=True)
     assert (result, kept.rows["x"], kept.skipped) == ([1, 2], [2, 4], 2)
     assert kept.first == "row 10 of a.csv has 1, which is odd (and so have 1 more)"
     assert [kept.origin.number(row) for row in (0, 1)] == [9, 7]
     with pytest.raises(RowError, match=r"row 10 of a\.csv has 1"):
-        use(used, halves, skip=False)
+        act_on_rows(used, halves, skip=False)
     with pytest.raises(FileError, match=r"no row of b\.csv can be used: row 1 of b\.csv has 1"):
-        use(Used(Dataset.from_dict({"x": [1, 3]}), Origin("b.csv")), halves, skip=True)
+        act_on_rows(UsableRows(Dataset.from_dict({"x": [1, 3]}), Origin("b.csv")), halves, skip=True)
 
 
 BAD: list[dict[str, Any]] = [{"text": None, "label": "good"}, {"text": "film", "label": None}]

@@ -205,7 +205,7 @@ def numbered(path: Path, count: int = 50) -> Path:
 
 def part(path: Path, **options: Any) -> list[str]:
     config = DataConfig(train=str(path), validation_fraction=0.0, **options)
-    return list(data.part(data.load(config).used()["train"], "train", config).rows["text"])
+    return list(data.keep_part(data.load(config).used()["train"], "train", config).rows["text"])
 
 
 def test_a_part_of_the_rows_is_drawn_by_seed(tmp_path: Path) -> None:
@@ -225,13 +225,13 @@ def test_parts_of_the_rows_to_score_are_drawn_too(tmp_path: Path) -> None:
     all_rows = DataConfig(train=files["train"], validation=files["validation"], test=files["test"])
     config = dataclasses.replace(all_rows, validation_rows=5, test_rows=10)
     found = {
-        split: list(data.part(used, split, config).rows["text"])
+        split: list(data.keep_part(used, split, config).rows["text"])
         for split, used in data.load(config).used().items()
     }
     assert {split: len(rows) for split, rows in found.items()} == {"train": 50, "validation": 5, "test": 10}
     assert set(found["validation"]) < set(found["test"])
     with pytest.raises(ConfigError, match=r"data.test_rows is 51, of 50 test rows in .*test\.jsonl"):
-        data.part(data.load(config).used()["test"], "test", dataclasses.replace(all_rows, test_rows=51))
+        data.keep_part(data.load(config).used()["test"], "test", dataclasses.replace(all_rows, test_rows=51))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_parts_that_cannot_be(values: dict[str, Any]) -> None:
 def test_rows_keep_their_numbers(tmp_path: Path) -> None:
     config = DataConfig(train=str(numbered(tmp_path / "rows.jsonl")), validation_fraction=0.2, train_rows=7)
     used = data.load(config).used()
-    used["train"] = data.part(used["train"], "train", config)
+    used["train"] = data.keep_part(used["train"], "train", config)
     for each in used.values():
         for row, text in enumerate(each.rows["text"]):
             assert each.origin.number(row) == int(text) + 1
@@ -331,10 +331,10 @@ def test_a_folder_of_images_with_metadata(tmp_path: Path) -> None:
 def test_test_rows_without_labels_are_left_out(test: dict[str, Any], kept: bool) -> None:
     rows = Dataset.from_dict({"text": ["a"] * 8, "label": [0, 1] * 4})
     found = data.load(DataConfig(), {"train": rows, "test": Dataset.from_dict({"text": ["a", "b"], **test})})
-    assert (data.labelled(found, DataConfig(label="label")).test is not None) == kept
-    assert data.labelled(found, DataConfig(label="label", test="mine.csv")).test is not None
+    assert (data.without_unlabelled(found, DataConfig(label="label")).test is not None) == kept
+    assert data.without_unlabelled(found, DataConfig(label="label", test="mine.csv")).test is not None
     columns = DataConfig(labels=["label", "other"])  # a column for each class
-    assert (data.labelled(found, columns).test is not None) == ("id" not in test)
+    assert (data.without_unlabelled(found, columns).test is not None) == ("id" not in test)
 
 
 def test_a_folder_whose_test_rows_lack_the_column_of_labels(tmp_path: Path) -> None:

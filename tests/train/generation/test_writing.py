@@ -17,7 +17,7 @@ from transformers import BertModel, PreTrainedModel, T5Config, T5ForConditionalG
 import lorica
 from lorica.errors import LoricaError
 from lorica.train import DataConfig, GenerationConfig, evaluate, predict, tasks, train
-from lorica.train.generation.writing import asked, settings_of, write
+from lorica.train.generation.writing import prompts_in, settings_of, write
 from lorica.train.metrics import written
 
 LM, S2S = "causal-lm", "seq2seq-lm"
@@ -132,14 +132,14 @@ def test_a_row_is_learned_with_each_of_its_references_and_asked_once(task: str) 
     }
     encoded = encode(rows, task=task, text="context", label="completion")
     assert len(encoded) == 2
-    wanted = asked(encoded.features)
+    wanted = prompts_in(encoded.features)
     assert wanted.references == [["great", "fine cast"], ["dull"]]
     assert [tokenizer().decode(ids) for ids in wanted.prompts] == [
         ("[CLS] film plot" if task == LM else "[CLS] film plot [SEP]"),
         ("[CLS] song" if task == LM else "[CLS] song [SEP]"),
     ]
     plain = {"context": ["film", "film"], "completion": ["great", "dull"]}
-    assert asked(encode(plain, task=task).features).references == [["great", "dull"]]
+    assert prompts_in(encode(plain, task=task).features).references == [["great", "dull"]]
     assert len(encode(plain, task=task)) == 2
 
 
@@ -147,7 +147,7 @@ def test_a_row_is_learned_with_each_of_its_references_and_asked_once(task: str) 
 def test_what_is_written_from_does_not_hang_on_what_would_be_right(right: str) -> None:
     rows = {"prompt": [" ".join((*tiny.GOOD, *tiny.OTHER)), "film"], "completion": [right] * 2}
     features = encode(rows, limit=10, separator=" ").features
-    assert [tokenizer().decode(ids) for ids in asked(features).prompts] == [
+    assert [tokenizer().decode(ids) for ids in prompts_in(features).prompts] == [
         " ".join((*tiny.GOOD, *tiny.OTHER)[-10:]),
         "[CLS] film",
     ]
@@ -158,7 +158,7 @@ def test_a_conversation_that_is_cut_asks_for_its_last_answer() -> None:
     roles = ["user", "assistant"] * 2
     messages = [{"role": role, "content": content} for role, content in zip(roles, said, strict=True)]
     for limit in (32, 8):
-        wanted = asked(encode({"messages": [messages]}, limit=limit, template=TEMPLATE).features)
+        wanted = prompts_in(encode({"messages": [messages]}, limit=limit, template=TEMPLATE).features)
         assert wanted.references == [["song"]]
         (prompt,) = wanted.prompts
         ends = tokenizer(TEMPLATE)(f"{said[2]} assistant", add_special_tokens=False)["input_ids"]
@@ -168,7 +168,7 @@ def test_a_conversation_that_is_cut_asks_for_its_last_answer() -> None:
 
 def test_an_empty_list_leaves_the_one_text_and_a_gap_is_refused() -> None:
     rows: dict[str, Any] = {"context": ["film"], "completion": ["great"], "references": [[]]}
-    assert asked(encode(rows).features).references == [["great"]]
+    assert prompts_in(encode(rows).features).references == [["great"]]
     rows["references"] = [["fine", None]]
     with pytest.raises(LoricaError, match=r"row 1 of the training rows has .* where texts are due"):
         encode(rows)
@@ -178,7 +178,7 @@ def test_a_conversation_is_asked_for_its_last_answer() -> None:
     says = [("user", "film"), ("assistant", "great"), ("user", "song"), ("assistant", "dull plot")]
     messages = [{"role": role, "content": content} for role, content in says]
     encoded = encode({"messages": [messages]}, template=TEMPLATE)
-    wanted, spoken = asked(encoded.features), tokenizer(TEMPLATE)
+    wanted, spoken = prompts_in(encoded.features), tokenizer(TEMPLATE)
     assert wanted.references == [["dull plot"]]
     task, table = tasks.get(LM), Dataset.from_dict({"messages": [messages]})
     found = task.prompts(table, DataConfig(text="messages"), spoken, "the rows")  # type: ignore[attr-defined]
@@ -245,5 +245,5 @@ def test_rows_of_e2e_with_all_their_references(data_dir: Path) -> None:
         rows = [json.loads(line) for _, line in zip(range(20), lines, strict=False)]
     table = Dataset.from_list([{"context": r["context"], "references": r["references"]} for r in rows])
     data = DataConfig(text="context", label="completion")
-    wanted = asked(tasks.get(LM).encode(table, data, tokenizer(), 64, "the rows").features)
+    wanted = prompts_in(tasks.get(LM).encode(table, data, tokenizer(), 64, "the rows").features)
     assert wanted.references == [row["references"] for row in rows]

@@ -11,7 +11,7 @@ from train.tasks.test_language import TEMPLATE, tokenizer
 
 from lorica.errors import LoricaError
 from lorica.train import DataConfig, tasks
-from lorica.train.data.rows import Origin, Used
+from lorica.train.data.rows import Origin, UsableRows
 from lorica.train.data.splits import Splits
 from lorica.train.data.tables import columns_of, table
 from lorica.train.prepared import notes_on
@@ -196,20 +196,20 @@ def test_empty_texts_are_left_out_of_raw_text_and_that_is_told() -> None:
     words = tokenizer().convert_ids_to_tokens(encoded.features["input_ids"][0])
     assert words == ["[CLS]", "film", "[SEP]", "[CLS]", "song", "[SEP]"]
     assert len(encoded) == 2
-    assert notes_on(tasks.get(LM), config, Used(rows, Origin("a.txt"))) == [
+    assert notes_on(tasks.get(LM), config, UsableRows(rows, Origin("a.txt"))) == [
         "a.txt: 2 empty texts are left out"
     ]
 
 
 def test_columns_that_are_not_read_are_named() -> None:
     rows = rows_of({"id": "1", "system": "warm", **ALPACA, "source": "x"})
-    told = notes_on(tasks.get(LM), resolved(rows), Used(rows, Origin("a.csv")), training=True)
+    told = notes_on(tasks.get(LM), resolved(rows), UsableRows(rows, Origin("a.csv")), training=True)
     assert told == ["a.csv: columns that are not read: id, source"]
     rows = rows_of(
         {"text": "film", "label": "a", "date": "2024"}, {"text": "song", "label": "b", "date": "2024"}
     )
     task = tasks.get("sequence-classification")
     config = task.resolve(Splits(rows), DataConfig())
-    assert notes_on(task, config, Used(rows, Origin("a.csv")), training=True) == [
+    assert notes_on(task, config, UsableRows(rows, Origin("a.csv")), training=True) == [
         "a.csv: columns that are not read: date"
     ]

@@ -16,7 +16,13 @@ import lorica
 from lorica import methods
 from lorica.errors import ConfigError, LoricaError
 from lorica.train import Recipe, Record, TrainingConfig, train
-from lorica.train.trainer.arguments import MOST_PASSES, chosen_defaults, passes, rate, with_defaults
+from lorica.train.trainer.arguments import (
+    MOST_PASSES,
+    chosen_defaults,
+    learning_rate_for,
+    passes,
+    with_defaults,
+)
 
 
 def wide(width: int) -> nn.Module:
@@ -34,7 +40,7 @@ def adapted(width: int, config: Any = None) -> nn.Module:
 
 
 def test_the_rate_falls_with_the_width() -> None:
-    rates = [rate(adapted(width)) for width in (384, 768, 2000, 4096, 12288)]
+    rates = [learning_rate_for(adapted(width)) for width in (384, 768, 2000, 4096, 12288)]
     assert rates == [1.0e-3, 7.5e-4, 5.0e-4, 3.7e-4, 2.3e-4]
 
 
@@ -48,12 +54,12 @@ def test_the_rate_falls_with_the_width() -> None:
     ],
 )
 def test_each_method_has_its_factor(config: Any, factor: float) -> None:
-    assert rate(adapted(2000, config)) == pytest.approx(5e-4 * factor)
+    assert learning_rate_for(adapted(2000, config)) == pytest.approx(5e-4 * factor)
 
 
 def test_what_carries_no_adapter_is_trained_whole() -> None:
-    assert rate(wide(2000)) == pytest.approx(5e-5)
-    assert rate(nn.Linear(2, 2)) == pytest.approx(5e-5)
+    assert learning_rate_for(wide(2000)) == pytest.approx(5e-5)
+    assert learning_rate_for(nn.Linear(2, 2)) == pytest.approx(5e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 200, 400, 800, 2490, 3668, 8551])

@@ -1,1 +1,7 @@
-"""The rows of a run: where they come from, which can be used, what their columns and labels say."""
+"""The rows of a run: where they come from, which can be used, what their columns and labels say.
+
+splits                            training, validation and test rows of a configuration: read here first
+sources                           a file, a folder, the Hub; which reader takes a file
+text, spreadsheets, json, tables  the readers, and what they return
+rows, columns, labels             rows that are refused; columns that are looked for; classes
+"""

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 
 from lorica.errors import ConfigError, listing, nearest
-from lorica.train.data.labels import classes_of, finder, in_order, label_of
+from lorica.train.data.labels import classes_of, label_finder, label_of, sorted_classes
 from lorica.train.data.rows import RowError, Unusable, parsed_cell, read_each
 
 # In order: a data set that has both a pair and a single name is a pair.
@@ -165,7 +165,7 @@ def label_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> l
         RowError: rows have no label, or one that is none of the names.
     """
     needs_column(rows, column, where)
-    return read_each(rows[column], finder(rows.features[column], names, column), where)
+    return read_each(rows[column], label_finder(rows.features[column], names, column), where)
 
 
 def label_list_names(
@@ -192,7 +192,7 @@ def label_list_names(
     values = Counter(value for items in found for value in items)
     if not values:
         raise ConfigError(f"no row of {where} has a label in column {column!r}")
-    return classes_of(values, column) if folded else in_order(values)
+    return classes_of(values, column) if folded else sorted_classes(values)
 
 
 def label_list_ids(rows: Dataset, column: str, names: Sequence[str], where: str) -> list[list[int]]:
@@ -203,7 +203,7 @@ def label_list_ids(rows: Dataset, column: str, names: Sequence[str], where: str)
         RowError: rows have no list, a list has a gap, or a label is none of the names.
     """
     needs_column(rows, column, where)
-    find = finder(_inner(rows, column), names, column)
+    find = label_finder(_inner(rows, column), names, column)
     return read_each(rows[column], lambda items: [find(item) for item in _items(items, column)], where)
 
 

@@ -12,7 +12,7 @@ from lorica.train.data.tables import Found, Number, columns_of, table
 from lorica.train.data.text import lines_of
 
 
-class Twice(ValueError):
+class DuplicateKey(ValueError):
     """An object has a name twice."""
 
 
@@ -152,7 +152,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise Twice(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
+        raise DuplicateKey(f"it has {next(name for name in names if names.count(name) > 1)!r} twice")
     return found
 
 

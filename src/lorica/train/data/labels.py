@@ -70,16 +70,16 @@ def classes_of(counts: Mapping[int | str, int], column: str) -> list[str]:
             + f". Write them alike; or name the classes, which takes them for one: --data.labels "
             f"'[{listing(sorted(one), limit=9)}]'; naming both keeps them apart"
         )
-    return in_order(spelt[0] if len(spelt) == 1 else _TRUTH[key] for key, spelt in alike.items())
+    return sorted_classes(spelt[0] if len(spelt) == 1 else _TRUTH[key] for key, spelt in alike.items())
 
 
-def in_order(names: Iterable[int | str]) -> list[str]:
+def sorted_classes(names: Iterable[int | str]) -> list[str]:
     """Names of classes, sorted; whole numbers by size."""
     texts = [str(name) for name in names]
     return sorted(texts, key=int) if all(map(_whole, texts)) else sorted(texts)
 
 
-def finder(feature: Any, names: Sequence[str], column: str) -> Callable[[Any], int]:
+def label_finder(feature: Any, names: Sequence[str], column: str) -> Callable[[Any], int]:
     """A function that returns a label's place among the names of the classes, or raises `Unusable`.
 
     Args:
@@ -95,10 +95,10 @@ def finder(feature: Any, names: Sequence[str], column: str) -> Callable[[Any], i
     ids = {name: i for i, name in enumerate(names)}
     folded = Counter(name.casefold() for name in names)
     loose = {name.casefold(): i for name, i in ids.items() if folded[name.casefold()] == 1}
-    return partial(_id, own=own, ids=ids, loose=loose, places=places, column=column)
+    return partial(_find_label, own=own, ids=ids, loose=loose, places=places, column=column)
 
 
-def read_otherwise(values: Iterable[Any], names: Sequence[str], column: str) -> list[str]:
+def notes_on_labels(values: Iterable[Any], names: Sequence[str], column: str) -> list[str]:
     """Notes on labels that are not written as the classes they are taken for, or that look alike.
 
     Args:
@@ -126,7 +126,7 @@ def read_otherwise(values: Iterable[Any], names: Sequence[str], column: str) -> 
     return notes
 
 
-def _id(
+def _find_label(
     raw: Any, own: list[str], ids: dict[str, int], loose: dict[str, int], places: int, column: str
 ) -> int:
     if isinstance(raw, int) and 0 <= raw < len(own):

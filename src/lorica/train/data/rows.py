@@ -112,7 +112,7 @@ def read_each(values: Iterable[Any], read: Callable[[Any], T], where: str) -> li
 
 
 @dataclass(frozen=True)
-class Used:
+class UsableRows:
     """Rows in use, and what was left out of them.
 
     Args:
@@ -127,12 +127,12 @@ class Used:
     skipped: int = 0
     first: str | None = None
 
-    def select(self, kept: Sequence[int]) -> Used:
+    def select(self, kept: Sequence[int]) -> UsableRows:
         """Some of the rows."""
         return dataclasses.replace(self, rows=self.rows.select(kept), origin=self.origin.select(kept))
 
 
-def use(used: Used, act: Callable[[Dataset], T], *, skip: bool) -> tuple[T, Used]:
+def act_on_rows(used: UsableRows, act: Callable[[Dataset], T], *, skip: bool) -> tuple[T, UsableRows]:
     """Do something with rows; leave out those with which it fails, if that is wanted.
 
     Args:

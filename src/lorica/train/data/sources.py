@@ -32,19 +32,19 @@ _KNOWN = {name for names in SPLITS.values() for name in names}
 
 
 def read(source: str, subset: str | None = None, form: Form | None = None) -> dict[str, Dataset]:
-    """Rows by split; see `find`.
+    """Rows by split; see `find_rows`.
 
     Raises:
         FileError: they cannot be read, or some of them are broken.
     """
-    found = find(source, subset, form)
+    found = find_rows(source, subset, form)
     for split, each in found.items():
         for row, problem in each.broken.items():
             raise FileError(f"row {row + 1} of {describe(source, split)} {problem}")
     return {split: each.rows for split, each in found.items()}
 
 
-def find(source: str, subset: str | None = None, form: Form | None = None) -> dict[str, Found]:
+def find_rows(source: str, subset: str | None = None, form: Form | None = None) -> dict[str, Found]:
     """Read a file, a folder or a Hub data set.
 
     Args:

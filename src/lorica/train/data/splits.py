@@ -11,8 +11,8 @@ from datasets import Dataset
 
 from lorica.errors import ConfigError, FileError, listing
 from lorica.train import presets
-from lorica.train.data.rows import Origin, RowError, Used, use
-from lorica.train.data.sources import IN_PYTHON, SPLITS, describe, find, folder_of
+from lorica.train.data.rows import Origin, RowError, UsableRows, act_on_rows
+from lorica.train.data.sources import IN_PYTHON, SPLITS, describe, find_rows, folder_of
 from lorica.train.data.sources import read as read
 from lorica.train.data.tables import Form, Found
 from lorica.train.data.tables import Rows as Rows
@@ -44,10 +44,10 @@ class Splits:
             if (rows := getattr(self, name)) is not None:
                 yield name, rows
 
-    def used(self) -> dict[str, Used]:
+    def used(self) -> dict[str, UsableRows]:
         """Rows of each split there is, and where they came from."""
         return {
-            name: Used(
+            name: UsableRows(
                 rows, self.origins.get(name) or Origin(f"the {name} rows"), *self.skipped.get(name, (0, None))
             )
             for name, rows in self.items()
@@ -71,13 +71,13 @@ def load(data: DataConfig, rows: Rows | None = None, *, tagged: bool = False) ->
         RowError: rows of a file are broken, and the configuration does not say to leave them out.
     """
     form = Form(data.encoding, data.columns, tagged)
-    source = find(data.train, data.subset, form) if rows is None else in_memory(rows)
+    source = find_rows(data.train, data.subset, form) if rows is None else in_memory(rows)
     name = data.train if rows is None else IN_PYTHON
     train = _split(source, "train", name, skip=data.skip_bad)
-    found: dict[str, Used] = {}
+    found: dict[str, UsableRows] = {}
     for split, named in (("validation", data.validation), ("test", data.test)):
         if named is not None:
-            own = find(named, data.subset, form)
+            own = find_rows(named, data.subset, form)
             part = split if set(SPLITS[split]) & set(own) else "train"
             found[split] = _split(own, part, named, skip=data.skip_bad)
         elif set(SPLITS[split]) & set(source):
@@ -100,7 +100,7 @@ def load(data: DataConfig, rows: Rows | None = None, *, tagged: bool = False) ->
         kept, aside = (list(drawn[part]["place"]) for part in ("train", "test"))
         found["validation"] = replace(train.select(aside), skipped=0, first=None)
         train = train.select(kept)
-    parts = {split: laid_out(used, data) for split, used in {"train": train, **found}.items()}
+    parts = {split: in_preset_layout(used, data) for split, used in {"train": train, **found}.items()}
     return Splits(
         **{split: used.rows for split, used in parts.items()},
         origins={split: used.origin for split, used in parts.items()},
@@ -108,7 +108,9 @@ def load(data: DataConfig, rows: Rows | None = None, *, tagged: bool = False) ->
     )
 
 
-def load_test(source: str | Path | Rows, data: DataConfig | None = None, *, tagged: bool = False) -> Used:
+def load_test(
+    source: str | Path | Rows, data: DataConfig | None = None, *, tagged: bool = False
+) -> UsableRows:
     """Read the rows to evaluate on: the test split of `source` if it has splits, else all of it.
 
     Args:
@@ -119,12 +121,12 @@ def load_test(source: str | Path | Rows, data: DataConfig | None = None, *, tagg
     data = data or DataConfig()
     source = str(source) if isinstance(source, Path) else source
     form = Form(data.encoding, data.columns, tagged)
-    found = find(source, data.subset, form) if isinstance(source, str) else in_memory(source)
+    found = find_rows(source, data.subset, form) if isinstance(source, str) else in_memory(source)
     split = "test" if set(SPLITS["test"]) & set(found) else "train"
     return _split(found, split, source if isinstance(source, str) else IN_PYTHON, skip=data.skip_bad)
 
 
-def laid_out(used: Used, data: DataConfig) -> Used:
+def in_preset_layout(used: UsableRows, data: DataConfig) -> UsableRows:
     """Rows as the preset's task reads them, if there is a preset.
 
     Raises:
@@ -132,11 +134,11 @@ def laid_out(used: Used, data: DataConfig) -> Used:
     """
     if data.preset is None:
         return used
-    rows, used = use(used, lambda rows: presets.lay_out(rows, data.preset), skip=data.skip_bad)
+    rows, used = act_on_rows(used, lambda rows: presets.lay_out(rows, data.preset), skip=data.skip_bad)
     return replace(used, rows=rows)
 
 
-def labelled(splits: Splits, data: DataConfig) -> Splits:
+def without_unlabelled(splits: Splits, data: DataConfig) -> Splits:
     """The splits without test rows that nobody named and that have no labels, as public data sets do."""
     if splits.test is None or data.test is not None:
         return splits
@@ -150,7 +152,7 @@ def labelled(splits: Splits, data: DataConfig) -> Splits:
     return replace(splits, test=None) if absent else splits
 
 
-def part(used: Used, split: str, data: DataConfig) -> Used:
+def keep_part(used: UsableRows, split: str, data: DataConfig) -> UsableRows:
     """Keep the part of a split's rows that a configuration asks for, drawn by `data.split_seed`.
 
     A smaller part of the same rows is contained in a larger one.
@@ -177,7 +179,7 @@ def part(used: Used, split: str, data: DataConfig) -> Used:
     return used.select(sorted(order[:count]))
 
 
-def _split(source: Mapping[str, Found], split: str, where: str, *, skip: bool) -> Used:
+def _split(source: Mapping[str, Found], split: str, where: str, *, skip: bool) -> UsableRows:
     name = next((name for name in SPLITS[split] if name in source), None)
     if name is None and len(source) == 1 and "#" in where:
         name = next(iter(source))
@@ -188,10 +190,10 @@ def _split(source: Mapping[str, Found], split: str, where: str, *, skip: bool) -
         raise FileError(f"{where} has no rows in its {name} split")
     folder = None if where == IN_PYTHON else folder_of(where)
     origin = Origin(describe(where, name), lines=found.lines, notes=found.notes, folder=folder)
-    used = Used(found.rows, origin)
+    used = UsableRows(found.rows, origin)
 
     def whole(rows: Dataset) -> None:
         if found.broken and len(rows) == len(found.rows):
             raise RowError(list(found.broken), "the rows", next(iter(found.broken.values())))
 
-    return use(used, whole, skip=skip)[1]
+    return act_on_rows(used, whole, skip=skip)[1]

@@ -26,7 +26,7 @@ from lorica.train.metrics.written import check, without_java
 from lorica.train.settings import GenerationConfig
 from lorica.train.system import write_lines
 from lorica.train.tasks.base import positions_of
-from lorica.train.tasks.language import APART, GROUP, PROMPT, REFERENCE
+from lorica.train.tasks.language import GROUP, PROMPT_IDS, PROMPT_LENGTH, REFERENCE
 
 if TYPE_CHECKING:
     from lorica.train.recipe import Recipe
@@ -208,7 +208,7 @@ else:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Prompts:
     """The prompts of an evaluation, and their right answers.
 
     Args:
@@ -220,25 +220,25 @@ class Asked:
     references: list[list[str]]
 
 
-def asked(features: Dataset) -> Asked:
+def prompts_in(features: Dataset) -> Prompts:
     """The different prompts of encoded rows, in order, with the references of all rows that share one.
 
     Raises:
         ConfigError: the rows are plain text, which has no prompts.
     """
-    if not {PROMPT, GROUP, REFERENCE} <= set(features.column_names):
+    if not {PROMPT_LENGTH, GROUP, REFERENCE} <= set(features.column_names):
         raise ConfigError(
             "texts without prompts cannot be scored by what a model writes; leave out generation.metrics, "
             "or give prompts and completions"
         )
     prompts: dict[int, list[int]] = {}
     references: dict[int, list[str]] = {}
-    columns = (features[name] for name in (GROUP, PROMPT, "input_ids", REFERENCE))
-    apart = features[APART] if APART in features.column_names else [None] * len(features)
+    columns = (features[name] for name in (GROUP, PROMPT_LENGTH, "input_ids", REFERENCE))
+    apart = features[PROMPT_IDS] if PROMPT_IDS in features.column_names else [None] * len(features)
     for group, length, ids, text, own in zip(*columns, apart, strict=True):
         prompts.setdefault(group, list(ids[:length] if own is None else own))
         references.setdefault(group, []).append(text)
-    return Asked(list(prompts.values()), list(references.values()))
+    return Prompts(list(prompts.values()), list(references.values()))
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ class Writer:
         """
         check(self.config.metrics)
         settings_of(model, self.tokenizer, self.config)
-        check_context(model, asked(features).prompts, self.config)
+        check_context(model, prompts_in(features).prompts, self.config)
 
     def note(self) -> None:
         """Say which metrics are left out on this machine, if any."""
@@ -282,8 +282,8 @@ class Writer:
 
     def score(self, model: PreTrainedModel, features: Dataset, rows: int | None = None) -> dict[str, float]:
         """Write for the first `rows` prompts, or all (None), and score."""
-        wanted = asked(features)
-        wanted = Asked(wanted.prompts[:rows], wanted.references[:rows])
+        wanted = prompts_in(features)
+        wanted = Prompts(wanted.prompts[:rows], wanted.references[:rows])
         return written(self.texts(model, wanted.prompts), wanted.references, self.config.metrics)
 
 
@@ -330,7 +330,7 @@ def written_scores(
         raise ConfigError(f"{task.name} writes no text: it has no such predictions; see `lorica predict`")
     writer = Writer(tokenizer, recipe.generation, make_console(stderr=True), recipe.training.seed)
     writer.check(model, features)
-    wanted = asked(features)
+    wanted = prompts_in(features)
     texts = writer.texts(model, wanted.prompts)
     if predictions is not None:
         said = tokenizer.batch_decode(wanted.prompts, skip_special_tokens=True)

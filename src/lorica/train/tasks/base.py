@@ -23,7 +23,7 @@ from lorica.train.data.rows import RowError
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
 
-NEW = "lorica_new"
+NEW_PARAMETERS = "lorica_new"
 """Attribute of a loaded model: names of the parameters that its files did not hold, which are random."""
 
 
@@ -224,15 +224,15 @@ class Task(ABC):
         # The path on this machine would tell the adapter's other users nothing.
         model.config._name_or_path = model.name_or_path = name
         other_shapes = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
-        setattr(model, NEW, {*report["missing_keys"], *other_shapes})
+        setattr(model, NEW_PARAMETERS, {*report["missing_keys"], *other_shapes})
         return model
 
     def begin(self, model: PreTrainedModel, features: Dataset) -> None:
         """Set what of a new head the training rows tell before it learns; as a rule nothing.
 
         Args:
-            model: as `model` returned it; its attribute `NEW` names the parameters that its files did not
-                hold.
+            model: as `model` returned it; its attribute `NEW_PARAMETERS` names the parameters that its files
+                did not hold.
             features: the training rows, encoded.
         """
         return

@@ -16,9 +16,9 @@ from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
 from lorica.train.tasks.base import Encoded
 from lorica.train.tasks.language import (
-    APART,
     GROUP,
-    PROMPT,
+    PROMPT_IDS,
+    PROMPT_LENGTH,
     REFERENCE,
     LanguageTask,
     groups_of,
@@ -44,7 +44,7 @@ Piece = tuple[list[int], bool]
 
 
 @dataclass(frozen=True)
-class Written:
+class TrainingText:
     """A row to learn from.
 
     Args:
@@ -112,7 +112,7 @@ class CausalLanguageModelling(LanguageTask):
             messages = _conversations(rows, data, where, labelled=True)
             laid_out = read_each(messages, partial(conversation_pieces, tokenizer), where)
             found = [
-                Written(
+                TrainingText(
                     row, pieces, row, next(m["content"] for m in reversed(said) if m["role"] == ASSISTANT)
                 )
                 for row, (said, pieces) in enumerate(zip(messages, laid_out, strict=True))
@@ -121,7 +121,7 @@ class CausalLanguageModelling(LanguageTask):
             prompts = prompts_of(rows, data, where, filled=True)
             texts = references_of(rows, data, where)
             found = [
-                Written(row, self._completion(tokenizer, prompt, text, data.separator), group, text)
+                TrainingText(row, self._completion(tokenizer, prompt, text, data.separator), group, text)
                 for row, (prompt, group) in enumerate(
                     zip(prompts, groups_of(rows, data, prompts), strict=True)
                 )
@@ -164,8 +164,8 @@ class CausalLanguageModelling(LanguageTask):
         ]
 
 
-def _rows(found: list[Written], limit: int, where: str) -> Encoded:
-    names = ("input_ids", "attention_mask", "labels", "length", PROMPT, APART, GROUP, REFERENCE)
+def _rows(found: list[TrainingText], limit: int, where: str) -> Encoded:
+    names = ("input_ids", "attention_mask", "labels", "length", PROMPT_LENGTH, PROMPT_IDS, GROUP, REFERENCE)
     columns: dict[str, list[Any]] = {name: [] for name in names}
     lengths: dict[int, int] = {}
     empty: list[int] = []

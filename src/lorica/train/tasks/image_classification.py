@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalPrediction
 from lorica.errors import ConfigError
 from lorica.train import metrics
 from lorica.train.data.columns import find_column, find_label, label_ids, needs_column
-from lorica.train.data.labels import read_otherwise
+from lorica.train.data.labels import notes_on_labels
 from lorica.train.data.rows import Unusable, read_each
 from lorica.train.data.splits import Splits
 from lorica.train.embedded import resolve_model
@@ -113,7 +113,7 @@ class ImageClassification(Task):
 
     def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
         """Labels that are not written as the classes they are taken for."""
-        return read_otherwise(rows[str(data.label)], data.labels or [], str(data.label))
+        return notes_on_labels(rows[str(data.label)], data.labels or [], str(data.label))
 
     def head(self, data: DataConfig) -> dict[str, Any]:
         """As many outputs as classes, with their names."""

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from lorica.train.tasks.base import Task
 
 
-PROMPT, GROUP, REFERENCE = "prompt_tokens", "group", "reference"
+PROMPT_LENGTH, GROUP, REFERENCE = "prompt_tokens", "group", "reference"
 """Columns of encoded rows that the model does not see: how many of the tokens are the prompt, which rows ask
 the same, and the text that this row holds for it."""
 
-APART = "prompt_ids"
+PROMPT_IDS = "prompt_ids"
 """A column more, where rows are cut: the prompt's tokens, where the row's own do not begin with them."""
 
 
@@ -191,7 +191,7 @@ class SequenceToSequence(LanguageTask):
             "attention_mask": [[1] * len(tokens) for tokens in ids],
             "labels": tokenizer(text_target=texts, truncation=True, max_length=limit)["input_ids"],
             "length": [len(tokens) for tokens in ids],
-            PROMPT: [len(tokens) for tokens in ids],
+            PROMPT_LENGTH: [len(tokens) for tokens in ids],
             GROUP: [groups[row] for row in places],
             REFERENCE: texts,
         }

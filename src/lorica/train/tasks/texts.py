@@ -26,11 +26,11 @@ from lorica.train.data.columns import (
     label_names,
     numbers,
 )
-from lorica.train.data.labels import read_otherwise
+from lorica.train.data.labels import notes_on_labels
 from lorica.train.data.rows import RowError, parsed_cell
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
-from lorica.train.tasks.base import NEW, Encoded, Task, needs_tokens, padded_right
+from lorica.train.tasks.base import NEW_PARAMETERS, Encoded, Task, needs_tokens, padded_right
 
 
 class TextTask(Task):
@@ -142,7 +142,7 @@ class SequenceClassification(TextTask):
 
     def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
         """Labels that are not written as the classes they are taken for."""
-        return read_otherwise(rows[str(data.label)], data.labels or [], str(data.label))
+        return notes_on_labels(rows[str(data.label)], data.labels or [], str(data.label))
 
     def head(self, data: DataConfig) -> dict[str, Any]:
         """As many outputs as classes, with their names."""
@@ -231,7 +231,7 @@ class MultiLabelClassification(TextTask):
         if data.label is None:
             return []
         values = (item for items in rows[data.label] for item in parsed_cell(items) or [])
-        return read_otherwise(values, data.labels or [], data.label)
+        return notes_on_labels(values, data.labels or [], data.label)
 
     def head(self, data: DataConfig) -> dict[str, Any]:
         """As many outputs as classes, each with a binary cross-entropy of its own."""
@@ -294,7 +294,7 @@ class Regression(TextTask):
         From 0 all that the output reads is first pushed one way, and where the pooler saturates on that way
         (BERT's does) the model ends with one number for all rows.
         """
-        mean, new = float(np.mean(features["labels"])), getattr(model, NEW, ())
+        mean, new = float(np.mean(features["labels"])), getattr(model, NEW_PARAMETERS, ())
         for name, parameter in model.named_parameters():
             if name in new and name.endswith("bias") and parameter.shape == (1,):
                 with torch.no_grad():

@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalPrediction
 from lorica.errors import ConfigError
 from lorica.train import metrics
 from lorica.train.data.columns import find_column, find_label, label_list_ids, label_list_names, needs_column
-from lorica.train.data.labels import read_otherwise
+from lorica.train.data.labels import notes_on_labels
 from lorica.train.data.rows import RowError, Unusable, parsed_cell, read_each
 from lorica.train.data.splits import Splits
 from lorica.train.metrics.predictions import OUTSIDE, marks_spans, seqeval, spans, tagging
@@ -122,7 +122,7 @@ class TokenClassification(Task):
     def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
         """Labels that are not written as the classes they are taken for."""
         values = (item for items in rows[str(data.label)] for item in parsed_cell(items) or [])
-        return read_otherwise(values, data.labels or [], str(data.label))
+        return notes_on_labels(values, data.labels or [], str(data.label))
 
     def remarks(self, data: DataConfig) -> list[str]:
         """That words are scored, and not spans."""

@@ -38,7 +38,7 @@ from lorica.model import adapters
 from lorica.train.console import quiet
 from lorica.train.settings import TrainingConfig
 from lorica.train.tasks import Task
-from lorica.train.tasks.base import NEW, own_loss
+from lorica.train.tasks.base import NEW_PARAMETERS, own_loss
 from lorica.train.trainer.trainer import Trainer
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse", "mae", "ter"})
@@ -205,10 +205,10 @@ def with_defaults(training: TrainingConfig, rows: int, model: nn.Module) -> Trai
         model: adapted, or else trained whole.
     """
     if training.learning_rate is None:
-        training = dataclasses.replace(training, learning_rate=rate(model))
+        training = dataclasses.replace(training, learning_rate=learning_rate_for(model))
     if training.epochs is None:
         open_ended = training.max_steps is None
-        head = "new head" if getattr(model, NEW, ()) else "pretrained head"
+        head = "new head" if getattr(model, NEW_PARAMETERS, ()) else "pretrained head"
         given = passes(rows, training, STEPS[head]) if open_ended else PASSES
         training = dataclasses.replace(training, epochs=given)
     return training
@@ -232,7 +232,7 @@ def describe_defaults(found: dict[str, float], rows: int, training: TrainingConf
     return f"chosen: {'; '.join(parts)} ({options} to choose otherwise)" if parts else ""
 
 
-def rate(model: nn.Module) -> float:
+def learning_rate_for(model: nn.Module) -> float:
     """The learning rate for what trains of a model, to two digits."""
     width = width_of(model)
     factors = [_factor(config) for config in adapters(model).values()] or [_FACTORS["full"]]
