@@ -16,7 +16,7 @@ import pytest
 from pages import blocks, world
 
 from lorica.study import figures
-from lorica.train.trainer import defaults
+from lorica.train.trainer import arguments as defaults
 
 ROOT = world.ROOT
 PAGES = [
