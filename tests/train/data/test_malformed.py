@@ -229,7 +229,7 @@ CASES: dict[str, Case] = {
     "an image that is not there": Case(
         IMAGES,
         {"rows.jsonl": rows(("none.png", "x"), ("ok.png", "y"), columns=("image", "label"))},
-        "row 1 of FILE names an image in column 'image' (none.png) that is neither in",
+        r"row 1 of FILE names an image in column 'image' \(none.png\) that is neither in",
     ),
     "no images": Case(IMAGES, {"rows.jsonl": GOOD}, "FILE: cannot tell which column holds the images"),
     "nothing to write": Case(
