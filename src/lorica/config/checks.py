@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorica.config.matching import why_unreadable
 from lorica.config.patterns import with_prefix
 from lorica.errors import ConfigError, ConfigTypeError, listing
-
-if TYPE_CHECKING:
-    from lorica.config.lora import LoraConfig
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 BIASES = ("none", "all", "lora_only")
@@ -40,8 +37,11 @@ def _is_range(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_index, value)) and value[0] < value[1]
 
 
-def check(config: LoraConfig) -> None:
+def check(config: Any) -> None:
     """Refuse a configuration with a value that cannot be used.
+
+    Args:
+        config: a `LoraConfig`, which is being made.
 
     Raises:
         ConfigError: naming the field, what was expected and what came.

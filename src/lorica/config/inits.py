@@ -7,13 +7,10 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from lorica.config.checks import is_count, is_number
 from lorica.errors import ConfigError, listing, nearest
-
-if TYPE_CHECKING:
-    from lorica.config.lora import LoraConfig
 
 Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
 Scaling = Literal["stable", "weight_svd", "gd_scale", "unit"]
@@ -225,8 +222,11 @@ def without_idle(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {**idle, **changes}
 
 
-def check_init(config: LoraConfig) -> None:
+def check_init(config: Any) -> None:
     """Refuse a start that there is not, and settings that nothing would read.
+
+    Args:
+        config: a `LoraConfig`, which is being made.
 
     Raises:
         ConfigError: naming the field, what was expected and what came.

@@ -29,6 +29,7 @@ from lorica.inits.gradient import lora_ga as lora_ga
 from lorica.inits.incremental import IncrementalSVD as IncrementalSVD
 from lorica.inits.incremental import share_ranks as share_ranks
 from lorica.inits.init import INITS as INITS
+from lorica.inits.init import PREPARED as PREPARED
 from lorica.inits.init import Begun as Begun
 from lorica.inits.init import Init as Init
 from lorica.inits.init import Start as Start

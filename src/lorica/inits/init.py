@@ -131,6 +131,8 @@ class Init(ABC):
             _check_weight(self, target, config)
 
 
+PREPARED = "lorica_prepared"
+"""Attribute of a model that was shown data: what its modules' starts are made from, by path."""
 INITS: dict[bool | str, Init] = {}
 """Value of `LoraConfig.init_lora_weights` → how A and B start."""
 

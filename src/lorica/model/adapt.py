@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.distributed import is_available, is_initialized
@@ -25,7 +25,7 @@ from lorica.checkpoint.peft import read as read_folder
 from lorica.config import AdapterConfig, LoraConfig, as_config
 from lorica.config.inits import FROM_DATA
 from lorica.errors import AdapterError
-from lorica.inits import draw_seed
+from lorica.inits import PREPARED, draw_seed
 from lorica.layers.quantized import hold_layout, release_layout
 from lorica.model.pretrained import classes
 from lorica.model.pretrained import root as pretrained
@@ -36,8 +36,6 @@ from lorica.state import STATE, AdapterState, adapted, check_name, find_adapted
 from lorica.tree import base_parameters, unwrapped
 
 M = TypeVar("M", bound=nn.Module)
-PREPARED = "lorica_prepared"
-"""Attribute of a model that was shown data: what its modules' starts are made from, by path."""
 
 
 def adapt(
@@ -78,17 +76,17 @@ def adapt(
 
     Source: Hu et al., 2021, §4.1.
     """
-    config = config if isinstance(config, LoraConfig) else as_config(config)
-    trainable = not config.inference_mode
+    chosen = config if isinstance(config, LoraConfig) else as_config(config)
+    trainable = not chosen.inference_mode
     seen = None
     if data is not None:
         open_for(model, name, trainable=trainable)  # refused before the work, not after it
         seed = draw_seed() if seed is None else seed
-        config, seen = importlib.import_module("lorica.model.starts").look(model, config, data, seed)
-    with changing(model, name, config, trainable=trainable) as (root, state):
+        chosen, seen = importlib.import_module("lorica.model.starts").look(model, chosen, data, seed)
+    with changing(model, name, chosen, trainable=trainable) as (root, state):
         seed = draw_seed() if seed is None else seed
         seen = root.__dict__.get(PREPARED, {}) if seen is None else seen
-        search = Search(root, config, state=state, seed=seed, trainable=trainable, seen=seen)
+        search = Search(root, chosen, state=state, seed=seed, trainable=trainable, seen=seen)
         find_pieces(search)
         _put(search, state, name, search.settled())
         if search.lora is not None and search.lora.init_lora_weights in FROM_DATA:

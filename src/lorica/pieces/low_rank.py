@@ -285,10 +285,11 @@ def _brought(search: Search, lora: LoraConfig) -> Iterator[LowRank]:
     # is no doubt.
     if isinstance(lora.target_modules, list):
         try:
-            wanted = [as_target(place, lora) for place in meant(search.root, search.free, lora)]
+            wanted = meant(search.root, search.free, lora)
+            absent = [as_target(place, lora) for place in wanted if place.path not in adapter.factors]
         except TargetError:
             return  # a name the model lacks shows in the factors that have no place
-        search.missing += [target.path for target in wanted if target.path not in adapter.factors]
+        search.missing += [target.path for target in absent]
 
 
 def _target(places: Mapping[str, Place], path: str, factors: Factors, *, drops: bool) -> Target:

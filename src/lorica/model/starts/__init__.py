@@ -20,7 +20,6 @@ from lorica.model.starts.eva import get_eva_state_dict as get_eva_state_dict
 from lorica.model.starts.eva import initialize_lora_eva_weights as initialize_lora_eva_weights
 from lorica.model.starts.eva import with_ranks
 from lorica.model.starts.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
-from lorica.model.starts.preprocess import PREPARED as PREPARED
 from lorica.model.starts.preprocess import preprocess_corda as preprocess_corda
 from lorica.model.starts.preprocess import preprocess_loraga as preprocess_loraga
 from lorica.model.starts.preprocess import seen_by_corda, seen_by_loraga

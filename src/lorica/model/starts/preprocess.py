@@ -20,8 +20,7 @@ from lorica.checkpoint.atomic import replace_files
 from lorica.config import CordaConfig, LoraConfig
 from lorica.errors import AdapterError, ConfigError, FileError, listing
 from lorica.find import Target
-from lorica.inits import base_weight
-from lorica.model.adapt import PREPARED as PREPARED
+from lorica.inits import PREPARED, base_weight
 from lorica.model.watch.watching import Batches, as_it_was, run, run_all, watching
 from lorica.pieces import resolve
 from lorica.state import find_adapted
