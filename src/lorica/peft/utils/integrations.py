@@ -8,6 +8,7 @@ is never asked; then transformers' own function that would ask is told.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -27,6 +28,7 @@ from lorica.tree import base_parameters, walk
 
 _CLASS = object.__dict__["__class__"]
 _ASKS = "_is_peft_model"
+_MIXIN = "transformers.integrations.peft"
 
 
 @functools.cache
@@ -89,7 +91,10 @@ def tell_users() -> None:
     """
     if "trl" in sys.modules:
         _tell_trl()
-    mixin: Any = getattr(sys.modules.get("transformers.integrations.peft"), "PeftAdapterMixin", None)
+    if "transformers.models.auto.modeling_auto" in sys.modules:  # whoever loads a model loads this as well
+        with contextlib.suppress(ImportError):
+            importlib.import_module(_MIXIN)
+    mixin: Any = getattr(sys.modules.get(_MIXIN), "PeftAdapterMixin", None)
     if mixin is not None and not hasattr(mixin.add_adapter, "knows_lorica"):
         for name, ours in _METHODS.items():
             setattr(mixin, name, _by_model(getattr(mixin, name), ours))
