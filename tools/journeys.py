@@ -39,7 +39,15 @@ CORE = (
     "model",
     "checkpoint/peft",
 )
-PLUGINS = ("layers/quantized", "layers/plugins", "pieces/plugins", "inits/plugins")
+PLUGINS = (
+    "layers/quantized",
+    "layers/plugins",
+    "pieces/plugins",
+    "inits/plugins",
+    "model/pretrained",
+    "model/starts",
+    "model/watch",
+)
 
 
 @dataclass

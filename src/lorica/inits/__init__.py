@@ -15,19 +15,12 @@ An init is a class with one method, `Init.factors`, registered under its value o
 
 from __future__ import annotations
 
-from lorica.inits.covariance import Covariance as Covariance
-from lorica.inits.covariance import Oriented as Oriented
-from lorica.inits.covariance import orient as orient
 from lorica.inits.draws import draw_seed as draw_seed
 from lorica.inits.draws import generator as generator
 from lorica.inits.draws import start as start
 from lorica.inits.draws import start_bias as start_bias
 from lorica.inits.factors import olora as olora
 from lorica.inits.factors import pissa as pissa
-from lorica.inits.gradient import lead as lead
-from lorica.inits.gradient import lora_ga as lora_ga
-from lorica.inits.incremental import IncrementalSVD as IncrementalSVD
-from lorica.inits.incremental import share_ranks as share_ranks
 from lorica.inits.init import INITS as INITS
 from lorica.inits.init import PREPARED as PREPARED
 from lorica.inits.init import Begun as Begun
@@ -39,8 +32,15 @@ from lorica.inits.init import less as less
 from lorica.inits.init import of as of
 from lorica.inits.init import register as register
 from lorica.inits.init import taken_out as taken_out
-from lorica.inits.loftq import compensate as compensate
-from lorica.inits.loftq import loftq as loftq
 from lorica.inits.lowrank import Triple as Triple
 from lorica.inits.lowrank import leading as leading
-from lorica.inits.quantize import quantized as quantized
+from lorica.inits.plugins.covariance import Covariance as Covariance
+from lorica.inits.plugins.covariance import Oriented as Oriented
+from lorica.inits.plugins.covariance import orient as orient
+from lorica.inits.plugins.gradient import lead as lead
+from lorica.inits.plugins.gradient import lora_ga as lora_ga
+from lorica.inits.plugins.incremental import IncrementalSVD as IncrementalSVD
+from lorica.inits.plugins.incremental import share_ranks as share_ranks
+from lorica.inits.plugins.loftq import compensate as compensate
+from lorica.inits.plugins.loftq import loftq as loftq
+from lorica.inits.plugins.quantize import quantized as quantized

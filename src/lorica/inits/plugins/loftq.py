@@ -13,7 +13,7 @@ from lorica.config.inits import LoftQConfig
 from lorica.find import Target
 from lorica.inits.init import Begun, Init, Start, own, precise, register, stored
 from lorica.inits.lowrank import leading
-from lorica.inits.quantize import quantized
+from lorica.inits.plugins.quantize import quantized
 
 
 def loftq(
