@@ -17,6 +17,7 @@ from lorica.cli.adapters.study import facts_of
 from lorica.errors import AdapterError, FileError
 from lorica.study import figures
 from lorica.study.figures import write_report
+from lorica.study.page import page
 from lorica.study.report import gather, spread
 
 pytest.importorskip("matplotlib")
@@ -31,19 +32,18 @@ def trained(seed: int, r: int = 4) -> lorica.Adapter:
     return made.adapter(layers)
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return made.write_base(
-        tmp_path / "base", {f"h.{i}.{n}.weight": torch.randn(24, 24) for i in range(3) for n in "qv"}
-    )
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    weights = {f"h.{i}.{n}.weight": torch.randn(24, 24) for i in range(3) for n in "qv"}
+    return made.write_base(tmp_path_factory.mktemp("study") / "base", weights)
 
 
-@pytest.fixture
-def written(tmp_path: Path, base: Path) -> Path:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     report = gather(
         trained(0), name="</script><b>mine", base=base, against=trained(1, 6), against_name="other"
     )
-    return write_report(report, tmp_path / "report")
+    return write_report(report, tmp_path_factory.mktemp("study") / "report")
 
 
 def test_everything_is_written(written: Path) -> None:
@@ -85,19 +85,18 @@ def test_the_recipe_beside_it_is_read_and_not_run(tmp_path: Path) -> None:
     assert facts_of(str(tmp_path)) == {}
 
 
-def test_two_seeds_of_one_rank_are_the_other_figure(tmp_path: Path) -> None:
-    report = gather(trained(0), against=trained(1), against_name="seed 1")
-    text = write_report(report, tmp_path / "out").read_text(encoding="utf-8")
+def test_two_seeds_of_one_rank_are_the_other_figure() -> None:
+    text = page(gather(trained(0), against=trained(1), against_name="seed 1"))
     assert "figures 4 and 7" in text
     assert "table 7" not in text
 
 
-def test_what_is_untrained_is_said(tmp_path: Path) -> None:
+def test_what_is_untrained_is_said() -> None:
     nothing = made.adapter({"h.0.q": lorica.Factors(torch.randn(2, 5), torch.zeros(4, 2), 1.0)})
     report = gather(nothing)
     assert report.advice is None
     assert report.notes == ("1 of 1 updates are zero",)
-    assert "1 of 1 updates are zero" in write_report(report, tmp_path / "out").read_text(encoding="utf-8")
+    assert "1 of 1 updates are zero" in page(report)
 
 
 def test_the_command(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,8 +87,8 @@ def test_the_start_is_made_from_training_rows(start: str, place: Path, tmp_path:
 def test_a_resumed_run_ends_the_same_and_looks_once(
     start: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(recipe(place, start, tmp_path / "whole"), console=quiet())
-    cut = train(recipe(place, start, tmp_path / "cut"), console=quiet()).output
+    whole = train(recipe(place, start, tmp_path / "run"), console=quiet())
+    cut = whole.output
     shutil.rmtree(cut / "checkpoints" / "checkpoint-20")
     (cut / "adapter_model.safetensors").unlink()
 
@@ -97,16 +97,16 @@ def test_a_resumed_run_ends_the_same_and_looks_once(
 
     for name in ("look_for_corda", "look_for_loraga", "initialize_lora_eva_weights"):
         monkeypatch.setattr(beginning, name, never)
-    resumed = train(recipe(place, start, tmp_path / "cut"), resume=True, console=quiet())
+    resumed = train(recipe(place, start, cut), resume=True, console=quiet())
     assert resumed.adapter_sha256 == whole.adapter_sha256
     assert resumed.metrics == whole.metrics
 
 
 def test_resumed_before_the_first_checkpoint_it_starts_again(place: Path, tmp_path: Path) -> None:
-    whole = train(recipe(place, "corda", tmp_path / "whole"), console=quiet())
-    cut = train(recipe(place, "corda", tmp_path / "cut"), console=quiet()).output
-    shutil.rmtree(cut / "checkpoints")
-    resumed = train(recipe(place, "corda", tmp_path / "cut"), resume=True, console=quiet())
+    whole = train(recipe(place, "corda", tmp_path / "run"), console=quiet())
+    shutil.rmtree(whole.output / "checkpoints")
+    (whole.output / "adapter_model.safetensors").unlink()
+    resumed = train(recipe(place, "corda", whole.output), resume=True, console=quiet())
     assert resumed.adapter_sha256 == whole.adapter_sha256
 
 
