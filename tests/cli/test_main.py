@@ -29,6 +29,19 @@ def test_help_is_light() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
+def test_a_commands_help_is_light() -> None:
+    """Only commands whose options are a recipe's, and the search, import torch to explain themselves."""
+    code = (
+        "import sys; from lorica.cli import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    if name not in ('train', 'plan', 'tune'):\n"
+        "        try: main([name, '--help'])\n"
+        "        except SystemExit: pass\n"
+        "        assert 'torch' not in sys.modules, name"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["help"]])
 def test_help_lists_every_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 0

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorica.reading import read_object
-from lorica.train.recipe import names_code
 
 if TYPE_CHECKING:
     from lorica.train.recipe import Recipe
@@ -41,6 +40,7 @@ def to_evaluate(folder: str | Path, recipe: Recipe, *, scored: bool) -> str | No
 def to_use(folder: str | Path, recipe: Recipe) -> str | None:
     """How to try what a folder holds on a text; None where its input is no text, or may be anything."""
     from lorica.train import tasks
+    from lorica.train.recipe import names_code
 
     if names_code(recipe.task):
         return None
@@ -64,6 +64,8 @@ def to_merge(base: str, folder: str | Path, recipe: Recipe) -> str | None:
 
 def word(recipe: Recipe) -> list[str]:
     """What says that the user trusts the code that a recipe names."""
+    from lorica.train.recipe import names_code  # which imports torch, as a command's --help need not
+
     return ["--trust_task"] if names_code(recipe.task) else []
 
 
