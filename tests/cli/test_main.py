@@ -59,7 +59,7 @@ def test_every_command_helps(name: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_help_names_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     main(["train", "--help-all"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "rows a step on each device. (type: int, default: 16)" in out
+    assert "rows per step on each device. (type: int, default: 16)" in out
     assert "rank of each update; the inner dimension of B·A. At least 1. (type: int, default: 8)" in out
 
 
