@@ -179,7 +179,8 @@ class TestDistributed:
         model = Toy()
         parallel = nn.parallel.DistributedDataParallel(model)
         before = dict(model.state_dict())
-        for wrapped in (parallel, model, torch.compile(parallel, backend="eager"), nn.Sequential(parallel)):
+        compiled: Any = torch.compile(parallel, backend="eager")
+        for wrapped in (parallel, model, compiled, nn.Sequential(parallel)):
             with pytest.raises(StateError, match="was wrapped in DistributedDataParallel"):
                 lorica.adapt(wrapped, LoraConfig(target_modules=["up"]))
             assert dict(model.state_dict()).keys() == before.keys()

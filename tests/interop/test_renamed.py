@@ -42,7 +42,7 @@ def gemma3() -> Any:
 
     text = {**TEXT, "sliding_window": 4, "query_pre_attn_scalar": 8}
     text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    special = {"image_token_index": 39, "boi_token_index": 37, "eoi_token_index": 38}
+    special: dict[str, Any] = {"image_token_index": 39, "boi_token_index": 37, "eoi_token_index": 38}
     config = Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=4, **special)
     torch.manual_seed(0)
     return Gemma3ForConditionalGeneration(config).eval()

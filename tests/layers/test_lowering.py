@@ -130,7 +130,7 @@ def test_a_scaler_steps(method: str) -> None:
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     for name, parameter in copies(model).items():
-        assert torch.equal(parameter, before[name] - 1e-3 * parameter.grad)
+        assert torch.equal(parameter, before[name] - 1e-3 * parameter.grad)  # pyright: ignore[reportOperatorIssue]
     assert any(not torch.equal(p, before[name]) for name, p in copies(model).items())
 
 

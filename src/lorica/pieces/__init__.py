@@ -91,7 +91,7 @@ class Search:
         """Look for this configuration, and load this adapter."""
         self.config, self.adapter = config, adapter
         self.lora, self.methods = config.members()
-        self.asks = {key for member in (self.lora, *self.methods) if member for key in member.asks()}
+        self.asks = {key for part in (config, self.lora, *self.methods) if part for key in part.asks()}
 
     def reject(self, path: str, problem: str) -> None:
         """Say what is the matter with the factors that the adapter has of a module."""
@@ -224,7 +224,7 @@ def asked(search: Search) -> Iterator[Kind]:
 @contextlib.contextmanager
 def surroundings(root: nn.Module, state: AdapterState, config: AdapterConfig) -> Iterator[None]:
     """What the kinds need around the whole of finding and putting on (`Kind.around`)."""
-    keys = {key for member in config.parts() for key in member.asks()}
+    keys = {key for part in (config, *config.parts()) for key in part.asks()}
     with contextlib.ExitStack() as stack:
         for kind in KINDS:
             concerned = not keys.isdisjoint(kind.keys) or type(kind) in map(type, state.opened)

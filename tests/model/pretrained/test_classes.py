@@ -71,7 +71,7 @@ def named(prefix: str) -> dict[int, str]:
     return {place: f"{prefix}{place}" for place in range(3)}
 
 
-def shown(of: BertForSequenceClassification) -> str:
+def shown(of: Any) -> str:
     """Whose names the configuration holds, told by their first letter; both ways agree."""
     names = [of.config.id2label[place] for place in range(3)]
     assert of.config.label2id == {name: place for place, name in enumerate(names)}
