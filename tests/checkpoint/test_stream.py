@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import lorica
 from lorica import checkpoint
 from lorica.adapter import Adapter
 from lorica.checkpoint import stream
+from lorica.checkpoint.stream import blocks
 from lorica.checkpoint.stream.shards import read_shard
 from lorica.errors import FileError, LoricaWarning
 
@@ -78,6 +80,23 @@ def test_tensors_of_many_blocks_come_to_the_same_bits(tmp_path: Path) -> None:
     lorica.merge(model)
     stream.merge(base, tmp_path / "adapter", tmp_path / "out")
     assert_same(dict(model.state_dict()), read_all(tmp_path / "out"))
+
+
+def test_what_is_rounded_in_passing_stays_until_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors trained whole in float32, for a base in bfloat16; the disk is slow."""
+    names = [f"h.{i}.bias" for i in range(40)]
+    shard = {name: torch.randn(16).bfloat16() for name in names}
+    base = write_base(tmp_path / "base", {**shard, "a.weight": torch.randn(8, 6).bfloat16()})
+    extras = {name: torch.randn(16) for name in names}
+    low_rank = adapter({"a": factors(8, 6)})
+    write = blocks._write
+    monkeypatch.setattr(blocks, "_write", lambda file, view: (time.sleep(0.002), write(file, view)))
+    lorica.write(Adapter(low_rank.config, low_rank.factors, extras), tmp_path / "adapter")
+    stream.merge(base, tmp_path / "adapter", tmp_path / "out")
+    out = read_all(tmp_path / "out")
+    assert_same({name: out[name] for name in names}, {name: extras[name].bfloat16() for name in names})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

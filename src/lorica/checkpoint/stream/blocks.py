@@ -114,7 +114,9 @@ def write_shard(shard: ShardPlan, path: Path, buffers: Buffers, advance: Advance
         values = _read(ahead, reader, steps, 0)
         for i, step in enumerate(steps):
             if len(pending) == 2:  # its buffers come next
-                pending.popleft()[0].result()
+                written, held = pending.popleft()  # held, so that its memory stays until it is written
+                written.result()
+                del held
             given, values = values, _read(ahead, reader, steps, i + 1)
             if step.piece is None or given is None:
                 pending.append((behind.submit(_copy, source, step.start, step.length, out), None))
