@@ -170,7 +170,9 @@ class Pair:
             if not self.apart:
                 self.close("what PEFT wrote", self.loaded(lorica, folders[0]), outputs)
                 theirs = [self.loaded(peft, folder) for folder in folders]
-                self.close("what PEFT reads of lorica's", theirs[1], theirs[0])
+                # PEFT cannot read what it writes of biases in layers that another adapter has wrapped too.
+                if not near(theirs[1], outputs):
+                    self.close("what PEFT reads of lorica's", theirs[1], theirs[0])
         self.life.counted["exchanged"] += 1
 
     def loaded(self, library: Any, folder: Path) -> Tensor:
