@@ -189,7 +189,7 @@ class TestDistributed:
         assert lorica.extract(parallel).factors.keys() == adapter.factors.keys()
         with pytest.raises(StateError, match="was wrapped in DistributedDataParallel"):
             lorica.adapt(parallel, LoraConfig(target_modules=["up"]), "later")
-        del parallel, wrapped
+        del parallel, wrapped, compiled
         gc.collect()
         lorica.adapt(model, LoraConfig(target_modules=["up"]), "later")
 
