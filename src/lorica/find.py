@@ -123,10 +123,12 @@ def meant(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Plac
         chosen = _match("target_modules", config.target_modules, places, _combined(config))
     if config.layers_to_transform is not None:
         chosen = _in_blocks(chosen, config)
-    chosen = _with_outputs(chosen, places)
+    named, chosen = chosen, _with_outputs(chosen, places)
     if config.exclude_modules:
         left_out = {p.path for p in _match("exclude_modules", config.exclude_modules, places)}
-        kept = [p for p in chosen if p.path not in left_out]
+        # An attention that is left out takes its output with it, but for one that is named for itself.
+        kept = _with_outputs([p for p in named if p.path not in left_out], places)
+        kept = [p for p in kept if p.path not in left_out]
         if not kept:
             raise TargetError(
                 f"All modules were excluded: no module is left to adapt, for exclude_modules="

@@ -11,7 +11,7 @@ from tiny import Toy, record, transformer
 from torch import nn
 
 import lorica
-from lorica.errors import TargetError
+from lorica.errors import LoricaWarning, TargetError
 from lorica.pieces import Search, resolve
 from lorica.tree import shortest_suffixes, walk
 
@@ -85,6 +85,12 @@ class TestNames:
         assert targeted(model, target_modules=["out_proj"]) == ["self_attn.out_proj"]
         assert targeted(model) == ["self_attn", "self_attn.out_proj"]
         assert targeted(model, target_modules=["self_attn"], exclude_modules=["out_proj"]) == ["self_attn"]
+        both = ["self_attn", "linear1"]
+        assert targeted(model, target_modules=both, exclude_modules=["self_attn"]) == ["linear1"]
+        both = ["out_proj", "linear1"]
+        with pytest.warns(LoricaWarning, match="no modules were excluded"):
+            kept = targeted(model, target_modules=both, exclude_modules=["self_attn"])
+        assert sorted(kept) == ["linear1", "self_attn.out_proj"]
 
     def test_the_settled_names_of_an_attention_leave_its_output_to_it(self) -> None:
         model = nn.TransformerEncoderLayer(8, 2, 12)
