@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -163,14 +163,20 @@ def _combined(config: LoraConfig) -> str:
     )
 
 
-def _match(name: str, patterns: list[str] | str, places: list[Place], more: str = "") -> list[Place]:
+def matching(patterns: str | Collection[str], places: Iterable[Place]) -> list[Place]:
+    """The places that a pattern matches in full, or of which one of the names is the path or its end."""
     if isinstance(patterns, str):
-        hits = [p for p in places if full_match(patterns, p.path)]
+        return [place for place in places if full_match(patterns, place.path)]
+    return ending_in(places, patterns)
+
+
+def _match(name: str, patterns: list[str] | str, places: list[Place], more: str = "") -> list[Place]:
+    hits = matching(patterns, places)
+    if isinstance(patterns, str):
         if not hits:
             what = f"{name}={patterns!r} matches no module{hint(patterns, places)}{more}"
             raise TargetError(_none_of(name, patterns) + what)
         return hits
-    hits = ending_in(places, patterns)
     for pattern in patterns:
         if not ending_in(hits, [pattern]):
             what = f"{name} names {pattern!r}, which matches no module{hint(pattern, places)}{more}"
@@ -185,14 +191,8 @@ def _none_of(name: str, patterns: object) -> str:
 
 def _usual(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:
     told = BY_TYPE.get(model_type(root) or "")
-    if told is not None:
-        hits = (
-            [p for p in places if full_match(told, p.path)]
-            if isinstance(told, str)
-            else ending_in(places, told)
-        )
-        if hits:
-            return hits
+    if told is not None and (hits := matching(told, places)):
+        return hits
     for names in QUERY_VALUE:
         chosen = [p for p in places if p.path.rpartition(".")[2] in names and layer_class(p.module, p.parent)]
         if {p.path.rpartition(".")[2] for p in chosen} == set(names):

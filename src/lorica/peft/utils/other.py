@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import lorica
-from lorica.config import LoraConfig, full_match, matches_pattern
+from lorica.config import LoraConfig, matches_pattern
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, listing, require
-from lorica.find import HEADS, means_all_linear
+from lorica.find import HEADS, matching, means_all_linear
 from lorica.layers import SavedModule as ModulesToSaveWrapper
 from lorica.layers import TrainedTokens as TrainableTokensWrapper
 from lorica.model.pretrained.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
@@ -25,7 +25,7 @@ from lorica.peft.utils.constants import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_
 from lorica.peft.utils.constants import WEIGHTS_NAME as WEIGHTS_NAME
 from lorica.pieces import resolve
 from lorica.state import AdapterState, find_adapted
-from lorica.tree import ending_in, walk
+from lorica.tree import walk
 
 AuxiliaryTrainingWrapper = (ModulesToSaveWrapper, TrainableTokensWrapper)
 """What is asked of isinstance: a module trained whole, or one some of whose rows are."""
@@ -157,9 +157,9 @@ def without_idle(model: nn.Module, config: LoraConfig) -> LoraConfig:
     if excluded:
         places = [place for place in walk(model) if place.path]
         if isinstance(excluded, str):
-            kept = excluded if any(full_match(excluded, place.path) for place in places) else None
+            kept = excluded if matching(excluded, places) else None
         else:
-            kept = [name for name in excluded if ending_in(places, [name])]
+            kept = [name for name in excluded if matching([name], places)]
         if kept != excluded:
             gone = (
                 excluded
@@ -199,10 +199,7 @@ def _without_idle_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
     if not modules or not parameters or means_all_linear(modules):
         return config
     places = [place for place in walk(model) if place.path]
-    if isinstance(modules, str):
-        hits = any(full_match(modules, place.path) for place in places)
-    else:
-        hits = bool(ending_in(places, modules))
+    hits = bool(matching(modules, places))
     named = [f".{place.path}.{leaf}" for place in places for leaf in place.module._parameters]
     found = any(path.endswith(f".{name}") for path in named for name in parameters)
     if hits == found:

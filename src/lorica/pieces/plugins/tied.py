@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.adapter import Factors
-from lorica.config import LoraConfig, full_match
+from lorica.config import LoraConfig
 from lorica.errors import LoricaWarning, TargetError, listing
-from lorica.find import Target
+from lorica.find import Target, matching
 from lorica.layers import LoraEmbedding, LoraLayer, tie_factors, tied_factors
 from lorica.piece import Contents, Held, Piece, Value
 from lorica.pieces import Kind, Search, register
@@ -161,33 +161,26 @@ def with_tied(root: nn.Module, config: LoraConfig, among: Collection[str] | None
     """
     if not config.ensure_weight_tying:
         return config
-    places = [place for place in walk(root) if place.path]
-    tables = [[place.path for place in group] for group in groups(places)]
-    paths = [path for group in tables for path in group]
+    tables = groups(place for place in walk(root) if place.path)
+    places = [place for group in tables for place in group]
     changes: dict[str, Any] = {}
     for field in ("target_modules", "modules_to_save"):
         given = getattr(config, field)
-        named = set(_matching(given, paths))
-        more = [path for group in tables if named & {*group} for path in group if path not in named]
-        more = [path for path in more if among is None or path in among]
-        left_out = _matching(config.exclude_modules, more)
+        named = [place.path for place in matching(given or (), places)]
+        tied = [place for group in tables if any(place.path in named for place in group) for place in group]
+        more = [p for p in tied if p.path not in named and (among is None or p.path in among)]
+        left_out = [place.path for place in matching(config.exclude_modules or (), more)]
         if left_out:
             raise TargetError(
                 f"exclude_modules leaves out {listing(left_out)}, but with ensure_weight_tying it trains "
                 f"with {listing(named)}; drop one of the two"
             )
-        if more and isinstance(given, str):
-            changes[field] = "|".join([f"(?:{given})", *map(re.escape, more)])
-        elif more:
-            changes[field] = [*given, *more]
+        added = [place.path for place in more]
+        if added and isinstance(given, str):
+            changes[field] = "|".join([f"(?:{given})", *map(re.escape, added)])
+        elif added:
+            changes[field] = [*given, *added]
     return config.replace(**changes) if changes else config
-
-
-def _matching(patterns: list[str] | str | None, paths: Iterable[str]) -> list[str]:
-    if isinstance(patterns, str):
-        return [path for path in paths if full_match(patterns, path)]
-    ends = tuple(f".{name}" for name in patterns or ())
-    return [path for path in paths if f".{path}".endswith(ends)]
 
 
 def pairs(root: nn.Module, config: LoraConfig | None, adapted: Collection[str]) -> dict[str, str]:
