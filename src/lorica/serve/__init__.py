@@ -1,0 +1,21 @@
+"""Serving: one base for many tenants, each with an adapter of its own, in one batch.
+
+engine    what an engine and a store of adapters promise; errors, `Sampling`, `Step`
+"""
+
+from __future__ import annotations
+
+from lorica.serve.engine import Adapters as Adapters
+from lorica.serve.engine import Answer as Answer
+from lorica.serve.engine import Engine as Engine
+from lorica.serve.engine import EngineDown as EngineDown
+from lorica.serve.engine import Entry as Entry
+from lorica.serve.engine import InvalidRequest as InvalidRequest
+from lorica.serve.engine import Limits as Limits
+from lorica.serve.engine import Overloaded as Overloaded
+from lorica.serve.engine import RefusedAdapter as RefusedAdapter
+from lorica.serve.engine import Sampling as Sampling
+from lorica.serve.engine import Stats as Stats
+from lorica.serve.engine import Step as Step
+from lorica.serve.engine import Token as Token
+from lorica.serve.engine import UnknownAdapter as UnknownAdapter
