@@ -6,6 +6,7 @@
     prepared, adapt, run  rows encoded and model loaded, the adapter on it, the run from end to end
     trainer/              the Trainer, its loss, its arguments, its checkpoints; `fit`
     generation/           texts that a model writes, and their scores in evaluation
+    post/                 preferences, rewards and reinforcement, carried by TRL
     record                ``run.json`` and the model card
     trained, forgetting   a trained model opened, scored and asked; its scores on other data
     merge, plan, demo     adapter and base to one checkpoint; the cost beforehand; the demonstration
@@ -31,6 +32,7 @@ for _module in ("transformers", "accelerate", "datasets", "jsonargparse", "rich"
 if TYPE_CHECKING:
     from lorica.train.data.rows import RowError as RowError
     from lorica.train.generation.generate import generate as generate
+    from lorica.train.post.native import teach_trl as teach_trl
     from lorica.train.prepared import Prepared as Prepared
     from lorica.train.prepared import prepare as prepare
     from lorica.train.recipe import Recipe as Recipe
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "data.rows": ("RowError",),
     "generation.generate": ("generate",),
+    "post.native": ("teach_trl",),
     "prepared": ("Prepared", "prepare"),
     "recipe": ("Recipe",),
     "record": ("Record",),
@@ -93,6 +96,7 @@ __all__ = [
     "predict",
     "prepare",
     "register",
+    "teach_trl",
     "train",
 ]
 

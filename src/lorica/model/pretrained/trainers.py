@@ -1,11 +1,12 @@
 """What the trainers of transformers and TRL cannot know of a model that carries adapters.
 
-They ask `isinstance(model, peft.PeftModel)`, and take any other model for one whose own weights train. Three
+They ask `isinstance(model, peft.PeftModel)`, and take any other model for one whose own weights train. Some
 of their functions are therefore wrapped, once, for the models of this library alone:
 
     Trainer._load_from_checkpoint, Trainer._load_best_model   each trained adapter is read back
     create_model_from_path, in TRL                            the adapter's start, in place of a second base
     disable_dropout_in_model, in TRL                          the adapters' dropout too
+    get_peft_model, in TRL                                    see `configurations`
 
 Nothing is imported here. `tell` wraps what is loaded, when a model gets its first adapter and again when a
 trainer is made around it.
@@ -22,6 +23,7 @@ from torch import nn
 
 from lorica.errors import LoricaError
 from lorica.layers import LoraLayer
+from lorica.model.pretrained import configurations
 from lorica.model.pretrained.reference import Reference
 from lorica.model.pretrained.resuming import restore_trained
 from lorica.state import find_adapted
@@ -39,6 +41,7 @@ def tell() -> None:
     for name in [name for name in sys.modules if name.startswith("trl.")]:
         _wrap(sys.modules[name], "create_model_from_path", _creating)
         _wrap(sys.modules[name], "disable_dropout_in_model", _disabling)
+    configurations.exchange()
 
 
 def takes_back(trainer: Any, checkpoint: str | None, model: Any = None) -> bool:

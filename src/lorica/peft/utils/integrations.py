@@ -23,6 +23,7 @@ from torch.nn import Parameter
 from lorica.errors import ConfigError
 from lorica.layers import AskedModule
 from lorica.layers.quantized import quantizer_of, registry
+from lorica.model.pretrained import configurations
 from lorica.state import find_adapted
 from lorica.tree import base_parameters, walk
 
@@ -75,22 +76,14 @@ def tell_transformers(known: type[nn.Module]) -> None:
             setattr(module, _ASKS, is_peft_model)
 
 
-class _Either(type):
-    """A class of PEFT's of whose kind lorica's own counts as well."""
-
-    ours: type
-
-    def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, (cls.ours, cls.__base__ or object))
-
-
 def tell_users() -> None:
     """Have those that take configurations of PEFT's take lorica's: TRL's trainers, transformers' models.
 
     Called when a configuration is made; looks at what is loaded by then.
     """
     if "trl" in sys.modules:
-        _tell_trl()
+        peft = importlib.import_module("lorica.peft")
+        configurations.take(peft.PeftConfig, peft.get_peft_model)
     if "transformers.models.auto.modeling_auto" in sys.modules:  # whoever loads a model loads this as well
         with contextlib.suppress(ImportError):
             importlib.import_module(_MIXIN)
@@ -156,29 +149,6 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "enable_adapters": lambda peft, model: peft.LoraModel(model, None).enable_adapter_layers(),
     "active_adapters": lambda peft, model: peft.LoraModel(model, None).active_adapters,
 }
-
-
-def _tell_trl() -> None:
-    """Have TRL's trainers that are loaded take lorica's configurations as `peft_config`, and adapt by lorica.
-
-    They ask isinstance of PEFT's class, and call PEFT's `get_peft_model`; each by a name in its own module.
-    """
-    peft = importlib.import_module("lorica.peft")
-    for module in [module for name, module in sys.modules.items() if name.startswith("trl.")]:
-        theirs, configs = (vars(module).get(name) for name in ("get_peft_model", "PeftConfig"))
-        if theirs is None or configs is None or isinstance(configs, _Either):
-            continue
-        either = _Either("PeftConfig", (configs,), {"ours": peft.PeftConfig})
-        module.__dict__.update(PeftConfig=either, get_peft_model=_by_config(theirs, peft))
-
-
-def _by_config(theirs: Callable[..., Any], peft: Any) -> Callable[..., Any]:
-    @functools.wraps(theirs)
-    def get_peft_model(model: nn.Module, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
-        own = isinstance(peft_config, peft.PeftConfig)
-        return (peft.get_peft_model if own else theirs)(model, peft_config, *args, **kwargs)
-
-    return get_peft_model
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
