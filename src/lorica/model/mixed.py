@@ -68,7 +68,7 @@ class mixed:
                 own = module.scaling
             elif isinstance(module, SavedModule) and read_by(parent, module):
                 own = module.modules_to_save
-            routed = isinstance(module, LoraLayer) and _is_expert(path) and len(set(rows.names)) > 1
+            routed = isinstance(module, LoraLayer) and is_expert(path) and len(set(rows.names)) > 1
             if routed and not own and any(name in module.scaling for name in used):  # type: ignore[union-attr]
                 raise StateError(
                     f"{path} is an expert, which sees some of the tokens; adapters on it cannot be mixed in "
@@ -92,6 +92,6 @@ class mixed:
         self._choice.__exit__(*error)
 
 
-def _is_expert(path: str) -> bool:
+def is_expert(path: str) -> bool:
     """Whether a module is one of several among which a router chooses for each token, as they are named."""
     return any(re.fullmatch(r"(local_)?experts?", part) for part in path.split("."))
