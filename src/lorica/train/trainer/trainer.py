@@ -6,14 +6,13 @@
     evaluation    rows by length, outputs beside their rows; the loss over all targets; what a model writes
     a checkpoint  the adapter, the optimizer, random states; no secrets, and damage is named
 
-What is not here, such as the loop over epochs, is as transformers has it.
+What is not here is in `mixin`, or, such as the loop over epochs, as transformers has it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -26,10 +25,6 @@ from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from lorica.methods.inserted import noted_labels
 from lorica.train.generation.writing import Writer
-from lorica.train.recipe import is_secret
-from lorica.train.system import peak_memory
-from lorica.train.trainer.callbacks import learned, unit
-from lorica.train.trainer.checkpoints import LoraTrainerMixin, check_moments, readable
 from lorica.train.trainer.deferred import deferred_logits
 from lorica.train.trainer.loss import (
     SmoothedLoss,
@@ -41,14 +36,13 @@ from lorica.train.trainer.loss import (
     targets_in,
     why_whole,
 )
-from lorica.train.trainer.optimizer import parameter_groups
-from lorica.train.trainer.sampler import LengthGroupedSampler
+from lorica.train.trainer.mixin import RunTrainerMixin
 from lorica.train.trainer.scoring import Score, back_in_order, scored
 
 logger = logging.getLogger(__name__)
 
 
-class Trainer(LoraTrainerMixin, transformers.Trainer):
+class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """transformers' Trainer, with adapter checkpoints, LoRA+ and an order of rows that a resume keeps.
 
     The loss of a language model is averaged over the target tokens of all the batches of a step, or of all
@@ -92,8 +86,6 @@ class Trainer(LoraTrainerMixin, transformers.Trainer):
         """Look at how the model computes its loss; leave the rest to transformers."""
         self.loss, self.chunked_loss, self.writer = loss, chunked_loss, writer
         self.loraplus_lr_ratio = loraplus_lr_ratio
-        self._clock: tuple[float, int] | None = None
-        """When the log's last entry was made, and how much was learned from by then."""
         self._rows: Any = None
         """What is evaluated."""
         self._order: list[int] | None = None
@@ -128,8 +120,6 @@ class Trainer(LoraTrainerMixin, transformers.Trainer):
         Returns:
             Its loss, a scalar.
         """
-        if self._clock is None:
-            self._clock = time.perf_counter(), learned(self.model, self.args, self.state)
         with self._deferred():
             # On the right device and in the right dtype: `compute_loss` below, then backward.
             return super().training_step(model, inputs, num_items_in_batch)
@@ -211,41 +201,6 @@ class Trainer(LoraTrainerMixin, transformers.Trainer):
         name = type(self.model if model is None else model).__name__
         logger.warning("%s: the loss is computed from all logits at once, because %s", name, reason)
 
-    # What is logged of the steps, and who takes them: the optimizer, in which order of rows.
-
-    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """Log; see transformers' Trainer."""
-        if "loss" in logs and self._clock is not None:
-            began, before = self._clock
-            self._clock = now, seen = time.perf_counter(), learned(self.model, self.args, self.state)
-            logs[f"{unit(self.model)}_per_second"] = round((seen - before) / max(now - began, 1e-9), 1)
-            logs["peak_memory_gb"] = round(peak_memory() / 1e9, 3)
-        super().log(logs, *args, **options)
-
-    def get_optimizer_cls_and_kwargs(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, args: Any, model: Any = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """The optimizer's class and arguments, with LoRA+'s parameter groups where they are asked for."""
-        optimizer, options = super().get_optimizer_cls_and_kwargs(args, model)
-        if self.loraplus_lr_ratio is not None:
-            options["params"] = parameter_groups(
-                cast(nn.Module, self.model if model is None else model),
-                lr=args.learning_rate,
-                weight_decay=args.weight_decay,
-                loraplus_lr_ratio=self.loraplus_lr_ratio,
-            )
-        return optimizer, options
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        # Not `train_dataset`: the column of lengths, which no model's forward names, is gone from it by now.
-        rows: Any = self.train_dataset
-        column = self.args.length_column_name
-        grouped = self.args.train_sampling_strategy == "group_by_length"
-        if not grouped or self.args.world_size > 1 or column not in getattr(rows, "column_names", ()):
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedSampler(rows[column], self._train_batch_size, seed)
-
     # Evaluation.
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **options: Any) -> dict[str, float]:
@@ -324,39 +279,3 @@ class Trainer(LoraTrainerMixin, transformers.Trainer):
         """Outputs and labels in the rows' own order."""
         parts = (outcome.predictions, outcome.label_ids, outcome.inputs, outcome.losses)
         return EvalPrediction(*(back_in_order(part, self._order) for part in parts))
-
-    # Checkpoints: which is the best, what is written, what can be read.
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Whether this is the best evaluation so far; of two that tie, the one with the lower loss."""
-        before, step = self.state.best_metric, self.state.best_global_step
-        if super()._determine_best_metric(metrics, trial):
-            return True
-        name = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
-        history = [e for e in self.state.log_history if e["step"] == step and "eval_loss" in e]
-        loss, best = metrics.get("eval_loss"), history[-1]["eval_loss"] if history else None
-        if before is None or metrics.get(name) != before or loss is None or best is None or not loss < best:
-            return False
-        self.state.best_global_step = self.state.global_step
-        return True
-
-    def _save(self, *args: Any, **options: Any) -> None:
-        """Write the model and the arguments, without the secrets among these."""
-        hidden = {name: value for name, value in vars(self.args).items() if is_secret(name, value)}
-        for name in hidden:
-            setattr(self.args, name, None)
-        try:
-            super()._save(*args, **options)
-        finally:
-            for name, value in hidden.items():
-                setattr(self.args, name, value)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with readable(checkpoint, "the optimizer's or the schedule's file"):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None and self.optimizer is not None:
-                check_moments(self.optimizer)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with readable(checkpoint, "the file of random states"):
-            super()._load_rng_state(checkpoint)

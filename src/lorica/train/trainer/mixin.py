@@ -1,0 +1,114 @@
+"""What every trainer of a run has, whatever its loss: LoRA+, the order of rows, the log, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lorica.train.recipe import is_secret
+from lorica.train.system import peak_memory
+from lorica.train.trainer.callbacks import learned, unit
+from lorica.train.trainer.checkpoints import LoraTrainerMixin, check_moments, readable
+from lorica.train.trainer.optimizer import parameter_groups
+from lorica.train.trainer.sampler import LengthGroupedSampler
+
+if TYPE_CHECKING:
+    _Base = transformers.Trainer
+else:
+    _Base = object
+
+
+class RunTrainerMixin(LoraTrainerMixin, _Base):
+    """Put it before the trainer it is mixed into, transformers' or one made of it.
+
+    Attributes:
+        loraplus_lr_ratio: learning rate of B over that of A; see `parameter_groups`. None trains both at one
+            rate.
+    """
+
+    loraplus_lr_ratio: float | None = None
+    _clock: tuple[float, int] | None = None
+    """When the log's last entry was made, and how much was learned from by then."""
+
+    # What is logged of the steps, and who takes them: the optimizer, in which order of rows.
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Add the gradients of a micro-batch; see transformers' Trainer."""
+        if self._clock is None:
+            self._clock = time.perf_counter(), learned(self.model, self.args, self.state)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Log; see transformers' Trainer."""
+        if "loss" in logs and self._clock is not None:
+            began, before = self._clock
+            self._clock = now, seen = time.perf_counter(), learned(self.model, self.args, self.state)
+            logs[f"{unit(self.model)}_per_second"] = round((seen - before) / max(now - began, 1e-9), 1)
+            logs["peak_memory_gb"] = round(peak_memory() / 1e9, 3)
+        super().log(logs, *args, **options)
+
+    def get_optimizer_cls_and_kwargs(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any, model: Any = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """The optimizer's class and arguments, with LoRA+'s parameter groups where they are asked for."""
+        optimizer, options = super().get_optimizer_cls_and_kwargs(args, model)
+        if self.loraplus_lr_ratio is not None:
+            options["params"] = parameter_groups(
+                cast(nn.Module, self.model if model is None else model),
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
+            )
+        return optimizer, options
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        # Not `train_dataset`: the column of lengths, which no model's forward names, is gone from it by now.
+        rows: Any = self.train_dataset
+        column = self.args.length_column_name
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        if not grouped or self.args.world_size > 1 or column not in getattr(rows, "column_names", ()):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroupedSampler(rows[column], self._train_batch_size, seed)
+
+    # Checkpoints: which is the best, what is written, what can be read.
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether this is the best evaluation so far; of two that tie, the one with the lower loss."""
+        before, step = self.state.best_metric, self.state.best_global_step
+        if super()._determine_best_metric(metrics, trial):
+            return True
+        name = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        history = [e for e in self.state.log_history if e["step"] == step and "eval_loss" in e]
+        loss, best = metrics.get("eval_loss"), history[-1]["eval_loss"] if history else None
+        if before is None or metrics.get(name) != before or loss is None or best is None or not loss < best:
+            return False
+        self.state.best_global_step = self.state.global_step
+        return True
+
+    def _save(self, *args: Any, **options: Any) -> None:
+        """Write the model and the arguments, without the secrets among these."""
+        hidden = {name: value for name, value in vars(self.args).items() if is_secret(name, value)}
+        for name in hidden:
+            setattr(self.args, name, None)
+        try:
+            super()._save(*args, **options)
+        finally:
+            for name, value in hidden.items():
+                setattr(self.args, name, value)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint, "the optimizer's or the schedule's file"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and self.optimizer is not None:
+                check_moments(self.optimizer)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint, "the file of random states"):
+            super()._load_rng_state(checkpoint)
