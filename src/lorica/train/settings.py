@@ -45,6 +45,12 @@ class DataConfig:
             the usual names.
         label: column of what is to be learned: the class, the number, the completion, the text to write, the
             list of classes. None looks for the usual names.
+        chosen: column of the better answer to a prompt, of preferences. None looks for the usual names.
+        rejected: column of the worse one. None looks for the usual names.
+        verdict: column that says whether an answer is wanted, of answers that were judged alone. None looks
+            for the usual names.
+        tools: column of the tools that a conversation may call, for the chat template. None looks for the
+            usual names.
         references: column of lists of texts, each of which would be right: where rows have it, it takes the
             place of a language task's `label`.
         separator: what stands between a prompt and its completion. May hold special tokens of the model.
@@ -74,6 +80,10 @@ class DataConfig:
     text_pair: str | None = None
     system: str | None = None
     label: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    verdict: str | None = None
+    tools: str | None = None
     references: str = "references"
     separator: str = "\n"
     stride: int | None = None

@@ -158,7 +158,10 @@ def test_raw_text_of_a_txt_file(tmp_path: Path) -> None:
         "great",
         "[SEP]",
     ]
-    assert found.notes == [f"{path}: each of its lines is a text"]
+    assert found.notes == [
+        f"{path}: each of its lines is a text",
+        f"{path}: its rows are raw text (text), of which every token is learned",
+    ]
 
 
 def test_squads_own_file(tiny_model: Path, tmp_path: Path) -> None:

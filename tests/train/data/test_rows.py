@@ -82,7 +82,7 @@ REFUSING = (
     "{{ m.role }} {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
-REWRITING = "{% if messages | length > 2 %}film {% endif %}" + REFUSING
+HIDING = REFUSING.replace("in messages", "in messages[-2:]")
 CONVERSATIONS: dict[str, tuple[Any, str]] = {
     "none": (None, "has no messages"),
     "of no messages": ([], "has no messages"),
@@ -92,7 +92,7 @@ CONVERSATIONS: dict[str, tuple[Any, str]] = {
     "with no answer": ([USER], "has no message of the role 'assistant'"),
     "with an empty answer": ([USER, {**ANSWER, "content": ""}], "has nothing to learn"),
     "that the template refuses": ([USER, USER, ANSWER], "is refused by the chat template: roles must alter"),
-    "that the template rewrites": ([USER, ANSWER, USER, ANSWER], "is laid out otherwise with each message"),
+    "that the template hides": ([USER, ANSWER, USER, ANSWER], "has an answer in message 2 .* shows nowhere"),
 }
 
 
@@ -100,7 +100,7 @@ CONVERSATIONS: dict[str, tuple[Any, str]] = {
 def test_a_conversation_that_cannot_be_learned_is_left_out(kind: str, tmp_path: Path) -> None:
     messages, problem = CONVERSATIONS[kind]
     decoder().save_pretrained(tmp_path / "model")
-    spoken = tokenizer(REWRITING if "rewrites" in kind else REFUSING)
+    spoken = tokenizer(HIDING if "hides" in kind else REFUSING)
     spoken.save_pretrained(tmp_path / "model")
     rows: list[dict[str, object]] = [{"messages": [USER, ANSWER]}, {"messages": messages}] * 2
     data = tiny.write_rows(tmp_path / "rows.jsonl", rows)

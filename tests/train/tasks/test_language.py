@@ -156,12 +156,6 @@ def test_a_tokenizer_without_a_chat_template() -> None:
         encode({"messages": [[{"role": "assistant", "content": "film"}]]})
 
 
-def test_a_template_that_rewrites_earlier_turns() -> None:
-    says = [{"role": "assistant", "content": "great"}, {"role": "assistant", "content": "dull"}]
-    with pytest.raises(LoricaError, match="changes earlier turns"):
-        encode({"messages": [says]}, template="{{ messages | length }}" + TEMPLATE)
-
-
 def run(task: str, folder: Path, model: Any, rows: list[dict[str, Any]]) -> Recipe:
     model.save_pretrained(folder / "model")
     tokenizer().save_pretrained(folder / "model")

@@ -148,13 +148,10 @@ def test_a_text_made_of_several_parts() -> None:
         ({"title": "a film", "abstract": "b song"}, "cannot tell what is learned"),
         ({**ALPACA, "instruction": " ", "input": ""}, "row 1 .* has an empty text in column 'instruction'"),
         ({**ALPACA, "output": " "}, "row 1 .* has nothing to learn: the text in column 'output' is empty"),
-        (
-            {"conversations": [{"from": "function_call", "value": "x"}]},
-            "message 1 from 'function_call'; known are",
-        ),
+        ({"conversations": [{"from": "nobody", "value": "x"}]}, "message 1 from 'nobody'; known are"),
         (
             {"messages": [TURN[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
-            "'tool_calls' in message 2",
+            "a call of a tool without a name in message 2",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURN[1]]},
@@ -197,14 +194,18 @@ def test_empty_texts_are_left_out_of_raw_text_and_that_is_told() -> None:
     assert words == ["[CLS]", "film", "[SEP]", "[CLS]", "song", "[SEP]"]
     assert len(encoded) == 2
     assert notes_on(tasks.get(LM), config, UsableRows(rows, Origin("a.txt"))) == [
-        "a.txt: 2 empty texts are left out"
+        "a.txt: its rows are raw text (text), of which every token is learned",
+        "a.txt: 2 empty texts are left out",
     ]
 
 
 def test_columns_that_are_not_read_are_named() -> None:
     rows = rows_of({"id": "1", "system": "warm", **ALPACA, "source": "x"})
     told = notes_on(tasks.get(LM), resolved(rows), UsableRows(rows, Origin("a.csv")), training=True)
-    assert told == ["a.csv: columns that are not read: id, source"]
+    assert told == [
+        "a.csv: its rows are Alpaca's form (system + instruction + input → output)",
+        "a.csv: columns that are not read: id, source",
+    ]
     rows = rows_of(
         {"text": "film", "label": "a", "date": "2024"}, {"text": "song", "label": "b", "date": "2024"}
     )

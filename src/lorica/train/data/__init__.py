@@ -3,5 +3,6 @@
 splits                            training, validation and test rows of a configuration: read here first
 sources                           a file, a folder, the Hub; which reader takes a file
 text, spreadsheets, json, tables  the readers, and what they return
+forms/                            texts, conversations, preferences: known by their columns, read as one form
 rows, columns, labels             rows that are refused; columns that are looked for; classes
 """

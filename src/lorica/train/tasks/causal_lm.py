@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lorica.errors import FileError
-from lorica.train.data.columns import by_lower_case, find_texts, needs_column
-from lorica.train.data.rows import RowError, parsed_cell, read_each
+from lorica.train.data.forms import describe_form, find_form, holds_messages
+from lorica.train.data.forms.messages import said_by
+from lorica.train.data.rows import RowError, read_each
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
 from lorica.train.tasks.base import Encoded
+from lorica.train.tasks.conversations import (
+    Piece,
+    conversation_pieces,
+    conversation_prompt,
+    conversations_of,
+)
 from lorica.train.tasks.language import (
     GROUP,
     PROMPT_IDS,
@@ -24,23 +30,9 @@ from lorica.train.tasks.language import (
     groups_of,
     references_of,
 )
-from lorica.train.tasks.prompts import (
-    ASSISTANT,
-    LEARNED,
-    add_parts,
-    as_messages,
-    check_raw,
-    conversation_pieces,
-    conversation_prompt,
-    find_prompt,
-    prompts_of,
-)
-from lorica.train.tasks.prompts import CHATS as CHATS
+from lorica.train.tasks.prompts import prompts_of
 
 _IGNORED = -100
-
-Piece = tuple[list[int], bool]
-"""Tokens, and whether they are targets."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +70,8 @@ class CausalLanguageModelling(LanguageTask):
 
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
         """Find the columns."""
-        rows = splits.train
-        self.check_columns(rows, data)
-        if data.text is None:
-            if found := find_prompt(rows, data):
-                return found
-            columns = by_lower_case(rows)
-            chat = next((columns[name] for name in CHATS if name in columns), None)
-            if chat is None:
-                chat, _ = find_texts(rows, None, None)
-                check_raw(rows, chat)
-            data = replace(data, text=chat)
-        return add_parts(rows, data) if data.label or _holds_messages(rows, str(data.text)) else data
+        self.check_columns(splits.train, data)
+        return find_form(splits.train, data)
 
     def encode(
         self,
@@ -108,14 +90,12 @@ class CausalLanguageModelling(LanguageTask):
         """
         assert data.text is not None
         limit = min(max_length, tokenizer.model_max_length)
-        if _holds_messages(rows, data.text):
-            messages = _conversations(rows, data, where, labelled=True)
-            laid_out = read_each(messages, partial(conversation_pieces, tokenizer), where)
+        if _is_conversation(rows, data):
+            asked = conversations_of(rows, data, where, labelled=True)
+            laid_out = read_each(asked, lambda row: conversation_pieces(tokenizer, *row), where)
             found = [
-                TrainingText(
-                    row, pieces, row, next(m["content"] for m in reversed(said) if m["role"] == ASSISTANT)
-                )
-                for row, (said, pieces) in enumerate(zip(messages, laid_out, strict=True))
+                TrainingText(row, pieces, row, said_by(messages))
+                for row, ((messages, _), pieces) in enumerate(zip(asked, laid_out, strict=True))
             ]
         elif data.label is not None:
             prompts = prompts_of(rows, data, where, filled=True)
@@ -133,20 +113,21 @@ class CausalLanguageModelling(LanguageTask):
         return _rows(found, limit, where)
 
     def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
-        """How many empty texts are left out, of raw text."""
-        if data.label is not None or _holds_messages(rows, str(data.text)):
-            return []
+        """What the rows' form is, and how many empty texts are left out, of raw text."""
+        told = [f"its rows are {describe_form(rows, data)}"]
+        if data.label is not None or _is_conversation(rows, data):
+            return told
         blank = sum(isinstance(text, str) and not text.strip() for text in rows[str(data.text)])
-        return [f"{blank:,} empty texts are left out"] if blank else []
+        return [*told, f"{blank:,} empty texts are left out"] if blank else told
 
     def prompts(
         self, rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str
     ) -> list[list[int]]:
         """The prompt and the separator; a conversation up to where the assistant speaks; or the text."""
         assert data.text is not None
-        if _holds_messages(rows, data.text):
-            messages = _conversations(rows, data, where, labelled=False)
-            return read_each(messages, partial(conversation_prompt, tokenizer), where)
+        if _is_conversation(rows, data):
+            asked = conversations_of(rows, data, where, labelled=False)
+            return read_each(asked, lambda row: conversation_prompt(tokenizer, *row), where)
         apart = "" if data.label is None else data.separator.rstrip(" ")
         return [
             _start(tokenizer) + _tokens(tokenizer, text + apart) for text in prompts_of(rows, data, where)
@@ -179,7 +160,8 @@ def _rows(found: list[TrainingText], limit: int, where: str) -> Encoded:
         ids, labels = ids[cut : cut + limit], labels[cut : cut + limit]
         if all(label == _IGNORED for label in labels[1:]):
             empty.append(each.row)
-        asked = [token for tokens, _ in each.pieces[:-1] for token in tokens]
+        last = max((place for place, (_, target) in enumerate(each.pieces) if target), default=0)
+        asked = [token for tokens, _ in each.pieces[:last] for token in tokens]
         apart = None if asked == ids[: len(asked)] else asked[-limit:]
         values = (ids, [1] * len(ids), labels, len(ids), len(asked), apart, each.group, each.reference)
         for name, value in zip(columns, values, strict=True):
@@ -230,28 +212,6 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if token is None else [token]
 
 
-def _holds_messages(rows: Dataset, column: str) -> bool:
-    """Whether a column holds lists of messages, and not texts; in a csv file they are JSON."""
-    if column not in rows.column_names:
-        return False
-    if getattr(rows.features[column], "dtype", None) not in ("string", "large_string"):
-        return True
-    return column.lower() in CHATS and isinstance(parsed_cell(next(filter(None, rows[column]), None)), list)
-
-
-def _conversations(
-    rows: Dataset, data: DataConfig, where: str, *, labelled: bool
-) -> list[list[dict[str, Any]]]:
-    """Each row's messages; where the answer is in a column of its own, it alone is learned."""
-    systems = rows[data.system] if data.system in rows.column_names else [None] * len(rows)
-    messages = read_each(
-        zip(rows[str(data.text)], systems, strict=True), lambda row: as_messages(row[0], row[1]), where
-    )
-    if data.label is None or not labelled:
-        return messages
-    needs_column(rows, data.label, where)
-    answers = read_each(rows[data.label], as_messages, where)
-    return [
-        [*({**message, LEARNED: 0} for message in said), *answer]
-        for said, answer in zip(messages, answers, strict=True)
-    ]
+def _is_conversation(rows: Dataset, data: DataConfig) -> bool:
+    """Whether the prompt or the answer is one of messages, which the chat template lays out."""
+    return holds_messages(rows, data.text) or holds_messages(rows, data.label)

@@ -14,11 +14,12 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError, listing
 from lorica.train.data.columns import find_label, find_texts, needs_column
+from lorica.train.data.forms.known import FORMS, add_parts, find_prompt
 from lorica.train.data.rows import Unusable, parsed_cell, read_each
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
 from lorica.train.tasks.base import Encoded, Task, needs_tokens, padded_right
-from lorica.train.tasks.prompts import FORMS, add_parts, filled_text, find_prompt, prompt_columns, prompts_of
+from lorica.train.tasks.prompts import filled_text, prompt_columns, prompts_of
 
 if TYPE_CHECKING:
     from lorica.train.tasks.base import Task
