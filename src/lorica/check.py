@@ -1,4 +1,4 @@
-"""Which kind of layer a module becomes, or why it cannot be adapted: what would pass unnoticed is refused."""
+"""Which kind of adapted layer a module becomes; an update that would silently do nothing is refused."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ ADAPTABLE = (
 
 
 def layer_class(module: nn.Module, parent: nn.Module | None = None) -> type[LoraLayer] | None:
-    """The kind of adapted layer that a module becomes, or None where it cannot be adapted.
+    """The kind of adapted layer that a module becomes; None if it cannot be adapted.
 
     Args:
-        module: the module; one already adapted gives its kind.
-        parent: the module that holds it, which may read its weight without calling it.
+        module: the module; an adapted one has its kind already.
+        parent: the module that holds it, and may read its weight without calling it.
     """
     if isinstance(module, LoraLayer):
         return module.swapped_by  # pyright: ignore[reportReturnType]
@@ -56,7 +56,7 @@ def layer_class(module: nn.Module, parent: nn.Module | None = None) -> type[Lora
 
 
 def _kind(module: nn.Module, parent: nn.Module | None) -> type[LoraLayer] | None:
-    """The kind of layer, whatever the code around the module reads of it."""
+    """The kind of layer by the module alone, whatever its parent reads."""
     if isinstance(module, nn.MultiheadAttention):
         return LoraAttention
     plain = (
@@ -76,8 +76,7 @@ def _kind(module: nn.Module, parent: nn.Module | None) -> type[LoraLayer] | None
         return LoraEmbedding
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return LoraOwnConv if returns_other(module) else LoraConv
-    # A Conv1D can only be there if its module was imported; importing transformers to find out would cost
-    # seconds.
+    # A Conv1D exists only if its module was imported, and importing transformers here would take seconds.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     if pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D):
         own_forward = type(module).forward is not pytorch_utils.Conv1D.forward
@@ -92,14 +91,14 @@ def _is_plain(weight: torch.Tensor) -> bool:
 
 
 def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
-    """Refuse a module on which an update would not act, or not rightly.
+    """Refuse a module on which an update would have no effect or a wrong one.
 
     Args:
-        place: the module, and where it stands.
-        layer: kind of layer it is to become.
+        place: the module's place.
+        layer: the kind of layer that it would become.
 
     Raises:
-        TargetError: naming the module, and what to do.
+        TargetError: naming the module and the remedy.
     """
     path, module, parent = place
     kind = type(module).__name__
@@ -122,8 +121,8 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
     weight = module._parameters.get(layer.weight_name)
     if weight is None and (isinstance(module, nn.Linear) or not issubclass(layer, LoraOpaque)):
         raise TargetError(
-            f"{path}: its {layer.weight_name} is computed (weight_norm, parametrize), so an update "
-            "has none to stand beside; remove the parametrization first"
+            f"{path}: its {layer.weight_name} is computed (weight_norm, parametrize), so there is no parameter "
+            "to update; remove the parametrization first"
         )
     if issubclass(layer, LoraLinear) and "bias" not in module._parameters:
         raise TargetError(
@@ -158,10 +157,10 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
 
 
 def _check_names(place: Place, layer: type[LoraLayer]) -> None:
-    """Refuse a module with an attribute of its own where the layer is to have one.
+    """Refuse a module that has an attribute under a name that the adapted layer needs.
 
     Raises:
-        TargetError: naming both.
+        TargetError: naming the module and the attribute.
     """
     path, module, _ = place
     if isinstance(module, SwappedModule):
@@ -169,13 +168,13 @@ def _check_names(place: Place, layer: type[LoraLayer]) -> None:
     taken = [name for name in (*layer.own_modules, *layer.own_attributes) if hasattr(module, name)]
     if taken:
         raise TargetError(
-            f"{path} is a {type(module).__name__} with {listing(taken)} of its own, and an adapted layer "
-            "keeps its own there; rename it there, or leave the module out"
+            f"{path} is a {type(module).__name__} with {listing(taken)} of its own, and an adapted layer needs "
+            "that name; rename the attribute, or leave the module out (exclude_modules)"
         )
 
 
 def check_magnitudes(place: Place, layer: type[LoraLayer]) -> None:
-    """Refuse DoRA on a module whose rows have no norm to bring to another.
+    """Refuse DoRA on a module whose weight has no norm per row.
 
     Raises:
         TargetError: naming the module.
@@ -197,7 +196,7 @@ def check_magnitudes(place: Place, layer: type[LoraLayer]) -> None:
 
 
 def check_bias(place: Place, layer: type[LoraLayer]) -> None:
-    """Refuse a bias on B where there is no place for it.
+    """Refuse a bias on B where the layer has no place for it.
 
     Raises:
         TargetError: naming the module.
@@ -218,20 +217,20 @@ def check_dropout(place: Place, layer: type[LoraLayer]) -> None:
     """
     if not layer.takes_dropout:
         raise TargetError(
-            f"{place.path}: its weight is read without a call of the layer, so the update has no input of "
-            "its own to drop; set lora_dropout=0, or leave it out (exclude_modules)"
+            f"{place.path}: its weight is read without a call of the layer, so dropout has no input to act on; "
+            "set lora_dropout=0, or leave it out (exclude_modules)"
         )
 
 
 def check_looked_up(places: Iterable[Place], chosen: Collection[str]) -> None:
-    """Refuse an embedding that only holds the table in which others look up, as T5's `shared` does.
+    """Refuse an embedding that is never called and only holds the table for others, as T5's `shared`.
 
     Args:
-        places: of the whole model.
+        places: the places of the whole model.
         chosen: paths of the modules to adapt or to train whole.
 
     Raises:
-        TargetError: naming it and those.
+        TargetError: naming the embedding and those that look up in its table.
     """
     embeddings = [p for p in places if isinstance(p.module, nn.Embedding)]
     for place in embeddings:
@@ -247,7 +246,7 @@ def check_looked_up(places: Iterable[Place], chosen: Collection[str]) -> None:
 
 
 def check_rows(place: Place, indices: Iterable[int]) -> None:
-    """Refuse a module of which these rows cannot be trained by themselves.
+    """Refuse a module whose rows cannot be trained by themselves.
 
     Raises:
         TargetError: naming the module.
@@ -278,10 +277,10 @@ def check_rows(place: Place, indices: Iterable[int]) -> None:
 
 
 def check_parameter(place: Place, leaf: str) -> None:
-    """Refuse a parameter on which an update would not act, or has no shape.
+    """Refuse a parameter on which an update would have no effect, or that is no matrix.
 
     Raises:
-        TargetError: naming it.
+        TargetError: naming the parameter.
     """
     name, module = f"{place.path}.{leaf}", place.module
     check_replaceable(place.path, module)
@@ -305,7 +304,7 @@ def check_parameter(place: Place, leaf: str) -> None:
 
 
 def check_replaceable(path: str, module: nn.Module) -> None:
-    """Refuse a module whose forward was replaced on the instance, where its class has no more say.
+    """Refuse a module whose forward was replaced on the instance, which bypasses an adapted class.
 
     Raises:
         TargetError: naming the module.
@@ -331,7 +330,7 @@ def check_whole(path: str, module: nn.Module) -> None:
         ]
         raise TargetTypeError(
             f"modules_to_save cannot be applied to modules of type {type(module)}: {path} is never called, "
-            f"so a copy of it would not be asked; name what is in it: {listing(parts)}"
+            f"so a copy of it would do nothing; name the modules inside it: {listing(parts)}"
         )
     if any(isinstance(part, TrainedTokens) for part in module.modules()):
         raise TargetError(
@@ -340,7 +339,7 @@ def check_whole(path: str, module: nn.Module) -> None:
     packed = [name for name, part in module.named_modules(prefix=path) if quantizer_of(part) is not None]
     if packed:
         raise TargetError(
-            f"{path} cannot be trained whole, for the weight of {packed[0]} is quantized; leave it out when "
+            f"{path} cannot be trained whole: the weight of {packed[0]} is quantized; leave it out when "
             f"the model is quantized (transformers: llm_int8_skip_modules=[{path!r}])"
         )
 
@@ -362,6 +361,6 @@ def _read_past_its_forward(place: Place) -> bool:
 
 
 def _looks_up_otherwise(module: nn.Module) -> bool:
-    """Whether an embedding has a forward of its own that does more than scale what it finds (Gemma, BART)."""
+    """Whether an embedding's own forward does more than scale the rows it looks up (Gemma's and BART's)."""
     own_class = module.base_class if isinstance(module, LoraLayer) else type(module)
     return own_class.forward is not nn.Embedding.forward and not hasattr(module, "embed_scale")

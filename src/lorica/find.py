@@ -1,4 +1,4 @@
-"""Which modules a configuration means; a name or pattern that means none is an error."""
+"""Find the modules that a configuration means; a name or pattern that matches none is an error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lorica.tree import (
     within_any,
 )
 
-# The heads that a task puts on a pretrained model, new and so to be trained whole.
+# The heads that a task puts on a pretrained model: new, so they are trained whole.
 HEADS = {
     "SEQ_CLS": ("pre_classifier", "classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -46,11 +46,11 @@ class Target(NamedTuple):
     """A module to adapt, and the kind of layer it becomes.
 
     Args:
-        path: of the module.
-        module: itself.
-        layer: what it becomes.
-        parameter: which of its parameters, where that is not the kind's own.
-        depth: how many parameters of the module that are adapted too it registered later.
+        path: the module's path.
+        module: the module.
+        layer: the kind of adapted layer it becomes.
+        parameter: the parameter to adapt, where it is not the layer's own weight.
+        depth: number of adapted parameters that the module registered after this one.
     """
 
     path: str
@@ -61,23 +61,23 @@ class Target(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name in an adapter."""
+        """The target's name in an adapter."""
         return self.path + ".base_layer" * self.depth
 
     @property
     def pattern_path(self) -> str:
-        """What `rank_pattern` and `alpha_pattern` are matched against."""
+        """The path that `rank_pattern` and `alpha_pattern` must match."""
         return self.path if self.parameter is None else f"{self.path}.{self.parameter}"
 
     @property
     def anchor(self) -> Tensor | None:
-        """The tensor that says on which device the update computes, and how precisely."""
+        """The tensor that decides the update's device and precision."""
         if self.parameter is not None:
             return self.module._parameters[self.parameter]
         return self.layer.anchor(self.module)
 
     def computes(self) -> tuple[torch.device | None, torch.dtype]:
-        """Where the update's parameters belong, and how precise they are: float32, or the layer's better."""
+        """Device and dtype of A and B: float32, or the layer's higher precision."""
         anchor = self.anchor
         if anchor is None:
             return None, torch.float32
@@ -88,7 +88,7 @@ class Target(NamedTuple):
         """Shapes of A and B at rank `r`.
 
         Raises:
-            TargetError: the module cannot carry such an update.
+            TargetError: the module cannot carry an update of this rank.
         """
         if self.parameter is not None:
             return LoraParameters.shapes(self.module, self.parameter, r)
@@ -96,12 +96,12 @@ class Target(NamedTuple):
 
     @property
     def weight_path(self) -> str:
-        """Name of the weight that the update belongs to."""
+        """Name of the adapted weight."""
         return f"{self.path}.{self.layer.weight_name}"
 
 
 def meant(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:
-    """The places that `target_modules` means, less those that other fields leave out.
+    """The places that `target_modules` means, without those that other fields exclude.
 
     Raises:
         TargetError: a name or pattern matches nothing, or nothing is left.
@@ -126,7 +126,7 @@ def meant(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Plac
     named, chosen = chosen, _with_outputs(chosen, places)
     if config.exclude_modules:
         left_out = {p.path for p in _match("exclude_modules", config.exclude_modules, places)}
-        # An attention that is left out takes its output with it, but for one that is named for itself.
+        # Excluding an attention excludes its output projection too, unless that is targeted by its own name.
         kept = _with_outputs([p for p in named if p.path not in left_out], places)
         kept = [p for p in kept if p.path not in left_out]
         if not kept:
@@ -154,7 +154,7 @@ def _with_outputs(chosen: list[Place], places: list[Place]) -> list[Place]:
 
 
 def _combined(config: LoraConfig) -> str:
-    """What may be the matter besides a name."""
+    """A hint at other fields that may have emptied the selection."""
     if not config.exclude_modules and not config.modules_to_save and config.task_type not in HEADS:
         return ""
     return (
@@ -164,7 +164,7 @@ def _combined(config: LoraConfig) -> str:
 
 
 def matching(patterns: str | Collection[str], places: Iterable[Place]) -> list[Place]:
-    """The places that a pattern matches in full, or of which one of the names is the path or its end."""
+    """The places whose path a regular expression matches in full, or ends with one of the names."""
     if isinstance(patterns, str):
         return [place for place in places if full_match(patterns, place.path)]
     return ending_in(places, patterns)
@@ -185,7 +185,7 @@ def _match(name: str, patterns: list[str] | str, places: list[Place], more: str 
 
 
 def _none_of(name: str, patterns: object) -> str:
-    """How PEFT says that nothing of `target_modules` is there."""
+    """PEFT's words for a `target_modules` that matches nothing."""
     return f"Target modules {patterns} not found in the base model: " if name == "target_modules" else ""
 
 
@@ -229,7 +229,7 @@ def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:
     wanted = {layers} if isinstance(layers, int) else set(layers or ())
     names = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     found = {p: block for p in chosen if (block := block_of(p.path, names)) is not None}
-    # A name given in full is meant as it is, wherever it stands.
+    # A full path is targeted whatever block it is in.
     exact = config.target_modules if isinstance(config.target_modules, list) else []
     missing = wanted - set(found.values())
     if missing:
@@ -243,12 +243,12 @@ def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:
 
 
 def block_of(path: str, holders: Sequence[str] | None = None) -> int | None:
-    """The index of the outermost block that a module is in; None if it is in none.
+    """The index of the outermost block that contains a module; None outside all blocks.
 
     Args:
-        path: of the module.
-        holders: names of the lists that hold blocks, or regular expressions of the ends of their paths, as
-            PEFT takes them; none accepts any list.
+        path: the module's path.
+        holders: names of the lists that hold blocks, or regular expressions for the ends of their paths, as
+            in PEFT; None accepts any list.
     """
     holders = [holder for holder in holders or () if holder]
     parts = path.split(".")
@@ -262,10 +262,10 @@ def block_of(path: str, holders: Sequence[str] | None = None) -> int | None:
 
 
 def trained_whole(places: list[Place], config: AdapterConfig) -> dict[str, nn.Module]:
-    """The modules that `modules_to_save` and `task_type` mean, the outermost where they are nested.
+    """The modules that `modules_to_save` and `task_type` mean; of nested ones, the outermost.
 
     Raises:
-        TargetError: a name that the model lacks, or a module that cannot be trained whole.
+        TargetError: the model lacks a name, or a module cannot be trained whole.
     """
     heads, names = HEADS.get(config.task_type or "", ()), config.modules_to_save or []
     found: list[Place] = []
@@ -285,28 +285,28 @@ def trained_whole(places: list[Place], config: AdapterConfig) -> dict[str, nn.Mo
         adapted = [p.path for p in inside if isinstance(p.module, LoraLayer | AddedModule)]
         if adapted:
             raise TargetError(
-                f"{path} cannot be trained whole: another adapter has its updates in {listing(adapted)}"
+                f"{path} cannot be trained whole: another adapter adapts {listing(adapted)} in it"
             )
     return outermost(found)
 
 
 def means_all_linear(pattern: object) -> bool:
-    """Whether a value of `target_modules` is "all-linear", in any case."""
+    """Whether a value of `target_modules` is "all-linear", in upper or lower case."""
     return isinstance(pattern, str) and pattern.lower() == "all-linear"
 
 
 def hint(name: str, places: list[Place]) -> str:
-    """The end of an error: the name that was perhaps meant, and what the model has to adapt."""
+    """The end of an error message: the nearest name, and the model's adaptable modules."""
     adaptable = tails(p.path for p in places if layer_class(p.module, p.parent))
     everything = [*adaptable, *tails(p.path for p in places), *(p.path for p in places)]
     return f"{nearest(name, everything)}. The model's adaptable modules: {listing(adaptable) or 'none'}"
 
 
 def as_target(place: Place, config: LoraConfig) -> Target:
-    """What the module at a place becomes.
+    """The target that the module at a place becomes.
 
     Raises:
-        TargetError: it cannot be adapted so.
+        TargetError: the module cannot be adapted.
     """
     path, module, parent = place
     if isinstance(module, AddedModule):
@@ -327,8 +327,8 @@ def as_target(place: Place, config: LoraConfig) -> Target:
         )
     if layer is LoraParameters:
         raise TargetError(
-            f"{path}: another adapter adapts parameters of it (target_parameters), so it cannot take an "
-            "update of its own weight beside that; target its parameter"
+            f"{path}: another adapter adapts its parameters (target_parameters), so its weight cannot take a "
+            "low-rank update as a module; name the weight in target_parameters as well"
         )
     check_adaptable(place, layer)
     if config.use_dora:
@@ -346,7 +346,7 @@ def _inside(path: str, module: nn.Module) -> str:
 
 
 def all_biases(root: nn.Module, saved: Iterable[str]) -> Iterator[str]:
-    """Names of the base's biases outside the modules trained whole."""
+    """Names of the base's biases outside the modules that are trained whole."""
     saved = list(saved)
     for name in base_parameters(root):
         leaf = name.rpartition(".")[2]

@@ -2,8 +2,8 @@
 
     A and B on a layer | a copy of a module | a copy of a parameter | rows of an embedding | an added part
 
-Every verb on an adapted model is a loop over pieces, which calls `put`, `off`, `tensors`, `stand_ins` or
-`claims`. How they are found is told in `lorica.pieces`.
+Every verb on an adapted model is a loop over pieces that calls `put`, `off`, `tensors`, `stand_ins` or
+`claims`. `lorica.pieces` finds them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ class Held(NamedTuple):
 
     Args:
         key: its name in an adapter as a value (`Adapter.named_tensors`).
-        live: its name among the model's parameters and buffers; None where it does not stand in the model at
-            the moment.
-        tensor: itself.
-        buffer: whether it is none that trains.
+        live: its name among the model's parameters and buffers; None while the model does not hold it.
+        tensor: the tensor itself.
+        buffer: whether it is a buffer, which never trains.
     """
 
     key: str
@@ -36,7 +35,7 @@ class Held(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What an `Adapter` holds, while it is put together: its `factors`, `extras` and `added`."""
+    """The `factors`, `extras` and `added` of an `Adapter` that is being built."""
 
     factors: dict[str, Any]
     extras: dict[str, Tensor]
@@ -49,24 +48,24 @@ Value = Callable[[str | None, Tensor], Tensor]
 class Piece(ABC):
     """One thing that an adapter holds at one place of a model.
 
-    It has its tensors from the moment that it is made, and only `put` and `off` touch the model: what can
-    fail comes before.
+    A piece holds its tensors as soon as it is made. Only `put` and `off` touch the model, so that whatever can
+    fail has failed before.
 
     Args:
-        path: of the module that it is for, or the name of the parameter.
+        path: the module's path, or the parameter's name.
 
     Attributes:
-        module: at that path, where it is a module's; None elsewhere.
-        section: of an `Adapter`, to which its tensors belong.
-        places: whether something of it stands in the base's place while its adapter acts, or keeps others
-            from acting beside it.
-        optional: whether a file may leave it out; it then holds what the base has.
-        called: whether a pass of the model must call its module, or it does nothing.
+        module: the module at that path; None for a parameter's piece.
+        section: the section of an `Adapter` that holds its tensors.
+        places: whether it replaces something of the base while its adapter acts, or keeps other adapters
+            from acting beside its own.
+        optional: whether a file may leave it out; the piece then holds the base's values.
+        called: whether it acts only when the model calls its module.
         rows_differ: whether each row of a batch can have a piece of its own.
-        residual: whether something was taken out of a weight of the base for it.
-        master: whether what stands in the base's place is float32, and the base's in half precision.
-        mergeable: whether merging can put it into the base's weights.
-        clash: why no other adapter may have its own of what this one claims; a format with the path.
+        residual: whether its start was taken out of a weight of the base.
+        master: whether it replaces a half-precision tensor of the base by a float32 one.
+        mergeable: whether it can be merged into the base's weights.
+        clash: message where two adapters claim the same thing; a format with the path.
     """
 
     module: Any = None
@@ -85,65 +84,65 @@ class Piece(ABC):
 
     @abstractmethod
     def put(self, root: nn.Module, state: Any, name: str, *, trainable: bool) -> None:
-        """Get on the model.
+        """Put the piece on the model.
 
         Args:
             root: the model.
-            state: the model's.
-            name: of the adapter.
+            state: the model's `AdapterState`.
+            name: the adapter's name.
             trainable: whether the piece's tensors train.
         """
 
     @abstractmethod
     def off(self, root: nn.Module, name: str) -> None:
-        """Get off the model, which is then at this place as it was before `put`."""
+        """Take the piece off the model, which is then what it was before `put`."""
 
     @abstractmethod
     def tensors(self, name: str) -> Iterator[Held]:
         """The tensors of the piece, before `put` and after it."""
 
     def follow(self, paths: Mapping[nn.Module, str]) -> bool:
-        """Go by the path that the piece's module has now; whether it is in the model still.
+        """Take the module's present path; returns whether the model still has the module.
 
         Args:
-            paths: module → path, of the whole model.
+            paths: module → path, for every module of the model.
         """
         return True
 
     def saved(self, name: str) -> Iterator[Held]:
-        """Those of its tensors that a file must hold: all of them."""
+        """The tensors that a file must hold; all of them unless a kind says otherwise."""
         return self.tensors(name)
 
     def give(self, name: str, contents: Contents, value: Value) -> None:
-        """Put what must be saved into an adapter as a value.
+        """Add the piece's saved tensors to an adapter that is being built.
 
         Args:
-            name: of the adapter.
-            contents: what it will hold.
-            value: what to take for a tensor, by its live name.
+            name: the adapter's name.
+            contents: the adapter's contents so far.
+            value: (live name, tensor) → the values to save.
         """
         section: dict[str, Tensor] = getattr(contents, self.section)
         for held in self.saved(name):
             section[held.key] = value(held.live, held.tensor)
 
     def otherwise(self, held: Held) -> Tensor:
-        """What one of its tensors is where a file leaves it out, which it may if the piece is optional."""
+        """The values of a tensor that a file leaves out; for optional pieces."""
         raise NotImplementedError
 
     def stand_ins(self, name: str) -> Mapping[str, Tensor]:
-        """Name of a parameter or buffer of the base → what takes its place while the adapter acts."""
+        """Name of a parameter or buffer of the base → its replacement while the adapter acts."""
         return {}
 
     def left(self, tensor: Tensor) -> None:
-        """Note what of this piece stood in the base's place until now: a model that moves has new buffers."""
+        """Take back a tensor that stood in the model: a model that moves makes new buffers."""
         return
 
     def claims(self, name: str) -> Mapping[str, Rows]:
-        """Paths and names of which no adapter beside this one may have its own → its rows there."""
+        """Path or name that no adapter acting beside this one may claim → the rows claimed."""
         return {}
 
     def check_class(self) -> None:
-        """Refuse to get off a module whose class something else changed since.
+        """Refuse to leave a module whose class something else has changed since `put`.
 
         Raises:
             StateError: naming the class.

@@ -1,7 +1,7 @@
 """What a model carries: its adapters by name, each a list of pieces, and which of them act.
 
-One state is shared by a model and all its adapted layers, so that choosing another adapter costs the same
-however many layers or adapters there are.
+A model and all its adapted layers share one state, so choosing another adapter costs the same however many
+layers or adapters there are.
 """
 
 from __future__ import annotations
@@ -31,27 +31,26 @@ class AdapterState(Choices):
     """State shared by an adapted model and its layers; `Choices` says which adapters act.
 
     Args:
-        configs: adapter name → how it was made, in the order of arrival.
-        pieces: adapter name → all that it holds.
-        originals: parameters and buffers of the base whose place is taken at the moment.
-        standing: their names → the adapter whose own stands there, and its piece.
-        anchor: a parameter of the base in half precision that stands in the model, if there is one, and the
-            dtype that it came in; by it a model is known to have moved to another.
-        rounded: copies of parameters → what stands in the base's place for them while merged, rounded to its
-            dtype; None while nothing is.
-        axes: what mixtures have found out about the layers' inputs.
-        shown: the kinds of calls for which the model was shown one row alone.
-        hooks: on the model and its parts; until `detach`.
+        configs: adapter name → its configuration, in the order of arrival.
+        pieces: adapter name → its pieces.
+        originals: name → parameter or buffer of the base that an acting adapter has replaced.
+        standing: the same names → the adapter and the piece that replaced it.
+        anchor: a half-precision parameter of the base and the dtype it had at first; None without one. It
+            shows whether the model has moved to another dtype since.
+        rounded: float32 copies → their values rounded to the base's dtype, while merged; None otherwise.
+        axes: kind of input → whether its first axis is the batch; found by mixtures.
+        shown: the kinds of calls in which the model has run one row alone.
+        hooks: hooks on the model and its parts, until `detach`.
         frozen: parameters that `adapt` froze and `detach` thaws.
         layouts: quantized layers that `adapt` keeps from repacking their weights, until `detach`.
-        classes: the names of the classes of each head, where adapters bring their own.
-        labels: of the call that is running, where a prefix needs them.
-        layout: where a prefix stands in the call that is running.
+        classes: class names of each head, where adapters bring heads of their own.
+        labels: labels of the running call, where a prefix needs them.
+        layout: position of a prefix in the running call.
         stack: how the list of blocks was exchanged (`layer_replication`), until `detach`.
         aside: what merging took off the model and `restore` puts back.
-        opened: kinds of pieces that have something to undo when the last adapter is off.
+        opened: kinds of pieces that must undo something when the last adapter comes off.
         watch: the hook that looks for layers that a pass does not call.
-        uncalled: kinds of layers that a pass of the model did not call, as was said.
+        uncalled: kinds of layers already reported as not called.
     """
 
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
@@ -84,14 +83,14 @@ class AdapterState(Choices):
         self._placing.pop(name, None)
 
     def add(self, root: nn.Module, name: str, piece: Piece, *, trainable: bool) -> None:
-        """Put one more piece of an adapter on the model, in the place of what it has under that path."""
+        """Put one more piece of an adapter on the model; it replaces the piece of that kind and path."""
         kept = [own for own in self.pieces[name] if type(own) is not type(piece) or own.path != piece.path]
         self.pieces[name] = [*kept, piece]
         piece.put(root, self, name, trainable=trainable)
         self._placing.pop(name, None)
 
     def off(self, root: nn.Module, name: str) -> None:
-        """Take an adapter, which does not act, off the model."""
+        """Take an adapter off the model; it must not be acting."""
         for piece in reversed(self.pieces.pop(name)):
             piece.off(root, name)
         self._placing.pop(name, None)
@@ -104,7 +103,7 @@ class AdapterState(Choices):
         self._placing: dict[str, list[Piece]] = {}
 
     def pieces_in(self, root: nn.Module, name: str) -> list[Piece]:
-        """An adapter's pieces that are in the model still, by the paths that they have there now."""
+        """The adapter's pieces that are still in the model, with their present paths."""
         pieces = self.pieces[name]
         if all(piece.module is None or _stands(root, piece.path, piece.module) for piece in pieces):
             return list(pieces)
@@ -112,17 +111,17 @@ class AdapterState(Choices):
         return [piece for piece in pieces if piece.follow(paths)]
 
     def placing(self, name: str) -> list[Piece]:
-        """The adapter's pieces that stand in the base's place, or let no other act beside them."""
+        """The adapter's pieces that replace something of the base, or exclude other adapters' pieces."""
         found = self._placing.get(name)
-        if found is None:  # found once for all: most adapters have a hundred pieces, and none of these
+        if found is None:  # kept: most adapters have a hundred pieces, and none of these
             found = self._placing[name] = [piece for piece in self.pieces.get(name, ()) if piece.places]
         return found
 
     def known(self, name: str) -> str:
-        """The name, if there is such an adapter.
+        """The name itself, if an adapter has it.
 
         Raises:
-            AdapterError: there is none; the message lists those there are.
+            AdapterError: no adapter has it; the message lists the names there are.
         """
         if name not in self.configs:
             have = listing(map(repr, self.configs)) or "none"
@@ -147,7 +146,7 @@ class AdapterState(Choices):
         return candidates[0]
 
     def check_unmerged(self, doing: str) -> None:
-        """Refuse what needs the base's own weights.
+        """Refuse an operation that needs the base's own weights while adapters are merged.
 
         Raises:
             StateError: adapters are merged.
@@ -185,21 +184,22 @@ class AdapterState(Choices):
         self.name_classes()
 
     def name_classes(self) -> None:
-        """Have the model's configuration name the classes of the head that acts for the model."""
+        """Write the acting head's class names into the model's configuration."""
         if self.classes is not None:
             self.classes.follow(self.shared)
 
     def present(self, choice: Choice) -> Choice:
-        """A choice without the adapters that are gone."""
+        """The choice without adapters that have been detached."""
         return choice._replace(names=tuple(name for name in choice.names if name in self.configs))
 
     def _exchange(self, root: nn.Module, names: tuple[str, ...]) -> None:
-        """Have the parameters of these adapters stand in the base's place, and those of no others."""
+        """Replace parameters of the base by those of these adapters, and put all others back."""
         bringing = tuple(name for name in names if self.stand_ins(name))
         if {*bringing} == {*self.placed}:
             return
         self.check_placing(bringing)
-        # Of what all of them have, one's own is other than the base's: that comes last, and stands.
+        # Where several adapters have one parameter, an optional piece's values are the ones that differ from
+        # the base's: its adapter comes last and wins.
         ordered = sorted(
             bringing, key=lambda name: any(p.optional and p.claims(name) for p in self.placing(name))
         )
@@ -223,17 +223,17 @@ class AdapterState(Choices):
         self.placed, self.standing = bringing, standing
 
     def dtype_now(self, original: Tensor) -> torch.dtype:
-        """The dtype of a parameter of the base that was set aside, where the model moved to another since."""
+        """The dtype that a parameter set aside must have now, for the model may have moved to another."""
         anchor, before = self.anchor or (None, None)
         return original.dtype if anchor is None or original.dtype != before else anchor.dtype
 
     def round(self, root: nn.Module, *, rounding: bool) -> None:
-        """Have what stands in the base's place rounded to its dtype, or not; no adapter acts then."""
+        """Round float32 replacements to the base's dtype, or stop doing so; afterwards no adapter acts."""
         self.activate(root, ())
         self.rounded = {} if rounding else None
 
     def _check_devices(self, root: nn.Module, coming: dict[str, Any]) -> None:
-        """Refuse to exchange parameters for those of a model without values.
+        """Refuse to exchange parameters of which one side has no values (the meta device).
 
         Raises:
             StateError: naming one that was moved to the meta device.
@@ -243,17 +243,17 @@ class AdapterState(Choices):
             if table_of(owner, leaf)[leaf].is_meta != tensor.is_meta:
                 raise StateError(
                     f"{path} was moved to the meta device, without values (accelerate's offloading?), and an "
-                    "adapter has its own in that place; bring it back first "
-                    "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), or choose before"
+                    "adapter replaces it; bring it back first "
+                    "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), or choose the adapter "
+                    "before it is moved"
                 )
 
     def choose(self, names: tuple[str, ...]) -> None:
-        """As `activate`, asked for by a layer, which does not know the model it is in.
+        """`activate` for a layer, which does not know its model.
 
         Raises:
             AdapterError: as `activate`.
-            StateError: an adapter is merged, or one that comes or goes has parameters to be placed in the
-                model.
+            StateError: an adapter is merged, or one of those concerned replaces parameters of the base.
         """
         names = tuple(dict.fromkeys(map(self.known, names)))
         if names == self.active:
@@ -270,7 +270,7 @@ class AdapterState(Choices):
 
     @contextlib.contextmanager
     def originals_in_place(self, root: nn.Module) -> Iterator[None]:
-        """Have the base's own parameters stand in the model for a while."""
+        """Put the base's own parameters back into the model for the length of a block."""
         before = self.placed
         if before:
             self._exchange(root, ())
@@ -282,22 +282,22 @@ class AdapterState(Choices):
 
     @contextlib.contextmanager
     def base_in_place(self, root: nn.Module) -> Iterator[None]:
-        """Let no adapter act for a while, so that the base's own parameters stand in the model."""
+        """Let no adapter act for the length of a block, with the base's own parameters in the model."""
         with self.originals_in_place(root), self.only_here(Choice()):
             yield
 
     def stand_ins(self, name: str) -> dict[str, Tensor]:
-        """Name of a parameter or buffer in the base → what takes its place while the adapter acts."""
+        """Name of a parameter or buffer of the base → its replacement while the adapter acts."""
         return {
             path: tensor for piece in self.placing(name) for path, tensor in piece.stand_ins(name).items()
         }
 
     def starts_in(self, name: str) -> list[str]:
-        """Names of the weights that an adapter's start was taken out of."""
+        """Names of the weights from which the adapter's start was subtracted."""
         return [path for piece in self.placing(name) if piece.residual for path in piece.claims(name)]
 
     def whole(self, name: str) -> dict[str, Rows]:
-        """Path → module that an adapter has a copy of, or rows of."""
+        """Path of each module that the adapter copies, in whole or in rows → those rows."""
         found: dict[str, Rows] = {}
         for piece in self.placing(name):
             if piece.section == "extras" and not piece.stand_ins(name):
@@ -305,23 +305,23 @@ class AdapterState(Choices):
         return found
 
     def base_tensor(self, root: nn.Module, path: str) -> Tensor:
-        """The base's own parameter or buffer of that name, whatever stands in its place."""
+        """The base's own parameter or buffer of that name, even while an adapter replaces it."""
         if path in self.originals:
             return self.originals[path]
         owner, leaf = owner_of(root, path)
         return table_of(owner, leaf)[leaf]
 
     def base_parameter(self, root: nn.Module, path: str) -> Parameter:
-        """The base's own parameter of that name, whatever stands in its place."""
+        """The base's own parameter of that name, even while an adapter replaces it."""
         return self.originals[path] if path in self.originals else parameter_at(root, path)
 
     def parameters_of(self, name: str) -> Iterator[Parameter]:
-        """All parameters that an adapter brought; each once."""
+        """All parameters of an adapter, each once."""
         found = (held.tensor for piece in self.pieces[name] for held in piece.tensors(name))
         yield from dict.fromkeys(tensor for tensor in found if isinstance(tensor, Parameter))
 
     def in_training(self) -> list[str]:
-        """The adapters of which anything trains, in the order of arrival."""
+        """The adapters with at least one parameter that trains, in the order of arrival."""
         return [
             name
             for name in self.configs
@@ -333,10 +333,10 @@ _NOWHERE = nn.Module()
 
 
 def find_adapted(model: nn.Module) -> tuple[nn.Module, AdapterState] | None:
-    """The adapted model in `model` and its state: itself, or what a wrapper such as DDP holds.
+    """The adapted model and its state: `model` itself, or the one inside a wrapper such as DDP.
 
     Raises:
-        StateError: it holds several, each adapted by itself.
+        StateError: it holds several models, each adapted by itself.
     """
     found: dict[str, tuple[nn.Module, AdapterState]] = {}
     seen: set[nn.Module] = set()
@@ -347,7 +347,7 @@ def find_adapted(model: nn.Module) -> tuple[nn.Module, AdapterState] | None:
             continue
         seen.add(module)
         state = module.__dict__.get(STATE)
-        if state is not None:  # looking further inside would cost time at every call, and find nothing
+        if state is not None:  # nothing inside can be adapted by itself, and a walk would cost every call
             found[path] = module, state
             continue
         prefix = f"{path}." if path else ""
@@ -357,16 +357,16 @@ def find_adapted(model: nn.Module) -> tuple[nn.Module, AdapterState] | None:
     if len(found) > 1:
         raise StateError(
             f"{listing(found)} of this {type(model).__name__} were each adapted by themselves; call this on "
-            "each of them, or adapt the whole model in their place"
+            "each of them, or adapt the whole model instead"
         )
     return next(iter(found.values()), None)
 
 
 def adapted(model: nn.Module) -> tuple[nn.Module, AdapterState]:
-    """As `find_adapted`, where there must be one.
+    """As `find_adapted`, but an adapted model must be there.
 
     Raises:
-        StateError: the model carries no adapter, is only a part of the model that does, or holds several.
+        StateError: the model carries no adapter, is only a part of an adapted model, or holds several.
     """
     found = find_adapted(model)
     if found is not None:
@@ -382,7 +382,7 @@ def adapted(model: nn.Module) -> tuple[nn.Module, AdapterState]:
 
 
 def check_name(name: str) -> str:
-    """An adapter's name becomes part of parameter names and folder names; refuse what cannot be either.
+    """Refuse a name that cannot be part of parameter names and folder names.
 
     Raises:
         AdapterError: the name is empty, or holds a dot, a slash or another character that is not a letter,
@@ -402,7 +402,7 @@ def check_name(name: str) -> str:
 
 
 def _stands(root: nn.Module, path: str, module: nn.Module) -> bool:
-    """Whether a module is still the one at a path; no, too, where that takes looking through a wrapper."""
+    """Whether the path leads to this module; False too where only a look through a wrapper would show it."""
     try:
         return root.get_submodule(path) is module
     except AttributeError:
@@ -410,17 +410,17 @@ def _stands(root: nn.Module, path: str, module: nn.Module) -> bool:
 
 
 def _tell(root: nn.Module, path: str, displaced: tuple[str, Parameter] | None) -> None:
-    """Tell an adapted layer whose weight stands in W0's place, and what W0 is; None that W0 stands."""
+    """Tell an adapted layer which adapter replaced W0, and W0 itself; None says that W0 is back."""
     owner, leaf = owner_of(root, path)
     if "displaced" in owner.__dict__ and leaf == owner.weight_name:
         owner.__dict__["displaced"] = displaced
 
 
 def _apart(rows: Rows, other: Rows) -> bool:
-    """Whether two adapters train rows of a module that are none of them the same."""
+    """Whether two adapters train rows of a module, and none in common."""
     return rows is not None and other is not None and rows.isdisjoint(other)
 
 
 def _overlap(path: str, other: str) -> bool:
-    """Whether one path is the other, or inside it."""
+    """Whether the paths are equal, or one is inside the other."""
     return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")

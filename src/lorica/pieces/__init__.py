@@ -1,9 +1,9 @@
-"""What an adapter can hold, and how it is found on a model.
+"""What an adapter can hold, and how its pieces are found on a model.
 
-    config (and a file's tensors) ──▶ each kind that it asks for ──▶ [piece, piece, ...] ──put──▶ model
+    config (and a file's tensors) ──▶ each kind it asks for ──▶ [piece, piece, ...] ──put──▶ model
 
-A `Piece` is one thing at one place; a `Kind` finds the pieces of its sort. Whatever has a kind is adapted,
-loaded, saved, merged and taken off by the same verbs, which name no kind.
+A `Piece` is one thing at one place; a `Kind` finds the pieces of its sort. The verbs that adapt, load, save,
+merge and detach name no kind.
 
 low_rank    A and B on a layer                      plugins/parameters  on a parameter (stacked experts)
 whole       a copy of a module                      plugins/tied        one update for two tied tables
@@ -33,31 +33,31 @@ from lorica.tree import Place, base_parameters, outside, walk
 
 
 class Search:
-    """Looking for an adapter's pieces on a model.
+    """The search for an adapter's pieces on a model.
 
     Args:
         root: the model, with the base's own parameters in place.
         config: what to look for.
-        state: the model's, as far as it carries adapters.
-        adapter: what is being loaded; None where the adapter is new.
-        seed: fixes how what is new starts.
+        state: the model's state, if it carries adapters.
+        adapter: the adapter to load; None for a new one.
+        seed: fixes how new pieces start.
         trainable: whether the adapter will train.
-        seen: what data showed of each module, by path, for the starts that look at some.
-        starts: path → A₀ and B₀ that the adapter being loaded took out of W0.
-        dry: only look: what is new has shapes, and no values.
+        seen: path → what data showed of the module, for the inits that look at data.
+        starts: path → A₀ and B₀ that the loaded adapter subtracted from W0.
+        dry: only look: new tensors have shapes and no values.
 
     Attributes:
         lora: the LoRA among the configuration's methods, if there is one.
         methods: its other methods.
-        itself: the model.
-        places: every module in it.
-        pieces: those found so far.
+        itself: the model's own place.
+        places: the place of every module in it.
+        pieces: the pieces found so far.
         whole: path → module that is trained whole.
-        changes: what was found out about the configuration: field of the LoRA → value.
-        problems: what does not fit in the adapter that is being loaded, a line each.
-        missing: what its configuration names, and it has nothing for.
-        passed_over: keys of its tensors that need no place.
-        trained: names of the base's parameters of which methods besides LoRA train copies.
+        changes: field of the LoRA → value that the search settled.
+        problems: what does not fit in the loaded adapter, a line each.
+        missing: what the configuration names and the adapter lacks.
+        passed_over: keys of the adapter's tensors that need no place.
+        trained: names of the base's parameters that methods besides LoRA train copies of.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Search:
         self.asks = {key for part in (config, self.lora, *self.methods) if part for key in part.asks()}
 
     def reject(self, path: str, problem: str) -> None:
-        """Say what is the matter with the factors that the adapter has of a module."""
+        """Record a problem with the adapter's factors of one module."""
         self.problems.append(problem)
         self.passed_over |= {f"{path} ({part})" for part in ("A", "B", "magnitude", "bias")}
 
@@ -109,16 +109,16 @@ class Search:
         return [target for piece in self.pieces if (target := getattr(piece, "target", None)) is not None]
 
     def of(self, kind: type[Piece]) -> list[Any]:
-        """The pieces of a kind that were found so far."""
+        """The pieces of one class found so far."""
         return [piece for piece in self.pieces if isinstance(piece, kind)]
 
     def rename(self, lora: LoraConfig) -> None:
-        """Take a LoRA that says more exactly what to look for."""
+        """Search by a more exact LoRA from here on."""
         self.lora = lora
         self.asks |= lora.asks()
 
     def settled(self) -> AdapterConfig:
-        """The configuration as a file should hold it: every reader finds the same by it."""
+        """The configuration as a file should hold it, so that every reader finds the same pieces."""
         base = getattr(self.root, "name_or_path", None) or self.config.base_model_name_or_path or None
         lora = self.lora.as_found(**self.changes, base_model_name_or_path=base) if self.lora else None
         if lora is not None and not self.methods:
@@ -140,12 +140,15 @@ class Search:
 
 
 class Kind(ABC):
-    """A sort of piece: finds its pieces on a model.
+    """Finds the pieces of one sort on a model.
+
+    A kind is asked where a field of the configuration, the model or the loaded adapter calls for it.
 
     Attributes:
-        of_modules: classes of modules in whose presence it is asked too.
-        of_transformers: whether it is asked for every model with a configuration of transformers.
-        brought: section of an `Adapter` that asks for it when there is something in it.
+        of_modules: classes of modules whose presence in the model calls for it.
+        of_transformers: whether every model with a configuration of transformers calls for it.
+        brought: section of an `Adapter` that calls for it when it is not empty.
+        keys: fields and methods of a configuration that call for it (`register`).
     """
 
     of_modules: ClassVar[tuple[type[nn.Module], ...]] = ()
@@ -154,7 +157,7 @@ class Kind(ABC):
     keys: tuple[str, ...] = ()
 
     def prepare(self, search: Search) -> None:
-        """Say more exactly what the configuration names (`Search.rename`), before any kind looks."""
+        """Make the configuration more exact (`Search.rename`) before any kind looks."""
         return
 
     @abstractmethod
@@ -162,33 +165,33 @@ class Kind(ABC):
         """The pieces, with their tensors as they start; the model is not touched.
 
         Raises:
-            TargetError: a name means nothing, or something that cannot be adapted so.
+            TargetError: a name matches nothing, or something that cannot be adapted this way.
         """
 
     def finish(self, search: Search) -> None:
-        """Look at all that was found: check it, or change it.
+        """Check or change the pieces after all kinds have looked.
 
         Raises:
-            TargetError: two pieces cannot be together.
+            TargetError: two pieces exclude each other.
         """
         return
 
     def filled(self, search: Search) -> None:
-        """Do what waits for the values of the adapter that is being loaded."""
+        """Do what needs the loaded adapter's values."""
         return
 
     def opened(self, root: nn.Module, state: AdapterState) -> None:
-        """Do what a model with such pieces needs from its first adapter on."""
+        """Prepare the model for such pieces, at its first adapter."""
         return
 
     def closed(self, root: nn.Module, state: AdapterState) -> None:
-        """Undo `opened`, once the last adapter is off."""
+        """Undo `opened`, after the last adapter has come off."""
         return
 
     def around(
         self, root: nn.Module, state: AdapterState, config: AdapterConfig
     ) -> AbstractContextManager[None]:
-        """What must hold while the adapter is found and put on; an error undoes it."""
+        """A context for finding the adapter's pieces and putting them on; an error undoes it."""
         return contextlib.nullcontext()
 
 
@@ -201,8 +204,8 @@ def register(kind: Kind, *keys: str) -> Kind:
 
     Args:
         kind: it looks after those that are known already.
-        keys: the fields of a configuration, or names of methods, that ask for it; the method ``"lora"`` is
-            asked for by every LoRA.
+        keys: fields of a configuration, or names of methods, that call for it; every LoRA calls for
+            ``"lora"``.
     """
     kind.keys = keys
     KINDS.append(kind)
@@ -210,7 +213,7 @@ def register(kind: Kind, *keys: str) -> Kind:
 
 
 def asked(search: Search) -> Iterator[Kind]:
-    """The kinds that a configuration, a model or an adapter that is being loaded asks for."""
+    """The kinds that the configuration, the model or the loaded adapter calls for."""
     for kind in KINDS:
         if (
             not search.asks.isdisjoint(kind.keys)
@@ -223,7 +226,7 @@ def asked(search: Search) -> Iterator[Kind]:
 
 @contextlib.contextmanager
 def surroundings(root: nn.Module, state: AdapterState, config: AdapterConfig) -> Iterator[None]:
-    """What the kinds need around the whole of finding and putting on (`Kind.around`)."""
+    """The contexts that the kinds need around finding pieces and putting them on (`Kind.around`)."""
     keys = {key for part in (config, *config.parts()) for key in part.asks()}
     with contextlib.ExitStack() as stack:
         for kind in KINDS:
@@ -235,7 +238,7 @@ def surroundings(root: nn.Module, state: AdapterState, config: AdapterConfig) ->
 
 @contextlib.contextmanager
 def looking(root: nn.Module, state: AdapterState, config: AdapterConfig) -> Iterator[None]:
-    """As `surroundings` for a search after which nothing is put on: the model is then as it was."""
+    """As `surroundings`, for a search that puts nothing on and leaves the model as it was."""
     with surroundings(root, state, config), state.originals_in_place(root):
         try:
             yield
@@ -249,7 +252,7 @@ def find_pieces(search: Search) -> list[Piece]:
 
     Raises:
         TargetError: a name or pattern matches nothing, or something that cannot be adapted.
-        AdapterError: an adapter that is being loaded does not fit; all that is the matter with it.
+        AdapterError: the loaded adapter does not fit; the message lists every problem.
     """
     for kind in asked(search):
         kind.prepare(search)
@@ -264,15 +267,15 @@ def find_pieces(search: Search) -> list[Piece]:
 
 
 def resolve(root: nn.Module, config: AdapterConfig, *, state: AdapterState | None = None) -> Search:
-    """What a configuration means on a model, without making anything of it.
+    """Search for a configuration's pieces on a model without making any.
 
     Args:
         root: the model.
         config: what to look for.
-        state: the model's, if it carries adapters.
+        state: the model's state, if it carries adapters.
 
     Returns:
-        The search, with its `pieces`, `targets`, `whole`, and `settled()`.
+        The search, with its `pieces`, `targets`, `whole` and `settled()`.
 
     Raises:
         TargetError: a name or pattern matches nothing, or something that cannot be adapted.
@@ -283,7 +286,7 @@ def resolve(root: nn.Module, config: AdapterConfig, *, state: AdapterState | Non
 
 
 def fit(search: Search) -> None:
-    """Fill the pieces with the adapter that is being loaded.
+    """Fill the pieces with the loaded adapter's tensors.
 
     Raises:
         AdapterError: with the whole list of what is missing, unexpected or of another shape.
@@ -312,17 +315,17 @@ def misfits(
     where: str,
     passed_over: Collection[str] = (),
 ) -> tuple[list[str], list[str], dict[str, str]]:
-    """What is the matter with an adapter's tensors for these pieces.
+    """Compare an adapter's tensors with the pieces that are to hold them.
 
     Args:
-        pieces: what is to take them.
-        name: of the adapter that the pieces are of.
+        pieces: the pieces.
+        name: the name of their adapter.
         given: key → tensor.
-        where: how a message calls the side of the pieces.
+        where: the words for the pieces' side in a message.
         passed_over: keys that need no place.
 
     Returns:
-        Keys that are missing; keys that are unexpected; and what is wrong with the shapes of others.
+        The missing keys, the unexpected keys, and key → message for each wrong shape.
     """
     expected: dict[str, Tensor] = {}
     needed: list[str] = []
@@ -341,7 +344,7 @@ def misfits(
 
 @torch.no_grad()
 def fill(pieces: Sequence[Piece], name: str, given: Mapping[str, Tensor]) -> None:
-    """Give pieces the values of an adapter's tensors, which fit."""
+    """Copy an adapter's tensors, which fit, into the pieces."""
     for piece in pieces:
         for held in piece.tensors(name):
             held.tensor.copy_(given[held.key] if held.key in given else piece.otherwise(held))

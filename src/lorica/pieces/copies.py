@@ -1,4 +1,4 @@
-"""Copies of the base's own parameters (its biases, or all of it), which stand in their place and train."""
+"""Trained copies of the base's own parameters (its biases, or all of them) that replace the originals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ParameterCopy(Piece):
     Args:
         path: the parameter's name in the base.
         parameter: the copy; float32 beside a parameter in half precision.
-        shadow: whether another piece has the same copy, under another of its names, and saves it.
+        shadow: whether another piece saves the same copy, under another name of a tied parameter.
         owner: the module that computes by it rounded, where it is of higher precision than the base's.
     """
 
@@ -47,7 +47,7 @@ class ParameterCopy(Piece):
             lower(self.owner, state, self.path.rpartition(".")[0])
 
     def off(self, root: nn.Module, name: str) -> None:
-        """Nothing is left in the base's place: the adapter does not act."""
+        """Nothing to undo: an adapter that does not act replaces nothing."""
         assert self.state is not None
         if self.owner is not None and not any(
             isinstance(piece, ParameterCopy) and piece.owner is self.owner
@@ -76,7 +76,7 @@ class ParameterCopy(Piece):
 
 
 class ParameterCopies(Kind):
-    """Finds the biases that a LoRA trains (`bias`), and what other methods train of the base."""
+    """Finds the biases that a LoRA trains (`bias`), and the base's parameters that other methods train."""
 
     brought = "extras"
 
@@ -125,10 +125,10 @@ def _fresh(search: Search, names: list[str]) -> Iterator[ParameterCopy]:
 
 
 def _brought(search: Search, names: list[str]) -> Iterator[ParameterCopy]:
-    """What the adapter brings of the base's parameters: those that it trains, and whatever else differs.
+    """The base's parameters that the adapter holds: those it trains, and any other that differs.
 
-    PEFT writes an adapted embedding's own table beside its factors; as a rule it is the base's, and there is
-    nothing to replace.
+    PEFT writes an adapted embedding's own table beside its factors. As a rule that equals the base's, and
+    nothing has to be replaced.
     """
     assert search.adapter is not None
     extras, have, trained = search.adapter.extras, base_parameters(search.root), set(names)
@@ -163,14 +163,14 @@ def _brought(search: Search, names: list[str]) -> Iterator[ParameterCopy]:
 
 
 class _Raised:
-    """Says whose copies are to be float32.
+    """Says which parameters get a float32 copy.
 
-    Those of parameters in half precision, but where the module around reads one without a call of its own
-    module, which needs the base's dtype; and not in layers that hold their weights twice or are no Python, as
-    of modules trained whole. What is tied goes by all of its names.
+    Parameters in half precision do, except where a parent reads one without calling its module, which takes
+    the base's dtype, and in modules that hold their weights twice or run outside Python. A tied parameter
+    must satisfy this under each of its names.
 
     Args:
-        search: what is looked for.
+        search: the search for the adapter's pieces.
     """
 
     def __init__(self, search: Search) -> None:
@@ -181,7 +181,7 @@ class _Raised:
                 self.names.setdefault(parameter, []).append(path)
 
     def owner(self, name: str, base: Parameter) -> nn.Module | None:
-        """The module of a parameter whose copy is to be float32; None where it is to be as it is."""
+        """The module of a parameter that gets a float32 copy; None if the copy keeps the base's dtype."""
         for path in self.names.get(base, ()):
             above = path.rpartition(".")[0]
             owner, parent = module_at(self.root, above), module_at(self.root, above.rpartition(".")[0])
@@ -193,7 +193,7 @@ class _Raised:
 
 
 def _anchor(root: nn.Module, pieces: Iterable[Piece]) -> tuple[Parameter | None, torch.dtype]:
-    """A parameter of the base in half precision that none of these pieces stands in for."""
+    """A half-precision parameter of the base that none of these pieces replaces, and its dtype."""
     copied = {piece.path for piece in pieces}
     for name, parameter in base_parameters(root).items():
         if name not in copied and parameter.dtype in HALVES:

@@ -2,8 +2,8 @@
 
     module ──start──▶ A, B (, magnitude, bias) ──put──▶ LoraLinear(LoraLayer, nn.Linear)
 
-A start that is taken out of W0 (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) leaves another weight, which stands in
-W0's place while the adapter acts. W0 itself is set aside and never written to.
+A start that is subtracted from W0 (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) leaves a residual, which replaces W0
+while the adapter acts. W0 itself is set aside and never written to.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from lorica.tree import Place, shortest_suffixes, tails
 
 
 class LowRank(Piece):
-    """A and B on a layer, and what goes with them.
+    """A and B on a layer, with DoRA's magnitude or the bias on B where there is one.
 
     Args:
-        target: the module.
-        factors: what they start as, in the memory that they will keep.
-        config: says which of its inputs are dropped, and what else it makes of the layer (`variant`).
-        start: what the start took out of W0, and what is left.
+        target: the module to adapt.
+        factors: their first values, in the memory that they will keep.
+        config: gives the dropout, and the variant of the layer's output.
+        start: what the start subtracted from W0, and the residual; None for other starts.
     """
 
     section = "factors"
@@ -62,7 +62,7 @@ class LowRank(Piece):
         self.begun: Factors | None = factors
 
     def start_from(self, start: Start | None) -> None:
-        """Note what the start took out of W0; the rest stands in its place while the adapter acts."""
+        """Note what the start subtracted from W0; the residual replaces W0 while the adapter acts."""
         self.start, self.places, self.residual = start, start is not None, start is not None
 
     @property
@@ -110,7 +110,7 @@ class LowRank(Piece):
         elif isinstance(self.target.module, LoraLayer) and name in self.layer.scaling:
             A, B = self.layer.factor_parameters(name)
             magnitude, bias = self.layer.magnitude_parameter(name), self.layer.bias_parameter(name)
-        else:  # the layer lost its update: EVA gave it no rank
+        else:  # EVA gave this layer no rank
             return
         live_A, live_B = self.target.layer.factor_names(name)
         yield Held(f"{self.path} (A)", f"{at}.{live_A}", A)
@@ -130,7 +130,7 @@ class LowRank(Piece):
             contents.factors[self.path] = Factors(A, B, self.scale(name), self.target.layer.kind, m, b)
 
     def scale(self, name: str) -> float:
-        """What its product is multiplied by."""
+        """The factor of its product B·A."""
         return self.layer.scaling[name] if self.begun is None else self.begun.scale
 
     def stand_ins(self, name: str) -> Mapping[str, Tensor]:  # noqa: D102
@@ -140,7 +140,7 @@ class LowRank(Piece):
         return {} if self.start is None else {self.target.weight_path: None}
 
     def restart(self, W0: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
-        """Make the start one that was saved: the decomposition may differ on another machine.
+        """Use a saved start: a decomposition computed anew may differ on another machine.
 
         Args:
             W0: the base's own weight.
@@ -160,7 +160,7 @@ class LowRank(Piece):
 
 
 class LowRankUpdates(Kind):
-    """Finds what `target_modules` means, or what an adapter has factors of."""
+    """Finds the modules that `target_modules` means, or those that a loaded adapter has factors for."""
 
     def find(self, search: Search) -> Iterable[Piece]:  # noqa: D102
         lora = search.lora
@@ -176,7 +176,7 @@ class LowRankUpdates(Kind):
         return [fresh(target, lora, search) for target in targets]
 
     def targets(self, search: Search, lora: LoraConfig) -> list[Target]:
-        """The modules that a configuration adapts; what it means is noted, to be written into it."""
+        """The modules that a configuration adapts; records how a file should name them."""
         free = search.free
         targets = [as_target(place, lora) for place in meant(search.root, free, lora)]
         names = lora.target_modules
@@ -209,7 +209,7 @@ class LowRankUpdates(Kind):
                     )
 
     def filled(self, search: Search) -> None:
-        """Take out of W0 again what the starts of a trained adapter took."""
+        """Subtract the starts of a trained adapter from W0 again."""
         for piece in search.of(LowRank):
             target, own = piece.target, piece.begun
             if piece.path in search.starts:
@@ -219,11 +219,11 @@ class LowRankUpdates(Kind):
 
 
 def fresh(target: Target, config: LoraConfig, search: Search, piece: type[LowRank] = LowRank) -> LowRank:
-    """A new piece for a module, with its factors as they start.
+    """A new piece for a module, its factors at their start.
 
     Raises:
-        TargetError: the configuration's start is not possible on this module.
-        StateError: it needs data that the model was not shown.
+        TargetError: the configuration's init is not possible on this module.
+        StateError: the init needs data, and none was given.
     """
     value, r = config.init_lora_weights, config.rank(target.pattern_path)
     scale = config.scale(target.pattern_path)
@@ -254,7 +254,7 @@ def own(target: Target, factor: Tensor) -> Tensor:
 
 
 def blank(target: Target, factors: Factors, config: LoraConfig, piece: type[LowRank] = LowRank) -> LowRank:
-    """A piece for a module with room for an adapter's factors, whose shapes fit."""
+    """A piece for a module, empty, with the shapes of an adapter's factors."""
     device, precision = target.computes()
 
     def room(tensor: Tensor | None) -> Tensor | None:
@@ -267,7 +267,7 @@ def blank(target: Target, factors: Factors, config: LoraConfig, piece: type[LowR
 
 
 def _brought(search: Search, lora: LoraConfig) -> Iterator[LowRank]:
-    """A piece for each module that the adapter has factors of; what does not fit is noted."""
+    """A piece for each module that the adapter has factors for; records those that do not fit."""
     adapter = search.adapter
     assert adapter is not None
     places = {place.path: place for place in search.places}
@@ -281,8 +281,7 @@ def _brought(search: Search, lora: LoraConfig) -> Iterator[LowRank]:
             search.reject(path, str(error))
         else:
             yield blank(target, factors, lora)
-    # Another reader may have found other modules behind None, "all-linear" or a pattern; behind names there
-    # is no doubt.
+    # None, "all-linear" or a pattern may mean other modules to another reader; names mean the same to all.
     if isinstance(lora.target_modules, list):
         try:
             wanted = meant(search.root, search.free, lora)
@@ -293,10 +292,10 @@ def _brought(search: Search, lora: LoraConfig) -> Iterator[LowRank]:
 
 
 def _target(places: Mapping[str, Place], path: str, factors: Factors, *, drops: bool) -> Target:
-    """The module that an update is for.
+    """The module that factors belong to.
 
     Raises:
-        TargetError: there is none, or none that it fits.
+        TargetError: there is no such module, or they do not fit it.
     """
     place = places.get(path)
     if place is None:
@@ -317,10 +316,10 @@ def _target(places: Mapping[str, Place], path: str, factors: Factors, *, drops: 
 
 
 def start_again(target: Target, config: AdapterConfig, seen: Mapping[str, Any]) -> Start | None:
-    """What the start of a trained adapter made of W0, for factors that were saved without their start.
+    """Compute a trained adapter's start from W0, for factors that were saved without it.
 
     Raises:
-        AdapterError: nobody can tell: the start was drawn.
+        AdapterError: the start was drawn at random, so it cannot be computed.
         TargetError: as `Init.begin`.
         StateError: as `Init.begin`.
     """
@@ -328,18 +327,18 @@ def start_again(target: Target, config: AdapterConfig, seen: Mapping[str, Any]) 
         return None
     if niter(value) is not None:
         raise AdapterError(
-            f"the adapter was saved as init_lora_weights={value!r} leaves it, without its start, and that "
-            "was drawn. Save it where it was trained: with lorica.save, or with PEFT's "
-            "path_initial_model_for_weight_conversion"
+            f"the adapter was trained with init_lora_weights={value!r} and saved without its start, which "
+            "was drawn at random and cannot be computed again. Save it where it was trained: with "
+            "lorica.save, or with PEFT's path_initial_model_for_weight_conversion"
         )
     return inits.of(config).begin(target, config, seen.get(target.path), generator(0, target.path)).start
 
 
 def check_shapes(name: str, expected: tuple[tuple[int, ...], tuple[int, ...]], factors: Factors) -> None:
-    """Refuse factors of other shapes than a module takes.
+    """Refuse factors whose shapes do not fit a module.
 
     Raises:
-        TargetError: naming it, and both.
+        TargetError: naming the module, the shapes that came and those expected.
     """
     came = tuple(factors.A.shape), tuple(factors.B.shape)
     if came != expected:

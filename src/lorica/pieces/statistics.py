@@ -1,8 +1,8 @@
-"""Running statistics (batch norm), which move in training without being trained: each adapter has its own.
+"""Running statistics (batch norm): they move in training without a gradient, so each adapter has its own.
 
-They stand in the base's place while their adapter acts, as trained biases do. So training moves the
-adapter's, the base's stay bit for bit, and an adapter's file holds those that moved. A pass while none stand
-there leaves the base's as they are (`lorica.layers.plugins.still`).
+They replace the base's while their adapter acts, as trained biases do. So training moves the adapter's
+statistics and leaves the base's bit for bit; a file holds those that moved. While no adapter acts, a pass
+does not move the base's either (`lorica.layers.plugins.still`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lorica.tree import join, within_any
 
 
 class RunningStatistic(Piece):
-    """An adapter's own value of a buffer; what it does not bring is the base's.
+    """An adapter's own value of a buffer; where a file has none, the base's.
 
     Args:
         path: the buffer's name in the base.
-        norm: the module that has it.
-        leaf: its name there.
-        own: its value.
+        norm: the module that holds the buffer.
+        leaf: the buffer's name in that module.
+        own: the adapter's value.
     """
 
     places = True
@@ -43,17 +43,17 @@ class RunningStatistic(Piece):
         self.state = state
 
     def off(self, root: nn.Module, name: str) -> None:
-        """Nothing is left to do: an adapter that does not act has nothing in the base's place."""
+        """Nothing to undo: an adapter that does not act replaces nothing."""
 
     def tensors(self, name: str) -> Iterator[Held]:  # noqa: D102
         yield Held(self.path, self.path if self._stands() else None, self.live())
 
     def saved(self, name: str) -> Iterator[Held]:
-        """Itself, if it moved."""
+        """The statistic, if it moved."""
         return self.tensors(name) if self.moved() else iter(())
 
     def otherwise(self, held: Held) -> Tensor:
-        """The base's."""
+        """The base's value."""
         return self._base()
 
     def left(self, tensor: Tensor) -> None:  # noqa: D102
@@ -66,12 +66,12 @@ class RunningStatistic(Piece):
         return {self.path: None} if self.moved() else {}
 
     def moved(self) -> bool:
-        """Whether it is no longer the base's."""
+        """Whether it differs from the base's."""
         own = self.live()
         return not torch.equal(own, self._base().to(own))
 
     def live(self) -> Tensor:
-        """The adapter's value, as it stands in the model while it acts."""
+        """The adapter's value: the model's buffer while the adapter acts."""
         held = self.norm._buffers[self.leaf] if self._stands() else self.own
         assert held is not None
         return held

@@ -1,4 +1,4 @@
-"""A module trained whole (`modules_to_save`), such as a new head: a copy that answers in its place."""
+"""A module trained whole (`modules_to_save`), such as a new head: a copy that answers for the original."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class WholeCopy(Piece):
     """A trained copy of a module.
 
     Args:
-        path: of the module.
+        path: the module's path.
         module: the module.
         twin: its copy; float32 beside a module in half precision.
-        master: whether it is of higher precision than the module.
+        master: whether the copy has a higher precision than the module.
     """
 
     places = True
@@ -58,7 +58,7 @@ class WholeCopy(Piece):
             self.module.check_own_class()
 
     def tensors(self, name: str) -> Iterator[Held]:
-        """All tensors of the copy, its buffers too."""
+        """All tensors of the copy, buffers included."""
         host: Any = self.module
         on = isinstance(host, SavedModule) and name in host.modules_to_save
         twin = host.modules_to_save[name] if on else self.twin
@@ -71,7 +71,7 @@ class WholeCopy(Piece):
 
 
 class WholeModules(Kind):
-    """Finds what `modules_to_save` and a `task_type` with a new head mean."""
+    """Finds the modules that `modules_to_save`, and a `task_type` with a new head, mean."""
 
     def find(self, search: Search) -> Iterable[Piece]:  # noqa: D102
         config = search.lora or search.config
