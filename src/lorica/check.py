@@ -121,8 +121,8 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
     weight = module._parameters.get(layer.weight_name)
     if weight is None and (isinstance(module, nn.Linear) or not issubclass(layer, LoraOpaque)):
         raise TargetError(
-            f"{path}: its {layer.weight_name} is computed (weight_norm, parametrize), so there is no parameter "
-            "to update; remove the parametrization first"
+            f"{path}: its {layer.weight_name} is computed (weight_norm, parametrize), so there is no "
+            "parameter to update; remove the parametrization first"
         )
     if issubclass(layer, LoraLinear) and "bias" not in module._parameters:
         raise TargetError(
@@ -168,8 +168,8 @@ def _check_names(place: Place, layer: type[LoraLayer]) -> None:
     taken = [name for name in (*layer.own_modules, *layer.own_attributes) if hasattr(module, name)]
     if taken:
         raise TargetError(
-            f"{path} is a {type(module).__name__} with {listing(taken)} of its own, and an adapted layer needs "
-            "that name; rename the attribute, or leave the module out (exclude_modules)"
+            f"{path} is a {type(module).__name__} with {listing(taken)} of its own, and an adapted layer "
+            "needs that name; rename the attribute, or leave the module out (exclude_modules)"
         )
 
 
@@ -217,8 +217,8 @@ def check_dropout(place: Place, layer: type[LoraLayer]) -> None:
     """
     if not layer.takes_dropout:
         raise TargetError(
-            f"{place.path}: its weight is read without a call of the layer, so dropout has no input to act on; "
-            "set lora_dropout=0, or leave it out (exclude_modules)"
+            f"{place.path}: its weight is read without a call of the layer, so dropout has no input to "
+            "act on; set lora_dropout=0, or leave it out (exclude_modules)"
         )
 
 
@@ -264,8 +264,8 @@ def check_rows(place: Place, indices: Iterable[int]) -> None:
         check_adaptable(place, layer)
         if getattr(module, "max_norm", None) is not None:
             raise TargetError(
-                f"{path} rescales its rows as it looks them up (max_norm), so they cannot be trained as "
-                "they are; leave out its tokens"
+                f"{path} rescales its rows when it looks them up (max_norm), so trained rows would not "
+                "stay as trained; leave out its tokens"
             )
     rows = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
     beyond = [str(index) for index in indices if index >= rows]

@@ -100,7 +100,7 @@ class Target(NamedTuple):
         return f"{self.path}.{self.layer.weight_name}"
 
 
-def meant(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:
+def targeted(root: nn.Module, places: list[Place], config: LoraConfig) -> list[Place]:
     """The places that `target_modules` means, without those that other fields exclude.
 
     Raises:

@@ -48,7 +48,7 @@ Value = Callable[[str | None, Tensor], Tensor]
 class Piece(ABC):
     """One thing that an adapter holds at one place of a model.
 
-    A piece holds its tensors as soon as it is made. Only `put` and `off` touch the model, so that whatever can
+    A piece holds its tensors as soon as it is made. Only `put` and `off` touch the model, so whatever can
     fail has failed before.
 
     Args:

@@ -172,7 +172,7 @@ class AdapterState(Choices):
                 for path, rows in piece.claims(name).items()
             ]
             for path, rows, piece in own:
-                if any(_overlap(path, other) and not _apart(rows, its) for other, its in taken.items()):
+                if any(_overlap(path, other) and not _disjoint(rows, its) for other, its in taken.items()):
                     raise AdapterError(
                         f"{listing(map(repr, names))} cannot act together: {piece.clash.format(path)}"
                     )
@@ -416,7 +416,7 @@ def _tell(root: nn.Module, path: str, displaced: tuple[str, Parameter] | None) -
         owner.__dict__["displaced"] = displaced
 
 
-def _apart(rows: Rows, other: Rows) -> bool:
+def _disjoint(rows: Rows, other: Rows) -> bool:
     """Whether two adapters train rows of a module, and none in common."""
     return rows is not None and other is not None and rows.isdisjoint(other)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorica.config import LoraConfig
 from lorica.find import Target
-from lorica.inits.init import INITS, Begun, Init, register
+from lorica.inits.init import INITS, Init, Initial, register
 from lorica.layers import LoraEmbedding
 
 
@@ -32,11 +32,11 @@ class Drawn(Init):
 
     reads_weight: ClassVar[bool] = False
 
-    def begin(self, target: Target, config: LoraConfig, seen: Any, random: torch.Generator) -> Begun:
+    def initialize(self, target: Target, config: LoraConfig, seen: Any, random: torch.Generator) -> Initial:
         """The factors; W0 stays as it is."""
         if self.reads_weight:
             self.check(target, config)
-        return Begun(*self.factors(target, config, seen, random))
+        return Initial(*self.factors(target, config, seen, random))
 
     def factors(
         self, target: Target, config: LoraConfig, seen: Any, random: torch.Generator

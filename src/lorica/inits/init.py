@@ -39,7 +39,7 @@ S = TypeVar("S")
 
 
 @dataclass(eq=False)
-class Start:
+class Residual:
     """A start that was taken out of W0.
 
     Args:
@@ -53,12 +53,12 @@ class Start:
     B: Tensor | None = None
 
 
-class Begun(NamedTuple):
+class Initial(NamedTuple):
     """A and B (float32 or better), and what takes W0's place, if anything does."""
 
     A: Tensor
     B: Tensor
-    start: Start | None = None
+    start: Residual | None = None
 
 
 class Init(ABC):
@@ -92,7 +92,7 @@ class Init(ABC):
             A and B in the shapes of `Target.factor_shapes`, in float32 or better.
         """
 
-    def begin(self, target: Target, config: LoraConfig, seen: Any, random: torch.Generator) -> Begun:
+    def initialize(self, target: Target, config: LoraConfig, seen: Any, random: torch.Generator) -> Initial:
         """The factors, and the weight to go with them.
 
         Raises:
@@ -104,8 +104,8 @@ class Init(ABC):
         precision = torch.promote_types(A.dtype, B.dtype)
         A, B = A.to(precision), B.to(precision)
         if not self.residual:
-            return Begun(A, B)
-        return Begun(own(A), own(B), taken_out(target, A, B, config.scale(target.path)))
+            return Initial(A, B)
+        return Initial(own(A), own(B), residual_of(target, A, B, config.scale(target.path)))
 
     def look(self, model: nn.Module, config: LoraConfig, data: Any, seed: int) -> Mapping[str, Any]:
         """Show the model data, where `looks`; it is left as it was.
@@ -164,13 +164,13 @@ def check_alone(lora: LoraConfig) -> None:
         )
 
 
-def taken_out(target: Target, A: Tensor, B: Tensor, scale: float) -> Start:
+def residual_of(target: Target, A: Tensor, B: Tensor, scale: float) -> Residual:
     """The start that takes ``scale · B·A`` out of W0. A and B are copied."""
     A, B = own(A), own(B)
-    return Start(stored(target, less(target.layer, base_weight(target), A, B, scale)), A, B)
+    return Residual(stored(target, subtract(target.layer, base_weight(target), A, B, scale)), A, B)
 
 
-def less(layer: type[LoraLayer], weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def subtract(layer: type[LoraLayer], weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """``W0 − scale·B·A`` (d_out, d_in) in A's precision, with the same bits on any number of threads."""
     with one_thread():
         return fold(layer.as_matrix(weight.detach()).to(A), B, A, -scale)

@@ -287,7 +287,9 @@ class LoraLayer(AskedLayer):
         shifted = any(self.bias_parameter(name) is not None for name in names)
         return [self.weight_name, "bias"] if shifted else [self.weight_name]
 
-    def folded(self, names: Sequence[str], *, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def merged_parameters(
+        self, names: Sequence[str], *, out: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """What the base's parameters become when adapters are merged, by their names as in `changed`.
 
         Args:
@@ -322,18 +324,18 @@ class LoraLayer(AskedLayer):
         result = out.flatten(1)
         present = [name for name in names if name in self.scaling]
         if len(present) == 1 and not self.variants[present[0]].turns:
-            fold(W0, *self.product(present[0], precision), self.scaling[present[0]], out=result)
+            fold(W0, *self.delta_factors(present[0], precision), self.scaling[present[0]], out=result)
         else:
-            result.copy_(self._sum(present, W0.to(precision)))
+            result.copy_(self._add_up(present, W0.to(precision)))
         if result.data_ptr() != out.data_ptr():  # a layout that cannot be flattened in place
             out.copy_(result.view(out.shape))
         return out
 
-    def _sum(self, names: Sequence[str], W0: Tensor) -> Tensor:
+    def _add_up(self, names: Sequence[str], W0: Tensor) -> Tensor:
         """W0 and what each adapter makes of it, in W0's dtype."""
         result, everything = W0, slice(None)
         for name in names:
-            left, right = self.product(name, W0.dtype)
+            left, right = self.delta_factors(name, W0.dtype)
             variant = self.variants[name]
             if not variant.turns:
                 result = fold(result, left, right, self.scaling[name])
@@ -344,7 +346,7 @@ class LoraLayer(AskedLayer):
                 result = turned if len(names) == 1 else result + (turned - own)
         return result
 
-    def presented(self) -> Tensor:
+    def merged_weight(self) -> Tensor:
         """W0 with the acting updates folded in, differentiably: what a reader of the raw weight must see.
 
         Returns:
@@ -376,7 +378,7 @@ class LoraLayer(AskedLayer):
         """One number for each output (d_out,), shaped to multiply ``W0.flatten(1)``."""
         return ratio if self.transposed else ratio.unsqueeze(1)
 
-    def product(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def delta_factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The matrices whose product, times the scale, is the update laid out as ``W0.flatten(1)``."""
         A, B = (factor.detach().to(dtype).flatten(1) for factor in self.factor_parameters(name))
         return (A.t(), B.t()) if self.transposed else (B, A)

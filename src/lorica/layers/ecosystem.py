@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class told(Generic[T]):
+class fallback_property(Generic[T]):
     """A property that a module's own attribute of that name goes before: it can only be read."""
 
     def __init__(self, ask: Callable[[Any], T]) -> None:
@@ -40,7 +40,7 @@ class told(Generic[T]):
         if module is None:
             return self
         own = getattr(module.base_class, self._name, self)  # the module's own class may know better
-        if isinstance(own, told):
+        if isinstance(own, fallback_property):
             return self._ask(module)
         return own.__get__(module, cls) if hasattr(own, "__get__") else own
 
@@ -51,33 +51,33 @@ class AskedModule(SwappedModule):
     other_param_names: ClassVar[tuple[str, ...]] = ()
     """Its dicts that have an entry for each adapter."""
 
-    @told
+    @fallback_property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Its containers that have an entry for each adapter."""
         return self.own_modules
 
-    @told
+    @fallback_property
     def active_adapters(self) -> list[str]:
         """The adapters that act in the model, or would if they were not disabled."""
         return self._chosen()
 
-    @told
+    @fallback_property
     def active_adapter(self) -> str | list[str]:
         """The one that acts; a list where it is not one."""
         names = self._chosen()
         return names[0] if len(names) == 1 else names
 
-    @told
+    @fallback_property
     def merged_adapters(self) -> list[str]:
         """The adapters that are in this module's weights at the moment."""
         return self._in_weights()
 
-    @told
+    @fallback_property
     def merged(self) -> bool:
         """Whether there are any."""
         return bool(self._in_weights())
 
-    @told
+    @fallback_property
     def disable_adapters(self) -> bool:
         """Whether all adapters of the model are disabled."""
         return self.adapter_state.resting is not None
@@ -160,7 +160,7 @@ class AskedLayer(AskedModule):
     scaled: dict[str, float]
     """Adapter → what its scale was multiplied by since it came."""
 
-    @told
+    @fallback_property
     def base_layer(self) -> nn.Module:
         """The layer without adapters: the same parameters, and its own class's forward."""
         return base_of(self)
@@ -169,22 +169,22 @@ class AskedLayer(AskedModule):
         """As `base_layer`."""
         return base_of(self)
 
-    @told
+    @fallback_property
     def in_features(self) -> int:
         """Width of what goes in."""
         return self._widths()[0]
 
-    @told
+    @fallback_property
     def out_features(self) -> int:
         """Width of what comes out."""
         return self._widths()[1]
 
-    @told
+    @fallback_property
     def r(self) -> dict[str, int]:
         """Adapter → rank."""
         return self._ranks()
 
-    @told
+    @fallback_property
     def lora_alpha(self) -> dict[str, float]:
         """Adapter → α, as the scale has it that the adapter came with."""
         roots = {name: self._rooted(name) for name in self.scaling}
@@ -194,12 +194,12 @@ class AskedLayer(AskedModule):
             for name, scale in self.scaling.items()
         }
 
-    @told
+    @fallback_property
     def use_dora(self) -> dict[str, bool]:
         """Adapter → whether it trains magnitudes."""
         return {name: self._holder(name).magnitude_parameter(name) is not None for name in self.scaling}
 
-    @told
+    @fallback_property
     def use_rslora(self) -> dict[str, bool]:
         """Adapter → whether its scale is α/√r."""
         return {name: self._rooted(name) for name in self.scaling}
@@ -215,7 +215,7 @@ class AskedLayer(AskedModule):
         shape: Any = self.base_shape if holder is self else None  # type: ignore[attr-defined]
         with torch.no_grad():
             A, _ = holder.factor_parameters(adapter)
-            left, right = holder.product(adapter, A.dtype)
+            left, right = holder.delta_factors(adapter, A.dtype)
             delta = left @ right * holder.scaling[adapter]
         if shape is not None and delta.numel() != shape.numel():
             raise StateError(

@@ -103,7 +103,7 @@ class LoraReadLinear(LoraLinear):
     @property
     def weight(self) -> Tensor:
         """W0 + Σ scale·B·A of the active adapters; W0 itself stays in `base_weight`."""
-        return self.presented()
+        return self.merged_weight()
 
 
 class LoraAttentionOutput(LoraReadLinear):
@@ -132,4 +132,4 @@ class LoraAttention(LoraLayer):
     @property
     def in_proj_weight(self) -> Tensor:
         """W0 + Σ scale·B·A of the active adapters; W0 itself stays in `base_weight`."""
-        return self.presented()
+        return self.merged_weight()

@@ -50,7 +50,7 @@ class ReadWeight(LoraLayer):
                 f"the weight of an adapted {self.base_class.__name__} {tuple(self.base_shape)} is read past "
                 f"its forward, {what}, or leave the layer out (exclude_modules)"
             )
-        return self.presented()
+        return self.merged_weight()
 
 
 class LoraReadLinear(ReadWeight, LoraLinear):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.errors import StateError
-from lorica.layers.ecosystem import AskedModule, base_of, told
+from lorica.layers.ecosystem import AskedModule, base_of, fallback_property
 from lorica.layers.masters import call_lowered, lowered, raise_precision
 from lorica.layers.reading import reading_of
 from lorica.layers.swapped import SwappedModule
@@ -42,7 +42,7 @@ class SavedModule(AskedModule):
     def _chosen(self) -> list[str]:
         return [name for name in self._chosen_by_all() if name in self.modules_to_save]
 
-    @told
+    @fallback_property
     def original_module(self) -> nn.Module:
         """The module as it was before any adapter: its own parameters, which are frozen."""
         return base_of(self)

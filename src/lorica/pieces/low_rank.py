@@ -28,8 +28,8 @@ from lorica.check import (
 from lorica.config import AdapterConfig, LoraConfig, changes_base, matches_pattern
 from lorica.config.inits import niter
 from lorica.errors import AdapterError, TargetError, nearest
-from lorica.find import Target, as_target, means_all_linear, meant
-from lorica.inits import INITS, Start, generator
+from lorica.find import Target, as_target, means_all_linear, targeted
+from lorica.inits import INITS, Residual, generator
 from lorica.layers import AddedModule, LoraAttention, LoraConv1D, LoraLayer, SavedModule, variants
 from lorica.piece import Contents, Held, Piece, Rows, Value
 from lorica.pieces import Kind, Search, register
@@ -52,16 +52,16 @@ class LowRank(Piece):
     clash = "each took its start out of {}; extract one and attach it again, and it stands beside W0 itself"
 
     def __init__(
-        self, target: Target, factors: Factors, config: LoraConfig, start: Start | None = None
+        self, target: Target, factors: Factors, config: LoraConfig, start: Residual | None = None
     ) -> None:
         self.path = target.key
         self.target, self.dropout = target, config.lora_dropout
         self.module = target.module if target.parameter is None else None
-        self.start_from(start)
+        self.set_start(start)
         self.variant = None if config.variant is None else variants.of(config.variant)
         self.begun: Factors | None = factors
 
-    def start_from(self, start: Start | None) -> None:
+    def set_start(self, start: Residual | None) -> None:
         """Note what the start subtracted from W0; the residual replaces W0 while the adapter acts."""
         self.start, self.places, self.residual = start, start is not None, start is not None
 
@@ -155,7 +155,7 @@ class LowRank(Piece):
         start.A.copy_(A)
         start.B.copy_(B)
         layer = self.target.layer
-        rest = inits.less(layer, W0, start.A, start.B, scale)
+        rest = inits.subtract(layer, W0, start.A, start.B, scale)
         start.weight.copy_(rest.t() if layer.transposed else rest)
 
 
@@ -178,7 +178,7 @@ class LowRankUpdates(Kind):
     def targets(self, search: Search, lora: LoraConfig) -> list[Target]:
         """The modules that a configuration adapts; records how a file should name them."""
         free = search.free
-        targets = [as_target(place, lora) for place in meant(search.root, free, lora)]
+        targets = [as_target(place, lora) for place in targeted(search.root, free, lora)]
         names = lora.target_modules
         if names is None or means_all_linear(names):
             # The attention's name means its output too; PEFT would adapt one that is named beside it a second
@@ -213,9 +213,9 @@ class LowRankUpdates(Kind):
         for piece in search.of(LowRank):
             target, own = piece.target, piece.begun
             if piece.path in search.starts:
-                piece.start_from(inits.taken_out(target, *search.starts[piece.path], own.scale))
+                piece.set_start(inits.residual_of(target, *search.starts[piece.path], own.scale))
             elif search.lora and search.lora.init_lora_weights is not True:
-                piece.start_from(start_again(target, search.config, search.seen))
+                piece.set_start(recompute_start(target, search.config, search.seen))
 
 
 def fresh(target: Target, config: LoraConfig, search: Search, piece: type[LowRank] = LowRank) -> LowRank:
@@ -236,7 +236,7 @@ def fresh(target: Target, config: LoraConfig, search: Search, piece: type[LowRan
         b = B.new_empty(len(B)) if config.lora_bias else None
         return piece(target, Factors(A, B, scale, target.layer.kind, m, b), config)
     random = generator(search.seed, target.pattern_path)
-    A, B, start = init.begin(target, config, search.seen.get(target.path), random)
+    A, B, start = init.initialize(target, config, search.seen.get(target.path), random)
     A, B = own(target, A), own(target, B)
     magnitude = bias = None
     if config.use_dora:  # what leaves the weight as it is
@@ -284,7 +284,7 @@ def _brought(search: Search, lora: LoraConfig) -> Iterator[LowRank]:
     # None, "all-linear" or a pattern may mean other modules to another reader; names mean the same to all.
     if isinstance(lora.target_modules, list):
         try:
-            wanted = meant(search.root, search.free, lora)
+            wanted = targeted(search.root, search.free, lora)
             absent = [as_target(place, lora) for place in wanted if place.path not in adapter.factors]
         except TargetError:
             return  # a name the model lacks shows in the factors that have no place
@@ -315,13 +315,13 @@ def _target(places: Mapping[str, Place], path: str, factors: Factors, *, drops: 
     return Target(path, place.module, layer)
 
 
-def start_again(target: Target, config: AdapterConfig, seen: Mapping[str, Any]) -> Start | None:
+def recompute_start(target: Target, config: AdapterConfig, seen: Mapping[str, Any]) -> Residual | None:
     """Compute a trained adapter's start from W0, for factors that were saved without it.
 
     Raises:
         AdapterError: the start was drawn at random, so it cannot be computed.
-        TargetError: as `Init.begin`.
-        StateError: as `Init.begin`.
+        TargetError: as `Init.initialize`.
+        StateError: as `Init.initialize`.
     """
     if not isinstance(config, LoraConfig) or not changes_base(value := config.init_lora_weights):
         return None
@@ -331,7 +331,7 @@ def start_again(target: Target, config: AdapterConfig, seen: Mapping[str, Any]) 
             "was drawn at random and cannot be computed again. Save it where it was trained: with "
             "lorica.save, or with PEFT's path_initial_model_for_weight_conversion"
         )
-    return inits.of(config).begin(target, config, seen.get(target.path), generator(0, target.path)).start
+    return inits.of(config).initialize(target, config, seen.get(target.path), generator(0, target.path)).start
 
 
 def check_shapes(name: str, expected: tuple[tuple[int, ...], tuple[int, ...]], factors: Factors) -> None:

@@ -11,7 +11,7 @@ from lorica._shapes import Float
 from lorica.config import LoraConfig
 from lorica.config.inits import LoftQConfig
 from lorica.find import Target
-from lorica.inits.init import Begun, Init, Start, own, precise, register, stored
+from lorica.inits.init import Init, Initial, Residual, own, precise, register, stored
 from lorica.inits.lowrank import leading
 from lorica.inits.plugins.quantize import quantized
 
@@ -67,10 +67,10 @@ class LoftQ(Init):
     ) -> tuple[Tensor, Tensor]:
         return self._decomposed(target, config)[:2]
 
-    def begin(self, target: Target, config: LoraConfig, seen: Any, random: torch.Generator) -> Begun:  # noqa: D102
+    def initialize(self, target: Target, config: LoraConfig, seen: Any, random: torch.Generator) -> Initial:  # noqa: D102
         self.check(target, config)
         A, B, base = self._decomposed(target, config)
-        return Begun(own(A), own(B), Start(stored(target, base)))
+        return Initial(own(A), own(B), Residual(stored(target, base)))
 
     def _decomposed(self, target: Target, config: LoraConfig) -> tuple[Tensor, Tensor, Tensor]:
         r, scale = config.rank(target.pattern_path), config.scale(target.path)

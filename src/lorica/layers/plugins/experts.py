@@ -52,7 +52,7 @@ class ParameterUpdate(nn.Module):
     def bias_parameter(self, name: str) -> None:
         """None: so is `lora_bias`."""
 
-    def product(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def delta_factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The matrices, stacked over experts, whose product, times the scale, is laid out as W0."""
         A, B = self.factor_parameters(name)
         return self._laid_out(A.to(dtype), B.to(dtype))
@@ -73,7 +73,7 @@ class ParameterUpdate(nn.Module):
     def fold(self, W0: Tensor, names: Sequence[str], precision: torch.dtype, *, out: Tensor) -> None:
         """Write ``W0 + Σ scale·B·A`` to `out`, an expert after the other, each rounded once."""
         present = [name for name in names if name in self.scaling]
-        products = [(*self.product(name, precision), self.scaling[name]) for name in present]
+        products = [(*self.delta_factors(name, precision), self.scaling[name]) for name in present]
         single = self.experts is None
         stacks = [(left[None], right[None], s) if single else (left, right, s) for left, right, s in products]
         for i, (matrix, stored) in enumerate(
@@ -186,7 +186,9 @@ class LoraParameters(LoraLayer):
     def changed(self, names: Sequence[str]) -> list[str]:  # noqa: D102
         return [leaf for leaf, update in self._updates() if any(name in update.scaling for name in names)]
 
-    def folded(self, names: Sequence[str], *, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:  # noqa: D102
+    def merged_parameters(  # noqa: D102
+        self, names: Sequence[str], *, out: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         result = {}
         for leaf in self.changed(names):
             W0: Tensor = self.get_base(leaf).detach()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from lorica.layers.ecosystem import AskedModule, base_of, told
+from lorica.layers.ecosystem import AskedModule, base_of, fallback_property
 
 
 class TokenRows(nn.Module):
@@ -51,7 +51,7 @@ class TrainedTokens(AskedModule):
     def _chosen(self) -> list[str]:
         return [name for name in self._chosen_by_all() if name in self.token_adapter.indices]
 
-    @told
+    @fallback_property
     def original_module(self) -> nn.Module:
         """The table as it was before any adapter."""
         return base_of(self)

@@ -44,7 +44,7 @@ def delta_weight(model: nn.Module, path: str, name: str | Iterable[str] | None =
     with torch.no_grad(), one_thread(), as_unmerged(model), active(model, names):
         owner, layer, leaf = _find(root, path, names)
         check_mergeable({owner: layer}, names)
-        weight = layer.folded(names)[leaf]
+        weight = layer.merged_parameters(names)[leaf]
         original = state.originals.get(f"{owner}.{leaf}" if owner else leaf)
         if original is not None:
             W0 = original

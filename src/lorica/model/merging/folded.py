@@ -66,7 +66,7 @@ def _packed_state(
 ) -> dict[str, Any]:
     state: dict[str, Any] = {}
     try:
-        for leaf, part in layer.folded(names).items():
+        for leaf, part in layer.merged_parameters(names).items():
             if plain is not None and leaf == layer.weight_name:
                 state[leaf] = Parameter(part.to(plain), requires_grad=False)
             else:
@@ -113,7 +113,7 @@ def fold_all(
     """Write into the merged parameters of each layer its own with the updates of the named adapters."""
     targets = {path: {leaf: p.detach() for leaf, p in own.items()} for path, own in merged.items()}
     each_on_one_thread(
-        lambda path: layers[path].folded(names, out=targets[path]),
+        lambda path: layers[path].merged_parameters(names, out=targets[path]),
         targets,
         at_once=all(tensor.device.type == "cpu" for own in targets.values() for tensor in own.values()),
     )
@@ -198,7 +198,7 @@ def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, row
     """
     W = stored.detach().flatten(1)
     products = [
-        (name, *layer.product(name, torch.float64), layer.scaling[name], layer.variants[name])
+        (name, *layer.delta_factors(name, torch.float64), layer.scaling[name], layer.variants[name])
         for name in names
         if name in layer.scaling
     ]

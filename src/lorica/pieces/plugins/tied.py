@@ -88,7 +88,7 @@ class TiedTables(Kind):
             rows = (piece.path for piece in search.of(TokenRows))
             warn_if_idle(root, lora, (*pieces, *search.whole, *rows))
         else:
-            search.problems += torn(root, lora, search.whole, search.adapter.extras)
+            search.problems += untied(root, lora, search.whole, search.adapter.extras)
             found = _alike(found, search.adapter.factors)
         for path, table in found.items():
             piece = pieces[path]
@@ -118,7 +118,7 @@ def _alike(found: Pairs, factors: Mapping[str, Factors]) -> dict[str, str]:
         LoricaWarning: others are not.
     """
     found = {path: table for path, table in found.items() if path in factors and table in factors}
-    different = apart(found, factors)
+    different = unlike(found, factors)
     if different:
         warnings.warn(
             f"ensure_weight_tying is set, but the adapter has other factors for {listing(different)} than "
@@ -230,12 +230,12 @@ def check_pair(target: Target, table: Target, config: LoraConfig) -> None:
         )
 
 
-def apart(found: Pairs, factors: Mapping[str, Factors]) -> list[str]:
+def unlike(found: Pairs, factors: Mapping[str, Factors]) -> list[str]:
     """The modules whose factors are not the embedding's, transposed."""
     return [path for path, table in found.items() if not factors[path].shares(factors[table])]
 
 
-def torn(
+def untied(
     root: nn.Module, config: LoraConfig | None, saved: Collection[str], extras: Mapping[str, Tensor]
 ) -> list[str]:
     """What is wrong where tables that one copy is trained of come with values that differ.
