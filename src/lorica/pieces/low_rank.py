@@ -328,7 +328,7 @@ def recompute_start(target: Target, config: AdapterConfig, seen: Mapping[str, An
     if niter(value) is not None:
         raise AdapterError(
             f"the adapter was trained with init_lora_weights={value!r} and saved without its start, and "
-            "that was drawn at random, so nobody can compute it again. Save the adapter where it was trained: "
+            "that was drawn at random, so it cannot be computed again. Save it where it was trained: "
             "with lorica.save, or with PEFT's path_initial_model_for_weight_conversion"
         )
     return inits.of(config).initialize(target, config, seen.get(target.path), generator(0, target.path)).start
