@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 
 import lorica
 from lorica import LoraConfig
-from lorica.errors import StateError, TargetError
+from lorica.errors import StateError
 
 EVERYTHING = ("embed", "up", "down", "head")
 
@@ -213,7 +213,7 @@ class TestDistributed:
 
         model = Toy()
         fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-        with pytest.raises(TargetError, match="is already sharded; adapt the model before fully_shard"):
+        with pytest.raises(StateError, match="is already sharded; adapt the model before fully_shard"):
             lorica.adapt(model, LoraConfig(target_modules=["up"]))
         assert not lorica.adapters(model)
 

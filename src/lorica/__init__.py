@@ -140,7 +140,7 @@ _PLACES = {
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names.split()}
 _MODULES = {
     *("adapter", "algebra", "methods", "checkpoint", "config", "errors", "folding"),
-    *("functional", "inits", "layers", "model", "pieces", "state", "study"),
+    *("functional", "inits", "layers", "model", "parallel", "pieces", "state", "study"),
 }
 
 

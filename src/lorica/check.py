@@ -114,10 +114,6 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
             f"{path} is an nn.MultiheadAttention with kdim or vdim of its own, and has no single weight to "
             "adapt; target its out_proj"
         )
-    if any(type(parameter).__name__ == "DTensor" for parameter in module._parameters.values()):
-        raise TargetError(
-            f"{path} is already sharded; adapt the model before fully_shard, so that A and B are sharded too"
-        )
     weight = module._parameters.get(layer.weight_name)
     if weight is None and (isinstance(module, nn.Linear) or not issubclass(layer, LoraOpaque)):
         raise TargetError(
@@ -291,10 +287,6 @@ def check_parameter(place: Place, leaf: str) -> None:
             "or leave it out of target_parameters"
         )
     weight = module._parameters[leaf]
-    if type(weight).__name__ == "DTensor":
-        raise TargetError(
-            f"{name} is already sharded; adapt the model before fully_shard, so that A and B are sharded too"
-        )
     if weight is None or not weight.is_floating_point() or weight.dim() not in (2, 3):
         what = "None" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}"
         raise TargetError(

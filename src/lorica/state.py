@@ -19,7 +19,7 @@ from lorica.choice import Choice, Choices
 from lorica.config import AdapterConfig
 from lorica.errors import AdapterError, StateError, listing, nearest
 from lorica.piece import Piece, Rows
-from lorica.tree import owner_of, parameter_at, put_at, table_of, walk
+from lorica.tree import is_sharded, owner_of, parameter_at, put_at, table_of, walk
 
 STATE = "lorica_state"
 """Attribute of the adapted model that holds its state."""
@@ -198,6 +198,7 @@ class AdapterState(Choices):
         if {*bringing} == {*self.placed}:
             return
         self.check_placing(bringing)
+        self._check_whole(root)
         # Where several adapters have one parameter, an optional piece's values are the ones that differ from
         # the base's: its adapter comes last and wins.
         ordered = sorted(
@@ -221,6 +222,20 @@ class AdapterState(Choices):
         for path, original in self.originals.items():
             _tell(root, path, (standing[path][0], original))
         self.placed, self.standing = bringing, standing
+
+    def _check_whole(self, root: nn.Module) -> None:
+        """Refuse to exchange parameters for those of a model that was sharded since.
+
+        Raises:
+            StateError: naming one of which each rank holds a part.
+        """
+        split = next((path for path in self.originals if is_sharded(parameter_at(root, path))), None)
+        if split is not None:
+            raise StateError(
+                f"{split} is an adapter's own, which stands in the base's place and was sharded there "
+                "(fully_shard, tensor parallel), so it cannot be exchanged for the base's; choose which acts "
+                "before sharding"
+            )
 
     def dtype_now(self, original: Tensor) -> torch.dtype:
         """The dtype that a parameter set aside must have now, for the model may have moved to another."""

@@ -112,6 +112,11 @@ def put_at(root: nn.Module, path: str, tensor: Any, dtype: torch.dtype | None = 
     return before
 
 
+def is_sharded(tensor: object) -> bool:
+    """Whether this is one rank's part of a tensor that several hold (`fully_shard`, tensor parallel)."""
+    return type(tensor).__name__ == "DTensor"  # to import it takes half a second
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside the wrapper that `torch.compile(module)` returns; others are returned as they are."""
     while (inside := module._modules.get(_COMPILED)) is not None:

@@ -353,7 +353,7 @@ class LoraLayer(AskedLayer):
             The sum in W0's layout and dtype, summed up in float32 or W0's higher precision.
         """
         weight, names, everything = self.base_weight, self.acting(), slice(None)
-        if not names:
+        if not names or self.shard_of(self.weight_name) is not None:
             return weight
         stands = result = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
         for name in names:

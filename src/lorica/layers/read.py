@@ -36,6 +36,8 @@ class ReadWeight(LoraLayer):
             StateError: the update has a part that no weight can hold: one for each row, a dropped input, a
                 bias.
         """
+        if self.shard_of(self.weight_name) is not None:
+            return self.base_weight
         rows = self.adapter_state.rows
         names = self.acting() if rows is None else [name for name in self.scaling if name in rows.names]
         what = None

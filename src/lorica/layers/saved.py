@@ -15,6 +15,7 @@ from lorica.layers.masters import call_lowered, lowered, raise_precision
 from lorica.layers.reading import reading_of
 from lorica.layers.swapped import SwappedModule
 from lorica.state import AdapterState
+from lorica.tree import is_sharded
 
 
 class SavedModule(AskedModule):
@@ -100,12 +101,15 @@ class SavedModule(AskedModule):
     def __getattr__(self, name: str) -> Any:
         """A parameter, buffer or part: the acting copy's."""
         # Called for those alone; plain attributes are found without it.
-        twin = None if name in self.own_modules else self.acting_copy()
+        own = name in self.own_modules or self.shard_of(name) is not None
+        twin = None if own else self.acting_copy()
         return super().__getattr__(name) if twin is None else getattr(twin, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign a parameter, buffer or part of the acting copy; anything else is the module's own."""
-        twin = self.acting_copy() if name in _held(self) else None
+        own = is_sharded(value) or is_sharded(self.__dict__.get("_parameters", {}).get(name))
+        # Parts of tensors come and go by fully_shard's hand, which knows the copy's by itself.
+        twin = self.acting_copy() if name in _held(self) and not own else None
         if twin is None:
             super().__setattr__(name, value)
         else:

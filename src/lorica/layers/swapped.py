@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from lorica.errors import StateError
 from lorica.state import AdapterState
+from lorica.tree import is_sharded
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -159,6 +160,15 @@ class SwappedModule(nn.Module):
     def shows(self, name: str) -> bool:
         """Whether readers of an attribute see something else than the base's parameter of that name."""
         return isinstance(getattr(type(self), name, None), property)
+
+    def shard_of(self, name: str) -> Any:
+        """A parameter of which this rank holds a part, as between two passes under `fully_shard`; else None.
+
+        `fully_shard` asks for its parameters by name, and must find them, not what an adapter shows there: it
+        would take the sum for the base's own. In a pass it has whole ones in their place.
+        """
+        own = self.__dict__.get("_parameters", {}).get(name)
+        return own if is_sharded(own) and "_is_fsdp_managed_module" in self.__dict__ else None
 
     def check_own_class(self) -> None:
         """Refuse to swap back a class that was changed again since.

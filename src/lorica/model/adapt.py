@@ -29,6 +29,7 @@ from lorica.inits import PREPARED, draw_seed
 from lorica.layers.quantized import hold_layout, release_layout
 from lorica.model.pretrained import classes
 from lorica.model.pretrained import root as pretrained
+from lorica.model.sharded import check_whole
 from lorica.model.watch.uncalled import FUSED, watch_pass
 from lorica.model.watch.wrapped import check_unnoted
 from lorica.pieces import Kind, Search, asked, find_pieces, surroundings
@@ -205,6 +206,7 @@ def detach(model: M, name: str | None = None) -> M:
     root, state = adapted(model)
     state.check_unmerged("detach an adapter")
     state.check_alone("detach an adapter")
+    check_whole(root, "detach an adapter", "lorica.disabled(model) lets it rest")
     gone = tuple(state.configs) if name is None else (state.known(name),)
     for n in gone:
         for piece in state.pieces[n]:

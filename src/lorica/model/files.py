@@ -23,12 +23,14 @@ from lorica.config import AdapterConfig, LoraConfig, changes_base
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, TargetError, lines
 from lorica.model.pretrained.classes import names_of, take
 from lorica.model.pretrained.vocabulary import with_resized_tables
+from lorica.model.sharded import once
 from lorica.piece import Contents
 from lorica.pieces import fill, misfits
 from lorica.pieces.low_rank import LowRank
 from lorica.pieces.plugins.tokens import TokenRows, token_rows
+from lorica.pieces.sharded import whole
 from lorica.state import AdapterState, adapted
-from lorica.tree import as_uncompiled, base_parameters
+from lorica.tree import as_uncompiled, base_parameters, is_sharded
 
 
 def extract(
@@ -38,7 +40,7 @@ def extract(
 
     It shares memory with the model, but where its start was taken out of W0: there the start stands beside
     it, with the other sign and for twice the rank. (LoftQ's base is no such difference; its factors come as
-    they are.)
+    they are.) On a sharded model every rank must call this, and has the whole adapter then.
 
     Args:
         model: adapted model.
@@ -81,7 +83,7 @@ def extract_live(
         gathered = {as_uncompiled(key): tensor for key, tensor in gathered.items()}
 
     def value(live: str | None, tensor: Tensor) -> Tensor:
-        return (tensor if live is None else gathered.get(live, tensor)).detach()
+        return whole(tensor if live is None else gathered.get(live, tensor)).detach()
 
     contents = Contents({}, {}, {})
     for piece in state.pieces_in(root, name):
@@ -105,6 +107,8 @@ def save(
     Where the vocabulary of a transformers model was resized since the base was saved, the file holds the
     embedding tables too: no reader has their new rows. `load` puts them on a model of that size.
 
+    On a sharded model every rank must call this: together they have the adapter, and rank 0 writes it.
+
     Args:
         model: adapted model.
         directory: folder; made if it is not there.
@@ -123,9 +127,8 @@ def save(
     """
     adapter = extract_live(model, name) if as_trained else extract(model, name)
     root, _ = adapted(model)
-    return checkpoint.write(
-        with_resized_tables(adapter, root) if hasattr(root, "config") else adapter, directory
-    )
+    content = with_resized_tables(adapter, root) if hasattr(root, "config") else adapter
+    return once(root, lambda: checkpoint.write(content, directory), directory)
 
 
 def push_to_hub(
@@ -282,8 +285,12 @@ def _tables(root: nn.Module, new: Mapping[str, Tensor]) -> set[str]:
     return {
         key
         for key, tensor in new.items()
-        if key in base and base[key].shape == tensor.shape and torch.equal(tensor.to(base[key]), base[key])
+        if key in base and base[key].shape == tensor.shape and _equal(tensor, whole(base[key].detach()))
     }
+
+
+def _equal(tensor: Tensor, base: Tensor) -> bool:
+    return torch.equal(tensor.to(base), base)
 
 
 def _scales(state: AdapterState, name: str, adapter: Adapter) -> Iterator[str]:
@@ -329,7 +336,7 @@ def _torn(state: AdapterState, name: str, new: Mapping[str, Tensor]) -> list[str
     for key, tensor in live.items():
         if key not in new:
             continue
-        other = first.setdefault(tensor.data_ptr(), key)
+        other = first.setdefault(id(tensor) if is_sharded(tensor) else tensor.data_ptr(), key)
         value = new[other] if _laid_out_alike(live[other], tensor) else new[other].mT
         if other != key and tensor.numel() and not torch.equal(new[key], value):
             problems.append(f"{key} and {other} are one on the model, and differ in the adapter")

@@ -28,6 +28,7 @@ from lorica.adapter import Adapter
 from lorica.config import AdapterConfig, LoraConfig
 from lorica.errors import AdapterError, lines, nearest
 from lorica.piece import Piece
+from lorica.pieces.sharded import spread
 from lorica.state import AdapterState
 from lorica.tree import Place, base_parameters, outside, walk
 
@@ -347,7 +348,8 @@ def fill(pieces: Sequence[Piece], name: str, given: Mapping[str, Tensor]) -> Non
     """Copy an adapter's tensors, which fit, into the pieces."""
     for piece in pieces:
         for held in piece.tensors(name):
-            held.tensor.copy_(given[held.key] if held.key in given else piece.otherwise(held))
+            value = given[held.key] if held.key in given else piece.otherwise(held)
+            held.tensor.copy_(spread(value, held.tensor))
 
 
 # The kinds register themselves: those that find modules before those that look at what was found.

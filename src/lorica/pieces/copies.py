@@ -16,7 +16,7 @@ from lorica.layers.saved import read_by
 from lorica.piece import Held, Piece, Rows
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
-from lorica.tree import base_parameters, module_at, owner_of, within_any
+from lorica.tree import base_parameters, is_sharded, module_at, owner_of, within_any
 
 
 class ParameterCopy(Piece):
@@ -38,9 +38,11 @@ class ParameterCopy(Piece):
         self.parameter, self.shadow, self.owner = parameter, shadow, owner
         self.master = owner is not None
         self.state: AdapterState | None = None
+        self.holder: nn.Module | None = None
 
     def put(self, root: nn.Module, state: AdapterState, name: str, *, trainable: bool) -> None:  # noqa: D102
         self.state, self.parameter.requires_grad = state, trainable
+        self.holder = owner_of(root, self.path)[0]
         if self.owner is not None:
             if state.anchor is None:
                 state.anchor = _anchor(root, state.pieces[name])
@@ -59,7 +61,13 @@ class ParameterCopy(Piece):
     def tensors(self, name: str) -> Iterator[Held]:  # noqa: D102
         if not self.shadow:
             acts = self.state is not None and name in self.state.active
-            yield Held(self.path, self.path if acts else None, self.parameter)
+            yield Held(self.path, self.path if acts else None, self._part() if acts else self.parameter)
+
+    def _part(self) -> Tensor:
+        """The copy, or where the model was sharded since, what this rank holds of it."""
+        assert self.holder is not None
+        stands = self.holder._parameters[self.path.rpartition(".")[2]]
+        return stands if stands is not None and is_sharded(stands) else self.parameter
 
     def stand_ins(self, name: str) -> Mapping[str, Tensor]:  # noqa: D102
         state = self.state

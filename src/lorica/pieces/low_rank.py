@@ -33,8 +33,9 @@ from lorica.inits import INITS, Residual, generator
 from lorica.layers import AddedModule, LoraAttention, LoraConv1D, LoraLayer, SavedModule, variants
 from lorica.piece import Contents, Held, Piece, Rows, Value
 from lorica.pieces import Kind, Search, register
+from lorica.pieces.sharded import spread, whole
 from lorica.state import AdapterState
-from lorica.tree import Place, shortest_suffixes, tails
+from lorica.tree import Place, is_sharded, shortest_suffixes, tails
 
 
 class LowRank(Piece):
@@ -155,8 +156,13 @@ class LowRank(Piece):
         start.A.copy_(A)
         start.B.copy_(B)
         layer = self.target.layer
-        rest = inits.subtract(layer, W0, start.A, start.B, scale)
-        start.weight.copy_(rest.t() if layer.transposed else rest)
+        rest = inits.subtract(layer, whole(W0), start.A, start.B, scale)
+        rest = (rest.t() if layer.transposed else rest).to(start.weight.dtype)
+        stands = self.target.module._parameters[layer.weight_name]
+        # What the model was sharded with is its own, and no more the start's.
+        for weight in (start.weight, stands) if is_sharded(stands) else (start.weight,):
+            assert weight is not None
+            weight.copy_(spread(rest, weight))
 
 
 class LowRankUpdates(Kind):

@@ -17,10 +17,12 @@ from torch.nn import Parameter
 
 from lorica import functional
 from lorica.adapter import Factors, Kind
+from lorica.errors import StateError, listing
 from lorica.folding import fold
 from lorica.layers.base import LoraLayer
 from lorica.layers.swapped import Factor
 from lorica.layers.variants import PLAIN
+from lorica.tree import is_sharded
 
 
 class ParameterUpdate(nn.Module):
@@ -131,7 +133,7 @@ class LoraParameters(LoraLayer):
     def __getattr__(self, name: str) -> Any:
         """The module's attribute; an adapted parameter is shown with the acting updates folded in."""
         added = self.__dict__["_modules"].get("lora_parameters")
-        if added is None or name not in added:
+        if added is None or name not in added or self.shard_of(name) is not None:
             return super().__getattr__(name)
         shown = self._shown
         acting = self.adapter_state.active
@@ -146,7 +148,18 @@ class LoraParameters(LoraLayer):
         return name in self.lora_parameters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module as it is: it reads its parameters, each of which is folded once for the call."""
+        """The module as it is: it reads its parameters, each of which is folded once for the call.
+
+        Raises:
+            StateError: the parameters are split over ranks while it runs.
+        """
+        split = [name for name in self.lora_parameters if is_sharded(self._parameters[name])]
+        if split:
+            raise StateError(
+                f"{listing(split)} of a {self.base_class.__name__} are split over ranks while it runs "
+                "(tensor parallel), and their updates (target_parameters) are not; shard this module with "
+                "fully_shard alone"
+            )
         self._shown = {}
         try:
             return super(LoraLayer, self).forward(*args, **kwargs)

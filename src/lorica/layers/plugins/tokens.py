@@ -94,7 +94,8 @@ class TrainedTokens(AskedModule):
     @property
     def weight(self) -> Tensor:
         """W0 with the acting rows in their places, for whoever reads it without calling the module."""
-        return self.with_rows(self._acting())
+        sharded: Any = self.shard_of("weight")
+        return self.with_rows(self._acting()) if sharded is None else sharded
 
     def with_rows(self, names: Sequence[str]) -> Tensor:
         """W0 with the adapters' rows in their places, rounded to its dtype; differentiable."""

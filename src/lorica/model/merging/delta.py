@@ -13,6 +13,7 @@ from lorica.layers import LoraLayer, lora_layers
 from lorica.model.activate import active
 from lorica.model.merging.folded import check_mergeable
 from lorica.model.merging.merged import as_unmerged
+from lorica.model.sharded import check_whole
 from lorica.state import AdapterState, adapted
 
 
@@ -35,11 +36,12 @@ def delta_weight(model: nn.Module, path: str, name: str | Iterable[str] | None =
     Raises:
         AdapterError: no such adapter, none that is active, or none that has an update there.
         TargetError: no adapted layer is there, or it has several adapted weights and `path` names none.
-        StateError: the layer cannot be merged, or packed weights are merged.
+        StateError: the layer cannot be merged, packed weights are merged, or the model is sharded.
     """
     root, state = adapted(model)
     if state.merged and state.aside.into is not None:
         raise StateError("packed weights are merged; call lorica.restore(model) first")
+    check_whole(root, "form a delta weight", "lorica.extract the adapter, whose factors have it")
     names = _names(state, name)
     with torch.no_grad(), one_thread(), as_unmerged(model), active(model, names):
         owner, layer, leaf = _find(root, path, names)

@@ -53,6 +53,7 @@ from lorica.model.merging.packed import (
 from lorica.model.merging.ties import Ties
 from lorica.model.merging.untouched import Held, check_untouched, held
 from lorica.model.pretrained import root as pretrained
+from lorica.model.sharded import STREAM, check_whole
 from lorica.state import AdapterState, adapted
 from lorica.tree import owner_of, put_at, walk
 
@@ -124,8 +125,8 @@ def merge(
         The loss to rounding, layer by layer.
 
     Raises:
-        StateError: an adapter is merged already, none is active, a layer cannot take its update, or `into` is
-            not said and must be. The model is untouched.
+        StateError: an adapter is merged already, none is active, a layer cannot take its update, `into` is
+            not said and must be, or the model is sharded. The model is untouched.
         ConfigError: `into` is neither of the two.
         AdapterError: no such adapter, or a merged weight would hold NaN or infinity. The model is untouched.
 
@@ -134,6 +135,7 @@ def merge(
     root, state = adapted(model)
     state.check_unmerged("merge")
     state.check_alone("merge")
+    check_whole(root, "merge", STREAM)
     chosen = state.active if names is None else (names,) if isinstance(names, str) else tuple(names)
     if not chosen:
         raise StateError("no adapter is active; say which to merge")
@@ -208,6 +210,7 @@ def switch(model: nn.Module, name: str) -> None:
     root, state = adapted(model)
     _check_merges(state, (name,))
     state.check_alone("switch adapters")
+    check_whole(root, "switch what is merged", STREAM)
     if not state.merged:
         merge(model, name)
         return

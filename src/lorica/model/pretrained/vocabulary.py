@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lorica.adapter import Adapter
 from lorica.errors import LoricaWarning, StateError, listing
 from lorica.layers import SwappedModule
+from lorica.pieces.sharded import whole
 from lorica.state import AdapterState
 from lorica.tree import base_parameters, join, walk, within_any
 
@@ -86,7 +87,7 @@ def with_tables(adapter: Adapter, root: nn.Module, state_dict: Mapping[str, Tens
     """
     given = state_dict or {}
     weights = ((f"{path}.weight", module._parameters["weight"]) for path, module in _tables(root))
-    own = {name: given.get(name, weight).detach() for name, weight in weights if weight is not None}
+    own = {name: whole(given.get(name, weight)).detach() for name, weight in weights if weight is not None}
     return dataclasses.replace(adapter, extras={**own, **adapter.extras})
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from lorica.errors import LoricaWarning, listing
 from lorica.layers import LoraAttention, LoraLayer, LoraReadLinear, ReadWeight, lora_layers
+from lorica.model.watch.agreement import compare_ranks
 from lorica.state import STATE
 
 # Layers that need no call: the module around them reads their weight.
@@ -31,6 +32,9 @@ def watch_pass(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """Have each adapted layer tell that it is called, until the end of this pass."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
+    hook = compare_ranks(root, root.__dict__[STATE])
+    if hook is not None:
+        hook(root, args)
     if any(kwargs.get(name) is not None for name in _INSTEAD):
         return
     waiting = {
