@@ -1,9 +1,14 @@
 """Serving: one base for many tenants, each with an adapter of its own, in one batch.
 
 engine    what an engine and a store of adapters promise; errors, `Sampling`, `Step`
+decoder   an engine for decoders, over transformers' continuous batching: `Decoder`
+store     the store of adapters: listed, resident, mounted; leases, eviction, watched folders
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from lorica.serve.engine import Adapters as Adapters
 from lorica.serve.engine import Answer as Answer
@@ -19,3 +24,16 @@ from lorica.serve.engine import Stats as Stats
 from lorica.serve.engine import Step as Step
 from lorica.serve.engine import Token as Token
 from lorica.serve.engine import UnknownAdapter as UnknownAdapter
+
+if TYPE_CHECKING:
+    from lorica.serve.decoder import Decoder as Decoder
+    from lorica.serve.store import Store as Store
+
+# Imported when first used, and transformers with them.
+_PLACES = {"Decoder": "decoder", "Store": "store"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
