@@ -9,6 +9,7 @@ Names are imported when first used, torch with them: the command line answers ``
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -138,6 +139,27 @@ _PLACES = {
     "study.planning": "plan",
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names.split()}
+
+
+def names_of(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's ``__getattr__``: each name is imported from its module when it is first used.
+
+    Args:
+        package: dotted name of the package.
+        places: module in the package → its names, with spaces between them.
+    """
+    place_of = {name: place for place, names in places.items() for name in names.split()}
+
+    def get(name: str) -> Any:
+        if name not in place_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        found = getattr(importlib.import_module(f"{package}.{place_of[name]}"), name)
+        setattr(importlib.import_module(package), name, found)
+        return found
+
+    return get
+
+
 _MODULES = {
     *("adapter", "algebra", "methods", "checkpoint", "config", "errors", "folding"),
     *("functional", "inits", "layers", "model", "parallel", "pieces", "state", "study"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_the_same_as_a_whole_read(dtype: torch.dtype, use_rslora: bool, tmp_path
 
 
 def test_without_torch(tmp_path: Path) -> None:
-    lorica.write(made(), tmp_path)
+    lorica.write(dataclasses.replace(made(), classes=("bad", "good")), tmp_path)  # as `lorica train` does
     run = f"main(['info', {str(tmp_path)!r}])"
     code = f"import sys; from lorica.cli import main; {run}; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -85,6 +86,13 @@ def test_what_takes_a_whole_read(tmp_path: Path) -> None:
         assert glance(bad) is None
         with pytest.raises(lorica.LoricaError):
             describe(str(bad))
+    lorica.write(dataclasses.replace(made(), classes=("a", "b")), bad)
+    named = (bad / "adapter_model.safetensors").read_bytes()
+    assert glance(bad) is not None
+    (bad / "adapter_model.safetensors").write_bytes(named.replace(rb"[\"a\", \"b\"]", rb"[\"a\", 123]  "))
+    assert glance(bad) is None
+    with pytest.raises(lorica.LoricaError, match="no list of names"):
+        describe(str(bad))
     hole = bytearray(weights)
     hole[-4:] = b"\x00\x00\xc0\x7f"  # the last number is none
     (bad / "adapter_model.safetensors").write_bytes(bytes(hole))

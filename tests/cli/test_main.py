@@ -30,14 +30,12 @@ def test_help_is_light() -> None:
 
 
 def test_a_commands_help_is_light() -> None:
-    """Only commands whose options are a recipe's, and the search, import torch to explain themselves."""
+    """No command imports torch to explain itself, nor what else takes long."""
     code = (
         "import sys; from lorica.cli import COMMANDS, main\n"
         "for name in COMMANDS:\n"
-        "    if name not in ('train', 'plan', 'tune'):\n"
-        "        try: main([name, '--help'])\n"
-        "        except SystemExit: pass\n"
-        "        assert 'torch' not in sys.modules, name"
+        "    main([name, '--help'])\n"
+        "    assert not {'torch', 'transformers', 'datasets', 'numpy', 'rich'} & {*sys.modules}, name"
     )
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
@@ -184,6 +182,24 @@ def test_every_command_names_what_it_writes_alike(name: str, capsys: pytest.Capt
 def test_what_needs_no_torch_imports_none(argv: list[str]) -> None:
     code = f"import sys; from lorica.cli import main; main({argv!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+def test_train_says_what_it_does_before_it_loads_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "class First:\n"
+        "    def write(self, text):\n"
+        "        loaded = {'torch', 'transformers', 'datasets'} & {*sys.modules}\n"
+        "        print(text, sorted(loaded), file=sys.stderr)\n"
+        "        raise SystemExit(3)\n"
+        "    def flush(self): ...\n"
+        "    encoding, isatty = 'utf-8', lambda self: False\n"
+        "sys.stdout = First()\n"
+        "from lorica.cli import main\n"
+        f"sys.exit(main(['train', '--output', {str(tmp_path / 'run')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "loading torch and transformers\n []\n")
 
 
 def test_a_reader_that_has_read_enough() -> None:

@@ -20,7 +20,7 @@ from lorica.train.trainer.checkpoints import STATE, check_state, find_best, is_c
 from lorica.tune import SearchConfig, Space
 from lorica.tune.journal import Evaluation, Journal
 from lorica.tune.progress import ranked, write_table
-from lorica.tune.schedulers import Goal
+from lorica.tune.schedulers import Goal, scheduler_of
 from lorica.tune.settings import reopen, settings
 
 SPACE = {"method.r": {"choice": [1, 2, 4]}, "training.learning_rate": {"loguniform": [1e-3, 1e-2]}}
@@ -92,7 +92,7 @@ def test_searches(tmp_path: Path) -> None:
         def use() -> None:
             recipe, space, config = reopen(tmp_path)
             space.check(recipe)
-            config.rule(recipe)
+            scheduler_of(config, recipe)
             settings(recipe, space, config)
 
         damage.survives(use, f"search.json {case}", path)

@@ -34,7 +34,7 @@ from lorica.tune import (
 )
 from lorica.tune.figures import write_figures
 from lorica.tune.journal import Journal
-from lorica.tune.schedulers import mode_of
+from lorica.tune.schedulers import mode_of, scheduler_of
 from lorica.tune.searching import _why_apart, best_of, longest, query_and_value
 
 
@@ -228,13 +228,13 @@ def test_rungs_reach_as_far_as_thelongest_trial(make_recipe: Make) -> None:
         space = Space({**SPACE, "training.epochs": epochs})
         made = longest(recipe, space)
         assert made.training.epochs == most
-        rule = SearchConfig().rule(made)
+        rule = scheduler_of(SearchConfig(), made)
         assert isinstance(rule, Halving)
         assert max(rule.rungs) < most <= 2 * max(rule.rungs) + 1
     # Steps that are counted decide, whatever epochs says; where only the rows would tell, there is no end.
     stepped = recipe.replace(training={"max_steps": 100, "eval_steps": 10})
     for made, most in ((stepped, 10), (recipe.replace(training={"max_steps": 100}), 100)):
-        rule = SearchConfig().rule(made)
+        rule = scheduler_of(SearchConfig(), made)
         assert isinstance(rule, Halving)
         assert rule.max_t == most
     assert "max_t is 20, and a trial has 2 evaluations" in next(

@@ -1,9 +1,16 @@
-"""Adapters on disk and on the Hub."""
+"""Adapters on disk and on the Hub. Names are imported when first used, as those of `lorica`."""
 
 from __future__ import annotations
 
-from lorica.checkpoint.hub import push as push
-from lorica.checkpoint.hub import read as read
-from lorica.checkpoint.peft import is_adapter as is_adapter
-from lorica.checkpoint.peft import write as write
-from lorica.checkpoint.peft import write_card as write_card
+from typing import TYPE_CHECKING
+
+from lorica import names_of
+
+if TYPE_CHECKING:
+    from lorica.checkpoint.hub import push as push
+    from lorica.checkpoint.hub import read as read
+    from lorica.checkpoint.peft import is_adapter as is_adapter
+    from lorica.checkpoint.peft import write as write
+    from lorica.checkpoint.peft import write_card as write_card
+
+__getattr__ = names_of(__name__, {"hub": "push read", "peft": "is_adapter write write_card"})

@@ -9,12 +9,12 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-
-import safetensors.torch
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lorica.errors import FileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:
     import fcntl
@@ -167,6 +167,9 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
     Raises:
         OSError: it cannot be written.
     """
+    import safetensors.torch  # here, as most files that are written hold no tensors
+    import torch
+
     try:
         if path.suffix == ".safetensors":
             safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata or {}) or None)

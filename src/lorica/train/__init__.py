@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lorica import names_of
 from lorica.errors import require
 
 for _module in ("transformers", "accelerate", "datasets", "jsonargparse", "rich", "sklearn", "yaml"):
@@ -55,24 +56,6 @@ if TYPE_CHECKING:
     from lorica.train.trainer.optimizer import parameter_groups as parameter_groups
     from lorica.train.trainer.trainer import Trainer as Trainer
 
-_PLACES = {
-    "data.rows": ("RowError",),
-    "generation.generate": ("generate",),
-    "post.native": ("teach_trl",),
-    "prepared": ("Prepared", "prepare"),
-    "recipe": ("Recipe",),
-    "record": ("Record",),
-    "run": ("Result", "train"),
-    "settings": ("DataConfig", "GenerationConfig", "TrainingConfig"),
-    "tasks": ("Task", "register"),
-    "trained": ("evaluate", "open_run", "predict"),
-    "trainer.checkpoints": ("LoraTrainerMixin", "last_checkpoint"),
-    "trainer.fit": ("Fit", "Interrupted", "fit"),
-    "trainer.optimizer": ("parameter_groups",),
-    "trainer.trainer": ("Trainer",),
-}
-_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
-
 __all__ = [
     "DataConfig",
     "Fit",
@@ -100,8 +83,22 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PLACE_OF[name]}"), name)
+__getattr__ = names_of(
+    __name__,
+    {
+        "data.rows": "RowError",
+        "generation.generate": "generate",
+        "post.native": "teach_trl",
+        "prepared": "Prepared prepare",
+        "recipe": "Recipe",
+        "record": "Record",
+        "run": "Result train",
+        "settings": "DataConfig GenerationConfig TrainingConfig",
+        "tasks": "Task register",
+        "trained": "evaluate open_run predict",
+        "trainer.checkpoints": "LoraTrainerMixin last_checkpoint",
+        "trainer.fit": "Fit Interrupted fit",
+        "trainer.optimizer": "parameter_groups",
+        "trainer.trainer": "Trainer",
+    },
+)

@@ -5,9 +5,9 @@ Names are imported when first used, as in `lorica.train`.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lorica import names_of
 from lorica.errors import require
 
 require("greenlet", extra="tune")
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from lorica.tune.journal import Record as Record
     from lorica.tune.population import Population as Population
     from lorica.tune.ramping import Ramp as Ramp
-    from lorica.tune.ramping import RampConfig as RampConfig
     from lorica.tune.ramping import ramp as ramp
     from lorica.tune.schedulers import Goal as Goal
     from lorica.tune.schedulers import Halving as Halving
@@ -26,21 +25,11 @@ if TYPE_CHECKING:
     from lorica.tune.schedulers import Scheduler as Scheduler
     from lorica.tune.searching import SearchResult as SearchResult
     from lorica.tune.searching import search as search
+    from lorica.tune.settings import RampConfig as RampConfig
     from lorica.tune.settings import SearchConfig as SearchConfig
     from lorica.tune.settings import reopen as reopen
     from lorica.tune.space import Dimension as Dimension
     from lorica.tune.space import Space as Space
-
-_PLACES = {
-    "schedulers": ("Goal", "Halving", "Median", "RunAll", "Scheduler"),
-    "journal": ("Evaluation", "Record"),
-    "population": ("Population",),
-    "ramping": ("Ramp", "RampConfig", "ramp"),
-    "searching": ("SearchResult", "search"),
-    "settings": ("SearchConfig", "reopen"),
-    "space": ("Dimension", "Space"),
-}
-_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 
 __all__ = [
     "Dimension",
@@ -62,8 +51,15 @@ __all__ = [
     "search",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PLACE_OF[name]}"), name)
+__getattr__ = names_of(
+    __name__,
+    {
+        "schedulers": "Goal Halving Median RunAll Scheduler",
+        "journal": "Evaluation Record",
+        "population": "Population",
+        "ramping": "Ramp ramp",
+        "searching": "SearchResult search",
+        "settings": "RampConfig SearchConfig reopen",
+        "space": "Dimension Space",
+    },
+)

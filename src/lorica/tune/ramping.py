@@ -26,38 +26,9 @@ from lorica.train.system import alone_in, write_atomically
 from lorica.tune.journal import JOURNAL, TRIALS, Record
 from lorica.tune.population import Population
 from lorica.tune.schedulers import Goal
-from lorica.tune.settings import RAMP, SEARCH, changes
+from lorica.tune.settings import RAMP, SEARCH, RampConfig, changes
 
 FIGURE = "ramp"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RampConfig:
-    """How to look for a rank.
-
-    Args:
-        start: rank to begin with.
-        limit: rank not to pass.
-        gain: what a doubling must add to the metric on the validation rows (or take off the loss) to be worth
-            it.
-    """
-
-    start: int = 1
-    limit: int = 64
-    gain: float = 0.005
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigError: one cannot be.
-        """
-        if not 1 <= self.start <= self.limit:
-            raise ConfigError(
-                f"the ramp must start from 1 and end at {self.limit}, not start at {self.start}"
-            )
-        if not self.gain >= 0:
-            raise ConfigError(f"gain must be 0 or more, not {self.gain}")
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from lorica.train import presets, tasks
 from lorica.train.recipe import Recipe
 from lorica.train.trainer.arguments import LOWER_IS_BETTER
 from lorica.tune.journal import Evaluation, Journal, Record, Status, score_of
+from lorica.tune.settings import SearchConfig
 
-SCHEDULERS = ("asha", "median", "none")
 GREATER = "greater_is_better"
 """Transformers' argument that says what its name does not: which way a metric goes."""
 
@@ -136,6 +136,24 @@ class Median(Scheduler):
         if len(others) < self.min_samples:
             return False
         return max(own) < statistics.median(others)
+
+
+def scheduler_of(config: SearchConfig, recipe: Recipe) -> Scheduler:
+    """The scheduler that a search asks for, for trials as long as a recipe's."""
+    if config.scheduler == "none":
+        return RunAll()
+    if config.scheduler == "median":
+        return Median(grace_period=config.grace_period)
+    longest = config.max_t or max(evaluations(recipe) or 100, config.grace_period)
+    return Halving(config.grace_period, config.reduction_factor, longest)
+
+
+def evaluations(recipe: Recipe) -> int | None:
+    """How many a trial has; None where that hangs on how many rows there are."""
+    training = recipe.training
+    if training.eval_steps is None:
+        return None if training.epochs is None or training.max_steps else math.ceil(training.epochs)
+    return None if training.max_steps is None else training.max_steps // training.eval_steps
 
 
 @dataclass(frozen=True)

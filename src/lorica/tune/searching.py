@@ -32,8 +32,8 @@ from lorica.tune.population import Population
 from lorica.tune.population.shared_base import shared_fields, why_alone
 from lorica.tune.progress import trials_table, write_table
 from lorica.tune.samplers import Sampler, make_sampler
-from lorica.tune.schedulers import Goal, mode_of
-from lorica.tune.settings import SEARCH, SearchConfig, check_same, evaluations, settings
+from lorica.tune.schedulers import Goal, evaluations, mode_of, scheduler_of
+from lorica.tune.settings import SEARCH, SearchConfig, check_same, settings
 from lorica.tune.space import Space, documents
 
 _PAIRS = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"), ("q", "v"))
@@ -119,7 +119,7 @@ def _search(
         engine = "population" if reason is None and config.address is None else "ray"
     if engine == "ray":
         require("ray.tune", extra="tune")
-    rule = config.rule(longer)
+    rule = scheduler_of(config, longer)
     check_same(directory, recipe, space, config, resume=resume)
     write_atomically(directory / SEARCH, settings(recipe, space, config))
     console.print(_announced(engine, config, reason), soft_wrap=True)

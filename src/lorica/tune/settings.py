@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from lorica.reading import read_object
 from lorica.train.recipe import Recipe, read_fields
 from lorica.tune.journal import JOURNAL, TRIALS
 from lorica.tune.samplers import ALGORITHMS
-from lorica.tune.schedulers import SCHEDULERS, Halving, Median, RunAll, Scheduler
 from lorica.tune.space import Space
 
 SEARCH = "search.json"
 RAMP = "ramp.json"
 ENGINES = ("auto", "population", "ray")
+SCHEDULERS = ("asha", "median", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,22 +94,34 @@ class SearchConfig:
         if self.small and self.algorithm != "tpe":
             raise ConfigError(f"small is a second objective, which {self.algorithm!r} cannot use; take 'tpe'")
 
-    def rule(self, recipe: Recipe) -> Scheduler:
-        """The scheduler, for trials as long as a recipe's."""
-        if self.scheduler == "none":
-            return RunAll()
-        if self.scheduler == "median":
-            return Median(grace_period=self.grace_period)
-        longest = self.max_t or max(evaluations(recipe) or 100, self.grace_period)
-        return Halving(self.grace_period, self.reduction_factor, longest)
 
+@dataclass(frozen=True, kw_only=True)
+class RampConfig:
+    """How to look for a rank.
 
-def evaluations(recipe: Recipe) -> int | None:
-    """How many a trial has; None where that hangs on how many rows there are."""
-    training = recipe.training
-    if training.eval_steps is None:
-        return None if training.epochs is None or training.max_steps else math.ceil(training.epochs)
-    return None if training.max_steps is None else training.max_steps // training.eval_steps
+    Args:
+        start: rank to begin with.
+        limit: rank not to pass.
+        gain: what a doubling must add to the metric on the validation rows (or take off the loss) to be worth
+            it.
+    """
+
+    start: int = 1
+    limit: int = 64
+    gain: float = 0.005
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: one cannot be.
+        """
+        if not 1 <= self.start <= self.limit:
+            raise ConfigError(
+                f"the ramp must start from 1 and end at {self.limit}, not start at {self.start}"
+            )
+        if not self.gain >= 0:
+            raise ConfigError(f"gain must be 0 or more, not {self.gain}")
 
 
 def settings(recipe: Recipe, space: Space, config: SearchConfig) -> str:

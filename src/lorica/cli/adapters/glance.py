@@ -19,6 +19,7 @@ _PREFIX = "base_model.model."
 _SIDE = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 _UNUSUAL = re.compile(r"lora_(?![AB]\.weight$)|base_layer|original_module|_orig_mod|token_adapter")
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_CLASSES = "lorica_classes"
 # Features whose tensors mean more than their header says.
 _FEATURES = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "ensure_weight_tying")
 
@@ -43,7 +44,8 @@ def _looked_at(file: Path, config: LoraConfig) -> tuple[LoraConfig, dict[str, An
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header: dict[str, Any] = json.loads(content[8 : 8 + length])
-    if set(header.pop("__metadata__", {})) - {"format"}:
+    told = header.pop("__metadata__", {})
+    if set(told) - {"format", _CLASSES} or not _is_names(told.get(_CLASSES, "[]")):
         return None
     data = memoryview(content)[8 + length :]
     halves: dict[str, dict[str, Any]] = {}
@@ -72,6 +74,11 @@ def _looked_at(file: Path, config: LoraConfig) -> tuple[LoraConfig, dict[str, An
     found = {"layers": layers, "whole": whole, "parameters": numbers}
     held = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
     return config, {**found, "bytes": held}
+
+
+def _is_names(text: str) -> bool:
+    names = json.loads(text)
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def _layer(path: str, A: Any, B: Any, config: LoraConfig) -> dict[str, Any]:

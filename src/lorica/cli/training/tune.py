@@ -55,9 +55,8 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Search, and show what came of it."""
-    from lorica.train.console import make_console
     from lorica.train.recipe import Recipe
-    from lorica.tune import SearchConfig, Space, ramp, reopen, search
+    from lorica.tune import SearchConfig, Space, reopen
     from lorica.tune.settings import FREE
 
     command = parser()
@@ -66,6 +65,9 @@ def run(argv: list[str]) -> int:
     flat = vars(command.parse_args(argv, defaults=False).as_flat())
     given = {name.partition(".")[0] for name, value in flat.items() if value is not None}
     _check_together(given, parsed)
+
+    from lorica.train.console import make_console, waiting
+
     console = make_console()
     config = SearchConfig(**{item.name: values[item.name] for item in dataclasses.fields(SearchConfig)})
     if parsed.resume is not None:
@@ -80,6 +82,8 @@ def run(argv: list[str]) -> int:
         )
         space = Space.load(parsed.space) if parsed.space is not None else None
         out = parsed.output or ("runs/ramp" if parsed.ramp else "runs/tune")
+    with waiting(console, "loading torch and transformers"):
+        from lorica.tune import ramp, search
     if parsed.ramp:
         curve = ramp(recipe, out, values.rank, console=console)
         console.print(str(curve), soft_wrap=True, markup=False)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from lorica.errors import ConfigError, listing, nearest
-from lorica.train.data.rows import Unusable, read_each
 from lorica.train.recipe import Recipe
 from lorica.train.settings import DataConfig, GenerationConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _SOURCE = ("train", "validation", "test", "subset")
 
@@ -132,6 +132,9 @@ def lay_out(rows: Dataset, name: str | None) -> Dataset:
     row = None if name is None else get(name).row
     if row is None:
         return rows
+    from datasets import Dataset  # here: a name needs no rows
+
+    from lorica.train.data.rows import Unusable, read_each
 
     def read(value: Row) -> Row:
         try:
