@@ -1,0 +1,37 @@
+"""Training as a service: clients write the loop, one process holds the base and everybody's adapters.
+
+engine/   one base, many adapters, one thread: passes, samples, whose turn it is
+files     an adapter in training, as files
+client    the verbs in one process, without a server
+errors    what a client is told
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorica.service.client import Client as Client
+    from lorica.service.client import Training as Training
+    from lorica.service.engine.datum import Datum as Datum
+    from lorica.service.engine.drawing import Draw as Draw
+    from lorica.service.engine.weights import Adam as Adam
+
+_PLACES = {
+    "Client": "client",
+    "Training": "client",
+    "Datum": "engine.datum",
+    "Draw": "engine.drawing",
+    "Adam": "engine.weights",
+}
+
+__all__ = ["Adam", "Client", "Datum", "Draw", "Training"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+    globals()[name] = found
+    return found

@@ -1,0 +1,12 @@
+"""The engine: one base, many adapters trained and sampled from in one thread.
+
+datum      a sequence and what a loss needs for each of its positions
+losses     sums over tokens of a function of log-probabilities
+targets    which layers an adapter may have updates for
+weights    an adapter in the engine, in training or to sample from; AdamW
+lanes      several sequences through one model, each with the bits that it has alone
+base       the model, its head and its limits
+training   one pass for the sequences of many calls
+drawing    one pass for a token of each of many samples
+engine     whose turn it is
+"""

@@ -1,0 +1,390 @@
+"""Whose turn it is: one thread, which owns the base and every adapter.
+
+run 1   forward_backward ┊ forward_backward ┊ step ┊ …     in order
+run 2   forward_backward ┊ step ┊ save ┊ …                 in order
+          └── a pass: sequences of all runs, the tenant that had least first ──┐
+samples  ── between two passes, for as long as the pass took: a token for each ┘
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorica.service.engine.base import Base
+from lorica.service.engine.datum import Datum
+from lorica.service.engine.drawing import Draw, Request, Samples, advance
+from lorica.service.engine.lanes import Lane
+from lorica.service.engine.losses import loss_of
+from lorica.service.engine.training import Task, learn
+from lorica.service.engine.weights import Learner, Weights
+from lorica.service.errors import ServiceDown, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a call of forward or forward_backward gives.
+
+    Args:
+        logprobs: of each datum's targets, in their shape.
+        loss: the sum over all tokens.
+    """
+
+    logprobs: tuple[Any, ...]
+    loss: float
+
+
+@dataclass(eq=False)
+class _Learn:
+    """A call of forward or forward_backward; `at` datums of it are through."""
+
+    tasks: list[Task]
+    shapes: list[tuple[int, ...]]
+    backward: bool
+    learner_of: Callable[[], Learner]
+    future: Future[Any] = field(default_factory=Future)
+    learner: Learner | None = None
+    at: int = 0
+
+
+@dataclass(eq=False)
+class _Call:
+    work: Callable[[], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class _Run:
+    """Calls in order, of one adapter."""
+
+    tenant: str
+    calls: deque[_Learn | _Call] = field(default_factory=deque)
+
+
+@dataclass(eq=False)
+class _Writing:
+    """A request for samples whose lanes are at work."""
+
+    tenant: str
+    request: Request
+    weights_of: Callable[[], Weights | None]
+    future: Future[Samples] = field(default_factory=Future)
+    lanes: list[Lane] = field(default_factory=list)
+
+
+class Engine:
+    """Trains and samples from many adapters on one base.
+
+    What a run gets depends on its own calls alone, to the last bit on a CPU. Among tenants the one that had
+    the fewest tokens goes first.
+
+    Args:
+        base: the model.
+        tokens: of one pass, over all sequences; a longer sequence goes by itself.
+        lanes: samples that are written at once.
+    """
+
+    def __init__(self, base: Base, *, tokens: int = 2048, lanes: int = 32) -> None:
+        """Start the thread."""
+        self.base, self.tokens, self.lanes = base, tokens, lanes
+        self.served: dict[str, int] = {}
+        self.passes = 0
+        self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._runs: dict[str, _Run] = {}
+        self._waiting: deque[_Writing] = deque()
+        self._writing: list[_Writing] = []
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="lorica-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes calls."""
+        return self._thread.is_alive() and not self._stopping
+
+    def learn(
+        self,
+        run: str,
+        data: Sequence[Datum],
+        loss_fn: str,
+        settings: dict[str, float] | None,
+        learner: Callable[[], Learner],
+        *,
+        backward: bool,
+        tenant: str = "",
+    ) -> Future[Output]:
+        """Queue forward or forward_backward.
+
+        Args:
+            run: whose calls are in order.
+            data: the sequences.
+            loss_fn: name of the loss.
+            settings: of the loss.
+            learner: gives the adapter when the call's turn comes.
+            backward: whether gradients are added.
+            tenant: who pays for the tokens.
+
+        Raises:
+            UserError: the data or the loss cannot be used.
+            ServiceDown: the engine does not run.
+        """
+        loss, values = loss_of(loss_fn, settings)
+        if not data:
+            raise UserError("no data: a call needs at least one datum")
+        limits = {"context": self.base.context, "vocabulary": self.base.vocabulary}
+        tasks = [Task(datum.ready(loss, loss_fn, **limits), loss, values, None) for datum in data]
+        shapes = [tuple(datum.inputs["target_tokens"].shape) for datum in data]
+        call = _Learn(tasks, shapes, backward, learner)
+        self._post(self._add, run, tenant, call)
+        return call.future
+
+    def call(self, run: str, work: Callable[[], Any], *, tenant: str = "") -> Future[Any]:
+        """Queue something that touches a run's adapter, in order with its other calls."""
+        call = _Call(work)
+        self._post(self._add, run, tenant, call)
+        return call.future
+
+    def sample(
+        self,
+        prompt: Sequence[int],
+        weights: Callable[[], Weights | None],
+        draw: Draw,
+        *,
+        tenant: str = "",
+        after: Future[Any] | None = None,
+    ) -> Future[Samples]:
+        """Queue a request for samples.
+
+        Args:
+            prompt: token ids.
+            weights: gives the adapter when its turn comes; None for the base.
+            draw: how samples are drawn.
+            tenant: who pays for the tokens.
+            after: wait for this one first.
+
+        Raises:
+            UserError: it cannot be drawn.
+            ServiceDown: the engine does not run.
+        """
+        draw.check(prompt, self.base)
+        writing = _Writing(tenant, Request(self.base, prompt, None, draw), weights)
+        if after is None:
+            self._post(self._waiting.append, writing)
+        else:
+            after.add_done_callback(lambda _: self._post_or_fail(writing))
+        return writing.future
+
+    def stop(self) -> None:
+        """End the thread; calls that wait end with `ServiceDown`."""
+        self._stopping = True
+        self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _post(self, what: Callable[..., None], *args: Any) -> None:
+        if not self.alive:
+            raise ServiceDown("the engine has stopped")
+        self._inbox.put((what, args))
+
+    def _post_or_fail(self, writing: _Writing) -> None:
+        try:
+            self._post(self._waiting.append, writing)
+        except ServiceDown as error:
+            writing.future.set_exception(error)
+
+    def _add(self, run: str, tenant: str, call: _Learn | _Call) -> None:
+        self._runs.setdefault(run, _Run(tenant)).calls.append(call)
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping:
+                self._receive(block=not (self._runs or self._waiting or self._writing))
+                if self._stopping:
+                    break
+                self._do_calls()
+                took = self._train()
+                self._write(time.monotonic() + took)
+        finally:
+            self._stopping = True
+            self._fail_all()
+
+    def _receive(self, *, block: bool) -> None:
+        while True:
+            try:
+                item = self._inbox.get(block=block)
+            except queue.Empty:
+                return
+            if item is not None:
+                what, args = item
+                what(*args)
+            elif self._stopping:
+                return
+            block = False
+
+    def _do_calls(self) -> None:
+        """Everything but passes, of each run, as far as it is its turn."""
+        for name, run in list(self._runs.items()):
+            while run.calls and isinstance(call := run.calls[0], _Call):
+                run.calls.popleft()
+                if call.future.set_running_or_notify_cancel():
+                    _settle(call.future, call.work)
+            if not run.calls:
+                del self._runs[name]
+
+    def _train(self) -> float:
+        """One pass; returns the seconds that it took."""
+        picked = self._pick()
+        if not picked:
+            return 0.0
+        started = time.monotonic()
+        tasks = [task for _, task in picked]
+        try:
+            learn(self.base, tasks, backward=picked[0][0].backward)
+        except Exception as error:
+            for call in {call for call, _ in picked}:
+                self._end(call, error)
+        self.passes += 1
+        for call, task in picked:
+            if task.error is not None:
+                self._end(call, task.error)
+        for call in dict.fromkeys(call for call, _ in picked):
+            if call.at == len(call.tasks) and not call.future.done():
+                logprobs = [
+                    t.logprobs.reshape(shape) for t, shape in zip(call.tasks, call.shapes, strict=True)
+                ]
+                self._end(call, Output(tuple(logprobs), sum(task.loss_sum for task in call.tasks)))
+        return time.monotonic() - started
+
+    def _pick(self) -> list[tuple[_Learn, Task]]:
+        """Sequences for a pass, one after the other from the tenant that had least."""
+        runs = [run for run in self._runs.values() if run.calls and isinstance(run.calls[0], _Learn)]
+        floor = min((self.served.get(run.tenant, 0) for run in runs), default=0)
+        picked: list[tuple[_Learn, Task]] = []
+        tokens, backward = 0, None
+        open_runs = {id(run): (run, iter(_tasks(run))) for run in runs}
+        ahead = {key: next(source, None) for key, (_, source) in open_runs.items()}
+        now = {run.tenant: max(self.served.get(run.tenant, 0), floor) for run in runs}
+        while True:
+            ready = [
+                key
+                for key, item in ahead.items()
+                if item is not None and backward in (None, item[0].backward)
+            ]
+            if not ready:
+                break
+            key = min(ready, key=lambda key: now[open_runs[key][0].tenant])
+            run, source = open_runs[key]
+            call, task = ahead[key]  # type: ignore[misc]
+            size = len(task.datum)
+            if picked and tokens + size > self.tokens:
+                break
+            ahead[key] = next(source, None)
+            if call.learner is None:
+                try:
+                    call.learner = call.learner_of()
+                except Exception as error:
+                    self._end(call, error)
+                    ahead[key] = None
+                    continue
+            task.weights = call.learner
+            picked.append((call, task))
+            call.at += 1
+            backward = call.backward
+            tokens += size
+            now[run.tenant] += size
+            self.served[run.tenant] = now[run.tenant]
+        return picked
+
+    def _end(self, call: _Learn, outcome: Output | Exception) -> None:
+        """Answer a call, and let the run's next one come; one that failed leaves no half of a gradient."""
+        if isinstance(outcome, Exception) and call.learner is not None and call.backward:
+            call.learner.gradient.zero_()
+        for name, run in list(self._runs.items()):
+            if call in run.calls:
+                run.calls.remove(call)
+                if not run.calls:
+                    del self._runs[name]
+        if call.future.set_running_or_notify_cancel():
+            if isinstance(outcome, Exception):
+                call.future.set_exception(outcome)
+            else:
+                call.future.set_result(outcome)
+
+    def _write(self, until: float) -> None:
+        """Tokens for the samples, at least one for each, while there is time or nothing else to do."""
+        while self._waiting or self._writing:
+            self._begin_writing()
+            lanes = [lane for writing in self._writing for lane in writing.lanes]
+            advance(self.base, lanes)
+            for writing in list(self._writing):
+                self._look_after(writing)
+            self._receive(block=False)
+            if self._stopping or (self._runs and time.monotonic() >= until):
+                return
+
+    def _begin_writing(self) -> None:
+        busy = sum(len(writing.lanes) for writing in self._writing)
+        while self._waiting and busy < self.lanes:
+            writing = min(self._waiting, key=lambda writing: self.served.get(writing.tenant, 0))
+            self._waiting.remove(writing)
+            if not writing.future.set_running_or_notify_cancel():
+                continue
+            try:
+                writing.request.weights = writing.weights_of()
+            except Exception as error:
+                writing.future.set_exception(error)
+                continue
+            writing.lanes = [writing.request.first()]
+            self._writing.append(writing)
+            busy += writing.request.draw.num_samples
+            self.served[writing.tenant] = self.served.get(writing.tenant, 0) + len(writing.request.prompt)
+
+    def _look_after(self, writing: _Writing) -> None:
+        self.served[writing.tenant] = self.served.get(writing.tenant, 0) + len(writing.lanes)
+        failed = next((lane.error for lane in writing.lanes if lane.error is not None), None)
+        writing.lanes = [lane for lane in writing.lanes if not lane.done] + writing.request.others()
+        if failed is not None:
+            for lane in writing.lanes:
+                lane.abandon()
+            writing.lanes = []
+            writing.future.set_exception(failed)
+        elif not writing.lanes:
+            writing.future.set_result(writing.request.samples)
+        if not writing.lanes:
+            self._writing.remove(writing)
+
+    def _fail_all(self) -> None:
+        self._receive(block=False)
+        down = ServiceDown("the engine has stopped")
+        futures: list[Future[Any]] = [call.future for run in self._runs.values() for call in run.calls]
+        futures += [writing.future for writing in (*self._waiting, *self._writing)]
+        for writing in self._writing:
+            for lane in writing.lanes:
+                lane.abandon()
+        for future in futures:
+            if not future.done() and (future.running() or future.set_running_or_notify_cancel()):
+                future.set_exception(down)
+
+
+def _tasks(run: _Run) -> Iterable[tuple[_Learn, Task]]:
+    """What a run has to learn before its next other call, of one sort."""
+    for call in run.calls:
+        if not isinstance(call, _Learn) or call.backward is not run.calls[0].backward:  # type: ignore[union-attr]
+            return
+        for task in call.tasks[call.at :]:
+            yield call, task
+
+
+def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)

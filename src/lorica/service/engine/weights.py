@@ -1,0 +1,281 @@
+"""An adapter as the engine holds it: factors by the layer they act on, and what training keeps beside them.
+
+flat       ┃ A₁ ┃ B₁ ┃ A₂ ┃ B₂ ┃ …      one block of memory each for the numbers, their gradients and
+gradient   ┃dA₁ ┃dB₁ ┃dA₂ ┃dB₂ ┃ …      AdamW's two averages, so that a step is a handful of operations
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+import lorica
+from lorica.adapter import Adapter, Factors
+from lorica.config import LoraConfig
+from lorica.errors import AdapterError
+from lorica.service.engine.targets import Targets
+from lorica.service.errors import UserError
+
+ALPHA = 32
+"""The numerator of the scale, whatever the rank."""
+_ALIGNED = 16  # numbers: products of tensors that begin at 64 bytes round the same wherever they lie
+
+
+@dataclass(eq=False, slots=True)
+class LowRank:
+    """One layer's update, and where its gradients are added; None where it does not train."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    dA: Tensor | None = None
+    dB: Tensor | None = None
+
+
+class Weights:
+    """An adapter that acts in the engine.
+
+    Args:
+        adapter: as a value.
+        model: the base whose layers its paths name.
+
+    Raises:
+        UserError: it does more than add products to linear layers, or does not fit the base.
+    """
+
+    def __init__(self, adapter: Adapter, model: nn.Module) -> None:
+        """Copy its factors in one block."""
+        if adapter.extras or adapter.added or adapter.trained_as is not None:
+            raise UserError("only an adapter that is LoRA's alone can be served here, without trained heads")
+        self.config = adapter.lora
+        self.paths: dict[str, LowRank] = {}
+        self._layers: dict[nn.Module, LowRank] = {}
+        device = next(model.parameters()).device
+        # By path: a file keeps no order of its own, and what the optimizer remembers is laid out likewise.
+        found = dict(sorted(adapter.factors.items()))
+        total = sum(_room(t) for f in found.values() for t in (f.A, f.B))
+        self.flat = torch.zeros(total, device=device)
+        for (path, factors), (A, B) in zip(found.items(), _views(self.flat, found), strict=True):
+            module = _layer(model, path, factors)
+            A.copy_(factors.A)
+            B.copy_(factors.B)
+            self.paths[path] = self._layers[module] = LowRank(A, B, factors.scale)
+
+    def of(self, module: nn.Module | None) -> LowRank | None:
+        """The update of a layer of the base, if it has one."""
+        return self._layers.get(module)  # type: ignore[arg-type]
+
+    def adapter(self) -> Adapter:
+        """The adapter as a value; shares memory."""
+        return Adapter(self.config, {path: Factors(f.A, f.B, f.scale) for path, f in self.paths.items()})
+
+    @property
+    def numel(self) -> int:
+        """Its parameters."""
+        return sum(f.A.numel() + f.B.numel() for f in self.paths.values())
+
+
+def _layer(model: nn.Module, path: str, factors: Factors) -> nn.Module:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise UserError(f"the adapter has an update for {path}, which the base does not have") from None
+    if factors.kind != "linear" or factors.magnitude is not None or factors.bias is not None:
+        raise UserError(f"the adapter's update of {path} is not a plain product (DoRA, a bias, an embedding)")
+    weight = module._parameters.get("weight")
+    shape = None if weight is None else {*weight.shape}
+    if shape != {factors.A.shape[1], factors.B.shape[0]}:
+        raise UserError(f"the adapter's update of {path} does not fit the base's layer")
+    return module
+
+
+def _room(tensor: Tensor) -> int:
+    return -(-tensor.numel() // _ALIGNED) * _ALIGNED
+
+
+def _views(flat: Tensor, factors: Mapping[str, Factors]) -> Iterator[tuple[Tensor, Tensor]]:
+    start = 0
+    for f in factors.values():
+        pair = []
+        for tensor in (f.A, f.B):
+            pair.append(flat[start : start + tensor.numel()].view(tensor.shape))
+            start += _room(tensor)
+        yield pair[0], pair[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adam:
+    """One step of AdamW with decoupled decay.
+
+    Args:
+        learning_rate: of this step.
+        beta1: of the average of gradients.
+        beta2: of the average of their squares.
+        eps: added to the root.
+        weight_decay: times the learning rate, taken off every weight.
+        grad_clip_norm: gradients are scaled down to this norm; 0 for never.
+    """
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            low_enough = name not in ("beta1", "beta2") or value < 1
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0 and low_enough):
+                raise UserError(f"{name} cannot be {value!r}")
+
+
+class Learner(Weights):
+    """An adapter in training.
+
+    Attributes:
+        gradient: sum over all that was computed since the last step; laid out as `flat`.
+        steps: taken so far.
+    """
+
+    def __init__(self, adapter: Adapter, model: nn.Module) -> None:
+        """Start with no gradient and no averages."""
+        super().__init__(adapter, model)
+        self.gradient = torch.zeros_like(self.flat)
+        views = _views(self.gradient, dict(sorted(adapter.factors.items())))
+        for f, (dA, dB) in zip(self.paths.values(), views, strict=True):
+            f.dA, f.dB = dA, dB
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin the optimizer anew, without gradients."""
+        self.steps = 0
+        self.gradient.zero_()
+        self.mean = torch.zeros_like(self.flat)
+        self.square = torch.zeros_like(self.flat)
+
+    def step(self, adam: Adam) -> dict[str, float]:
+        """Move, and set the gradient to zero.
+
+        Returns:
+            ``grad_norm``, before clipping.
+
+        Raises:
+            UserError: the gradient is not finite; nothing moves, and it is set to zero.
+        """
+        norm = float(torch.linalg.vector_norm(self.gradient))
+        if not math.isfinite(norm):
+            self.gradient.zero_()
+            raise UserError("the gradient is not finite: the loss diverged; no step was taken")
+        if 0 < adam.grad_clip_norm < norm:
+            self.gradient.mul_(adam.grad_clip_norm / norm)
+        parameter = self.flat.requires_grad_()
+        parameter.grad = self.gradient
+        optimizer = torch.optim.AdamW(
+            [parameter],
+            lr=adam.learning_rate,
+            betas=(adam.beta1, adam.beta2),
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            foreach=False,
+        )
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(self.steps)),
+            "exp_avg": self.mean,
+            "exp_avg_sq": self.square,
+        }
+        optimizer.step()
+        parameter.grad = None
+        self.flat.requires_grad_(False)
+        self.steps += 1
+        self.gradient.zero_()
+        return {"grad_norm": norm}
+
+    def take(self, adapter: Adapter, moments: Mapping[str, Tensor] | None = None) -> None:
+        """Become another adapter of the same make.
+
+        Args:
+            adapter: whose numbers to take.
+            moments: what `moments` gave; None begins the optimizer anew.
+
+        Raises:
+            UserError: it has other layers, ranks or scales.
+        """
+        mine = {path: (f.A.shape, f.B.shape, f.scale) for path, f in self.paths.items()}
+        theirs = {path: (f.A.shape, f.B.shape, f.scale) for path, f in adapter.factors.items()}
+        if mine != theirs:
+            odd = sorted(path for path in {*mine, *theirs} if mine.get(path) != theirs.get(path))
+            raise UserError(
+                f"the weights are of another make: they differ at {odd[0]} and {len(odd) - 1} more"
+            )
+        for path, f in self.paths.items():
+            f.A.copy_(adapter.factors[path].A)
+            f.B.copy_(adapter.factors[path].B)
+        self.forget()
+        if moments is not None:
+            self.mean.copy_(moments["mean"])
+            self.square.copy_(moments["square"])
+            self.steps = int(moments["steps"])
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's averages and its count, for a file."""
+        return {"mean": self.mean, "square": self.square, "steps": torch.tensor(self.steps)}
+
+    def frozen(self, model: nn.Module) -> Weights:
+        """A copy of the weights as they are now, to sample from."""
+        return Weights(self.adapter(), model)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Make:
+    """How an adapter is made.
+
+    Args:
+        rank: of each update.
+        seed: of A's start; None draws one.
+        train_unembed: adapt the output head.
+        train_mlp: adapt the other linear layers of the blocks.
+        train_attn: adapt those of attention.
+    """
+
+    rank: int = 32
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+def start(model: nn.Module, make: Make, targets: Targets, *, name: str | None = None) -> Adapter:
+    """A new adapter as a value: A drawn, B zero, α = 32.
+
+    Args:
+        model: the base, which stays as it is.
+        make: which layers, and the rank.
+        targets: the base's layers by their sort.
+        name: of the base, for the file.
+
+    Raises:
+        UserError: no layer is left to adapt, or the rank is no rank.
+    """
+    if not isinstance(make.rank, int) or make.rank < 1:
+        raise UserError(f"rank must be a whole number from 1 on, not {make.rank!r}")
+    paths = targets.chosen(unembed=make.train_unembed, mlp=make.train_mlp, attn=make.train_attn)
+    config = LoraConfig(
+        r=make.rank, lora_alpha=ALPHA, target_modules=targets.named(paths), task_type="CAUSAL_LM"
+    )
+    # A copy of the modules around the same parameters.
+    shared = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    try:
+        lorica.adapt(shared, config, seed=make.seed)
+    except AdapterError as error:
+        raise UserError(str(error)) from error
+    made = lorica.extract(shared)
+    if name is not None:
+        made = replace(made, config=replace(made.lora, base_model_name_or_path=name))
+    return made
