@@ -81,6 +81,7 @@ class AdapterState(Choices):
         for piece in pieces:
             piece.put(root, self, name, trainable=trainable)
         self._placing.pop(name, None)
+        self.shown.clear()  # it may be on layers that no call was shown
 
     def add(self, root: nn.Module, name: str, piece: Piece, *, trainable: bool) -> None:
         """Put one more piece of an adapter on the model; it replaces the piece of that kind and path."""

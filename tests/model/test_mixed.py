@@ -113,6 +113,16 @@ def test_a_mixture_goes_on_when_another_adapter_is_attached() -> None:
         assert torch.equal(model(tokens()), mixture)
 
 
+def test_an_adapter_on_other_layers_may_come_after_a_mixture() -> None:
+    model = lorica.adapt(Toy(), LoraConfig(r=2, target_modules=["up"], init_lora_weights=False), "one")
+    with lorica.mixed(model, ["one", None, None]):
+        model(tokens())
+    lorica.adapt(model, LoraConfig(r=2, target_modules=["down"], init_lora_weights=False), "two")
+    alone = model(tokens())
+    with lorica.mixed(model, ["two", None, "two"]):
+        torch.testing.assert_close(model(tokens())[[0, 2]], alone[[0, 2]])
+
+
 def test_a_mixture_cannot_be_left_while_merged() -> None:
     model = lorica.adapt(Toy(), LoraConfig(r=2, target_modules=["up"], bias="all"), "one")
     shake(model)

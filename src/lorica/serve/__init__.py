@@ -2,6 +2,8 @@
 
 engine    what an engine and a store of adapters promise; errors, `Sampling`, `Step`
 decoder   an engine for decoders, over transformers' continuous batching: `Decoder`
+encoder   an engine for models that read: classes, tags, numbers and vectors: `EncoderEngine`
+http      OpenAI's and vLLM's endpoints over an engine, and a page
 store     the store of adapters: listed, resident, mounted; leases, eviction, watched folders
 """
 
@@ -27,10 +29,11 @@ from lorica.serve.engine import UnknownAdapter as UnknownAdapter
 
 if TYPE_CHECKING:
     from lorica.serve.decoder import Decoder as Decoder
+    from lorica.serve.encoder import EncoderEngine as EncoderEngine
     from lorica.serve.store import Store as Store
 
 # Imported when first used, and transformers with them.
-_PLACES = {"Decoder": "decoder", "Store": "store"}
+_PLACES = {"Decoder": "decoder", "EncoderEngine": "encoder", "Store": "store"}
 
 
 def __getattr__(name: str) -> Any:

@@ -298,7 +298,7 @@ class Decoder:
         self._loop = asyncio.get_running_loop()
         if self._store is None:
             self._store = Store(
-                self.slots.fit,
+                lambda adapter, folder: self.slots.fit(adapter),
                 self._roots,
                 max_rank=self.slots.max_rank,
                 resident=self._resident,

@@ -157,7 +157,8 @@ class Store:
     """The adapters of one engine.
 
     Args:
-        fit: makes an adapter ready for the engine, in a thread; raises what is the matter with it.
+        fit: makes an adapter, from its folder, ready for the engine, in a thread; raises what is the matter
+            with it.
         roots: folders that adapters are listed in, and may be loaded from.
         max_rank: larger ranks are refused.
         resident: contents that are kept in memory, but for those that are held or pinned.
@@ -168,7 +169,7 @@ class Store:
 
     def __init__(
         self,
-        fit: Callable[[Adapter], Fits],
+        fit: Callable[[Adapter, Path], Fits],
         roots: Iterable[str | Path] = (),
         *,
         max_rank: int = 64,
@@ -332,7 +333,7 @@ class Store:
         if known is not None:
             return known
         try:
-            return Content(identity, self.fit(adapter))
+            return Content(identity, self.fit(adapter, found.path))
         except LoricaError as error:
             raise RefusedAdapter(f"{found.name}: {error}") from error
 

@@ -1,0 +1,444 @@
+"""The engine of models that read: rows wait a moment for others, and go through the trunk together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorica.adapter import Adapter
+from lorica.errors import LoricaError
+from lorica.model import active, adapters, attach, detach, disabled, mixed
+from lorica.serve.encoder.base import Base
+from lorica.serve.encoder.batching import ROWS, batches
+from lorica.serve.encoder.fitting import Fitted, fit
+from lorica.serve.encoder.heads import Head
+from lorica.serve.encoder.rows import Row
+from lorica.serve.engine import EngineDown, InvalidRequest, Limits, Overloaded, RefusedAdapter, Stats
+from lorica.serve.store import Content, Store
+
+PATIENCE = 0.002
+"""Seconds that a row waits for others, where fewer wait than a batch has."""
+TOKENS = 8192
+"""Tokens that are taken from the queue at a time, to be cut into batches by their lengths."""
+
+log = logging.getLogger("lorica.serve")
+
+
+@dataclass(eq=False)
+class Mount:
+    """An adapter's update on the trunk: what the engine notes in the store as its slot.
+
+    Args:
+        name: that it has on the model; None where it has nothing for the trunk.
+        alone: whether it can share no batch.
+    """
+
+    name: str | None
+    alone: bool
+
+
+@dataclass(frozen=True)
+class Using:
+    """An adapter, or the base, held by a request.
+
+    Args:
+        engine: that answers.
+        name: of the adapter; None: the base.
+        head: what it tells of texts; None where it has vectors alone.
+        mount: where it is on the trunk; None: the base.
+    """
+
+    engine: EncoderEngine
+    name: str | None
+    head: Head | None
+    mount: Mount | None
+
+    async def outputs(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        """The head's logits of each row: (labels,), or (tokens, labels) of tags."""
+        assert self.head is not None
+        return await self.engine.ask(rows, self, self.head)
+
+    async def vectors(self, rows: Sequence[Row]) -> list[np.ndarray]:
+        """The vector of each row: (width,)."""
+        return await self.engine.ask(rows, self, None)
+
+
+@dataclass(eq=False)
+class Job:
+    """One row that waits for its answer.
+
+    Args:
+        row: the row.
+        using: for which adapter.
+        head: whose outputs are wanted; None: its vector is.
+        answer: where it goes.
+    """
+
+    row: Row
+    using: Using
+    head: Head | None
+    answer: asyncio.Future[np.ndarray]
+
+
+class EncoderEngine:
+    """One model that reads, and the adapters on it.
+
+    Args:
+        base: the model.
+        adapters: folders that hold adapters' folders (or one adapter), listed at once and watched.
+        slots: adapters on the trunk at a time, but for those that are held or pinned.
+        max_rank: larger ranks are refused.
+        queue: rows that may wait.
+        watch: seconds between two looks at the folders; 0 for none.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        adapters: Sequence[str | Path] = (),
+        *,
+        slots: int = 32,
+        max_rank: int = 64,
+        queue: int = 4096,
+        watch: float = 2.0,
+    ) -> None:
+        """Keep them; `start` makes the engine run."""
+        self.base, self.tokenizer = base, base.tokenizer
+        self._roots, self._slots, self._max_rank, self._seconds = adapters, slots, max_rank, watch
+        self._store: Store | None = None
+        self._names = itertools.count()
+        self._mounting = asyncio.Lock()
+        self._mounts = 0
+        self.limits = Limits(
+            context=base.context, vocabulary=base.config.get_text_config().vocab_size, queue=queue
+        )
+        self._jobs: deque[Job] = deque()
+        self._arrived = asyncio.Event()
+        self._thread: ThreadPoolExecutor | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._running: list[Job] = []
+        self._open = False
+        self._steps = self._tokens = 0
+        self._rate = 0.02
+
+    # as every engine
+
+    @property
+    def adapters(self) -> Store:
+        """The store.
+
+        Raises:
+            EngineDown: the engine was not started yet.
+        """
+        if self._store is None:
+            raise EngineDown("the engine is not started: await engine.start()")
+        return self._store
+
+    @property
+    def width(self) -> int:
+        """Numbers of a vector."""
+        return int(self.base.config.get_text_config().hidden_size)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests."""
+        return self._open and not self._tasks[0].done()
+
+    def kind(self, name: str | None) -> str | None:
+        """What an adapter's head tells, or the base's; None where there is none, or it was not read yet."""
+        head = self.base.own
+        if name is not None:
+            alias = self.adapters.names.get(name)
+            head = _fitted(alias.content).head if alias is not None and alias.content is not None else None
+        return None if head is None else head.kind
+
+    @property
+    def stats(self) -> Stats:
+        """Counts of now."""
+        aliases = self._store.names.items() if self._store else ()
+        return Stats(
+            waiting=len(self._jobs),
+            running=len(self._running),
+            slots=self._slots,
+            mounted=tuple(name for name, alias in aliases if alias.content and alias.content.slot),
+            running_adapters=tuple({job.using.name for job in self._running if job.using.name}),
+            waiting_adapters=tuple({job.using.name for job in self._jobs if job.using.name}),
+            prompt_tokens_total=self._tokens,
+            steps_total=self._steps,
+            mounts_total=self._mounts,
+            evictions_total=self._store.evictions if self._store else 0,
+        )
+
+    async def start(self) -> None:
+        """Begin to serve; adapters are read one after the other meanwhile, as far as slots reach."""
+        self._thread = ThreadPoolExecutor(1, "lorica-encoder")
+        self._store = Store(
+            lambda adapter, folder: fit(self.base, adapter, folder),
+            self._roots,
+            max_rank=self._max_rank,
+            resident=self._slots,
+            dropped=self._dropped,
+        )
+        if self._seconds:
+            self._store.watch(self._seconds)
+        self._open = True
+        self._tasks = [asyncio.create_task(task()) for task in (self._work, self._read)]
+
+    async def stop(self, *, drain: float | None = None) -> None:
+        """Take no more requests, and end; those that wait have `drain` seconds. The model is as it was."""
+        self._open = False
+        until = time.monotonic() + (drain or 0)
+        while (self._jobs or self._running) and time.monotonic() < until and not self._tasks[0].done():
+            await asyncio.sleep(0.01)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for job in (*self._jobs, *self._running):
+            if not job.answer.done():
+                job.answer.set_exception(EngineDown("the server is shutting down"))
+        if self._store is not None:
+            await self._store.close()
+            for content in self._store.contents.values():
+                self._dropped(content)
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+
+    async def _run(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Do something in the model's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+
+    # requests
+
+    @asynccontextmanager
+    async def using(self, name: str | None) -> AsyncIterator[Using]:
+        """Hold an adapter, or the base (None), for a request; reads the adapter where it was not yet.
+
+        Raises:
+            UnknownAdapter: there is none of that name.
+            RefusedAdapter: it cannot be served.
+            EngineDown: the engine does not run.
+        """
+        if not self.alive:
+            raise EngineDown("the engine does not run")
+        if name is None:
+            yield Using(self, None, self.base.own, None)
+            return
+        lease = self.adapters.lease(name)
+        served = False
+        try:
+            content = await lease.ready()
+            yield Using(self, name, _fitted(content).head, await self._mount(name, content))
+            served = True
+        finally:
+            lease.release(served=served)
+
+    async def ask(self, rows: Sequence[Row], using: Using, head: Head | None) -> list[np.ndarray]:
+        """The answers to some rows; if the caller is cancelled, so are they.
+
+        Raises:
+            Overloaded: the queue has no room for all of them.
+            InvalidRequest: the model fails on one of them.
+            EngineDown: the engine stopped.
+        """
+        if not self.alive:
+            raise EngineDown("the engine does not run")
+        if len(self._jobs) + len(rows) > self.limits.queue:
+            wait = self._rate * len(self._jobs)
+            raise Overloaded(
+                f"{len(self._jobs):,} rows wait, and {self.limits.queue:,} may", retry_after=wait
+            )
+        loop = asyncio.get_running_loop()
+        jobs = [Job(row, using, head, loop.create_future()) for row in rows]
+        self._jobs.extend(jobs)
+        self._arrived.set()
+        try:
+            return list(await asyncio.gather(*(job.answer for job in jobs)))
+        finally:
+            for job in jobs:
+                job.answer.cancel()
+
+    # adapters on the trunk
+
+    async def _mount(self, name: str, content: Content) -> Mount:
+        """Put an adapter on the trunk, unless it is there."""
+        async with self._mounting:
+            if not isinstance(content.slot, Mount):
+                # Whoever leaves meanwhile leaves it there: the model's thread does not stop half way.
+                await asyncio.shield(asyncio.ensure_future(self._put_on(name, content)))
+            assert isinstance(content.slot, Mount)
+            return content.slot
+
+    async def _put_on(self, name: str, content: Content) -> None:
+        try:
+            content.slot = await self._run(self._put, _fitted(content).trunk)
+        except LoricaError as error:
+            raise RefusedAdapter(f"{name}: {error}") from error
+        self._mounts += 1
+
+    def _put(self, trunk: Adapter | None) -> Mount:
+        """Runs in the model's thread."""
+        if trunk is None:
+            return Mount(None, alone=False)
+        model, name = self.base.model, f"a{next(self._names)}"
+        attach(model, trunk, name)
+        disabled(model)
+        try:
+            with mixed(model, [name, None]):
+                return Mount(name, alone=False)
+        except LoricaError:  # its method is for a whole batch
+            return Mount(name, alone=True)
+
+    def _dropped(self, content: Content) -> None:
+        """Take an adapter off that nobody holds, once the thread comes to it."""
+        mount, content.slot = content.slot, None
+        if isinstance(mount, Mount) and mount.name is not None and self._thread is not None:
+            self._thread.submit(detach, self.base.model, mount.name)
+
+    async def _read(self) -> None:
+        """Read what is listed, as far as slots reach: no first request waits for it."""
+        for entry in self.adapters.entries()[: self._slots]:
+            if entry.state == "listed":
+                with contextlib.suppress(LoricaError):  # its entry tells
+                    await self.adapters.load(entry.name)
+
+    # the queue
+
+    async def _work(self) -> None:
+        while True:
+            await self._arrived.wait()
+            if len(self._jobs) < ROWS:
+                await asyncio.sleep(PATIENCE)
+            self._arrived.clear()
+            while taken := self._take():
+                await self._answer(taken)
+
+    def _take(self) -> list[Job]:
+        """The rows that have waited longest, up to so many tokens, but for those that nobody waits for."""
+        taken: list[Job] = []
+        tokens = 0
+        while self._jobs and (not taken or tokens + len(self._jobs[0].row) <= TOKENS):
+            job = self._jobs.popleft()
+            if not job.answer.done():
+                taken.append(job)
+                tokens += len(job.row)
+        return taken
+
+    async def _answer(self, jobs: list[Job]) -> None:
+        """Answer some rows, batch by batch."""
+        apart: dict[Mount | None, list[Job]] = {}
+        for job in jobs:
+            mount = job.using.mount
+            apart.setdefault(mount if mount is not None and mount.alone else None, []).append(job)
+        for group in apart.values():
+            for batch in batches([len(job.row) for job in group]):
+                # Each adapter's rows side by side: their products need no gathering.
+                chosen = sorted((group[i] for i in batch), key=lambda job: id(job.using.mount))
+                chosen = [job for job in chosen if not job.answer.done()]
+                await self._compute(chosen)
+
+    async def _compute(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        self._running, begun = jobs, time.perf_counter()
+        try:
+            found = await self._run(self._forward, jobs)
+        except Exception as error:
+            log.exception("the model failed on a batch of %d rows", len(jobs))
+            if len(jobs) > 1:  # one of them is at fault, and the others are not to suffer
+                for job in jobs:
+                    await self._compute([job])
+                return
+            if not jobs[0].answer.done():
+                jobs[0].answer.set_exception(
+                    InvalidRequest(f"the model fails on this text: {error}", param="input")
+                )
+        else:
+            for job, output in zip(jobs, found, strict=True):
+                if not job.answer.done():
+                    job.answer.set_result(output)
+        finally:
+            self._running = []
+        self._steps += 1
+        self._tokens += sum(len(job.row) for job in jobs)
+        self._rate = 0.9 * self._rate + 0.1 * (time.perf_counter() - begun) / len(jobs)
+
+    @torch.inference_mode()
+    def _forward(self, jobs: list[Job]) -> list[np.ndarray]:
+        """The trunk on all rows, then each head on its own; runs in the model's thread."""
+        base, rows = self.base, [job.row for job in jobs]
+        inputs = _padded(
+            rows, base.config.pad_token_id or 0, types="token_type_ids" in base.tokenizer.model_input_names
+        )
+        with self._choice([job.using.mount for job in jobs]):
+            said = base.model(**inputs)
+        hidden, pooled = said.last_hidden_state, getattr(said, "pooler_output", None)
+        answers: list[np.ndarray] = [np.empty(0)] * len(jobs)
+        for head in dict.fromkeys(job.head for job in jobs):
+            places = [i for i, job in enumerate(jobs) if job.head is head]
+            index = torch.tensor(places)
+            own = {name: tensor[index] for name, tensor in inputs.items()}
+            if head is None:
+                outputs = _vectors(hidden[index], own["attention_mask"], base.pooling, base.normalized)
+            else:
+                outputs = head.outputs(hidden[index], None if pooled is None else pooled[index], own)
+            for place, output in zip(places, outputs.float(), strict=True):
+                tags = head is not None and head.kind == "tags"
+                answers[place] = (output[: len(rows[place])] if tags else output).numpy()
+        return answers
+
+    def _choice(self, mounts: Sequence[Mount | None]) -> Any:
+        """Which adapter acts on which row."""
+        model, first = self.base.model, mounts[0]
+        names = [None if mount is None else mount.name for mount in mounts]
+        if not adapters(model):
+            return contextlib.nullcontext()
+        if not any(names):
+            return disabled(model)
+        if first is not None and first.alone and first.name is not None:
+            return active(model, first.name)
+        return mixed(model, names)
+
+
+def _fitted(content: Content) -> Fitted:
+    assert isinstance(content.fitted, Fitted)
+    return content.fitted
+
+
+def _padded(rows: Sequence[Row], pad: int, *, types: bool) -> dict[str, Tensor]:
+    """Rows as a batch, filled up on the right."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row.ids + [pad] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if types:
+        kinds = [(row.types or [0] * len(row)) + [0] * (longest - len(row)) for row in rows]
+        batch["token_type_ids"] = torch.tensor(kinds)
+    return batch
+
+
+def _vectors(
+    hidden: Tensor, mask: Tensor, pooling: Literal["mean", "cls", "last"], normalized: bool
+) -> Tensor:
+    """A vector for each row (rows, width), of its tokens' (rows, tokens, width)."""
+    if pooling == "cls":
+        pooled = hidden[:, 0]
+    elif pooling == "last":
+        pooled = hidden[torch.arange(len(hidden)), mask.sum(1) - 1]
+    else:
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        pooled = (hidden * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
+    return torch.nn.functional.normalize(pooled, dim=-1) if normalized else pooled

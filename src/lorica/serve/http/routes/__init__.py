@@ -1,0 +1,8 @@
+"""The endpoints: completions, conversations, what encoders say, tokens, models, and how the server is."""
+
+from __future__ import annotations
+
+from lorica.serve.http.routes import chat, completions, encoders, models, status, tokens
+
+ROUTERS = tuple(module.router for module in (completions, chat, encoders, tokens, models, status))
+"""All of them."""

@@ -1,0 +1,34 @@
+"""How the server is set up: what a client may ask for at most, beside the engine's own limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the server is set up.
+
+    Args:
+        allow_load: whether adapters may be loaded and unloaded over HTTP.
+        body: bytes of a request.
+        prompts: prompts, texts or pairs of a request.
+        choices: answers to a prompt (`n`).
+        answers: prompts × choices.
+        messages: messages of a conversation.
+        requests: requests at a time.
+        per_key: requests of one key at a time.
+        read: seconds for a client to send its request.
+        keep_alive: seconds between comments in a stream that has nothing to say.
+    """
+
+    allow_load: bool = False
+    body: int = 4 << 20
+    prompts: int = 256
+    choices: int = 16
+    answers: int = 256
+    messages: int = 1024
+    requests: int = 1024
+    per_key: int = 256
+    read: float = 60.0
+    keep_alive: float = 15.0
