@@ -24,8 +24,9 @@ from lorica.train.data.rows import UsableRows, act_on_rows, fingerprint
 from lorica.train.recipe import Recipe
 from lorica.train.settings import DataConfig
 from lorica.train.tasks import Encoded, Task
+from lorica.train.tasks.packing import check_packing, pack
 from lorica.train.trainer.arguments import check_device
-from lorica.train.trainer.sampler import padding
+from lorica.train.trainer.sampler import LengthGroupedSampler, padding, share
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def encode(recipe: Recipe, rows: sources.Rows | None = None, *, console: Console
             if own.first is not None:
                 data[name]["first_skipped"] = own.first
             notes += notes_on(task, recipe.data, own, training=name == "train")
+    if recipe.training.packing:
+        encoded["train"] = pack(encoded["train"], recipe.training.packed_length or recipe.training.max_length)
     return Encoding(recipe, task, tokenizer, encoded, data, unlabelled, list(dict.fromkeys(notes)))
 
 
@@ -131,6 +134,8 @@ def load_model(recipe: Recipe, read: Encoding) -> PreTrainedModel:
         transformers.set_seed(recipe.training.seed)
         model = task.model(recipe.model, recipe.data, **quantized_loading(recipe, task))
     task.pad(model, read.tokenizer)
+    if recipe.training.packing:
+        check_packing(model, min(recipe.training.batch_size, 2))
     task.begin(model, read.splits["train"].features)
     return model
 
@@ -170,6 +175,8 @@ def _read(
         recipe = recipe.replace(data={"train": sources.IN_PYTHON})
     task = tasks.get(recipe.task)
     check_device(recipe.training)
+    if recipe.training.packing and not task.packs:
+        raise ConfigError(f"training.packing is for causal language models; {task.name} has no packed rows")
     splits = sources.load(recipe.data, rows, tagged=task.tagged)
     train = splits.used()["train"]
 
@@ -220,7 +227,9 @@ def lines(prepared: Prepared) -> Iterator[str]:
     train = prepared.splits["train"]
     if train.lengths:
         yield lengths(train)
-    if len(train) != len(train.features):
+    if training.packing:
+        yield packing(train, training.batch_size, training.seed)
+    elif len(train) != len(train.features):
         longest = max(train.features["length"])
         yield f"{len(train):,} training rows are read as {len(train.features):,} of up to {longest:,} tokens"
     limit = min(training.max_length, getattr(prepared.tokenizer, "model_max_length", training.max_length))
@@ -231,12 +240,25 @@ def lines(prepared: Prepared) -> Iterator[str]:
                 f"({encoded.truncated / len(encoded):.1%}) are cut to {limit} tokens; "
                 f"the longest has {encoded.longest:,}"
             )
-    saved = padding(train.features["length"], training.batch_size, training.seed)
+    saved = (
+        None if training.packing else padding(train.features["length"], training.batch_size, training.seed)
+    )
     if training.group_by_length and saved is not None:
         yield (
             f"batches of similar lengths: {saved.grouped:.0%} of what the model reads is padding, in a "
             f"random order {saved.random:.0%}"
         )
+
+
+def packing(encoded: Encoded, batch_size: int, seed: int) -> str:
+    """How many sequences the training rows are packed into, and how much of them is padding."""
+    sizes = encoded.features["length"]
+    order = list(LengthGroupedSampler(sizes, batch_size, seed))
+    return (
+        f"{len(encoded):,} training rows are packed into {len(sizes):,} sequences of up to {max(sizes):,} "
+        f"tokens, {len(encoded) / len(sizes):.1f} rows a sequence; {share(sizes, order, batch_size):.1%} of "
+        "what the model reads is padding"
+    )
 
 
 def lengths(encoded: Encoded) -> str:

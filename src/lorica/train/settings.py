@@ -146,6 +146,9 @@ class TrainingConfig:
             or 1 trains both at one rate.
         chunked_loss: compute a language model's loss a few tokens at a time, without the matrix of all
             logits: the same loss and gradients in a fraction of the memory.
+        packing: put several training rows of a causal language model into one sequence, each with positions
+            and attention of its own: the same loss, hardly any padding. `batch_size` then counts sequences.
+        packed_length: tokens of a packed sequence. None takes `max_length`.
         group_by_length: put rows of similar lengths into one batch, which saves padding.
         bf16: bfloat16 autocast. Needs a device that has it.
         fp16: float16 autocast with loss scaling. Needs a GPU.
@@ -178,6 +181,8 @@ class TrainingConfig:
     load_best: bool = True
     loraplus_lr_ratio: float | None = None
     chunked_loss: bool = True
+    packing: bool = False
+    packed_length: int | None = None
     group_by_length: bool = True
     bf16: bool = False
     fp16: bool = False
@@ -219,6 +224,10 @@ class TrainingConfig:
             "learning_rate",
             not ends or self.learning_rate is None or self.learning_rate > 1e-7,
             "more than 1e-7, where the polynomial schedule ends",
+        )
+        packed = self.packed_length is None or (self.packing and self.packed_length >= self.max_length)
+        expect(
+            self, "packed_length", packed, f"None, or max_length ({self.max_length}) or more, with packing"
         )
         expect(self, "fp16", not (self.fp16 and self.bf16), "False where bf16 is True")
 

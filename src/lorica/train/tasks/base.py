@@ -66,6 +66,7 @@ class Task(ABC):
             numbers a token as there are words, are better not kept: its evaluation is loss and perplexity.
         reads_files: whether what a row is read from may be the path of a file, such as an image's.
         writes: whether its answer is a text that the model writes; see `LanguageTask`.
+        packs: whether its training rows can be packed; see `lorica.train.tasks.packing`.
         tagged: whether a ``.txt`` file of rows holds words and their classes, and not texts.
     """
 
@@ -78,6 +79,7 @@ class Task(ABC):
     modules_to_save: ClassVar[tuple[str, ...]] = ()
     reads_files: ClassVar[bool] = False
     writes: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
     tagged: ClassVar[bool] = False
 
     @abstractmethod

@@ -30,6 +30,7 @@ from lorica.train.tasks.language import (
     groups_of,
     references_of,
 )
+from lorica.train.tasks.packing import PackingCollator
 from lorica.train.tasks.prompts import prompts_of
 
 _IGNORED = -100
@@ -67,11 +68,17 @@ class CausalLanguageModelling(LanguageTask):
     name = "causal-lm"
     task_type = "CAUSAL_LM"
     auto_class = "AutoModelForCausalLM"
+    packs = True
 
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
         """Find the columns."""
         self.check_columns(splits.train, data)
         return find_form(splits.train, data)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> PackingCollator:
+        """Pad tokens and targets to the longest row of the batch, or packed rows to the longest sequence."""
+        pad: Any = tokenizer.pad_token_id
+        return PackingCollator(super().collator(tokenizer), pad)
 
     def encode(
         self,

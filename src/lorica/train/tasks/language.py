@@ -54,7 +54,7 @@ class LanguageTask(Task):
         """The model's own."""
         return {}
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Pad tokens and targets to the longest row of the batch."""
         return DataCollatorForSeq2Seq(padded_right(tokenizer))
 

@@ -72,10 +72,11 @@ def padding(lengths: Sequence[int], batch_size: int, seed: int = 0) -> Padding |
         return None
     random = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     orders = list(LengthGroupedSampler(lengths, batch_size, seed)), random
-    return Padding(*(_share(lengths, order, batch_size) for order in orders))
+    return Padding(*(share(lengths, order, batch_size) for order in orders))
 
 
-def _share(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:
+def share(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:
+    """The share of what a model reads that is padding, of rows of some lengths in some order."""
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     read = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
     return 1 - sum(lengths) / read
