@@ -1,7 +1,7 @@
 """Rows packed into sequences against batches by length and at random: padding, and tokens per second.
 
-Rows are E2E's tables with their sentences, for a decoder of Llama's shape. A turn trains on a few batches of
-about as many tokens, each round on the next ones.
+Rows are E2E's tables with their sentences, for a decoder of Llama's shape. A turn trains on one batch, all of
+about as many tokens, each round on the next one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lorica.train.trainer.sampler import LengthGroupedSampler, share
 RANDOM, GROUPED, PACKED = "random order", "by length", "packed"
 LENGTHS = (256, 512)
 ROWS = 16
-BATCHES = 3
+BATCHES = 1
 
 
 def recipe(folder: Path) -> Recipe:
@@ -36,10 +36,10 @@ def recipe(folder: Path) -> Recipe:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -106,7 +106,7 @@ def main() -> None:
         counts: dict[str, list[int]] = {name: [] for name in ways}
         model.train()
         found = harness.alternate(
-            f"Llama's shape (6×384), {BATCHES} steps of about {round(ROWS * mean):,} tokens",
+            f"Llama's shape (4×256), a step of about {round(ROWS * mean):,} tokens",
             {
                 name: contestant(*way, counts[name])
                 for name, way in ways.items()

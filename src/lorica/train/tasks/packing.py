@@ -148,7 +148,7 @@ def check_packing(model: PreTrainedModel, sequences: int = 2) -> None:
 
 
 def _packed_logits(model: PreTrainedModel, rows: Sequence[Tensor], sequences: int) -> Tensor:
-    """The logits of the last of some packed rows, in float32; the batch has the same sequence several times."""
+    """The logits of the last of some packed rows, in float32; a batch has the same sequence several times."""
     positions = torch.cat([torch.arange(len(row)) for row in rows])
     inputs = {"input_ids": torch.cat(list(rows)), POSITIONS: positions}
     batch = {key: value.repeat(sequences, 1).to(model.device) for key, value in inputs.items()}
