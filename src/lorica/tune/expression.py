@@ -1,4 +1,4 @@
-"""A field that follows another: ``2*r``, ``max(8, r)``."""
+"""Fields computed from other fields: ``2*r``, ``max(8, r)``."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Expression:
         text: numbers, fields, ``+ - * / // % **``, parentheses, and min, max, round, sqrt and int.
 
     Raises:
-        ConfigError: it is anything else.
+        ConfigError: the text holds anything else.
     """
 
     def __init__(self, text: str) -> None:
-        """Read it; every part is checked before anything is computed."""
+        """Parse the text, and check every part of it."""
         self.text = text
         try:
             self._tree = ast.parse(text.strip(), mode="eval").body
@@ -48,13 +48,13 @@ class Expression:
         self.names = tuple(dict.fromkeys(self._check(self._tree)))
 
     def value(self, fields: Mapping[str, Any]) -> Any:
-        """What it comes to.
+        """Compute the value.
 
         Args:
             fields: values by name; ``method.r`` can be written ``r``.
 
         Raises:
-            ConfigError: a field is missing, ambiguous or no number, or there is no result.
+            ConfigError: a field is missing, ambiguous or no number, or the result is undefined.
         """
         try:
             return self._evaluate(self._tree, fields)
@@ -99,10 +99,10 @@ class Expression:
 
 
 def field_named(name: str, fields: Mapping[str, Any], where: str) -> str:
-    """The whole name of a field that may be given by its last part; `method` and `training` go before others.
+    """The full name of a field given by its last part; fields of `method` and `training` take precedence.
 
     Raises:
-        ConfigError: there is none of that name, or several.
+        ConfigError: no field has this name, or several have.
     """
     for known in (name, f"method.{name}", f"training.{name}"):
         if known in fields:

@@ -25,13 +25,13 @@ def write_figures(records: Sequence[Record], space: Space, goal: Goal, directory
     """Write a search's figures as PNG and SVG into ``figures/``.
 
     Args:
-        records: the trials.
-        space: what was searched.
-        goal: what decided.
-        directory: of the search.
+        records: one record per trial.
+        space: the searched space.
+        goal: the metric that decided.
+        directory: the search's folder.
 
     Returns:
-        Names of the figures; those for which there is nothing to draw are left out.
+        Names of the figures; a figure with nothing to draw is left out.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -58,7 +58,7 @@ def write_figures(records: Sequence[Record], space: Space, goal: Goal, directory
 
 
 def importance(records: Sequence[Record], space: Space, goal: Goal) -> dict[str, float]:
-    """How much of the difference between trials each searched field explains; empty without Optuna."""
+    """The share of the scores' variance that each searched field explains; empty without Optuna."""
     if importlib.util.find_spec("optuna") is None or len(space.searched) < 2:
         return {}
     study = TPESampler(space, seed=0)
@@ -105,7 +105,7 @@ def _parallel(records: Sequence[Record], space: Space, goal: Goal) -> Any:
 def _heights(
     records: Sequence[Record], space: Space, goal: Goal, name: str
 ) -> tuple[list[float], list[tuple[float, str]]]:
-    """Where each trial stands on an axis from 0 to 1, better scores higher; and what is written beside it."""
+    """Each trial's height on an axis from 0 to 1, better scores higher, and the axis's tick labels."""
     if name == goal.metric:
         values = [record.best(goal.metric, goal.mode) for record in records]
         low, high = min(values), max(values)

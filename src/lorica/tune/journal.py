@@ -1,4 +1,4 @@
-"""What a search knows of its trials: a file of JSON lines, one for each evaluation and each end."""
+"""The journal of a search: a file of JSON lines, one per evaluation and one per end of a trial."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Evaluation:
     """A trial's scores at one of its evaluations.
 
     Args:
-        time: how many it has had, this one included.
+        time: number of the evaluation, from 1.
         step: optimizer steps taken.
         epoch: passes over the training rows.
         metrics: scores on the validation rows, the loss included.
         seconds: since the trial began, in the run that made the evaluation.
-        stops: whether the trial was sent away with it.
+        stops: whether the scheduler ended the trial here.
     """
 
     time: int
@@ -50,15 +50,15 @@ class Evaluation:
 
 @dataclass
 class Record:
-    """A trial, as far as it has come.
+    """A trial's record.
 
     Args:
-        name: of the trial.
-        values: what distinguishes it: the searched fields, by their names in a recipe.
-        status: where it stands.
-        evaluations: its scores, in order.
-        error: why it failed.
-        metrics: scores at the end, by split.
+        name: the trial's name.
+        values: the searched fields by their names in a recipe.
+        status: the trial's state.
+        evaluations: its evaluations in order.
+        error: the reason for a failure.
+        metrics: split → scores at the end.
     """
 
     name: str
@@ -69,13 +69,13 @@ class Record:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def at_best(self, metric: str, mode: str) -> Evaluation | None:
-        """Its best evaluation, the first of equals; None when it has none with a number."""
+        """The best evaluation, the first of equals; None if none has a finite score."""
         sign = 1 if mode == "max" else -1
         scored = [each for each in self.evaluations if not math.isnan(score_of(each.metrics, metric))]
         return max(scored, key=lambda each: sign * score_of(each.metrics, metric), default=None)
 
     def best(self, metric: str, mode: str) -> float:
-        """Its best score at any evaluation; NaN when it has none."""
+        """The best score of all evaluations; NaN if there is none."""
         best = self.at_best(metric, mode)
         return math.nan if best is None else score_of(best.metrics, metric)
 
@@ -85,10 +85,10 @@ class NoMetric(FileError):
 
 
 def score_of(metrics: Mapping[str, float], metric: str) -> float:
-    """A metric by its name; NaN where it is not finite.
+    """The named metric; NaN if it is not finite.
 
     Raises:
-        NoMetric: there is none of that name; the message lists those there are.
+        NoMetric: no metric has this name; the message lists the names there are.
     """
     name = metric.removeprefix("eval_")
     if name not in metrics:
@@ -99,18 +99,18 @@ def score_of(metrics: Mapping[str, float], metric: str) -> float:
 
 
 class Journal:
-    """The file, and what it says.
+    """The journal's file and its records.
 
-    A line is on the disk before what it says takes effect, so a search that is killed at any moment goes on
-    from what was decided. A line cut short by that is dropped.
+    A line is on disk before its decision takes effect, so a search killed at any moment continues from its
+    last decision. A line that was cut short is dropped.
 
     Args:
-        path: the file; made with the first line.
-        mend: take a line cut short off the file. False reads a file that another process writes.
+        path: the file; created with the first line.
+        mend: remove a line that was cut short from the file. False is for a file that another process writes.
     """
 
     def __init__(self, path: Path, *, mend: bool = True) -> None:
-        """Read what is there."""
+        """Read the file, if there is one."""
         self.path = path
         self._mend = mend
         self.records: dict[str, Record] = {}
@@ -118,23 +118,23 @@ class Journal:
             self._read()
 
     def record(self, name: str) -> Record:
-        """What is known of a trial."""
+        """The record of a trial."""
         return self.records.setdefault(name, Record(name))
 
     def begin(self, name: str, values: Mapping[str, Any]) -> Record:
-        """A trial exists, with these values."""
+        """Note a new trial and its values."""
         if name not in self.records or self.records[name].values != dict(values):
             self._write({"trial": name, "values": dict(values)})
         self.record(name).values = dict(values)
         return self.record(name)
 
     def evaluated(self, name: str, evaluation: Evaluation) -> None:
-        """A trial was evaluated."""
+        """Note an evaluation of a trial."""
         self._write({"trial": name, **vars(evaluation)})
         self.record(name).evaluations.append(evaluation)
 
     def ended(self, name: str, status: Status, **more: Any) -> None:
-        """A trial finished, was stopped, or failed."""
+        """Note that a trial finished, was stopped, or failed."""
         self._write({"trial": name, "status": status, **more})
         self._end(name, status, more)
 
@@ -193,7 +193,7 @@ class Journal:
 
 
 def _scores(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """As they were: what is not a finite number is null in JSON."""
+    """Scores from JSON, where null stands for a number that is not finite."""
     if not isinstance(metrics, Mapping) or not all(v is None or _is_number(v) for v in metrics.values()):
         raise TypeError(f"metrics are {metrics!r}")
     return {name: math.nan if value is None else value for name, value in metrics.items()}

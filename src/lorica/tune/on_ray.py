@@ -1,7 +1,7 @@
-"""Trials in processes of Ray Tune's, on this machine or a cluster; a population in each if they can be joint.
+"""Trials in processes of Ray Tune, on this machine or a cluster; each process trains a population if it can.
 
-Ray starts and watches the processes, hands out processors and GPUs, and starts again what died. Where to
-search, who leaves and what is written down is decided here, in the process that called, as for a population.
+Ray starts and watches the processes, assigns processors and GPUs, and restarts processes that died. The
+calling process chooses the trials, ends them early and keeps the journal, as for a population.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class RaySearch:
     """Runs trials under Ray Tune.
 
     Args:
-        source: names and recipes.
-        recipe: what they have in common.
-        directory: of the search.
-        config: of the search.
-        count: trials that there will be, at most.
-        joint: whether those in one process share a base and are trained together.
-        scheduler: as of `Population`, and what follows.
-        goal: metric that decides.
-        values: trial and recipe → what distinguishes it.
+        source: names and recipes of the trials.
+        recipe: the fields that they share.
+        directory: the search's folder.
+        config: the search's settings.
+        count: maximum number of trials.
+        joint: whether the trials of a process share a base and are trained together.
+        scheduler: decides which trials end early.
+        goal: the metric that decides.
+        values: trial and recipe → the values that distinguish it.
         console: where to show progress.
         on_end: called with a trial's record when it ends.
     """
@@ -69,8 +69,7 @@ class RaySearch:
         console: Console,
         on_end: Callable[[Record], None],
     ) -> None:
-        """Nothing is started yet.
-
+        """Keep the arguments; nothing starts yet.
         Raises:
             MissingExtra: Ray is not installed.
         """
@@ -84,7 +83,7 @@ class RaySearch:
         self._slots = min(config.slots, count)
 
     def run(self, ends: float = math.inf) -> list[Record]:
-        """Train until there are no more trials, or until `ends` on the monotonic clock.
+        """Train until no trials are left, or until `ends` on the monotonic clock.
 
         Raises:
             LoricaError: Ray cannot be started or reached.
@@ -127,7 +126,7 @@ class RaySearch:
         return list(self.journal.records.values())
 
     def _base(self) -> tuple[Any, ...] | None:
-        """Rows and weights for all trials on the recipe's base; None where it is not frozen plain tensors."""
+        """Rows and weights for all trials on the recipe's base; None if its weights are not plain and frozen."""
         if self._recipe.quantization is not None:
             return None
         base = SharedBase(self._recipe)
@@ -135,7 +134,7 @@ class RaySearch:
         return base.packed()
 
     def _next(self, size: int) -> dict[str, Any] | None:
-        """What the next process trains; None when there is nothing more."""
+        """The configuration of the next process; None when no trials are left."""
         trials = []
         for name, recipe in self._source:
             if self._controller.trial_created(name, recipe, self._values(name, recipe)).status not in ENDED:
@@ -145,8 +144,8 @@ class RaySearch:
         return {"trials": trials} if trials else None
 
     def _reported(self, result: Mapping[str, Any]) -> None:
-        """Write down what became of a trial, and decide; its process reads there whether it goes on."""
-        if "said" not in result:  # Ray's own, at the end of a process's work
+        """Write a trial's report into the journal, and decide; its process reads the decision there."""
+        if "said" not in result:  # Ray's own report at the end of a process
             return
         said = json.loads(result["said"])
         trial, kind = said.pop("trial"), said.pop("kind")
@@ -165,7 +164,7 @@ class RaySearch:
             )
 
     def _died(self, config: Mapping[str, Any]) -> None:
-        """A process died more often than it may."""
+        """Record the failure of a process that died too often."""
         for trial, _ in config["trials"]:
             if self.journal.record(trial).status not in ENDED:
                 folder = self._directory / TRIALS / trial
@@ -174,7 +173,7 @@ class RaySearch:
 
 
 def _processes(resources: Mapping[str, float]) -> int:
-    """How many processes with these resources Ray has room for at once."""
+    """Number of processes with these resources that fit into Ray at once."""
     import ray
 
     there = ray.cluster_resources()
@@ -185,10 +184,10 @@ def _processes(resources: Mapping[str, float]) -> int:
 
 @contextlib.contextmanager
 def _ray(address: str | None, progress: ProgressTable) -> Iterator[None]:
-    """Ray, started here or reached where it runs; one that was running already is left running."""
+    """Ray for the length of a block, started here or joined; a Ray that ran before keeps running."""
     import ray
 
-    # Tune writes curves and results of its own beside ours otherwise, and takes Ctrl-C for itself.
+    # Otherwise Tune writes curves and results beside ours, and handles Ctrl-C itself.
     settings = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -226,7 +225,7 @@ def _ray(address: str | None, progress: ProgressTable) -> Iterator[None]:
 
 
 class NextTrial(Searcher):
-    """Hands out trials from a function that makes them; None ends the search."""
+    """Takes trials from a function; None ends the search."""
 
     def __init__(self, make: Callable[[], dict[str, Any] | None]) -> None:
         """Keep the function."""
@@ -239,24 +238,24 @@ class NextTrial(Searcher):
         return Searcher.FINISHED if made is None else made
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Nothing: the listener hears of it."""
+        """Do nothing: `Listener` handles reports."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the search's own journal is what it resumes from."""
+        """Do nothing: the search resumes from its own journal."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, likewise."""
+        """Do nothing, for the same reason."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class Listener(FIFOScheduler):
-    """Passes on what trials report; each sees to it itself that what should end does.
+    """Passes on the reports of trials, which end themselves when they must.
 
     Args:
-        reported: told what a trial reports, before the report returns in its process.
-        died: told the configuration of a trial that Ray gave up.
+        reported: called with a trial's report before the report returns in its process.
+        died: called with the configuration of a trial that Ray gave up.
     """
 
     def __init__(
@@ -267,12 +266,12 @@ class Listener(FIFOScheduler):
         self._reported, self._died = reported, died
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Listen, and let it go on."""
+        """Pass the report on, and let the trial continue."""
         self._reported(result)
         return TrialScheduler.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Pass it on, unless Ray, which tells of every death, is about to take the trial up again."""
+        """Pass the death on, unless Ray is about to restart the trial."""
         if not trial.should_recover():
             self._died(trial.config)
 
@@ -281,22 +280,21 @@ class Listener(FIFOScheduler):
 
 
 _BASES: dict[str, SharedBase] = {}
-"""Bases that this process has opened: Ray gives it one trial of its own after another."""
+"""Bases that this process has opened; Ray runs several trials in one process, one after another."""
 
 
 def train_trials(config: Mapping[str, Any], *, base: Any, directory: str) -> None:
-    """Train, from the newest checkpoints where the trials were begun before.
+    """Train a process's trials, from their newest checkpoints if they began before.
 
-    An error of a trial's own is reported, not raised: to Ray it would look as if the process had died, and
-    be worth another try.
+    A trial's own error is reported, not raised: Ray would take it for a dead process and try again.
 
     Args:
         config: ``trials``, each with its name and its recipe as YAML.
-        base: of the search's recipe, from Ray's object store; None where each trial loads its own.
-        directory: the search's folder, reached by every machine.
+        base: the base of the search's recipe from Ray's object store; None if each trial loads its own.
+        directory: the search's folder, reachable from every machine.
     """
     folder = Path(directory)
-    # The search made them, of a recipe that its user trusts.
+    # The search made these recipes from one that its user trusts.
     trials = [
         (name, Recipe.from_dict(yaml.safe_load(text), trust_task=True)) for name, text in config["trials"]
     ]
@@ -317,25 +315,25 @@ class _Remote:
         self._journal = journal
 
     def trial_created(self, name: str, recipe: Recipe, values: Mapping[str, object]) -> Record:
-        """What is known of a trial: it may have ended before this process took over from one that died."""
+        """The trial's record; the trial may have ended before this process replaced one that died."""
         return Journal(self._journal, mend=False).record(name)
 
     def trial_started(self, name: str) -> None:
-        """Nothing: its first evaluation says so."""
+        """Do nothing: the first evaluation reports it."""
 
     def goal_of(self, recipe: Recipe) -> Goal:
-        """The recipe's own; what counts is decided elsewhere."""
+        """The recipe's own goal; the searching process decides by the search's."""
         return Goal.of(recipe)
 
     def trial_evaluated(
         self, name: str, goal: Goal, metrics: Mapping[str, float], step: int, epoch: float, seconds: float
     ) -> bool:
-        """Report it, and read what was decided."""
+        """Report an evaluation, and read the decision."""
         _say(name, "evaluation", metrics=dict(metrics), step=step, epoch=epoch, seconds=seconds)
         return Journal(self._journal, mend=False).record(name).status in ENDED
 
     def trial_ended(self, name: str, status: Status, **more: object) -> Record:
-        """Report it."""
+        """Report the end of a trial."""
         _say(name, status, **more)
         return Journal(self._journal, mend=False).record(name)
 

@@ -1,4 +1,4 @@
-"""What a search on_change: on a terminal a table that is kept up to date, into a pipe a line an event."""
+"""The progress of a search: a live table on a terminal, one line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TABLE = "trials.csv"
 
 
 class ProgressTable:
-    """Shows trials. As a context manager, keeps its place on a terminal until the end.
+    """Shows trials. As a context manager it holds its place on a terminal until the end.
 
     Args:
-        console: where.
-        rows: trials of which the table on a terminal shows the last.
+        console: where to show them.
+        rows: number of trials in the table on a terminal; the latest are shown.
     """
 
     def __init__(self, console: Console, rows: int = 30) -> None:
@@ -39,24 +39,24 @@ class ProgressTable:
         self._live: Live | None = None
 
     def __enter__(self) -> ProgressTable:
-        """Take the place."""
+        """Take a place on the terminal."""
         if self.console.is_terminal:
             self._live = Live(console=self.console, auto_refresh=False)
             self._live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Leave the last table standing."""
+        """Leave the last table on the screen."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def note(self, line: str) -> None:
-        """Say something beside the table."""
+        """Print a line above the table."""
         self.console.print(line, markup=False, soft_wrap=True)
 
     def show(self, record: Record) -> None:
-        """A trial moved on."""
+        """Show a trial's new state."""
         self._records[record.name] = record
         if self._live is not None:
             self._live.update(table(list(self._records.values())[-self.rows :]), refresh=True)
@@ -68,7 +68,7 @@ class ProgressTable:
 
 
 def line(record: Record) -> str:
-    """A trial in one line."""
+    """One line on a trial."""
     parts = [f"trial {record.name}", record.status]
     if record.evaluations:
         last = record.evaluations[-1]
@@ -96,7 +96,7 @@ def table(records: list[Record]) -> Table:
 
 
 def shown_values(record: Record) -> str:
-    """What distinguishes a trial, in short."""
+    """The values that distinguish a trial, in short."""
     return "  ".join(f"{name.rpartition('.')[2]}={_value(value)}" for name, value in record.values.items())
 
 
@@ -112,7 +112,7 @@ def _shown(metrics: dict[str, float]) -> list[tuple[str, float]]:
 
 
 def ranked(records: Sequence[Record], goal: Goal) -> list[Record]:
-    """Best score first; those without one last."""
+    """Records by score, the best first; those without a score last."""
     sign = -1 if goal.mode == "max" else 1
 
     def key(record: Record) -> tuple[bool, float]:
@@ -123,7 +123,7 @@ def ranked(records: Sequence[Record], goal: Goal) -> list[Record]:
 
 
 def trials_table(records: Sequence[Record], goal: Goal, limit: int = 20) -> Table:
-    """The best trials, and how many there are beside them."""
+    """The best trials, and the number of the others."""
     table = Table(
         title=f"{len(records)} trials by {goal.metric}" + (f", the first {limit}" * (len(records) > limit))
     )
@@ -144,7 +144,7 @@ def trials_table(records: Sequence[Record], goal: Goal, limit: int = 20) -> Tabl
 
 
 def write_table(records: Sequence[Record], directory: Path, goal: Goal) -> Path:
-    """Write ``trials.csv``: a row a trial; its searched fields, and its metrics at its best moment."""
+    """Write ``trials.csv``: a row per trial, with its searched fields and the metrics of its best evaluation."""
     fields = list(dict.fromkeys(name for record in records for name in record.values))
     metrics = list(
         dict.fromkeys(name for record in records for each in record.evaluations for name in each.metrics)

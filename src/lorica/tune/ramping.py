@@ -1,4 +1,4 @@
-"""Which rank is enough: double it for as long as that helps."""
+"""Find the rank that is enough: double it as long as that helps."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Step:
     Args:
         r: the rank.
         score: best score on the validation rows; NaN if training failed.
-        parameters: how many were trained.
-        error: why it failed.
+        parameters: number of trained parameters.
+        error: the reason for a failure.
     """
 
     r: int
@@ -50,13 +50,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Ramp:
-    """The curve, and what it says.
+    """The curve of scores over ranks, and the rank to take.
 
     Args:
-        goal: metric.
-        gain: that a doubling was asked for.
-        steps: ranks that were tried, in order.
-        r: the rank to take; None if none could be trained.
+        goal: the metric.
+        gain: improvement that justifies a doubling.
+        steps: one step per rank, in order.
+        r: the rank to take; None if no rank could be trained.
     """
 
     goal: Goal
@@ -93,16 +93,16 @@ def ramp(
     *,
     console: Console | None = None,
 ) -> Ramp:
-    """Train a recipe at rising ranks, over one base, until another doubling no longer pays.
+    """Train a recipe at rising ranks over one base until another doubling no longer pays.
 
-    ``lora_alpha`` keeps its ratio to r, so that only the rank changes. Ranks that the folder holds already
-    are not trained again, unless they failed.
+    ``lora_alpha`` keeps its ratio to r, so only the rank changes. Ranks that the folder holds are not trained
+    again, unless they failed.
 
     Args:
-        recipe: what to train; its `method` is LoRA.
+        recipe: the recipe; its `method` is LoRA.
         directory: folder for the trials, ``results.jsonl`` and the figure.
-        config: how to look.
-        console: where to show progress. None makes one.
+        config: settings of the ramp.
+        console: where to show progress. None makes a console.
 
     Raises:
         ConfigError: the recipe trains another method, or the folder holds a ramp of another recipe.
@@ -166,7 +166,7 @@ def _ramp(recipe: Recipe, directory: Path, config: RampConfig, console: Console)
 
 
 def _keep_settings(directory: Path, recipe: Recipe, config: RampConfig) -> None:
-    """Write down what a ramp is started with; refuse a folder whose trials are of something else."""
+    """Write the ramp's settings into its folder; refuse a folder with other trials."""
     there = directory / RAMP
     content = {"recipe": recipe.to_dict(), "ramp": dataclasses.asdict(config)}
     text = json.dumps(content, indent=2, default=str) + "\n"
@@ -205,7 +205,7 @@ def _pays(goal: Goal, gain: float, before: Step, now: Step) -> bool:
 
 
 def _levelled(steps: list[Step], goal: Goal, gain: float) -> bool:
-    """Whether more rank is not worth trying: the last doubling did not pay, or two in a row failed."""
+    """Whether to stop: the last doubling did not pay, or two ranks in a row failed."""
     if len(steps) > 1 and not _scored(steps[-2:]):
         return True
     return any(not _pays(goal, gain, before, now) for before, now in itertools.pairwise(_scored(steps)))

@@ -1,4 +1,4 @@
-"""Where in a space the next trial is made: at random, on a grid, or where Optuna's TPE expects the best."""
+"""Choose the next trial's values: at random, on a grid, or where Optuna's TPE expects the best score."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ ALGORITHMS = ("random", "tpe", "grid")
 
 
 class Sampler(ABC):
-    """Makes trials; the n-th hangs on the seed, on n and on what was told before: a search can be resumed.
+    """Chooses the values of trials.
+
+    Trial n depends on the seed, on n and on the earlier trials' scores alone, so a search can be resumed.
 
     Attributes:
-        size: how many there are.
+        size: number of trials; infinite for samplers that can always draw another.
     """
 
     size: float = math.inf
@@ -32,20 +34,20 @@ class Sampler(ABC):
 
     @abstractmethod
     def values(self, index: int) -> dict[str, Any] | None:
-        """Values of the searched fields for trial `index`, from 0; None when there are no more."""
+        """Values of the searched fields for trial `index`, counted from 0; None after the last."""
 
     def take_up(self, values: Mapping[str, Any]) -> None:  # noqa: B027 - not all listen
-        """Hear that a trial of a search that is resumed is under way; all known are told in their order."""
+        """Learn of a trial that a resumed search had begun; called for all of them, in their order."""
 
     def tell(self, values: Mapping[str, Any], scores: Sequence[float]) -> None:  # noqa: B027
-        """Hear what a trial came to, one number an objective; higher is better."""
+        """Learn a trial's result: one number per objective; higher is better."""
 
 
 class RandomSampler(Sampler):
-    """Each field by itself, at random."""
+    """Draws each field independently."""
 
     def values(self, index: int) -> dict[str, Any]:
-        """Drawn from the seed and the index alone."""
+        """Draw by the seed and the index alone."""
         return self.space.draw(Random(f"{self.seed}/{index}"))
 
 
@@ -53,12 +55,12 @@ class GridSampler(Sampler):
     """Every combination, the last field changing fastest."""
 
     def __init__(self, space: Space, seed: int) -> None:
-        """Refuse ranges."""
+        """Refuse a space with ranges, which have no finite list of values."""
         super().__init__(space, seed)
         self.size = sum(1 for _ in space.grid())
 
     def values(self, index: int) -> dict[str, Any] | None:
-        """The combination of that number."""
+        """The combination with this number."""
         return next(itertools.islice(self.space.grid(), index, None), None)
 
 
@@ -66,9 +68,9 @@ class TPESampler(Sampler):
     """Optuna's tree-structured Parzen estimator, for one objective or several.
 
     Args:
-        space: to draw from.
-        seed: of all draws.
-        objectives: how many numbers are told of each trial.
+        space: the space to draw from.
+        seed: fixes all draws.
+        objectives: count of numbers per result.
 
     Source:
         Watanabe, Tree-Structured Parzen Estimator (2023); several objectives as in Ozaki et al. (2022).
@@ -84,7 +86,7 @@ class TPESampler(Sampler):
         self._asked: list[tuple[dict[str, Any], Any]] = []
 
     def values(self, index: int) -> dict[str, Any]:
-        """Where a good score is likeliest, after ten at random."""
+        """Values where a good score is likeliest; the first ten trials are random."""
         # A sampler of its own for each trial: a resumed search goes on as if it had not stopped.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
@@ -97,12 +99,12 @@ class TPESampler(Sampler):
         return values
 
     def take_up(self, values: Mapping[str, Any]) -> None:
-        """Let it stand in the study as running: the next are drawn away from it."""
+        """Add the trial to the study as running, so that later draws keep away from it."""
         self._study.enqueue_trial(self._params(values))
         self._asked.append((dict(values), self._study.ask(self._places)))
 
     def tell(self, values: Mapping[str, Any], scores: Sequence[float]) -> None:
-        """Hear it; a trial without a finite score counts as failed."""
+        """Add the result to the study; a trial without a finite score counts as failed."""
         state = self._optuna.trial.TrialState
         finite = all(map(math.isfinite, scores))
         for i, (known, asked) in enumerate(self._asked):
@@ -124,9 +126,9 @@ class TPESampler(Sampler):
             )
 
     def importance(self) -> dict[str, float]:
-        """Share of the scores' variance that each field explains (fANOVA), the greatest first.
+        """Share of the scores' variance that each field explains (fANOVA), largest first.
 
-        Empty where the trials are too few or score alike.
+        Empty if the trials are too few or have equal scores.
 
         Source: Hutter, Hoos and Leyton-Brown, An Efficient Approach for Assessing Hyperparameter Importance
         (2014).
@@ -152,7 +154,7 @@ class TPESampler(Sampler):
         return dimension.given[drawn] if dimension.kind == "choice" else drawn
 
     def _params(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Values as the study holds them."""
+        """The values in the study's form."""
         return {
             name: d.given.index(values[name]) if d.kind == "choice" else values[name]
             for name, d in self.space.searched.items()
@@ -160,10 +162,10 @@ class TPESampler(Sampler):
 
 
 def make_sampler(algorithm: str, space: Space, seed: int, objectives: int = 1) -> Sampler:
-    """A sampler by its name.
+    """Make the sampler with this name.
 
     Raises:
-        ConfigError: there is none of that name, it cannot search this space, or it knows one objective only.
+        ConfigError: no sampler has it, or the sampler cannot search this space or several objectives.
         MissingExtra: Optuna is not installed.
     """
     if algorithm == "tpe":

@@ -1,7 +1,7 @@
-"""Which trial is better, and which go on: by successive halving (ASHA), the median rule, or all of them.
+"""Decide which trial is better, and which ones end early: by successive halving (ASHA) or the median rule.
 
-Times are counted in evaluations from 1, as Ray Tune counts ``training_iteration``, and the rules are Ray
-Tune's, so a search decides alike whether or not Ray runs it.
+Time is counted in evaluations from 1, as Ray Tune counts ``training_iteration``. The rules are Ray Tune's, so
+a search makes the same decisions with and without Ray.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorica.tune.journal import Evaluation, Journal, Record, Status, score_of
 from lorica.tune.settings import SearchConfig
 
 GREATER = "greater_is_better"
-"""Transformers' argument that says what its name does not: which way a metric goes."""
+"""The argument of transformers that says whether a higher metric is better."""
 
 
 class Scheduler(ABC):
@@ -33,13 +33,13 @@ class Scheduler(ABC):
         """Whether a trial ends with this evaluation.
 
         Args:
-            trial: its name.
-            time: how many evaluations it has had, this one included.
-            score: what this one gave; higher is better.
+            trial: the trial's name.
+            time: number of its evaluations, this one included.
+            score: score of this evaluation; higher is better.
         """
 
     def recall(self, trial: str, time: int, score: float) -> None:
-        """Count an evaluation from before a resume; its decision was made then."""
+        """Take in an evaluation from before a resume, without deciding again."""
         self.stops(trial, time, score)
 
 
@@ -55,13 +55,13 @@ class RunAll(Scheduler):
 class Halving(Scheduler):
     """Asynchronous successive halving (ASHA): at each rung, a trial ends unless it is among the best so far.
 
-    The first trial at a rung goes on: there is no other yet to compare it with.
+    The first trial at a rung continues, since there is nothing to compare it with.
 
     Args:
         grace_period: evaluations before the first rung.
-        reduction_factor: the best 1/`reduction_factor` of a rung go on, and each rung is that many times as
-            late as the one before.
-        max_t: evaluations of a whole trial; there are no rungs from there on.
+        reduction_factor: the best 1/`reduction_factor` of a rung continue, and each rung comes that many
+            times as late as the one before.
+        max_t: evaluations of a whole trial; rungs end there.
 
     Source:
         Li et al., A System for Massively Parallel Hyperparameter Tuning (2020), algorithm 2; the cutoff is
@@ -72,7 +72,7 @@ class Halving(Scheduler):
     reduction_factor: float = 2.0
     max_t: int = 100
     rungs: dict[float, dict[str, float]] = field(init=False)
-    """Rung → trial → its score there. A rung between two evaluations is reached with the later one."""
+    """Rung → trial → its score there. A rung between two evaluations counts with the later one."""
 
     def __post_init__(self) -> None:
         """Lay out the rungs."""
@@ -89,13 +89,13 @@ class Halving(Scheduler):
             k += 1
 
     def stops(self, trial: str, time: int, score: float) -> bool:
-        """Whether it falls short at the latest rung that it has reached."""
+        """Whether the trial falls short at its latest rung."""
         if not math.isfinite(score):
             return True
         for rung in sorted(self.rungs, reverse=True):
             scores = self.rungs[rung]
             if time >= rung and trial not in scores:
-                # The first at a rung, and those as good as the best of it, go on.
+                # The first at a rung continues, and so does any that equals its best.
                 share = 100 * (1 - 1 / self.reduction_factor)
                 short = bool(scores) and score < float(numpy.percentile(list(scores.values()), share))
                 scores[trial] = score
@@ -108,8 +108,8 @@ class Median(Scheduler):
     """A trial ends when its best score is worse than the median of the others' running averages.
 
     Args:
-        grace_period: evaluations from which on it can; the averages are from there on too.
-        min_samples: others that must have come as far.
+        grace_period: evaluations before a trial can end; the averages start there too.
+        min_samples: number of other trials that must have reached this time.
 
     Source:
         Golovin et al., Google Vizier (2017), section 3.2.2; the averages are those that Ray Tune's
@@ -121,7 +121,7 @@ class Median(Scheduler):
     _scores: dict[str, list[float]] = field(default_factory=dict, init=False)
 
     def stops(self, trial: str, time: int, score: float) -> bool:
-        """Whether its best is below the others' median."""
+        """Whether the trial's best score is below the median of the others' averages."""
         if not math.isfinite(score):
             return True
         own = self._scores.setdefault(trial, [])
@@ -170,27 +170,27 @@ class Goal:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Goal:
-        """A recipe's own: its `metric_for_best`, or its task's; and what it says of ``greater_is_better``."""
+        """The recipe's goal: its `metric_for_best`, or else its task's, with its ``greater_is_better``."""
         recipe = presets.apply(recipe)
         metric = (recipe.training.metric_for_best or tasks.get(recipe.task).best_metric).removeprefix("eval_")
         greater = recipe.training.arguments.get(GREATER)
         return cls(metric, mode_of(metric) if greater is None else "max" if greater else "min")
 
     def into(self, recipe: Recipe) -> Recipe:
-        """A recipe whose best checkpoint is the best by this goal."""
+        """The recipe, set to keep the best checkpoint by this goal."""
         arguments = {name: value for name, value in recipe.training.arguments.items() if name != GREATER}
         if self.mode != mode_of(self.metric):
             arguments[GREATER] = self.mode == "max"
         return recipe.replace(training={"metric_for_best": self.metric, "arguments": arguments})
 
     def score(self, metrics: Mapping[str, float]) -> float:
-        """The metric, such that higher is better."""
+        """The metric, with its sign changed where lower is better."""
         value = score_of(metrics, self.metric)
         return value if self.mode == "max" else -value
 
 
 def mode_of(metric: str) -> str:
-    """Whether more of a metric is better ("max") or less ("min")."""
+    """Whether a higher metric is better ("max") or a lower one ("min")."""
     return "min" if metric in LOWER_IS_BETTER else "max"
 
 
@@ -211,7 +211,7 @@ class TrialController:
         goal: Goal | None = None,
         on_change: Callable[[Record], None] = lambda record: None,
     ) -> None:
-        """Recall what the journal holds, where the goal is known."""
+        """Tell the scheduler what the journal holds, if the goal is known."""
         self.journal = journal
         self.scheduler = scheduler or RunAll()
         self.goal = goal
@@ -226,28 +226,28 @@ class TrialController:
         return self.goal or Goal.of(recipe)
 
     def trial_created(self, name: str, recipe: Recipe, values: Mapping[str, object]) -> Record:
-        """A trial exists; returns its record."""
+        """Note that a trial exists; returns its record."""
         record = self.journal.begin(name, values)
         self.recall(name, self.goal_of(recipe))
         self.on_change(record)
         return record
 
     def recall(self, name: str, goal: Goal) -> None:
-        """Tell the scheduler of the evaluations that the journal holds of a trial, once."""
+        """Tell the scheduler, once, of a trial's evaluations in the journal."""
         if name not in self._recalled:
             self._recalled.add(name)
             for each in self.journal.record(name).evaluations:
                 self.scheduler.recall(name, each.time, goal.score(each.metrics))
 
     def trial_started(self, name: str) -> None:
-        """A trial started to train."""
+        """Note that a trial started to train."""
         self.journal.record(name).status = "running"
         self.on_change(self.journal.record(name))
 
     def trial_evaluated(
         self, name: str, goal: Goal, metrics: Mapping[str, float], step: int, epoch: float, seconds: float
     ) -> bool:
-        """A trial was evaluated; returns whether it must end."""
+        """Note an evaluation; returns whether the trial must end."""
         record = self.journal.record(name)
         known = next((each for each in record.evaluations if each.step == step), None)
         if known is not None:  # made again, after a resume from before it
@@ -259,7 +259,7 @@ class TrialController:
         return stops
 
     def trial_ended(self, name: str, status: Status, **more: object) -> Record:
-        """A trial ended; returns its record."""
+        """Note the end of a trial; returns its record."""
         self.journal.ended(name, status, **more)
         self.on_change(self.journal.record(name))
         return self.journal.record(name)

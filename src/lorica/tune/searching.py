@@ -1,4 +1,4 @@
-"""A search: trials from a space, trained together or by Ray, the best of them kept."""
+"""Search a space: train trials, together or by Ray, and keep the best."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ BEST = "best"
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search came to.
+    """The result of a search.
 
     Args:
         directory: its folder.
-        goal: what decided.
-        records: all trials.
-        best: the best that finished, or None.
+        goal: the metric that decided.
+        records: one record per trial.
+        best: the record of the best trial that finished, or None.
     """
 
     directory: Path
@@ -58,7 +58,7 @@ class SearchResult:
 
     @property
     def folder(self) -> Path | None:
-        """Where the best trial's own adapter and recipe are, as `lorica.train.train` leaves them."""
+        """The folder with the best trial's adapter and recipe, as `lorica.train.train` writes them."""
         return None if self.best is None else self.directory / BEST
 
 
@@ -73,21 +73,21 @@ def search(
 ) -> SearchResult:
     """Search a space around a recipe.
 
-    The folder ends up with ``results.jsonl`` (a line for each evaluation and each end), ``trials.csv``,
-    ``figures/``, a folder of each trial under ``trials/``, and ``best/``: the adapter of the best trial that
-    finished, from its own best checkpoint, not trained anew, with the recipe that makes it.
+    The folder receives ``results.jsonl`` (a line per evaluation and per end), ``trials.csv``, ``figures/``, a
+    folder per trial under ``trials/``, and ``best/``: the adapter of the best finished trial at its best
+    checkpoint, with the recipe that makes it.
 
     Args:
-        recipe: what all trials have in common.
-        space: what is searched. None is what LoRA's tutorials search: learning rate, rank, targets, dropout.
+        recipe: the fields that all trials share.
+        space: the fields to search. None takes learning rate, rank, targets and dropout, as LoRA's tutorials.
         directory: folder to write.
         config: how to search; defaults if None.
-        resume: go on with the search that the folder holds; it must be the same. Trials that ended stay,
-            the others go on from their newest checkpoints.
-        console: where to show progress. None makes one.
+        resume: continue the search in the folder, which must be the same one. Trials that ended stay; the
+            others continue from their newest checkpoints.
+        console: where to show progress. None makes a console.
 
     Raises:
-        ConfigError: the space, the recipe or the configuration cannot be used; nothing was started then.
+        ConfigError: the space, the recipe or the configuration cannot be used; nothing was started.
         LoricaError: the folder holds another search.
     """
     config, console = config or SearchConfig(), console or make_console()
@@ -107,7 +107,7 @@ def _search(
     recipe = presets.apply(recipe)
     space = space if isinstance(space, Space) else Space(space) if space else _documents(recipe)
     goal = _goal(recipe, config)
-    # A trial ranks by its best evaluation, so that is what it must end with.
+    # A trial ranks by its best evaluation, so it must end with those weights.
     recipe = goal.into(recipe).replace(training={"load_best": True})
     space.check(recipe)
     longer = longest(recipe, space)
@@ -162,7 +162,7 @@ def _search(
 
 
 def best_of(records: list[Record], goal: Goal) -> Record | None:
-    """The trial that finished with the best score; NaN never wins, and of equals the first does."""
+    """The finished trial with the best score; NaN never wins, and the first of equals does."""
     finished = [
         r for r in records if r.status == "finished" and not math.isnan(r.best(goal.metric, goal.mode))
     ]
@@ -171,7 +171,7 @@ def best_of(records: list[Record], goal: Goal) -> Record | None:
 
 
 def keep_best(result: SearchResult) -> None:
-    """Copy the best trial's folder, checkpoints and logs left out, to ``best/``; whole, or not at all."""
+    """Copy the best trial's folder without checkpoints and logs to ``best/``, all or nothing."""
     if result.best is None:
         return
     target = result.directory / BEST
@@ -187,7 +187,7 @@ def keep_best(result: SearchResult) -> None:
 
 
 class _Trials(Iterator[tuple[str, Recipe]]):
-    """Names and recipes, made when a slot is free, and what was told of them."""
+    """Makes a trial's name and recipe whenever a slot is free, and reports results to the sampler."""
 
     def __init__(
         self, recipe: Recipe, space: Space, sampler: Sampler, config: SearchConfig, goal: Goal
@@ -201,7 +201,7 @@ class _Trials(Iterator[tuple[str, Recipe]]):
         self._reported: set[str] = set()
 
     def __next__(self) -> tuple[str, Recipe]:
-        """The next trial: one that was made before, as it was, or a new one."""
+        """The next trial: one from before a resume, unchanged, or a new one."""
         assert self.journal is not None
         while self._index < self._config.trials and not self._ends:
             name = f"{self._index:03d}"
@@ -213,7 +213,7 @@ class _Trials(Iterator[tuple[str, Recipe]]):
             self.values[name] = dict(values)
             try:
                 return name, presets.apply(self._space.recipe(self._recipe, values))
-            except (LoricaError, TypeError, ValueError) as error:  # values that do not go together
+            except (LoricaError, TypeError, ValueError) as error:  # values that exclude each other
                 if known is None or known.status not in ENDED:
                     self.journal.begin(name, values)
                     self.journal.ended(name, "failed", error=f"{type(error).__name__}: {error}")
@@ -221,7 +221,7 @@ class _Trials(Iterator[tuple[str, Recipe]]):
         raise StopIteration
 
     def recall(self, journal: Journal) -> None:
-        """Take the search's journal, and tell the sampler of the trials that were made before."""
+        """Take the search's journal, and tell the sampler of the trials in it."""
         self.journal = journal
         for record in journal.records.values():
             if foreign := [name for name in record.values if name not in self._space.searched]:
@@ -235,7 +235,7 @@ class _Trials(Iterator[tuple[str, Recipe]]):
                 self._sampler.take_up(record.values)
 
     def report(self, record: Record) -> None:
-        """Tell the sampler what a trial came to: its best score, and how few parameters it trains."""
+        """Tell the sampler a trial's result: its best score, and the negative count of its parameters."""
         if record.name in self._reported:
             return
         self._reported.add(record.name)
@@ -271,7 +271,7 @@ def _check_validated(recipe: Recipe) -> None:
 
 
 def _why_apart(recipe: Recipe, space: Space) -> str | None:
-    """Why the trials of a space, of which the recipe is one, cannot share a base; None if they can."""
+    """Why the trials of a space around this recipe cannot share a base; None if they can."""
     apart = [name for name, d in space.dimensions.items() if d.kind != "value" and not shared_fields(name)]
     if apart:
         return f"{listing(apart)} changes the base, the rows or how the base is computed"
@@ -289,7 +289,7 @@ def _announced(engine: str, config: SearchConfig, reason: str | None) -> str:
 
 
 def longest(recipe: Recipe, space: Space) -> Recipe:
-    """The trial with the most evaluations, of those that have one field at an end and the others first."""
+    """The trial with the most evaluations, among those with one field at an end of its range."""
     first = {name: d.samples()[0] for name, d in space.searched.items()}
     made = [
         space.recipe(recipe, {**first, name: value})
@@ -300,7 +300,7 @@ def longest(recipe: Recipe, space: Space) -> Recipe:
 
 
 def notes(recipe: Recipe, sampler: Sampler, config: SearchConfig) -> Iterator[str]:
-    """What a user may not expect of this configuration."""
+    """Lines on what may surprise a user in this configuration."""
     if math.inf > sampler.size > config.trials:
         yield f"the grid has {sampler.size} combinations; the first {config.trials} are tried (trials)"
     there = evaluations(recipe)
@@ -315,7 +315,7 @@ def query_and_value(recipe: Recipe) -> tuple[str, str]:
     """Names of the query and value projections of a recipe's model.
 
     Raises:
-        ConfigError: it has none apart from each other; the space must then say what to target.
+        ConfigError: the model has no separate projections for them; the space must then name targets.
     """
     with quiet(), torch.device("meta"):
         try:

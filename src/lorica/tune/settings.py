@@ -1,4 +1,4 @@
-"""How to search, and what a search was started with."""
+"""The settings of a search, and the file that keeps them."""
 
 from __future__ import annotations
 
@@ -28,27 +28,26 @@ class SearchConfig:
     """How to search.
 
     Args:
-        trials: how many, where the space has as many.
+        trials: number of trials; fewer if the space has fewer.
         algorithm: "random", "tpe" (Optuna's), or "grid" (all combinations of choices).
-        scheduler: who leaves early: "asha" (successive halving), "median" or "none".
-        grace_period: evaluations before a trial can leave.
-        reduction_factor: ASHA lets the best 1/`reduction_factor` of a rung go on.
-        max_t: evaluations of a whole trial, for ASHA's rungs. None takes the recipe's, and 100 where only
-            its rows would tell.
+        scheduler: which trials end early: "asha" (successive halving), "median" or "none".
+        grace_period: evaluations before a trial can end early.
+        reduction_factor: ASHA continues the best 1/`reduction_factor` of a rung.
+        max_t: evaluations of a whole trial, for ASHA's rungs. None takes the recipe's number, or 100 where
+            that depends on the number of rows.
         metric: metric on the validation rows that decides. None takes the recipe's or its task's.
-        mode: "max" or "min". None knows by the metric's name.
-        small: search for few trained parameters too, as a second objective of "tpe".
-        time_budget: seconds after which no more is trained; what has not ended can be resumed. None has no
-            end.
-        seed: of the draws. The recipe's own seed is that of training.
-        engine: "population" trains the trials together in this process; "ray" in processes of Ray Tune's,
-            those that can be joint as a population in each; "auto" takes the population where the trials
-            differ only in what can be joint and no cluster is named.
-        slots: trials at once. Under Ray they are shared among its processes; where each trains one trial, no
-            more than there is room for.
-        resources: of each process of Ray's, such as ``{"cpu": 2, "gpu": 0.5}``. None is one CPU.
-        address: of a Ray cluster, "auto" for the one this machine belongs to. None starts Ray here.
-        retries: times that Ray starts another process in the place of one that died.
+        mode: "max" or "min". None decides by the metric's name.
+        small: also search for few trained parameters, as a second objective of "tpe".
+        time_budget: seconds after which training ends; unfinished trials can be resumed. None sets no limit.
+        seed: seed of the draws; training has the recipe's seed.
+        engine: "population" trains the trials together in this process; "ray" trains them in processes of
+            Ray Tune, as a population per process where trials can share a base; "auto" takes the population
+            if all trials can share a base and no cluster is named.
+        slots: trials at once. Ray shares them among its processes; where a process trains one trial, no more
+            run than there is room for.
+        resources: resources per process of Ray, such as ``{"cpu": 2, "gpu": 0.5}``. None is one CPU.
+        address: address of a Ray cluster, "auto" for this machine's. None starts Ray here.
+        retries: how often Ray replaces a process that died.
     """
 
     trials: int = 20
@@ -72,7 +71,7 @@ class SearchConfig:
         """Check the values.
 
         Raises:
-            ConfigError: one cannot be.
+            ConfigError: a value is out of range.
         """
         for name, known in (
             ("algorithm", ALGORITHMS),
@@ -100,10 +99,9 @@ class RampConfig:
     """How to look for a rank.
 
     Args:
-        start: rank to begin with.
-        limit: rank not to pass.
-        gain: what a doubling must add to the metric on the validation rows (or take off the loss) to be worth
-            it.
+        start: first rank.
+        limit: largest rank.
+        gain: improvement of the metric on the validation rows that justifies a doubling.
     """
 
     start: int = 1
@@ -114,7 +112,7 @@ class RampConfig:
         """Check the values.
 
         Raises:
-            ConfigError: one cannot be.
+            ConfigError: a value is out of range.
         """
         if not 1 <= self.start <= self.limit:
             raise ConfigError(
@@ -125,7 +123,7 @@ class RampConfig:
 
 
 def settings(recipe: Recipe, space: Space, config: SearchConfig) -> str:
-    """What a search is started with, as JSON."""
+    """The settings of a search as JSON."""
     dimensions = {name: {d.kind: d.given} for name, d in space.dimensions.items()}
     content = {
         "recipe": recipe.to_dict(),
@@ -136,16 +134,16 @@ def settings(recipe: Recipe, space: Space, config: SearchConfig) -> str:
 
 
 FREE = ("trials", "time_budget", "slots", "resources", "address", "retries", "engine")
-"""What may differ when a search is resumed: how much of it, and where."""
+"""Settings that may differ in a resumed search: its extent, and where it runs."""
 
 
 def changes(there: Path, now: str, free: Collection[str]) -> list[str]:
-    """In what new settings differ from those that a file holds.
+    """The names of settings that differ from those in a file.
 
     Args:
         there: the file.
-        now: the new ones, as JSON.
-        free: what may differ, as ``part.name``.
+        now: the new settings as JSON.
+        free: settings that may differ, as ``part.name``.
     """
     before, after = (dict(_flat(content)) for content in (read_object(there), json.loads(now)))
     return [
@@ -164,11 +162,11 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def check_same(directory: Path, recipe: Recipe, space: Space, config: SearchConfig, *, resume: bool) -> None:
-    """Refuse a folder that holds another search, or this one where it is not to be resumed.
+    """Refuse a folder that holds another search, or this one without `resume`.
 
     Raises:
-        LoricaError: it holds one.
-        ConfigError: it was started otherwise; the message says in what.
+        LoricaError: the folder holds a search, or trials of something else.
+        ConfigError: the search in it has other settings; the message names them.
     """
     there = directory / SEARCH
     if not there.is_file():
@@ -188,14 +186,14 @@ def check_same(directory: Path, recipe: Recipe, space: Space, config: SearchConf
 
 
 def reopen(directory: str | Path, *, trust_task: bool = False) -> tuple[Recipe, Space, SearchConfig]:
-    """What a search in a folder was started with.
+    """Read the settings of the search in a folder.
 
     Args:
         directory: the folder.
         trust_task: as in `Recipe.load`.
 
     Raises:
-        LoricaError: there is none.
+        LoricaError: the folder holds no search.
     """
     path = Path(directory) / SEARCH
     if not path.is_file():

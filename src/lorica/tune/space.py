@@ -1,4 +1,4 @@
-"""Which fields of a recipe are searched, and where."""
+"""The fields of a recipe to search, and their values."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Dimension:
         """Check what can be checked without a recipe.
 
         Raises:
-            ConfigError: an unknown kind, an empty choice, or ends that are none.
+            ConfigError: an unknown kind, an empty choice, or unusable ends.
         """
         object.__setattr__(self, "given", _listed(self.given))  # as a resumed search finds it
         if self.kind not in KINDS:
@@ -83,7 +83,7 @@ class Dimension:
         return random.uniform(*self.given) if self.kind == "uniform" else self.given
 
     def samples(self) -> list[Any]:
-        """Values whose being right makes all of them right: each of a choice, or both ends."""
+        """Values to check for the whole dimension: each of a choice, or both ends of a range."""
         return self.given if self.kind in ("choice", "uniform", "loguniform", "integer") else [self.given]
 
 
@@ -95,11 +95,11 @@ class Space:
             a recipe's YAML if that is easier to read. A field with a plain value is set to it.
 
     Raises:
-        ConfigError: with all that is wrong: an unknown field, an empty choice, ends in the wrong order.
+        ConfigError: lists every problem: an unknown field, an empty choice, ends in the wrong order.
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
-        """Read and check; what hangs on the recipe is checked by `check`."""
+        """Read and check the fields; `check` adds the checks that need a recipe."""
         known, problems = fields_of(Recipe()), []
         self.dimensions: dict[str, Dimension] = {}
         for name, given in _unnested(fields, known):
@@ -143,7 +143,7 @@ class Space:
         """A recipe with values for the searched fields, the tied ones computed.
 
         Raises:
-            LoricaError: a recipe cannot be so.
+            LoricaError: no recipe can have these values.
         """
         values = {**{n: d.given for n, d in self.dimensions.items() if d.kind == "value"}, **values}
         fields = {**fields_of(base), **values}
@@ -166,12 +166,12 @@ class Space:
         return base.replace(**changes)
 
     def check(self, base: Recipe) -> None:
-        """See that every part of the space makes recipes, before anything is trained.
+        """Check that every part of the space makes valid recipes, before anything is trained.
 
         Each value of a choice and both ends of each range are put into the recipe, one field at a time.
 
         Raises:
-            ConfigError: with all values that are refused, and why.
+            ConfigError: lists all values that are refused, and why.
         """
         first = {name: dimension.samples()[0] for name, dimension in self.searched.items()}
         problems = []
@@ -196,7 +196,7 @@ class Space:
         """Every combination of the choices.
 
         Raises:
-            ConfigError: a range has no end of values.
+            ConfigError: the space has a range, which has no list of values.
         """
         ranges = [name for name, d in self.searched.items() if d.kind in ("uniform", "loguniform")]
         if ranges:
@@ -209,7 +209,7 @@ class Space:
             yield dict(zip(self.searched, combination, strict=True))
 
     def draw(self, random: Random) -> dict[str, Any]:
-        """Values at random for the searched fields."""
+        """Random values for the searched fields."""
         return {name: dimension.draw(random) for name, dimension in self.searched.items()}
 
 
@@ -250,7 +250,7 @@ def _unnested(fields: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[t
 
 
 def _listed(value: Any) -> Any:
-    """Tuples as lists, all the way down."""
+    """The value with lists in place of tuples, at every depth."""
     if isinstance(value, Mapping):
         return {key: _listed(item) for key, item in value.items()}
     return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -269,7 +269,7 @@ def _dimension(given: Any) -> Dimension:
 
 
 def _types(name: str) -> tuple[type, ...]:
-    """The plain types that a field may have; empty where it may have others."""
+    """The plain types that a field accepts; empty if it accepts others as well."""
     part, _, leaf = name.rpartition(".")
     owner = type(getattr(Recipe(), part)) if part else Recipe
     hint = typing.get_type_hints(owner)[leaf]
@@ -299,7 +299,7 @@ def _check_kept(name: str, value: Any, made: Recipe) -> None:
 
 
 def _as_typed(name: str, value: Any) -> Any:
-    """A computed number as its field takes it: ``r / 2`` is whole for a field that is."""
+    """A computed number in its field's type: ``r / 2`` becomes a whole number for a whole-number field."""
     whole = int in _types(name) and float not in _types(name)
     if whole and isinstance(value, float):
         if not value.is_integer():
