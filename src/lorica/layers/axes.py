@@ -1,8 +1,8 @@
 """Whether the first axis of a layer's input is the batch, so that its rows can have adapters of their own.
 
-Shapes of one pass do not tell: a table may be looked up by as many positions as there are rows. So the model
-is shown one row alone first, and a layer's first axis is the batch if it has as many times more entries in
-the whole batch as the batch has rows.
+The shapes of one pass do not show it: a table may be looked up by as many positions as the batch has rows. So
+the model first runs one row alone; a layer's first axis is the batch if the whole batch has as many times
+more entries there as it has rows.
 
     alone     tokens (1, 7, d)    positions (7,)       windows (4, 9, d)
     3 rows    tokens (3, 7, d)    positions (7,) no    windows (12, 9, d)
@@ -24,19 +24,19 @@ Shapes = dict[Hashable, list[torch.Size]]
 
 @dataclass(eq=False)
 class Axes:
-    """What is known of the layers' inputs, and of the call that is running.
+    """What is known about the layers' inputs and the running call.
 
     Args:
         root: the model.
-        known: layer and number of axes → whether one row alone is one entry of the first axis (True), or
-            several (False). The same for every mixture on a model.
-        expansion: how often `generate` repeats each row, for beams.
-        batch: rows of the call that is running; None outside calls of the model.
+        known: layer and number of axes → whether one row alone is one entry of the first axis (True) or
+            several (False); the same for every mixture on a model.
+        expansion: number of times that `generate` repeats each row, for beams.
+        batch: rows of the running call; None outside calls of the model.
         outermost: the module that was called.
-        alone: what the layers were given for one row alone, where some are not known yet.
-        lengths: how many tokens that row has, by any of the call's inputs.
-        calls: how often each of those layers was called since.
-        failure: why the model could not be shown one row alone.
+        alone: shapes of the layers' inputs for one row alone, while some layers are not known.
+        lengths: that row's possible numbers of tokens, one per input of the call.
+        calls: number of calls of each of those layers since.
+        failure: why one row alone could not be run.
     """
 
     root: nn.Module | None = None
@@ -50,10 +50,10 @@ class Axes:
     failure: Exception | None = None
 
     def times(self, layer: Hashable, x: Tensor, names: int) -> int:
-        """How many entries of the first axis of `x` belong to each named row.
+        """Number of entries of the first axis of `x` per named row.
 
         Raises:
-            AdapterError: naming the layer, where its first axis is not the batch or nobody can tell.
+            AdapterError: naming the layer, where its first axis is not the batch, or may not be.
         """
         key = (layer, x.dim())
         if self.batch is not None and key not in self.known:
@@ -70,10 +70,10 @@ class Axes:
         return times
 
     def check_batch(self, rows: int, names: int) -> None:
-        """Refuse a call with another number of rows than were named.
+        """Refuse a call whose number of rows differs from the number of names.
 
         Raises:
-            AdapterError: it has, and no beams explain it.
+            AdapterError: the numbers differ, and no beams explain it.
         """
         if rows not in (names, names * self.expansion):
             raise AdapterError(
@@ -84,7 +84,7 @@ class Axes:
             )
 
     def _look(self, layer: Hashable, x: Tensor, batch: int) -> bool:
-        """Whether one row alone is one entry of the first axis of `x`, at the layer's next call."""
+        """Whether one row alone is one entry of the first axis of `x`, in this call of the layer."""
         call = self.calls.get(layer, 0)
         self.calls[layer] = call + 1
         shapes = self.alone.get(layer, [])
@@ -101,7 +101,7 @@ class Axes:
             )
         alone = shapes[call]
         scaled = bool(alone) and shown == (batch * alone[0], *alone[1:])
-        # Tokens without their rows' axis must be all of them: some picked out differ from row to row.
+        # Flattened tokens must be all of them: a selection may differ from row to row.
         whole = len(alone) > 2 or alone[:1] == (1,) or alone[0] in self.lengths
         if not scaled or not whole:
             raise AdapterError(
@@ -118,7 +118,7 @@ class Axes:
 
 @dataclass(eq=False)
 class Witness:
-    """Stands in the place of `Rows` while one row is shown: notes shapes, and no adapter acts."""
+    """Replaces `Rows` while the model runs one row alone: records shapes, and no adapter acts."""
 
     shapes: Shapes = field(default_factory=dict)
 
@@ -132,12 +132,12 @@ class Witness:
         return self.add(layer, y, x)
 
     def groups(self, layer: Hashable, x: Tensor, _: object) -> list[tuple[None, Tensor]]:
-        """Note the input; all rows are the base's."""
+        """Record the input; all rows are the base's."""
         self.shapes.setdefault(layer, []).append(x.shape)
         return [(None, torch.arange(x.shape[0], device=x.device))]
 
     def asked(self, *_: object) -> bool:
-        """The plain way."""
+        """Answer no: the layer takes its plain path."""
         return False
 
     def forget(self) -> None:

@@ -1,6 +1,6 @@
-"""`LoraLayer`: what every adapted layer has, and what it can do with its factors.
+"""`LoraLayer`: the factors of an adapted layer, and all that is computed from them.
 
-Each kind of layer is one small subclass, joined with the module's own class by `SwappedModule`.
+Each kind of layer is a small subclass; `SwappedModule` joins it with the module's own class.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from lorica.layers.variants import BIASED, DORA, PLAIN, Variant
 
 
 class LoraLayer(AskedLayer):
-    """A layer with a low-rank update beside its weight, one for each adapter that targets it.
+    """A layer with one low-rank update per adapter beside its weight.
 
     Attributes:
         lora_A: adapter name → down-projection.
         lora_B: adapter name → up-projection.
         scaling: adapter name → α/r or α/√r.
-        lora_magnitude_vector: adapter name → trained magnitude of each output (DoRA); others have none.
+        lora_magnitude_vector: adapter name → trained magnitude per output (DoRA only).
         lora_dropout: adapter name → dropout probability.
-        variants: adapter name → what it makes of the layer besides adding its product.
-        displaced: the acting adapter whose own weight stands in W0's place, and W0; None where W0 stands.
+        variants: adapter name → the variant that forms its output and its weight.
+        displaced: the acting adapter that replaced W0 by its own weight, and W0; None while W0 is in place.
     """
 
     own_modules = ("lora_A", "lora_B", "lora_magnitude_vector")
     own_attributes = ("adapter_state", "scaling", "scaled", "lora_dropout", "variants", "displaced")
     kind: ClassVar[Kind] = "linear"
     weight_name: ClassVar[str] = "weight"
-    """Name of the base's parameter that the update belongs to."""
+    """Name of the adapted parameter."""
     transposed: ClassVar[bool] = False
-    """Whether that parameter is stored (d_in, d_out)."""
+    """Whether that parameter has the layout (d_in, d_out)."""
     takes_dropout: ClassVar[bool] = True
-    """Whether inputs can be dropped; not where the update is folded into the weight."""
+    """Whether dropout can act: the update has an input of its own."""
     takes_bias: ClassVar[bool] = True
     """Whether B can have a bias."""
     rows_differ: ClassVar[bool] = True
-    """Whether rows of one batch can have adapters of their own."""
+    """Whether each row of a batch can have its own adapter."""
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -64,7 +64,7 @@ class LoraLayer(AskedLayer):
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B at rank `r` for a module that is, or may become, this kind of layer.
+        """Shapes of A and B at rank `r`, for a module of this kind or one that may become so.
 
         Raises:
             TargetError: the module cannot carry such an update.
@@ -76,30 +76,30 @@ class LoraLayer(AskedLayer):
 
     @classmethod
     def anchor(cls, module: nn.Module) -> Tensor | None:
-        """The tensor that says on which device a module computes, and how precisely: W0."""
+        """The tensor that decides the update's device and precision: W0."""
         return module._parameters[cls.weight_name]
 
     @classmethod
     def as_matrix(cls, weight: Tensor) -> Tensor:
-        """A weight stored as this kind of layer stores it, as (d_out, d_in)."""
+        """A weight in this kind's layout, as (d_out, d_in)."""
         return weight.t() if cls.transposed else weight.flatten(1)
 
     @property
     def base_weight(self) -> Tensor:
-        """W0, as it is stored; or what an acting adapter put in its place."""
+        """W0 as stored, or the weight by which an acting adapter replaced it."""
         weight = self._parameters.get(self.weight_name)
         return self.computed(self.weight_name) if weight is None else weight
 
     def computed(self, leaf: str) -> Tensor:
-        """A parameter that something made a computed one since (prune, weight_norm): what it is now."""
+        """The present value of a parameter that became a computed one (prune, weight_norm)."""
         value = self.__dict__.get(leaf)
         return super().__getattribute__(leaf) if value is None else value
 
     def weight_beside(self, name: str) -> Tensor | None:
-        """W0, where another adapter's weight stands in its place; None where the adapter's own base stands.
+        """W0, if another adapter replaced it; None if the layer holds the weight this adapter trained beside.
 
-        An adapter turns (DoRA) the weight that it was made beside. What others put in W0's place is their
-        effect, and adds up with its own.
+        DoRA rescales the weight that it was trained beside. Another adapter's replacement of W0 is that
+        adapter's own effect, and is added to it.
         """
         if self.displaced is None or self.displaced[0] == name:
             return None
@@ -107,10 +107,10 @@ class LoraLayer(AskedLayer):
         return self.displaced[1].to(device=stands.device, dtype=stands.dtype)
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """What the base layer makes of `x` with another weight in the layout of its own, and no bias."""
+        """The base layer's output for `x` with another weight in its own layout, and no bias."""
         raise StateError(
-            f"{self.base_class.__name__} has a forward of its own, and one adapter's weight stands in its "
-            "own's place; another that scales its rows (DoRA) cannot act beside that"
+            f"{self.base_class.__name__} has a forward of its own, and one adapter replaces its weight; "
+            "another that rescales its rows (DoRA) cannot act beside that"
         )
 
     def get_base(self, leaf: str) -> Parameter:
@@ -126,21 +126,21 @@ class LoraLayer(AskedLayer):
 
     @property
     def precision(self) -> torch.dtype:
-        """What sums with W0 are computed in: float32, or W0's higher precision."""
+        """The dtype of sums with W0: float32, or W0's higher precision."""
         return torch.promote_types(self.base_weight.dtype, torch.float32)
 
     def base_rows(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows of W0 as it is laid out, as a matrix, in its own dtype or another; not to be written to."""
+        """Rows of W0 in its own layout as a matrix, in its own dtype or another; read only."""
         weight = self.base_weight.detach()[rows].flatten(1)
         return weight if dtype is None else weight.to(dtype)
 
     def rows_beside(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
-        """As `base_rows`, of the weight that an adapter was made beside."""
+        """As `base_rows`, for the weight that an adapter was trained beside."""
         own = self.weight_beside(name)
         return self.base_rows(rows, dtype) if own is None else own.detach()[rows].flatten(1).to(dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the base layer returns, plus the active adapters' updates."""
+        """The base layer's output plus the active adapters' updates."""
         y = self.base_forward(*args, **kwargs)
         x = args[0] if args else kwargs[_input_name(self.base_class)]
         if self.adapter_state.rows is not None:
@@ -151,15 +151,15 @@ class LoraLayer(AskedLayer):
         return y
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the base layer returns."""
+        """The base layer's output."""
         return super().forward(*args, **kwargs)
 
     def effect(self, name: str, x: Tensor, base: Tensor) -> Tensor:
-        """What one adapter adds to the output `base` that the base layer has for `x`."""
+        """What one adapter adds to `base`, the base layer's output for `x`."""
         return self.variants[name].effect(self, name, x, base)
 
     def update(self, name: str, x: Tensor) -> Tensor:
-        """One adapter's low-rank update of the output, for the layer's input `x`."""
+        """One adapter's ``scale·B·A·x``, with dropout in training."""
         raise NotImplementedError
 
     def acting(self) -> list[str]:
@@ -194,7 +194,7 @@ class LoraLayer(AskedLayer):
         return None if B is None else B.bias
 
     def _factor(self, own: str, name: str) -> Factor | None:
-        # Straight from nn.Module's tables: attributes and items would take a tenth of a small layer's time.
+        # Read from nn.Module's tables: attribute access would take a tenth of a small layer's time.
         return self._modules[own]._modules.get(name)  # type: ignore[union-attr, return-value]
 
     @classmethod
@@ -204,41 +204,41 @@ class LoraLayer(AskedLayer):
         """Euclidean norm of each row of ``W0 + scale·B·A`` (d_out,), in A's dtype.
 
         Args:
-            module: a module that is, or may become, this kind of layer.
+            module: a module of this kind, or one that may become so.
             A: (r, d_in).
             B: (d_out, r).
             scale: factor of the product.
-            weight: taken for W0, in its layout; None takes what stands in the module.
+            weight: replaces W0, in its layout; None takes the module's present weight.
         """
         if weight is None:
             weight = module._parameters.get(cls.weight_name)
             weight = getattr(module, cls.weight_name) if weight is None else weight
         assert isinstance(weight, Tensor)
-        # float64 is asked for where rounding is measured; else the product with W0 stays in W0's dtype.
+        # float64 serves to measure rounding; otherwise the product with W0 stays in W0's dtype.
         weight = weight.to(A.dtype) if A.dtype == torch.float64 else weight
         return functional.row_norm(cls.as_matrix(weight), A, B, scale)
 
     def holders(self, name: str) -> list[tuple[str, str, Any]]:
-        """What holds factors of an adapter: its key and live name after this module's path, and itself."""
+        """The holders of an adapter's factors: key and live name after this module's path, and the holder."""
         return [("", "", self)]
 
     def add_factors(self, name: str, A: Parameter, B: Parameter, scale: float, dropout: float) -> None:
-        """Take an adapter's factors, replacing those of the same name."""
+        """Add an adapter's factors, in place of any of the same name."""
         self.lora_A._modules[name], self.lora_B._modules[name] = Factor.of(A), Factor.of(B)
         self.scaling[name], self.lora_dropout[name], self.variants[name] = scale, dropout, PLAIN
 
     def add_magnitude(self, name: str, magnitude: Parameter) -> None:
-        """Take an adapter's magnitudes."""
+        """Add an adapter's magnitudes."""
         self.lora_magnitude_vector._modules[name] = Factor.of(magnitude)
         self.variants[name] = DORA
 
     def add_bias(self, name: str, bias: Parameter) -> None:
-        """Take the bias on an adapter's B."""
+        """Add the bias on an adapter's B."""
         self.lora_B[name].bias = bias
         self.variants[name] = BIASED
 
     def remove_factors(self, name: str) -> None:
-        """Drop an adapter's factors and magnitudes."""
+        """Remove an adapter's factors and magnitudes."""
         for own in self.own_modules:
             if name in getattr(self, own):
                 del getattr(self, own)[name]
@@ -258,11 +258,11 @@ class LoraLayer(AskedLayer):
         """Refuse a layer whose weight has no place for an update.
 
         Raises:
-            StateError: it is packed, or the update reaches further than it does.
+            StateError: the weight is packed, or the update is no change of the weight.
         """
 
     def storing(self, leaf: str, value: Tensor) -> dict[str, Any]:
-        """The base's attributes that make it hold, under the name `leaf`, what `folded` returned for it.
+        """The base's attributes that store `value`, a result of `merged_parameters`, under the name `leaf`.
 
         Raises:
             StateError: the weight is packed in a way that can only be read.
@@ -290,14 +290,14 @@ class LoraLayer(AskedLayer):
     def merged_parameters(
         self, names: Sequence[str], *, out: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """What the base's parameters become when adapters are merged, by their names as in `changed`.
+        """Merge adapters into the base's parameters: name, as in `changed`, → merged values.
 
         Args:
             names: adapters to add; those without an update here add nothing.
-            out: tensors to write to, by the same names; each value is rounded once to its tensor's dtype.
+            out: name → tensor to write to; its values are rounded once to its dtype.
 
         Returns:
-            Those tensors; without `out`, values in float32 or the parameter's higher precision.
+            Those tensors; without `out`, new ones in float32 or the parameter's higher precision.
         """
         into = out or {}
         result = {self.weight_name: self.fold(names, out=into.get(self.weight_name))}
@@ -332,7 +332,7 @@ class LoraLayer(AskedLayer):
         return out
 
     def _add_up(self, names: Sequence[str], W0: Tensor) -> Tensor:
-        """W0 and what each adapter makes of it, in W0's dtype."""
+        """W0 with the delta weights of several adapters, in W0's dtype."""
         result, everything = W0, slice(None)
         for name in names:
             left, right = self.delta_factors(name, W0.dtype)
@@ -347,10 +347,10 @@ class LoraLayer(AskedLayer):
         return result
 
     def merged_weight(self) -> Tensor:
-        """W0 with the acting updates folded in, differentiably: what a reader of the raw weight must see.
+        """W0 plus the acting adapters' delta weights, with a graph: for code that reads the weight itself.
 
         Returns:
-            The sum in W0's layout and dtype, summed up in float32 or W0's higher precision.
+            The sum in W0's layout and dtype, computed in float32 or W0's higher precision.
         """
         weight, names, everything = self.base_weight, self.acting(), slice(None)
         if not names or self.shard_of(self.weight_name) is not None:
@@ -371,20 +371,20 @@ class LoraLayer(AskedLayer):
         return result.view(weight.shape).to(weight.dtype)
 
     def along_outputs(self, vector: Tensor) -> Tensor:
-        """One number for each output (d_out,), shaped to multiply the layer's output."""
+        """One number per output (d_out,), shaped to multiply the layer's output."""
         return vector
 
     def along_rows(self, ratio: Tensor) -> Tensor:
-        """One number for each output (d_out,), shaped to multiply ``W0.flatten(1)``."""
+        """One number per output (d_out,), shaped to multiply ``W0.flatten(1)``."""
         return ratio if self.transposed else ratio.unsqueeze(1)
 
     def delta_factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The matrices whose product, times the scale, is the update laid out as ``W0.flatten(1)``."""
+        """Two matrices whose product, times the scale, is the delta weight laid out as ``W0.flatten(1)``."""
         A, B = (factor.detach().to(dtype).flatten(1) for factor in self.factor_parameters(name))
         return (A.t(), B.t()) if self.transposed else (B, A)
 
 
 @functools.cache
 def _input_name(cls: type[nn.Module]) -> str:
-    """Name of what a module's forward takes first, besides itself."""
+    """Name of the first argument of a module's forward after ``self``."""
     return list(inspect.signature(cls.forward).parameters)[1]

@@ -1,6 +1,6 @@
-"""What other libraries ask an adapted layer, under PEFT's names: TRL, diffusers, exporters to servers.
+"""PEFT's names on adapted layers, for other libraries: TRL, diffusers, exporters to servers.
 
-Nothing here is called by a forward. Each name gives way to an attribute of the module's own.
+No forward calls anything here. An attribute of the module's own class takes precedence over each name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class fallback_property(Generic[T]):
-    """A property that a module's own attribute of that name goes before: it can only be read."""
+    """A read-only property that yields to an attribute of that name on the module's own class."""
 
     def __init__(self, ask: Callable[[Any], T]) -> None:
         self._ask, self.__doc__ = ask, ask.__doc__
@@ -46,14 +46,14 @@ class fallback_property(Generic[T]):
 
 
 class AskedModule(SwappedModule):
-    """A module that adapters changed, as other libraries look at it."""
+    """A module that adapters changed, with PEFT's names."""
 
     other_param_names: ClassVar[tuple[str, ...]] = ()
-    """Its dicts that have an entry for each adapter."""
+    """Names of its dicts keyed by adapter."""
 
     @fallback_property
     def adapter_layer_names(self) -> tuple[str, ...]:
-        """Its containers that have an entry for each adapter."""
+        """Names of its containers keyed by adapter."""
         return self.own_modules
 
     @fallback_property
@@ -63,18 +63,18 @@ class AskedModule(SwappedModule):
 
     @fallback_property
     def active_adapter(self) -> str | list[str]:
-        """The one that acts; a list where it is not one."""
+        """The adapter that acts; a list unless there is exactly one."""
         names = self._chosen()
         return names[0] if len(names) == 1 else names
 
     @fallback_property
     def merged_adapters(self) -> list[str]:
-        """The adapters that are in this module's weights at the moment."""
+        """The adapters merged into this module's weights."""
         return self._in_weights()
 
     @fallback_property
     def merged(self) -> bool:
-        """Whether there are any."""
+        """Whether any adapter is merged into this module's weights."""
         return bool(self._in_weights())
 
     @fallback_property
@@ -122,14 +122,14 @@ class AskedModule(SwappedModule):
                 parameter.requires_grad_(requires_grad)
 
     def brought(self) -> Iterator[tuple[str, Parameter]]:
-        """The parameters that adapters brought to the module, each with its adapter's name."""
+        """The parameters that adapters added to the module, each with its adapter's name."""
         for own in self.own_modules:
-            # The adapter comes first, but below a module with adapted parameters or rows after what holds it.
+            # The adapter's name comes first, but behind the holder's where parameters or rows are adapted.
             place = {"lora_parameters": 2, "token_adapter": 1}.get(own, 0)
             for path, parameter in self._modules[own].named_parameters():  # type: ignore[union-attr]
                 yield path.split(".")[place], parameter
 
-    # The module's own attributes may go by any of the names above, so nothing here is asked by them.
+    # The module's own attributes may have any of the names above, so the code here uses none of them.
 
     def _chosen(self) -> list[str]:
         return self._chosen_by_all()
@@ -153,12 +153,12 @@ class AskedModule(SwappedModule):
 
 
 class AskedLayer(AskedModule):
-    """An adapted layer, as other libraries look at it."""
+    """An adapted layer, with PEFT's names."""
 
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
     scaling: dict[str, float]
     scaled: dict[str, float]
-    """Adapter → what its scale was multiplied by since it came."""
+    """Adapter → the factor by which its scale was multiplied since it was added."""
 
     @fallback_property
     def base_layer(self) -> nn.Module:
@@ -171,12 +171,12 @@ class AskedLayer(AskedModule):
 
     @fallback_property
     def in_features(self) -> int:
-        """Width of what goes in."""
+        """Width of the input."""
         return self._widths()[0]
 
     @fallback_property
     def out_features(self) -> int:
-        """Width of what comes out."""
+        """Width of the output."""
         return self._widths()[1]
 
     @fallback_property
@@ -186,7 +186,7 @@ class AskedLayer(AskedModule):
 
     @fallback_property
     def lora_alpha(self) -> dict[str, float]:
-        """Adapter → α, as the scale has it that the adapter came with."""
+        """Adapter → α, from the scale that the adapter was added with."""
         roots = {name: self._rooted(name) for name in self.scaling}
         ranks = {name: rank**0.5 if roots[name] else rank for name, rank in self._ranks().items()}
         return {
@@ -205,7 +205,7 @@ class AskedLayer(AskedModule):
         return {name: self._rooted(name) for name in self.scaling}
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What an adapter adds to the weight, ``scale·B·A`` in the layout of W0, in the factors' dtype.
+        """An adapter's ``scale·B·A`` in the layout of W0, in the factors' dtype.
 
         Raises:
             AdapterError: the adapter has nothing here.
@@ -242,11 +242,11 @@ class AskedLayer(AskedModule):
                 self._rescale(name, 1 / self.scaled.get(name, 1.0) if scale is None else 1 / scale)
 
     def merge(self, safe_merge: bool = False, adapter_names: Iterable[str] | None = None) -> None:
-        """Refused: what is merged is the whole model's."""
+        """Refuse: merging is for the whole model."""
         raise StateError("one layer alone is not merged; merge_adapter() or lorica.merge merges the model")
 
     def unmerge(self) -> None:
-        """Refused, likewise."""
+        """Refuse, for the same reason."""
         raise StateError(
             "one layer alone is not unmerged; unmerge_adapter() or lorica.restore does the model"
         )
@@ -262,7 +262,7 @@ class AskedLayer(AskedModule):
         self.scaled[name] = total
 
     def _holder(self, name: str) -> Any:
-        """What holds an adapter's factors: the layer, or the one parameter that it adapts."""
+        """The holder of an adapter's factors: the layer, or the one parameter that it adapts."""
         found = self.holders(name) if name in self.scaling else []  # type: ignore[attr-defined]
         if not found:
             raise AdapterError(f"the adapter {name!r} has no update of this {self.base_class.__name__}")
@@ -283,9 +283,9 @@ class AskedLayer(AskedModule):
 
 
 def base_of(module: SwappedModule) -> nn.Module:
-    """A swapped module without its mixin: of its own class, with the same parameters, buffers and parts.
+    """A swapped module in its own class, with the same parameters, buffers and parts.
 
-    What is assigned to it reaches the module.
+    Assignments to it reach the module.
     """
     view = blank(module.base_class)
     gone = {*module.own_attributes, *view.__dict__}

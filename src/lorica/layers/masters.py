@@ -1,11 +1,11 @@
-"""Copies in float32 of modules in half precision, and how they compute: rounded to what they are copies of.
+"""Float32 copies of half-precision modules; they compute with their values rounded to the base's dtype.
 
     float32 copy ── cast, with a graph ──▶ float16 ──▶ the module's own forward
          ▲                                   │
          └──────── gradient in float32 ──────┘
 
-Whatever the module does, it sees the weights that it would see as part of the base: outputs have the base's
-dtype, and merging, which rounds the copy once, changes none of them.
+The module always sees weights in the base's dtype, so outputs have that dtype too, and merging, which rounds
+the copy once, changes none of them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from lorica.tree import parameter_at
 
 HALVES = (torch.float16, torch.bfloat16)
-"""The dtypes in which training loses small steps."""
+"""The dtypes in which training would lose small steps."""
 
 
 def raise_precision(twin: nn.Module) -> bool:
-    """Give a copy's parameters in half precision float32; returns whether there were any.
+    """Turn a copy's half-precision parameters into float32; returns whether there were any.
 
-    Not those of recurrent layers, which hold their weights twice, and of scripted modules, which are no
-    Python; these train in the base's dtype.
+    Recurrent layers, which hold their weights twice, and scripted modules, which run outside Python, keep and
+    train the base's dtype.
     """
     if any(isinstance(part, (nn.RNNBase, torch.jit.ScriptModule)) for part in twin.modules()):
         return False
@@ -39,14 +39,14 @@ def raise_precision(twin: nn.Module) -> bool:
 
 
 def lowered(twin: nn.Module, base: nn.Module) -> nn.Module:
-    """A view of a copy whose parameters are cast to the dtype of the base's, with a graph.
+    """A view of a copy whose parameters are cast, with a graph, to the dtype of the base's.
 
-    Buffers, hooks and all else are the copy's own. The view is made for one call: threads that call one copy
-    at a time do not see each other's.
+    Buffers, hooks and everything else are the copy's own. Each call makes its own view, so threads that call
+    one copy do not see each other's.
 
     Args:
         twin: the copy.
-        base: the module that it is a copy of; what it has no more is left as it is.
+        base: the original module; parameters that it no longer has are not cast.
     """
     view = twin.__class__.__new__(twin.__class__)
     view.__dict__.update(twin.__dict__)
@@ -63,16 +63,16 @@ def lowered(twin: nn.Module, base: nn.Module) -> nn.Module:
 
 
 def call_lowered(twin: nn.Module, base: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a copy answers, computed in the base's dtype.
+    """Call a copy so that it computes in the base's dtype.
 
     Args:
         twin: the copy.
-        base: the module that it is a copy of.
-        args: what it is called with.
-        kwargs: likewise, by name.
+        base: the original module.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
     """
     if isinstance(twin, (nn.Linear, nn.modules.conv._ConvNd)):
-        # Whoever fits the input to `weight.dtype`, as T5 does, read float32.
+        # Code that casts the input to `weight.dtype`, as T5 does, has read float32.
         args = tuple(_fitted(x, twin.weight, base) for x in args)
     if torch.compiler.is_compiling():  # the compiler knows this one, and takes no threads at once
         names = [name for name, _ in twin.named_parameters(remove_duplicate=False)]
@@ -88,7 +88,7 @@ def _cast(own: Tensor | None, original: Tensor | None) -> Any:
 
 
 def _held(module: nn.Module) -> dict[str, Any]:
-    """A module's parameters; as accelerate keeps them where it keeps them elsewhere."""
+    """A module's parameters, from accelerate's store if it keeps them elsewhere."""
     hook = module.__dict__.get("_hf_hook")
     kept = getattr(hook, "weights_map", None)
     if hook is None or kept is None:
@@ -108,14 +108,14 @@ def _fitted(x: Any, weight: Tensor, base: nn.Module) -> Any:
 
 
 class Lowering:
-    """Hooks around a module's calls, in which it sees float32 copies of its parameters rounded.
+    """Hooks that round a module's float32 copies of parameters to the base's dtype during its calls.
 
-    The copies stand in the place of the base's own parameters (`lorica.pieces.copies`). Whoever asks for them
-    finds them, but for the module itself while it computes: that sees the base's dtype.
+    The copies replace the base's own parameters (`lorica.pieces.copies`), and every reader finds them. Only
+    the module itself sees the base's dtype, while it computes.
 
     Args:
-        state: of the model (`lorica.state.AdapterState`).
-        path: of the module.
+        state: the model's state (`lorica.state.AdapterState`).
+        path: the module's path.
     """
 
     def __init__(self, state: Any, path: str) -> None:
@@ -125,7 +125,7 @@ class Lowering:
         self.kept: dict[str, Any] = {}
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Put the rounded values in place; an input that was fitted to a copy's dtype is fitted again."""
+        """Put the rounded values in place, and cast an input that was cast to a copy's dtype."""
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK:
             self.inside += 1
             if self.inside == 1:
@@ -137,7 +137,7 @@ class Lowering:
 
     def _round(self, module: nn.Module) -> None:
         originals = self.state.originals
-        with torch.enable_grad():  # for all threads that come in meanwhile, those that train too
+        with torch.enable_grad():  # other threads may train with the same values
             for leaf, own in list(module._parameters.items()):
                 if own is None or own.dtype != torch.float32 or self.own + leaf not in originals:
                     continue
@@ -159,12 +159,12 @@ _LOCK = threading.Lock()
 
 
 def lower(module: nn.Module, state: Any, path: str) -> None:
-    """Have a module compute by rounded copies (`Lowering`), if it does not yet.
+    """Have a module compute with rounded copies (`Lowering`), unless it does already.
 
     Args:
-        module: whose parameters have copies in float32.
-        state: of the model.
-        path: of the module.
+        module: the module whose parameters have float32 copies.
+        state: the model's state.
+        path: the module's path.
     """
     if not any(
         isinstance(getattr(h, "__self__", None), Lowering) for h in module._forward_pre_hooks.values()

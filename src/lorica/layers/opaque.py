@@ -1,4 +1,4 @@
-"""Linear layers that lorica knows nothing about: a forward of their own, weights packed in unknown ways."""
+"""Linear layers of unknown kinds: with a forward of their own, or a weight packed in an unknown format."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lorica.layers.base import LoraLayer
 
 
 class LoraOpaque(LoraLayer):
-    """Any other linear layer; the update is added to what its own forward returns.
+    """Any other linear layer; the update is added to the output of its own forward.
 
-    That is a subclass of `nn.Linear`, or a module that says as much by `in_features` and `out_features`: the
-    layers of GPTQ, AWQ, HQQ and their like.
+    It is a subclass of `nn.Linear`, or a module with `in_features` and `out_features`, such as the layers of
+    GPTQ, AWQ and HQQ.
     """
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B, from what the module says of itself: its weight may be packed."""
+        """Shapes of A and B from the module's `in_features` and `out_features`: its weight may be packed."""
         return (r, int(module.in_features)), (int(module.out_features), r)  # type: ignore[arg-type]
 
     @classmethod
     def anchor(cls, module: nn.Module) -> Tensor | None:
-        """W0, or else whatever the module holds."""
+        """W0, or else the module's first tensor."""
         weight = module._parameters.get(cls.weight_name)
         held = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
         return next(held, None) if weight is None else weight
@@ -56,30 +56,30 @@ class LoraOpaque(LoraLayer):
 
 
 def is_linear_like(module: nn.Module) -> bool:
-    """Whether a module that is no `nn.Linear` says that it is linear, and holds no other modules."""
+    """Whether a module other than `nn.Linear` declares itself linear, and holds no other modules."""
     widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return all(isinstance(width, int) and width > 0 for width in widths) and not module._modules
 
 
 def has_own_forward(cls: type[nn.Module]) -> bool:
-    """Whether a class does something else than the layer of torch's that it is a kind of."""
+    """Whether a class overrides the forward of the torch layer that it derives from."""
     known = next(base for base in cls.__mro__ if base.__module__.startswith("torch.nn."))
     return cls.forward is not known.forward
 
 
 def check_multiplies(layer: LoraLayer, x: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Refuse to merge where adding to the weight is not adding the update to the output.
+    """Refuse to merge into a layer whose output does not change by the update when its weight does.
 
-    A layer that scales or normalises what it computes gets the update added after that while it is adapted,
-    and before that once it is merged; the two would differ.
+    A layer that scales or normalises its product gets the update added after that while it is adapted, and
+    before that once it is merged; the two would differ.
 
     Args:
         layer: adapted layer whose base has a forward of its own.
         x: an input for it.
-        multiply: an input and a weight → their product, as torch's own layer has it.
+        multiply: (input, weight) → their product, as torch's own layer computes it.
 
     Raises:
-        StateError: a change of the weight does not come out as its product with the input.
+        StateError: a change of the weight does not change the output by its product with the input.
     """
     kind, weight = layer.base_class.__name__, layer.base_weight
     change = torch.randn_like(weight) * weight.detach().float().std().to(weight.dtype)
@@ -101,6 +101,6 @@ def check_multiplies(layer: LoraLayer, x: Tensor, multiply: Callable[[Tensor, Te
     tolerance = 16 * torch.finfo(weight.dtype).eps ** 0.5 * expected.abs().max()
     if not bool(((after - before).float() - expected).abs().max() <= tolerance):
         raise StateError(
-            f"{kind} does more than multiply by its weight, so a merged update would act otherwise; "
+            f"{kind} does more than multiply by its weight, so a merged update would act differently; "
             "leave it out of what is merged, or use the adapter unmerged"
         )

@@ -1,9 +1,9 @@
-"""Layers whose weight is read past their forward, by the module around them or by a forward of their own.
+"""Layers whose weight is read past their forward, by a parent module or by a forward of their own.
 
     self.dt_proj.weight  ──shown as──▶  W0 + Σ scale·B·A of the acting adapters
 
-Whoever reads the weight computes what it would with the merged one, in training too; the layer's own forward
-reads W0. Nothing is written to W0.
+A reader of the weight computes as with the merged weight, in training too; the layer's own forward reads W0.
+Nothing is written to W0.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ReadWeight(LoraLayer):
-    """What all of these have in common: `weight` shows W0 with the acting updates folded in."""
+    """A layer whose attribute `weight` is the merged weight of the acting adapters."""
 
     @property
     def weight(self) -> Tensor:
         """W0 + Σ scale·B·A of the active adapters; W0 itself stays in `base_weight`.
 
         Raises:
-            StateError: the update has a part that no weight can hold: one for each row, a dropped input, a
-                bias.
+            StateError: no weight can hold the update: it differs by row, drops inputs, or has a bias.
         """
         if self.shard_of(self.weight_name) is not None:
             return self.base_weight
@@ -56,21 +55,21 @@ class ReadWeight(LoraLayer):
 
 
 class LoraReadLinear(ReadWeight, LoraLinear):
-    """A linear layer that is called by some and read by others, such as Bloom's `dense`."""
+    """A linear layer that is both called and read, such as Bloom's `dense`."""
 
     def base_forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
         return F.linear(input, *self._base())
 
 
 class LoraReadConv(ReadWeight, LoraConv):
-    """A convolution that is called by some and read by others."""
+    """A convolution that is both called and read."""
 
     def base_forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
         return self._conv_forward(input, self.base_weight, self._parameters["bias"])
 
 
 class LoraReadEmbedding(ReadWeight, LoraEmbedding):
-    """A table that is looked up in by some and read by others, such as CLIP's positions."""
+    """A table that is both looked up in and read, such as CLIP's positions."""
 
     norm_type: float
     scale_grad_by_freq: bool
@@ -93,7 +92,7 @@ class LoraReadEmbedding(ReadWeight, LoraEmbedding):
 
 
 class Uncalled(ReadWeight):
-    """A layer that is never called: the module around it reads its weight alone."""
+    """A layer that is never called: its parent only reads its weight."""
 
     takes_dropout: ClassVar[bool] = False
     takes_bias: ClassVar[bool] = False
@@ -113,13 +112,13 @@ class LoraUncalledEmbedding(Uncalled, LoraReadEmbedding):
 
 
 class OwnForward(Uncalled):
-    """A layer whose own forward does more than multiply: its output is no place to add an update to.
+    """A layer whose own forward does more than multiply, so an update cannot be added to its output.
 
-    It reads the weight itself, and is shown it with the updates folded in.
+    Its forward reads the merged weight instead.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The layer as it is: it reads the weight below."""
+        """Call the layer's own forward, which reads the merged weight."""
         return super(LoraLayer, self).forward(*args, **kwargs)
 
     def check_mergeable(self) -> None:
@@ -127,7 +126,7 @@ class OwnForward(Uncalled):
 
 
 class LoraOwnLinear(OwnForward, LoraLinear):
-    """A linear layer that returns something else than its product, such as Llama 4's router."""
+    """A linear layer that returns more than its product, such as Llama 4's router."""
 
 
 class LoraOwnConv(OwnForward, LoraConv):
@@ -142,11 +141,11 @@ _READ: dict[type[LoraLayer], tuple[type[LoraLayer], type[LoraLayer]]] = {
 
 
 def read_kind(layer: type[LoraLayer], module: nn.Module, *, called: bool) -> type[LoraLayer]:
-    """The kind of layer for a module whose weight is read past it; a kind that shows none stays as it is.
+    """The kind of layer for a module whose weight is read; kinds without a readable weight stay as they are.
 
     Args:
-        layer: the kind it would be if it were only called.
-        module: itself.
+        layer: the module's kind if it were only called.
+        module: the module.
         called: whether it is called as well.
     """
     if layer in (LoraOpaque, LoraConv) and shows_weight(module):
@@ -156,17 +155,17 @@ def read_kind(layer: type[LoraLayer], module: nn.Module, *, called: bool) -> typ
 
 
 def shows_weight(module: nn.Module) -> bool:
-    """Whether a layer with a forward of its own can be shown its weight with an update folded in."""
+    """Whether a layer with a forward of its own can read a merged weight."""
     weight = module._parameters.get("weight")
-    # What is packed nobody could fold an update into.
+    # No update can be added to a packed weight.
     plain = type(weight) is nn.Parameter and weight.dtype in _FLOATS and weight.dim() > 1
     return plain and "bias" in module._parameters and has_own_forward(type(module))
 
 
 def returns_other(module: nn.Module) -> bool:
-    """Whether a layer with a forward of its own returns something else than its product, by its shape.
+    """Whether a layer with a forward of its own returns something of another shape than its product.
 
-    It is tried out, once for a class and its widths.
+    The layer is tried out once per class and widths.
     """
     weight = module._parameters.get("weight")
     if weight is None or not shows_weight(module):
@@ -195,7 +194,7 @@ def _try_out(module: nn.Module, weight: Tensor) -> bool:
             forward: Any = type(module).forward
             y = forward(module, x)
             return not isinstance(y, Tensor) or y.shape != plain(x, weight, None).shape
-    except Exception:  # whatever it wants, it is not the input of a plain layer alone
+    except Exception:  # it needs more than the input of a plain layer
         return True
     finally:
         module.training = training

@@ -1,10 +1,10 @@
-"""Which parts of a module its own code reads past their forward.
+"""Find the parts of a module whose weights its own code reads without calling them.
 
     time_step = self.dt_proj.weight @ time_step      Mamba never calls dt_proj
     positions = self.position_embedding.weight       a table that is added as a whole
 
-An update that acts in the part's forward alone would do nothing there. The code itself says so: this looks
-for ``self.<part>.weight`` in the methods of the module's class.
+An update that acts only in the part's forward would do nothing there. This searches the methods of the
+module's class for ``self.<part>.weight``.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from torch import nn
 
 
 class Reading(NamedTuple):
-    """What a module's code does with one of its parts.
+    """How a module's code uses one of its parts.
 
     Args:
-        read: it takes the part's weight.
-        called: it calls the part, or hands it on.
+        read: whether it takes the part's weight.
+        called: whether it calls the part, or passes it on.
     """
 
     read: bool
     called: bool
 
 
-# What only asks about a weight: neither its values nor its gradient.
+# Attributes of a weight that depend on neither its values nor its gradient.
 _ASKED = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "requires_grad", "is_cuda", "numel"})
 _ASKING = frozenset({"isinstance", "hasattr", "type", "id", "getattr"})
-# Methods that make, tie, resize or load a model; what they do with weights is not computing.
+# Methods that make, tie, resize or load a model: they compute no output.
 _NOT_COMPUTING = (
     "__init__",
     "_init_",
@@ -48,7 +48,7 @@ _NOT_COMPUTING = (
     "get_",
     "set_",
 )
-# What every model of transformers inherits: loading, generating. It is long, and computes with no layer.
+# Classes that every model of transformers inherits, for loading and generating: long, and no layer in them.
 _COMMON = (
     "transformers.modeling_utils",
     "transformers.generation",
@@ -58,7 +58,7 @@ _COMMON = (
 
 
 def reading_of(module: nn.Module, parent: nn.Module | None) -> Reading:
-    """What the code of `parent` does with its part `module`; as for any layer where that cannot be told.
+    """How the code of `parent` uses its part `module`; "called" where the source is not available.
 
     Args:
         module: the part.
@@ -66,7 +66,7 @@ def reading_of(module: nn.Module, parent: nn.Module | None) -> Reading:
     """
     if parent is None or type(parent).__module__.startswith("torch.nn."):
         return _CALLED
-    # An adapted parent is looked at as what it was.
+    # The class that an adapted parent had before.
     found = _readings(getattr(parent, "base_class", type(parent)))
     if not found:
         return _CALLED
@@ -79,7 +79,7 @@ _CALLED = Reading(read=False, called=True)
 
 @functools.cache
 def _readings(cls: type[nn.Module]) -> Mapping[str, Reading]:
-    """Part → what the class does with it, for the parts whose weights it reads."""
+    """Part → how the class uses it, for the parts whose weights it reads."""
     methods: dict[str, FunctionType] = {}
     for base in cls.__mro__:
         if base is nn.Module:
@@ -101,7 +101,7 @@ def _readings(cls: type[nn.Module]) -> Mapping[str, Reading]:
 
 
 def _names(code: CodeType) -> set[str]:
-    """The names that a function looks up, those within its lambdas and comprehensions included."""
+    """The names that a function looks up, including its lambdas and comprehensions."""
     inner = (_names(part) for part in code.co_consts if isinstance(part, CodeType))
     return set(code.co_names).union(*inner)
 
@@ -123,7 +123,7 @@ def _read(tree: ast.AST) -> Iterator[str]:
 
 
 def _used(tree: ast.AST) -> Iterator[str]:
-    """The parts of self that are called, or handed on."""
+    """The parts of self that are called or passed on."""
     for node, outer in _with_outer(tree):
         part = _part(node) if isinstance(node, ast.Attribute) else None
         if part is not None and not isinstance(outer, ast.Attribute) and not _only_asks(node, outer):
@@ -145,7 +145,7 @@ def _only_asks(node: ast.AST, outer: ast.AST | None) -> bool:
 
 
 def _with_outer(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.AST | None]]:
-    """Every node with the one around it."""
+    """Every node with its parent."""
     ahead: list[tuple[ast.AST, ast.AST | None]] = [(tree, None)]
     while ahead:
         node, outer = ahead.pop()

@@ -17,19 +17,18 @@ from torch import Tensor
 from lorica.layers.axes import Axes
 
 Effect = Callable[[str, Tensor, Tensor], Tensor]
-"""An adapter's name, rows of input, the base's rows of output → what the adapter adds to those."""
+"""(Adapter's name, rows of input, the base's rows of output) → what the adapter adds to the output."""
 Stack = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
-"""Adapters' names → their A (adapters, r, d_in) and scaled B (adapters, r, d_out), filled up to one rank."""
+"""Adapters' names → their A (adapters, r, d_in) and scaled B (adapters, r, d_out), padded to one rank."""
 
 
 class Segments(NamedTuple):
     """Rows of a batch in the order of their adapters.
 
     Args:
-        names: adapters that have rows.
-        counts: rows of each.
-        order: indices of those rows in the batch, adapter by adapter; None where that is every row as it
-            stands.
+        names: the adapters that have rows.
+        counts: number of rows per adapter.
+        order: indices of those rows in the batch, adapter by adapter; None for every row in its own order.
     """
 
     names: tuple[str, ...]
@@ -38,13 +37,13 @@ class Segments(NamedTuple):
 
 
 class Stacked(NamedTuple):
-    """What two batched products over the adapters need.
+    """The arguments of two batched products over the adapters.
 
     Args:
-        segments: which rows are whose.
-        gather: rows of the batch, each adapter's brought to one count by repeating; None where that is every
-            row as it stands.
-        keep: positions in `gather` that count; None where all do.
+        segments: the rows of each adapter.
+        gather: indices of rows, repeated so that every adapter has the same number; None for every row in its
+            own order.
+        keep: positions in `gather` without the repeats; None without repeats.
         A: (adapters, r, d_in).
         B: (adapters, r, d_out), times the scale.
     """
@@ -58,11 +57,11 @@ class Stacked(NamedTuple):
 
 @dataclass(eq=False)
 class Rows:
-    """Which adapter acts on which row of the batch.
+    """The adapter of each row of a batch.
 
     Args:
-        names: an adapter's name for each row, or None for the base.
-        axes: what is known of the layers' inputs.
+        names: the adapter's name per row; None for the base.
+        axes: whether the first axis of each layer's input is the batch.
     """
 
     names: tuple[str | None, ...]
@@ -75,13 +74,13 @@ class Rows:
     def segments(self, layer: Hashable, x: Tensor, present: Collection[str]) -> Segments:
         """The rows of `x` whose adapter is among `present`.
 
-        A layer may see every row several times in a row (beams of a search, tokens folded into the batch).
+        A layer may see every row several times in succession (beams, tokens folded into the batch).
 
         Raises:
-            AdapterError: the first axis of `x` is not the batch, or it has another number of rows.
+            AdapterError: the first axis of `x` is not the batch, or its length does not fit the names.
         """
         only = self.names[0]
-        if len(set(self.names)) == 1:  # whatever the axes of `x` mean
+        if len(set(self.names)) == 1:  # the meaning of the axes does not matter
             acts = only is not None and only in present
             names, counts = ((only,), (x.shape[0],)) if acts else ((), ())
             return Segments(names, counts, None if acts else _indices([], x))  # type: ignore[arg-type]
@@ -96,14 +95,14 @@ class Rows:
         return Segments(tuple(rows), tuple(map(len, rows.values())), index)
 
     def add(self, layer: Hashable, y: Tensor, x: Tensor, present: Collection[str], effect: Effect) -> Tensor:
-        """Add to the output of each row what its adapter adds; differentiable.
+        """Add each row's adapter's update to its output; differentiable.
 
         Args:
-            layer: whose input and output they are.
+            layer: the layer, or a key for it.
             y: the base's output, rows first.
             x: the layer's input, rows first.
             present: adapters that have an update for this layer.
-            effect: computes what one adds.
+            effect: computes one adapter's update.
         """
         names, counts, order = self.segments(layer, x, present)
         if not names:
@@ -115,13 +114,13 @@ class Rows:
     def add_stacked_(
         self, y: Tensor, x: Tensor, layer: Hashable, present: Collection[str], stack: Stack
     ) -> Tensor:
-        """As `add`, but in place and by two batched products, however many adapters there are; for inference.
+        """As `add`, but in place and by two batched products for any number of adapters; for inference.
 
         Args:
             y: the base's output (rows, ..., d_out), contiguous; written to.
             x: the layer's input (rows, ..., d_in).
-            layer: tells this layer's stack from others'; factors are stacked once for each layer, number of
-                rows and dtype.
+            layer: the key of this layer's stack; factors are stacked once per layer, number of rows and
+                dtype.
             present: adapters that have an update for this layer.
             stack: stacks their factors.
         """
@@ -134,7 +133,7 @@ class Rows:
         (names, _, order), gather, keep, A, B = plan
         rows = x if gather is None else x.index_select(0, gather)
         segments = rows.reshape(len(names), -1, x.shape[-1])
-        # On a CPU a product is faster with the skinny matrix on the left: A, unless there is but one token.
+        # On a CPU a product is faster with the thin matrix on the left: A, unless there is only one token.
         u = torch.bmm(A, segments.mT).mT if segments.shape[1] > 1 else torch.bmm(segments, A.mT)
         if order is None and gather is None:
             y.view(len(names), -1, y.shape[-1]).baddbmm_(u, B)
@@ -145,12 +144,12 @@ class Rows:
         return y.add_(delta) if order is None else y.index_add_(0, order, delta)
 
     def forget(self) -> None:
-        """Drop the stacked factors: they may be trained from here on."""
+        """Drop the stacked factors, because training may change them."""
         self._stacked.clear()
         self._answers.clear()
 
     def asked(self, layer: Hashable, question: Callable[[], bool]) -> bool:
-        """A layer's answer, asked once: looking at each of many adapters costs as much as using them."""
+        """The answer to a question about a layer, asked once: checking many adapters costs as much as a step."""
         if layer not in self._answers:
             self._answers[layer] = question()
         return self._answers[layer]
@@ -158,7 +157,7 @@ class Rows:
     def groups(
         self, layer: Hashable, x: Tensor, present: Collection[str]
     ) -> Iterator[tuple[str | None, Tensor]]:
-        """Each adapter among `present` with the indices of its rows of `x`; under None, the other rows."""
+        """Each adapter among `present` with the indices of its rows of `x`; None has the other rows."""
         names, counts, order = self.segments(layer, x, present)
         index = torch.arange(x.shape[0], device=x.device) if order is None else order
         yield from zip(names, index.split(counts), strict=True)
@@ -186,7 +185,7 @@ def _stacked(segments: Segments, x: Tensor, stack: Stack) -> Stacked | None:
 
 
 def _stretch(order: list[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Repeat each segment's last row up to the longest count; also says which positions are originals."""
+    """Repeat each segment's last row up to the longest count; also returns the positions of the originals."""
     longest = max(counts)
     gather: list[int] = []
     keep: list[int] = []

@@ -19,19 +19,19 @@ from lorica.tree import is_sharded
 
 
 class SavedModule(AskedModule):
-    """A module with a trained copy for each adapter; the active adapter's copy answers in its place.
+    """A module with a trained copy per adapter; the active adapter's copy answers for it.
 
-    Whoever reads its parameters, buffers or parts, or assigns one, means the acting copy's: a script that
-    starts a head anew, a fused loss that multiplies by the head's weight, `nn.MultiheadAttention` and
+    Its parameters, buffers and parts, read or assigned, are the acting copy's. Scripts that initialise a head
+    anew need that, and so do fused losses that multiply by the head's weight, `nn.MultiheadAttention` and
     `nn.TransformerEncoderLayer`, which never call some of their parts. `state_dict` and `named_parameters`
-    have both, each by its name.
+    list both the original and the copies, each under its own name.
 
     Beside a base in half precision the copies are float32, as A and B are, so that small steps are not lost
-    and a `GradScaler` can unscale their gradients. They compute as the base would, by their values rounded
-    to its dtype; see `lorica.layers.masters`.
+    and a `GradScaler` can unscale their gradients. They compute with their values rounded to the base's
+    dtype; see `lorica.layers.masters`.
 
     Attributes:
-        masters: the adapters whose copy is of higher precision than the base.
+        masters: the adapters whose copy has a higher precision than the base.
     """
 
     label: ClassVar[str] = "Saved"
@@ -45,7 +45,7 @@ class SavedModule(AskedModule):
 
     @fallback_property
     def original_module(self) -> nn.Module:
-        """The module as it was before any adapter: its own parameters, which are frozen."""
+        """The original module with its own, frozen parameters."""
         return base_of(self)
 
     def prepare(self) -> None:  # noqa: D102
@@ -53,12 +53,12 @@ class SavedModule(AskedModule):
         self.__dict__["masters"] = set()
 
     def add_copy(self, name: str, twin: nn.Module, *, master: bool) -> None:
-        """Take an adapter's copy.
+        """Add an adapter's copy.
 
         Args:
-            name: of the adapter.
-            twin: the copy, as `twin_of` makes it.
-            master: whether it is of higher precision than the module.
+            name: the adapter's name.
+            twin: the copy, made by `twin_of`.
+            master: whether the copy has a higher precision than the module.
         """
         self.modules_to_save[name] = twin
         if master:
@@ -71,23 +71,23 @@ class SavedModule(AskedModule):
         }
 
     def remove_copy(self, name: str) -> None:
-        """Drop the adapter's copy."""
+        """Remove an adapter's copy."""
         del self.modules_to_save[name]
         self.masters.discard(name)
 
     def acting_copy(self) -> nn.Module | None:
-        """The active adapter's copy, or None where the original answers."""
+        """The active adapter's copy; None if the original answers."""
         name = self.acting_name()
         return None if name is None else self.modules_to_save[name]
 
     def acting_name(self) -> str | None:
-        """The active adapter that has a copy, or None where the original answers."""
-        # There is one at most: the state lets no two act that bring the same module.
+        """The active adapter with a copy; None if the original answers."""
+        # At most one: the state lets no two adapters act that copy the same module.
         active = self.adapter_state.active
         return next((name for name in self._copies() if name in active), None)
 
     def answering(self, name: str) -> nn.Module:
-        """An adapter's copy as it computes: in the base's precision."""
+        """An adapter's copy in the base's precision, in which it computes."""
         twin = self.modules_to_save[name]
         return lowered(twin, self) if name in self.masters else twin
 
@@ -119,7 +119,7 @@ class SavedModule(AskedModule):
         return name in _held(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the acting copy, or the original; where rows have adapters of their own, each row's."""
+        """Call the acting copy or the original; in a mixed batch, each row's own."""
         if self.adapter_state.rows is not None:
             return self._by_row(*args, **kwargs)
         name = self.acting_name()
@@ -151,12 +151,13 @@ class SavedModule(AskedModule):
 def twin_of(
     module: nn.Module, parent: nn.Module | None, known: AdapterState | None = None
 ) -> tuple[nn.Module, bool]:
-    """A copy of a module for an adapter, and whether it is of higher precision than the module.
+    """A copy of a module for an adapter, and whether the copy has a higher precision.
 
     Args:
-        module: as it is in the base, or with copies for other adapters.
-        parent: what holds it. Where that reads its weights without calling it, the copy keeps their dtype.
-        known: the model's state, which what is copied may know of, and is not copied.
+        module: the module, with or without copies for other adapters.
+        parent: the module that holds it. If it reads the module's weights without calling it, the copy keeps
+            their dtype.
+        known: the model's state, which may be referenced from the module and is not copied.
     """
     state = module.leave() if isinstance(module, SavedModule) else None
     try:
@@ -164,7 +165,7 @@ def twin_of(
     finally:
         if state is not None:
             SwappedModule.enter(module, state)
-    # The module's own hooks run whichever copy answers; copied along, they would run twice.
+    # The module's own hooks run whichever copy answers; copied hooks would run a second time.
     for hooks in (
         twin._forward_pre_hooks,
         twin._forward_hooks,
@@ -176,12 +177,12 @@ def twin_of(
 
 
 def _held(module: nn.Module) -> set[str]:
-    """Names of a module's parameters, buffers and parts, but for the copies."""
+    """Names of a module's parameters, buffers and parts, without the copies."""
     tables = (module.__dict__.get(table, {}) for table in ("_parameters", "_buffers", "_modules"))
     return {name for table in tables for name in table} - {"modules_to_save"}
 
 
 def read_by(parent: nn.Module | None, part: nn.Module) -> bool:
-    """Whether a module reads the weights of a part without calling it, always or at times."""
+    """Whether a module reads the weights of a part without calling it, always or sometimes."""
     fused = isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)
     return fused or reading_of(part, parent).read

@@ -27,9 +27,9 @@ _CONTAINERS = tuple((name, type(value)) for name, value in _BLANK.items() if isi
 
 
 def blank(cls: type[M]) -> M:
-    """A module in the state that `nn.Module.__init__` gives it, for a quarter of what that costs.
+    """A module in the state that `nn.Module.__init__` gives it, at a quarter of the cost.
 
-    Every factor is a module of its own, and a model with a hundred adapters has thousands of them.
+    Every factor is a module, and a model with a hundred adapters has thousands of them.
     """
     module = cls.__new__(cls)
     state = module.__dict__
@@ -46,7 +46,7 @@ class Factor(nn.Module):
     bias: Parameter | None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As a module's; a factor that accelerate moves away brings its own values whenever it is read."""
+        """Assign as a module does; a factor that accelerate offloads changes class to fetch its values."""
         super().__setattr__(name, value)
         if name == "_hf_hook":
             object.__setattr__(self, "__class__", OffloadedFactor)
@@ -62,7 +62,7 @@ class Factor(nn.Module):
 class OffloadedFactor(Factor):
     """A factor whose values accelerate keeps elsewhere (`cpu_offload`, `disk_offload`); for inference.
 
-    accelerate brings them when a module is called, and a factor is only read.
+    accelerate fetches values when a module is called, and a factor is only read.
     """
 
     @property
@@ -72,7 +72,7 @@ class OffloadedFactor(Factor):
 
     @property
     def bias(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Likewise."""
+        """The bias, likewise."""
         return self._brought("bias")
 
     def _brought(self, leaf: str) -> Any:
@@ -85,15 +85,15 @@ class OffloadedFactor(Factor):
 
 
 class LayerState(NamedTuple):
-    """What `leave` took off a module, for `enter` to put back; and how the module was then.
+    """What `leave` took off a module and `enter` puts back, with the module's mode, device and dtype then.
 
     Args:
-        mixin: what its class was joined with.
-        modules: its own modules.
-        attributes: its own attributes.
-        training: whether the module was in training.
-        device: of its first parameter.
-        dtype: of its first parameter.
+        mixin: the mixin of its class.
+        modules: the mixin's modules.
+        attributes: the mixin's attributes.
+        training: whether the module was in training mode.
+        device: device of its first parameter.
+        dtype: dtype of its first parameter.
     """
 
     mixin: type[SwappedModule]
@@ -119,14 +119,14 @@ class SwappedModule(nn.Module):
     own_attributes: ClassVar[tuple[str, ...]] = ("adapter_state",)
     """Plain attributes that the mixin adds."""
     outermost: ClassVar[bool] = False
-    """Whether this class stays the outermost, whatever else the module hosts."""
+    """Whether this class stays outermost when others join."""
 
     adapter_state: AdapterState
 
     @classmethod
     def swap(cls, module: nn.Module) -> Self:
         """Change `module`'s class to this mixin joined with its own."""
-        # nn.Module's own way to set an attribute first looks at length whether it is a parameter.
+        # nn.Module's `__setattr__` would first check at length whether the value is a parameter.
         object.__setattr__(module, "__class__", swapped_class(cls, type(module)))
         assert isinstance(module, cls)
         return module
@@ -146,19 +146,19 @@ class SwappedModule(nn.Module):
         """Delete an attribute.
 
         Raises:
-            StateError: it is a parameter in whose place readers see something else. FSDP1 takes parameters
-                off, and writes into the base what it then reads.
+            StateError: readers of this parameter see an adapter's value. FSDP1 deletes parameters, and would
+                write that value into the base.
         """
         if self._parameters.get(name) is not None and self.shows(name):
             raise StateError(
                 f"something (FullyShardedDataParallel?) takes {name} off a {type(self).__name__}, which "
-                "shows an adapter's own in its place, and would write that into the base; shard with "
+                "shows an adapter's own value there, and would write that into the base; shard with "
                 "torch.distributed.fsdp.fully_shard (FSDP2), or leave this module out of the adapter"
             )
         super().__delattr__(name)
 
     def shows(self, name: str) -> bool:
-        """Whether readers of an attribute see something else than the base's parameter of that name."""
+        """Whether readers of an attribute see another value than the base's parameter of that name."""
         return isinstance(getattr(type(self), name, None), property)
 
     def shard_of(self, name: str) -> Any:
@@ -171,10 +171,10 @@ class SwappedModule(nn.Module):
         return own if is_sharded(own) and "_is_fsdp_managed_module" in self.__dict__ else None
 
     def check_own_class(self) -> None:
-        """Refuse to swap back a class that was changed again since.
+        """Refuse to swap back a class that something else has changed since.
 
         Raises:
-            StateError: it was, as `fully_shard` does.
+            StateError: the class is not the joined one; `fully_shard` changes it, for one.
         """
         if type(self) is not swapped_class(self.mixin(), self.base_class):
             raise StateError(
@@ -183,7 +183,7 @@ class SwappedModule(nn.Module):
             )
 
     def leave(self) -> LayerState:
-        """Become the original class again; returns what `enter` needs to undo that."""
+        """Return to the original class; the result lets `enter` undo that."""
         modules = {
             name: module for name in self.own_modules if (module := self._modules.pop(name, None)) is not None
         }
@@ -201,7 +201,7 @@ class SwappedModule(nn.Module):
 
     @staticmethod
     def enter(module: nn.Module, state: LayerState) -> None:
-        """Undo `leave`; what was taken off follows the module to the mode, device and dtype it has now."""
+        """Undo `leave`, in the mode, device and dtype that the module has now."""
         first = _first_parameter(module)
         if first is not None and (first.device, first.dtype) != (state.device, state.dtype):
             dtype = first.dtype if first.dtype != state.dtype else None
@@ -215,23 +215,23 @@ class SwappedModule(nn.Module):
         module.__dict__.update(state.attributes)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by mixin and original class: the joined class has no name that could be imported."""
+        """Pickle by mixin and original class, because the joined class cannot be imported by name."""
         return rebuild, (*_unjoined(type(self)),), self.__getstate__()
 
     @classmethod
     def mixin(cls) -> type[SwappedModule]:
-        """What `swapped_class` joined with the module's own class."""
+        """The mixin that `swapped_class` joined with the module's own class."""
         return cls.swapped_by
 
 
 @contextmanager
 def without_outermost(module: nn.Module) -> Iterator[None]:
-    """Take the outermost class off a module for a while, so that another goes under it, or comes off."""
+    """Take the outermost class off a module for the length of a block, so that another can join or leave."""
     mixin = type(module).swapped_by if isinstance(module, SwappedModule) else None
     if mixin is None or not mixin.outermost:
         yield
         return
-    # Not `leave()`: what it would take off is that other host's.
+    # Not `leave()`, which would take off the other host's modules.
     module.__class__ = type(module).base_class  # type: ignore[attr-defined]
     try:
         yield
@@ -251,7 +251,7 @@ def _first_parameter(module: nn.Module) -> Parameter | None:
 
 @functools.cache
 def swapped_class(mixin: type[SwappedModule], base: type[nn.Module]) -> type[SwappedModule]:
-    """The class that joins a mixin with a module's own class; made once for each pair."""
+    """The class that joins a mixin with a module's own class; made once per pair."""
     return type(
         f"{mixin.label}{base.__name__}",
         (mixin, base),

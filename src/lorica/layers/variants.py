@@ -1,4 +1,4 @@
-"""What an adapter makes of a layer besides adding its product: nothing more, DoRA, a bias on B.
+"""How an adapter forms a layer's output and weight: plain, DoRA, or with a bias on B.
 
     plain    y + s·B·A·x                         W0 + s·B·A
     DoRA     m/‖W‖ · (W·x),  W = W0 + s·B·A      m/‖W‖ · W        (by rows)
@@ -31,10 +31,10 @@ def register(variant: Variant) -> Variant:
 
 
 def of(name: str) -> Variant:
-    """The variant of that name.
+    """The variant with this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no variant has it.
     """
     if name not in VARIANTS:
         have = listing(map(repr, VARIANTS))
@@ -46,8 +46,8 @@ class Variant(ABC):
     """How an adapter's product B·A changes a layer's output and its weight.
 
     Attributes:
-        name: under which it is registered.
-        turns: whether the weight it makes is more than W0 + scale·B·A, so that `weight` is asked.
+        name: the name in the registry.
+        turns: whether its merged weight differs from W0 + scale·B·A, so that `weight` computes it.
     """
 
     name: ClassVar[str]
@@ -59,38 +59,38 @@ class Variant(ABC):
 
         Args:
             layer: the adapted layer (`LoraLayer`); ``layer.update(name, x)`` is ``scale·B·A·x``.
-            name: of the adapter.
+            name: the adapter's name.
             x: the layer's input.
-            base: the layer's output without adapters, whose shape and dtype the result has.
+            base: the layer's output without adapters; the result has its shape and dtype.
         """
 
     @abstractmethod
     def weight(self, layer: Any, name: str, W0: Tensor, folded: Tensor, rows: slice) -> Tensor:
-        """What the adapter alone makes of rows of the weight; differentiable.
+        """Rows of the merged weight with this adapter alone; differentiable.
 
         Args:
             layer: the adapted layer.
-            name: of the adapter.
-            W0: the rows of the weight that it was made beside, as matrix (rows, ...) in the weight's layout.
-            folded: ``W0 + scale·B·A``, likewise.
-            rows: which they are.
+            name: the adapter's name.
+            W0: rows of the weight that it was trained beside, as a matrix (rows, ...) in the weight's layout.
+            folded: the same rows of ``W0 + scale·B·A``.
+            rows: their indices.
         """
 
     def turning(self, layer: Any, name: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, slice], Tensor]:
-        """`weight` for several blocks of rows in a dtype, once what all of them need is known."""
+        """A function like `weight` for many blocks of rows; what they share is computed once."""
         return partial(self.weight, layer, name)
 
     def __deepcopy__(self, memo: object) -> Variant:
-        """Itself: it holds nothing of the layers."""
+        """Return the variant itself, which holds nothing of any layer."""
         return self
 
     def __reduce__(self) -> Any:
-        """By its name."""
+        """Pickle by name."""
         return of, (self.name,)
 
 
 class Plain(Variant):
-    """The product, and nothing more."""
+    """LoRA itself: ``scale·B·A·x`` is added."""
 
     name: ClassVar[str] = "plain"
     turns: ClassVar[bool] = False
@@ -117,7 +117,7 @@ class Biased(Plain):
 
 
 class Dora(Variant):
-    """A trained magnitude for each output: rows of ``W0 + scale·B·A`` are brought to that norm.
+    """A trained magnitude per output: rows of ``W0 + scale·B·A`` are rescaled to that norm.
 
     Source: Liu et al., 2024, §4.
     """
@@ -145,7 +145,7 @@ class Dora(Variant):
         return lambda W0, folded, rows: folded * (ratio if layer.transposed else ratio[rows])
 
     def ratio(self, layer: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Magnitude over norm, for each row of ``W0 + scale·B·A`` (d_out,)."""
+        """Magnitude over norm per row of ``W0 + scale·B·A`` (d_out,)."""
         *factors, scale, _ = layer.update_of(name)
         A, B = (factor.flatten(1).to(dtype or factor.dtype) for factor in factors)
         magnitude = layer.magnitude_parameter(name)

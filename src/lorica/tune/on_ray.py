@@ -70,6 +70,7 @@ class RaySearch:
         on_end: Callable[[Record], None],
     ) -> None:
         """Keep the arguments; nothing starts yet.
+
         Raises:
             MissingExtra: Ray is not installed.
         """
@@ -126,7 +127,7 @@ class RaySearch:
         return list(self.journal.records.values())
 
     def _base(self) -> tuple[Any, ...] | None:
-        """Rows and weights for all trials on the recipe's base; None if its weights are not plain and frozen."""
+        """Rows and weights for all trials on the recipe's base; None unless they are plain and frozen."""
         if self._recipe.quantization is not None:
             return None
         base = SharedBase(self._recipe)

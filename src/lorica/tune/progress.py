@@ -144,7 +144,7 @@ def trials_table(records: Sequence[Record], goal: Goal, limit: int = 20) -> Tabl
 
 
 def write_table(records: Sequence[Record], directory: Path, goal: Goal) -> Path:
-    """Write ``trials.csv``: a row per trial, with its searched fields and the metrics of its best evaluation."""
+    """Write ``trials.csv``: a row per trial, with its searched fields and its metrics at its best."""
     fields = list(dict.fromkeys(name for record in records for name in record.values))
     metrics = list(
         dict.fromkeys(name for record in records for each in record.evaluations for name in each.metrics)
