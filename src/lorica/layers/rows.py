@@ -149,7 +149,7 @@ class Rows:
         self._answers.clear()
 
     def asked(self, layer: Hashable, question: Callable[[], bool]) -> bool:
-        """The answer to a question about a layer, asked once: checking many adapters costs as much as a step."""
+        """The answer to a question about a layer, asked once: checking many adapters takes long."""
         if layer not in self._answers:
             self._answers[layer] = question()
         return self._answers[layer]
