@@ -147,9 +147,13 @@ def dora_linear(
         scale: α/r or α/√r.
         p: dropout probability on A's input, as in `lora_linear`.
     """
-    y = lora_linear(x, weight, None, A, B, scale, p)
+    y = lora_linear(x, weight, bias, A, B, scale, p)
     ratio = ratio.to(y.dtype)
-    return y * ratio if bias is None else torch.addcmul(bias.to(y.dtype), y, ratio)
+    if bias is None:
+        return y * ratio
+    # The bias goes through the ratio and its rest is added: at a ratio of 1 this is the base's output, bit for
+    # bit. A bias added afterwards would be rounded otherwise than the base's kernel rounds it.
+    return torch.addcmul(bias.to(y.dtype) * (1 - ratio), y, ratio)
 
 
 def lora_linear(

@@ -1,4 +1,4 @@
-"""Modules beside which an adapter has a part of its own: a bottleneck, a prefix.
+"""Modules to which an adapter adds a part of its own: a bottleneck, a prefix.
 
 module ──take──▶ module + {adapter name: part}         the part changes what goes in, or what comes out
 """
@@ -19,7 +19,7 @@ P = TypeVar("P", bound=nn.Module)
 
 
 class AddedModule(SwappedModule):
-    """A module with a part for each adapter; the active adapter's acts.
+    """A module with a part per adapter; the active adapter's part acts.
 
     Subclasses name the one container of parts in `own_modules`, and act by `acting_part`.
     """
@@ -32,14 +32,14 @@ class AddedModule(SwappedModule):
 
     @property
     def parts(self) -> nn.ModuleDict:
-        """Adapter name → what it adds."""
+        """Adapter name → its part."""
         parts = self._modules[self.own_modules[0]]
         assert isinstance(parts, nn.ModuleDict)
         return parts
 
     def acting_part(self, kind: type[P]) -> P | None:
-        """The active adapter's part, or None where the module acts alone."""
-        # There is one at most: the state lets no two act that bring the same part.
+        """The active adapter's part; None if the module acts alone."""
+        # At most one: the state lets no two adapters act that add a part to the same module.
         for name in self.adapter_state.active:
             if name in self.parts:
                 part = self.parts[name]
@@ -48,22 +48,22 @@ class AddedModule(SwappedModule):
         return None
 
     def add_part(self, name: str, part: nn.Module) -> None:
-        """Take an adapter's part."""
+        """Add an adapter's part."""
         self.parts[name] = part
 
     def remove_part(self, name: str) -> None:
-        """Drop an adapter's part."""
+        """Remove an adapter's part."""
         del self.parts[name]
 
 
 class Part(NamedTuple):
-    """What an adapter adds to one module of the base.
+    """A part that an adapter adds to one module of the base.
 
     Args:
-        path: of the module.
+        path: the module's path.
         module: the module.
-        host: what it becomes.
-        part: what is added, at its start.
+        host: the class that the module takes.
+        part: the part, at its start.
     """
 
     path: str
@@ -73,7 +73,7 @@ class Part(NamedTuple):
 
     @property
     def place(self) -> str:
-        """The part's path in the model, but for the adapter's name."""
+        """The part's path in the model, without the adapter's name."""
         return join(self.path, self.host.own_modules[0])
 
     def tensors(self) -> Iterator[tuple[str, Parameter]]:
@@ -84,11 +84,11 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method does to a model.
+    """The changes that a method makes to a model.
 
     Args:
         trained: names of the base's own parameters that it trains.
-        parts: what it adds.
+        parts: the parts that it adds.
     """
 
     trained: Iterable[str] = ()

@@ -2,8 +2,8 @@
 
     gate_up_proj  (experts, out, in)  ──shown as──▶  W0[e] + scale·B[e]·A[e]   for every expert e
 
-The module keeps its forward; what it reads under the parameter's name is W0 with the acting updates folded
-in, once for each call. W0 itself is never written to, and nothing is registered or removed while it runs.
+The module keeps its forward; under the parameter's name it reads the merged weight, computed once per call.
+W0 itself is never written to, and nothing is registered or removed during the call.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from lorica.tree import is_sharded
 
 
 class ParameterUpdate(nn.Module):
-    """The low-rank updates of one parameter (d_out, d_in) or (experts, ...), one for each adapter.
+    """The low-rank updates of one parameter (d_out, d_in) or (experts, ...), one per adapter.
 
     A (experts·r, d_in) holds expert after expert; in B (d_out, r·experts) an expert's columns are `experts`
-    apart, as PEFT lays them out.
+    apart, as in PEFT.
     """
 
     kind: ClassVar[Kind] = "parameter"
@@ -49,18 +49,18 @@ class ParameterUpdate(nn.Module):
         return f"lora_A.{name}.weight", f"lora_B.{name}.weight"
 
     def magnitude_parameter(self, name: str) -> None:
-        """None: DoRA is for layers that are called."""
+        """None, for DoRA needs a layer that is called."""
 
     def bias_parameter(self, name: str) -> None:
-        """None: so is `lora_bias`."""
+        """None, for `lora_bias` needs a layer that is called."""
 
     def delta_factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The matrices, stacked over experts, whose product, times the scale, is laid out as W0."""
+        """Two stacks of matrices, one per expert, whose product, times the scale, is the delta weight."""
         A, B = self.factor_parameters(name)
         return self._laid_out(A.to(dtype), B.to(dtype))
 
     def _laid_out(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """As `product`, of any factors."""
+        """As `delta_factors`, for any A and B."""
         if self.experts is None:
             return B, A
         A = A.reshape(self.experts, -1, A.shape[1])
@@ -73,7 +73,7 @@ class ParameterUpdate(nn.Module):
         return Factors(A.detach(), B.detach(), self.scaling[name], self.kind)
 
     def fold(self, W0: Tensor, names: Sequence[str], precision: torch.dtype, *, out: Tensor) -> None:
-        """Write ``W0 + Σ scale·B·A`` to `out`, an expert after the other, each rounded once."""
+        """Write ``W0 + Σ scale·B·A`` to `out`, one expert after another, each rounded once."""
         present = [name for name in names if name in self.scaling]
         products = [(*self.delta_factors(name, precision), self.scaling[name]) for name in present]
         single = self.experts is None
@@ -88,7 +88,7 @@ class ParameterUpdate(nn.Module):
             fold(total, left[i], right[i], scale, out=stored)
 
     def added(self, weight: Tensor, names: Sequence[str]) -> Tensor:
-        """``weight + Σ scale·B·A`` over those of the named adapters that are here; differentiable."""
+        """``weight + Σ scale·B·A`` over the named adapters with an update here; differentiable."""
         add = torch.addmm if self.experts is None else torch.baddbmm
         for name in names:
             if name in self.scaling:
@@ -131,7 +131,7 @@ class LoraParameters(LoraLayer):
         return (total, d_in), (d_out, total)
 
     def __getattr__(self, name: str) -> Any:
-        """The module's attribute; an adapted parameter is shown with the acting updates folded in."""
+        """The module's attribute; for an adapted parameter, its merged weight."""
         added = self.__dict__["_modules"].get("lora_parameters")
         if added is None or name not in added or self.shard_of(name) is not None:
             return super().__getattr__(name)
@@ -167,7 +167,7 @@ class LoraParameters(LoraLayer):
             self._shown = None
 
     def add_parameter(self, name: str, parameter: str, A: Parameter, B: Parameter, scale: float) -> None:
-        """Take an adapter's factors for a parameter."""
+        """Add an adapter's factors for a parameter."""
         if parameter not in self.lora_parameters:
             weight = self.get_base(parameter)
             experts = weight.shape[0] if weight.dim() == 3 else None
@@ -212,7 +212,7 @@ class LoraParameters(LoraLayer):
         return result
 
     def lost(self, names: Sequence[str], stored: Mapping[str, Tensor]) -> tuple[float, float]:
-        """Squared Frobenius norms of what rounding took from the updates, and of the updates, in float64."""
+        """Squared Frobenius norms of the rounding error and of the updates, in float64."""
         lost = total = 0.0
         for parameter, tensor in stored.items():
             update: Any = self.lora_parameters[parameter]

@@ -1,7 +1,7 @@
-"""Batch norms whose running statistics stay where they are, though the model is in training.
+"""Batch norms whose running statistics do not move, although the model is in training.
 
-A pass while no adapter's own statistics stand there (`mixed`, `disabled`, a frozen adapter) moves copies that
-are dropped after it.
+While no adapter's own statistics are in place (`mixed`, `disabled`, a frozen adapter), a pass moves copies,
+which are dropped after it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lorica.tree import walk
 
 
 class Still:
-    """Hooks around one layer's calls that keep the base's running statistics where they are.
+    """Hooks around one layer's calls that keep the base's running statistics as they are.
 
     Args:
-        state: of the model.
-        path: of the layer.
+        state: the model's state.
+        path: the layer's path.
     """
 
     def __init__(self, state: AdapterState, path: str) -> None:
@@ -33,7 +33,7 @@ class Still:
         self.kept: dict[str, Any] = {}
 
     def before(self, layer: nn.Module, args: Any) -> None:
-        """In training, put copies in the place of the base's statistics."""
+        """In training, replace the base's statistics by copies."""
         if not layer.training or f"{self.own}running_mean" in self.state.originals:
             return
         with _guard():
@@ -43,7 +43,7 @@ class Still:
                 layer._buffers.update({leaf: buffer.clone() for leaf, buffer in self.kept.items()})
 
     def after(self, layer: nn.Module, args: Any, output: object) -> None:
-        """Put the base's own back."""
+        """Put the base's own statistics back."""
         if not self.inside:
             return
         with _guard():
@@ -57,16 +57,16 @@ _LOCK = threading.Lock()
 
 
 def _guard() -> contextlib.AbstractContextManager[Any]:
-    """Two threads may train in one layer at once; a compiler traces in one, and knows no locks."""
+    """A lock, because two threads may train in one layer; none under a compiler, which knows no locks."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK
 
 
 def keep_still(root: nn.Module, state: AdapterState) -> None:
-    """Have no pass move the base's own running statistics, until `release`.
+    """Let no pass move the base's own running statistics, until `release`.
 
     Args:
-        root: the model, when its first adapter comes.
-        state: the model's.
+        root: the model, before its first adapter.
+        state: the model's state.
     """
     for path, module, _ in walk(root):
         if isinstance(module, _NormBase) and module._buffers.get("running_mean") is not None:
@@ -76,7 +76,7 @@ def keep_still(root: nn.Module, state: AdapterState) -> None:
 
 
 def release(root: nn.Module) -> None:
-    """Undo `keep_still`; for a copy of a module, too, whose statistics are its own."""
+    """Undo `keep_still`; also for a copy of a module, which has statistics of its own."""
     for module in root.modules():
         if isinstance(module, _NormBase):
             for hooks in (module._forward_pre_hooks, module._forward_hooks):

@@ -3,7 +3,7 @@
     embedding   W0 + s·(B·A)ᵀ                    B·A (dim, vocabulary)
     head        W0 + s·Aᵀ·Bᵀ                     the same sum, by the same two parameters
 
-So the tables are still equal after every step, and merged they are one weight again.
+So the tables stay equal after every step, and merged they are one weight again.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from lorica.layers.variants import PLAIN
 
 
 class TiedFactor(nn.Module):
-    """A head's factor: an embedding's, transposed.
+    """A head's factor: an embedding's factor, transposed.
 
-    The embedding's parameter stands here under a name of its own, so that whoever asks the head alone for
-    what trains in it (the loss by chunks) finds it.
+    The embedding's parameter is registered here under another name, so that code which asks only the head for
+    its trained parameters (the chunked loss) finds it.
 
     Args:
         factor: the embedding's parameter.
@@ -40,12 +40,12 @@ class TiedFactor(nn.Module):
 
 
 def tie_factors(layer: LoraLayer, name: str, table: LoraEmbedding) -> None:
-    """Give a layer an adapter's factors that another table has; they train as one.
+    """Give a layer the adapter's factors of another table; they train as one.
 
     Args:
         layer: the head, or another embedding.
-        name: of the adapter.
-        table: the embedding that has them.
+        name: the adapter's name.
+        table: the embedding with the factors.
     """
     A, B = table.factor_parameters(name)
     scale, dropout = table.scaling[name], table.lora_dropout[name]
@@ -57,7 +57,7 @@ def tie_factors(layer: LoraLayer, name: str, table: LoraEmbedding) -> None:
 
 
 def tied_factors(layer: LoraLayer, name: str) -> dict[str, Parameter] | None:
-    """Live names and parameters of a head's A and B where they are an embedding's, transposed; else None."""
+    """Live names and parameters of a head's A and B if they are an embedding's, transposed; else None."""
     found = {}
     for side in ("lora_A", "lora_B"):
         factors = layer._modules.get(side)

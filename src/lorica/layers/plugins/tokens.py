@@ -2,8 +2,8 @@
 
     ids ──▶ W0[ids], but of a trained token its own row          head tied to it: x·W0ᵀ, likewise
 
-The rows are values, not differences: W0's own at the start, and an embedding resized with random rows after
-that gives the same.
+The rows are values, not differences. They start as W0's own, so an embedding that was resized with other
+random rows gives the same results.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lorica.layers.ecosystem import AskedModule, base_of, fallback_property
 
 
 class TokenRows(nn.Module):
-    """Trained rows of one table, for each adapter.
+    """Trained rows of one table, per adapter.
 
     Attributes:
         trainable_tokens_delta: adapter name → rows (tokens, dim); the same parameter in each tied module.
         indices: adapter name → the tokens.
-        tied: adapters whose rows are another module's.
+        tied: adapters whose rows belong to another module.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class TokenRows(nn.Module):
 
     @property
     def token_indices(self) -> dict[str, list[int]]:
-        """Adapter name → the tokens, as other libraries ask for them."""
+        """Adapter name → the tokens, under PEFT's name."""
         return {name: list(tokens) for name, tokens in self.indices.items()}
 
 
@@ -53,20 +53,20 @@ class TrainedTokens(AskedModule):
 
     @fallback_property
     def original_module(self) -> nn.Module:
-        """The table as it was before any adapter."""
+        """The original table."""
         return base_of(self)
 
     def prepare(self) -> None:  # noqa: D102
         self.token_adapter = TokenRows()
 
     def add_rows(self, name: str, indices: Sequence[int], rows: Parameter, *, tied: bool) -> None:
-        """Take an adapter's rows.
+        """Add an adapter's rows.
 
         Args:
-            name: of the adapter.
-            indices: which rows of the table.
+            name: the adapter's name.
+            indices: indices of the rows in the table.
             rows: (tokens, dim).
-            tied: whether they are another module's, which saves them.
+            tied: whether they belong to another module, which saves them.
         """
         own = self.token_adapter
         own.trainable_tokens_delta[name], own.indices[name] = rows, tuple(indices)
@@ -74,7 +74,7 @@ class TrainedTokens(AskedModule):
             own.tied.add(name)
 
     def remove_rows(self, name: str) -> None:
-        """Drop the adapter's rows."""
+        """Remove an adapter's rows."""
         own = self.token_adapter
         del own.trainable_tokens_delta[name], own.indices[name]
         own.tied.discard(name)
@@ -98,7 +98,7 @@ class TrainedTokens(AskedModule):
         return self.with_rows(self._acting()) if sharded is None else sharded
 
     def with_rows(self, names: Sequence[str]) -> Tensor:
-        """W0 with the adapters' rows in their places, rounded to its dtype; differentiable."""
+        """W0 with the adapters' rows, rounded to its dtype; differentiable."""
         W0 = self.base_weight
         return W0.index_copy(0, self._index(names), self._rows(names).to(W0.dtype)) if names else W0
 

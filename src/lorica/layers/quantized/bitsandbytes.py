@@ -21,7 +21,7 @@ def _library() -> Any:
 
 
 class FourBit(Quantizer):
-    """`Linear4bit`: two numbers a byte, an absolute maximum for each block of 64, which may be packed too."""
+    """`Linear4bit`: two numbers per byte and an absolute maximum per block of 64, which may be packed too."""
 
     casts_input: ClassVar[bool] = True
 
@@ -84,7 +84,7 @@ class FourBit(Quantizer):
 
 
 class LLMInt8(Quantizer):
-    """`Linear8bitLt`: a byte a number, a scale for each row; the input is packed too as it comes."""
+    """`Linear8bitLt`: a byte per number and a scale per row; the input is packed as well."""
 
     casts_input: ClassVar[bool] = True
 
@@ -100,7 +100,7 @@ class LLMInt8(Quantizer):
         weight: Any = module._parameters["weight"]
         state: Any = module.state
         scale = weight.SCB if weight.SCB is not None else state.SCB
-        # To the bit what bitsandbytes multiplies by.
+        # Bit for bit the weight that bitsandbytes multiplies by.
         packed = weight.data.as_subclass(Tensor)[rows]
         return packed.to(dtype, copy=True).mul_(scale[rows].unsqueeze(1).mul(1.0 / 127.0))
 
@@ -117,16 +117,16 @@ class LLMInt8(Quantizer):
 
 
 def hold_layout(root: nn.Module) -> list[nn.Module]:
-    """Keep 4-bit layers as they are: on some CPUs an evaluation would repack them, and lose by it.
+    """Keep 4-bit layers in their layout: on some CPUs an evaluation would repack them, with a loss.
 
     Where the CPU has AVX512-BF16, `Linear4bit` changes its layout in place the first time that it is called
     in evaluation. That rounds the blocks' maxima to bfloat16, and no gradient passes through it any more.
 
     Args:
-        root: the model. Layers that are repacked already are brought back.
+        root: the model. Layers that are repacked already are restored.
 
     Returns:
-        The layers that would have done so, for `release_layout`.
+        The layers kept, for `release_layout`.
     """
     layers = [module for module in root.modules() if module.__dict__.get(_REPACKS)]
     repacked = 0
@@ -157,12 +157,12 @@ def release_layout(layers: list[nn.Module]) -> None:
 
 def _quant_state(module: nn.Module) -> Any:
     state = getattr(module._parameters.get("weight"), "quant_state", None)
-    # A parameter that was exchanged (by FSDP, or a cast) has lost it; the layer has not.
+    # A parameter that was exchanged (by FSDP, or a cast) has lost its state; the layer still has it.
     return module.__dict__.get("quant_state") if state is None else state
 
 
 def _row_major(module: nn.Module) -> tuple[Tensor, Any]:
-    """The packed bytes in one row, and what they mean, whatever an evaluation made of the layer."""
+    """The packed bytes in one row and their quantization state, also after an evaluation repacked them."""
     weight = module._parameters["weight"]
     assert weight is not None
     packed, state = weight.data.as_subclass(Tensor), _quant_state(module)

@@ -4,8 +4,8 @@
         │                             + ──▶ y
         └─ dropout ─ A ─ B ·s ────────┘ in the activation's dtype, from float32 masters
 
-The weight is unpacked for one product at a time, forward by the layer itself and backward here, and never
-kept.
+The weight is unpacked for one product at a time, by the layer itself in the forward pass and here in the
+backward pass, and never kept.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class LoraQuantized(LoraOpaque):
         return y * ratio if bias is None else torch.addcmul(bias.to(y.dtype) * (1 - ratio), y, ratio)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the quantized layer returns; its gradient is that of a product with the unpacked weight."""
+        """The quantized layer's output; its gradient is that of a product with the unpacked weight."""
         only = len(args) == 1 and not kwargs
         return self._product(args[0]) if only else super().base_forward(*args, **kwargs)
 
@@ -98,7 +98,7 @@ class LoraQuantized(LoraOpaque):
         return registry.requantize(self, value) if leaf == self.weight_name else super().storing(leaf, value)
 
     def check_mergeable(self) -> None:
-        """Nothing is refused: a packed weight takes an update unpacked."""
+        """Refuse nothing: a packed weight takes an update after unpacking."""
 
 
 class _Unpacker:

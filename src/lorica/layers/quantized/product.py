@@ -1,4 +1,4 @@
-"""The product with a weight that is packed into a few bits, and a low-rank update beside it, by hand."""
+"""The product with a packed weight and a low-rank update beside it, with gradients written by hand."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def packed_linear(
     scale: float = 0.0,
     p: float = 0.0,
 ) -> Float[Tensor, "... d_out"]:
-    """`lora_linear` beside a weight that is packed into a few bits, and not kept unpacked.
+    """`lora_linear` beside a packed weight, which is never kept unpacked.
 
-    Gradients pass through the unpacked weight, whatever the packed product rounded (Dettmers et al., 2023,
-    eq. 5 and 6): where it rounds its input too, the rounding counts as the identity.
+    Gradients pass through the unpacked weight (Dettmers et al., 2023, eq. 5 and 6); where the packed product
+    rounds its input, the rounding counts as the identity.
 
     Args:
         x: input, any number of leading dimensions.
         multiply: x → ``W0·x + bias`` from the packed weight, in memory of its own.
-        unpack: gives W0 (d_out, d_in), in the dtype to multiply gradients in; called in the backward pass.
-        bias: what `multiply` adds; its gradient is formed where it is asked for.
+        unpack: returns W0 (d_out, d_in) in the dtype of the gradients' products; called in the backward pass.
+        bias: the bias that `multiply` adds; its gradient is formed on request.
         A: down-projection; None for the product with W0 alone.
         B: up-projection.
         scale: α/r or α/√r.

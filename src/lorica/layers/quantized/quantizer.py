@@ -1,4 +1,4 @@
-"""What lorica asks of a library that packs weights."""
+"""The protocol of a library that packs weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Quantizer(ABC):
     """Reads and writes the weight of one kind of quantized linear layer.
 
     The layer has `in_features` and `out_features`, and computes ``x·Wᵀ + bias`` with the weight that
-    `dequantize` returns, up to what its kernels round.
+    `dequantize` returns, up to rounding in its kernels.
     """
 
     casts_input: ClassVar[bool] = False
@@ -42,7 +42,7 @@ class Quantizer(ABC):
 
     @abstractmethod
     def requantize(self, module: nn.Module, weight: Tensor) -> dict[str, Any]:
-        """A weight packed as the layer's own is: same kind, same block size, same layout.
+        """Pack a weight as the layer's own: same kind, same block size, same layout.
 
         Args:
             module: the layer; left as it is.

@@ -1,8 +1,8 @@
-"""Which quantizer reads and writes which kind of layer.
+"""The registry of quantizers: which one reads and writes which kind of layer.
 
-A packed weight is a parameter of bytes and some numbers beside it, kept wherever its library keeps them. All
-that lorica needs of a library is in a `Quantizer`: the weight as plain numbers, and plain numbers packed
-again with the same settings. `register` adds others.
+A packed weight is a parameter of bytes with some numbers beside it, wherever its library keeps them. A
+`Quantizer` is all that lorica needs of a library: it unpacks the weight into plain numbers, and packs plain
+numbers with the same settings. `register` adds others.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ _QUANTIZERS: dict[type | str, Quantizer] = {
 
 
 def register(kind: type | str, quantizer: Quantizer) -> None:
-    """Tell lorica how a kind of layer packs its weight; such layers then train, merge and measure as others.
+    """Tell lorica how a kind of layer packs its weight; such layers then train and merge as others do.
 
     Args:
         kind: class of the layer, or of its weight; or that class's full name, such as
-            ``"hqq.core.quantize.HQQLinear"``, which need not be imported. Subclasses are meant too.
-        quantizer: reads and writes it. Replaces what was registered for the class before.
+            ``"hqq.core.quantize.HQQLinear"``, which need not be imported. Includes subclasses.
+        quantizer: reads and writes the weight. Replaces an earlier registration of the class.
     """
     _QUANTIZERS[kind] = quantizer
     _registered.cache_clear()
 
 
 def quantizer_of(module: nn.Module) -> Quantizer | None:
-    """What reads and writes a layer's packed weight; None where it is not packed, or in no known way."""
+    """The quantizer of a layer's packed weight; None if it is not packed, or in no known way."""
     quantizer = _known(module)
     return quantizer if quantizer is not None and quantizer.is_packed(module) else None
 
 
 def is_unfinished(module: nn.Module) -> bool:
-    """Whether a layer is of a kind that packs its weight, and has not done so yet."""
+    """Whether a layer's kind packs its weight, and this layer's is not packed yet."""
     quantizer = _known(module)
     return quantizer is not None and quantizer.is_unfinished(module)
 
@@ -71,14 +71,14 @@ def dequantize(module: nn.Module, rows: slice = slice(None), dtype: torch.dtype 
 
 
 def requantize(module: nn.Module, weight: Tensor) -> dict[str, Any]:
-    """Pack a weight as a quantized layer's own is; the layer itself is left as it is.
+    """Pack a weight as a quantized layer's own; the layer stays as it is.
 
     Args:
         module: quantized layer.
         weight: (out_features, in_features), in any floating dtype.
 
     Returns:
-        The layer's attributes that would make it hold that weight; `holding` sets them for a while.
+        The layer's attributes that store the weight; `holding` sets them for the length of a block.
 
     Raises:
         StateError: the layer's weight is packed in no way that lorica knows, or in one it can only read.
@@ -89,7 +89,7 @@ def requantize(module: nn.Module, weight: Tensor) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def holding(module: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
-    """Let a layer hold what `requantize` returned, and its own weight again afterwards."""
+    """Let a layer hold the result of `requantize` for the length of a block."""
     before = {name: set_attribute(module, name, value) for name, value in state.items()}
     try:
         yield
@@ -99,7 +99,7 @@ def holding(module: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
 
 
 def set_attribute(module: nn.Module, name: str, value: Any) -> Any:
-    """Give a module a parameter, buffer or plain attribute in place of its own; returns its own."""
+    """Replace a module's parameter, buffer or plain attribute; returns the old one."""
     stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
     store = next(store for store in stores if name in store)
     before, store[name] = store[name], value
@@ -107,7 +107,7 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> Any:
 
 
 def numel(parameter: Tensor) -> int:
-    """Numbers that a parameter stands for; bitsandbytes packs two of four bits into a byte."""
+    """Count of numbers in a parameter; bitsandbytes packs two of four bits into a byte."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
     return parameter.numel() if shape is None else torch.Size(shape).numel()
 
