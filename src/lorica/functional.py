@@ -151,7 +151,7 @@ def dora_linear(
     ratio = ratio.to(y.dtype)
     if bias is None:
         return y * ratio
-    # The bias goes through the ratio and its rest is added: at a ratio of 1 this is the base's output, bit for
+    # The bias passes the ratio and its rest is added: at a ratio of 1 this is the base's output, bit for
     # bit. A bias added afterwards would be rounded otherwise than the base's kernel rounds it.
     return torch.addcmul(bias.to(y.dtype) * (1 - ratio), y, ratio)
 
