@@ -100,13 +100,13 @@ class SavedModule(AskedModule):
 
     def __getattr__(self, name: str) -> Any:
         """A parameter, buffer or part: the acting copy's."""
-        # Called for those alone; plain attributes are found without it.
+        # Python calls this only for names that plain lookup does not find.
         own = name in self.own_modules or self.shard_of(name) is not None
         twin = None if own else self.acting_copy()
         return super().__getattr__(name) if twin is None else getattr(twin, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assign a parameter, buffer or part of the acting copy; anything else is the module's own."""
+        """Assign a parameter, buffer or part of the acting copy, or any other attribute of the module."""
         own = is_sharded(value) or is_sharded(self.__dict__.get("_parameters", {}).get(name))
         # Parts of tensors come and go by fully_shard's hand, which knows the copy's by itself.
         twin = self.acting_copy() if name in _held(self) and not own else None

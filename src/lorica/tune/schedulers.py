@@ -149,7 +149,7 @@ def scheduler_of(config: SearchConfig, recipe: Recipe) -> Scheduler:
 
 
 def evaluations(recipe: Recipe) -> int | None:
-    """How many a trial has; None where that hangs on how many rows there are."""
+    """Number of evaluations of a trial; None where it depends on the number of rows."""
     training = recipe.training
     if training.eval_steps is None:
         return None if training.epochs is None or training.max_steps else math.ceil(training.epochs)

@@ -148,7 +148,7 @@ class LoraParameters(LoraLayer):
         return name in self.lora_parameters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module as it is: it reads its parameters, each of which is folded once for the call.
+        """Call the module's own forward; each adapted parameter is merged once per call.
 
         Raises:
             StateError: the parameters are split over ranks while it runs.

@@ -93,7 +93,7 @@ class TrainedTokens(AskedModule):
 
     @property
     def weight(self) -> Tensor:
-        """W0 with the acting rows in their places, for whoever reads it without calling the module."""
+        """W0 with the acting rows, for code that reads the weight without calling the module."""
         sharded: Any = self.shard_of("weight")
         return self.with_rows(self._acting()) if sharded is None else sharded
 
