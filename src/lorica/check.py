@@ -322,7 +322,7 @@ def check_whole(path: str, module: nn.Module) -> None:
         ]
         raise TargetTypeError(
             f"modules_to_save cannot be applied to modules of type {type(module)}: {path} is never called, "
-            f"so a copy of it would do nothing; name the modules inside it: {listing(parts)}"
+            f"so a copy of it would do nothing; name what is in it: {listing(parts)}"
         )
     if any(isinstance(part, TrainedTokens) for part in module.modules()):
         raise TargetError(
