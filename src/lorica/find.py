@@ -327,8 +327,8 @@ def as_target(place: Place, config: LoraConfig) -> Target:
         )
     if layer is LoraParameters:
         raise TargetError(
-            f"{path}: another adapter adapts its parameters (target_parameters), so its weight cannot take a "
-            "low-rank update as a module; name the weight in target_parameters as well"
+            f"{path}: another adapter adapts parameters of it (target_parameters), so its weight cannot take "
+            "a low-rank update as a module; name the weight in target_parameters as well"
         )
     check_adaptable(place, layer)
     if config.use_dora:

@@ -19,7 +19,7 @@ from lorica.choice import Choice, Choices
 from lorica.config import AdapterConfig
 from lorica.errors import AdapterError, StateError, listing, nearest
 from lorica.piece import Piece, Rows
-from lorica.tree import is_sharded, owner_of, parameter_at, put_at, table_of, walk
+from lorica.tree import is_sharded, owner_of, parameter_at, put_at, tensor_at, walk
 
 STATE = "lorica_state"
 """Attribute of the adapted model that holds its state."""
@@ -230,7 +230,7 @@ class AdapterState(Choices):
         Raises:
             StateError: naming one of which each rank holds a part.
         """
-        split = next((path for path in self.originals if is_sharded(parameter_at(root, path))), None)
+        split = next((path for path in self.originals if is_sharded(tensor_at(root, path))), None)
         if split is not None:
             raise StateError(
                 f"{split} is an adapter's own, which stands in the base's place and was sharded there "
@@ -255,8 +255,7 @@ class AdapterState(Choices):
             StateError: naming one that was moved to the meta device.
         """
         for path, tensor in coming.items():
-            owner, leaf = owner_of(root, path)
-            if table_of(owner, leaf)[leaf].is_meta != tensor.is_meta:
+            if tensor_at(root, path).is_meta != tensor.is_meta:
                 raise StateError(
                     f"{path} was moved to the meta device, without values (accelerate's offloading?), and an "
                     "adapter replaces it; bring it back first "
@@ -322,10 +321,7 @@ class AdapterState(Choices):
 
     def base_tensor(self, root: nn.Module, path: str) -> Tensor:
         """The base's own parameter or buffer of that name, even while an adapter replaces it."""
-        if path in self.originals:
-            return self.originals[path]
-        owner, leaf = owner_of(root, path)
-        return table_of(owner, leaf)[leaf]
+        return self.originals[path] if path in self.originals else tensor_at(root, path)
 
     def base_parameter(self, root: nn.Module, path: str) -> Parameter:
         """The base's own parameter of that name, even while an adapter replaces it."""

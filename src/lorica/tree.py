@@ -79,7 +79,7 @@ def owner_of(root: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def parameter_at(root: nn.Module, path: str) -> Parameter:
-    """The parameter of that name, whatever an attribute shows in its stead."""
+    """The parameter of that name, whatever an attribute shows instead."""
     owner, leaf = owner_of(root, path)
     parameter = owner._parameters[leaf]
     assert parameter is not None
@@ -89,6 +89,12 @@ def parameter_at(root: nn.Module, path: str) -> Parameter:
 def table_of(module: nn.Module, leaf: str) -> Any:
     """The table in which a module has a parameter or buffer of that name."""
     return module._buffers if leaf in module._buffers else module._parameters
+
+
+def tensor_at(root: nn.Module, path: str) -> Any:
+    """The parameter or buffer of that name, whatever an attribute shows instead."""
+    owner, leaf = owner_of(root, path)
+    return table_of(owner, leaf)[leaf]
 
 
 def put_at(root: nn.Module, path: str, tensor: Any, dtype: torch.dtype | None = None) -> Any:
