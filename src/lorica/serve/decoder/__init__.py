@@ -6,6 +6,7 @@ decoder     `Decoder`: its life, and the seam between event loop and engine's th
 admission   what is refused at the door
 schedule    which requests are in the batch, which adapters in the slots
 batching    all contact with the insides of transformers' continuous batching
+attention   on a CPU: each token looks at its own request's keys alone
 sampling    tokens, each request's by its own rules
 answers     a request in the engine, its answer in the event loop
 text        text from tokens as they come

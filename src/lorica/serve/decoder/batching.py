@@ -24,6 +24,8 @@ from transformers.generation.continuous_batching import cache, model_runner, uti
 from transformers.generation.continuous_batching import continuous_api as api
 from transformers.generation.continuous_batching.requests import RequestState
 
+from lorica.serve.decoder import attention
+
 
 class Part(NamedTuple):
     """A request's share of a batch.
@@ -112,6 +114,21 @@ class Batcher(api.ContinuousBatchingManager):
             use_async_batching=False,
         )
         super().__init__(model, GenerationConfig(eos_token_id=-1, do_sample=False), config)
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """Take attention by request where there is no better: on a CPU, if all layers see all tokens."""
+        kinds = cache.group_layers_by_attn_type(model.config.get_text_config())
+        self._by_request = model.device.type == "cpu" and list(kinds) == [cache.FULL_ATTENTION]
+        self._by_request = self._by_request and attention.take(model)
+        if not self._by_request:
+            super().switch_to_cb_friendly_attn(model, auto_switch_to_flash)
+
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """End the thread, and leave the model's attention as it was."""
+        super().stop(*args, **kwargs)
+        if self._by_request:
+            self._by_request = False
+            attention.give_back(self.model)
 
     def start(self) -> None:
         """Start the thread; it does not keep a process from ending."""
@@ -218,6 +235,8 @@ class Processor(api.ContinuousBatchProcessor):
             heads = [part.id for part in parts if part.answers]
             heads += [parts[0].id] * (len(parts) - len(heads))
         self.conductor.packed(parts, heads)
+        batch = self.inputs_and_outputs.requests_in_batch  # type: ignore[union-attr]
+        self.cache.spans = [(own.query_length, own.state.position_offset) for own in batch]  # type: ignore[attr-defined]
         super()._generation_step(model)
 
     def update_batch(self) -> None:

@@ -123,11 +123,15 @@ class Lease:
         """The content, once it was read.
 
         Raises:
-            RefusedAdapter: it cannot be served.
+            RefusedAdapter: it cannot be served, and the lease is given back.
         """
         if self.content is None:
             assert self.task is not None
-            content = await asyncio.shield(self.task)
+            try:
+                content = await asyncio.shield(self.task)
+            except LoricaError:
+                self.release()
+                raise
             if not self.held:
                 raise RefusedAdapter("the adapter was given back before it was read")
             self.alias.waiting -= 1
