@@ -45,7 +45,7 @@ def root(made: Path, tmp_path: Path) -> Path:
 
 
 def store(model: Any, root: Path, **settings: Any) -> Store:
-    return Store(Slots(model).fit, (root,), **settings)
+    return Store(lambda adapter, folder: Slots(model).fit(adapter), (root,), **settings)
 
 
 async def held(own: Store, name: str) -> Any:
