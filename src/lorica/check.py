@@ -28,7 +28,6 @@ from lorica.layers import (
     TrainedTokens,
     reading_of,
 )
-from lorica.layers.opaque import is_linear_like
 from lorica.layers.quantized import is_unfinished, quantizer_of
 from lorica.layers.read import LoraOwnConv, LoraOwnLinear, read_kind, returns_other
 from lorica.tree import Place, only_holds, tied_with
@@ -81,9 +80,15 @@ def _kind(module: nn.Module, parent: nn.Module | None) -> type[LoraLayer] | None
     if pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D):
         own_forward = type(module).forward is not pytorch_utils.Conv1D.forward
         return None if own_forward else LoraConv1D
-    if not is_linear_like(module):
+    if not _is_linear_like(module):
         return None
     return LoraOwnLinear if returns_other(module) else LoraOpaque
+
+
+def _is_linear_like(module: nn.Module) -> bool:
+    """Whether a module other than `nn.Linear` declares itself linear, and holds no other modules."""
+    widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(width, int) and width > 0 for width in widths) and not module._modules
 
 
 def _is_plain(weight: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ from lorica.check import (
     layer_class,
 )
 from lorica.config import AdapterConfig, LoraConfig, full_match
-from lorica.config.default_targets import BY_TYPE, QUERY_VALUE, model_type
+from lorica.config.default_targets import BY_TYPE, QUERY_VALUE
 from lorica.errors import LoricaWarning, TargetError, listing, nearest
 from lorica.layers import AddedModule, LoraEmbedding, LoraLayer, LoraParameters, SavedModule
 from lorica.layers.conv import LoraConv
@@ -27,6 +27,7 @@ from lorica.tree import (
     Place,
     base_parameters,
     ending_in,
+    model_type,
     outermost,
     output_head,
     tails,

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import DataParallel, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
@@ -123,6 +123,30 @@ def is_sharded(tensor: object) -> bool:
     return type(tensor).__name__ == "DTensor"  # to import it takes half a second
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as all ranks have it together; they must all ask. One that is no part is returned as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    part: Any = tensor.detach()
+    return part.full_tensor()
+
+
+def spread(value: Tensor, like: Tensor) -> Tensor:
+    """A value as another tensor is laid out over ranks; each rank has the whole value, and nothing is sent.
+
+    Args:
+        value: in the whole shape.
+        like: what it is for.
+    """
+    if not is_sharded(like) or is_sharded(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    part: Any = like
+    value = value.to(device=part.to_local().device)
+    return distribute_tensor(value, part.device_mesh, part.placements, src_data_rank=None)
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside the wrapper that `torch.compile(module)` returns; others are returned as they are."""
     while (inside := module._modules.get(_COMPILED)) is not None:
@@ -142,6 +166,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def as_uncompiled(name: str) -> str:
     """A live name of a tensor or module without what `torch.compile` put into it."""
     return name.replace(f"{_COMPILED}.", "")
+
+
+def model_type(root: nn.Module) -> str | None:
+    """What a model's configuration calls its architecture; None where it has none."""
+    config: Any = getattr(root, "config", None)
+    found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+    if not isinstance(found, str) and not isinstance(config, dict) and hasattr(config, "to_dict"):
+        told = config.to_dict()
+        found = told.get("model_type") if isinstance(told, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def output_head(root: nn.Module) -> nn.Module | None:

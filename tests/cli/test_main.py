@@ -10,7 +10,7 @@ import pytest
 
 import lorica
 from lorica.cli import COMMANDS, main
-from lorica.cli.shared.options import SHORT, expanded
+from lorica.cli.shared.parsing import SHORT, expanded
 from lorica.cli.training import train
 from lorica.errors import LoricaError
 from lorica.train.recipe import from_parsed

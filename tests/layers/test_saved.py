@@ -114,7 +114,7 @@ def test_a_container_that_nobody_calls_is_refused(kind: str) -> None:
     held = getattr(nn, kind)({"a": part} if kind.endswith("Dict") else [part])
     model = nn.ModuleDict({"held": held, "layer": nn.Linear(2, 2)})
     before = list(model.state_dict())
-    with pytest.raises(TypeError, match=rf"modules of type .*{kind}.*name what is in it: held\.[a0]"):
+    with pytest.raises(TypeError, match=rf"modules of type .*{kind}.*name the modules inside it: held\.[a0]"):
         lorica.adapt(model, lorica.LoraConfig(target_modules=["layer"], modules_to_save=["held"]))
     assert list(model.state_dict()) == before
 

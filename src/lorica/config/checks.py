@@ -178,5 +178,5 @@ def _check_tokens(given: Any) -> None:
 
 
 def _check_regex(name: str, pattern: object, used: str | None = None) -> None:
-    if isinstance(pattern, str) and (reason := why_unreadable(used or pattern)):
+    if isinstance(pattern, str) and pattern != "all-linear" and (reason := why_unreadable(used or pattern)):
         raise ConfigError(f"{name} holds {pattern!r}, which is not a regular expression: {reason}")

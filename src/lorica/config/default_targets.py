@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
 # By the configuration's `model_type`, as PEFT has it: a script without target_modules trains the same.
 BY_TYPE: dict[str, list[str] | str] = {
     "t5": ["q", "v"],
@@ -64,13 +60,3 @@ QUERY_VALUE: tuple[tuple[str, ...], ...] = (
     ("qkv",),
 )
 """Query and value projections as other architectures name them, most specific first."""
-
-
-def model_type(root: nn.Module) -> str | None:
-    """What a model's configuration calls its architecture; None where it has none."""
-    config: Any = getattr(root, "config", None)
-    found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
-    if not isinstance(found, str) and not isinstance(config, dict) and hasattr(config, "to_dict"):
-        told = config.to_dict()
-        found = told.get("model_type") if isinstance(told, dict) else None
-    return found if isinstance(found, str) else None

@@ -214,9 +214,7 @@ SETTINGS: dict[str, type[InitConfig]] = {
 
 
 def without_idle(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes of a configuration that let go of another start's settings where they change the start."""
-    if "init_lora_weights" not in changes:
-        return dict(changes)
+    """Changes of the start that let go of another start's settings."""
     start = changes["init_lora_weights"]
     idle = {name: None for name, settings in SETTINGS.items() if settings.belongs_to != start}
     return {**idle, **changes}

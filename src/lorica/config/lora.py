@@ -223,7 +223,10 @@ class LoraConfig:
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
-        return dataclasses.replace(self, **(changes if self.keeps_idle else without_idle(changes)))
+        return dataclasses.replace(
+            self,
+            **(without_idle(changes) if "init_lora_weights" in changes and not self.keeps_idle else changes),
+        )
 
     def as_found(self, **changes: Any) -> Self:
         """A copy with some fields as they turned out on a model, which need no check."""

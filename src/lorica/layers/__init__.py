@@ -42,19 +42,3 @@ def lora_layers(root: nn.Module) -> dict[str, LoraLayer]:
 def saved_modules(root: nn.Module) -> dict[str, SavedModule]:
     """Path → module with a copy trained whole."""
     return {place.path: place.module for place in walk(root) if isinstance(place.module, SavedModule)}
-
-
-def added_modules(root: nn.Module) -> dict[str, AddedModule]:
-    """Path → module to which adapters add parts of their own."""
-    return {place.path: place.module for place in walk(root) if isinstance(place.module, AddedModule)}
-
-
-def token_modules(root: nn.Module) -> dict[str, TrainedTokens]:
-    """Path → module some of whose rows are trained."""
-    return {place.path: place.module for place in walk(root) if isinstance(place.module, TrainedTokens)}
-
-
-def swapped_modules(root: nn.Module) -> dict[str, SwappedModule]:
-    """Path → module whose class an adapter changed, in the order of `lora_layers`, `saved_modules`, ..."""
-    found = [place for place in walk(root) if "adapter_state" in place.module.__dict__]
-    return {place.path: place.module for place in found}  # type: ignore[misc]

@@ -24,20 +24,6 @@ HALVES = (torch.float16, torch.bfloat16)
 """The dtypes in which training would lose small steps."""
 
 
-def raise_precision(twin: nn.Module) -> bool:
-    """Turn a copy's half-precision parameters into float32; returns whether there were any.
-
-    Recurrent layers, which hold their weights twice, and scripted modules, which run outside Python, keep and
-    train the base's dtype.
-    """
-    if any(isinstance(part, (nn.RNNBase, torch.jit.ScriptModule)) for part in twin.modules()):
-        return False
-    low = [parameter for parameter in twin.parameters() if parameter.dtype in HALVES]
-    for parameter in low:
-        parameter.data = parameter.data.float()
-    return bool(low)
-
-
 def lowered(twin: nn.Module, base: nn.Module) -> nn.Module:
     """A view of a copy whose parameters are cast, with a graph, to the dtype of the base's.
 

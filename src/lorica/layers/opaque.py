@@ -55,12 +55,6 @@ class LoraOpaque(LoraLayer):
             check_multiplies(self, x.to(weight.device), F.linear)
 
 
-def is_linear_like(module: nn.Module) -> bool:
-    """Whether a module other than `nn.Linear` declares itself linear, and holds no other modules."""
-    widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return all(isinstance(width, int) and width > 0 for width in widths) and not module._modules
-
-
 def has_own_forward(cls: type[nn.Module]) -> bool:
     """Whether a class overrides the forward of the torch layer that it derives from."""
     known = next(base for base in cls.__mro__ if base.__module__.startswith("torch.nn."))

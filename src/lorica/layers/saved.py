@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorica.errors import StateError
 from lorica.layers.ecosystem import AskedModule, base_of, fallback_property
-from lorica.layers.masters import call_lowered, lowered, raise_precision
+from lorica.layers.masters import HALVES, call_lowered, lowered
 from lorica.layers.reading import reading_of
 from lorica.layers.swapped import SwappedModule
 from lorica.state import AdapterState
@@ -173,7 +173,21 @@ def twin_of(
         twin._backward_hooks,
     ):
         hooks.clear()
-    return twin, not read_by(parent, module) and raise_precision(twin)
+    return twin, not read_by(parent, module) and _raise_precision(twin)
+
+
+def _raise_precision(twin: nn.Module) -> bool:
+    """Turn a copy's half-precision parameters into float32; returns whether there were any.
+
+    Recurrent layers, which hold their weights twice, and scripted modules, which run outside Python, keep and
+    train the base's dtype.
+    """
+    if any(isinstance(part, (nn.RNNBase, torch.jit.ScriptModule)) for part in twin.modules()):
+        return False
+    low = [parameter for parameter in twin.parameters() if parameter.dtype in HALVES]
+    for parameter in low:
+        parameter.data = parameter.data.float()
+    return bool(low)
 
 
 def _held(module: nn.Module) -> set[str]:

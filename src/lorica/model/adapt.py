@@ -259,7 +259,7 @@ def open_for(model: nn.Module, name: str, *, trainable: bool) -> tuple[nn.Module
             f"the model already has an adapter named {name!r}; give another name, or "
             f"lorica.detach(model, {name!r}) first"
         )
-    if "torch.distributed.fsdp" in sys.modules or (is_available() and is_initialized()):
+    if is_available() and is_initialized():  # without which nothing is sharded
         check_unnoted(root, trainable=trainable)
     return root, state
 

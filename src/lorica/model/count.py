@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lorica.config import AdapterConfig, as_config
-from lorica.layers import saved_modules
+from lorica.layers import SavedModule
 from lorica.layers.quantized import numel
 from lorica.model.adapt import adapt
 from lorica.model.pretrained.skeleton import skeleton
@@ -54,8 +54,9 @@ def trainable_parameters(model: nn.Module) -> ParameterCount:
     parameters = {id(p): p for p in model.parameters()}
     originals = {
         id(p): p
-        for module in saved_modules(model).values()
-        for place in walk(module)
+        for outer in walk(model)
+        if isinstance(outer.module, SavedModule)
+        for place in walk(outer.module)
         for p in place.module.parameters(recurse=False)
     }
     total = sum(numel(p) for p in parameters.values())

@@ -28,9 +28,8 @@ from lorica.piece import Contents
 from lorica.pieces import fill, misfits
 from lorica.pieces.low_rank import LowRank
 from lorica.pieces.plugins.tokens import TokenRows, token_rows
-from lorica.pieces.sharded import whole
 from lorica.state import AdapterState, adapted
-from lorica.tree import as_uncompiled, base_parameters, is_sharded
+from lorica.tree import as_uncompiled, base_parameters, is_sharded, whole
 
 
 def extract(

@@ -23,9 +23,8 @@ from lorica.model import extract
 from lorica.model.watch.agreement import compare_ranks
 from lorica.pieces.copies import ParameterCopy
 from lorica.pieces.low_rank import LowRank
-from lorica.pieces.sharded import spread
 from lorica.state import AdapterState, adapted
-from lorica.tree import is_sharded, owner_of, parameter_at, walk
+from lorica.tree import is_sharded, owner_of, parameter_at, spread, walk
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -28,9 +28,8 @@ from lorica.adapter import Adapter
 from lorica.config import AdapterConfig, LoraConfig
 from lorica.errors import AdapterError, lines, nearest
 from lorica.piece import Piece
-from lorica.pieces.sharded import spread
 from lorica.state import AdapterState
-from lorica.tree import Place, base_parameters, outside, walk
+from lorica.tree import Place, base_parameters, outside, spread, walk
 
 
 class Search:

@@ -33,9 +33,8 @@ from lorica.inits import INITS, Residual, generator
 from lorica.layers import AddedModule, LoraAttention, LoraConv1D, LoraLayer, SavedModule, variants
 from lorica.piece import Contents, Held, Piece, Rows, Value
 from lorica.pieces import Kind, Search, register
-from lorica.pieces.sharded import spread, whole
 from lorica.state import AdapterState
-from lorica.tree import Place, is_sharded, shortest_suffixes, tails
+from lorica.tree import Place, is_sharded, shortest_suffixes, spread, tails, whole
 
 
 class LowRank(Piece):

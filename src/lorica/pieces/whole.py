@@ -92,8 +92,9 @@ class WholeModules(Kind):
         parent = module_at(search.root, path.rpartition(".")[0]) if path else None
         try:
             twin, master = twin_of(module, parent, search.state)
-            release(twin)
-            for part in twin.modules():
+            hooked = [part for part in twin.modules() if part._forward_pre_hooks]
+            for part in hooked:  # by adapters that act on the module itself
+                release(part)
                 unlower(part)
         except Exception as error:
             raise TargetError(

@@ -1,18 +1,61 @@
-"""The parser that all commands share: short errors, with the nearest option."""
+"""The parser that all commands share, with short errors; a recipe's options and their help.
+
+An option's own name is its place in the recipe, such as ``--training.learning_rate``; ``--lr`` is short.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shutil
 import sys
-from typing import Any, NoReturn
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jsonargparse
 
 from lorica.errors import nearest
 
+if TYPE_CHECKING:
+    from lorica.train.settings import GenerationConfig
+
 _UNKNOWN = re.compile(r"(?:[Uu]nrecognized arguments: |Option '?)(?P<flag>-*)(?P<name>[^\s'=]+)")
 _RENAMED = {"out": "output", "alpha": "method.lora_alpha", "targets": "method.target_modules"}
 """What an option was called before → what it is called now."""
+
+SHORT: Mapping[str, tuple[str, ...]] = {
+    "model": ("-m",),
+    "task": ("-t",),
+    "data.train": ("-d",),
+    "data.validation": ("--validation",),
+    "data.test": ("--test",),
+    "data.preset": ("--preset",),
+    "output": ("-o",),
+    "method.r": (),
+    "method.lora_alpha": (),
+    "method.target_modules": (),
+    "training.learning_rate": ("--lr",),
+    "training.epochs": ("--epochs",),
+    "training.max_steps": ("--max-steps",),
+    "training.batch_size": ("-b", "--batch-size"),
+    "training.max_length": ("--max-length",),
+    "training.seed": ("--seed",),
+}
+"""What most people set → its short names; a hyphen may be an underscore. Their order is that of the help.
+
+A method's fields have one spelling, PEFT's name behind ``--method.``.
+"""
+
+_LONG = {short.replace("_", "-"): f"--{name}" for name, shorts in SHORT.items() for short in shorts}
+_GENERATION = "generation."
+_GROUPS = {
+    "": "the run",
+    "data": "rows",
+    "method": "LoRA (PEFT's names)",
+    "training": "training",
+    "generation": "writing text",
+}
 
 
 def add_output(parser: Parser, text: str, default: str | None = None) -> None:
@@ -83,3 +126,92 @@ def _unknown(flag: str, name: str, known: list[str]) -> str:
     if new is not None:
         return f"there is no option {flag}{name}: it is --{new}"
     return f"there is no option {flag}{name}{nearest(name, known)}"
+
+
+def expanded(argv: Sequence[str], more: Mapping[str, str] | None = None) -> list[str]:
+    """Arguments with each short name replaced by its option's own.
+
+    Args:
+        argv: arguments as they were typed.
+        more: further short names → options.
+    """
+    known = {**_LONG, **(more or {})}
+    result = []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        long = (
+            known.get(flag if flag in known else "--" + flag[2:].replace("_", "-"))
+            if flag[:1] == "-"
+            else None
+        )
+        result.append(argument if long is None else long + equals + value)
+    return result
+
+
+def print_help(parser: Any, command: str) -> None:
+    """Print the options that most people set, and the names of all others."""
+    width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 110))
+    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    print(f"usage: {parser.usage}\n")
+    print(textwrap.fill(parser.description or "", width))
+    print("\noptions that most people set, with their defaults:")
+    for name, shorts in SHORT.items():
+        _print_option([*shorts, f"--{name}"], actions[name], width)
+    own = [action for dest, action in actions.items() if "." not in dest and dest not in SHORT]
+    lone = [a for a in own if not any(dest.startswith(f"{a.dest}.") for dest in actions)]
+    rest = {dest for dest in actions if "." in dest and dest not in SHORT and not dest.endswith(".help")}
+    print(f"\nall others; `lorica {command} --help-all` says what each does:")
+    names: dict[str, list[str]] = {
+        "": [a.option_strings[0] for a in lone if a.dest not in ("help", "help_all")]
+    }
+    for dest in actions:
+        if dest in rest:
+            names.setdefault(dest.partition(".")[0], []).append(f"--{dest}")
+    for group, flags in names.items():
+        print(f"  {_GROUPS.get(group, group)}:")
+        print(
+            textwrap.fill(
+                " ".join(flags),
+                width,
+                initial_indent="    ",
+                subsequent_indent="    ",
+                break_on_hyphens=False,
+            )
+        )
+
+
+def _print_option(flags: Iterable[str], action: Any, width: int) -> None:
+    text = first_sentence(str(action.help or ""))
+    default = action.default
+    if default is not None:
+        text += f" (default: {default})"
+    head = "  " + ", ".join(flags)
+    indent = " " * 44
+    if len(head) > 42:
+        print(head)
+        print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent))
+    else:
+        print(textwrap.fill(text, width, initial_indent=head.ljust(44), subsequent_indent=indent))
+
+
+def first_sentence(text: str) -> str:
+    """The part of a description before its first full stop; what a parser filled in is left out."""
+    text = " ".join(text.split()).partition(" (type:")[0].partition(" (default:")[0]
+    return text.partition(". ")[0].partition("; ")[0].rstrip(".")
+
+
+def add_generation(parser: Parser) -> None:
+    """Give a parser the fields of a recipe's ``generation``, each left out unless it is given."""
+    from lorica.train.settings import GenerationConfig
+
+    group = parser.add_argument_group("how text is written (default: as the recipe says)")
+    types = {"metrics": list[str], "arguments": dict[str, Any], "eval_rows": int}
+    for item in dataclasses.fields(GenerationConfig):
+        kind = types.get(item.name) or {"int": int, "float": float, "bool": bool}[str(item.type)]
+        group.add_argument(f"--{_GENERATION}{item.name}", type=kind | None)
+
+
+def generation_of(parsed: Any, recipe: GenerationConfig) -> GenerationConfig:
+    """A recipe's settings with those that were given in their place."""
+    given = {item.name: parsed.get(_GENERATION + item.name) for item in dataclasses.fields(recipe)}
+    return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})

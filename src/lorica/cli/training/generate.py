@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorica.cli.shared.options import add_generation, generation_of
-from lorica.cli.shared.parsing import Parser, add_output, add_trust
+from lorica.cli.shared.parsing import Parser, add_generation, add_output, add_trust, generation_of
 
 
 def parser() -> Parser:

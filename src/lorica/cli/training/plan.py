@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lorica.cli.shared.options import expanded
-from lorica.cli.shared.parsing import Parser, add_trust
+from lorica.cli.shared.parsing import Parser, add_trust, expanded
 from lorica.errors import ConfigError, nearest
 from lorica.plain import as_json
 
@@ -175,7 +174,7 @@ def _without_method(argv: list[str]) -> tuple[list[str], str | None]:
 
 
 def _print_help() -> None:
-    from lorica.cli.shared.options import first_sentence
+    from lorica.cli.shared.parsing import first_sentence
 
     command = parser()
     print(f"usage: {command.usage}\n\n{command.description}\n")

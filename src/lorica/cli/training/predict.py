@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorica.cli.shared.options import add_generation, generation_of
-from lorica.cli.shared.parsing import Parser, add_output, add_trust
+from lorica.cli.shared.parsing import Parser, add_generation, add_output, add_trust, generation_of
 from lorica.plain import as_json
 
 

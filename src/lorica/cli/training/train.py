@@ -11,8 +11,7 @@ from typing import Any
 
 from lorica.cli import INTERRUPTED
 from lorica.cli.shared import hints
-from lorica.cli.shared.options import expanded, print_help
-from lorica.cli.shared.parsing import Parser, add_trust
+from lorica.cli.shared.parsing import Parser, add_trust, expanded, print_help
 from lorica.train.recipe import Recipe, add_recipe, check_file, check_trusted, from_parsed, names_code
 
 

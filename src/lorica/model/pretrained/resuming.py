@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from lorica import checkpoint
+from lorica.checkpoint.peft import read as read_folder
 from lorica.errors import FileError, listing
 from lorica.model.files import fitting
 from lorica.state import find_adapted
@@ -47,7 +48,7 @@ def restore_trained(model: nn.Module, folder: str | Path) -> bool:
     root, state = found
     trained = state.in_training()
     homes = {name: _home(folder, name, alone=len(trained) == 1) for name in trained}
-    writers = [fitting(root, checkpoint.read(home), name) for name, home in homes.items()]
+    writers = [fitting(root, read_folder(home), name) for name, home in homes.items()]
     for write in writers:
         write()
     return True

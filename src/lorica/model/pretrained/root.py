@@ -23,7 +23,6 @@ from lorica.errors import ConfigError, FileError
 from lorica.layers import SwappedModule
 from lorica.model.files import extract
 from lorica.model.pretrained import trainers
-from lorica.model.pretrained.heads import check_head
 from lorica.model.pretrained.vocabulary import resize_part, resized, with_resized_tables
 from lorica.state import STATE, AdapterState, adapted, find_adapted
 from lorica.tree import walk
@@ -183,7 +182,7 @@ def enter(root: nn.Module) -> None:
     ):
         Pretrained.swap(root)
         trainers.tell()
-        root.register_forward_pre_hook(check_head, with_kwargs=True)
+        root.register_forward_pre_hook(trainers.check_head, with_kwargs=True)
     for path, part in _models_inside(root):
         vars(part)[_RESIZE] = functools.partial(resize_part, part, path, adapted(root)[1])
 
@@ -223,7 +222,7 @@ def leave(root: nn.Module) -> None:
     if isinstance(root, Pretrained):
         # Not `root.leave()`: what it would take off is that other host's.
         root.__class__ = root.base_class  # pyright: ignore[reportAttributeAccessIssue]
-        for key in [key for key, hook in root._forward_pre_hooks.items() if hook is check_head]:
+        for key in [key for key, hook in root._forward_pre_hooks.items() if hook is trainers.check_head]:
             del root._forward_pre_hooks[key], root._forward_pre_hooks_with_kwargs[key]
     if STATE in vars(root):
         for _, part in _models_inside(root):

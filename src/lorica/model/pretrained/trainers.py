@@ -8,6 +8,8 @@ of their functions are therefore wrapped, once, for the models of this library a
     disable_dropout_in_model, in TRL                          the adapters' dropout too
     get_peft_model, in TRL                                    see `configurations`
 
+One of their losses is refused (`check_head`).
+
 Nothing is imported here. `tell` wraps what is loaded, when a model gets its first adapter and again when a
 trainer is made around it.
 """
@@ -16,13 +18,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from lorica.errors import LoricaError
-from lorica.layers import LoraLayer
+from lorica.errors import LoricaError, StateError
+from lorica.layers import LoraLayer, SavedModule, TrainedTokens
 from lorica.model.pretrained import configurations
 from lorica.model.pretrained.reference import Reference
 from lorica.model.pretrained.resuming import restore_trained
@@ -38,10 +41,12 @@ def tell() -> None:
         return
     _wrap(trainer, "_load_from_checkpoint", _loading)
     _wrap(trainer, "_load_best_model", _ending)
-    for name in [name for name in sys.modules if name.startswith("trl.")]:
-        _wrap(sys.modules[name], "create_model_from_path", _creating)
-        _wrap(sys.modules[name], "disable_dropout_in_model", _disabling)
-    configurations.exchange()
+    trl = [module for name, module in sys.modules.items() if name.startswith("trl.")]
+    for module in trl:
+        _wrap(module, "create_model_from_path", _creating)
+        _wrap(module, "disable_dropout_in_model", _disabling)
+    if trl:
+        configurations.exchange()
 
 
 def takes_back(trainer: Any, checkpoint: str | None, model: Any = None) -> bool:
@@ -127,3 +132,36 @@ def _disabling(theirs: Any) -> Any:
                 module.lora_dropout.update(dict.fromkeys(module.lora_dropout, 0.0))
 
     return disable_dropout_in_model
+
+
+def check_head(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a loss that multiplies by the head's raw weight while the head carries an update.
+
+    TRL's trainers and Liger's kernels do so to spare the logits; the update would neither act nor train. A
+    head trained whole shows them its copy's weight, but not one for each row. A hook on a model that carries
+    adapters, before each call.
+
+    Args:
+        model: the model.
+        args: what its forward is about to be called with.
+        kwargs: likewise, by name.
+
+    Raises:
+        StateError: naming the head.
+    """
+    if torch.compiler.is_compiling():
+        return
+    fused = kwargs.get("fused_lm_head") or type(model).forward.__module__.startswith("liger_kernel")
+    if not fused:
+        return
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    if not isinstance(head, LoraLayer | SavedModule | TrainedTokens):
+        return
+    if head.adapter_state.rows is not None or (isinstance(head, LoraLayer) and head.acting()):
+        path = next(path for path, module in model.named_modules() if module is head)
+        raise StateError(
+            f"{path} carries an adapter, but this trainer's fused loss reads {path}.weight without calling "
+            f"the layer, so the adapter would be neither used nor trained; leave {path!r} out of "
+            "target_modules, train it whole by modules_to_save, or use a trainer that computes the logits "
+            "(transformers' own)"
+        )

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from lorica.adapter import Adapter
 from lorica.errors import LoricaWarning, StateError, listing
 from lorica.layers import SwappedModule
-from lorica.pieces.sharded import whole
 from lorica.state import AdapterState
-from lorica.tree import base_parameters, join, walk, within_any
+from lorica.tree import base_parameters, input_embedding, join, output_head, walk, whole, within_any
 
 
 @contextmanager
@@ -121,26 +120,15 @@ def is_resized(root: nn.Module) -> bool:
     return getattr(original, "vocab_size", config.vocab_size) != config.vocab_size
 
 
-def _found(root: nn.Module) -> list[Any]:
-    """The input embedding and the output head, as the model shows them."""
-    found = []
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            found.append(getattr(root, getter)())
-        except (AttributeError, NotImplementedError, TypeError):
-            continue
-    return found
-
-
 def _copied(root: nn.Module) -> list[str]:
     """Live paths of those that are an adapter's own, in a copy of a module around them."""
-    own, base = _found(root), {module for _, module, _ in walk(root)}
+    own, base = (input_embedding(root), output_head(root)), {module for _, module, _ in walk(root)}
     return [p for p, m in root.named_modules() if m not in base and any(m is table for table in own)]
 
 
 def _tables(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The input embedding and the output head, by their paths."""
-    found = _found(root)
+    found = input_embedding(root), output_head(root)
     for path, module, _ in walk(root):
         if any(module is table for table in found) and module._parameters.get("weight") is not None:
             yield path, module

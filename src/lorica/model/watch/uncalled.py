@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from lorica.errors import LoricaWarning, listing
-from lorica.layers import LoraAttention, LoraLayer, LoraReadLinear, ReadWeight, lora_layers
+from lorica.layers import LoraAttention, LoraLayer, LoraReadLinear, ReadWeight
 from lorica.model.watch.agreement import compare_ranks
 from lorica.state import STATE
+from lorica.tree import walk
 
 # Layers that need no call: the module around them reads their weight.
 _READ = (ReadWeight, LoraReadLinear, LoraAttention)
@@ -32,13 +33,16 @@ def watch_pass(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """Have each adapted layer tell that it is called, until the end of this pass."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    hook = compare_ranks(root, root.__dict__[STATE])
-    if hook is not None:
-        hook(root, args)
+    if "_is_fsdp_managed_module" in root.__dict__:
+        hook = compare_ranks(root, root.__dict__[STATE])
+        if hook is not None:
+            hook(root, args)
     if any(kwargs.get(name) is not None for name in _INSTEAD):
         return
     waiting = {
-        path: layer for path, layer in lora_layers(root).items() if path and not isinstance(layer, _READ)
+        path: layer
+        for path, layer, _ in walk(root)
+        if path and isinstance(layer, LoraLayer) and not isinstance(layer, _READ)
     }
     if not waiting:  # merged, or all of them are read
         return

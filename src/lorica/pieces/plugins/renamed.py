@@ -22,12 +22,11 @@ from torch import Tensor, nn
 
 from lorica.adapter import Adapter, Factors
 from lorica.config import LoraConfig, exactly, full_match
-from lorica.config.default_targets import model_type
 from lorica.errors import AdapterError, TargetError, listing
 from lorica.find import all_linear, means_all_linear
 from lorica.piece import Piece
 from lorica.pieces import Kind, Search, register
-from lorica.tree import Place, base_parameters, walk
+from lorica.tree import Place, base_parameters, model_type, walk
 
 # Kind of mixture → name before → parameter now.
 _NOW = {
