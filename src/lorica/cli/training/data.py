@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.cli.shared.parsing import expanded, print_help
-from lorica.cli.shared.parsing import Parser, add_trust
+from lorica.cli.shared.parsing import Parser, add_trust, expanded, print_help
 from lorica.plain import as_json
 from lorica.train.recipe import add_recipe, check_file, check_trusted, from_parsed
 
