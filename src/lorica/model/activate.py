@@ -13,22 +13,22 @@ from lorica.state import adapted
 class active:
     """Let exactly the named adapters act; their updates add up. As a context manager, undone on exit.
 
-    They act on all rows, though others were `mixed` before. Like `torch.set_grad_enabled` it takes effect
-    when it is made, so a plain call switches for good. It costs the same however many layers and adapters
-    there are, and changes neither `requires_grad` nor the training mode.
+    They act on every row and end a mixture (`mixed`). Like `torch.set_grad_enabled`, this takes effect when
+    it is made, so a plain call switches for good. Its cost does not depend on the number of layers or
+    adapters, and it changes neither `requires_grad` nor the training mode.
 
-    Threads and tasks of asyncio choose for themselves: what one chooses holds for no other. In the thread
-    that adapted the model a choice is the model's too, for all that chose nothing; a task's block is not. A
-    thread that is to go on with its caller's choice is started by `contextvars.copy_context().run`.
+    Each thread and each task of asyncio chooses for itself. A choice in the thread that adapted the model
+    also holds for threads and tasks that chose nothing; a task's block does not. To start a thread with its
+    caller's choice, use `contextvars.copy_context().run`.
 
-    Where parameters of an adapter stand in the base's place (trained biases, a start that was taken out of
-    W0), they are one for all threads: a choice that exchanges them is refused in other threads, and while
-    others are inside a block.
+    Parameters of an adapter that replace the base's (trained biases, a start subtracted from W0) are shared
+    by all threads. A choice that exchanges them is refused in other threads, and while others are inside a
+    block.
 
     Args:
         model: adapted model.
         names: an adapter's name, or several.
-        rows: which acts on which row; `mixed` gives it.
+        rows: the adapter of each row; from `mixed`.
 
     Raises:
         AdapterError: no such adapter, or two that cannot act together.
@@ -44,12 +44,12 @@ class active:
         state.name_classes()
 
     def __enter__(self) -> None:
-        """From here on it is a block: the thread's or task's own, and no longer the model's."""
+        """Make the choice a block's: it holds for this thread or task alone."""
         self._state.enter(self, self._shared)
         self._state.name_classes()
 
     def __exit__(self, *error: object) -> None:
-        """Let those act that did before, as far as they are still there."""
+        """Let the adapters act that did before, except those detached since."""
         state = self._state
         state.check_unmerged("leave the choice of another adapter")
         now = state.shared

@@ -2,8 +2,7 @@
 
     adapt    config  ──▶ find pieces ──▶ put           attach   adapter ──▶ find pieces ──▶ fill ──▶ put
 
-All or nothing: what can fail (finding, checking, drawing, allocating) comes first, and only then is the model
-touched.
+All or nothing: what can fail (finding, checking, drawing, allocating) comes first; then the model changes.
 """
 
 from __future__ import annotations
@@ -49,19 +48,18 @@ def adapt(
 ) -> M:
     """Put a new adapter on a model, in place; it acts at once, and trains.
 
-    Targeted layers change class where they stand (`nn.Linear` → `LoraLinear`) and gain A and B; the base is
-    frozen. At the start B is zero, or what B·A adds is taken out of W0, so the model computes what it did.
-    Another method's configuration puts that method on the model in the same way: a copy of what it trains of
-    the base, or a part added to its modules.
+    Targeted layers change class in place (`nn.Linear` → `LoraLinear`) and gain A and B; the base is frozen.
+    At the start B is zero, or scale·B·A is subtracted from W0, so the model computes what it did before. Another
+    method's configuration puts that method on the model in the same way.
 
     Args:
         model: any model. Its own parameters keep their names, values and memory.
-        config: what to train; the defaults of `LoraConfig` if None. Several make up one adapter, such as LoRA
-            with a prefix.
-        name: of the adapter; letters, digits, ``_`` and ``-``.
-        data: what is shown to the model for a start that looks at some (``"eva"``, ``"corda"``,
-            ``"lora_ga"``): batches that it takes, for the last with labels; for the last two also a function
-            that runs it (and calls `backward`). The model is left as it was.
+        config: what to train; None takes the defaults of `LoraConfig`. Several configurations make up one
+            adapter, such as LoRA with a prefix.
+        name: the adapter's name; letters, digits, ``_`` and ``-``.
+        data: data for the inits that look at some (``"eva"``, ``"corda"``, ``"lora_ga"``): batches of the
+            model's arguments, for ``"lora_ga"`` with labels; for the last two also a function that runs the
+            model (and calls `backward`). The model stays as it is.
         seed: fixes how A starts. None draws one from torch's global generator, so that `torch.manual_seed`
             fixes it. A's start depends on the seed and the module's path alone.
 
@@ -73,7 +71,7 @@ def adapt(
         TargetError: a pattern matches nothing, or something that cannot be adapted; the architecture cannot
             take the method; or two methods own the same parameter.
         AdapterError: the name is taken or cannot be one.
-        StateError: an adapter is merged, or the start is made from data that the model was not shown.
+        StateError: an adapter is merged, or the init needs data and none was given.
 
     Source: Hu et al., 2021, §4.1.
     """
@@ -98,23 +96,23 @@ def adapt(
 
 
 def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool = False) -> M:
-    """Put an adapter that exists as a value on a model, in place.
+    """Put an adapter that is a value on a model, in place.
 
     The first adapter on a model acts at once; a later one waits for `active`.
 
     Args:
         model: the base, or a model that carries other adapters.
-        adapter: its tensors are copied.
-        name: to give it on this model.
-        trainable: whether it may be trained further. Then a start that was taken out of W0 is so again.
+        adapter: the adapter; its tensors are copied.
+        name: its name on this model.
+        trainable: whether it may be trained further. A start is then subtracted from W0 again.
 
     Returns:
         The same model.
 
     Raises:
-        AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is
+        AdapterError: lists all that is missing, unexpected or of another shape; the model is untouched.
+        TargetError: the model has a module that cannot be trained whole, and the adapter does; the model is
             untouched.
-        TargetError: a module that it trains whole cannot be; the model is untouched.
         StateError: an adapter is merged.
     """
     adapter.check_finite()
@@ -122,7 +120,7 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
 
 
 def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> M:
-    """As `attach`, for an adapter that is known to be finite: one that was just read is."""
+    """As `attach`, for an adapter known to be finite, as one that was just read."""
     with changing(model, name, adapter.config, trainable=trainable) as (root, state):
         given, starts = adapter, None
         if trainable and adapter.trained_as is not None:
@@ -163,11 +161,11 @@ def load(
         model: the base, or a model that carries other adapters.
         directory: folder with `adapter_config.json` and `adapter_model.safetensors`; or the name of a
             repository on the Hub, ``"user/sentiment"``, if there is no such folder.
-        name: to give it on this model.
+        name: its name on this model.
         trainable: whether it may be trained further.
         revision: branch, tag or commit of the repository.
-        subfolder: where in the folder or repository the adapter is.
-        token: for a private or gated repository; None takes the one of ``HF_TOKEN`` or ``hf auth login``.
+        subfolder: path of the adapter inside the folder or repository.
+        token: token for a private or gated repository; None takes that of ``HF_TOKEN`` or ``hf auth login``.
 
     Returns:
         The same model.
@@ -175,8 +173,7 @@ def load(
     Raises:
         FileError: a file is missing or damaged; or the Hub has no such adapter, or cannot be reached.
         ConfigError: the configuration asks for what lorica does not support.
-        AdapterError: with the whole list of what is missing, unexpected or of another shape; the model is
-            untouched.
+        AdapterError: lists all that is missing, unexpected or of another shape; the model is untouched.
         MissingExtra: a repository is named, and huggingface_hub is not installed.
     """
     here = Path(directory)
@@ -188,13 +185,13 @@ def load(
 
 
 def detach(model: M, name: str | None = None) -> M:
-    """Take an adapter off, or all of them: then the model is as it was.
+    """Take an adapter off, or all of them: the model is then what it was before.
 
-    Its classes, tensors, keys and `requires_grad` too.
+    Its classes, tensors, keys and `requires_grad` are restored.
 
     Args:
         model: adapted model.
-        name: of the adapter to drop; None drops all.
+        name: the adapter's name; None takes all off.
 
     Returns:
         The same model.
@@ -231,7 +228,7 @@ def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
 def changing(
     model: nn.Module, name: str, config: AdapterConfig, *, trainable: bool
 ) -> Iterator[tuple[nn.Module, AdapterState]]:
-    """Find a model that takes one more adapter as it is without any, until that one is on.
+    """A context for adding an adapter, in which the model has the base's own parameters in place.
 
     A model that `torch.compile` wrapped is adapted inside its wrapper.
 
@@ -245,7 +242,7 @@ def changing(
 
 
 def open_for(model: nn.Module, name: str, *, trainable: bool) -> tuple[nn.Module, AdapterState]:
-    """The adapted model in `model` and its state; where there is none yet, `model` and a new state.
+    """The adapted model and its state; for a model without adapters, itself and a new state.
 
     Raises:
         AdapterError: the name is taken, or cannot be one.
@@ -266,7 +263,7 @@ def open_for(model: nn.Module, name: str, *, trainable: bool) -> tuple[nn.Module
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Keep the garbage collector off: nothing of an adapter is garbage, and looking through it takes time.
+    """Keep the garbage collector off: a new adapter holds no garbage, and a walk through it takes time.
 
     A hundred adapters are some twenty thousand small modules.
     """
@@ -281,7 +278,7 @@ def uncollected() -> Iterator[None]:
 
 
 def _put(search: Search, state: AdapterState, name: str, config: AdapterConfig) -> None:
-    """Put the pieces that were found on the model; the base is frozen when the first adapter comes."""
+    """Put the found pieces on the model; the first adapter freezes the base."""
     root = search.root
     if not state.configs:
         _open(search, state)
@@ -294,7 +291,7 @@ def _put(search: Search, state: AdapterState, name: str, config: AdapterConfig) 
 
 
 def _open(search: Search, state: AdapterState) -> None:
-    """Make a model one that carries adapters."""
+    """Prepare a model for its first adapter."""
     root = search.root
     state.frozen = [p for p in base_parameters(root).values() if p.requires_grad]
     for parameter in state.frozen:
@@ -311,7 +308,7 @@ def _open(search: Search, state: AdapterState) -> None:
 
 
 def close(root: nn.Module, state: AdapterState) -> None:
-    """Let go of the state of a model whose adapters are gone."""
+    """Remove the state of a model whose last adapter is off."""
     if state.layouts:
         release_layout(state.layouts)
     for hook in (*state.hooks, state.watch):

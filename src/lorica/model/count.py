@@ -1,4 +1,4 @@
-"""How many parameters train."""
+"""Count the parameters that train."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ class ParameterCount:
     """Parameters of a model, by two conventions.
 
     Args:
-        trainable: that train.
-        total: that the model holds, the frozen originals beside modules trained whole included. PEFT's
-            convention.
-        deployed: that the model needs with its adapters in place, such originals left out: what documents
-            often quote.
+        trainable: parameters that train.
+        total: all parameters, including the frozen originals of modules trained whole: PEFT's convention.
+        deployed: the parameters that the finished model needs, without those originals, as papers often
+            quote them.
     """
 
     trainable: int
@@ -68,7 +67,7 @@ def trainable_parameters(model: nn.Module) -> ParameterCount:
 
 
 def count(config: AdapterConfig | Iterable[AdapterConfig], model: Any) -> ParameterCount:
-    """Count what a configuration would train on an architecture, without a weight of it.
+    """Count what a configuration would train on an architecture, without loading a weight.
 
     Args:
         config: what to train, by any method; several make up one adapter.

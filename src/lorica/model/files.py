@@ -1,4 +1,4 @@
-"""A live adapter as a value, and as files: loops over its pieces.
+"""An adapter on a model as a value and as files: loops over its pieces.
 
 extract, save   pieces ──▶ tensors        load_weights   a file's tensors ──▶ the same pieces
 """
@@ -37,14 +37,14 @@ def extract(
 ) -> Adapter:
     """An adapter of a model as a value: an update of the base's own weights.
 
-    It shares memory with the model, but where its start was taken out of W0: there the start stands beside
-    it, with the other sign and for twice the rank. (LoftQ's base is no such difference; its factors come as
-    they are.) On a sharded model every rank must call this, and has the whole adapter then.
+    It shares memory with the model, except where its start was subtracted from W0: there the start is added
+    with the opposite sign, at twice the rank. (LoftQ's base is no such difference; its factors come as they
+    are.) On a sharded model every rank must call this and receives the whole adapter.
 
     Args:
         model: adapted model.
-        name: of the adapter; None takes the only one, or the only active one.
-        state_dict: take the values from here instead, by their live names, as sharded training gathers them.
+        name: the adapter's name; None takes the only one, or the only active one.
+        state_dict: live name → values to take instead, as sharded training gathers them.
 
     Returns:
         The adapter: factors by module path, and what is trained whole by its name in the base.
@@ -64,7 +64,7 @@ def extract(
 
 
 def _with_starts(state: AdapterState, name: str) -> Iterator[Any]:
-    """The pieces of an adapter whose starts were taken out of W0."""
+    """The pieces of an adapter whose starts were subtracted from W0."""
     for piece in state.placing(name):
         if isinstance(piece, LowRank) and piece.start is not None and piece.start.A is not None:
             yield piece
@@ -73,7 +73,7 @@ def _with_starts(state: AdapterState, name: str) -> Iterator[Any]:
 def extract_live(
     model: nn.Module, name: str | None = None, *, state_dict: Mapping[str, Tensor] | None = None
 ) -> Adapter:
-    """As `extract`, but always the live tensors: factors that may belong beside another weight than W0."""
+    """As `extract`, but always the live tensors, even where the start was subtracted from W0."""
     root, state = adapted(model)
     name = state.one(name)
     state.check_unmerged("take an adapter out")
@@ -97,24 +97,24 @@ def save(
     """Write an adapter to a folder in PEFT's format.
 
     The files are `adapter_config.json`, `adapter_model.safetensors` and `README.md`. Nothing touches the
-    network. A folder that is written over holds either the old adapter or the new one, or refuses to load.
+    network. A folder that is overwritten holds either the old adapter or the new one, or refuses to load.
 
-    What is written is an update of the base as it was before `adapt`, whatever `init_lora_weights` took out
-    of it: the start is added with the other sign, for twice the rank, and any reader of PEFT's files computes
-    the same. lorica takes the two apart again to train on.
+    The file is an update of the base as it was before `adapt`. Where the start was subtracted from W0, it is
+    added with the opposite sign, at twice the rank, so any reader of PEFT's files computes the same. lorica
+    separates the two again to train further.
 
-    Where the vocabulary of a transformers model was resized since the base was saved, the file holds the
-    embedding tables too: no reader has their new rows. `load` puts them on a model of that size.
+    If the vocabulary of a transformers model was resized after the base was saved, the file also holds the
+    embedding tables, whose new rows no reader has. `load` puts them on a model of that size.
 
-    On a sharded model every rank must call this: together they have the adapter, and rank 0 writes it.
+    On a sharded model every rank must call this; rank 0 writes.
 
     Args:
         model: adapted model.
-        directory: folder; made if it is not there.
-        name: of the adapter; None takes the only one, or the only active one.
-        as_trained: write A and B as they train, with `init_lora_weights` as it was given; half the size, and
-            as PEFT does it unasked. A reader must then make the same start from the same base, which PEFT
-            does for ``"pissa"`` and ``"olora"``, and cannot for the others.
+        directory: the folder; created if it does not exist.
+        name: the adapter's name; None takes the only one, or the only active one.
+        as_trained: write A and B as they train, with the original `init_lora_weights`: half the size, and
+            PEFT's default. A reader must then compute the same start from the same base, which PEFT does for
+            ``"pissa"`` and ``"olora"`` and cannot do for the others.
 
     Returns:
         The folder.
@@ -142,18 +142,18 @@ def push_to_hub(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload an adapter to the Hub, in one commit; the repository is made if need be.
+    """Upload an adapter to the Hub in one commit; creates the repository if necessary.
 
     Args:
-        source: adapted model, adapter as a value, or folder with an adapter, of which nothing else goes.
+        source: adapted model, adapter as a value, or folder with an adapter; nothing else is uploaded.
         repo_id: name of the repository, ``"user/sentiment"``.
-        name: of the model's adapter; None takes the only one, or the only active one.
-        subfolder: where in the repository the adapter goes; None for the top.
-        revision: branch; made if it is not there. None is the main one.
-        private: whether the repository is; None takes the account's default for a new one.
-        token: of the account; None takes the one of ``HF_TOKEN`` or ``hf auth login``.
+        name: the name of the model's adapter; None takes the only one, or the only active one.
+        subfolder: path of the adapter inside the repository; None for the top.
+        revision: branch; created if it does not exist. None is the main branch.
+        private: whether a new repository is private; None takes the account's default.
+        token: the account's token; None takes that of ``HF_TOKEN`` or ``hf auth login``.
         commit_message: title of the commit.
-        create_pr: open a pull request in place of committing to the branch.
+        create_pr: open a pull request instead of committing to the branch.
 
     Returns:
         URL of the commit, or of the pull request.
@@ -185,34 +185,34 @@ def push_to_hub(
 
 
 def load_weights(model: nn.Module, directory: str | Path, name: str | None = None) -> None:
-    """Give an adapter that is already on the model the values saved in a folder, as resuming does.
+    """Give an adapter on the model the values saved in a folder, as a resumed training does.
 
     Args:
         model: adapted model.
-        directory: folder that `save` wrote for an adapter of the same make.
-        name: of the adapter; None takes the only one, or the only active one.
+        directory: folder that `save` wrote for an adapter of the same kind.
+        name: the adapter's name; None takes the only one, or the only active one.
 
     Raises:
         FileError: a file is missing or damaged.
-        AdapterError: with the whole list of what does not fit; the model is untouched.
+        AdapterError: lists all that does not fit; the model is untouched.
     """
     overwrite(model, read_folder(directory) if Path(directory).is_dir() else checkpoint.read(directory), name)
 
 
 def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None, *, strict: bool = True) -> None:
-    """Give an adapter that is already on the model the values of another of the same make.
+    """Give an adapter on the model the values of another of the same kind.
 
-    Nothing else changes: not which adapter acts, not what trains, not the training mode.
+    Which adapter acts, what trains and the training mode stay the same.
 
     Args:
         model: adapted model.
-        adapter: the values to take.
-        name: of the adapter on the model; None takes the only one, or the only active one.
-        strict: whether other scales, tokens or starts are an error too, and not just a warning.
+        adapter: the adapter with the new values.
+        name: the name of the adapter on the model; None takes the only one, or the only active one.
+        strict: whether other scales, tokens or starts are errors; otherwise they are warnings.
 
     Raises:
-        AdapterError: with the whole list of what is missing, unexpected, of another shape or means something
-            else; the model is untouched.
+        AdapterError: lists all that is missing, unexpected, of another shape or has another meaning; the
+            model is untouched.
         StateError: an adapter is merged, or none was ever put on.
 
     Warns:
@@ -224,7 +224,7 @@ def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None, *, st
 def fitting(
     model: nn.Module, adapter: Adapter, name: str | None = None, *, strict: bool = True
 ) -> Callable[[], None]:
-    """`overwrite` in two steps: what can fail is done here, and what is returned writes the values."""
+    """`overwrite` in two steps: this does what can fail, and returns a function that writes the values."""
     root, state = adapted(model)
     adapter.check_finite()
     if adapter.stacks is not None:
@@ -239,7 +239,7 @@ def fitting(
         config = state.configs[name]
         assert isinstance(config, LoraConfig)
         if all(f.r == 2 * config.rank(path) for path, f in adapter.factors.items()):
-            # A file that went through other hands no longer says how it trained, but its form does.
+            # A file that other tools rewrote no longer says how it was trained, but its ranks show it.
             adapter = dataclasses.replace(adapter, trained_as=adapter.trained_as or config)
         if adapter.trained_as is not None:
             adapter, starts = adapter.without_starts()
@@ -279,7 +279,7 @@ def fitting(
 
 
 def _tables(root: nn.Module, new: Mapping[str, Tensor]) -> set[str]:
-    """The tables of a resized vocabulary that a file brings beside what trained, and that are the base's."""
+    """The tables of a resized vocabulary that a file holds besides the trained tensors: the base's own."""
     base = base_parameters(root)
     return {
         key
@@ -293,7 +293,7 @@ def _equal(tensor: Tensor, base: Tensor) -> bool:
 
 
 def _scales(state: AdapterState, name: str, adapter: Adapter) -> Iterator[str]:
-    """Updates that are multiplied by another number in the adapter."""
+    """Updates whose scale differs in the adapter."""
     live = {piece.path: piece for piece in state.pieces[name] if isinstance(piece, LowRank)}
     for path, factors in adapter.factors.items():
         ours = live[path].scale(name) if path in live else factors.scale
@@ -302,7 +302,7 @@ def _scales(state: AdapterState, name: str, adapter: Adapter) -> Iterator[str]:
 
 
 def _tokens(root: nn.Module, state: AdapterState, name: str, adapter: Adapter) -> Iterator[str]:
-    """Tables whose rows are other tokens' in the adapter."""
+    """Tables whose trained rows belong to other tokens in the adapter."""
     if not any(key.endswith(TOKEN_ROWS) for key in adapter.extras):
         return
     try:
@@ -321,14 +321,14 @@ def _tokens(root: nn.Module, state: AdapterState, name: str, adapter: Adapter) -
 
 
 def _base(ours: AdapterConfig, theirs: AdapterConfig, starts: Mapping[str, object]) -> Iterator[str]:
-    """Factors that stand beside another weight than the model's own, and bring no start to make it from."""
+    """Factors trained beside another weight than the model's, without the start that would give it."""
     mine, its = (c.init_lora_weights if isinstance(c, LoraConfig) else True for c in (ours, theirs))
     if mine != its and (changes_base(mine) or changes_base(its)) and not starts:
         yield f"init_lora_weights: {its!r} in the adapter, {mine!r} on the model; each means another base"
 
 
 def _torn(state: AdapterState, name: str, new: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong where two names stand for one tensor, and other values are given for each."""
+    """Problems where two names share one tensor and the adapter has different values for them."""
     live = {held.key: held.tensor for piece in state.pieces[name] for held in piece.tensors(name)}
     first: dict[int, str] = {}
     problems = []
@@ -343,7 +343,7 @@ def _torn(state: AdapterState, name: str, new: Mapping[str, Tensor]) -> list[str
 
 
 def _laid_out_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two names of the same memory are the same tensor, and not each other's transpose."""
-    # Strides tell in squares alone: along a single row or column they mean nothing.
+    """Whether two tensors in the same memory are equal, and not each other's transpose."""
+    # Strides distinguish the two only in a matrix with several rows and columns.
     square = one.ndim == 2 and one.shape[0] == one.shape[1]
     return one.shape == other.shape and (not square or one.stride() == other.stride())

@@ -25,7 +25,7 @@ def delta_weight(model: nn.Module, path: str, name: str | Iterable[str] | None =
 
     Args:
         model: adapted model; may be merged.
-        path: of an adapted layer, or of one of its weights where several are adapted
+        path: path of an adapted layer, or of one of its weights if several are adapted
             (``experts.gate_up_proj``).
         name: an adapter's name, or several, whose delta weights add up; None takes the active ones, of a
             merged model those that are merged.
@@ -68,11 +68,11 @@ def _names(state: AdapterState, name: str | Iterable[str] | None) -> tuple[str, 
 
 
 def _find(root: nn.Module, path: str, names: tuple[str, ...]) -> tuple[str, LoraLayer, str]:
-    """The layer that `path` means, its own path, and which of its parameters.
+    """The layer that `path` means, the layer's path, and the name of the parameter.
 
     Raises:
         AdapterError: none of the adapters has an update there.
-        TargetError: it means no adapted weight.
+        TargetError: the path means no adapted weight.
     """
     layers = lora_layers(root)
     owner, _, leaf = path.rpartition(".")

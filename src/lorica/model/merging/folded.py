@@ -1,4 +1,4 @@
-"""What the base's parameters become when adapters are merged, and what rounding loses; nothing is put yet."""
+"""Compute the merged parameters, and what rounding loses; the model does not change here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorica.layers.quantized import holding
 
 
 def check_mergeable(layers: Mapping[str, LoraLayer], names: tuple[str, ...]) -> None:
-    """Refuse layers whose parameters have no place for an update; they are in their adapted form."""
+    """Refuse layers that cannot hold a merged weight; the layers are in their adapted form."""
     for path, layer in layers.items():
         gone = [leaf for leaf in layer.changed(names) if leaf not in layer._parameters]
         if gone and not isinstance(layer, LoraOpaque):
@@ -48,7 +48,7 @@ def merged_states(
     names: tuple[str, ...],
     plain: torch.dtype | None,
 ) -> dict[str, dict[str, Any]]:
-    """Path → what the layer's base is to hold, by name; packed weights unpacked, if a dtype is given."""
+    """Path → name → the base's new value; with a dtype, packed weights become plain ones of that dtype."""
     parameters = {path: room(layer, names, {}) for path, layer in layers.items() if path not in packed}
     fold_all(layers, parameters, names)
     for path, own in parameters.items():
@@ -78,10 +78,10 @@ def _packed_state(
 
 
 def may_overflow(layer: LoraLayer, name: str) -> bool:
-    """Whether the size of an adapter's factors leaves open that what it makes of a finite W0 is finite.
+    """Whether the factors are so large that a finite W0 may give an infinite merged weight.
 
-    ``|s·B·A| ≤ s·r·max|A|·max|B|``, and what is less than half of the last place of a dtype's largest number
-    takes no number beyond that. A look at the merged weights themselves would cost a good part of the fold.
+    ``|s·B·A| ≤ s·r·max|A|·max|B|``, and adding less than half of the last place of a dtype's largest number
+    cannot overflow. A check of the merged weights themselves would take a good part of the merge's time.
     """
     limits = [torch.finfo(layer.get_base(leaf).dtype) for leaf in layer.changed((name,))]
     limit = min(info.max * info.eps / 4 for info in limits)
@@ -96,21 +96,21 @@ def may_overflow(layer: LoraLayer, name: str) -> bool:
 
 
 def room(layer: LoraLayer, names: tuple[str, ...], held: dict[str, Parameter]) -> dict[str, Parameter]:
-    """Parameters for what takes the base's place, by their names; those that are `held`, or new ones."""
+    """Name → a parameter for the merged values: one of `held` if it fits, or a new one."""
     return {leaf: _like(layer.get_base(leaf), held.get(leaf)) for leaf in layer.changed(names)}
 
 
 def _like(base: Parameter, held: Parameter | None) -> Parameter:
     if held is not None and held.device == base.device and held.dtype == base.dtype:
         return held
-    with torch.inference_mode(False):  # what is made in that mode cannot be written to again outside it
+    with torch.inference_mode(False):  # tensors made in that mode could not be written to outside it
         return Parameter(torch.empty_like(base), requires_grad=False)
 
 
 def fold_all(
     layers: Mapping[str, LoraLayer], merged: Mapping[str, Mapping[str, Parameter]], names: tuple[str, ...]
 ) -> None:
-    """Write into the merged parameters of each layer its own with the updates of the named adapters."""
+    """Write W0 plus the named adapters' delta weights into the merged parameters of each layer."""
     targets = {path: {leaf: p.detach() for leaf, p in own.items()} for path, own in merged.items()}
     each_on_one_thread(
         lambda path: layers[path].merged_parameters(names, out=targets[path]),
@@ -122,7 +122,7 @@ def fold_all(
 def with_rows(
     modules: Mapping[str, TrainedTokens], names: tuple[str, ...]
 ) -> dict[str, dict[str, Parameter]]:
-    """Path → the weight with the acting rows in their places; what is tied in the base stays tied.
+    """Path → the weight with the acting rows; tables that are tied in the base stay tied.
 
     Raises:
         AdapterError: a row would hold NaN or infinity.
@@ -144,8 +144,8 @@ def with_rows(
 
 
 def check_finite(path: str, leaf: str, merged: Tensor) -> None:
-    """Refuse a merged parameter that holds NaN or infinity; whoever calls this leaves the model as it was."""
-    # A sum is finite only if all its terms are, and much cheaper than a look at each.
+    """Refuse a merged parameter that holds NaN or infinity; the caller then leaves the model as it was."""
+    # A sum is finite only if all its terms are, and much cheaper than a check of each.
     if not math.isfinite(merged.detach().sum().item()) and not merged.isfinite().all():
         raise AdapterError(
             f"{path}: the merged {leaf} would hold NaN or infinity in {merged.dtype}; the model "
@@ -155,13 +155,13 @@ def check_finite(path: str, leaf: str, merged: Tensor) -> None:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What rounding cost.
+    """What a merge lost to rounding.
 
     Args:
-        names: adapters that were merged.
-        layers: module path → ‖stored − (W0 + ΔW)‖ / ‖ΔW‖ (Frobenius): the share of the update that rounding
-            to the weight's dtype took away or added. 0 is exact, 1 as good as all of it.
-        untied: modules that shared a parameter, and now have one each.
+        names: the merged adapters.
+        layers: module path → ‖stored − (W0 + ΔW)‖ / ‖ΔW‖ (Frobenius): the error of rounding to the weight's
+            dtype, relative to the update. 0 is exact; at 1 the error is as large as the update.
+        untied: modules that shared a parameter and now have one each.
     """
 
     names: tuple[str, ...]
@@ -170,11 +170,11 @@ class MergeReport:
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The layer that lost most, and its share."""
+        """The layer with the largest error, and that error."""
         return max(self.layers.items(), key=lambda item: item[1], default=("", 0.0))
 
     def __str__(self) -> str:
-        """A line for each layer, the worst first."""
+        """One line per layer, the worst first."""
         merged = f"merged {listing(self.names)} into {len(self.layers)} layers"
         rows = sorted(self.layers.items(), key=lambda item: -item[1])
         tail = [f"no longer tied: {listing(self.untied)}"] if self.untied else []
@@ -188,13 +188,13 @@ class MergeReport:
 
 
 def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, rows: int = 1024) -> float:
-    """‖stored − (W0 + ΔW)‖ / ‖ΔW‖ in float64, a block of rows at a time.
+    """‖stored − (W0 + ΔW)‖ / ‖ΔW‖ in float64, computed by blocks of rows.
 
     Args:
         layer: adapted layer that still holds W0.
         names: adapters whose updates make up ΔW.
-        stored: what is to take W0's place, of W0's shape.
-        rows: of a block; bounds the memory.
+        stored: the merged weight, of W0's shape.
+        rows: rows per block; bounds the memory.
     """
     W = stored.detach().flatten(1)
     products = [

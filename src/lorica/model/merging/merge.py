@@ -62,7 +62,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(eq=False)
 class _Aside:
-    """A module in its base form: what `SwappedModule.enter` needs, and what was replaced in it."""
+    """A module in its base form, with what `SwappedModule.enter` needs and what merging replaced in it."""
 
     path: str
     module: nn.Module
@@ -72,7 +72,7 @@ class _Aside:
     held: Held = field(default_factory=dict)
 
     def note(self) -> None:
-        """Note what stands in the module now that it is merged."""
+        """Record the module's merged parameters."""
         self.held = held(self.module, self.originals)
 
 
@@ -80,8 +80,8 @@ class _Aside:
 class _Merged:
     """All that `restore` undoes.
 
-    `into` says what became of packed weights; `unpacked` holds the layers made plain for it. `shown` says
-    whether the modules are adapted ones all the same, in which nothing acts.
+    `into` says what became of packed weights; `unpacked` holds the layers that became plain. `shown` says
+    whether the modules still have their adapted classes, with no adapter acting.
     """
 
     before: tuple[str, ...]
@@ -92,14 +92,14 @@ class _Merged:
     shown: bool = False
 
     def show(self) -> None:
-        """Let the modules be adapted ones, with the merged weights in them."""
+        """Give the modules their adapted classes, with the merged weights in them."""
         if not self.shown:
             for item in self.modules:
                 SwappedModule.enter(item.module, item.state)
         self.shown = True
 
     def hide(self) -> None:
-        """Give the modules their base form again."""
+        """Give the modules their base classes again."""
         if self.shown:
             for item in self.modules:
                 assert isinstance(item.module, SwappedModule)
@@ -110,7 +110,7 @@ class _Merged:
 def merge(
     model: nn.Module, names: str | Iterable[str] | None = None, *, into: Into | None = None
 ) -> MergeReport:
-    """Fold adapters into the weights, in place; the model then runs at the base's own speed.
+    """Merge adapters into the weights, in place; the model then runs at the base's own speed.
 
     Args:
         model: adapted model.
@@ -118,7 +118,7 @@ def merge(
         into: what quantized layers become. ``"quantized"``: their weight is unpacked, updated and packed
             again with the same settings, which rounds much of the update away. ``"dequantized"``: every
             quantized layer of the model, adapted or not, becomes a plain `nn.Linear` in the dtype of the
-            model's other parameters. Must be said where an update goes into a quantized layer; means nothing
+            model's other parameters. Required where an update goes into a quantized layer, and ignored
             elsewhere.
 
     Returns:
@@ -126,8 +126,8 @@ def merge(
 
     Raises:
         StateError: an adapter is merged already, none is active, a layer cannot take its update, `into` is
-            not said and must be, or the model is sharded. The model is untouched.
-        ConfigError: `into` is neither of the two.
+            missing, or the model is sharded. The model is untouched.
+        ConfigError: `into` has another value.
         AdapterError: no such adapter, or a merged weight would hold NaN or infinity. The model is untouched.
 
     Source: Hu et al., 2021, §4.1, "No additional inference latency".
@@ -170,7 +170,7 @@ def merge(
     if isinstance(root, pretrained.Pretrained):
         pretrained.leave(root)
         pretrained.keep_apart(root)
-    states = {  # plain weights wait until the layers are in their base form
+    states = {  # plain weights follow once the layers are in their base form
         path: {leaf: value for leaf, value in tensors.items() if path not in weights or leaf != "weight"}
         for path, tensors in merged.items()
     }
@@ -193,19 +193,19 @@ def merge(
 
 
 def switch(model: nn.Module, name: str) -> None:
-    """Exchange what is merged for another adapter, computed afresh from W0; merges it if nothing was merged.
+    """Merge another adapter in place of the merged one, computed anew from W0; or merge a first one.
 
-    However often, W0 is never written to, so nothing drifts.
+    W0 is never written to, so nothing drifts, however often this is called.
 
     Args:
         model: adapted model.
-        name: of the adapter.
+        name: the adapter's name.
 
     Raises:
-        StateError: a layer cannot take its update, or merged weights were written to or replaced since. What
-            was merged stays so.
-        AdapterError: no such adapter, or it holds NaN or infinity, or a merged weight would. What was merged
-            stays so.
+        StateError: a layer cannot take its update, or merged weights were written to or replaced since. The
+            merged adapter stays merged.
+        AdapterError: no such adapter, or it holds NaN or infinity, or a merged weight would. The merged
+            adapter stays merged.
     """
     root, state = adapted(model)
     _check_merges(state, (name,))
@@ -256,7 +256,7 @@ def switch(model: nn.Module, name: str) -> None:
 def restore(model: M) -> M:
     """Undo `merge`: W0 comes back bit for bit, for it is the same memory.
 
-    The adapters stand beside it again, and those act that did before.
+    The adapters are on their layers again, and those act that did before.
 
     Args:
         model: merged model.
@@ -265,7 +265,7 @@ def restore(model: M) -> M:
         The same model.
 
     Raises:
-        StateError: nothing is merged; or merged weights were written to or replaced since. The model is
+        StateError: nothing is merged, or merged weights were written to or replaced since. The model is
             untouched.
     """
     root, state = adapted(model)
@@ -288,11 +288,11 @@ def restore(model: M) -> M:
 
 
 def _check_merges(state: AdapterState, names: Iterable[str]) -> None:
-    """Refuse to merge what is no change of the base's weights.
+    """Refuse to merge an adapter that changes more than the base's weights.
 
     Raises:
         AdapterError: no such adapter.
-        StateError: one adds parts to the model.
+        StateError: an adapter adds parts to the model.
     """
     for name in names:
         config = state.configs[state.known(name)]
@@ -311,7 +311,7 @@ def _check_untouched(root: nn.Module, aside: _Merged) -> None:
 
 
 def _exchange(model: nn.Module, name: str, before: tuple[str, ...], into: Into) -> None:
-    """`switch` where weights are packed: packing afresh leaves nothing of the old ones to fill again."""
+    """`switch` for packed weights: the old ones cannot be filled again, so merge anew."""
     restore(model)
     try:
         merge(model, name, into=into)
@@ -321,7 +321,7 @@ def _exchange(model: nn.Module, name: str, before: tuple[str, ...], into: Into) 
 
 
 def _set_aside(path: str, module: SwappedModule, merged: dict[str, Any], names: tuple[str, ...]) -> _Aside:
-    """Give a module its base form, holding what the adapters made of it."""
+    """Give a module its base form, with the merged values in it."""
     item = _Aside(path, module, None, {}, merged)  # type: ignore[arg-type]
     for leaf, value in merged.items():
         item.originals[leaf] = _put(module, leaf, value)
@@ -332,7 +332,7 @@ def _set_aside(path: str, module: SwappedModule, merged: dict[str, Any], names: 
 
 
 def _refill(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> None:
-    """Make the modules hold what the adapters make of them, or what the base has where they do nothing."""
+    """Give the modules the merged values of other adapters, or the base's where those do nothing."""
     aside: _Merged = state.aside
     for item in aside.modules:
         _put_back(item)
@@ -353,7 +353,7 @@ def _refill(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> Non
 
 
 def _layers(aside: _Merged, names: tuple[str, ...]) -> dict[str, LoraLayer]:
-    """Path → layer that one of the adapters has an update for."""
+    """Path → layer, for the layers that one of the adapters updates."""
     return {
         item.path: item.module
         for item in aside.modules
@@ -368,7 +368,7 @@ def _with_rows(aside: _Merged) -> dict[str, TrainedTokens]:
 def _show_copy(item: _Aside, module: nn.Module, names: tuple[str, ...]) -> None:
     """Put the tensors of the named adapters' copy into the module itself.
 
-    A copy of higher precision than the module stays as it is, and what is put in is rounded.
+    A copy of higher precision than the module keeps its values; rounded ones go into the module.
     """
     assert isinstance(module, SavedModule)
     for name in names:
@@ -384,7 +384,7 @@ def _show_copy(item: _Aside, module: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def _kept(before: Parameter | None, values: Tensor) -> Parameter:
-    """A parameter with these values: the one that was merged before, where it fits."""
+    """A parameter with these values: the one merged before if it fits, or a new one."""
     if before is None or (before.dtype, before.device) != (values.dtype, values.device):
         return Parameter(values, requires_grad=False)
     before.data.copy_(values)
@@ -392,7 +392,7 @@ def _kept(before: Parameter | None, values: Tensor) -> Parameter:
 
 
 def put(module: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Put parameters, buffers or attributes into a module; returns those that were there."""
+    """Put parameters, buffers or attributes into a module; returns those that it replaces."""
     return {path: _put(module, path, tensor) for path, tensor in tensors.items()}
 
 
@@ -403,7 +403,7 @@ def _put_back(item: _Aside) -> None:
 
 
 def _put(module: nn.Module, path: str, tensor: Any) -> Any:
-    """Put a parameter, buffer or attribute into a module; returns the one that was there."""
+    """Put a parameter, buffer or attribute into a module; returns the one that it replaces."""
     if not isinstance(tensor, Tensor):
         return set_attribute(module, path, tensor)
     if isinstance(tensor, Parameter):

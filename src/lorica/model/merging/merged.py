@@ -1,4 +1,4 @@
-"""A merged model: looking behind the merge, and making it final."""
+"""A merged model: its adapters behind the merge, and making the merge final."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ M = TypeVar("M", bound=nn.Module)
 
 @contextmanager
 def behind_merge(model: nn.Module) -> Iterator[None]:
-    """Let a merged model show its adapters for a moment; the weights stay merged.
+    """Give a merged model its adapted classes for the length of a block; the weights stay merged.
 
-    Nothing may be computed with the model meanwhile. Where nothing is merged, this does nothing.
+    The model must not compute anything meanwhile. If nothing is merged, this does nothing.
 
     Args:
         model: adapted model.
@@ -45,7 +45,7 @@ def behind_merge(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def as_unmerged(model: nn.Module) -> Iterator[None]:
-    """As `behind_merge`, with the base's own parameters in their places too: to look at, as it was before.
+    """As `behind_merge`, but also with the base's own parameters in place.
 
     Args:
         model: adapted model.
@@ -71,10 +71,10 @@ def as_unmerged(model: nn.Module) -> Iterator[None]:
 
 
 def stay_adapted(model: nn.Module) -> None:
-    """Let a merged model's layers be adapted ones all the same, in which nothing acts; `restore` as ever.
+    """Give a merged model its adapted classes, with no adapter acting, until `restore`.
 
-    So whoever looks into it finds the adapters, their parameters and what is merged. The base's own classes
-    compute faster.
+    Code that inspects the model then finds the adapters, their parameters and what is merged. The base's own
+    classes compute faster.
 
     Args:
         model: merged model.
@@ -85,7 +85,7 @@ def stay_adapted(model: nn.Module) -> None:
 
 
 def finalize(model: M) -> M:
-    """Make a merge final: W0 and all adapters are let go, and what trained before `adapt` trains again.
+    """Make a merge final: drop W0 and all adapters; parameters that trained before `adapt` train again.
 
     Args:
         model: merged model.

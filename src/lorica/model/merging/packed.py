@@ -1,10 +1,10 @@
-"""Merging where weights are packed: into the packed weight again, or into plain layers in its place.
+"""Merging into quantized layers: into packed weights again, or into plain layers that replace them.
 
     quantized      unpack W0 ─▶ W0 + s·B·A ─▶ pack with the same settings      as small as before; loses much
     dequantized    unpack W0 ─▶ W0 + s·B·A ─▶ a plain nn.Linear                exact; as large as the original
 
-Neither gives what merging into the original, never quantized weights gives: the adapter was trained beside W0
-as it was quantized, and makes up for some of what that lost.
+Neither equals a merge into the original weights: the adapter was trained beside the quantized W0, and makes
+up for some of what quantizing lost.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from lorica.tree import base_parameters, module_at, walk
 
 Into = Literal["quantized", "dequantized"]
 
-# What transformers notes on a quantized model, and would save a plain one by.
+# Attributes that transformers sets on a quantized model, and reads when it saves one.
 _NOTES = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 def packed_layers(root: nn.Module) -> dict[str, nn.Module]:
-    """Path → module whose weight is packed in a way that lorica reads, adapted or not."""
+    """Path → module with a packed weight that lorica can read, adapted or not."""
     return {place.path: place.module for place in walk(root) if quantizer_of(place.module) is not None}
 
 
 def check_into(into: Into | None, merging: Iterable[str]) -> None:
-    """Refuse to guess what becomes of packed weights.
+    """Require a choice of what becomes of packed weights.
 
     Args:
         into: the caller's choice.
-        merging: paths of the packed layers that an update goes into.
+        merging: paths of the packed layers that receive an update.
 
     Raises:
-        ConfigError: the choice is none of the two.
-        StateError: there is a choice to make, and it was not made.
+        ConfigError: the choice has another value.
+        StateError: a choice is necessary and missing.
     """
     if into not in (None, "quantized", "dequantized"):
         raise ConfigError(f'into must be "quantized" or "dequantized", not {into!r}')
@@ -58,7 +58,7 @@ def check_into(into: Into | None, merging: Iterable[str]) -> None:
 
 
 def plain_dtype(root: nn.Module) -> torch.dtype:
-    """The dtype of activations in a quantized model: what most of its plain parameters have."""
+    """The dtype of activations in a quantized model: that of most of its plain parameters."""
     sizes: Counter[torch.dtype] = Counter()
     packed = packed_layers(root)
     for name, parameter in base_parameters(root).items():
@@ -69,7 +69,7 @@ def plain_dtype(root: nn.Module) -> torch.dtype:
 
 @dataclass(eq=False)
 class _Layer:
-    """What a packed layer was: its class, its parameters, and attributes that hid them."""
+    """A packed layer's class, its parameters, and the attributes that hid them."""
 
     module: nn.Module
     cls: type[nn.Module]
@@ -82,9 +82,9 @@ class Unpacked:
     """What `repack` undoes.
 
     Args:
-        layers: those made plain.
-        notes: what transformers had noted on the model.
-        declared: its configuration's `quantization_config`.
+        layers: the layers that became plain.
+        notes: attributes of transformers that were removed from the model.
+        declared: the `quantization_config` of its configuration.
     """
 
     layers: list[_Layer]
@@ -95,12 +95,12 @@ class Unpacked:
 def plain_weights(
     packed: Mapping[str, nn.Module], merged: Mapping[str, Mapping[str, Any]], dtype: torch.dtype
 ) -> dict[str, Parameter]:
-    """A plain weight for every packed layer: for those in `merged` that, for others W0.
+    """A plain weight per packed layer: the merged weight where there is one, otherwise W0.
 
     Args:
-        packed: path → packed layer; left as it is.
-        merged: path → ``weight``, and it holds W0 + ΔW.
-        dtype: of what is unpacked here.
+        packed: path → packed layer; stays as it is.
+        merged: path → ``"weight"`` → W0 + ΔW.
+        dtype: dtype of the weights unpacked here.
 
     Raises:
         TargetError: a layer's forward was replaced on the module itself.
@@ -120,7 +120,7 @@ def unpack(root: nn.Module, weights: Mapping[str, Parameter]) -> Unpacked:
 
     Args:
         root: the model, its layers in their base form.
-        weights: path → what the layer is to hold.
+        weights: path → the layer's new weight.
     """
     layers = []
     for path, weight in weights.items():

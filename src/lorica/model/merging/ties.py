@@ -1,4 +1,4 @@
-"""Parameters that stand under several names (tied embeddings), while merged weights differ."""
+"""Tied parameters (embedding and head) whose merged weights differ."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lorica.tree import base_parameters, parameter_at, put_at
 
 @dataclass(eq=False)
 class Ties:
-    """What is tied in the base, and what was done so that a merged model can be saved.
+    """The ties of the base, and the changes that let a merged model be saved.
 
     Args:
-        groups: the names that share one parameter in the base.
-        copies: names that got a copy, and their original.
-        joined: merged parameters in whose place stands another that is equal.
-        stacked: whether blocks share their weights (`layer_replication`), which no file says.
-        config: a transformers configuration that said "tied".
+        groups: names that share one parameter in the base.
+        copies: name that received a copy → the original.
+        joined: merged parameters that were replaced by an equal one.
+        stacked: whether blocks share their weights (`layer_replication`), which no file records.
+        config: the transformers configuration that said "tied".
     """
 
     groups: list[list[str]]
@@ -32,17 +32,17 @@ class Ties:
 
     @classmethod
     def of(cls, root: nn.Module, *, stacked: bool = False) -> Ties:
-        """The ties of a model whose weights are the base's own."""
+        """The ties of a model that holds the base's own weights."""
         names: dict[Parameter, list[str]] = {}
         for name, parameter in base_parameters(root).items():
             names.setdefault(parameter, []).append(name)
         return cls([group for group in names.values() if len(group) > 1], stacked)
 
     def undo(self, root: nn.Module) -> list[str]:
-        """Let a transformers model keep, when it is saved, what no longer is the same; returns those modules.
+        """Let a transformers model save weights that are no longer equal; returns the modules concerned.
 
-        A file that says "tied" would lose one of the weights that now differ, so it must not say that. And
-        what is still the same must then be written under each of its names, for the reader will not tie it.
+        A file that says "tied" would lose one of two weights that differ, so the configuration must not say
+        it. Weights that are still equal are then written under each name, because no reader ties them.
         """
         self._join(root)
         apart = [names for names in self.groups if len({parameter_at(root, name) for name in names}) > 1]
@@ -62,7 +62,7 @@ class Ties:
         return list(dict.fromkeys(name.rpartition(".")[0] for names in apart for name in names))
 
     def _join(self, root: nn.Module) -> None:
-        """Make one again what was merged apart and is equal, as one update of tied tables leaves it."""
+        """Join merged parameters that are equal, as one update of tied tables leaves them."""
         for names in self.groups:
             first = parameter_at(root, names[0])
             for name in names[1:]:
@@ -72,11 +72,11 @@ class Ties:
                     other.data = first.data
 
     def redo(self, root: nn.Module) -> None:
-        """Take back `undo`, as far as what is put back by others does not."""
+        """Take back `undo`, except for parameters that others put back."""
         for name, parameter in self.copies.items():
             put_at(root, name, parameter)
         self.copies.clear()
-        for parameter in self.joined:  # to be written to again, if another adapter is merged in its place
+        for parameter in self.joined:  # another merge may write to it
             parameter.data = torch.empty_like(parameter)
         self.joined.clear()
         if self.config is not None:

@@ -1,4 +1,4 @@
-"""Whether a merged model still holds what merging put into it, so that W0 can come back in its place."""
+"""Check that a merged model still holds its merged parameters, so that W0 can come back."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lorica.tree import module_at, owner_of
 
 
 class Mark(NamedTuple):
-    """A parameter that stands in a merged model.
+    """A merged parameter, as merging left it.
 
     Args:
-        parameter: itself.
-        shape: of it; what is written to its `data` can have another.
-        writes: how often it had been written to; a copy of the model counts for itself.
-        owner: identity of the parameter that was counted.
+        parameter: the parameter.
+        shape: its shape; an assignment to its `data` can change it.
+        writes: count of writes to it so far; a copy of the model has its own count.
+        owner: identity of the parameter whose writes were counted.
     """
 
     parameter: Parameter
@@ -30,11 +30,11 @@ class Mark(NamedTuple):
 
 
 Held = dict[str, Mark]
-"""Name in a module → what stands there while merged."""
+"""Name in a module → its merged parameter."""
 
 
 def held(module: nn.Module, names: Iterable[str]) -> Held:
-    """What stands in a module under these names; buffers, which move by themselves, are left out."""
+    """Record a module's parameters under these names; buffers, which move by themselves, are left out."""
     found = {}
     for name in names:
         parameter = _parameter(module, name)
@@ -44,16 +44,16 @@ def held(module: nn.Module, names: Iterable[str]) -> Held:
 
 
 def check_untouched(root: nn.Module, path: str, module: nn.Module, before: Held) -> None:
-    """Refuse to put W0 back where something else was put, or written, since the merge.
+    """Refuse to put W0 back where a merged parameter was replaced or written to since the merge.
 
     Args:
         root: the merged model.
-        path: of a module whose weights were merged.
-        module: the module that stood there.
-        before: what `held` found then.
+        path: path of a module whose weights were merged.
+        module: the module that was there.
+        before: what `held` recorded.
 
     Raises:
-        StateError: naming the weight, and what befell it.
+        StateError: naming the weight, and what happened to it.
     """
     for name, (parameter, shape, writes, owner) in before.items():
         full = f"{path}.{name}" if path else name
@@ -93,5 +93,5 @@ def _parameter(module: nn.Module, name: str) -> Parameter | None:
 
 
 def _writes(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; moving it to another device or dtype does not count."""
+    """Count of writes to a tensor; a move to another device or dtype does not count."""
     return None if tensor.is_inference() else tensor._version
