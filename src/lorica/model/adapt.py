@@ -49,8 +49,8 @@ def adapt(
     """Put a new adapter on a model, in place; it acts at once, and trains.
 
     Targeted layers change class in place (`nn.Linear` → `LoraLinear`) and gain A and B; the base is frozen.
-    At the start B is zero, or scale·B·A is subtracted from W0, so the model computes what it did before. Another
-    method's configuration puts that method on the model in the same way.
+    At the start B is zero, or scale·B·A is subtracted from W0, so the model computes what it did before.
+    Another method's configuration puts that method on the model in the same way.
 
     Args:
         model: any model. Its own parameters keep their names, values and memory.
