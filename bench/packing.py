@@ -26,7 +26,7 @@ from lorica.train.trainer.sampler import LengthGroupedSampler, share
 
 RANDOM, GROUPED, PACKED = "random order", "by length", "packed"
 LENGTHS = (256, 512)
-ROWS = 16
+ROWS = 8
 BATCHES = 1
 
 

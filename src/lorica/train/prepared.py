@@ -175,9 +175,11 @@ def _read(
         recipe = recipe.replace(data={"train": sources.IN_PYTHON})
     task = tasks.get(recipe.task)
     check_device(recipe.training)
+    if recipe.data.template is not None and not task.writes:
+        raise ConfigError(f"data.template lays out rows of language models; {task.name} reads columns")
     if recipe.training.packing and not task.packs:
         raise ConfigError(f"training.packing is for causal language models; {task.name} has no packed rows")
-    splits = sources.load(recipe.data, rows, tagged=task.tagged)
+    splits = sources.load(recipe.data, rows, tagged=task.tagged, running=task.packs)
     train = splits.used()["train"]
 
     def resolve(rows: Dataset) -> Any:

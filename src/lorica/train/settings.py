@@ -51,6 +51,15 @@ class DataConfig:
             for the usual names.
         tools: column of the tools that a conversation may call, for the chat template. None looks for the
             usual names.
+        template: how a row is laid out for a language model: a text with columns in braces, such as
+            "Q: {question} A: {answer}", or Jinja, or a file of it (.jinja). The label's column is learned
+            where it stands, in Jinja what {% generation %} marks; where neither does, the template is the
+            prompt of the label, or else raw text.
+        running: whether a .txt file is one running text, such as a book, whose pieces follow on. None takes
+            it for one where blank lines stand between paragraphs, if the task learns raw text; else each of
+            its lines is a text.
+        continues: column that says whether a row's raw text goes on from the row before it. None looks for
+            that name.
         references: column of lists of texts, each of which would be right: where rows have it, it takes the
             place of a language task's `label`.
         separator: what stands between a prompt and its completion. May hold special tokens of the model.
@@ -84,6 +93,9 @@ class DataConfig:
     rejected: str | None = None
     verdict: str | None = None
     tools: str | None = None
+    template: str | None = None
+    running: bool | None = None
+    continues: str | None = None
     references: str = "references"
     separator: str = "\n"
     stride: int | None = None

@@ -141,9 +141,11 @@ def evaluate(
     recipe = trained.recipe
     if test is not None:
         tagged = trained.task.tagged
-        used = sources.in_preset_layout(sources.load_test(test, recipe.data, tagged=tagged), recipe.data)
+        used = sources.in_preset_layout(
+            sources.load_test(test, recipe.data, tagged=tagged, running=trained.task.packs), recipe.data
+        )
     else:
-        loaded = sources.load(recipe.data, tagged=trained.task.tagged)
+        loaded = sources.load(recipe.data, tagged=trained.task.tagged, running=trained.task.packs)
         found = sources.without_unlabelled(loaded, recipe.data).used()
         if "test" not in found:
             raise FileError("the recipe has no test rows with labels; name some with --data.test")

@@ -15,6 +15,7 @@ from lorica.errors import ConfigError, FileError, listing
 from lorica.train import embedded
 from lorica.train.console import quiet
 from lorica.train.data.json import read_objects
+from lorica.train.data.running import is_running, paragraphs, read_running_text, running_columns
 from lorica.train.data.spreadsheets import read_delimited, read_sheets
 from lorica.train.data.tables import Form, Found
 from lorica.train.data.text import PACKED, content, decoded, read_conll, read_lines_of_text
@@ -156,7 +157,7 @@ def _folder(path: Path, wanted: str | None, form: Form) -> dict[str, Found]:
     if not files and holds_images(path):
         return _images(path, form)
     if not files and holds_documents(path):
-        return _plain(_parts_of(path, lambda part: document_rows(part, form.encoding)))
+        return _plain(_parts_of(path, lambda part: document_rows(part, form)))
     named = {name: file for name, file in files.items() if name in _KNOWN or name == wanted}
     if not named and len(files) == 1:
         named = {"train": next(iter(files.values()))}
@@ -265,12 +266,12 @@ def holds_documents(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in ("*.txt", "*/*.txt", "*/*/*.txt"))
 
 
-def document_rows(folder: Path, encoding: str | None) -> Dataset:
+def document_rows(folder: Path, form: Form) -> Dataset:
     """Rows of a ``text``, and its ``label`` where the files stand in a folder for each class.
 
     Args:
         folder: holds text files, or folders of them.
-        encoding: theirs; None as for any text file.
+        form: what is known of how they are written. Running texts are rows of paragraphs that go on.
 
     Raises:
         FileError: it holds both, or a file cannot be read.
@@ -282,6 +283,9 @@ def document_rows(folder: Path, encoding: str | None) -> Dataset:
             f"{folder} has text files ({files[0].name}) beside folders of them ({classes[0]}); give one "
             "or the other"
         )
+    encoding = form.encoding
+    if files and form.running:
+        return Dataset.from_dict(running_columns([paragraphs(_text(file, encoding)) for file in files]))
     if files:
         return Dataset.from_dict({"text": [_text(file, encoding) for file in files]})
     found = [
@@ -361,6 +365,8 @@ def _read_text(raw: bytes, path: Path, kind: str, form: Form) -> dict[str | None
         found = read_objects(text, path)
     elif kind == "conll" or form.tagged:
         found = {None: read_conll(text, path)}
+    elif form.running or (form.running is None and is_running(text)):
+        found = {None: read_running_text(text, path)}
     else:
         found = {None: read_lines_of_text(text, path)}
     return {

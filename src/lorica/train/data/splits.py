@@ -12,6 +12,7 @@ from datasets import Dataset
 from lorica.errors import ConfigError, FileError, listing
 from lorica.train import presets
 from lorica.train.data.rows import Origin, RowError, UsableRows, act_on_rows
+from lorica.train.data.running import CONTINUES
 from lorica.train.data.sources import IN_PYTHON, SPLITS, describe, find_rows, folder_of
 from lorica.train.data.sources import read as read
 from lorica.train.data.tables import Form, Found
@@ -54,7 +55,9 @@ class Splits:
         }
 
 
-def load(data: DataConfig, rows: Rows | None = None, *, tagged: bool = False) -> Splits:
+def load(
+    data: DataConfig, rows: Rows | None = None, *, tagged: bool = False, running: bool = False
+) -> Splits:
     """Read the rows that a configuration names.
 
     Args:
@@ -62,6 +65,7 @@ def load(data: DataConfig, rows: Rows | None = None, *, tagged: bool = False) ->
             training rows is taken; failing that, validation rows are drawn from the training rows.
         rows: rows in memory, to take in place of those that `data.train` names.
         tagged: whether a ``.txt`` file holds words and their classes, and not texts.
+        running: whether a ``.txt`` file may be one running text, where the configuration does not say.
 
     Returns:
         The splits, none of them empty.
@@ -70,7 +74,7 @@ def load(data: DataConfig, rows: Rows | None = None, *, tagged: bool = False) ->
         FileError: something is missing, empty or unreadable.
         RowError: rows of a file are broken, and the configuration does not say to leave them out.
     """
-    form = Form(data.encoding, data.columns, tagged)
+    form = _form(data, tagged=tagged, running=running)
     source = find_rows(data.train, data.subset, form) if rows is None else in_memory(rows)
     name = data.train if rows is None else IN_PYTHON
     train = _split(source, "train", name, skip=data.skip_bad)
@@ -90,7 +94,9 @@ def load(data: DataConfig, rows: Rows | None = None, *, tagged: bool = False) ->
         # The places are divided, not the rows, so that an error can tell which row of the file it means.
         places = Dataset.from_dict({"place": range(len(train.rows))})
         try:
-            drawn = places.train_test_split(test_size=data.validation_fraction, seed=data.split_seed)
+            drawn = places.train_test_split(
+                test_size=data.validation_fraction, seed=data.split_seed, shuffle=not _runs_on(train, data)
+            )
         except ValueError as error:
             raise ConfigError(
                 f"data.validation_fraction is {data.validation_fraction}, of {len(train.rows):,} rows in "
@@ -109,7 +115,11 @@ def load(data: DataConfig, rows: Rows | None = None, *, tagged: bool = False) ->
 
 
 def load_test(
-    source: str | Path | Rows, data: DataConfig | None = None, *, tagged: bool = False
+    source: str | Path | Rows,
+    data: DataConfig | None = None,
+    *,
+    tagged: bool = False,
+    running: bool = False,
 ) -> UsableRows:
     """Read the rows to evaluate on: the test split of `source` if it has splits, else all of it.
 
@@ -117,10 +127,11 @@ def load_test(
         source: where they are, or the rows.
         data: how files are written, and whether broken rows are left out.
         tagged: as in `load`.
+        running: as in `load`.
     """
     data = data or DataConfig()
     source = str(source) if isinstance(source, Path) else source
-    form = Form(data.encoding, data.columns, tagged)
+    form = _form(data, tagged=tagged, running=running)
     found = find_rows(source, data.subset, form) if isinstance(source, str) else in_memory(source)
     split = "test" if set(SPLITS["test"]) & set(found) else "train"
     return _split(found, split, source if isinstance(source, str) else IN_PYTHON, skip=data.skip_bad)
@@ -175,8 +186,21 @@ def keep_part(used: UsableRows, split: str, data: DataConfig) -> UsableRows:
     if count == total:
         return used
     order = list(range(total))
-    random.Random(data.split_seed).shuffle(order)
+    if not _runs_on(used, data):
+        random.Random(data.split_seed).shuffle(order)
     return used.select(sorted(order[:count]))
+
+
+def _form(data: DataConfig, *, tagged: bool, running: bool) -> Form:
+    """How files are written, as far as that is known; whether a text runs on may be looked for."""
+    found = data.running if data.running is not None else None if running else False
+    return Form(data.encoding, data.columns, tagged, found)
+
+
+def _runs_on(used: UsableRows, data: DataConfig) -> bool:
+    """Whether rows are pieces of running texts, of which a part is taken in one piece."""
+    names = [name for name in used.rows.column_names if name == data.continues or name.lower() == CONTINUES]
+    return bool(names) and data.label is None and any(used.rows[names[0]])
 
 
 def _split(source: Mapping[str, Found], split: str, where: str, *, skip: bool) -> UsableRows:

@@ -25,11 +25,13 @@ class Form:
         encoding: encoding of a text file. None takes that of its byte-order mark, else UTF-8, else cp1252.
         columns: names of the columns of a file that does not begin with them. None takes its first line.
         tagged: whether a ``.txt`` file holds a word and its class a line, and not a text.
+        running: whether a ``.txt`` file is one running text, and not a text a line. None looks at it.
     """
 
     encoding: str | None = None
     columns: Sequence[str] | None = None
     tagged: bool = False
+    running: bool | None = False
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Task(ABC):
             numbers a token as there are words, are better not kept: its evaluation is loss and perplexity.
         reads_files: whether what a row is read from may be the path of a file, such as an image's.
         writes: whether its answer is a text that the model writes; see `LanguageTask`.
-        packs: whether its training rows can be packed; see `lorica.train.tasks.packing`.
+        packs: whether it predicts the next token: training rows can then be packed, and texts may run on.
         tagged: whether a ``.txt`` file of rows holds words and their classes, and not texts.
     """
 

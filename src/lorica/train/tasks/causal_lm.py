@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lorica.errors import FileError
 from lorica.train.data.forms import describe_form, find_form, holds_messages
 from lorica.train.data.forms.messages import said_by
+from lorica.train.data.forms.templates import Laid, template_of
 from lorica.train.data.rows import RowError, read_each
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
@@ -20,6 +21,7 @@ from lorica.train.tasks.conversations import (
     conversation_pieces,
     conversation_prompt,
     conversations_of,
+    pieces_of,
 )
 from lorica.train.tasks.language import (
     GROUP,
@@ -31,7 +33,7 @@ from lorica.train.tasks.language import (
     references_of,
 )
 from lorica.train.tasks.packing import PackingCollator
-from lorica.train.tasks.prompts import prompts_of
+from lorica.train.tasks.prompts import joined_texts, laid_out, prompts_of
 
 _IGNORED = -100
 
@@ -99,10 +101,15 @@ class CausalLanguageModelling(LanguageTask):
         limit = min(max_length, tokenizer.model_max_length)
         if _is_conversation(rows, data):
             asked = conversations_of(rows, data, where, labelled=True)
-            laid_out = read_each(asked, lambda row: conversation_pieces(tokenizer, *row), where)
+            made = read_each(asked, lambda row: conversation_pieces(tokenizer, *row), where)
             found = [
                 TrainingText(row, pieces, row, said_by(messages))
-                for row, ((messages, _), pieces) in enumerate(zip(asked, laid_out, strict=True))
+                for row, ((messages, _), pieces) in enumerate(zip(asked, made, strict=True))
+            ]
+        elif data.template is not None and template_of(data.template, data.label).learns:
+            laid = laid_out(rows, data, where, filled=True)
+            found = [
+                TrainingText(row, _framed(tokenizer, each), row, each.answer) for row, each in enumerate(laid)
             ]
         elif data.label is not None:
             prompts = prompts_of(rows, data, where, filled=True)
@@ -115,14 +122,16 @@ class CausalLanguageModelling(LanguageTask):
                 for text in texts[row]
             ]
         else:
-            texts = [text for text in prompts_of(rows, data, where) if text.strip()]
+            read = prompts_of if data.continues is None else joined_texts
+            texts = [text for text in read(rows, data, where) if text.strip()]
             return replace(_blocks(tokenizer, texts, limit, where), rows=len(texts))
         return _rows(found, limit, where)
 
     def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
         """What the rows' form is, and how many empty texts are left out, of raw text."""
         told = [f"its rows are {describe_form(rows, data)}"]
-        if data.label is not None or _is_conversation(rows, data):
+        laid = data.label is not None or data.template is not None or data.continues is not None
+        if laid or _is_conversation(rows, data):
             return told
         blank = sum(isinstance(text, str) and not text.strip() for text in rows[str(data.text)])
         return [*told, f"{blank:,} empty texts are left out"] if blank else told
@@ -135,10 +144,13 @@ class CausalLanguageModelling(LanguageTask):
         if _is_conversation(rows, data):
             asked = conversations_of(rows, data, where, labelled=False)
             return read_each(asked, lambda row: conversation_prompt(tokenizer, *row), where)
-        apart = "" if data.label is None else data.separator.rstrip(" ")
-        return [
-            _start(tokenizer) + _tokens(tokenizer, text + apart) for text in prompts_of(rows, data, where)
+        learns = data.template is not None and template_of(data.template, data.label).learns
+        apart = "" if data.label is None or learns else data.separator
+        # A byte-level tokenizer keeps a space with the word after it.
+        texts = [
+            (text + apart).rstrip(" ") if learns or apart else text for text in prompts_of(rows, data, where)
         ]
+        return [_start(tokenizer) + _tokens(tokenizer, text) for text in texts]
 
     @staticmethod
     def _completion(
@@ -219,6 +231,19 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if token is None else [token]
 
 
+def _framed(tokenizer: PreTrainedTokenizerBase, laid: Laid) -> list[Piece]:
+    """A text that a template laid out, between the tokens that begin and end a text, where it lacks them."""
+    pieces = pieces_of(tokenizer, laid.text, laid.spans)
+    start, end = _start(tokenizer), _end(tokenizer)
+    if start and not laid.text.startswith(str(tokenizer.bos_token)):
+        pieces.insert(0, (start, False))
+    if end and not laid.text.endswith(str(tokenizer.eos_token)):
+        pieces.append((end, bool(laid.spans) and laid.spans[-1][1] == len(laid.text)))
+    return pieces
+
+
 def _is_conversation(rows: Dataset, data: DataConfig) -> bool:
     """Whether the prompt or the answer is one of messages, which the chat template lays out."""
+    if data.template is not None:
+        return False
     return holds_messages(rows, data.text) or holds_messages(rows, data.label)

@@ -14,7 +14,8 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError, listing
 from lorica.train.data.columns import find_label, find_texts, needs_column
-from lorica.train.data.forms.known import FORMS, add_parts, find_prompt
+from lorica.train.data.forms.known import FORMS, add_parts, find_prompt, find_templated
+from lorica.train.data.forms.templates import template_of
 from lorica.train.data.rows import Unusable, parsed_cell, read_each
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
@@ -86,6 +87,8 @@ class LanguageTask(Task):
                 "second "
                 "part of a prompt"
             )
+        if data.template is not None:
+            return
         if data.text is None and (data.label or data.text_pair):
             given = {"data.label": data.label, "data.text_pair": data.text_pair}
             told = listing(f"{name} is {value!r}" for name, value in given.items() if value)
@@ -154,6 +157,15 @@ class SequenceToSequence(LanguageTask):
         """Find the two columns."""
         rows = splits.train
         self.check_columns(rows, data)
+        if data.template is not None:
+            data = find_templated(rows, data)
+            if data.label is None or template_of(str(data.template), data.label).learns:
+                raise ConfigError(
+                    "a template for seq2seq-lm lays out what is read; name the column that is written with "
+                    "--data.label, and leave it out of the template"
+                )
+            needs_column(rows, data.label, "the training rows")
+            return data
         if data.text is None and data.label is None and (found := find_prompt(rows, data, _FORMS)):
             return found
         text, _ = find_texts(rows, data.text, None)

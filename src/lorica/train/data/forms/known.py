@@ -16,8 +16,9 @@ from dataclasses import replace
 from datasets import Dataset, List
 
 from lorica.errors import ConfigError, listing
-from lorica.train.data.columns import by_lower_case, find_texts, is_text
+from lorica.train.data.columns import by_lower_case, find_texts, is_text, needs_column
 from lorica.train.data.forms.messages import is_messages
+from lorica.train.data.forms.templates import read_template, template_of
 from lorica.train.data.rows import parsed_cell
 from lorica.train.settings import DataConfig
 
@@ -58,6 +59,8 @@ def find_form(rows: Dataset, data: DataConfig) -> DataConfig:
     Raises:
         ConfigError: no form is known that has these columns, or one that another task learns from.
     """
+    if data.template is not None:
+        return find_templated(rows, data)
     if data.text is None:
         if found := find_prompt(rows, data):
             return found
@@ -67,7 +70,29 @@ def find_form(rows: Dataset, data: DataConfig) -> DataConfig:
             text, _ = find_texts(rows, None, None)
             check_raw(rows, text)
         data = replace(data, text=text)
-    return add_parts(rows, data) if data.label or holds_messages(rows, str(data.text)) else data
+    if data.label or holds_messages(rows, str(data.text)):
+        return add_parts(rows, data)
+    goes_on = by_lower_case(rows).get("continues")
+    return replace(data, continues=goes_on) if data.continues is None and goes_on else data
+
+
+def find_templated(rows: Dataset, data: DataConfig) -> DataConfig:
+    """The configuration with the template's own text, and the first of its columns as that of a lone text.
+
+    Raises:
+        FileError: the template's file cannot be read.
+        ConfigError: it is no template, or it names a column that rows lack.
+    """
+    source = read_template(str(data.template))
+    template = template_of(source, data.label)
+    for name in template.columns if template.strict else []:
+        needs_column(rows, name, "the training rows")
+    read = [name for name in template.columns if name in rows.column_names and name != data.label]
+    if not read:
+        raise ConfigError(
+            f"data.template reads no column of the training rows, which are: {listing(rows.column_names)}"
+        )
+    return replace(data, template=source, text=data.text or read[0])
 
 
 def find_prompt(
@@ -141,9 +166,15 @@ def describe_form(rows: Dataset, data: DataConfig) -> str:
         rows: some of the rows.
         data: their columns, resolved.
     """
-    if holds_messages(rows, data.text) or holds_messages(rows, data.label):
+    if data.template is None and (holds_messages(rows, data.text) or holds_messages(rows, data.label)):
         return _conversation(rows, data)
+    if data.template is not None:
+        template = template_of(data.template, data.label)
+        what = f"{data.label} is" if data.label else "what it marks is" if template.learns else "all is"
+        return f"laid out by a template ({' + '.join(template.columns)}), of which {what} learned"
     read = " + ".join(name for name in (data.system, data.text, data.text_pair) if name is not None)
+    if data.label is None and data.continues is not None:
+        return f"running text ({read}), cut into pieces that follow on, of which every token is learned"
     if data.label is None:
         return f"raw text ({read}), of which every token is learned"
     return f"{_named(data)} ({read} → {data.label})"
