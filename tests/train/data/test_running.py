@@ -25,6 +25,8 @@ def test_paragraphs_joined_are_the_text(text: str) -> None:
 
 def test_which_texts_run_on() -> None:
     assert is_running(BOOK)
+    assert is_running(("film story " * 20 + "\n\n") * 3)
+    assert not is_running("film story\n\nplot\n\ncast\n")  # a list of texts, with room between
     assert not is_running("film\nstory\nplot\n")
     assert not is_running("\n\nfilm\nstory\n\n")
     assert not is_running("film\n" * 200 + "\n" + "story\n" * 200)  # one blank line is an accident

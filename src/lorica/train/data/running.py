@@ -24,12 +24,22 @@ _PARAGRAPH = re.compile(r".*?\n(?:[ \t]*\n)+|.+\Z", re.DOTALL)
 _FEW = 50
 """Lines a blank one: where there are more, the blank ones are accidents of a list of texts."""
 
+_LONG = 100
+"""Letters a line, in the mean, of paragraphs that are a line each; texts of a list are shorter."""
+
 
 def is_running(text: str) -> bool:
-    """Whether a text is one that runs on, with blank lines between its paragraphs, and not a text a line."""
-    lines = [bool(line.strip()) for line in lines_of(text.strip())]
-    breaks = sum(before and not line for before, line in itertools.pairwise(lines))
-    return breaks > 0 and sum(lines) <= _FEW * breaks
+    """Whether a text runs on, and is not a text a line.
+
+    It has blank lines between paragraphs, and some of these are of several lines, or lines are long.
+    """
+    lines = lines_of(text.strip())
+    filled = [bool(line.strip()) for line in lines]
+    breaks = sum(before and not line for before, line in itertools.pairwise(filled))
+    if not breaks or sum(filled) > _FEW * breaks:
+        return False
+    wrapped = any(before and line for before, line in itertools.pairwise(filled))
+    return wrapped or sum(map(len, lines)) > _LONG * sum(filled)
 
 
 def paragraphs(text: str) -> list[str]:
