@@ -120,6 +120,7 @@ class Engine:
         *,
         backward: bool,
         tenant: str = "",
+        then: Callable[[Future[Any]], object] | None = None,
     ) -> Future[Output]:
         """Queue forward or forward_backward.
 
@@ -131,6 +132,7 @@ class Engine:
             learner: gives the adapter when the call's turn comes.
             backward: whether gradients are added.
             tenant: who pays for the tokens.
+            then: called with the future when it is done, before the run's next call is.
 
         Raises:
             UserError: the data or the loss cannot be used.
@@ -143,12 +145,30 @@ class Engine:
         tasks = [Task(datum.ready(loss, loss_fn, **limits), loss, values, None) for datum in data]
         shapes = [tuple(datum.inputs["target_tokens"].shape) for datum in data]
         call = _Learn(tasks, shapes, backward, learner)
+        if then is not None:
+            call.future.add_done_callback(then)
         self._post(self._add, run, tenant, call)
         return call.future
 
-    def call(self, run: str, work: Callable[[], Any], *, tenant: str = "") -> Future[Any]:
-        """Queue something that touches a run's adapter, in order with its other calls."""
+    def call(
+        self,
+        run: str,
+        work: Callable[[], Any],
+        *,
+        tenant: str = "",
+        then: Callable[[Future[Any]], object] | None = None,
+    ) -> Future[Any]:
+        """Queue something that touches a run's adapter, in order with its other calls.
+
+        Args:
+            run: whose calls are in order.
+            work: what to do, in the engine's thread.
+            tenant: whose run it is.
+            then: as in `learn`.
+        """
         call = _Call(work)
+        if then is not None:
+            call.future.add_done_callback(then)
         self._post(self._add, run, tenant, call)
         return call.future
 
@@ -160,6 +180,7 @@ class Engine:
         *,
         tenant: str = "",
         after: Future[Any] | None = None,
+        then: Callable[[Future[Any]], object] | None = None,
     ) -> Future[Samples]:
         """Queue a request for samples.
 
@@ -169,6 +190,7 @@ class Engine:
             draw: how samples are drawn.
             tenant: who pays for the tokens.
             after: wait for this one first.
+            then: called with the future when it is done.
 
         Raises:
             UserError: it cannot be drawn.
@@ -176,6 +198,8 @@ class Engine:
         """
         draw.check(prompt, self.base)
         writing = _Writing(tenant, Request(self.base, prompt, None, draw), weights)
+        if then is not None:
+            writing.future.add_done_callback(then)
         if after is None:
             self._post(self._waiting.append, writing)
         else:

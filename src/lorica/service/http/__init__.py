@@ -1,0 +1,12 @@
+"""The training protocol over HTTP, for its official SDK as it is.
+
+app        an application of its own, and the router that a larger one mounts
+protocol   sessions, models, training, sampling, and futures
+listing    runs and checkpoints: listed, described, fetched, deleted
+answers    errors as HTTP has them; who asks
+"""
+
+from __future__ import annotations
+
+from lorica.service.http.app import make_app as make_app
+from lorica.service.http.app import make_router as make_router

@@ -1,0 +1,30 @@
+"""The training protocol's endpoints: as a router for a larger application, or as one of their own."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, FastAPI
+
+from lorica.service.http import listing, protocol
+from lorica.service.state.service import Service
+
+PREFIX = "/api/v1"
+
+
+def make_router() -> APIRouter:
+    """All endpoints, under `PREFIX`; the application that mounts it has the service as ``state.service``."""
+    router = APIRouter(prefix=PREFIX)
+    router.include_router(protocol.router)
+    router.include_router(listing.router)
+    return router
+
+
+def make_app(service: Service) -> FastAPI:
+    """An application of its own.
+
+    Args:
+        service: it stays the caller's to close.
+    """
+    app = FastAPI(title="lorica", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service = service
+    app.include_router(make_router())
+    return app

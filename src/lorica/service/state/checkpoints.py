@@ -1,0 +1,177 @@
+"""Checkpoints and snapshots: folders with PEFT's files, and their rows.
+
+runs/RUN/weights/NAME         to go on from: with the optimizer
+runs/RUN/snapshot-N           the same, for the server itself: all that the run's first N calls did
+runs/RUN/external_weights/NAME   to be fetched
+    adapters/RUN.NAME             to sample from and to serve: a plain adapter
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+import time
+from collections import OrderedDict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from lorica.service import files
+from lorica.service.engine.base import Base
+from lorica.service.engine.weights import Learner, Weights
+from lorica.service.errors import UserError
+from lorica.service.state.registry import Registry, Row
+from lorica.service.state.runs import OpenRun, check_checkpoint, folder_name, write_whole
+from lorica.service.state.tenants import check_bytes
+
+_SAMPLERS = 64
+_KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
+_SOON, _LATE = 3600, 10 * 366 * 86400
+
+Kind = Literal["weights", "sampler_weights", "external_weights"]
+
+
+class Checkpoints:
+    """The checkpoints of all runs.
+
+    Args:
+        folder: the service's.
+        registry: of their rows.
+        base: whose adapters they are.
+    """
+
+    def __init__(self, folder: Path, registry: Registry, base: Base) -> None:
+        """Read nothing yet."""
+        self._folder, self._registry, self._base = folder, registry, base
+        self._loaded: OrderedDict[str, Weights] = OrderedDict()
+        self.published = folder / "adapters"
+        self.published.mkdir(parents=True, exist_ok=True)
+
+    def folder(self, row: Row) -> Path:
+        """Where a checkpoint's files are."""
+        run, name = folder_name(row["run"]), row["name"]
+        if row["kind"] == "sampler_weights":
+            return self.published / f"{run}.{name}"
+        return self._folder / "runs" / run / row["kind"] / name
+
+    def write(self, run: OpenRun, kind: Kind, name: str, body: dict[str, Any], *, listed: bool = True) -> Row:
+        """Write a checkpoint's files; `add` makes it one.
+
+        Args:
+            run: whose adapter is written.
+            kind: what it is for.
+            name: of it.
+            body: the request: ``ttl_seconds``, ``overwrite``, ``user_metadata``.
+            listed: whether it has a name that a client gave.
+
+        Raises:
+            UserError: the name is taken or cannot be one, the time to live is none, or the disk is used up.
+        """
+        path = f"tinker://{run.id}/{kind}/{check_checkpoint(name)}"
+        taken = self._registry.all("checkpoints", path=path)
+        if taken and not body.get("overwrite"):
+            raise UserError(f"there is a checkpoint {path} already; give another name, or overwrite=True")
+        ttl = body.get("ttl_seconds")
+        if ttl is not None and not _SOON <= ttl <= _LATE:
+            raise UserError(f"ttl_seconds must be {_SOON} (an hour) to ten years, not {ttl}")
+        optimizer = kind == "weights"
+        learner = run.ready()
+        used = self._registry.total(run.tenant.name) - sum(row["size"] for row in taken)
+        check_bytes(run.tenant, used, learner.flat.nbytes * (3 if optimizer else 1))
+        now = time.time()
+        row = Row(
+            path=path,
+            tenant=run.tenant.name,
+            run=run.id,
+            kind=kind,
+            name=name,
+            created=now,
+            expires=None if ttl is None else now + ttl,
+            optimizer=int(optimizer),
+            about=body.get("user_metadata"),
+            listed=int(listed),
+        )
+        row["size"] = write_whole(learner, self.folder(row), optimizer=optimizer)
+        return row
+
+    def add(self, row: Row) -> None:
+        """Have a checkpoint that was written be one."""
+        self._registry.remove("checkpoints", row["path"])
+        self._registry.add("checkpoints", **row)
+        self._loaded.pop(row["path"], None)
+
+    def remove(self, row: Row) -> None:
+        """Take a checkpoint away."""
+        self._registry.remove("checkpoints", row["path"])
+        self._loaded.pop(row["path"], None)
+        shutil.rmtree(self.folder(row), ignore_errors=True)
+
+    def weights(self, row: Row) -> Weights:
+        """A checkpoint's adapter, to sample from."""
+        path = row["path"]
+        if path not in self._loaded:
+            adapter, _ = files.read(self.folder(row), optimizer=False)
+            self._loaded[path] = Weights(adapter, self._base.model)
+            while len(self._loaded) > _SAMPLERS:
+                self._loaded.popitem(last=False)
+        self._loaded.move_to_end(path)
+        return self._loaded[path]
+
+    def learner(self, folder: Path, *, optimizer: bool) -> Learner:
+        """An adapter to go on with, from a checkpoint's or a snapshot's folder."""
+        adapter, moments = files.read(folder, optimizer=optimizer)
+        learner = Learner(adapter, self._base.model)
+        learner.take(adapter, moments)
+        return learner
+
+    # Snapshots.
+
+    def snapshot(self, run: str, seq: int) -> Path:
+        """Where a run's snapshot is."""
+        return self._folder / "runs" / folder_name(run) / f"snapshot-{seq}"
+
+    def write_snapshot(self, run: OpenRun, seq: int) -> None:
+        """Write all that a run's calls up to a number did; the gradient is zero."""
+        write_whole(run.ready(), self.snapshot(run.id, seq), optimizer=True)
+        run.saved = time.monotonic()
+
+    def remove_snapshots(self, run: str, but: int | None = None) -> None:
+        """Take away a run's snapshots, or all but one."""
+        for folder in (self._folder / "runs" / folder_name(run)).glob("snapshot-*"):
+            if folder.name != f"snapshot-{but}":
+                shutil.rmtree(folder, ignore_errors=True)
+
+    # For clients.
+
+    def described(self, row: Row) -> dict[str, Any]:
+        """A checkpoint as the protocol describes it."""
+        return {
+            "checkpoint_id": f"{row['kind']}/{row['name']}",
+            "checkpoint_type": _KINDS[row["kind"]],
+            "time": moment(row["created"]),
+            "tinker_path": row["path"],
+            "size_bytes": row["size"],
+            "public": False,
+            "user_metadata": row.about,
+            "expires_at": None if row["expires"] is None else moment(row["expires"]),
+        }
+
+    def files(self, row: Row) -> dict[str, Path]:
+        """PEFT's files of a checkpoint, by name."""
+        return {
+            path.name: path for path in sorted(self.folder(row).iterdir()) if path.name != files.OPTIMIZER
+        }
+
+    def archive(self, row: Row) -> bytes:
+        """PEFT's files of a checkpoint, in a tar file."""
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w") as tar:
+            for name, path in self.files(row).items():
+                tar.add(path, arcname=name, recursive=False)
+        return out.getvalue()
+
+
+def moment(seconds: float) -> str:
+    """Seconds since the epoch, as ISO 8601."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
