@@ -16,6 +16,7 @@ from lorica.plain import Visible, visible
 
 TRAINING = {
     "demo": "adapt a real model to a real task, beside full fine-tuning; no download, a few minutes",
+    "init": "five questions, and a recipe with comments",
     "data": "what a recipe would learn from: lengths, cuts, duplicates, rows as the model sees them",
     "train": "train an adapter from a recipe, a file of rows or a Hub data set",
     "plan": "what training will cost: parameters, file, memory, arithmetic, the largest batch that fits",
