@@ -25,7 +25,7 @@ from lorica.config import AdapterConfig, LoraConfig, as_config
 from lorica.config.inits import FROM_DATA
 from lorica.errors import AdapterError
 from lorica.inits import PREPARED, draw_seed
-from lorica.layers.quantized import hold_layout, release_layout
+from lorica.layers.quantized import REPACKS, hold_layout, release_layout
 from lorica.model.pretrained import classes
 from lorica.model.pretrained import root as pretrained
 from lorica.model.sharded import check_whole
@@ -296,8 +296,9 @@ def _open(search: Search, state: AdapterState) -> None:
     state.frozen = [p for p in base_parameters(root).values() if p.requires_grad]
     for parameter in state.frozen:
         parameter.requires_grad_(False)
-    if "bitsandbytes" in sys.modules:
-        state.layouts = hold_layout(root)
+    state.layouts = [module for module in root.modules() if module.__dict__.get(REPACKS)]
+    if state.layouts:
+        hold_layout(state.layouts)
     setattr(root, STATE, state)
     if "transformers.modeling_utils" in sys.modules:
         pretrained.enter(root)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import is_available, is_initialized
 
 from lorica import checkpoint
 from lorica.adapter import TOKEN_ROWS, Adapter
@@ -127,6 +128,8 @@ def save(
     adapter = extract_live(model, name) if as_trained else extract(model, name)
     root, _ = adapted(model)
     content = with_resized_tables(adapter, root) if hasattr(root, "config") else adapter
+    if not (is_available() and is_initialized()):
+        return checkpoint.write(content, directory)
     return once(root, lambda: checkpoint.write(content, directory), directory)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorica.layers.quantized.bitsandbytes import REPACKS as REPACKS
 from lorica.layers.quantized.bitsandbytes import hold_layout as hold_layout
 from lorica.layers.quantized.bitsandbytes import release_layout as release_layout
 from lorica.layers.quantized.layer import LoraQuantized as LoraQuantized

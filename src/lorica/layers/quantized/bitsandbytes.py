@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lorica.errors import LoricaWarning, require
 from lorica.layers.quantized.quantizer import Quantizer
 
-_REPACKS = "support_avx512bf16_for_cpu"
+REPACKS = "support_avx512bf16_for_cpu"
+"""Attribute of a layer that changes its layout when it is first evaluated."""
 
 
 def _library() -> Any:
@@ -116,22 +117,18 @@ class LLMInt8(Quantizer):
         return {"weight": parameter, "state": state}
 
 
-def hold_layout(root: nn.Module) -> list[nn.Module]:
+def hold_layout(layers: list[nn.Module]) -> None:
     """Keep 4-bit layers in their layout: on some CPUs an evaluation would repack them, with a loss.
 
     Where the CPU has AVX512-BF16, `Linear4bit` changes its layout in place the first time that it is called
     in evaluation. That rounds the blocks' maxima to bfloat16, and no gradient passes through it any more.
 
     Args:
-        root: the model. Layers that are repacked already are restored.
-
-    Returns:
-        The layers kept, for `release_layout`.
+        layers: those that would, by their attribute `REPACKS`; those that are repacked already are restored.
     """
-    layers = [module for module in root.modules() if module.__dict__.get(_REPACKS)]
     repacked = 0
     for module in layers:
-        setattr(module, _REPACKS, False)
+        setattr(module, REPACKS, False)
         state = _quant_state(module)
         if getattr(state, "packing_format_for_cpu", False):
             weight: Any = module._parameters["weight"]
@@ -146,13 +143,12 @@ def hold_layout(root: nn.Module) -> list[nn.Module]:
             LoricaWarning,
             stacklevel=2,
         )
-    return layers
 
 
 def release_layout(layers: list[nn.Module]) -> None:
     """Undo `hold_layout`."""
     for module in layers:
-        setattr(module, _REPACKS, True)
+        setattr(module, REPACKS, True)
 
 
 def _quant_state(module: nn.Module) -> Any:

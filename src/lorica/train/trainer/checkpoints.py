@@ -251,5 +251,7 @@ class LoraTrainerMixin(_Base):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        if self.state.best_global_step == self.state.global_step:
+            return  # the model is as it was then
         if not takes_back(self, self.state.best_model_checkpoint):
             super()._load_best_model()
