@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import is_available, is_initialized
 from torch.nn import Parameter
 
 from lorica.choice import Choice, Choices
@@ -391,6 +392,11 @@ def adapted(model: nn.Module) -> tuple[nn.Module, AdapterState]:
     raise StateError(
         f"this {type(model).__name__} carries no adapter; call lorica.adapt or lorica.load first"
     )
+
+
+def in_group() -> bool:
+    """Whether this process is one of several: only then can a tensor be one rank's part."""
+    return is_available() and is_initialized()
 
 
 def check_name(name: str) -> str:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
-from torch.distributed import is_available, is_initialized
 
 from lorica import checkpoint
 from lorica.adapter import Adapter
@@ -32,7 +31,7 @@ from lorica.model.sharded import check_whole
 from lorica.model.watch.uncalled import FUSED, watch_pass
 from lorica.model.watch.wrapped import check_unnoted
 from lorica.pieces import Kind, Search, asked, find_pieces, surroundings
-from lorica.state import STATE, AdapterState, adapted, check_name, find_adapted
+from lorica.state import STATE, AdapterState, adapted, check_name, find_adapted, in_group
 from lorica.tree import base_parameters, unwrapped
 
 M = TypeVar("M", bound=nn.Module)
@@ -203,7 +202,8 @@ def detach(model: M, name: str | None = None) -> M:
     root, state = adapted(model)
     state.check_unmerged("detach an adapter")
     state.check_alone("detach an adapter")
-    check_whole(root, "detach an adapter", "lorica.disabled(model) lets it rest")
+    if in_group():
+        check_whole(root, "detach an adapter", "lorica.disabled(model) lets it rest")
     gone = tuple(state.configs) if name is None else (state.known(name),)
     for n in gone:
         for piece in state.pieces[n]:
@@ -256,7 +256,7 @@ def open_for(model: nn.Module, name: str, *, trainable: bool) -> tuple[nn.Module
             f"the model already has an adapter named {name!r}; give another name, or "
             f"lorica.detach(model, {name!r}) first"
         )
-    if is_available() and is_initialized():  # without which nothing is sharded
+    if in_group():
         check_unnoted(root, trainable=trainable)
     return root, state
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import is_available, is_initialized
 
 from lorica import checkpoint
 from lorica.adapter import TOKEN_ROWS, Adapter
@@ -29,7 +28,7 @@ from lorica.piece import Contents
 from lorica.pieces import fill, misfits
 from lorica.pieces.low_rank import LowRank
 from lorica.pieces.plugins.tokens import TokenRows, token_rows
-from lorica.state import AdapterState, adapted
+from lorica.state import AdapterState, adapted, in_group
 from lorica.tree import as_uncompiled, base_parameters, is_sharded, whole
 
 
@@ -78,12 +77,13 @@ def extract_live(
     root, state = adapted(model)
     name = state.one(name)
     state.check_unmerged("take an adapter out")
-    gathered = state_dict or {}
+    gathered, shared = state_dict or {}, in_group()
     if any(as_uncompiled(key) != key for key in gathered):
         gathered = {as_uncompiled(key): tensor for key, tensor in gathered.items()}
 
     def value(live: str | None, tensor: Tensor) -> Tensor:
-        return whole(tensor if live is None else gathered.get(live, tensor)).detach()
+        tensor = tensor if live is None else gathered.get(live, tensor)
+        return (whole(tensor) if shared else tensor).detach()
 
     contents = Contents({}, {}, {})
     for piece in state.pieces_in(root, name):
@@ -128,7 +128,7 @@ def save(
     adapter = extract_live(model, name) if as_trained else extract(model, name)
     root, _ = adapted(model)
     content = with_resized_tables(adapter, root) if hasattr(root, "config") else adapter
-    if not (is_available() and is_initialized()):
+    if not in_group():
         return checkpoint.write(content, directory)
     return once(root, lambda: checkpoint.write(content, directory), directory)
 

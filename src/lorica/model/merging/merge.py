@@ -54,7 +54,7 @@ from lorica.model.merging.ties import Ties
 from lorica.model.merging.untouched import Held, check_untouched, held
 from lorica.model.pretrained import root as pretrained
 from lorica.model.sharded import STREAM, check_whole
-from lorica.state import AdapterState, adapted
+from lorica.state import AdapterState, adapted, in_group
 from lorica.tree import owner_of, put_at, walk
 
 M = TypeVar("M", bound=nn.Module)
@@ -135,7 +135,8 @@ def merge(
     root, state = adapted(model)
     state.check_unmerged("merge")
     state.check_alone("merge")
-    check_whole(root, "merge", STREAM)
+    if in_group():
+        check_whole(root, "merge", STREAM)
     chosen = state.active if names is None else (names,) if isinstance(names, str) else tuple(names)
     if not chosen:
         raise StateError("no adapter is active; say which to merge")
@@ -210,7 +211,8 @@ def switch(model: nn.Module, name: str) -> None:
     root, state = adapted(model)
     _check_merges(state, (name,))
     state.check_alone("switch adapters")
-    check_whole(root, "switch what is merged", STREAM)
+    if in_group():
+        check_whole(root, "switch what is merged", STREAM)
     if not state.merged:
         merge(model, name)
         return
