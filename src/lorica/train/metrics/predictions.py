@@ -12,6 +12,7 @@ from sklearn.metrics import (
     accuracy_score,
     f1_score,
     matthews_corrcoef,
+    precision_recall_fscore_support,
     precision_score,
     recall_score,
     roc_auc_score,
@@ -42,12 +43,15 @@ def classification(
         never predicted counts as precision 0.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
+    # One call for all averages: each call checks its arguments for longer than it counts.
+    by_class: Any = precision_recall_fscore_support(labels, predictions, zero_division=_ZERO)
+    precision, recall, f1, rows = by_class
     scores = {
         "accuracy": accuracy_score(labels, predictions),
-        "f1": f1_score(labels, predictions, average="weighted", zero_division=_ZERO),
-        "f1_macro": f1_score(labels, predictions, average="macro", zero_division=_ZERO),
-        "precision": precision_score(labels, predictions, average="weighted", zero_division=_ZERO),
-        "recall": recall_score(labels, predictions, average="weighted", zero_division=_ZERO),
+        "f1": np.average(f1, weights=rows),
+        "f1_macro": f1.mean(),
+        "precision": np.average(precision, weights=rows),
+        "recall": np.average(recall, weights=rows),
         "matthews": _matthews(labels, predictions),
     }
     if probabilities is not None:
@@ -57,7 +61,9 @@ def classification(
         columns = slice(1, 2) if odds.shape[-1] == 2 else slice(None)
         scores |= _areas(odds[:, columns], truth[:, columns])
         if odds.shape[-1] == 2:
-            scores["f1_binary"] = f1_score(labels, predictions, zero_division=_ZERO)
+            scores["f1_binary"] = f1[
+                np.union1d(labels, predictions) == 1
+            ].sum()  # 0 where nothing is of the second class
     return {name: float(score) for name, score in scores.items()}
 
 
