@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -68,6 +69,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder, *below = item.path.parts[len((REPOSITORY / "tests").parts) :]
         if below and folder not in COVERED:
             item.add_marker(pytest.mark.no_cover)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """Hide what the modules before left alive from the garbage collector, which every training run calls.
+
+    A process that has imported all libraries holds millions of objects, and a walk over them takes as long as
+    a small run itself.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
