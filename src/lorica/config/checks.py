@@ -1,4 +1,4 @@
-"""What each field of a configuration may be."""
+"""Checks of a configuration's fields."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ BIASES = ("none", "all", "lora_only")
 
 _LARGEST_INT = 2**31 - 1
 _LARGEST = 1e30
-"""Scales are multiplied with float32 numbers; beyond this nothing but infinity comes out."""
+"""Scales multiply float32 numbers; larger ones would only give infinity."""
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number of a size that can be computed with."""
+    """Whether a value is a finite number within the range of scales."""
     # An int of any size compares; NaN compares as False.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
 
 
 def is_index(value: Any) -> bool:
-    """Whether it is a whole number that counts from 0."""
+    """Whether a value is a whole number of at least 0."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_INT
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is a whole number of at least 1."""
+    """Whether a value is a whole number of at least 1."""
     return is_index(value) and value >= 1
 
 
@@ -38,10 +38,10 @@ def _is_range(value: Any) -> bool:
 
 
 def check(config: Any) -> None:
-    """Refuse a configuration with a value that cannot be used.
+    """Refuse a configuration with an unusable value.
 
     Args:
-        config: a `LoraConfig`, which is being made.
+        config: the new `LoraConfig`.
 
     Raises:
         ConfigError: naming the field, what was expected and what came.

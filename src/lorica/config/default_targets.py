@@ -1,8 +1,8 @@
-"""The modules that are adapted where no targets are given: PEFT's own table, and names for other models."""
+"""Default target modules: PEFT's own table, and usual names for other models."""
 
 from __future__ import annotations
 
-# By the configuration's `model_type`, as PEFT has it: a script without target_modules trains the same.
+# By the configuration's `model_type`, as in PEFT: a script without target_modules trains the same modules.
 BY_TYPE: dict[str, list[str] | str] = {
     "t5": ["q", "v"],
     "mt5": ["q", "v"],

@@ -1,7 +1,6 @@
-"""Fields of PEFT's `LoraConfig` that lorica does not have: accepted where they ask for nothing, else refused.
+"""Fields of PEFT's `LoraConfig` that lorica lacks: accepted where they ask for nothing, otherwise refused.
 
-Whoever sets one of them means something by it; leaving it out would train another model than the one asked
-for.
+A field that is set has a purpose; ignoring it would train another model than the one asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from lorica.errors import ConfigError, LoricaWarning, UnknownField, lines, listi
 
 
 class _Foreign(NamedTuple):
-    """A method that lorica does not carry: its name, what to do instead, and what asks for nothing."""
+    """A method that lorica lacks: its name, what to do instead, and the values that ask for nothing."""
 
     method: str
     instead: str
@@ -46,26 +45,26 @@ FOREIGN = {
     ),
     "megatron_core": _Foreign("Megatron's parallel layers", "leave it out", "megatron.core"),
 }
-# Fields that say who wrote the file, or how PEFT ran, not what to do (merge_weights: PEFT before 0.4).
+# Fields that record who wrote the file, or how PEFT ran (merge_weights: PEFT before 0.4).
 PROVENANCE = frozenset(("peft_type", "peft_version", "auto_mapping", "runtime_config", "merge_weights"))
 
 
 def without_foreign(
     fields: Mapping[str, Any], known: Collection[str], *, strict: bool = False
 ) -> dict[str, Any]:
-    """The fields that lorica has; the others are dropped if they ask for nothing.
+    """The fields that lorica has; others are dropped if they ask for nothing.
 
     Args:
-        fields: by name, as a user or a file gives them.
+        fields: name → value, from a user or a file.
         known: names of the fields that lorica has.
-        strict: leave fields that PEFT does not have either as they are, for the caller to refuse.
+        strict: keep fields that are not PEFT's either, for the caller to refuse.
 
     Raises:
-        ConfigError: with the whole list of what is asked for and not carried, and what to do instead.
-        UnknownField: a field that nobody knows, in what PEFT did not write.
+        ConfigError: lists the fields that ask for something lorica lacks, and what to do instead.
+        UnknownField: an unknown field in a file that PEFT did not write.
 
     Warns:
-        LoricaWarning: naming the fields of a file of PEFT's that nobody knows: a later PEFT wrote it.
+        LoricaWarning: names unknown fields in a file of PEFT's; a later PEFT wrote it.
     """
     kept: dict[str, Any] = {}
     refused, unknown = [], []

@@ -1,4 +1,4 @@
-"""The values of `init_lora_weights`, and the settings of those that have some, in PEFT's names and JSON."""
+"""The values of `init_lora_weights` and their settings, in PEFT's names and JSON."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Direction = Literal["ArBr", "A2rBr", "ArB2r", "random"]
 Scaling = Literal["stable", "weight_svd", "gd_scale", "unit"]
 
 BASE_KEPT: list[bool | str] = [True, False, "gaussian", "orthogonal", "eva"]
-"""Starts beside which W0 stays as it is."""
+"""Inits that leave W0 as it is."""
 FROM_DATA = ("eva", "corda", "lora_ga")
-"""Starts that look at data first."""
+"""Inits that look at data."""
 INITS: list[bool | str] = [*BASE_KEPT, "pissa", "pissa_niter_[number]", "olora", "corda", "lora_ga", "loftq"]
 _NITER = re.compile(r"pissa_niter_(\d{1,9})")
 
@@ -27,8 +27,8 @@ def make_known(value: str, *, residual: bool) -> None:
     """Let configurations name an init.
 
     Args:
-        value: of `init_lora_weights`.
-        residual: whether it is taken out of W0.
+        value: its value of `init_lora_weights`.
+        residual: whether its start is subtracted from W0.
     """
     if value not in INITS:
         INITS.append(value)
@@ -43,23 +43,23 @@ def niter(init: bool | str) -> int | None:
 
 
 def changes_base(init: bool | str) -> bool:
-    """Whether the start is taken out of W0, so that another weight stands in its place."""
+    """Whether the start is subtracted from W0, so that a residual replaces it."""
     return init not in BASE_KEPT
 
 
 @dataclass(frozen=True)
 class InitConfig:
-    """What the settings of all starts have in common."""
+    """Base class of the inits' settings."""
 
     belongs_to: ClassVar[str]
-    """The value of `init_lora_weights` that reads them."""
+    """The value of `init_lora_weights` that reads these settings."""
 
     @classmethod
     def from_value(cls, value: Any) -> Self | None:
         """The settings, from an instance, a dictionary as JSON holds it, or nothing (None or empty).
 
         Raises:
-            ConfigError: a field that does not exist, or something else altogether.
+            ConfigError: an unknown field, or a value of another type.
         """
         if isinstance(value, cls):
             return value
@@ -83,7 +83,7 @@ class InitConfig:
 
 @dataclass(frozen=True)
 class LoftQConfig(InitConfig):
-    """``"loftq"``: a quantized base, with a start that makes up for what rounding took (Li et al., 2023).
+    """``"loftq"``: a quantized base, with factors that make up for its rounding (Li et al., 2023).
 
     Args:
         loftq_bits: 4 quantizes to NF4 in blocks of 64, 8 to whole numbers by rows.
@@ -108,12 +108,13 @@ class EvaConfig(InitConfig):
     """``"eva"``: A from the principal directions of each layer's inputs (Paischer et al., 2024).
 
     Args:
-        rho: no layer gets more than rho times its rank when ranks go to where inputs vary most; 1 moves none.
-        tau: a direction has settled when its cosine with that of the batch before is this; in [0, 1].
+        rho: bound on a layer's rank, as a multiple of `r`, when ranks go where inputs vary most; 1 keeps all
+            ranks.
+        tau: a direction has settled when its cosine with the previous batch's is at least this; in [0, 1].
         use_label_mask: leave out the tokens that have no target.
         label_mask_value: the label of those tokens.
         whiten: divide each direction by the root of its singular value.
-        adjust_scaling_factors: change alpha with the rank, so that the scale of each update stays.
+        adjust_scaling_factors: change alpha with the rank, so that the scale of each update stays the same.
 
     Raises:
         ConfigError: a value is out of range.
@@ -149,7 +150,7 @@ class CordaConfig(InitConfig):
             least, to keep what is known.
         verbose: say what is being done.
         use_float16_for_covariance: add up the covariances in half precision.
-        prune_temporary_fields: without effect, as nothing is left on the modules; PEFT's files have it.
+        prune_temporary_fields: no effect, for nothing stays on the modules; PEFT's files have it.
 
     Raises:
         ConfigError: a value is out of range.
@@ -221,10 +222,10 @@ def without_idle(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_init(config: Any) -> None:
-    """Refuse a start that there is not, and settings that nothing would read.
+    """Refuse an unknown init, and settings that no init would read.
 
     Args:
-        config: a `LoraConfig`, which is being made.
+        config: the new `LoraConfig`.
 
     Raises:
         ConfigError: naming the field, what was expected and what came.

@@ -1,4 +1,4 @@
-"""Starts that are drawn: Kaiming, normal, orthogonal."""
+"""Random inits: Kaiming, normal, orthogonal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def generator(seed: int, path: str) -> torch.Generator:
 
 
 class Drawn(Init):
-    """A is drawn and B zero, or the reverse, so that B·A is zero; with False neither is."""
+    """One of A and B is drawn and the other zero, so B·A is zero; with False both are drawn."""
 
     reads_weight: ClassVar[bool] = False
 
@@ -46,7 +46,7 @@ class Drawn(Init):
         embedding = issubclass(target.layer, LoraEmbedding)
         A, B = start(target.factor_shapes(r), value, random, embedding=embedding)
         if value == "gaussian":
-            A *= A.shape[0] / r  # its deviation is that of one expert's rank
+            A *= A.shape[0] / r  # the deviation follows one expert's rank
         return A, B
 
 
@@ -75,7 +75,7 @@ def start(
             inputs; False: both drawn, so that the update is not zero at the start.
         random: source of the draws.
         embedding: whether the layer is an embedding.
-        dtype: of both factors.
+        dtype: dtype of both factors.
 
     Returns:
         A and B.

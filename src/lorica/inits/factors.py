@@ -1,4 +1,4 @@
-"""Starts that take W0's own leading part out of it: PiSSA and OLoRA."""
+"""Inits from W0's leading directions, which are subtracted from it: PiSSA and OLoRA."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def pissa(
         weight: W0, in the precision to compute in.
         r: rank.
         scale: α/r or α/√r.
-        niter: None decomposes all of W0; else subspace iterations of a randomized decomposition, which is
-            much quicker and nearly as close from 4 on.
-        random: source of that one's draws.
+        niter: None decomposes all of W0; a number gives the subspace iterations of a randomized
+            decomposition, which is much faster and nearly as close from 4 on.
+        random: source of the randomized decomposition's draws.
 
     Returns:
         A and B.
@@ -51,7 +51,7 @@ def olora(
         r: rank.
 
     Returns:
-        A and B. What they take out of W0 is ``scale · B·A``.
+        A and B; ``scale · B·A`` is to be subtracted from W0.
 
     Source: Büyükakyüz, 2024, algorithm 1.
     """

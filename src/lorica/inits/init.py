@@ -1,12 +1,11 @@
-"""The protocol of an init, the registry of them, and what a start leaves of W0.
+"""The protocol of an init, the registry of inits, and residuals of W0.
 
-A start that is taken out of W0 (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) leaves another weight, which stands in
-W0's place while the adapter acts:
+A start that is subtracted from W0 (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) leaves a residual, which replaces W0
+while the adapter acts:
 
     W0 ──▶ (W0 − scale·B₀·A₀) + scale·B·A,   A = A₀ and B = B₀ at the start
 
-W0 itself is set aside and never written to, so that it comes back bit for bit, and another adapter acts on
-it.
+W0 itself is set aside and never written to, so it comes back bit for bit, and other adapters act on it.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ S = TypeVar("S")
 
 @dataclass(eq=False)
 class Residual:
-    """A start that was taken out of W0.
+    """The residual of W0 after a start was subtracted.
 
     Args:
-        weight: what stands in W0's place while the adapter acts: W0 less the start, or W0 quantized.
+        weight: replaces W0 while the adapter acts: W0 minus the start, or W0 quantized.
         A: the start's own A (r, d_in), to tell what training changed; None where W0 was quantized.
-        B: its B (d_out, r).
+        B: the start's own B (d_out, r).
     """
 
     weight: Parameter
@@ -54,7 +53,7 @@ class Residual:
 
 
 class Initial(NamedTuple):
-    """A and B (float32 or better), and what takes W0's place, if anything does."""
+    """A and B (float32 or better) at the start, and the residual if W0 is replaced."""
 
     A: Tensor
     B: Tensor
@@ -65,10 +64,10 @@ class Init(ABC):
     """A way in which A and B start.
 
     Attributes:
-        residual: whether ``scale·B·A`` is taken out of W0 at the start.
-        reads_weight: whether it starts from W0, or from what the layer is given: for linear layers alone.
-        looks: whether it looks at what the layer is given, which must then be called.
-        directions: how many directions of W0 it needs for each one of the rank.
+        residual: whether ``scale·B·A`` is subtracted from W0 at the start.
+        reads_weight: whether it starts from W0 or from the layer's inputs; for linear layers only.
+        looks: whether it looks at the layer's inputs, so that the layer must be called.
+        directions: number of W0's directions that it needs per unit of rank.
     """
 
     residual: ClassVar[bool] = False
@@ -84,20 +83,20 @@ class Init(ABC):
 
         Args:
             target: the module, of kind `Target.layer`.
-            config: says the rank (`LoraConfig.rank`) and the scale (`LoraConfig.scale`).
-            seen: what data showed of the module, where `looks` had it look at some; else None.
-            random: source of all draws, the module's own.
+            config: gives the rank (`LoraConfig.rank`) and the scale (`LoraConfig.scale`).
+            seen: the result of `look` for this module; None without data.
+            random: the module's own source of draws.
 
         Returns:
             A and B in the shapes of `Target.factor_shapes`, in float32 or better.
         """
 
     def initialize(self, target: Target, config: LoraConfig, seen: Any, random: torch.Generator) -> Initial:
-        """The factors, and the weight to go with them.
+        """The factors and, if W0 is replaced, the residual.
 
         Raises:
-            TargetError: such a start is not possible on this kind of module.
-            StateError: it needs data that the model was not shown.
+            TargetError: the init is not possible on this kind of module.
+            StateError: the init needs data, and none was given.
         """
         self.check(target, config)
         A, B = self.factors(target, config, seen, random)
@@ -108,33 +107,33 @@ class Init(ABC):
         return Initial(own(A), own(B), residual_of(target, A, B, config.scale(target.path)))
 
     def look(self, model: nn.Module, config: LoraConfig, data: Any, seed: int) -> Mapping[str, Any]:
-        """Show the model data, where `looks`; it is left as it was.
+        """Run data through the model, for inits that look at some; the model stays as it is.
 
         Args:
             model: the model, not adapted by this configuration yet.
             config: what will be adapted.
-            data: as it was given to `lorica.adapt`.
-            seed: source of draws.
+            data: the `data` of `lorica.adapt`.
+            seed: fixes the draws.
 
         Returns:
-            What was seen of each targeted module, by path: `seen` of `factors`.
+            Path of each targeted module → what it saw: the argument `seen` of `factors`.
         """
         raise NotImplementedError
 
     def check(self, target: Target, config: LoraConfig) -> None:
-        """Refuse a module on which such a start is not possible.
+        """Refuse a module on which this init is not possible.
 
         Raises:
-            TargetError: naming the module, and what to do.
+            TargetError: naming the module and the remedy.
         """
         if self.reads_weight:
             _check_weight(self, target, config)
 
 
 PREPARED = "lorica_prepared"
-"""Attribute of a model that was shown data: what its modules' starts are made from, by path."""
+"""Attribute of a model that has seen data: path → what the module's init needs."""
 INITS: dict[bool | str, Init] = {}
-"""Value of `LoraConfig.init_lora_weights` → how A and B start."""
+"""Value of `LoraConfig.init_lora_weights` → init."""
 
 
 def register(value: str, init: Init) -> Init:
@@ -151,10 +150,10 @@ def of(config: LoraConfig) -> Init:
 
 
 def check_alone(lora: LoraConfig) -> None:
-    """Refuse a start that is worked out for LoRA alone in a combination of methods.
+    """Refuse an init, in a combination of methods, that assumes LoRA alone.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: the configuration has such an init.
     """
     value = lora.init_lora_weights
     if changes_base(value) or value in FROM_DATA:
@@ -165,7 +164,7 @@ def check_alone(lora: LoraConfig) -> None:
 
 
 def residual_of(target: Target, A: Tensor, B: Tensor, scale: float) -> Residual:
-    """The start that takes ``scale · B·A`` out of W0. A and B are copied."""
+    """The residual after subtracting ``scale · B·A`` from W0. A and B are copied."""
     A, B = own(A), own(B)
     return Residual(stored(target, subtract(target.layer, base_weight(target), A, B, scale)), A, B)
 
@@ -179,18 +178,18 @@ def subtract(layer: type[LoraLayer], weight: Tensor, A: Tensor, B: Tensor, scale
 def check_seen(
     seen: object, kind: type[S], directions: int, target: Target, config: LoraConfig, call: str
 ) -> S:
-    """What data showed of a module, as a start needs it.
+    """Check what data showed of a module.
 
     Args:
-        seen: what was noted, if anything was.
-        kind: of what is expected.
-        directions: for each one of the rank.
+        seen: the result of `look`, or None.
+        kind: the expected type.
+        directions: number of directions per unit of rank.
         target: the module.
-        config: says the rank.
-        call: what looks at data for such a start.
+        config: gives the rank.
+        call: name of the function that looks at data for this init.
 
     Raises:
-        StateError: nothing was noted, or for another rank.
+        StateError: there is no result, or one for another rank.
     """
     value, r = config.init_lora_weights, config.rank(target.path)
     if not isinstance(seen, kind):
@@ -207,7 +206,7 @@ def check_seen(
 
 
 def _check_weight(init: Init, target: Target, config: LoraConfig) -> None:
-    """Refuse a module whose W0 cannot be started from, or has too few directions."""
+    """Refuse a module whose W0 cannot be read, or has too few directions."""
     value, path, layer = config.init_lora_weights, target.path, target.layer
     what = f"{path}: init_lora_weights={value!r}"
     kind = type(target.module).__name__
@@ -239,12 +238,12 @@ def _check_weight(init: Init, target: Target, config: LoraConfig) -> None:
 
 
 def own(factor: Tensor) -> Tensor:
-    """A copy: what was cut out of a decomposition would keep the whole of it in memory."""
+    """A copy: a slice of a decomposition would keep all of it in memory."""
     return factor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def base_weight(target: Target) -> Parameter:
-    """What stands in the module as its weight."""
+    """The module's present weight."""
     weight = target.module._parameters[target.layer.weight_name]
     assert weight is not None
     return weight
@@ -257,7 +256,7 @@ def precise(target: Target) -> Tensor:
 
 
 def stored(target: Target, matrix: Tensor) -> Parameter:
-    """A matrix (d_out, d_in) as the module stores its weight."""
+    """A matrix (d_out, d_in) in the layout of the module's weight."""
     weight = base_weight(target)
     matrix = matrix.t() if target.layer.transposed else matrix
     return Parameter(matrix.to(weight.dtype).contiguous(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""W0 decomposed along what its inputs do: CorDA."""
+"""W0 decomposed along the directions of its inputs: CorDA."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorica.inits.init import Init, check_seen, register
 from lorica.inits.lowrank import Triple
 
 _TOLERATED = 0.05  # ‖C·C⁻¹ − 1‖ up to which an inverse counts as one
-_DOUBLINGS = 24  # of what is added; long before, it outweighs the rest
+_DOUBLINGS = 24  # of the term added to the diagonal, which outweighs the rest long before
 
 
 class Covariance:
@@ -25,7 +25,7 @@ class Covariance:
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        """Start from nothing, adding up in `dtype`."""
+        """Start at zero; sums are kept in `dtype`."""
         self.dtype, self.batches = dtype, 0
         self.total: Tensor | None = None
 
@@ -33,7 +33,7 @@ class Covariance:
         """Add a batch of inputs, (..., d_in).
 
         Raises:
-            AdapterError: it holds NaN or infinity, or nothing but zeros; or the sum outgrows its dtype.
+            AdapterError: the batch holds NaN or infinity, or only zeros; or the sum overflows its dtype.
         """
         rows = x.detach().reshape(-1, x.shape[-1]).to(self.dtype)
         rows = rows / rows.max().abs()
@@ -60,7 +60,7 @@ class Covariance:
 
 
 class Oriented(NamedTuple):
-    """What is to be trained of W0, ``U·diag(S)·V``: U (d_out, r), S (r,), V (r, d_in)."""
+    """The part of W0 to train, ``U·diag(S)·V``: U (d_out, r), S (r,), V (r, d_in)."""
 
     U: Tensor
     S: Tensor
@@ -81,7 +81,7 @@ def orient(
 
     Args:
         weight: W0, in float32 or better.
-        covariance: C, of the layer's inputs. Something is added to its diagonal until it can be inverted.
+        covariance: C of the layer's inputs. Its diagonal is raised until C can be inverted.
         r: rank.
         method: ``"ipm"`` takes the r largest terms, which the inputs use most; ``"kpm"`` the r smallest.
 
@@ -89,7 +89,7 @@ def orient(
         The terms.
 
     Raises:
-        AdapterError: no such sum has an inverse.
+        AdapterError: C has no inverse, however much its diagonal is raised.
 
     Source: Yang et al., 2024, §3.2.
     """

@@ -1,4 +1,4 @@
-"""A start from which the first steps go where full fine-tuning would: LoRA-GA."""
+"""An init whose first steps follow full fine-tuning's: LoRA-GA."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def lora_ga(
 ) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
     """A from right singular vectors of the gradient, B from left ones times their singular values.
 
-    The values stand on B as in PEFT; the paper leaves them out.
+    B carries the singular values as in PEFT; the paper leaves them out.
 
     Args:
         triples: the gradient's leading 2r.
         r: rank.
         scale: α/r or α/√r.
         weight: W0, in the precision to compute in.
-        config: which vectors, and how long.
+        config: chooses the vectors and their length.
         random: source of draws, for ``direction="random"`` and the norm of W0.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Principal directions of inputs that come batch by batch, and ranks shared out by them: EVA."""
+"""Principal directions of inputs that arrive batch by batch, and ranks assigned by them: EVA."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _NITER = 4
 
 
 class IncrementalSVD:
-    """The leading right singular vectors of all rows seen so far, each less the mean of them all.
+    """The leading right singular vectors of all rows so far, centred by their mean.
 
-    What is kept is k vectors, however many rows come: the vectors so far, times their singular values, stand
-    for the rows they came from.
+    It keeps k vectors, whatever the number of rows: the vectors so far, times their singular values, stand for
+    the rows they came from.
 
     Args:
-        k: vectors to keep.
+        k: number of vectors to keep.
         random: source of the randomized decompositions' draws.
 
     Source: Ross et al., 2008, §3.1; Paischer et al., 2024, §3.
     """
 
     def __init__(self, k: int, random: torch.Generator) -> None:
-        """Start from nothing."""
+        """Start without any row."""
         self.k, self._random = k, random
         self.rows = 0
         self.mean: Tensor | None = None
@@ -43,10 +43,10 @@ class IncrementalSVD:
         self.settled = torch.zeros(k, device="cpu")
 
     def add(self, x: Float[Tensor, "rows d_in"]) -> None:
-        """Take in a batch of rows.
+        """Add a batch of rows.
 
         Args:
-            x: at least k rows; fewer say too little about k directions, and are passed over.
+            x: at least k rows; a smaller batch is skipped, because it cannot determine k directions.
         """
         if len(x) < self.k:
             return
@@ -81,12 +81,12 @@ class IncrementalSVD:
 def share_ranks(
     explained: Mapping[str, Tensor], budget: int, same_inputs: Mapping[str, str]
 ) -> dict[str, int]:
-    """Give ranks to the layers whose inputs vary most along one more direction.
+    """Assign ranks to the layers whose inputs vary most along one more direction.
 
     Args:
-        explained: layer → share of its inputs' variance along each direction it may get (k,).
-        budget: ranks to give in all.
-        same_inputs: layer → layer with the same inputs; that one gets no less.
+        explained: layer → share of its inputs' variance along each direction that it may get (k,).
+        budget: total of all ranks.
+        same_inputs: layer → layer with the same inputs, which gets at least the same rank.
 
     Returns:
         Layer → rank, 0 for some.
@@ -104,7 +104,7 @@ def share_ranks(
 
 
 class Eva(Drawn):
-    """As True, until the layer's inputs were looked at."""
+    """The layer's principal input directions; before data was seen, the same as True."""
 
     reads_weight: ClassVar[bool] = True
     looks: ClassVar[bool] = True

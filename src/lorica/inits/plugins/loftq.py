@@ -1,4 +1,4 @@
-"""A quantized weight, and a start that makes up for what rounding took: LoftQ."""
+"""A quantized weight, and factors that make up for its rounding: LoftQ."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def loftq(
 def compensate(
     weight: Float[Tensor, "d_out d_in"], base: Float[Tensor, "d_out d_in"], r: int, scale: float
 ) -> tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]:
-    """The A and B with which a quantized base comes closest to the weight it was made of.
+    """The A and B that bring a quantized weight closest to the original.
 
     Args:
-        weight: W0.
-        base: what quantizing left of it.
+        weight: the original W0.
+        base: the quantized W0, as plain numbers.
         r: rank.
         scale: α/r or α/√r.
 
@@ -58,7 +58,7 @@ def compensate(
 
 
 class LoftQ(Init):
-    """W0 quantized, and the factors that make up for that."""
+    """W0 quantized, and the factors that make up for the rounding."""
 
     residual: ClassVar[bool] = True
 

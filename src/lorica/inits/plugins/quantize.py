@@ -1,4 +1,4 @@
-"""What is left of a weight after quantizing it, to the bit what bitsandbytes leaves of it."""
+"""Quantize a weight and expand it again, bit for bit as bitsandbytes does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorica._shapes import Float
 
 _BLOCK = 64
 # The sixteen values of NF4 (Dettmers et al., 2023, appendix E): quantiles of the normal distribution, scaled
-# to [-1, 1], with an exact zero. Written out, since rounding the quantiles afresh differs in the last bit.
+# to [-1, 1], with an exact zero. Written out, because quantiles computed anew differ in the last bit.
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -30,7 +30,7 @@ def quantized(weight: Float[Tensor, "d_out d_in"], bits: int) -> Float[Tensor, "
             of the weight in half precision.
 
     Returns:
-        The weight, rounded to what that many bits can say.
+        The weight, rounded to that many bits.
     """
     return _nf4(weight) if bits == 4 else _int8(weight)
 
@@ -40,7 +40,7 @@ def _nf4(weight: Tensor) -> Tensor:
     flat = weight.flatten()
     blocks = F.pad(flat, (0, -flat.numel() % _BLOCK)).view(-1, _BLOCK)
     largest = blocks.abs().amax(1, keepdim=True)
-    # A block of zeros has no scale to divide by, and any code stands for zero then.
+    # A block of zeros has no scale to divide by; any code then decodes to zero.
     codes = torch.bucketize(blocks * (1 / largest.where(largest > 0, 1.0)), between)
     return (values[codes] * largest).flatten()[: flat.numel()].view_as(weight)
 
