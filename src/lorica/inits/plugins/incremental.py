@@ -22,7 +22,7 @@ _NITER = 4
 class IncrementalSVD:
     """The leading right singular vectors of all rows so far, centred by their mean.
 
-    It keeps k vectors, whatever the number of rows: the vectors so far, times their singular values, stand for
+    It keeps k vectors for any number of rows: the vectors so far, times their singular values, stand for
     the rows they came from.
 
     Args:
