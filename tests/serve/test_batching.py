@@ -76,7 +76,7 @@ def batcher(model: Any, conductor: Greedy, **sizes: int) -> Batcher:
     return made
 
 
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"
@@ -99,7 +99,7 @@ def test_a_step_asks_in_order_and_tells_what_is_in_the_batch(model: Any):
     made = batcher(model, conductor)
     run(made, conductor, {"long": ([5] * 40, 2), "short": ([7, 8, 9], 3)})
     made.stop(hard_stop=True)
-    assert conductor.over.wait(10)
+    assert conductor.over.wait(120)
     assert conductor.error is None
     # A prompt longer than a step takes two, and has no token after the first; the head is given as many
     # entries as there are requests, padded with the first token.
@@ -183,7 +183,7 @@ def test_an_error_in_a_step_ends_the_thread_and_is_told(model: Any):
     made = batcher(model, conductor)
     conductor.todo.append(lambda own: own.put("a", [3], 2, ()))
     made.wake()
-    assert conductor.over.wait(10)
+    assert conductor.over.wait(120)
     assert str(conductor.error) == "told"
     until(lambda: not made.is_running())
     made.stop(hard_stop=True)

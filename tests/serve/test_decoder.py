@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers.generation.continuous_batching", reason="needs lorica[serve]")
 
 from serving import KINDS, Alone, Letters, collect, decoder, greedy, ids_of, write_adapter
 
+import lorica
+from lorica.layers.slots import SlotLayer
 from lorica.serve import Decoder, EngineDown, Sampling, UnknownAdapter
+from lorica.serve.decoder import batching
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +258,7 @@ def test_an_engine_that_dies_says_so_and_comes_back_once(model: Any, monkeypatch
             monkeypatch.setattr(engine._schedule, "packed", fail)
             for answer in running:
                 with pytest.raises(EngineDown, match="died: no room"):
-                    await asyncio.wait_for(collect(answer), 20)
+                    await asyncio.wait_for(collect(answer), 120)
             monkeypatch.undo()
             while not engine.alive:
                 await asyncio.sleep(0.01)
@@ -262,7 +267,7 @@ def test_an_engine_that_dies_says_so_and_comes_back_once(model: Any, monkeypatch
             assert engine.leases == engine.blocks_held == 0
             monkeypatch.setattr(engine._schedule, "packed", fail)
             with pytest.raises(EngineDown, match="died"):
-                await asyncio.wait_for(collect(engine.admit(ids, None, greedy(4))), 20)
+                await asyncio.wait_for(collect(engine.admit(ids, None, greedy(4))), 120)
             assert not engine.alive
             with pytest.raises(EngineDown, match="the engine is dead"):
                 engine.admit(ids, None, greedy(4))
@@ -280,7 +285,57 @@ def test_stopping_lets_requests_finish_or_tells_them(model: Any):
         await engine.stop(drain=drain)
         with pytest.raises(EngineDown, match="stopped"):
             engine.admit([5], None, greedy(1))
-        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 120)
 
     assert [len(own) for own in asyncio.run(serve(30))] == [30, 30, 30]
     assert all(isinstance(own, EngineDown) for own in asyncio.run(serve(None)))
+
+
+def test_adapters_that_somebody_trains_on_the_model_do_not_act_in_the_engine(
+    folders: dict[str, Path], alone: Alone
+):
+    own, ids = decoder(), prompts(1, 9, 9)[0]
+
+    async def serve() -> None:
+        async with Decoder(own, adapters=root(folders), watch=0) as engine:
+            before = await ids_of(engine.admit(ids, None, greedy(5)))
+            lorica.load(own, folders["some"], "learner", trainable=True)
+            assert await ids_of(engine.admit(ids, None, greedy(5))) == before
+            assert alone.agrees(folders["all"], ids, await ids_of(engine.admit(ids, "all", greedy(5))), 5)
+            with torch.no_grad():  # and those of the engine do not act in training
+                expected = alone.logits(folders["some"], ids)
+                torch.testing.assert_close(own(torch.tensor([ids])).logits[0], expected)
+
+    asyncio.run(serve())
+
+
+def test_an_adapter_that_cannot_be_mounted_leaves_the_others_alone(
+    model: Any, folders: dict[str, Path], alone: Alone, monkeypatch: pytest.MonkeyPatch
+):
+    ids = prompts(1, 9, 9)[0]
+
+    async def serve() -> None:
+        async with Decoder(model, adapters=root(folders), watch=0) as engine:
+            await ids_of(engine.admit(ids, "some", greedy(2)))
+            put = SlotLayer.put
+
+            def fail(layer: SlotLayer, *args: Any) -> None:
+                if "down_proj" in layer.path:
+                    raise MemoryError("no room for larger tables")
+                put(layer, *args)
+
+            monkeypatch.setattr(SlotLayer, "put", fail)
+            with pytest.raises(EngineDown, match="all: no room"):
+                await collect(engine.admit(ids, "all", greedy(5)))
+            monkeypatch.undo()
+            assert (engine.leases, engine.stats.restarts_total) == (0, 0)
+            for name in ("head", "all"):  # the first takes the place that the failure left
+                assert alone.agrees(folders[name], ids, await ids_of(engine.admit(ids, name, greedy(5))), 5)
+
+    asyncio.run(serve())
+
+
+def test_another_version_of_transformers_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batching, "transformers", SimpleNamespace(__version__="5.24.0"))
+    with pytest.raises(lorica.LoricaError, match=r"5\.23\.x, and 5\.24\.0 is installed"):
+        Decoder(model)

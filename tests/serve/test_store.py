@@ -110,7 +110,7 @@ def test_a_name_is_an_alias_of_a_content(model: Any, root: Path):
 
 def test_a_watched_folder_is_followed(model: Any, made: Path, root: Path):
     async def until(condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while not condition():
                 await asyncio.sleep(0.01)
 

@@ -153,18 +153,21 @@ class Slots:
         rank = next((rank for rank in RANKS if rank >= fitted.rank), fitted.rank)
         taken = {place.row for place in self.mounted if place.rank == rank}
         place = Place(rank, next(row for row in range(self.capacity) if row not in taken))
-        own = set()
-        for path, part in fitted.parts.items():
-            module = fitted.modules[path]
-            own.add(module)
-            if module not in self._layers:
-                like = _like(module, self.root)
-                head = module is self._head
-                self._layers[module] = SlotLayer(path, module, self._chosen, head, like)
-            self._layers[module].put(place, part)
-        for module, layer in self._layers.items():
-            if module not in own:
-                layer.clear(place)
+        parts = {fitted.modules[path]: (path, part) for path, part in fitted.parts.items()}
+        try:
+            for module, (path, part) in parts.items():
+                if module not in self._layers:
+                    head = module is self._head
+                    like = _like(module, self.root)
+                    self._layers[module] = SlotLayer(path, module, self._chosen, head, like)
+                self._layers[module].put(place, part)
+            for module, layer in self._layers.items():
+                if module not in parts:
+                    layer.clear(place)
+        except BaseException:  # no memory for larger tables, as a rule
+            for layer in self._layers.values():
+                layer.drop(place)
+            raise
         self.mounted[place] = fitted
         return place
 

@@ -139,7 +139,6 @@ class SlotLayer:
     def put(self, place: Place, part: Part) -> None:
         """Mount an adapter's part."""
         self.drop(place)
-        self.held.add(place)
         self._vectors.clear()
         if part.A is not None and part.B is not None:
             if place.rank not in self.tables:
@@ -150,6 +149,7 @@ class SlotLayer:
         for held, value in ((self.turns, part.turn), (self.shifts, part.shift), (self.copies, part.copy)):
             if value is not None:
                 held[place] = value  # type: ignore[assignment]
+        self.held.add(place)
 
     def drop(self, place: Place) -> None:
         """Unmount what a place holds."""

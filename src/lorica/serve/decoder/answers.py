@@ -102,11 +102,18 @@ class DecodedAnswer:
     Args:
         request: whose answer it is.
         tokenizer: writes its text; None leaves it empty.
-        cancel: drops the request from the engine.
+        cancel: drops the request from the engine; called in the event loop.
+        left: likewise, from whatever thread collects garbage.
     """
 
-    def __init__(self, request: Request, tokenizer: Any, cancel: Callable[[Request], None]) -> None:
-        self._request, self._cancel = request, cancel
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Any,
+        cancel: Callable[[Request], None],
+        left: Callable[[Request], None],
+    ) -> None:
+        self._request, self._cancel, self._left = request, cancel, left
         self._writer = Writer(tokenizer, request.sampling.stop)
         self._over = False
 
@@ -155,9 +162,6 @@ class DecodedAnswer:
 
     async def aclose(self) -> None:
         """Cancel what is still to come."""
-        self._close()
-
-    def _close(self) -> None:
         if not self._over:
             self._over = True
             self._cancel(self._request)
@@ -165,4 +169,5 @@ class DecodedAnswer:
 
     def __del__(self) -> None:
         """An answer that nobody reads any more is cancelled."""
-        self._close()
+        if not self._over:
+            self._left(self._request)

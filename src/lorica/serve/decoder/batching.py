@@ -18,13 +18,31 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import cache, model_runner, utils
 from transformers.generation.continuous_batching import continuous_api as api
 from transformers.generation.continuous_batching.requests import RequestState
 
+from lorica.errors import MissingExtra
 from lorica.serve.decoder import attention
+
+VERSION = "5.23."
+"""What transformers' version begins with, as the extra `serve` pins it."""
+
+
+def check_version() -> None:
+    """Refuse another version than the one whose insides are known: hooks that nobody calls fail in silence.
+
+    Raises:
+        MissingExtra: naming both.
+    """
+    if not transformers.__version__.startswith(VERSION):
+        raise MissingExtra(
+            f"the engine steers the insides of transformers {VERSION}x, and {transformers.__version__} is "
+            "installed; the right one comes with: pip install 'lorica[serve]'"
+        )
 
 
 class Part(NamedTuple):

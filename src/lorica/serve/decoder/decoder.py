@@ -20,7 +20,7 @@ from lorica.errors import StateError
 from lorica.model.slots import Slots
 from lorica.serve.decoder import admission
 from lorica.serve.decoder.answers import Channel, DecodedAnswer, Request
-from lorica.serve.decoder.batching import Batcher, bytes_per_token, capacity
+from lorica.serve.decoder.batching import Batcher, bytes_per_token, capacity, check_version
 from lorica.serve.decoder.schedule import Schedule, Told
 from lorica.serve.engine import EngineDown, Limits, Overloaded, Sampling, Stats
 from lorica.serve.store import Content, Store
@@ -64,6 +64,7 @@ class Decoder:
 
     Raises:
         StateError: the model is no decoder that can be batched so, or adapters are merged into its weights.
+        MissingExtra: another version of transformers is installed than the one that the engine steers.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Decoder:
         watch: float = 2.0,
         restarts: int = 1,
     ) -> None:
+        check_version()
         if not hasattr(model, "init_continuous_batching") or not model.can_generate():
             raise StateError(
                 f"{type(model).__name__} writes no text; serve one that AutoModelForCausalLM made"
@@ -110,6 +112,7 @@ class Decoder:
         self._batcher: Batcher | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._state = "not started"
+        self._task: asyncio.Future[None] | None = None
         self._restarts, self._allowed, self._born = 0, restarts, 0.0
         self._lives = restarts
         self._schedule = Schedule(
@@ -202,7 +205,7 @@ class Decoder:
             self._submit(request, tenant)
         else:
             self._loading[request.id] = asyncio.create_task(self._submit_read(request, tenant))
-        return DecodedAnswer(request, self.tokenizer, self._cancel)
+        return DecodedAnswer(request, self.tokenizer, self._cancel, self._left)
 
     def _submit(self, request: Request, tenant: str) -> None:
         content = request.content
@@ -232,6 +235,9 @@ class Decoder:
             if self._batcher is not None:
                 self._batcher.wake()
 
+    def _left(self, request: Request) -> None:
+        self._in_loop(self._cancel, request)
+
     def _close(self, request: Request, *, served: bool = False) -> None:
         if self._open.pop(request.id, None) is not None and request.lease is not None:
             request.lease.release(served=served)
@@ -260,7 +266,10 @@ class Decoder:
 
     def _told(self, told: Sequence[Told], over: Sequence[Request]) -> None:
         finished = set()
-        for request, tokens, finish, prompt in told:
+        for request, tokens, finish, prompt, error in told:
+            if error is not None:
+                request.channel.fail(error)
+                continue
             request.channel.tell(tokens, finish, prompt)
             if finish is not None:
                 finished.add(request.id)
@@ -343,7 +352,11 @@ class Decoder:
             await asyncio.to_thread(before.stop, block=True, timeout=60, hard_stop=True)
         if self._state in ("stopping", "stopped"):
             return
-        batcher = Batcher(self.model, self._schedule, **self._sizes)
+        try:
+            batcher = Batcher(self.model, self._schedule, **self._sizes)
+        except Exception:
+            self._state = "dead"
+            raise
         self._batcher, self._born, self._state = batcher, time.monotonic(), "running"
         batcher.start()
 

@@ -9,6 +9,7 @@ that are mounted take no more requests until a slot is free for it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +21,16 @@ from torch import Tensor
 
 from lorica.errors import AdapterError
 from lorica.layers.slots import Place
+from lorica.model import disabled
 from lorica.model.slots import Fitted, Slots
 from lorica.serve.decoder.answers import Finish, Request
 from lorica.serve.decoder.batching import Batcher, Part, prompt_logits
 from lorica.serve.decoder.sampling import choose_all, described
-from lorica.serve.engine import Token
+from lorica.serve.engine import EngineDown, Token
 from lorica.serve.store import Content
+from lorica.state import STATE
+
+log = logging.getLogger("lorica.serve")
 
 
 class Told(NamedTuple):
@@ -35,6 +40,7 @@ class Told(NamedTuple):
     tokens: tuple[Token, ...]
     finish: Finish | None
     prompt: tuple[Token, ...] = ()
+    error: Exception | None = None
 
 
 @dataclass(eq=False)
@@ -120,14 +126,14 @@ class Schedule:
     def between(self, batcher: Batcher) -> bool:
         """Let requests come and go; see `Conductor`."""
         gone = self._obey(batcher)
-        told = self._score(batcher)
-        self._admit(batcher)
+        told = self._score(batcher) + self._admit(batcher)
         if gone or told:
-            self._tell(told, gone + [own.request for own in told if own.finish])
+            self._tell(told, gone + [own.request for own in told if own.finish or own.error])
         return bool(self._scoring)
 
     def packed(self, parts: Sequence[Part], heads: Sequence[str] | None) -> None:
-        """Have each token's adapter act."""
+        """Have each token's adapter act, and none that the model carries for others."""
+        self._rest()
         places = {part.id: self._place(self.running[part.id]) for part in parts}
         runs = [(places[part.id], part.tokens) for part in parts]
         self.slots.choose(runs, None if heads is None else [(places[id], 1) for id in heads])
@@ -184,8 +190,9 @@ class Schedule:
             batcher.cancel(dropped)
         return gone
 
-    def _admit(self, batcher: Batcher) -> None:
-        now = time.monotonic()
+    def _admit(self, batcher: Batcher) -> list[Told]:
+        """Let those in that can be; returns those whose adapter could not be mounted."""
+        now, failed = time.monotonic(), list[Told]()
         waits: Request | None = None
         for request in list(self.waiting.values()):
             if len(self.running) >= self.requests:
@@ -193,9 +200,18 @@ class Schedule:
             content = request.content
             late = waits is not None and now - (self._blocked_since or now) > self.patience
             if content is not None and content.slot is None:
-                if waits is None and self._mount(content):
+                if waits is not None:
+                    continue
+                try:
+                    mounted = self._mount(content)
+                except Exception as error:  # of this adapter, or memory: others are answered still
+                    log.exception("%s could not be mounted", request.name)
+                    del self.waiting[request.id]
+                    failed.append(Told(request, (), None, error=EngineDown(f"{request.name}: {error}")))
+                    continue
+                if mounted:
                     self._enter(request, batcher)
-                elif waits is None:
+                else:
                     waits = request
                     if self._blocked_since is None:
                         self._blocked_since = now
@@ -204,6 +220,7 @@ class Schedule:
                 self._enter(request, batcher)
         if waits is None:
             self._blocked_since = None
+        return failed
 
     def _enter(self, request: Request, batcher: Batcher) -> None:
         del self.waiting[request.id]
@@ -235,6 +252,7 @@ class Schedule:
         if not request.scored:
             request.scored.append(Token(prompt[0]))
         done = len(request.scored) - 1
+        self._rest()
         self.slots.choose([(self._place(request), min(self.chunk, len(prompt) - done))])
         logits = next(chunks)
         following = prompt[done + 1 : done + 1 + len(logits)]
@@ -251,6 +269,12 @@ class Schedule:
             return [Told(request, (), "length", scored)]
         self._run(request, batcher)
         return [Told(request, (), None, scored)]
+
+    def _rest(self) -> None:
+        """Have no adapter act in this thread that somebody trains on the model."""
+        state = self.slots.root.__dict__.get(STATE)
+        if state is not None and state.own_choice() is None:
+            disabled(self.slots.root)
 
     def _place(self, request: Request) -> Place | None:
         content = request.content
