@@ -14,6 +14,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from lorica.errors import AdapterError
+
 Rows = frozenset[int] | None
 """Rows of a module that an adapter trains; None for all of it."""
 
@@ -32,6 +34,22 @@ class Held(NamedTuple):
     live: str | None
     tensor: Tensor
     buffer: bool = False
+
+
+class Beginning(NamedTuple):
+    """From what an adapter's pieces start anew, on a model that was made without values.
+
+    Args:
+        root: the model; its base has its values.
+        state: the model's.
+        config: the adapter's.
+        seed: fixes how what is drawn starts.
+    """
+
+    root: nn.Module
+    state: Any
+    config: Any
+    seed: int
 
 
 class Contents(NamedTuple):
@@ -128,6 +146,21 @@ class Piece(ABC):
     def otherwise(self, held: Held) -> Tensor:
         """The values of a tensor that a file leaves out; for optional pieces."""
         raise NotImplementedError
+
+    def begin_again(self, name: str, at: Beginning) -> Iterator[tuple[Tensor, Tensor]]:
+        """The tensors of the piece, each with the value that it starts with, as `lorica.adapt` would have it.
+
+        Args:
+            name: of the adapter.
+            at: from what.
+
+        Raises:
+            AdapterError: that cannot be told.
+        """
+        raise AdapterError(
+            f"{self.path}: a {type(self).__name__} does not know how it starts on a model that was made "
+            "without values; make the model whole, or lorica.load_weights what it holds"
+        )
 
     def stand_ins(self, name: str) -> Mapping[str, Tensor]:
         """Name of a parameter or buffer of the base → its replacement while the adapter acts."""

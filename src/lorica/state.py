@@ -52,6 +52,7 @@ class AdapterState(Choices):
         opened: kinds of pieces that must undo something when the last adapter comes off.
         watch: the hook that looks for layers that a pass does not call.
         uncalled: kinds of layers already reported as not called.
+        unfilled: adapters that came with values onto a model without any, which kept none.
     """
 
     configs: dict[str, AdapterConfig] = field(default_factory=dict)
@@ -73,6 +74,7 @@ class AdapterState(Choices):
     opened: list[Any] = field(default_factory=list)
     watch: Any = None
     uncalled: set[str] = field(default_factory=set)
+    unfilled: set[str] = field(default_factory=set)
 
     def put(
         self, root: nn.Module, name: str, config: AdapterConfig, pieces: list[Piece], *, trainable: bool
@@ -99,6 +101,7 @@ class AdapterState(Choices):
         if self.classes is not None:
             self.classes.own.pop(name, None)
         del self.configs[name]
+        self.unfilled.discard(name)
 
     def __post_init__(self) -> None:
         super().__post_init__()

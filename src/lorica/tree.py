@@ -147,6 +147,26 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value, part.device_mesh, part.placements, src_data_rank=None)
 
 
+@torch.no_grad()
+def assign(tensor: Tensor, value: Tensor) -> None:
+    """Write a value into a tensor, or this rank's share of it into its part; nothing is sent.
+
+    Args:
+        tensor: what is written to.
+        value: whole, on every rank; or in parts as `tensor` is.
+    """
+    if not is_sharded(tensor) or is_sharded(value):
+        tensor.copy_(value)
+        return
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    part: Any = tensor
+    shape, offset = compute_local_shape_and_global_offset(value.shape, part.device_mesh, part.placements)
+    for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
+        value = value.narrow(dim, min(start, value.shape[dim]), size)
+    part.to_local().copy_(value)
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module inside the wrapper that `torch.compile(module)` returns; others are returned as they are."""
     while (inside := module._modules.get(_COMPILED)) is not None:

@@ -182,6 +182,23 @@ class SwappedModule(nn.Module):
                 "since the model was adapted; gather the model first, or do this before sharding"
             )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As a module's. What adapters hold on the meta device comes from there without values: as NaN."""
+        bare = [
+            (part, leaf)
+            for name in self.own_modules
+            for part in getattr(self._modules.get(name), "modules", tuple)()
+            for leaf, tensor in part._parameters.items()
+            if tensor is not None and tensor.is_meta
+        ]
+        super()._apply(fn, recurse)
+        with torch.no_grad():
+            for part, leaf in bare:
+                tensor = part._parameters[leaf]
+                if tensor is not None and not tensor.is_meta and tensor.is_floating_point():
+                    tensor.fill_(torch.nan)
+        return self
+
     def leave(self) -> LayerState:
         """Return to the original class; the result lets `enter` undo that."""
         modules = {

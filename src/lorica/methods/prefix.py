@@ -30,6 +30,7 @@ from lorica.methods.positions import context, is_causal
 from lorica.pieces import register
 from lorica.pieces.plugins.added import MethodKind
 from lorica.tree import Place, walk
+from lorica.tree import whole as whole_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ class PreEmbed(MethodKind):
                 Inserted(config.lengths, start, patches.module),
             )
             return Plan(parts=[_on(config, root, place, Inserted(config.lengths)), inner])
-        words = place.module.get_input_embeddings().weight.detach()  # type: ignore[operator]
+        words = whole_of(place.module.get_input_embeddings().weight.detach())  # type: ignore[operator]
         drawn = torch.randint(len(words), (sum(config.lengths),), generator=random, device="cpu")
         part = Inserted(config.lengths, words[drawn.to(words.device)], place.module)
         return Plan(parts=[_on(config, root, place, part)])

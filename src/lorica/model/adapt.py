@@ -29,6 +29,7 @@ from lorica.model.pretrained import classes
 from lorica.model.pretrained import root as pretrained
 from lorica.model.sharded import check_whole
 from lorica.model.watch.uncalled import FUSED, watch_pass
+from lorica.model.watch.unfilled import is_bare, watch_filling
 from lorica.model.watch.wrapped import check_unnoted
 from lorica.pieces import Kind, Search, asked, find_pieces, surroundings
 from lorica.state import STATE, AdapterState, adapted, check_name, find_adapted, in_group
@@ -282,7 +283,12 @@ def _put(search: Search, state: AdapterState, name: str, config: AdapterConfig) 
     root = search.root
     if not state.configs:
         _open(search, state)
+    bare = is_bare(search.pieces)
     state.put(root, name, config, search.pieces, trainable=search.trainable)
+    if bare:
+        watch_filling(root, state)
+        if search.adapter is not None:
+            state.unfilled.add(name)
     watched = isinstance(root, FUSED) or watch_pass in root._forward_pre_hooks.values()
     if not watched and any(piece.called for piece in search.pieces):
         state.watch = root.register_forward_pre_hook(watch_pass, with_kwargs=True)

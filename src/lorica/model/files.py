@@ -273,6 +273,7 @@ def fitting(
     def write() -> None:
         take(state, name, given)
         fill(pieces, name, new)
+        state.unfilled.discard(name)
         for piece in begun:
             if piece.path in starts:
                 W0 = state.base_parameter(root, piece.target.weight_path)

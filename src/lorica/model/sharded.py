@@ -66,7 +66,7 @@ def once(root: nn.Module, write: Callable[[], Path], directory: str | Path) -> P
 
     mesh = part.device_mesh._get_root_mesh()  # the other dimensions' ranks too, which have the same adapter
     error: BaseException | None = None
-    failed = torch.zeros((), dtype=torch.int32, device=part.to_local().device)
+    failed = torch.zeros((), dtype=torch.int32, device=mesh.device_type)
     if not any(mesh.get_coordinate()):
         try:
             write()

@@ -81,7 +81,7 @@ def shard(
     }
     for unit in units:
         fully_shard(unit, **settings)
-    _settle(root, state)
+    settle(root, state)
     compare_ranks(root, state)
     return model
 
@@ -191,7 +191,7 @@ def _check(root: nn.Module, units: list[nn.Module]) -> None:
 
 
 @torch.no_grad()
-def _settle(root: nn.Module, state: AdapterState) -> None:
+def settle(root: nn.Module, state: AdapterState) -> None:
     """Have adapters hold a part, too, of what they have put in W0's place, and of the W0 they set aside."""
     for path, original in state.originals.items():
         stands = parameter_at(root, path)

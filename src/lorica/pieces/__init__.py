@@ -29,7 +29,7 @@ from lorica.config import AdapterConfig, LoraConfig
 from lorica.errors import AdapterError, lines, nearest
 from lorica.piece import Piece
 from lorica.state import AdapterState
-from lorica.tree import Place, base_parameters, outside, spread, walk
+from lorica.tree import Place, assign, base_parameters, outside, walk
 
 
 class Search:
@@ -347,8 +347,7 @@ def fill(pieces: Sequence[Piece], name: str, given: Mapping[str, Tensor]) -> Non
     """Copy an adapter's tensors, which fit, into the pieces."""
     for piece in pieces:
         for held in piece.tensors(name):
-            value = given[held.key] if held.key in given else piece.otherwise(held)
-            held.tensor.copy_(spread(value, held.tensor))
+            assign(held.tensor, given[held.key] if held.key in given else piece.otherwise(held))
 
 
 # The kinds register themselves: those that find modules before those that look at what was found.

@@ -13,7 +13,7 @@ from lorica.errors import TargetError, listing
 from lorica.find import all_biases
 from lorica.layers.masters import HALVES, lower, unlower
 from lorica.layers.saved import read_by
-from lorica.piece import Held, Piece, Rows
+from lorica.piece import Beginning, Held, Piece, Rows
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
 from lorica.tree import base_parameters, is_sharded, module_at, owner_of, within_any
@@ -68,6 +68,11 @@ class ParameterCopy(Piece):
         assert self.holder is not None
         stands = self.holder._parameters[self.path.rpartition(".")[2]]
         return stands if stands is not None and is_sharded(stands) else self.parameter
+
+    def begin_again(self, name: str, at: Beginning) -> Iterator[tuple[Tensor, Tensor]]:
+        """The base's own value."""
+        for held in self.tensors(name):
+            yield held.tensor, at.state.base_parameter(at.root, self.path)
 
     def stand_ins(self, name: str) -> Mapping[str, Tensor]:  # noqa: D102
         state = self.state

@@ -31,10 +31,10 @@ from lorica.errors import AdapterError, TargetError, nearest
 from lorica.find import Target, as_target, means_all_linear, targeted
 from lorica.inits import INITS, Residual, generator
 from lorica.layers import AddedModule, LoraAttention, LoraConv1D, LoraLayer, SavedModule, variants
-from lorica.piece import Contents, Held, Piece, Rows, Value
+from lorica.piece import Beginning, Contents, Held, Piece, Rows, Value
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
-from lorica.tree import Place, is_sharded, shortest_suffixes, spread, tails, whole
+from lorica.tree import Place, assign, is_sharded, shortest_suffixes, tails, whole
 
 
 class LowRank(Piece):
@@ -129,6 +129,21 @@ class LowRank(Piece):
             assert B is not None
             contents.factors[self.path] = Factors(A, B, self.scale(name), self.target.layer.kind, m, b)
 
+    def begin_again(self, name: str, at: Beginning) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: D102
+        lora, target = at.config.members()[0], self.target
+        random = generator(at.seed, target.pattern_path)
+        A, B = inits.of(lora).factors(target, lora, None, random)
+        values = {"A": own(target, A), "B": own(target, B)}
+        if lora.lora_bias:
+            r, value = lora.rank(target.pattern_path), lora.init_lora_weights
+            values["bias"] = own(target, inits.start_bias(B.shape[0], r, value, random))
+        if lora.use_dora:
+            W0 = whole(at.state.base_parameter(at.root, target.weight_path))
+            A, B = values["A"].flatten(1), values["B"].flatten(1)
+            values["magnitude"] = target.layer.row_norm(target.module, A, B, self.scale(name), W0)
+        for held in self.tensors(name):
+            yield held.tensor, values[held.key.rpartition("(")[2][:-1]]
+
     def scale(self, name: str) -> float:
         """The factor of its product B·A."""
         return self.layer.scaling[name] if self.begun is None else self.begun.scale
@@ -161,7 +176,7 @@ class LowRank(Piece):
         # What the model was sharded with is its own, and no more the start's.
         for weight in (start.weight, stands) if is_sharded(stands) else (start.weight,):
             assert weight is not None
-            weight.copy_(spread(rest, weight))
+            assign(weight, rest)
 
 
 class LowRankUpdates(Kind):

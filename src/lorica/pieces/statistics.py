@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lorica.layers import SavedModule
 from lorica.layers.plugins.still import keep_still, release
-from lorica.piece import Held, Piece, Rows
+from lorica.piece import Beginning, Held, Piece, Rows
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
 from lorica.tree import join, within_any
@@ -55,6 +55,10 @@ class RunningStatistic(Piece):
     def otherwise(self, held: Held) -> Tensor:
         """The base's value."""
         return self._base()
+
+    def begin_again(self, name: str, at: Beginning) -> Iterator[tuple[Tensor, Tensor]]:
+        """The base's value."""
+        yield self.live(), self._base()
 
     def left(self, tensor: Tensor) -> None:  # noqa: D102
         self.own = tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.check import check_whole
@@ -15,7 +15,7 @@ from lorica.layers import SavedModule
 from lorica.layers.masters import unlower
 from lorica.layers.plugins.still import release
 from lorica.layers.saved import twin_of
-from lorica.piece import Held, Piece, Rows
+from lorica.piece import Beginning, Held, Piece, Rows
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
 from lorica.tree import ending_in, module_at, outermost
@@ -65,6 +65,11 @@ class WholeCopy(Piece):
         for leaf, tensor in twin.state_dict(keep_vars=True).items():
             live = f"{self.path}.modules_to_save.{name}.{leaf}"
             yield Held(f"{self.path}.{leaf}", live, tensor, not isinstance(tensor, Parameter))
+
+    def begin_again(self, name: str, at: Beginning) -> Iterator[tuple[Tensor, Tensor]]:
+        """The module's own values."""
+        for held in self.tensors(name):
+            yield held.tensor, at.state.base_tensor(at.root, held.key)
 
     def claims(self, name: str) -> Mapping[str, Rows]:  # noqa: D102
         return {self.path: None}

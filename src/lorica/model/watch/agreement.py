@@ -30,7 +30,7 @@ class Agreement:
     def __init__(self, root: nn.Module) -> None:
         part: Any = part_of(root)
         self.groups = part.device_mesh._get_root_mesh().get_all_groups()
-        self.device = part.to_local().device
+        self.device = torch.device(part.device_mesh.device_type)
         self.sent: list[tuple[list[str], torch.Tensor]] = []
 
     def __call__(self, root: nn.Module, args: Any) -> None:

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorica.check import check_replaceable
 from lorica.errors import TargetError, listing
 from lorica.layers import Part, Plan, SwappedModule
 from lorica.layers.swapped import without_outermost
-from lorica.piece import Held, Piece, Rows
-from lorica.pieces import Kind, Search
+from lorica.piece import Beginning, Held, Piece, Rows
+from lorica.pieces import KINDS, Kind, Search
 from lorica.state import AdapterState
 from lorica.tree import within_any
 
@@ -57,6 +57,19 @@ class AddedPart(Piece):
         for key, parameter in self.part.tensors():
             leaf = key.removeprefix(f"{self.part.place}.")
             yield Held(key, f"{self.part.place}.{name}.{leaf}", parameter)
+
+    def begin_again(self, name: str, at: Beginning) -> Iterator[tuple[Tensor, Tensor]]:
+        """As the method that added it draws it anew."""
+        values = {
+            key: value
+            for config in at.config.members()[1]
+            for kind in KINDS
+            if isinstance(kind, MethodKind) and config.method in kind.keys
+            for part in kind.plan(config, at.root, (), at.seed).parts
+            for key, value in part.tensors()
+        }
+        for held in self.tensors(name):
+            yield held.tensor, values[held.key]
 
     def claims(self, name: str) -> Mapping[str, Rows]:  # noqa: D102
         return {self.part.place: None}

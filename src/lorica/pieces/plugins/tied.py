@@ -17,7 +17,7 @@ from lorica.config import LoraConfig
 from lorica.errors import LoricaWarning, TargetError, listing
 from lorica.find import Target, matching
 from lorica.layers import LoraEmbedding, LoraLayer, tie_factors, tied_factors
-from lorica.piece import Contents, Held, Piece, Value
+from lorica.piece import Beginning, Contents, Held, Piece, Value
 from lorica.pieces import Kind, Search, register
 from lorica.pieces.low_rank import LowRank, own
 from lorica.pieces.plugins.tokens import TokenRows
@@ -49,6 +49,12 @@ class Tied(LowRank):
         shared = self._shared(name)
         for held, leaf in zip(super().tensors(name), shared or ("", ""), strict=True):
             yield held._replace(live=f"{self.target.path}.{leaf}") if leaf else held
+
+    def begin_again(self, name: str, at: Beginning) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of the table, which start as this module's are drawn."""
+        shared = list(self._shared(name).values())
+        for i, (tensor, value) in enumerate(super().begin_again(name, at)):
+            yield (shared[i], value.t()) if shared else (tensor, value)
 
     def give(self, name: str, contents: Contents, value: Value) -> None:  # noqa: D102
         shared = self._shared(name)
@@ -107,7 +113,10 @@ def _start_as(table: LowRank, head: LowRank) -> None:
     A, B = head.begun.A, head.begun.B
     if head.target.layer.transposed != table.target.layer.transposed:
         A, B = B.t(), A.t()
-    A, B = (own(table.target, factor) if factor.device.type != "meta" else factor for factor in (A, B))
+    A, B = (
+        own(table.target, factor) if factor.device.type != "meta" else factor.contiguous()
+        for factor in (A, B)
+    )
     table.begun = dataclasses.replace(table.begun, A=A, B=B)
 
 

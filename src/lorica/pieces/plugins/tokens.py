@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.adapter import TOKEN_ROWS
@@ -14,10 +14,10 @@ from lorica.check import check_rows
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, TargetError, listing, nearest
 from lorica.layers import TrainedTokens
-from lorica.piece import Held, Piece, Rows
+from lorica.piece import Beginning, Held, Piece, Rows
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
-from lorica.tree import Place, ending_in, input_embedding, tied_with, walk, within_any
+from lorica.tree import Place, ending_in, input_embedding, tied_with, walk, whole, within_any
 
 
 class TokenRows(Piece):
@@ -67,6 +67,12 @@ class TokenRows(Piece):
         on = isinstance(host, TrainedTokens) and name in host.token_adapter.indices
         rows = host.token_adapter.trainable_tokens_delta[name] if on else self.rows
         yield Held(key, f"{key}.{name}", rows)
+
+    def begin_again(self, name: str, at: Beginning) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows that the table has."""
+        for held in self.tensors(name):
+            weight = whole(at.state.base_parameter(at.root, f"{self.path}.weight")).detach()
+            yield held.tensor, weight[torch.tensor(self.indices, device=weight.device)]
 
     def claims(self, name: str) -> Mapping[str, Rows]:  # noqa: D102
         return dict.fromkeys(self.modules, frozenset(self.indices))
