@@ -71,7 +71,7 @@ def read_object(path: Path, *, halves: bool = False) -> dict[str, Any]:
         halves: as in `bearable`.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
         FileError: it holds something else, or is damaged.
     """
     content = read_json(path, halves=halves)

@@ -57,7 +57,7 @@ class ErrorReport:
         return 1 - lost / total
 
     def __str__(self) -> str:
-        """A line for each layer, the worst first."""
+        """One line per layer, the worst first."""
         rows = sorted(self.layers.items(), key=lambda item: -item[1].error)
         worst, mean = f"worst {self.worst[1]:.2e}", f"mean {self.mean:.2e}"
         head = f"relative error of the update in {len(rows)} layers: {worst}, {mean}"

@@ -78,7 +78,7 @@ def agreed(
         The configuration, all but its ranks, the tensors trained whole, and the names of the head's classes.
 
     Raises:
-        AdapterError: with the whole list of what differs, where `keep` is None or cannot choose.
+        AdapterError: lists what differs, where `keep` is None or cannot choose.
         ConfigError: `keep` is no index of an adapter.
 
     Warns:

@@ -95,7 +95,7 @@ class Terms:
         """Refuse layers that differ.
 
         Raises:
-            AdapterError: with the whole list of paths at which kinds or shapes differ.
+            AdapterError: lists the paths at which kinds or shapes differ.
         """
         forms = {
             path: list(dict.fromkeys(_form(factors) for factors, _ in self.at(path))) for path in self.paths

@@ -35,7 +35,7 @@ def replace_files(directory: Path, writers: Mapping[str, Writer], *, gone: Itera
     lacks; never a mixture that loads.
 
     Args:
-        directory: made if it is not there.
+        directory: created if missing.
         writers: file name → function that writes that file's content to a given path.
         gone: names of files that do not belong to the new set, to be removed if they are there.
 

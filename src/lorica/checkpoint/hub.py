@@ -67,7 +67,7 @@ def read(
             repository on the Hub, ``"user/sentiment"``, if there is no such folder.
         revision: branch, tag or commit of the repository.
         subfolder: where in the folder or repository the adapter is.
-        token: for a private or gated repository; None takes the one of ``HF_TOKEN`` or ``hf auth login``.
+        token: for a private or gated repository; None takes that of ``HF_TOKEN`` or ``hf auth login``.
 
     Returns:
         The adapter, on the CPU.
@@ -165,17 +165,17 @@ def push(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload the files of an adapter, and no other, in one commit; the repository is made if need be.
+    """Upload the files of an adapter, and no other, in one commit; the repository is created if missing.
 
     Args:
         folder: adapter, which is read first: a damaged one stays here.
         repo_id: name of the repository, ``"user/sentiment"``.
         subfolder: where in it the adapter goes; None for the top.
-        revision: branch; made if it is not there. None is the main one.
+        revision: branch; created if missing. None is the main one.
         private: whether the repository is; None takes the account's default for a new one.
-        token: of the account; None takes the one of ``HF_TOKEN`` or ``hf auth login``.
+        token: of the account; None takes that of ``HF_TOKEN`` or ``hf auth login``.
         commit_message: title of the commit.
-        create_pr: open a pull request in place of committing to the branch.
+        create_pr: open a pull request instead of committing to the branch.
 
     Returns:
         URL of the commit, or of the pull request.

@@ -56,7 +56,7 @@ def read(
     Raises:
         FileError: there is no such file, it is damaged, or another library's.
         ConfigError: `lora_alpha` is missing, or a setting is wrong.
-        AdapterError: with the whole list of what in it is not a loralib adapter's.
+        AdapterError: lists what in it is not a loralib adapter's.
     """
     file = _file(Path(path))
     tensors = _load(file)
@@ -104,7 +104,7 @@ def write(
     Raises:
         FileError: the file cannot be written, or its suffix says nothing.
         ConfigError: `enable_lora` or `split` is wrong.
-        AdapterError: with the whole list of what loralib has no place for.
+        AdapterError: lists what loralib has no place for.
     """
     file = Path(path)
     if file.suffix not in SUFFIXES or file.is_dir():
@@ -131,7 +131,7 @@ def from_tensors(
 
     Raises:
         ConfigError: a setting is wrong.
-        AdapterError: with the whole list of what is not a loralib adapter's.
+        AdapterError: lists what is not a loralib adapter's.
     """
     if lora_alpha <= 0:
         raise ConfigError(f"lora_alpha must be a positive number, not {lora_alpha!r}")
@@ -187,7 +187,7 @@ def to_tensors(adapter: Adapter, fused: Mapping[str, Parts] | None = None) -> di
     """An adapter's tensors by the names they have in loralib's file.
 
     Raises:
-        AdapterError: with the whole list of what loralib has no place for.
+        AdapterError: lists what loralib has no place for.
     """
     factors, named = dict(adapter.factors), {}
     problems = [*_refused(adapter)]

@@ -60,7 +60,7 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
 
     Args:
         adapter: what to write; tensors keep their dtype.
-        directory: made if it is not there. Other files in it are left alone, and so is a model card that
+        directory: created if missing. Other files in it are left alone, and so is a model card that
             somebody edited; weights in the other form go.
         pickled: write `adapter_model.bin`, a pickle of tensors, in place of safetensors, for readers that
             know nothing else.

@@ -90,7 +90,7 @@ def from_tensors(
         scales: of the updates of parameters, by their paths, where the file tells.
 
     Raises:
-        AdapterError: with the whole list of keys that are not an adapter's, halves without their other half,
+        AdapterError: lists the keys that are not an adapter's, halves without their other half,
             and wrong ranks.
     """
     lora, others = config.members()

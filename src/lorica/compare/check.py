@@ -26,7 +26,7 @@ def check(spec: Comparison) -> dict[str, str]:
         The metric of each task.
 
     Raises:
-        ConfigError: all that does not fit, a line each.
+        ConfigError: all that does not fit, one line each.
     """
     problems: list[str] = []
     metrics: dict[str, str] = {}

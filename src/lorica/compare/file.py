@@ -141,7 +141,7 @@ class Comparison:
 
         Raises:
             FileError: there is no such file, or it is not YAML.
-            ConfigError: all that is wrong with it, a line each.
+            ConfigError: all that is wrong with it, one line each.
         """
         content = read_yaml(Path(path), "the comparison")
         if not isinstance(content, Mapping):

@@ -82,7 +82,7 @@ class Cost:
         series: of the plot.
         trainable: parameters that train, a new head included; the most of any task.
         checkpoint_bytes: what must be stored beside the base; likewise.
-        step_seconds: median over runs of the median seconds a step.
+        step_seconds: median over runs of the median seconds per step.
         peak_memory: largest memory of a run's process; None where runs shared one.
     """
 
@@ -104,7 +104,7 @@ class Table:
         costs: one for each method.
         summary: ``"mean"`` or ``"median"``.
         split: the rows that were scored.
-        failures: what went wrong, a line a run.
+        failures: what went wrong, a line per run.
     """
 
     scores: list[Score]

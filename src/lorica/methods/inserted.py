@@ -177,7 +177,7 @@ class PrefixedModel(AddedModule):
         return layout, mask
 
     def _continue(self, part: Inserted, call: dict[str, Any], cached: int) -> None:
-        """Make a call that goes on from a cache count the virtual positions in it."""
+        """Make a call that continues from a cache count the virtual positions in it."""
         mask = getattr(call["past_key_values"], _NOTE, None)
         if mask is None:
             raise StateError(

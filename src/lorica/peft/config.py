@@ -255,7 +255,7 @@ class PeftConfig(core.LoraConfig):
         """Write `adapter_config.json` into a folder.
 
         Args:
-            save_directory: made if it is not there.
+            save_directory: created if missing.
             kwargs: ``auto_mapping_dict``, to write beside the fields.
 
         Raises:
@@ -286,7 +286,7 @@ class PeftConfig(core.LoraConfig):
             kwargs: ``revision``, ``token``, ``cache_dir`` and whatever else downloads take.
 
         Raises:
-            FileError: there is none.
+            FileError: it does not exist.
             ConfigError: it asks for what lorica does not carry, or an argument is unknown.
         """
         hub, rest = split_hub({**kwargs, "subfolder": subfolder})

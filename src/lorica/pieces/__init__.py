@@ -54,7 +54,7 @@ class Search:
         pieces: the pieces found so far.
         whole: path → module that is trained whole.
         changes: field of the LoRA → value that the search settled.
-        problems: what does not fit in the loaded adapter, a line each.
+        problems: what does not fit in the loaded adapter, one line each.
         missing: what the configuration names and the adapter lacks.
         passed_over: keys of the adapter's tensors that need no place.
         trained: names of the base's parameters that methods besides LoRA train copies of.
@@ -289,7 +289,7 @@ def fit(search: Search) -> None:
     """Fill the pieces with the loaded adapter's tensors.
 
     Raises:
-        AdapterError: with the whole list of what is missing, unexpected or of another shape.
+        AdapterError: lists what is missing, unexpected or of another shape.
     """
     assert search.adapter is not None
     given = search.adapter.named_tensors()

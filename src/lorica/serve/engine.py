@@ -209,7 +209,7 @@ class Adapters(Protocol):
         """One of them.
 
         Raises:
-            UnknownAdapter: there is none of that name.
+            UnknownAdapter: nothing has this name.
         """
         ...
 
@@ -234,7 +234,7 @@ class Adapters(Protocol):
         """Stop serving a name; requests that hold the adapter finish, then its memory is freed.
 
         Raises:
-            UnknownAdapter: there is none of that name.
+            UnknownAdapter: nothing has this name.
         """
         ...
 

@@ -25,7 +25,7 @@ def write(weights: Weights, folder: Path, *, optimizer: bool) -> Path:
 
     Args:
         weights: what to write.
-        folder: made if it is not there.
+        folder: created if missing.
         optimizer: with what the optimizer remembers, for `Learner.take`.
     """
     folder.mkdir(parents=True, exist_ok=True)

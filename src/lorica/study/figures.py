@@ -23,7 +23,7 @@ def write_report(report: Report, out: str | Path) -> Path:
 
     Args:
         report: what `gather` returned.
-        out: folder, made if it is not there.
+        out: folder, created if missing.
 
     Returns:
         The page.
@@ -164,7 +164,7 @@ def layers_among_themselves(report: Report) -> Any:
 
 
 def _table_7(report: Report) -> Any:
-    """The paper's table, a row a layer; it shows two ranks of one layer side by side."""
+    """The paper's table, a row per layer; it shows two ranks of one layer side by side."""
     from matplotlib.figure import Figure
 
     paths = chosen(report, list(report.amplification))

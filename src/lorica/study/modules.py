@@ -79,7 +79,7 @@ def base_weights(adapter: Adapter, base: str | Path) -> Iterator[Weight]:
 
     Raises:
         FileError: the base cannot be had or read.
-        AdapterError: with the whole list of updates that have no place in it, or another shape.
+        AdapterError: lists the updates that have no place in it, or another shape.
         MissingExtra: a name on the Hub is given, and huggingface_hub is not installed.
     """
     place_of_base = locate_base(base)

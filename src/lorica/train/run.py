@@ -96,7 +96,7 @@ def train(
         rows: rows in memory, in place of those that `recipe.data.train` names: a `datasets.Dataset`, a
             DataFrame, a list of dictionaries or a dictionary of lists; or several by the names of their
             splits, as in a `DatasetDict`, whose validation and test rows are then taken too.
-        resume: go on from the newest complete checkpoint in the output folder, or start if there is none.
+        resume: continue from the newest complete checkpoint in the output folder, or start if there is none.
         overwrite: start anew in a folder that holds a run.
         console: where to show progress. None makes one.
         repeats: a recorded run that this one repeats. Differences of versions and machine are shown, and at

@@ -58,7 +58,7 @@ class DataConfig:
         running: whether a .txt file is one running text, such as a book, whose pieces follow on. None takes
             it for one where blank lines stand between paragraphs, if the task learns raw text; else each of
             its lines is a text.
-        continues: column that says whether a row's raw text goes on from the row before it. None looks for
+        continues: column that says whether a row's raw text continues from the row before it. None looks for
             that name.
         references: column of lists of texts, each of which would be right: where rows have it, it takes the
             place of a language task's `label`.

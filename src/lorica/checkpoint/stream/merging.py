@@ -67,7 +67,7 @@ class StreamReport:
         return max(self.layers.items(), key=lambda item: item[1], default=("", 0.0))
 
     def __str__(self) -> str:
-        """A line for each layer, the worst first, and what else is to be known."""
+        """One line per layer, the worst first, and what else is to be known."""
         rows = sorted(self.layers.items(), key=lambda item: -item[1])
         rest = {
             "copied as they are": self.copied,
@@ -115,7 +115,7 @@ def merge(
     Raises:
         FileError: the base cannot be read or changes meanwhile; `out` is something else, or cannot be
             written.
-        AdapterError: with the whole list of what has no place in the base; or a merged weight would hold NaN
+        AdapterError: lists what has no place in the base; or a merged weight would hold NaN
             or infinity. Nothing is left in `out`.
         ConfigError: the dtype is not one that weights are stored in.
 

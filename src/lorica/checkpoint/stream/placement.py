@@ -78,7 +78,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placement:
     """Find the place in a checkpoint for everything an adapter holds.
 
     Raises:
-        AdapterError: with the whole list of what has none, or does not fit it.
+        AdapterError: lists what has none, or does not fit it.
     """
     lora, _ = adapter.config.members()
     if lora is not None and lora.layer_replication:

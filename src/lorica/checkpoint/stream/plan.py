@@ -169,7 +169,7 @@ def make_plan(
         config: entries of `config.json` to set.
 
     Raises:
-        AdapterError: with the whole list of what has no place in the base.
+        AdapterError: lists what has no place in the base.
         ConfigError: the dtype is not one that weights are stored in.
     """
     if dtype is not None and dtype not in CODES:

@@ -1,4 +1,4 @@
-"""A folder that is written over minutes, may be interrupted at any moment, and goes on from there.
+"""A folder that is written over minutes, may be interrupted at any moment, and continues from there.
 
 OUT/.merging/manifest.json     what is being made of what, and which files are finished
 OUT/.merging/parts/NAME        the file being written

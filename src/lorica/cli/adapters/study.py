@@ -162,7 +162,7 @@ def forget(argv: list[str]) -> int:
 
 
 def show_forgetting(found: list[Any]) -> None:
-    """Print a row a run, and what methods forgot where they learned as much."""
+    """Print a row per run, and what methods forgot where they learned as much."""
     from lorica.train.console import make_console, print_table
     from lorica.train.forgetting import at_equal_score
 

@@ -89,7 +89,7 @@ class Pretrained(SwappedModule):
         the model's own `save_pretrained` again.
 
         Args:
-            save_directory: folder; made if it is not there.
+            save_directory: folder; created if missing.
             is_main_process: other processes write nothing.
             state_dict: take the values from here, by their live names (sharded training gathers them so).
             push_to_hub: not done here; `lorica.push_to_hub` does it.

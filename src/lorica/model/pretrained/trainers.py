@@ -138,7 +138,7 @@ def check_head(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """Refuse a loss that multiplies by the head's raw weight while the head carries an update.
 
     TRL's trainers and Liger's kernels do so to spare the logits; the update would neither act nor train. A
-    head trained whole shows them its copy's weight, but not one for each row. A hook on a model that carries
+    head trained whole shows them its copy's weight, but not one per row. A hook on a model that carries
     adapters, before each call.
 
     Args:

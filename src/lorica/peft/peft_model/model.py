@@ -95,7 +95,7 @@ class PeftModel(Wrapper):
             FileError: a file is missing or damaged.
             ConfigError: the configuration asks for what lorica does not carry, or the model is wrapped
                 already.
-            AdapterError: with the whole list of what does not fit; the model is untouched.
+            AdapterError: lists what does not fit; the model is untouched.
         """
         check_bare(model, "load_adapter(folder, name)")
         found, options = split_hub(kwargs)
@@ -186,7 +186,7 @@ class PeftModel(Wrapper):
         """Write adapters to a folder: "default" to the folder itself, others to folders of their names in it.
 
         Args:
-            save_directory: made if it is not there.
+            save_directory: created if missing.
             safe_serialization: False writes `adapter_model.bin`, a pickle of tensors.
             selected_adapters: names; None takes all.
             save_embedding_layers: True writes the base's embedding tables too; "auto" does so where the
@@ -236,12 +236,12 @@ class PeftModel(Wrapper):
         """Upload adapters, a commit for each: "default" to the top, others to folders of their names.
 
         Args:
-            repo_id: name of the repository, ``"user/sentiment"``; made if need be.
+            repo_id: name of the repository, ``"user/sentiment"``; created if missing.
             commit_message: title of the commit.
             private: whether a new repository is; None takes the account's default.
-            token: of the account; None takes the one of ``HF_TOKEN`` or ``hf auth login``.
-            revision: branch; made if it is not there.
-            create_pr: open a pull request in place of committing.
+            token: of the account; None takes that of ``HF_TOKEN`` or ``hf auth login``.
+            revision: branch; created if missing.
+            create_pr: open a pull request instead of committing.
             selected_adapters: names; None takes all.
             kwargs: ``use_auth_token``, the old name of `token`; ``use_temp_dir`` and ``max_shard_size``,
                 accepted and needless.

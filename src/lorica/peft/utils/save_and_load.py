@@ -352,7 +352,7 @@ def set_base_model_state_dict(
         Keys of the base for which there is no value, and keys that are not the base's.
 
     Raises:
-        StateError: with the whole list of what does not fit; or a start was taken out of the base, or is
+        StateError: lists what does not fit; or a start was taken out of the base, or is
             merged into it. The model is untouched.
     """
     root, state = adapted(model)

@@ -228,7 +228,7 @@ class EncoderEngine:
         """Hold an adapter, or the base (None), for a request; reads the adapter where it was not yet.
 
         Raises:
-            UnknownAdapter: there is none of that name.
+            UnknownAdapter: nothing has this name.
             RefusedAdapter: it cannot be served.
             EngineDown: the engine does not run.
         """

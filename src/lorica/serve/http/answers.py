@@ -68,7 +68,7 @@ class Choice:
 
     Args:
         index: its place among the choices.
-        prompt: token ids that it goes on from.
+        prompt: token ids that it continues from.
         answer: the engine's.
     """
 

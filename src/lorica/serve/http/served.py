@@ -38,7 +38,7 @@ class Served:
     default: str | None = None
 
     def __post_init__(self) -> None:
-        """Make what hangs on the engine."""
+        """Make what depends on the engine."""
         self.texts = Texts(self.engine.tokenizer)
         self.metrics = Metrics(lambda: self.engine.stats, lambda: self.adapters.entries(), self.model)
         self.created = int(time.time())
@@ -95,7 +95,7 @@ class Served:
             key: whose request it is.
 
         Raises:
-            ApiError: there is none of that name for this key; near names are told.
+            ApiError: nothing has this name for this key; near names are told.
         """
         if name is None:
             return self.default if key.may_use(self.default) else None

@@ -204,7 +204,7 @@ class Store:
         """One of them.
 
         Raises:
-            UnknownAdapter: there is none of that name.
+            UnknownAdapter: nothing has this name.
         """
         return self._entry(name, self._alias(name))
 
@@ -217,7 +217,7 @@ class Store:
         """Take an adapter for a request; it is read if it has to be.
 
         Raises:
-            UnknownAdapter: there is none of that name.
+            UnknownAdapter: nothing has this name.
             RefusedAdapter: it cannot be served.
         """
         alias = self._alias(name)
@@ -270,7 +270,7 @@ class Store:
         """Stop serving a name; who holds the adapter finishes, then its memory is freed.
 
         Raises:
-            UnknownAdapter: there is none of that name.
+            UnknownAdapter: nothing has this name.
         """
         self._alias(name)
         alias = self.names.pop(name)

@@ -144,7 +144,7 @@ def _sign(service: Service, path: str, file: str, until: int) -> str:
 
 @router.post("/weights_info")
 async def weights_info(request: Request) -> dict[str, Any]:
-    """What one must know of a checkpoint to go on from it."""
+    """What one must know of a checkpoint to continue from it."""
     service, tenant = service_of(request), tenant_of(request)
     body = json.loads(await request.body())
     row = service.registry.one("checkpoints", str(body.get("tinker_path")), tenant.name)

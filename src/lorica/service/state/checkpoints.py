@@ -1,6 +1,6 @@
 """Checkpoints and snapshots: folders with PEFT's files, and their rows.
 
-runs/RUN/weights/NAME         to go on from: with the optimizer
+runs/RUN/weights/NAME         to continue from: with the optimizer
 runs/RUN/snapshot-N           the same, for the server itself: all that the run's first N calls did
 runs/RUN/external_weights/NAME   to be fetched
     adapters/RUN.NAME             to sample from and to serve: a plain adapter

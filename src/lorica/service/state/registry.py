@@ -78,7 +78,7 @@ class Registry:
     """The file.
 
     Args:
-        path: of it; made if it is not there.
+        path: of it; created if missing.
     """
 
     def __init__(self, path: Path) -> None:

@@ -38,7 +38,7 @@ class Service:
 
     Args:
         base: the model.
-        folder: for what must last; made if it is not there.
+        folder: for what must last; created if missing.
         tenants: who shares it.
         snapshot: seconds of a run's work that may have to be done again after a kill.
         patience: seconds without a heartbeat after which a session's adapters leave memory; its runs come

@@ -1,4 +1,4 @@
-"""Running texts, such as books: rows of paragraphs, each of which goes on from the one before.
+"""Running texts, such as books: rows of paragraphs, each of which continues from the one before.
 
 Call me Ishmael.      continues: False     a task that learns raw text joins them again, to the letter,
 Some years ago...     continues: True      and cuts the whole into pieces that follow on
@@ -17,7 +17,7 @@ from lorica.train.data.tables import Found, table
 from lorica.train.data.text import lines_of
 
 CONTINUES = "continues"
-"""Column that says whether a row goes on from the one before it."""
+"""Column that says whether a row continues from the one before it."""
 
 _PARAGRAPH = re.compile(r".*?\n(?:[ \t]*\n)+|.+\Z", re.DOTALL)
 
@@ -25,7 +25,7 @@ _FEW = 50
 """Lines a blank one: where there are more, the blank ones are accidents of a list of texts."""
 
 _LONG = 100
-"""Letters a line, in the mean, of paragraphs that are a line each; texts of a list are shorter."""
+"""Letters a line, in the mean, of paragraphs that are one line each; texts of a list are shorter."""
 
 
 def is_running(text: str) -> bool:

@@ -206,7 +206,7 @@ def read_lines_of_text(text: str, path: Path) -> Found:
     """A row with a ``text`` for each line that is not blank, spaces and all.
 
     Raises:
-        FileError: there is none.
+        FileError: it does not exist.
     """
     found = [(number, line) for number, line in enumerate(lines_of(text), 1) if line.strip()]
     if not found:

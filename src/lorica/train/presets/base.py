@@ -78,7 +78,7 @@ def get(name: str) -> Preset:
     """The preset of a name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it does not exist.
     """
     if name not in _PRESETS:
         raise ConfigError(

@@ -56,7 +56,7 @@ def get(name: str) -> Task:
         name: a name; or a class somewhere else, as ``path/to/file.py:Class`` or ``package.module:Class``.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it does not exist.
         FileError: there is no such file or module, or it cannot be imported.
     """
     if ":" in name or name.endswith(".py"):

@@ -179,7 +179,7 @@ class Task(ABC):
         Its `model_max_length` is lowered to what the model takes.
 
         Raises:
-            FileError: there is none.
+            FileError: it does not exist.
             ConfigError: it has no token to pad with.
         """
         with loading(f"a tokenizer from {name!r}", _hint(name)):

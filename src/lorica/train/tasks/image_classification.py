@@ -144,7 +144,7 @@ class ImageClassification(Task):
         """Load a model's image processor.
 
         Raises:
-            FileError: there is none.
+            FileError: it does not exist.
         """
         with loading(f"an image processor from {name!r}"):
             return transformers.AutoImageProcessor.from_pretrained(

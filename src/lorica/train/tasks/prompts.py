@@ -107,7 +107,7 @@ def filled_text(value: object, column: str) -> str:
 
 
 def joined_texts(rows: Dataset, data: DataConfig, where: str) -> list[str]:
-    """Running texts, each of the rows that go on from one another, as ``data.continues`` says.
+    """Running texts, each of the rows that continue from one another, as ``data.continues`` says.
 
     Raises:
         ConfigError: a column is missing.

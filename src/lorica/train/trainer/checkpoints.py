@@ -123,7 +123,7 @@ _LATER: dict[str, Any] = {
 
 
 def check_state(checkpoint: Path) -> None:
-    """Refuse a trainer's state that it could not go on from.
+    """Refuse a trainer's state that it could not continue from.
 
     Raises:
         FileError: the file is damaged.

@@ -152,7 +152,7 @@ def fit(
         validation: encoded rows that choose the best checkpoint, or None.
         training: how to train. What it leaves open is chosen by `lorica.train.trainer.arguments`.
         directory: folder for ``checkpoints/`` and ``tensorboard/``.
-        resume: go on from the newest complete checkpoint, or start if there is none.
+        resume: continue from the newest complete checkpoint, or start if there is none.
         console: where to show progress. None makes one.
         title: what to call it there.
         callbacks: more callbacks.

@@ -109,7 +109,7 @@ class Population:
 
         Args:
             resume: go on in a folder that holds a part of the trials: those that ended stay as they are, the
-                others go on from their newest checkpoints.
+                others continue from their newest checkpoints.
             until: asked before every step; once it says so, no more is trained. What has not ended by then
                 can be resumed.
 
@@ -202,7 +202,7 @@ class TrialRunner:
         folder: trial → its own folder.
         slots: trials at once.
         base: rows and weights that are loaded already. None loads them.
-        resume: go on from the newest checkpoints where there are some.
+        resume: continue from the newest checkpoints where there are some.
         values: trial and recipe → what to show of it in tables.
         note: says a line to the user.
         on_end: called with a trial's record when it ends.
@@ -300,7 +300,7 @@ class TrialRunner:
         self._controller.trial_started(name)
         prepared = dataclasses.replace(prepared, recipe=prepared.recipe.replace(output=str(folder)))
         reporter = Reporter(partial(self._controller.trial_evaluated, name, self._controller.goal_of(recipe)))
-        # A trial that has nothing to go on from starts as new, its warm start and all.
+        # A trial that has nothing to continue from starts as new, its warm start and all.
         begun = self._resume and last_checkpoint(folder / "checkpoints") is not None
         with (folder / LOG).open("a", encoding="utf-8") as log:
             return train_prepared(

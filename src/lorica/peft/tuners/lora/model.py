@@ -106,7 +106,7 @@ class LoraModel(BaseTuner):
         """A context in which each row of the batch has its own adapter; nothing where no names are given.
 
         Args:
-            adapter_names: one for each row; ``"__base__"`` for none.
+            adapter_names: one per row; ``"__base__"`` for none.
             kwargs: of the call; `alora_offsets` is taken out of it.
 
         Raises:
