@@ -84,7 +84,7 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What a client learns of an error of ours, or of any other."""
+    """What a client is told of an error of ours, or of any other."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnknownAdapter):
