@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 from lorica.adapter import Adapter
 from lorica.config import AdapterConfig, LoraConfig
 from lorica.config.inits import FROM_DATA
-from lorica.errors import AdapterError, listing
-from lorica.model import adapt, adapters, load
+from lorica.errors import AdapterError, FileError, listing
+from lorica.model import adapt, adapters, load, save
 from lorica.model.files import extract, overwrite
+from lorica.model.pretrained.resuming import restore_trained
 from lorica.model.starts import initialize_lora_eva_weights
 from lorica.model.starts import preprocess_corda as look_for_corda
 from lorica.model.starts import preprocess_loraga as look_for_loraga
@@ -79,6 +80,36 @@ def adapt_prepared(
     took = duration(time.perf_counter() - began)
     console.print(f"{value}: started from {rows:,} training rows in {took}{_ranks(model)}")
     return model
+
+
+START = "start"
+"""Beside the checkpoints: the adapter as a run began, which its loss compares with."""
+
+
+def keep_start(model: PreTrainedModel, output: Path, *, resumed: bool) -> None:
+    """Write how a run's adapter starts; or bring that start back, for a reference to be made of it.
+
+    Args:
+        model: adapted model.
+        output: the run's folder.
+        resumed: whether there is a checkpoint to go on from, which is read later.
+
+    Raises:
+        FileError: the start of the run that goes on is gone.
+    """
+    folder = start_of(output)
+    if not resumed:
+        save(model, folder)
+    elif not restore_trained(model, folder):
+        raise FileError(
+            f"{folder} is gone, which holds how the run began: what it learns is measured against that. "
+            "Bring it back, or start anew with --overwrite"
+        )
+
+
+def start_of(output: Path) -> Path:
+    """The folder of how a run's adapter began."""
+    return output / "checkpoints" / START
 
 
 def _batches(prepared: Prepared) -> list[Any]:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from lorica.plain import Visible, visible
 
-_NOT_SHARES = frozenset({"loss", "perplexity", "nist", "cider", "mse", "mae"})
+_NOT_SHARES = frozenset({"loss", "perplexity", "nist", "cider", "mse", "mae", "margin", "kl", "length"})
 
 
 class Console(rich_console.Console):
@@ -62,7 +62,8 @@ def print_table(
 def scores(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Metrics as names and figures to show; shares as per cent."""
     return [
-        (name, f"{value:.4f}" if name in _NOT_SHARES else f"{value:.2%}") for name, value in metrics.items()
+        (name, f"{value:.4f}" if name in _NOT_SHARES or name.startswith("reward") else f"{value:.2%}")
+        for name, value in metrics.items()
     ]
 
 

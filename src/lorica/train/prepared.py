@@ -121,7 +121,11 @@ def notes_on(task: Task, data: DataConfig, used: UsableRows, *, training: bool =
         training: tell which of their columns are not read, too.
     """
     read = {*task.columns(data), *(data.labels or [])}
-    idle = [name for name in used.rows.column_names if name not in read] if training else []
+    idle = (
+        [name for name in used.rows.column_names if name not in read]
+        if training and not task.reads_all
+        else []
+    )
     told = [*used.origin.notes, *task.notes(used.rows, data)]
     told += [f"columns that are not read: {listing(idle)}"] if idle else []
     return [f"{used.origin.source}: {note}" for note in told]
@@ -173,7 +177,7 @@ def _read(
         recipe = presets.apply(recipe, own_rows=rows is not None)
     if rows is not None:
         recipe = recipe.replace(data={"train": sources.IN_PYTHON})
-    task = tasks.get(recipe.task)
+    task = tasks.get(recipe.task).settled(recipe)
     check_device(recipe.training)
     if recipe.data.template is not None and not task.writes:
         raise ConfigError(f"data.template lays out rows of language models; {task.name} reads columns")

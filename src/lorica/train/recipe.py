@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -21,6 +21,8 @@ import yaml
 from lorica.config import AdapterConfig, LoraConfig, as_config, read_config
 from lorica.errors import ConfigError, FileError, listing, nearest
 from lorica.reading import DEPTH, bearable
+from lorica.train.code import is_code as names_code
+from lorica.train.post.settings import PostConfig
 from lorica.train.settings import (
     QUANTIZATIONS,
     DataConfig,
@@ -46,7 +48,8 @@ class Recipe:
     Args:
         task: what is learned: "sequence-classification", "multi-label-classification", "regression",
             "causal-lm", "seq2seq-lm", "token-classification", "question-answering", "image-classification",
-            one registered by the user, or one in a file of theirs, as "path/to/file.py:Class".
+            "preference", "reward", "grpo", "rloo", one registered by the user, or one in a file of theirs, as
+            "path/to/file.py:Class".
         model: the pretrained model: a folder or a name on the Hugging Face Hub. The default is installed with
             lorica[demo] and needs no download.
         quantization: load the model packed by bitsandbytes: "nf4" or "fp4" (QLoRA's four bits a weight) or
@@ -61,6 +64,7 @@ class Recipe:
             targets. None begins as the method says.
         init_head: take that adapter's head too, where it has the same classes. Else the head starts anew.
         generation: how a language task writes text, and what that is scored by.
+        post: the loss of preferences, and the rewards of reinforcement.
         output: folder for the adapter, the tokenizer, this recipe, run.json, checkpoints and
             TensorBoard's logs.
     """
@@ -75,6 +79,7 @@ class Recipe:
     init_from: str | None = None
     init_head: bool = False
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    post: PostConfig = field(default_factory=PostConfig)
     output: str = "runs/train"
 
     def __post_init__(self) -> None:
@@ -104,6 +109,10 @@ class Recipe:
             )
         return as_config([read_config(each) for each in given])
 
+    def code(self) -> list[str]:
+        """What of it is Python of somebody's own, which runs when it trains."""
+        return code_in(self.task, self.post.rewards)
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; ``replace(training={"seed": 1})`` reaches into a part."""
         for name, change in changes.items():
@@ -131,12 +140,13 @@ class Recipe:
 
         Args:
             path: of the file.
-            trust_task: take it also where its task is code, ``file.py:Class``, which runs when it is used.
+            trust_task: take it also where its task or a reward is code, ``file.py:Class``, which runs when it
+                is used.
 
         Raises:
             FileError: there is no such file, or it is not YAML.
-            ConfigError: it has a field that does not exist, or a value of the wrong type; or its task is code
-                that is not trusted.
+            ConfigError: it has a field that does not exist, or a value of the wrong type; or its task or a
+                reward is code that is not trusted.
         """
         return cls.from_dict(check_file(path), str(path), trust_task=trust_task)
 
@@ -156,7 +166,9 @@ class Recipe:
                 code that is not trusted.
         """
         check_fields(values, cls(), where)
-        check_trusted(values.get("task"), where, trust_task=trust_task)
+        post = values.get("post")
+        rewards = post.get("rewards") if isinstance(post, Mapping) else None
+        check_trusted(code_in(values.get("task"), rewards), where, trust_task=trust_task)
         import jsonargparse
 
         parser = _parser()
@@ -210,26 +222,27 @@ def check_file(path: str | Path) -> Mapping[str, Any]:
     return content
 
 
-def names_code(task: object) -> bool:
-    """Whether a task is a class in somebody's file or module, and no name that lorica knows."""
-    return isinstance(task, str) and (":" in task or task.endswith(".py"))
+def code_in(task: object, rewards: object) -> list[str]:
+    """Those of a recipe's task and rewards that are somebody's Python, and no names or folders."""
+    given = [task, *(rewards if isinstance(rewards, (list, tuple)) else [])]
+    return [str(each) for each in given if names_code(each)]
 
 
-def check_trusted(task: object, where: str, *, trust_task: bool) -> None:
-    """Refuse a task that is code, out of a file, unless the user trusts it.
+def check_trusted(code: Sequence[str], where: str, *, trust_task: bool) -> None:
+    """Refuse code that a file names, unless the user trusts it.
 
     Args:
-        task: as the file names it.
+        code: as the file names it.
         where: what to call the file in the error.
         trust_task: the user's word.
 
     Raises:
-        ConfigError: it is code, and not trusted.
+        ConfigError: there is some, and it is not trusted.
     """
-    if names_code(task) and not trust_task:
+    if code and not trust_task:
         raise ConfigError(
-            f"{where} names Python code as its task, {task!r}, which would run here. Read it, and if you "
-            "trust it, say so with --trust_task (in Python: trust_task=True)"
+            f"{where} names Python code as its task or reward, {', '.join(map(repr, code))}, which would run "
+            "here. Read it, and if you trust it, say so with --trust_task (in Python: trust_task=True)"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -98,7 +98,7 @@ class Record:
 
     def differences(self) -> list[str]:
         """Differences from where the run was recorded, such as ``torch 2.11.0 then, 2.13.0 now``."""
-        then, now = {**self.versions, **self.machine}, {**versions(), **machine()}
+        then, now = {**self.versions, **self.machine}, {**versions(self.versions), **machine()}
         return [
             f"{name} {then.get(name, 'absent')} then, {now.get(name, 'absent')} now"
             for name in dict.fromkeys([*then, *now])
@@ -154,10 +154,14 @@ def changed_rows(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapp
     ]
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+def versions(more: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of what decides the numbers.
+
+    Args:
+        more: packages that do so in one run and not in others.
+    """
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in dict.fromkeys([*_PACKAGES, *more]):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

@@ -18,7 +18,7 @@ from lorica.errors import ConfigError, FileError, LoricaError, listing
 from lorica.model import extract, save, trainable_parameters
 from lorica.plain import as_json
 from lorica.reading import read_object
-from lorica.train.adapt import adapt_prepared, warm_start
+from lorica.train.adapt import adapt_prepared, keep_start, warm_start
 from lorica.train.console import make_console
 from lorica.train.data.splits import Rows
 from lorica.train.generation.writing import writer_of
@@ -26,6 +26,7 @@ from lorica.train.prepared import Prepared, announce, prepare, with_head
 from lorica.train.recipe import Recipe
 from lorica.train.record import RECORD, Record, about, changed_rows, is_whole, machine, versions
 from lorica.train.system import alone_in, bytes_of, sha256_of, writable_directory, write_atomically
+from lorica.train.tasks.answers import PostTask
 from lorica.train.trainer.arguments import chosen_defaults, describe_defaults, fitting_batch, with_defaults
 from lorica.train.trainer.checkpoints import last_checkpoint
 from lorica.train.trainer.fit import fit
@@ -157,13 +158,17 @@ def train_prepared(
     model = adapt_prepared(prepared, method, output, resume=resume, console=console)
     if recipe.init_from is not None and not _goes_on(output, resume):
         warm_start(model, read(recipe.init_from), head=recipe.init_head)
+    if task.keeps_start:
+        keep_start(model, output, resumed=_goes_on(output, resume))
     count = trainable_parameters(model)
     console.print(str(count))
     learned = prepared.splits["train"].features
-    training = with_defaults(recipe.training, len(learned), model)
+    training = with_defaults(recipe.training, len(learned) * task.copies, model)
     found = chosen_defaults(prepared.recipe.training, training)
     if found:
-        console.print(describe_defaults(found, len(learned), training), markup=False, soft_wrap=True)
+        console.print(
+            describe_defaults(found, len(learned), training, copies=task.copies), markup=False, soft_wrap=True
+        )
     if training.auto_batch_size and not held:
         training = fitting_batch(model, task, prepared.tokenizer, learned, training, console)
     recipe = dataclasses.replace(recipe, training=training)
@@ -186,6 +191,7 @@ def train_prepared(
     for split, own in features.items():
         metrics[split] = done.evaluated_last(own) or done.evaluate(own)
         doubts += done.all_the_same(split, len(own))
+    done.trainer.close()
     beaten = {split: majority(task, model, learned, own) for split, own in features.items()}
     for doubt in doubts:
         console.print(f"warning: {doubt}", markup=False, soft_wrap=True)
@@ -214,7 +220,7 @@ def train_prepared(
     Record(
         recipe=recipe,
         data=prepared.data,
-        versions=versions(),
+        versions=versions(["trl"] if isinstance(task, PostTask) else []),
         machine=machine(),
         results=dataclasses.asdict(result),
         adapter_sha256=result.adapter_sha256,

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from lorica.checkpoint import is_adapter
 from lorica.errors import FileError
 from lorica.model import load
+from lorica.model.pretrained.resuming import restore_trained
 from lorica.train import presets, tasks
+from lorica.train.adapt import start_of
 from lorica.train.console import make_console, quiet
 from lorica.train.data import splits as sources
 from lorica.train.data.sources import holds_images, images_in
@@ -24,12 +26,14 @@ from lorica.train.data.splits import Rows
 from lorica.train.data.tables import Table, as_found
 from lorica.train.data.text import read_lines
 from lorica.train.generation.writing import Writer, written_scores
+from lorica.train.post.making import arguments_of, trainer_of
 from lorica.train.prepared import encode_split, notes_on, quantized_loading
-from lorica.train.recipe import Recipe
+from lorica.train.recipe import Recipe, check_file, check_trusted, names_code
 from lorica.train.run import RECIPE
 from lorica.train.settings import GenerationConfig
 from lorica.train.system import writable_file
 from lorica.train.tasks import LanguageTask, Task
+from lorica.train.tasks.answers import PostTask
 from lorica.train.tasks.base import own_loss
 from lorica.train.trainer.checkpoints import last_checkpoint
 from lorica.train.trainer.fit import score
@@ -48,12 +52,14 @@ class Trained:
         task: what it does.
         tokenizer: its tokenizer.
         model: the model, with its adapter, frozen.
+        directory: the folder that it was opened from.
     """
 
     recipe: Recipe
     task: Task
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
+    directory: Path | None = None
 
 
 def open_run(directory: str | Path, *, trust_task: bool = False) -> Trained:
@@ -69,7 +75,7 @@ def open_run(directory: str | Path, *, trust_task: bool = False) -> Trained:
     """
     directory = Path(directory)
     recipe = recipe_of(directory, trust_task=trust_task)
-    task = tasks.get(recipe.task)
+    task = tasks.get(recipe.task).settled(recipe)
     adapted = is_adapter(directory)
     if not adapted and not (directory / "config.json").is_file():
         hint = (
@@ -82,11 +88,11 @@ def open_run(directory: str | Path, *, trust_task: bool = False) -> Trained:
         tokenizer = task.tokenizer(str(directory))
         if adapted:
             base = task.model(recipe.model, recipe.data, **quantized_loading(recipe, task))
-            model = load(base, directory)
+            model = load(base, directory, trainable=task.keeps_start)
         else:
             model = task.model(str(directory), recipe.data)
     task.pad(model, tokenizer)
-    return Trained(recipe, task, tokenizer, model.eval())
+    return Trained(recipe, task, tokenizer, model.eval(), directory)
 
 
 def recipe_of(directory: str | Path, *, trust_task: bool = False) -> Recipe:
@@ -107,7 +113,11 @@ def recipe_of(directory: str | Path, *, trust_task: bool = False) -> Recipe:
             f"{directory} has no {RECIPE}, so it was not made by `lorica train`; expected that command's "
             "--output folder"
         )
-    return Recipe.load(directory / RECIPE, trust_task=trust_task)
+    path = directory / RECIPE
+    values = check_file(path)
+    # Its rewards do not run here; `evaluate`, where they do, asks for itself.
+    trusted = trust_task or not names_code(values.get("task"))
+    return Recipe.from_dict(values, str(path), trust_task=trusted)
 
 
 def evaluate(
@@ -139,6 +149,7 @@ def evaluate(
         writable_file(predictions)
     trained = open_run(directory, trust_task=trust_task)
     recipe = trained.recipe
+    check_trusted(recipe.code(), f"the recipe in {directory}", trust_task=trust_task)
     if test is not None:
         tagged = trained.task.tagged
         used = sources.in_preset_layout(
@@ -160,7 +171,7 @@ def evaluate(
         scores = written_scores(
             recipe, trained.task, trained.tokenizer, trained.model, encoded.features, predictions
         )
-    with scoring(trained) as trainer:
+    with scoring(trained, encoded.features) as trainer:
         return {**score(trainer, encoded.features), **scores, "rows": len(encoded)}
 
 
@@ -253,22 +264,30 @@ def _shown(value: Any) -> Any:
 
 
 class scoring:
-    """A trainer that only scores and predicts, and leaves no folder behind."""
+    """A trainer that only scores and predicts, and leaves no folder behind.
 
-    def __init__(self, trained: Trained) -> None:
-        self._trained = trained
+    Args:
+        trained: the model.
+        rows: encoded rows that the task's own trainer scores. None predicts from rows without labels.
+    """
+
+    def __init__(self, trained: Trained, rows: Dataset | None = None) -> None:
+        self._trained, self._rows = trained, rows
         self._folder = tempfile.TemporaryDirectory()
 
     def __enter__(self) -> Trainer:
-        args = TrainingArguments(
-            output_dir=self._folder.name,
-            per_device_eval_batch_size=self._trained.recipe.training.eval_batch_size,
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            prediction_loss_only=not self._trained.task.reads_outputs,
-        )
         trained = self._trained
+        values: dict[str, Any] = {
+            "output_dir": self._folder.name,
+            "per_device_eval_batch_size": trained.recipe.training.eval_batch_size,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "prediction_loss_only": self._rows is not None and not trained.task.reads_outputs,
+        }
+        if self._rows is not None and isinstance(trained.task, PostTask):
+            return self._post(trained.task, self._rows, values)
+        args = TrainingArguments(**values)
         trainer = Trainer(
             model=trained.model,
             args=args,
@@ -278,6 +297,32 @@ class scoring:
             loss=own_loss(trained.task),
         )
         trainer.remove_callback(transformers.PrinterCallback)
+        return trainer
+
+    def _post(self, task: PostTask, rows: Dataset, values: dict[str, Any]) -> Any:
+        """TRL's trainer, whose reference is how the run began."""
+        trained, training = self._trained, self._trained.recipe.training
+        began = None if trained.directory is None else start_of(trained.directory)
+        if task.keeps_start and (began is None or not restore_trained(trained.model, began)):
+            raise FileError(f"{began} is gone, which holds how the run began: scores are measured against it")
+        values |= {
+            "per_device_train_batch_size": training.batch_size,
+            "gradient_accumulation_steps": training.gradient_accumulation,
+            "seed": training.seed,
+            "bf16": training.bf16,
+        }
+        with quiet():
+            trainer = trainer_of(task, training.seed)(
+                model=trained.model,
+                args=arguments_of(task, values, rows.column_names, training.max_length),
+                train_dataset=rows,
+                eval_dataset=rows,
+                processing_class=trained.tokenizer,
+            )
+        trainer.remove_callback(transformers.PrinterCallback)
+        if task.keeps_start:
+            assert trained.directory is not None
+            restore_trained(trained.model, trained.directory)
         return trainer
 
     def __exit__(self, *error: object) -> None:

@@ -22,6 +22,7 @@ KINDS = ("choice", "uniform", "loguniform", "integer", "tied", "value")
 _FIXED = {
     "output": "is each trial's own folder",
     "training.metric_for_best": "decides between trials: give metric and mode to the search",
+    "post.rewards": "may name code, which the recipe names",
     "training.load_best": "is on in a search: a trial is what its best checkpoint is",
 }
 

@@ -67,7 +67,7 @@ def trainer(kind: str, folder: Path, model: Any, **more: Any) -> Any:
     name, rows, own = KINDS[kind]
     tokenizer: Any = tiny.tokenizer()
     tokenizer.eos_token = "[SEP]"
-    values = {
+    values: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
         "max_steps": 3,

@@ -137,7 +137,7 @@ def test_a_text_made_of_several_parts() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pairs .* TRL's DPOTrainer"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pairs .* --task preference"),
         ({"chosen": TURN, "rejected": TURN}, "preference pairs"),
         (
             {"question": "a", "context": "b", "answers": {"text": ["b"], "answer_start": [0]}},
@@ -178,7 +178,7 @@ def test_what_is_refused_says_what_to_do(row: dict[str, Any], message: str) -> N
         (ALPACA, "causal-lm"),
         ({"question": "a", "context": "b", "answers": {"text": ["b"]}}, "question-answering"),
         ({"tokens": ["a"], "ner_tags": ["O"]}, "token-classification"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "DPOTrainer"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "--task preference"),
     ],
 )
 def test_the_default_task_says_which_one_learns_from_a_known_form(row: dict[str, Any], task: str) -> None:

@@ -64,9 +64,7 @@ def to_merge(base: str, folder: str | Path, recipe: Recipe) -> str | None:
 
 def word(recipe: Recipe) -> list[str]:
     """What says that the user trusts the code that a recipe names."""
-    from lorica.train.recipe import names_code  # which imports torch, as a command's --help need not
-
-    return ["--trust_task"] if names_code(recipe.task) else []
+    return ["--trust_task"] if recipe.code() else []
 
 
 def unused(name: str) -> Path:

@@ -41,13 +41,19 @@ SHORT: Mapping[str, tuple[str, ...]] = {
     "training.batch_size": ("-b", "--batch-size"),
     "training.max_length": ("--max-length",),
     "training.seed": ("--seed",),
+    "post.rewards": ("--reward",),
 }
 """What most people set → its short names; a hyphen may be an underscore. Their order is that of the help.
 
-A method's fields have one spelling, PEFT's name behind ``--method.``.
+A list's short name adds an item to it. A method's fields have one spelling, PEFT's name behind ``--method.``.
 """
 
-_LONG = {short.replace("_", "-"): f"--{name}" for name, shorts in SHORT.items() for short in shorts}
+_LISTS = frozenset({"post.rewards"})
+_LONG = {
+    short.replace("_", "-"): f"--{name}{'+' * (name in _LISTS)}"
+    for name, shorts in SHORT.items()
+    for short in shorts
+}
 _GENERATION = "generation."
 _GROUPS = {
     "": "the run",
@@ -55,6 +61,7 @@ _GROUPS = {
     "method": "LoRA (PEFT's names)",
     "training": "training",
     "generation": "writing text",
+    "post": "preferences and rewards (TRL)",
 }
 
 

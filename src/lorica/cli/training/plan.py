@@ -106,7 +106,7 @@ def _recipe(command: Parser, parsed: Any) -> Any:
     from lorica.train.recipe import check_trusted, from_parsed
 
     recipe = from_parsed(command, parsed)
-    check_trusted(recipe.task, "the recipe", trust_task=parsed.trust_task)
+    check_trusted(recipe.code(), "the recipe", trust_task=parsed.trust_task)
     if (kind := recipe.method.task_type) is not None and kind != "FEATURE_EXTRACTION":
         recipe = recipe.replace(task=_TASKS[kind])
     if parsed.checkpointing:

@@ -12,7 +12,7 @@ from typing import Any
 from lorica.cli import INTERRUPTED
 from lorica.cli.shared import hints
 from lorica.cli.shared.parsing import Parser, add_trust, expanded, print_help
-from lorica.train.recipe import Recipe, add_recipe, check_file, check_trusted, from_parsed, names_code
+from lorica.train.recipe import Recipe, add_recipe, check_file, check_trusted, from_parsed
 
 
 def parser() -> Parser:
@@ -71,8 +71,9 @@ def run(argv: list[str]) -> int:
         recorded = json.dumps(dataclasses.asdict(repeats.recipe))
         parsed = command.parse_args(["--config", recorded, *argv])
     recipe = from_parsed(command, parsed)
-    typed = recipe.task in _given(argv, "--task")  # and by nobody but the user
-    check_trusted(recipe.task, "the recipe", trust_task=parsed.trust_task or typed)
+    typed = {part for argument in argv for part in (argument, argument.partition("=")[2])}
+    unseen = [code for code in recipe.code() if code not in typed]  # what was typed is the user's own
+    check_trusted(unseen, "the recipe", trust_task=parsed.trust_task)
     try:
         result = train(
             recipe,
@@ -84,8 +85,7 @@ def run(argv: list[str]) -> int:
         )
     except Interrupted as stop:
         print(stop, file=sys.stderr)
-        word = ["--trust_task"] if names_code(recipe.task) else []
-        again = hints.command("train", Path(recipe.output) / RECIPE, "--resume", *word)
+        again = hints.command("train", Path(recipe.output) / RECIPE, "--resume", *hints.word(recipe))
         print(f"resume with: {again}", file=sys.stderr)
         return INTERRUPTED
     show(console, recipe, result)

@@ -273,7 +273,7 @@ def advice(columns: Sequence[str]) -> str:
     known = (
         (("messages",), "--task causal-lm"),
         (("conversations",), "--task causal-lm"),
-        (("chosen", "rejected"), "TRL's DPOTrainer, which takes a model adapted by lorica"),
+        (("chosen", "rejected"), "--task preference"),
         (("question", "context", "answers"), "--task question-answering"),
         (("tokens", "ner_tags"), "--task token-classification"),
         (("tokens", "tags"), "--task token-classification"),

@@ -18,6 +18,7 @@ from lorica.model import adapters as adapters_on
 from lorica.model import load, merge, restore
 from lorica.train import tasks
 from lorica.train.console import make_console, quiet
+from lorica.train.data.forms.known import CHATS
 from lorica.train.embedded import resolve_model
 from lorica.train.generation.writing import settings_of, shown, write
 from lorica.train.recipe import Recipe
@@ -25,7 +26,6 @@ from lorica.train.run import RECIPE
 from lorica.train.settings import DataConfig, GenerationConfig
 from lorica.train.tasks import LanguageTask
 from lorica.train.tasks.base import loading
-from lorica.train.tasks.causal_lm import CHATS
 from lorica.train.trained import Trained, open_run
 
 

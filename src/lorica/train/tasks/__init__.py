@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
-from pathlib import Path
-from types import ModuleType
 
-from lorica.errors import ConfigError, FileError, nearest
+from lorica.errors import ConfigError, nearest
+from lorica.train.code import import_from, is_code, split_entry
 from lorica.train.tasks.base import Encoded, Task
 from lorica.train.tasks.causal_lm import CausalLanguageModelling
+from lorica.train.tasks.grouped import GroupRelative, LeaveOneOut
 from lorica.train.tasks.image_classification import ImageClassification
 from lorica.train.tasks.language import LanguageTask, SequenceToSequence
+from lorica.train.tasks.preference import Preference
 from lorica.train.tasks.question_answering import QuestionAnswering
+from lorica.train.tasks.reward import Reward
 from lorica.train.tasks.texts import MultiLabelClassification, Regression, SequenceClassification
 from lorica.train.tasks.token_classification import TokenClassification
 
 __all__ = [
     "CausalLanguageModelling",
     "Encoded",
+    "GroupRelative",
     "ImageClassification",
     "LanguageTask",
+    "LeaveOneOut",
     "MultiLabelClassification",
+    "Preference",
     "QuestionAnswering",
     "Regression",
+    "Reward",
     "SequenceClassification",
     "SequenceToSequence",
     "Task",
@@ -59,7 +62,7 @@ def get(name: str) -> Task:
         ConfigError: it does not exist.
         FileError: there is no such file or module, or it cannot be imported.
     """
-    if ":" in name or name.endswith(".py"):
+    if is_code(name):
         return load_task(name)()
     if name not in _TASKS:
         raise ConfigError(
@@ -83,6 +86,10 @@ for _task in (
     TokenClassification,
     QuestionAnswering,
     ImageClassification,
+    Preference,
+    Reward,
+    GroupRelative,
+    LeaveOneOut,
 ):
     register(_task)
 
@@ -108,11 +115,9 @@ def load_task(entry: str) -> type[Task]:
         FileError: there is no such file or module, or it raised when imported.
         ConfigError: it has no such class, the class is no `Task`, or it leaves out something a task must say.
     """
-    place, _, name = (
-        entry.rpartition(":") if ".py:" in entry or not entry.endswith(".py") else (entry, "", "")
-    )
+    place, name = split_entry(entry)
     place = _EARLIER.get(place, place)
-    module = _import(place)
+    module = import_from(place, "the task")
     found = {
         key: value
         for key, value in vars(module).items()
@@ -133,30 +138,3 @@ def load_task(entry: str) -> type[Task]:
     if left:
         raise ConfigError(f"the task {entry} leaves out {', '.join(left)}; see lorica.train.Task")
     return task
-
-
-def _import(place: str) -> ModuleType:
-    try:
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
-        path = Path(place).expanduser().resolve()
-        if not path.is_file():
-            raise FileError(f"there is no file {place} to take the task from")
-        name = f"_lorica_task_{path.stem}_{abs(hash(path)):x}"
-        if name in sys.modules:
-            return sys.modules[name]
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses and pickle look their module up there
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-        return module
-    except FileError:
-        raise
-    except Exception as error:
-        raise FileError(f"cannot import the task from {place}: {type(error).__name__}: {error}") from error

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import transformers
 from datasets import Dataset
@@ -22,6 +22,9 @@ from lorica.errors import ConfigError, FileError, LoricaError
 from lorica.train.data.rows import RowError
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
+
+if TYPE_CHECKING:
+    from lorica.train.recipe import Recipe
 
 NEW_PARAMETERS = "lorica_new"
 """Attribute of a loaded model: names of the parameters that its files did not hold, which are random."""
@@ -67,6 +70,8 @@ class Task(ABC):
         reads_files: whether what a row is read from may be the path of a file, such as an image's.
         writes: whether its answer is a text that the model writes; see `LanguageTask`.
         packs: whether it predicts the next token: training rows can then be packed, and texts may run on.
+        reads_all: whether every column of a row is read, whatever its name.
+        keeps_start: whether its loss compares the adapter with how it started.
         tagged: whether a ``.txt`` file of rows holds words and their classes, and not texts.
     """
 
@@ -80,7 +85,22 @@ class Task(ABC):
     reads_files: ClassVar[bool] = False
     writes: ClassVar[bool] = False
     packs: ClassVar[bool] = False
+    reads_all: ClassVar[bool] = False
+    keeps_start: ClassVar[bool] = False
     tagged: ClassVar[bool] = False
+
+    @property
+    def copies(self) -> int:
+        """Rows of a batch that each training row makes."""
+        return 1
+
+    def settled(self, recipe: Recipe) -> Self:
+        """The task with what a recipe says of it beyond columns and rows; as a rule itself.
+
+        Raises:
+            ConfigError: it says what the task cannot do.
+        """
+        return self
 
     @abstractmethod
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:

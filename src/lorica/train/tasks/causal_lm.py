@@ -115,7 +115,7 @@ class CausalLanguageModelling(LanguageTask):
             prompts = prompts_of(rows, data, where, filled=True)
             texts = references_of(rows, data, where)
             found = [
-                TrainingText(row, self._completion(tokenizer, prompt, text, data.separator), group, text)
+                TrainingText(row, completion_pieces(tokenizer, prompt, text, data.separator), group, text)
                 for row, (prompt, group) in enumerate(
                     zip(prompts, groups_of(rows, data, prompts), strict=True)
                 )
@@ -152,16 +152,29 @@ class CausalLanguageModelling(LanguageTask):
         ]
         return [_start(tokenizer) + _tokens(tokenizer, text) for text in texts]
 
-    @staticmethod
-    def _completion(
-        tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, separator: str
-    ) -> list[Piece]:
-        # A byte-level tokenizer keeps a space with the word after it: one at the end goes to the completion.
-        apart = separator.rstrip(" ")
-        return [
-            (_start(tokenizer) + _tokens(tokenizer, prompt + apart), False),
-            (_tokens(tokenizer, separator[len(apart) :] + completion) + _end(tokenizer), True),
-        ]
+
+def completion_pieces(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, separator: str
+) -> list[Piece]:
+    """The tokens of a prompt and of its completion, of which the latter are targets.
+
+    Args:
+        tokenizer: the model's.
+        prompt: a text.
+        completion: the text that follows; an end-of-text token follows it.
+        separator: what stands between them.
+    """
+    # A byte-level tokenizer keeps a space with the word after it: one at the end goes to the completion.
+    spaces = separator[len(separator.rstrip(" ")) :]
+    return [
+        (prompt_tokens(tokenizer, prompt, separator), False),
+        (_tokens(tokenizer, spaces + completion) + _end(tokenizer), True),
+    ]
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, separator: str = "") -> list[int]:
+    """The tokens that a model writes on from: a prompt and the separator, but for spaces at its end."""
+    return _start(tokenizer) + _tokens(tokenizer, prompt + separator.rstrip(" "))
 
 
 def _rows(found: list[TrainingText], limit: int, where: str) -> Encoded:

@@ -21,7 +21,7 @@ import dataclasses
 import gc
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,10 @@ from lorica.config import AdapterConfig
 from lorica.errors import ConfigError, LoricaError, listing, nearest
 from lorica.model import adapters
 from lorica.train.console import quiet
+from lorica.train.post.making import arguments_of, trainer_of
 from lorica.train.settings import TrainingConfig
 from lorica.train.tasks import Task
 from lorica.train.tasks.base import NEW_PARAMETERS, own_loss
-from lorica.train.trainer.trainer import Trainer
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse", "mae", "ter"})
 
@@ -62,7 +62,12 @@ _OWNED = {
 
 
 def training_arguments(
-    config: TrainingConfig, checkpoints: Path, best_metric: str, *, validated: bool
+    config: TrainingConfig,
+    checkpoints: Path,
+    best_metric: str,
+    *,
+    validated: bool,
+    make: Callable[[dict[str, Any]], TrainingArguments] | None = None,
 ) -> TrainingArguments:
     """The arguments for a run.
 
@@ -71,6 +76,7 @@ def training_arguments(
         checkpoints: folder for the checkpoints.
         best_metric: the task's own metric for the best checkpoint.
         validated: whether there are validation rows.
+        make: makes them of transformers' fields; for a trainer that has more. None makes transformers' own.
 
     Raises:
         ConfigError: the device lacks what is asked for, or an argument is unknown or given twice.
@@ -123,7 +129,7 @@ def training_arguments(
         **config.arguments,
     }
     try:
-        return TrainingArguments(**values)
+        return TrainingArguments(**values) if make is None else make(values)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"transformers refuses these training arguments: {error}") from error
 
@@ -220,13 +226,22 @@ def chosen_defaults(before: TrainingConfig, after: TrainingConfig) -> dict[str, 
     return {name: getattr(after, name) for name in names if getattr(before, name) is None}
 
 
-def describe_defaults(found: dict[str, float], rows: int, training: TrainingConfig) -> str:
-    """A line about the chosen values, or an empty one."""
+def describe_defaults(
+    found: dict[str, float], rows: int, training: TrainingConfig, *, copies: int = 1
+) -> str:
+    """A line about the chosen values, or an empty one.
+
+    Args:
+        found: the values, by field.
+        rows: to learn from.
+        training: with its values.
+        copies: rows of a batch that each of them makes.
+    """
     parts = []
     if "learning_rate" in found:
         parts.append(f"learning rate {found['learning_rate']:g}")
     if "epochs" in found:
-        steps = math.ceil(found["epochs"] * _steps_a_pass(rows, training))
+        steps = math.ceil(found["epochs"] * _steps_a_pass(rows * copies, training))
         parts.append(f"{found['epochs']:g} passes over {rows:,} rows, {steps:,} steps")
     options = " ".join(f"--training.{name}" for name in found)
     return f"chosen: {'; '.join(parts)} ({options} to choose otherwise)" if parts else ""
@@ -332,11 +347,17 @@ def _step(
     )
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with tempfile.TemporaryDirectory() as folder, quiet():
-        args = training_arguments(once, Path(folder), task.best_metric, validated=False)
+        args = training_arguments(
+            once,
+            Path(folder),
+            task.best_metric,
+            validated=False,
+            make=lambda values: arguments_of(task, values, rows.column_names, training.max_length),
+        )
         # The optimizer takes its memory too, and at this rate moves nothing.
         args.learning_rate = 0.0
         args.save_strategy = "no"  # type: ignore[assignment]
-        trainer = Trainer(
+        trainer = trainer_of(task, training.seed)(
             model=model,
             args=args,
             train_dataset=rows,
@@ -350,6 +371,7 @@ def _step(
         try:
             trainer.train()
         finally:
+            trainer.close()
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             trainer.accelerator.free_memory()
             model.zero_grad(set_to_none=True)

@@ -113,7 +113,7 @@ class ProgressCallback(TrainerCallback):
         self.beats = beats
         self.step_seconds: list[float] = []
         self._progress: Progress | None = None
-        self._loss = "-"
+        self._loss = "loss -"
         self._last_line = 0.0
         self._began = self._step_began = 0.0
         self._first_step = self._first_learned = 0
@@ -174,7 +174,9 @@ class ProgressCallback(TrainerCallback):
         """Take up the loss; into a pipe, write a line every few seconds."""
         if logs is None or "loss" not in logs:
             return
-        self._loss = f"{float(logs['loss']):.4f}"
+        # Where answers are rewarded, the loss says nothing.
+        shown = "reward" if "reward" in logs else "loss"
+        self._loss = f"{shown} {float(logs[shown]):.4f}"
         now = time.perf_counter()
         if self._progress is None and (now - self._last_line >= 5 or state.global_step >= state.max_steps):
             self._last_line = now
@@ -217,7 +219,7 @@ class ProgressCallback(TrainerCallback):
         pace = (learned(self._model, args, state) - self._first_learned) / max(elapsed, 1e-9)
         left = elapsed / max(done, 1) * (state.max_steps - state.global_step)
         step = f"step {state.global_step}/{state.max_steps}"
-        return f"{step}  loss {self._loss}  {pace:,.0f} {unit(self._model)}/s  ETA {duration(left)}"
+        return f"{step}  {self._loss}  {pace:,.0f} {unit(self._model)}/s  ETA {duration(left)}"
 
 
 def learned(model: Any, args: TrainingArguments, state: TrainerState) -> int:

@@ -27,6 +27,7 @@ from lorica.errors import ConfigError, LoricaError, listing, nearest
 from lorica.reading import read_object
 from lorica.train.console import make_console, quiet
 from lorica.train.generation.writing import Writer
+from lorica.train.post.making import arguments_of, trainer_of
 from lorica.train.settings import TrainingConfig
 from lorica.train.tasks import Task
 from lorica.train.tasks.base import own_loss
@@ -95,7 +96,7 @@ class Fit:
         losses = [entry["loss"] for entry in self.history if "loss" in entry]
         part = max(1, len(losses) // 5)
         first, last = (statistics.fmean(some) for some in (losses[:part] or [0.0], losses[-part:] or [0.0]))
-        if len(losses) >= 4 and last > 1.5 * first:
+        if self.trainer.loss_falls and len(losses) >= 4 and last > 1.5 * first:
             yield f"the training loss rose from {first:.4f} to {last:.4f}: training diverged; {what}"
 
     def all_the_same(self, split: str, rows: int) -> Iterator[str]:
@@ -135,7 +136,7 @@ def fit(
     console: Console | None = None,
     title: str = "train",
     callbacks: list[TrainerCallback] | None = None,
-    make_trainer: Callable[..., Trainer] = Trainer,
+    make_trainer: Callable[..., Trainer] | None = None,
     hear_interrupts: bool = True,
     writer: Writer | None = None,
 ) -> Fit:
@@ -156,7 +157,7 @@ def fit(
         console: where to show progress. None makes one.
         title: what to call it there.
         callbacks: more callbacks.
-        make_trainer: makes the trainer, of `Trainer`'s arguments.
+        make_trainer: makes the trainer, of `Trainer`'s arguments. None takes the task's own.
         hear_interrupts: let Ctrl-C end training with a checkpoint. False leaves signals to the caller.
         writer: writes and scores texts in each evaluation. None leaves loss and the task's metrics.
 
@@ -170,13 +171,19 @@ def fit(
     console = console or make_console()
     directory = Path(directory)
     checkpoints = (directory / "checkpoints").resolve()
-    training = with_defaults(training, len(train), model)
+    training = with_defaults(training, len(train) * task.copies, model)
     scoring = Scoring(task, model)
     deciding = (training.metric_for_best or task.best_metric).removeprefix("eval_")
     beats = {} if validation is None else majority(task, model, train, validation)
     progress = ProgressCallback(console, title, deciding, scoring, beats.get(deciding))
     saving = CheckpointCallback(training.save_steps)
-    args = training_arguments(training, checkpoints, task.best_metric, validated=validation is not None)
+    args = training_arguments(
+        training,
+        checkpoints,
+        task.best_metric,
+        validated=validation is not None,
+        make=lambda values: arguments_of(task, values, train.column_names, training.max_length),
+    )
     args.prediction_loss_only = args.prediction_loss_only or not task.reads_outputs
     with quiet():
         extra: list[TrainerCallback] = [saving, progress, *(callbacks or [])]
@@ -184,7 +191,7 @@ def fit(
             extra.append(EarlyStoppingCallback(training.early_stopping_patience))
         if "tensorboard" in training.report_to:
             extra.append(_tensorboard(directory / "tensorboard"))
-        trainer = make_trainer(
+        trainer = (make_trainer or trainer_of(task, training.seed))(
             model=model,
             args=args,
             train_dataset=train,
@@ -206,7 +213,7 @@ def fit(
             if start is not None:
                 check_state(start)
                 find_best(start)
-        if start is None and validation is not None and make_trainer is Trainer:
+        if start is None and validation is not None and make_trainer is None:
             _check_metric(trainer, validation, task)
         began = time.perf_counter()
         try:

@@ -28,9 +28,11 @@ class RunTrainerMixin(LoraTrainerMixin, _Base):
     Attributes:
         loraplus_lr_ratio: learning rate of B over that of A; see `parameter_groups`. None trains both at one
             rate.
+        loss_falls: whether the loss of a run that learns becomes less.
     """
 
     loraplus_lr_ratio: float | None = None
+    loss_falls: bool = True
     _clock: tuple[float, int] | None = None
     """When the log's last entry was made, and how much was learned from by then."""
 
@@ -76,6 +78,9 @@ class RunTrainerMixin(LoraTrainerMixin, _Base):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthGroupedSampler(rows[column], self._train_batch_size, seed)
+
+    def close(self) -> None:
+        """Give the model back as it was taken, where the trainer changed its forward; as a rule nothing."""
 
     # Checkpoints: which is the best, what is written, what can be read.
 

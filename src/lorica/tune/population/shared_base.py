@@ -22,6 +22,7 @@ from lorica.train import tasks
 from lorica.train.prepared import Encoding, Prepared, encode, load_model
 from lorica.train.recipe import Recipe
 from lorica.train.tasks import Task
+from lorica.train.tasks.answers import PostTask
 from lorica.tune.population.joint_layers import module_order
 
 M = TypeVar("M", bound=nn.Module)
@@ -82,7 +83,8 @@ class SharedBase:
         base = cls.__new__(cls)
         base.key = key
         base._rows = {
-            length: read._replace(task=tasks.get(read.recipe.task)) for length, read in rows.items()
+            length: read._replace(task=tasks.get(read.recipe.task).settled(read.recipe))
+            for length, read in rows.items()
         }
         base._models = {seed: model.model() for seed, model in models.items()}
         base.places = {}
@@ -102,6 +104,8 @@ def why_alone(recipe: Recipe) -> str | None:
     for name in _ARGUMENTS:
         if training.arguments.get(name):
             return f"training.arguments.{name} changes how the base is computed"
+    if isinstance(tasks.get(recipe.task), PostTask):
+        return f"the task {recipe.task} has a trainer of its own"
     start = getattr(recipe.configuration(), "init_lora_weights", True)
     if start in FROM_DATA:
         return f"it starts from data (init_lora_weights={start!r})"

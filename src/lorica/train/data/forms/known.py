@@ -205,10 +205,8 @@ def _named(data: DataConfig) -> str:
 def _refuse_others(rows: Dataset, columns: dict[str, str]) -> None:
     if "chosen" in columns and "rejected" in columns:
         raise ConfigError(
-            "these rows are preference pairs (chosen, rejected), which TRL's DPOTrainer learns from; it "
-            "takes a model "
-            "adapted by lorica. To learn the chosen answers alone: --data.text prompt --data.label "
-            "chosen, or "
+            "these rows are preference pairs (chosen, rejected): --task preference learns from them, and "
+            "--task reward. To learn the chosen answers alone: --data.text prompt --data.label chosen, or "
             "--data.text chosen where they are conversations"
         )
     answers = columns.get("answers")
