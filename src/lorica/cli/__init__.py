@@ -35,8 +35,13 @@ ADAPTERS = {
     "convert": "a checkpoint of loralib's to an adapter in PEFT's format, or back",
     "push": "upload an adapter's files to the Hugging Face Hub",
 }
-COMMANDS = {**TRAINING, **ADAPTERS}
-"""Command → what it does; each is a module of `training` or `adapters`."""
+SERVING = {
+    "serve": "answer requests over HTTP: one base, hundreds of adapters, OpenAI's endpoints, a page",
+    "chat": "talk to a model and its adapters in the terminal, to two of them at once if you like",
+}
+ROOMS = {"training": TRAINING, "adapters": ADAPTERS, "serving": SERVING}
+COMMANDS = {**TRAINING, **ADAPTERS, **SERVING}
+"""Command → what it does; each is a module of a room."""
 
 # What these log as they are imported is about kernels of theirs that no command needs.
 _TALKATIVE = ("bitsandbytes", "torch.utils._pytree", "torchao")
@@ -71,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with _harmless():
-            room = "training" if name in TRAINING else "adapters"
+            room = next(room for room, commands in ROOMS.items() if name in commands)
             return importlib.import_module(f"lorica.cli.{room}.{name}").run(rest)
     except SystemExit as stop:  # the parser's: 0 after --help, 2 for wrong usage
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -101,6 +106,9 @@ def usage() -> str:
             "",
             "the files of adapters:",
             *(f"  {name:<10} {what}" for name, what in ADAPTERS.items()),
+            "",
+            "answer requests:",
+            *(f"  {name:<10} {what}" for name, what in SERVING.items()),
             "",
             "`lorica COMMAND --help` shows a command's options with their units and defaults.",
             "--debug shows where an error came from.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -45,18 +45,20 @@ _STATUSES = {
 }
 
 
-def make_app(here: Served, *, drain: float = DRAIN) -> FastAPI:
+def make_app(here: Served, *, drain: float = DRAIN, started: Callable[[], object] = lambda: None) -> FastAPI:
     """The application of what is served.
 
     Args:
         here: the base, its engine, its keys and limits.
         drain: seconds that running requests have to finish in when the server stops.
+        started: called once the engine runs.
     """
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         await here.engine.start()
         here.closing = False
+        started()
         try:
             yield
         finally:

@@ -99,7 +99,7 @@ class Events(StreamingResponse):
 
 async def with_usage(
     running: Running,
-    chunk: Callable[[Choice, Step], dict[str, Any]],
+    chunk: Callable[[Choice, Step], dict[str, Any] | None],
     options: StreamOptions | None,
     head: Mapping[str, Any],
     usage: Callable[[Running], dict[str, int]],
@@ -108,7 +108,7 @@ async def with_usage(
 
     Args:
         running: the answers.
-        chunk: what is told of a step.
+        chunk: what is told of a step; None where that is nothing.
         options: what of the usage is asked for.
         head: the fields that every chunk has.
         usage: tokens by now.
@@ -116,7 +116,7 @@ async def with_usage(
     told = options is not None and bool(options.include_usage)
     always = options is not None and bool(options.continuous_usage_stats)
     async for choice, step in running:
-        more = {"usage": usage(running) if always else None} if told else {}
-        yield {**chunk(choice, step), **more}
+        if (found := chunk(choice, step)) is not None:
+            yield {**found, **({"usage": usage(running) if always else None} if told else {})}
     if told:
         yield {**head, "choices": [], "usage": usage(running)}

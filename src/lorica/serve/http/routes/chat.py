@@ -128,7 +128,9 @@ class Shaper:
         for choice in running.choices:
             yield self._chunk(choice.index, {"role": "assistant", "content": ""}, None, None)
 
-        def chunk(choice: Choice, step: Step) -> dict[str, Any]:
+        def chunk(choice: Choice, step: Step) -> dict[str, Any] | None:
+            if not (step.text or step.finish or self._body.logprobs):
+                return None  # part of a character, or of what may be a stop text
             delta = {"content": step.text} if step.text or not step.finish else {}
             return self._chunk(choice.index, delta, self._logprobs(step.tokens), step.finish)
 

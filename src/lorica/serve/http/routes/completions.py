@@ -136,7 +136,9 @@ class Shaper:
         """The chunks of a stream."""
         told: set[int] = set()
 
-        def chunk(choice: Choice, step: Step) -> dict[str, Any]:
+        def chunk(choice: Choice, step: Step) -> dict[str, Any] | None:
+            if not (step.text or step.finish) and self._body.logprobs is None:
+                return None  # part of a character, or of what may be a stop text
             first = choice.index not in told
             told.add(choice.index)
             return {

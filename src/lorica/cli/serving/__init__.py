@@ -1,0 +1,1 @@
+"""The commands that answer requests: a server, and a conversation in the terminal."""

@@ -1,0 +1,95 @@
+"""``lorica serve``: answer requests over HTTP, for one base and many adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorica.cli.shared.parsing import Parser
+
+SOURCE = (
+    "folder that `lorica train`, `lorica demo` or `lorica merge` wrote; an adapter's folder; or a model, by "
+    "folder or Hub name"
+)
+
+
+def add_engine(parser: Parser) -> None:
+    """Give a parser what says which base and adapters are served."""
+    parser.add_argument("source", type=str, help=SOURCE)
+    parser.add_argument(
+        "--adapters", type=str | None, help="folder whose folders are adapters; it is watched"
+    )
+    parser.add_argument("--slots", type=int, default=32, help="adapters in a batch together")
+    parser.add_argument("--max-rank", type=int, default=64, help="the largest rank that is served")
+    parser.add_argument(
+        "--dtype", type=str, default="auto", help="of a decoder's weights: auto is its files'"
+    )
+    parser.add_argument(
+        "--context", type=int | None, help="tokens of prompt and answer (default: the model's)"
+    )
+
+
+def engine_of(parsed: Any) -> tuple[Any, Any]:
+    """The source that was named, and its engine, not started yet."""
+    from lorica.errors import ConfigError
+    from lorica.serve.opening import look_at, open_engine
+
+    for name in ("slots", "max_rank"):
+        if parsed[name] < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {parsed[name]}")
+    source = look_at(parsed.source)
+    folders = [] if parsed.adapters is None else [parsed.adapters]
+    options = {name: parsed[name] for name in ("slots", "max_rank", "dtype", "context")}
+    return source, open_engine(source, folders, **options)
+
+
+def parser() -> Parser:
+    """The command's options."""
+    result = Parser(
+        "serve",
+        description="Answer requests over HTTP, with OpenAI's and vLLM's endpoints and a page at /. A model "
+        "that writes answers /v1/completions and /v1/chat/completions; one that reads /classify, "
+        "/v1/embeddings and /score. A request's `model` names the adapter.",
+    )
+    add_engine(result)
+    result.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on")
+    result.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
+    result.add_argument(
+        "--name", type=str | None, help="what the base is called (default: its folder or Hub name)"
+    )
+    result.add_argument("--api-key-file", type=str | None, help="file of keys, one a line; see the guide")
+    result.add_argument("--anonymous", action="store_true", help="let other machines ask without a key")
+    result.add_argument(
+        "--allow-load", action="store_true", help="let adapters be loaded and unloaded over HTTP"
+    )
+    result.add_argument("--drain", type=float, default=300.0, help="seconds to finish in when told to stop")
+    return result
+
+
+def run(argv: list[str]) -> int:
+    """Serve until told to stop."""
+    parsed: Any = parser().parse_args(argv)
+
+    from lorica.errors import require
+
+    for module in ("fastapi", "uvicorn", "prometheus_client"):
+        require(module, extra="serve")
+
+    from lorica.serve.http import Keys, Served, Settings
+    from lorica.serve.http.running import check_open, listen, log_to_stderr
+    from lorica.serve.http.running import run as serve
+
+    keys = Keys() if parsed.api_key_file is None else Keys.read(parsed.api_key_file)
+    check_open(parsed.host, keys, anonymous=parsed.anonymous)
+    with listen(parsed.host, parsed.port) as taken:
+        log_to_stderr()
+        source, engine = engine_of(parsed)
+        settings = Settings(allow_load=parsed.allow_load)
+        here = Served(parsed.name or source.model, engine, settings, keys, source.default)
+        host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
+        address = f"http://{host}:{taken.getsockname()[1]}"
+
+        def told() -> None:
+            print(f"serving {here.model} at {address}: a page at /, OpenAI's endpoints at /v1", flush=True)
+
+        serve(here, taken, drain=parsed.drain, started=told)
+    return 0

@@ -1,0 +1,127 @@
+"""A conversation with a model and its adapters, beside no server: the engine is asked in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from lorica.errors import ConfigError, nearest
+from lorica.serve.decoder import Decoder
+from lorica.serve.engine import Sampling
+from lorica.serve.http.text import Texts
+
+BASE = "base"
+"""What the base is called where an adapter's name is due."""
+
+HELP = """\
+/adapter NAME          answer with another adapter ("base" for none)
+/compare NAME NAME     let two answer each message; /compare alone ends that
+/adapters              list the adapters
+/reset                 forget the conversation
+/quit                  leave"""
+
+
+@dataclass(eq=False)
+class Conversation:
+    """What was said, and who answers.
+
+    Args:
+        engine: that answers; it runs.
+        sampling: how.
+        names: the adapters that answer, one or two; None is the base.
+        messages: what was said.
+    """
+
+    engine: Decoder
+    sampling: Sampling
+    names: tuple[str | None, ...] = (None,)
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Make the tokenizer ready."""
+        self.texts = Texts(self.engine.tokenizer)
+        self.chats = bool(getattr(self.engine.tokenizer, "chat_template", None))
+
+    def known(self, name: str) -> str | None:
+        """An adapter by its name, or the base.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        names = [entry.name for entry in self.engine.adapters.entries()]
+        if name in names:
+            return name
+        if name == BASE:
+            return None
+        raise ConfigError(f"there is no adapter {name!r}{nearest(name, [BASE, *names])}")
+
+    def command(self, line: str) -> str | None:
+        """Do what a line that begins with ``/`` says.
+
+        Returns:
+            What to tell; None ends the conversation.
+
+        Raises:
+            ConfigError: there is no such command or adapter.
+        """
+        word, *given = line.split()
+        if word in ("/quit", "/exit") and not given:
+            return None
+        if word == "/help":
+            return HELP
+        if word == "/reset" and not given:
+            self.messages.clear()
+            return "the conversation begins anew"
+        if word == "/adapters" and not given:
+            return "\n".join([BASE, *(f"{e.name}  {e.state}" for e in self.engine.adapters.entries())])
+        if word == "/adapter" and len(given) == 1:
+            self.names = (self.known(given[0]),)
+            return f"{given[0]} answers"
+        if word == "/compare" and len(given) in (0, 2):
+            self.names = tuple(map(self.known, given)) or self.names[:1]
+            return f"{' and '.join(name or BASE for name in self.names)} {'answer' if given else 'answers'}"
+        raise ConfigError(f"{line!r} is no command:\n{HELP}")
+
+    async def ask(self, text: str, show: Callable[[int, str], object]) -> list[str]:
+        """Say something, and let each adapter answer; the first one's answer is what is gone on from.
+
+        Args:
+            text: the message.
+            show: told of each piece of text as it comes, and whose it is, by its place among `names`.
+
+        Returns:
+            The answers.
+
+        Raises:
+            LoricaError: the engine refuses, or fails.
+        """
+        said = [*self.messages, {"role": "user", "content": text}]
+        ids = await (self.texts.chat(said) if self.chats else self._plain(text))
+        room = self.engine.limits.context - len(ids)
+        sampling = replace(self.sampling, max_tokens=max(1, min(self.sampling.max_tokens, room)))
+        answers = await asyncio.gather(
+            *(
+                self._answer(ids, name, sampling, lambda t, i=i: show(i, t))
+                for i, name in enumerate(self.names)
+            )
+        )
+        if self.chats:
+            self.messages = [*said, {"role": "assistant", "content": answers[0]}]
+        return list(answers)
+
+    async def _plain(self, text: str) -> list[int]:
+        return (await self.texts.encode([text]))[0]
+
+    async def _answer(
+        self, ids: Sequence[int], name: str | None, sampling: Sampling, show: Callable[[str], object]
+    ) -> str:
+        answer = self.engine.admit(ids, name, sampling)
+        texts: list[str] = []
+        try:
+            async for step in answer:
+                texts.append(step.text)
+                show(step.text)
+        finally:
+            await answer.aclose()
+        return "".join(texts)
