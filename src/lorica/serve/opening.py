@@ -144,7 +144,7 @@ def open_engine(
         base = Base.open(source.base, source.tokenizer)
         return EncoderEngine(base, roots, slots=slots, max_rank=max_rank)
     with quiet(), loading(f"a model from {source.base!r}"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             resolve_model(source.base), dtype=dtype, trust_remote_code=False
         )
         words = transformers.AutoTokenizer.from_pretrained(
