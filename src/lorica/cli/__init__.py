@@ -46,6 +46,9 @@ COMMANDS = {**TRAINING, **ADAPTERS, **SERVING}
 # What these log as they are imported is about kernels of theirs that no command needs.
 _TALKATIVE = ("bitsandbytes", "torch.utils._pytree", "torchao")
 
+SEVERAL = ("train", "evaluate", "predict")
+"""Commands that several processes run together."""
+
 CUT_OFF = 141  # as a shell reports a process whose reader left
 INTERRUPTED = 130  # as a shell reports a process that Ctrl-C ended
 
@@ -72,6 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"lorica: there is no command {name!r}{nearest(name, COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
+    if name not in SEVERAL and os.environ.get("WORLD_SIZE", "1") != "1":
+        _complain(
+            f"lorica {name} runs in one process, and a launcher has started {os.environ['WORLD_SIZE']} "
+            "(WORLD_SIZE); start it without torchrun"
+        )
+        return 1
     for library in () if debug else _TALKATIVE:
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
@@ -89,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LoricaError as error:
         if debug:
             raise
-        _complain(str(error))
+        if type(error).__name__ != "OnAnother":  # which tells it
+            _complain(str(error))
         return 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 import threading
@@ -44,6 +45,11 @@ def make_console(*, stderr: bool = False) -> rich_console.Console:
     """A console; into a pipe it does not break lines."""
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=200, no_color=True)
+
+
+def silent() -> rich_console.Console:
+    """A console that shows nothing, for those processes of a run that are not the first."""
+    return Console(file=io.StringIO(), quiet=True)
 
 
 def print_table(

@@ -21,6 +21,8 @@ from lorica.train import presets, tasks
 from lorica.train.console import quiet, waiting
 from lorica.train.data import splits as sources
 from lorica.train.data.rows import UsableRows, act_on_rows, fingerprint
+from lorica.train.distributed.group import world
+from lorica.train.distributed.rows import encoded_once
 from lorica.train.recipe import Recipe
 from lorica.train.settings import DataConfig
 from lorica.train.tasks import Encoded, Task
@@ -91,7 +93,13 @@ def prepare(recipe: Recipe, rows: sources.Rows | None = None, *, console: Consol
 
 
 def encode(recipe: Recipe, rows: sources.Rows | None = None, *, console: Console | None = None) -> Encoding:
-    """Read and encode the rows; `prepare` without the model."""
+    """Read and encode the rows; `prepare` without the model. Of a machine's processes one does it for all."""
+    if world() > 1:
+        return encoded_once(lambda: _encode(recipe, rows, console))
+    return _encode(recipe, rows, console)
+
+
+def _encode(recipe: Recipe, rows: sources.Rows | None, console: Console | None) -> Encoding:
     source = recipe.data.preset or recipe.data.train
     with waiting(console, "looking at the rows" if rows is not None else f"reading {source}"):
         recipe, task, used, unlabelled = _read(recipe, rows)

@@ -18,6 +18,7 @@ from lorica.errors import ConfigError, FileError, listing
 from lorica.plain import as_json
 from lorica.reading import read_object
 from lorica.train.console import scores
+from lorica.train.distributed.group import world
 from lorica.train.recipe import Recipe
 from lorica.train.system import write_atomically
 
@@ -37,8 +38,8 @@ class Record:
         recipe: the recipe, with the columns and labels that were found.
         data: split → ``sha256`` of the rows' content, and ``rows``, their number.
         versions: package → version.
-        machine: what decides the last bits besides these: ``device``, ``threads`` and the ``instructions`` of
-            the processor that torch uses.
+        machine: what decides the last bits besides these: ``device``, ``threads``, the ``instructions`` of
+            the processor that torch uses, and ``processes``, how many trained together.
         results: scores, counts and times.
         adapter_sha256: of the adapter's file.
     """
@@ -98,7 +99,10 @@ class Record:
 
     def differences(self) -> list[str]:
         """Differences from where the run was recorded, such as ``torch 2.11.0 then, 2.13.0 now``."""
-        then, now = {**self.versions, **self.machine}, {**versions(self.versions), **machine()}
+        then, now = (
+            {**self.versions, "processes": 1, **self.machine},
+            {**versions(self.versions), **machine()},
+        )
         return [
             f"{name} {then.get(name, 'absent')} then, {now.get(name, 'absent')} now"
             for name in dict.fromkeys([*then, *now])
@@ -174,6 +178,7 @@ def machine() -> dict[str, Any]:
         "device": device,
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "processes": world(),
     }
 
 
@@ -202,7 +207,7 @@ def about(
         **({"classes": listing(data.labels, limit=12)} if data.labels else {}),
         "rows": ", ".join(f"{count:,} {split}" for split, count in rows.items()),
         "learning rate": f"{training.learning_rate:g}, {training.lr_scheduler}",
-        "rows a step": str(training.batch_size * training.gradient_accumulation),
+        "rows a step": str(training.batch_size * training.gradient_accumulation * world()),
         "passes": f"{training.epochs:g}" if training.max_steps is None else f"{training.max_steps:,} steps",
         "seed": str(training.seed),
     }

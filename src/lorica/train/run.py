@@ -19,8 +19,10 @@ from lorica.model import extract, save, trainable_parameters
 from lorica.plain import as_json
 from lorica.reading import read_object
 from lorica.train.adapt import adapt_prepared, keep_start, warm_start
-from lorica.train.console import make_console
+from lorica.train.console import make_console, silent
 from lorica.train.data.splits import Rows
+from lorica.train.distributed.group import by_first, check_alone, is_first, joined, world
+from lorica.train.distributed.resuming import PER_PROCESS, check_processes, check_rows_a_step
 from lorica.train.generation.writing import writer_of
 from lorica.train.prepared import Prepared, announce, prepare, with_head
 from lorica.train.recipe import Recipe
@@ -86,8 +88,12 @@ def train(
     console: Console | None = None,
     repeats: Record | None = None,
     changed_data: bool = False,
+    changed_processes: bool = False,
 ) -> Result:
     """Train an adapter as a recipe says.
+
+    In the processes that a launcher such as torchrun started, together: each step's rows are split over them,
+    and the first one alone writes and prints. All need to reach the output folder.
 
     The output folder ends up with the adapter's files (PEFT's format), the tokenizer, ``recipe.yaml`` (every
     field, and the columns and labels that were found), ``run.json``, ``checkpoints/`` and TensorBoard's logs.
@@ -103,6 +109,8 @@ def train(
         repeats: a recorded run that this one repeats. Differences of versions and machine are shown, and at
             the end whether the same adapter came out.
         changed_data: repeat it even if the rows are not the recorded ones.
+        changed_processes: resume in another number of processes than the run had; `batch_size` must make as
+            many rows a step.
 
     Returns:
         Scores, counts and times.
@@ -110,10 +118,20 @@ def train(
     Raises:
         LoricaError: the recipe, the data or the folder cannot be used; nothing was trained then.
         Interrupted: the user pressed Ctrl-C; a checkpoint was written.
+        Lost: another process of the run is gone.
     """
-    console = console or make_console()
-    with alone_in(recipe.output) as output, contextlib.ExitStack() as stack:
-        _check_folder(output, resume=resume, overwrite=overwrite)
+    hint = "resume from its last checkpoint with --resume, in as many processes"
+    cpu = bool(recipe.training.arguments.get("use_cpu"))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(joined(cpu=cpu, hint=f"{hint} (the run is in {recipe.output})"))
+        console = (console or make_console()) if is_first() else silent()
+        output = Path(recipe.output)
+
+        def enter() -> None:
+            stack.enter_context(alone_in(output))
+            _check_folder(output, resume=resume, overwrite=overwrite)
+
+        by_first(enter)
         if recipe.init_from is not None and not _goes_on(output, resume):
             read(recipe.init_from)  # a missing one is found at once
         if repeats is not None:
@@ -121,14 +139,26 @@ def train(
         prepared = prepare(recipe, rows, console=console)
         if repeats is not None:
             _compare_start(repeats, prepared, console, changed_data=changed_data)
-        result = train_prepared(prepared, resume=resume, overwrite=overwrite, console=console)
+        result = train_prepared(
+            prepared,
+            resume=resume,
+            overwrite=overwrite,
+            console=console,
+            changed_processes=changed_processes,
+        )
         if repeats is not None:
             _compare_end(repeats, prepared.recipe, result, console)
     return result
 
 
 def train_prepared(
-    prepared: Prepared, *, resume: bool = False, overwrite: bool = False, console: Console, **fitting: Any
+    prepared: Prepared,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console,
+    changed_processes: bool = False,
+    **fitting: Any,
 ) -> Result:
     """`train`, from rows that are encoded and a model that is loaded.
 
@@ -137,16 +167,27 @@ def train_prepared(
         resume: as in `train`.
         overwrite: as in `train`.
         console: where to show progress.
+        changed_processes: as in `train`.
         fitting: more arguments of `fit`.
     """
     recipe, task = prepared.recipe, prepared.task
-    output = writable_directory(recipe.output)
-    held = resume and bool(_held(output))
-    if held:
-        recipe = _as_before(recipe, output)
-        _check_rows(prepared, output)
-    elif overwrite:
-        _clear(output)
+    output = Path(recipe.output)
+    if isinstance(task, PostTask):
+        check_alone(task.name)
+
+    def begin() -> Recipe | None:
+        """The recipe of the run that goes on, if one does."""
+        writable_directory(output)
+        before = None
+        if resume and _held(output):
+            before = _as_before(recipe, output, changed_processes=changed_processes)
+            _check_rows(prepared, output)
+        elif overwrite:
+            _clear(output)
+        return before
+
+    before = by_first(begin)
+    held, recipe = before is not None, before or recipe
     announce(prepared, console)
 
     scored = [split for split in ("validation", "test") if split in prepared.splits]
@@ -170,10 +211,15 @@ def train_prepared(
             describe_defaults(found, len(learned), training, copies=task.copies), markup=False, soft_wrap=True
         )
     if training.auto_batch_size and not held:
+        check_alone("the search for a batch size (auto_batch_size)")
         training = fitting_batch(model, task, prepared.tokenizer, learned, training, console)
     recipe = dataclasses.replace(recipe, training=training)
-    recipe.save(output / RECIPE)
-    write_atomically(writable_directory(output / "checkpoints") / ROWS, as_json(prepared.data) + "\n")
+
+    def keep() -> None:
+        recipe.save(output / RECIPE)
+        write_atomically(writable_directory(output / "checkpoints") / ROWS, as_json(prepared.data) + "\n")
+
+    by_first(keep)
     done = fit(
         model,
         task,
@@ -195,37 +241,41 @@ def train_prepared(
     beaten = {split: majority(task, model, learned, own) for split, own in features.items()}
     for doubt in doubts:
         console.print(f"warning: {doubt}", markup=False, soft_wrap=True)
-    save(model, output)
-    rows = {split: len(encoded) for split, encoded in prepared.splits.items()}
-    write_card(extract(model), output, about(recipe, task.inputs(recipe.data), rows, metrics))
-    prepared.tokenizer.save_pretrained(output)
-    weights = output / "adapter_model.safetensors"
-    result = Result(
-        output=output,
-        metrics=metrics,
-        steps=done.steps,
-        seconds=done.seconds,
-        step_seconds=done.step_seconds,
-        trainable=count.trainable,
-        parameters=count.deployed,
-        checkpoint_bytes=bytes_of(weights),
-        rows=rows,
-        truncated={split: rows.truncated for split, rows in prepared.splits.items()},
-        skipped={split: facts["skipped"] for split, facts in prepared.data.items()},
-        adapter_sha256=sha256_of(weights),
-        chosen=found,
-        majority={split: scores for split, scores in beaten.items() if scores},
-        warnings=doubts,
-    )
-    Record(
-        recipe=recipe,
-        data=prepared.data,
-        versions=versions(["trl"] if isinstance(task, PostTask) else []),
-        machine=machine(),
-        results=dataclasses.asdict(result),
-        adapter_sha256=result.adapter_sha256,
-    ).save(output)
-    return result
+
+    def write() -> Result:
+        save(model, output)
+        rows = {split: len(encoded) for split, encoded in prepared.splits.items()}
+        write_card(extract(model), output, about(recipe, task.inputs(recipe.data), rows, metrics))
+        prepared.tokenizer.save_pretrained(output)
+        weights = output / "adapter_model.safetensors"
+        result = Result(
+            output=output,
+            metrics=metrics,
+            steps=done.steps,
+            seconds=done.seconds,
+            step_seconds=done.step_seconds,
+            trainable=count.trainable,
+            parameters=count.deployed,
+            checkpoint_bytes=bytes_of(weights),
+            rows=rows,
+            truncated={split: rows.truncated for split, rows in prepared.splits.items()},
+            skipped={split: facts["skipped"] for split, facts in prepared.data.items()},
+            adapter_sha256=sha256_of(weights),
+            chosen=found,
+            majority={split: scores for split, scores in beaten.items() if scores},
+            warnings=doubts,
+        )
+        Record(
+            recipe=recipe,
+            data=prepared.data,
+            versions=versions(["trl"] if isinstance(task, PostTask) else []),
+            machine=machine(),
+            results=dataclasses.asdict(result),
+            adapter_sha256=result.adapter_sha256,
+        ).save(output)
+        return result
+
+    return by_first(write)
 
 
 def _compare_start(before: Record, prepared: Prepared, console: Console, *, changed_data: bool) -> None:
@@ -300,12 +350,14 @@ def _goes_on(output: Path, resume: bool) -> bool:
     return resume and last_checkpoint(output / "checkpoints") is not None
 
 
-def _as_before(recipe: Recipe, output: Path) -> Recipe:
+def _as_before(recipe: Recipe, output: Path, *, changed_processes: bool = False) -> Recipe:
     """The recipe of a run that goes on; with another one it would be neither the old run nor the new one.
 
     Raises:
-        ConfigError: it is another.
+        ConfigError: it is another, or so is the number of processes.
     """
+    checkpoint = last_checkpoint(output / "checkpoints")
+    before_in = None if checkpoint is None else check_processes(checkpoint, changed=changed_processes)
     if not (output / RECIPE).is_file():
         return recipe
     saved = Recipe.load(output / RECIPE, trust_task=True)  # compared, not used
@@ -315,6 +367,10 @@ def _as_before(recipe: Recipe, output: Path) -> Recipe:
         sizes = {name: getattr(saved.training, name) for name in ("batch_size", "gradient_accumulation")}
         recipe = recipe.replace(training=sizes)
     before, now = (dict(_flat(value.to_dict())) for value in (saved, recipe))
+    if before_in is not None and before_in != world():
+        check_rows_a_step(saved.training, recipe.training, before_in)
+        for name in PER_PROCESS:
+            before[name] = now[name]
     changed = [
         f"{key} was {before[key]!r}, now {now[key]!r}"
         for key in now

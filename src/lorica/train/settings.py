@@ -1,4 +1,4 @@
-"""The parts of a recipe: where the rows come from, how training goes, how text is written."""
+"""The parts of a recipe: where the rows come from, how training goes, how text is written; processes."""
 
 from __future__ import annotations
 
@@ -294,6 +294,35 @@ class GenerationConfig:
             expect(self, name, getattr(self, name) >= 0, "0 or more", of)
         expect(self, "top_p", 0 < self.top_p <= 1, "a probability in (0, 1]", of)
         expect(self, "eval_rows", self.eval_rows is None or self.eval_rows > 0, "None or more than 0", of)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """In how many processes a command runs.
+
+    Args:
+        processes: on each machine: one for each GPU, or several that share a CPU's cores. None is this one.
+        machines: how many there are; the command is given on each of them.
+        address: of the first machine, as host:port, where the others find it.
+    """
+
+    processes: int | None = None
+    machines: int = 1
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        of = "launch."
+        expect(self, "processes", self.processes is None or self.processes > 0, "None or more than 0", of)
+        expect(self, "machines", self.machines > 0, "more than 0", of)
+        if self.processes is None and (self.machines > 1 or self.address is not None):
+            raise ConfigError(
+                "launch.machines and launch.address need launch.processes, those on each machine"
+            )
+        if (self.machines > 1) != (self.address is not None):
+            raise ConfigError(
+                "launch.machines and launch.address belong together: --launch.address host:port"
+            )
 
 
 def as_texts(config: Any, *names: str) -> None:

@@ -172,11 +172,11 @@ def in_new_process(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) 
     Raises:
         concurrent.futures.process.BrokenProcessPool: the process was killed.
     """
-    with ProcessPoolExecutor(1, mp_context=_context()) as pool:
+    with ProcessPoolExecutor(1, mp_context=preloaded_context()) as pool:
         return pool.submit(_watched, work, *arguments, **named).result()
 
 
-def _context() -> BaseContext:
+def preloaded_context() -> BaseContext:
     """A context whose processes do not inherit this one's memory, as forked ones would.
 
     Where there is a fork server, it has imported once what each of them needs.

@@ -19,12 +19,13 @@ from lorica.model import load
 from lorica.model.pretrained.resuming import restore_trained
 from lorica.train import presets, tasks
 from lorica.train.adapt import start_of
-from lorica.train.console import make_console, quiet
+from lorica.train.console import make_console, quiet, silent
 from lorica.train.data import splits as sources
 from lorica.train.data.sources import holds_images, images_in
 from lorica.train.data.splits import Rows
 from lorica.train.data.tables import Table, as_found
 from lorica.train.data.text import read_lines
+from lorica.train.distributed.group import by_first, check_alone, is_first, joined, launched, on_cpu
 from lorica.train.generation.writing import Writer, written_scores
 from lorica.train.post.making import arguments_of, trainer_of
 from lorica.train.prepared import encode_split, notes_on, quantized_loading
@@ -128,7 +129,7 @@ def evaluate(
     predictions: str | Path | None = None,
     trust_task: bool = False,
 ) -> dict[str, float]:
-    """Score a trained model.
+    """Score a trained model; in the processes that a launcher started, together.
 
     Args:
         directory: the folder that `train` filled.
@@ -145,11 +146,25 @@ def evaluate(
         FileError: the folder or the rows are missing.
         ConfigError: the rows do not have the columns or labels that the model was trained on.
     """
+    with joined():
+        return _evaluate(directory, test, generation, predictions, trust_task=trust_task)
+
+
+def _evaluate(
+    directory: str | Path,
+    test: str | Rows | None,
+    generation: GenerationConfig | None,
+    predictions: str | Path | None,
+    *,
+    trust_task: bool,
+) -> dict[str, float]:
     if predictions is not None:
-        writable_file(predictions)
+        by_first(lambda: writable_file(predictions))
     trained = open_run(directory, trust_task=trust_task)
     recipe = trained.recipe
     check_trusted(recipe.code(), f"the recipe in {directory}", trust_task=trust_task)
+    if isinstance(trained.task, PostTask):
+        check_alone(trained.task.name)
     if test is not None:
         tagged = trained.task.tagged
         used = sources.in_preset_layout(
@@ -182,7 +197,7 @@ def predict(
     generation: GenerationConfig | None = None,
     trust_task: bool = False,
 ) -> list[dict[str, Any]]:
-    """Predict with a trained model.
+    """Predict with a trained model; in the processes that a launcher started, together.
 
     Args:
         directory: the folder that `train` filled.
@@ -200,6 +215,13 @@ def predict(
         FileError: the folder or the file is missing.
         ConfigError: the rows do not have the columns that the model was trained on.
     """
+    with joined():
+        return _predict(directory, texts, generation, trust_task=trust_task)
+
+
+def _predict(
+    directory: str | Path, texts: ToPredict, generation: GenerationConfig | None, *, trust_task: bool
+) -> list[dict[str, Any]]:
     trained = open_run(directory, trust_task=trust_task)
     recipe, task = trained.recipe, trained.task
     rows, where, folder = _asked(trained, texts)
@@ -207,7 +229,8 @@ def predict(
     with quiet():
         if isinstance(task, LanguageTask):
             prompts = task.prompts(rows, recipe.data, trained.tokenizer, where)
-            writer = Writer(trained.tokenizer, generation or recipe.generation, make_console(stderr=True))
+            console = make_console(stderr=True) if is_first() else silent()
+            writer = Writer(trained.tokenizer, generation or recipe.generation, console)
             outputs, features = writer.texts(trained.model, prompts), rows
         else:
             located, limit = task.located(rows, recipe.data, folder, where), recipe.training.max_length
@@ -246,7 +269,7 @@ def _asked(trained: Trained, texts: ToPredict) -> tuple[Dataset, str, Path | Non
 
 def _tell(notes: Sequence[str]) -> None:
     """Print notes on how rows were read, to stderr, where nobody takes them for results."""
-    console = make_console(stderr=True)
+    console = make_console(stderr=True) if is_first() else silent()
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)
 
@@ -281,6 +304,7 @@ class scoring:
             "output_dir": self._folder.name,
             "per_device_eval_batch_size": trained.recipe.training.eval_batch_size,
             "report_to": "none",
+            "use_cpu": on_cpu() and launched() > 1,
             "disable_tqdm": True,
             "dataloader_pin_memory": torch.cuda.is_available(),
             "prediction_loss_only": self._rows is not None and not trained.task.reads_outputs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorica.cli.shared.launching import add_launch, launched, tells
 from lorica.cli.shared.parsing import Parser, add_generation, add_trust, generation_of
 from lorica.plain import as_json
 
@@ -26,13 +27,17 @@ def parser() -> Parser:
         help="file for the texts that a language model wrote, with their references, as JSON lines",
     )
     add_generation(result)
+    add_launch(result)
     add_trust(result)
     return result
 
 
 def run(argv: list[str]) -> int:
     """Score, and show the scores."""
-    parsed: Any = parser().parse_args(argv)
+    command = parser()
+    parsed: Any = command.parse_args(argv)
+    if (code := launched(command, parsed, "evaluate", argv, "start it again")) is not None:
+        return code
 
     from lorica.train.console import make_console, print_table, scores
     from lorica.train.trained import evaluate, recipe_of
@@ -45,6 +50,8 @@ def run(argv: list[str]) -> int:
         predictions=parsed.predictions,
         trust_task=parsed.trust_task,
     )
+    if not tells():
+        return 0
     if parsed.json:
         print(as_json(metrics))
         return 0

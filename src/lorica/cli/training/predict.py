@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lorica.cli.shared.launching import add_launch, launched, tells
 from lorica.cli.shared.parsing import Parser, add_generation, add_output, add_trust, generation_of
 from lorica.plain import as_json
 
@@ -22,13 +23,17 @@ def parser() -> Parser:
     add_output(result, "file for the predictions, one JSON object a line (default: print them)")
     result.add_argument("--json", action="store_true", help="print JSON lines also for a single text")
     add_generation(result)
+    add_launch(result)
     add_trust(result)
     return result
 
 
 def run(argv: list[str]) -> int:
     """Predict, and print a line for each row."""
-    parsed: Any = parser().parse_args(argv)
+    command = parser()
+    parsed: Any = command.parse_args(argv)
+    if (code := launched(command, parsed, "predict", argv, "start it again")) is not None:
+        return code
 
     from lorica.errors import FileError
     from lorica.train import tasks
@@ -60,6 +65,8 @@ def run(argv: list[str]) -> int:
         generation=generation,
         trust_task=parsed.trust_task,
     )
+    if not tells():
+        return 0
     if not (from_file or parsed.json or parsed.output):
         print(
             f"{rows[0]['label']}  {rows[0]['probability']:.4f}"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from lorica.cli import INTERRUPTED
 from lorica.cli.shared import hints
+from lorica.cli.shared.launching import add_launch, launched, tells
 from lorica.cli.shared.parsing import Parser, add_trust, expanded, print_help
 from lorica.train.recipe import Recipe, add_recipe, check_file, check_trusted, from_parsed
 
@@ -37,6 +39,13 @@ def parser() -> Parser:
     result.add_argument(
         "--changed_data", action="store_true", help="with --from: go on though the rows have changed"
     )
+    result.add_argument(
+        "--changed_processes",
+        action="store_true",
+        help="with --resume: go on in another number of processes than the run had; training.batch_size must "
+        "make as many rows a step",
+    )
+    add_launch(result)
     add_trust(result)
     return result
 
@@ -56,11 +65,17 @@ def run(argv: list[str]) -> int:
     path = parsed["from"]
     if parsed.changed_data and path is None:
         command.error("--changed_data belongs to --from")
+    if parsed.changed_processes and not parsed.resume:
+        command.error("--changed_processes belongs to --resume")
+    hint = "go on from the last checkpoint with the same command and --resume"
+    if (code := launched(command, parsed, "train", argv, hint)) is not None:
+        return code
 
-    from lorica.train.console import make_console, waiting
+    from lorica.train.console import make_console, silent, waiting
 
-    console = make_console()
+    console = make_console() if tells() else silent()
     with waiting(console, "loading torch and transformers"):
+        from lorica.train.distributed.group import joined, wait_for_all
         from lorica.train.record import Record
         from lorica.train.run import RECIPE, train
         from lorica.train.trainer.fit import Interrupted
@@ -74,22 +89,36 @@ def run(argv: list[str]) -> int:
     typed = {part for argument in argv for part in (argument, argument.partition("=")[2])}
     unseen = [code for code in recipe.code() if code not in typed]  # what was typed is the user's own
     check_trusted(unseen, "the recipe", trust_task=parsed.trust_task)
-    try:
-        result = train(
-            recipe,
-            resume=parsed.resume,
-            overwrite=parsed.overwrite,
-            console=console,
-            repeats=repeats,
-            changed_data=parsed.changed_data,
-        )
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        again = hints.command("train", Path(recipe.output) / RECIPE, "--resume", *hints.word(recipe))
-        print(f"resume with: {again}", file=sys.stderr)
-        return INTERRUPTED
-    show(console, recipe, result)
+    cpu = bool(recipe.training.arguments.get("use_cpu"))
+    with joined(cpu=cpu, hint=f"{hint} (the run is in {recipe.output})"):
+        try:
+            result = train(
+                recipe,
+                resume=parsed.resume,
+                overwrite=parsed.overwrite,
+                console=console,
+                repeats=repeats,
+                changed_data=parsed.changed_data,
+                changed_processes=parsed.changed_processes,
+            )
+        except Interrupted as stop:
+            if tells():
+                print(stop, file=sys.stderr)
+                words = [*_several(), *hints.word(recipe)]
+                again = hints.command("train", Path(recipe.output) / RECIPE, "--resume", *words)
+                print(f"resume with: {again}", file=sys.stderr)
+            wait_for_all()  # a launcher that sees the first of them end ends the others
+            return INTERRUPTED
+        if tells():
+            show(console, recipe, result)
+        wait_for_all()
     return 0
+
+
+def _several() -> list[str]:
+    """The option that starts as many processes as there are, on one machine."""
+    world, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    return ["--launch.processes", here] if world == here != "1" else []
 
 
 def _given(argv: list[str], flag: str) -> list[str]:

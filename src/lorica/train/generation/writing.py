@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorica.errors import ConfigError, LoricaError, nearest
 from lorica.model import mixed
-from lorica.train.console import make_console
+from lorica.train.console import make_console, silent
+from lorica.train.distributed.group import by_first, gathered, is_first, rank, world
 from lorica.train.metrics import written
 from lorica.train.metrics.written import check, without_java
 from lorica.train.settings import GenerationConfig
@@ -78,8 +79,14 @@ def write(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts: list[list[str]] = [[] for _ in prompts]
     both = bool(model.config.is_encoder_decoder)
+    # Several processes write a batch each in turn, in the same batches as one would.
+    shared = streamer is None and world() > 1
     with _evaluating(model), _drawing(config.do_sample, seed):
-        for start in range(0, len(order), config.batch_size):
+        for turn, start in enumerate(range(0, len(order), config.batch_size)):
+            if shared and turn % world() != rank():
+                continue
+            if shared and config.do_sample:
+                torch.manual_seed(seed + turn)
             places = order[start : start + config.batch_size]
             batch = pad([prompts[i] for i in places], _padding(tokenizer), left=not both)
             batch = {name: value.to(model.device) for name, value in batch.items()}
@@ -92,6 +99,8 @@ def write(
             for row, text in enumerate(said):
                 texts[places[row // sequences]].append(text.strip())
             progress(start + len(places))
+    if shared:
+        texts = [next((part for part in each if part), []) for each in zip(*gathered(texts), strict=True)]
     return texts
 
 
@@ -328,14 +337,16 @@ def written_scores(
         return {}
     if not task.writes:
         raise ConfigError(f"{task.name} writes no text: it has no such predictions; see `lorica predict`")
-    writer = Writer(tokenizer, recipe.generation, make_console(stderr=True), recipe.training.seed)
+    console = make_console(stderr=True) if is_first() else silent()
+    writer = Writer(tokenizer, recipe.generation, console, recipe.training.seed)
     writer.check(model, features)
     wanted = prompts_in(features)
     texts = writer.texts(model, wanted.prompts)
     if predictions is not None:
         said = tokenizer.batch_decode(wanted.prompts, skip_special_tokens=True)
         rows = zip(said, texts, wanted.references, strict=True)
-        write_lines(predictions, ({"prompt": p, "generated": t, "references": r} for p, t, r in rows))
+        lines = [{"prompt": p, "generated": t, "references": r} for p, t, r in rows]
+        by_first(lambda: write_lines(predictions, lines))
     writer.note()
     return written(texts, wanted.references, recipe.generation.metrics)
 

@@ -36,6 +36,7 @@ from lorica.config import AdapterConfig
 from lorica.errors import ConfigError, LoricaError, listing, nearest
 from lorica.model import adapters
 from lorica.train.console import quiet
+from lorica.train.distributed.group import launched, on_cpu, world
 from lorica.train.post.making import arguments_of, trainer_of
 from lorica.train.settings import TrainingConfig
 from lorica.train.tasks import Task
@@ -116,7 +117,8 @@ def training_arguments(
         "greater_is_better": metric.removeprefix("eval_") not in LOWER_IS_BETTER if best else None,
         "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",
         "bf16": config.bf16,
-        "use_cpu": config.bf16 and not torch.accelerator.is_available(),  # else transformers asks for a GPU
+        # Else transformers asks for a GPU, or takes several processes for one each.
+        "use_cpu": on_cpu() and (config.bf16 or launched() > 1),
         "fp16": config.fp16,
         "activation_checkpointing": config.gradient_checkpointing,
         "logging_steps": config.logging_steps,
@@ -272,7 +274,7 @@ def width_of(model: nn.Module) -> int | None:
 
 
 def _steps_a_pass(rows: int, training: TrainingConfig) -> int:
-    return max(1, math.ceil(rows / (training.batch_size * training.gradient_accumulation)))
+    return max(1, math.ceil(rows / (training.batch_size * training.gradient_accumulation * world())))
 
 
 def _factor(config: AdapterConfig) -> float:

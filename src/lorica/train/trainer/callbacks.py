@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorica.train.console import duration
+from lorica.train.distributed.group import any_of, world
 from lorica.train.trainer.scoring import Scoring
 
 
@@ -27,6 +28,8 @@ class CheckpointCallback(TrainerCallback):
     run resumed from before
     it would never make it.
 
+    Where several processes train, all of them stop after the step in which one was asked to.
+
     Args:
         save_steps: steps between checkpoints, or None.
     """
@@ -34,17 +37,18 @@ class CheckpointCallback(TrainerCallback):
     def __init__(self, save_steps: int | None = None) -> None:
         """Nothing is due yet."""
         self.save_steps = save_steps
-        self.interrupted = False
+        self.asked = self.interrupted = False
         self._due = False
 
     def interrupt(self) -> None:
         """Ask for a checkpoint and the end of training after the present step."""
-        self.interrupted = True
+        self.asked = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Save if a step's count or the user says so."""
+        self.interrupted = any_of(self.asked)
         if self.save_steps is not None and state.global_step % self.save_steps == 0:
             control.should_save = True
         at_end = state.epoch == int(state.epoch)
@@ -68,14 +72,24 @@ class CheckpointCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def interruptible(callback: CheckpointCallback, console: Console) -> Iterator[None]:
-    """Save and stop at the first Ctrl-C, stop at once at the second."""
+    """Save and stop at the first Ctrl-C, stop at once at the second.
+
+    A launcher passes on to its processes what a terminal has sent to them already: within a second, several
+    signals are one.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's; elsewhere they are somebody else's to handle
         return
 
+    heard = 0.0
+
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if callback.interrupted:
+        nonlocal heard
+        if callback.asked:
+            if world() > 1 and time.monotonic() - heard < 1:
+                return
             raise KeyboardInterrupt
+        heard = time.monotonic()
         callback.interrupt()
         console.print("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 

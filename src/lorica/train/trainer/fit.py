@@ -23,9 +23,10 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerState
 
-from lorica.errors import ConfigError, LoricaError, listing, nearest
+from lorica.errors import ConfigError, listing, nearest
 from lorica.reading import read_object
-from lorica.train.console import make_console, quiet
+from lorica.train.console import make_console, quiet, silent
+from lorica.train.distributed.group import OfAll, by_first, is_first, wait_for_all
 from lorica.train.generation.writing import Writer
 from lorica.train.post.making import arguments_of, trainer_of
 from lorica.train.settings import TrainingConfig
@@ -48,7 +49,7 @@ from lorica.train.trainer.scoring import Scoring, majority
 from lorica.train.trainer.trainer import Trainer
 
 
-class Interrupted(LoricaError):
+class Interrupted(OfAll):
     """The user stopped a run; a checkpoint was written, from which it can be resumed.
 
     Attributes:
@@ -143,7 +144,7 @@ def fit(
     """Train the parameters that require a gradient: an adapter, a head, or everything.
 
     The same configuration, seed and rows give the same weights, bit for bit on a CPU, also when the run was
-    killed at any moment and resumed.
+    killed at any moment and resumed, in as many processes.
 
     Args:
         model: the model; what should not train is frozen already.
@@ -168,7 +169,7 @@ def fit(
         Interrupted: the user pressed Ctrl-C; a checkpoint was written.
         ConfigError: the configuration cannot be used on this device or with these rows.
     """
-    console = console or make_console()
+    console = console or make_console() if is_first() else silent()
     directory = Path(directory)
     checkpoints = (directory / "checkpoints").resolve()
     training = with_defaults(training, len(train) * task.copies, model)
@@ -189,7 +190,7 @@ def fit(
         extra: list[TrainerCallback] = [saving, progress, *(callbacks or [])]
         if training.early_stopping_patience is not None:
             extra.append(EarlyStoppingCallback(training.early_stopping_patience))
-        if "tensorboard" in training.report_to:
+        if "tensorboard" in training.report_to and is_first():
             extra.append(_tensorboard(directory / "tensorboard"))
         trainer = (make_trainer or trainer_of(task, training.seed))(
             model=model,
@@ -208,11 +209,7 @@ def fit(
         trainer.remove_callback(PrinterCallback)
         start = None
         if resume:
-            discard_incomplete(checkpoints)
-            start = last_checkpoint(checkpoints)
-            if start is not None:
-                check_state(start)
-                find_best(start)
+            start = by_first(lambda: _start_in(checkpoints))
         if start is None and validation is not None and make_trainer is None:
             _check_metric(trainer, validation, task)
         began = time.perf_counter()
@@ -221,6 +218,7 @@ def fit(
                 _run(trainer, start, training)
         finally:
             progress.close()
+    wait_for_all()  # for the first, which writes
     if saving.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(last_checkpoint(checkpoints))
     return Fit(
@@ -232,6 +230,16 @@ def fit(
         list(trainer.state.log_history),
         scoring,
     )
+
+
+def _start_in(checkpoints: Path) -> Path | None:
+    """The checkpoint to go on from; what an interrupted save left is deleted."""
+    discard_incomplete(checkpoints)
+    start = last_checkpoint(checkpoints)
+    if start is not None:
+        check_state(start)
+        find_best(start)
+    return start
 
 
 def _check_metric(trainer: Trainer, validation: Dataset, task: Task) -> None:

@@ -236,6 +236,8 @@ def why_whole(head: nn.Module | None, args: transformers.TrainingArguments, *, s
         return "the head's weight is sharded"
     if args.n_gpu > 1:
         return "DataParallel copies the model"
+    if args.world_size > 1 and args.ddp_find_unused_parameters:
+        return "torch looks for parameters without a gradient in each step, which copies them"
     if args.torch_compile:
         return "the model is compiled"
     if args.use_liger_kernel:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lorica.train.distributed.group import check_world, wait_for_all
 from lorica.train.recipe import is_secret
 from lorica.train.system import peak_memory
 from lorica.train.trainer.callbacks import learned, unit
@@ -35,6 +36,13 @@ class RunTrainerMixin(LoraTrainerMixin, _Base):
     loss_falls: bool = True
     _clock: tuple[float, int] | None = None
     """When the log's last entry was made, and how much was learned from by then."""
+    _splits = False
+    """Whether the processes of a run read the rows of each step together."""
+
+    @property
+    def _orders(self) -> bool:
+        """Whether the order in which this trainer puts rows reaches the model."""
+        return self.args.world_size <= 1 or self._splits
 
     # What is logged of the steps, and who takes them: the optimizer, in which order of rows.
 
@@ -43,6 +51,7 @@ class RunTrainerMixin(LoraTrainerMixin, _Base):
     ) -> Tensor:
         """Add the gradients of a micro-batch; see transformers' Trainer."""
         if self._clock is None:
+            check_world(self.args.world_size)
             self._clock = time.perf_counter(), learned(self.model, self.args, self.state)
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -74,10 +83,10 @@ class RunTrainerMixin(LoraTrainerMixin, _Base):
         rows: Any = self.train_dataset
         column = self.args.length_column_name
         grouped = self.args.train_sampling_strategy == "group_by_length"
-        if not grouped or self.args.world_size > 1 or column not in getattr(rows, "column_names", ()):
+        if not grouped or not self._orders or column not in getattr(rows, "column_names", ()):
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroupedSampler(rows[column], self._train_batch_size, seed)
+        return LengthGroupedSampler(rows[column], self._train_batch_size * self.args.world_size, seed)
 
     def close(self) -> None:
         """Give the model back as it was taken, where the trainer changed its forward; as a rule nothing."""
@@ -113,6 +122,10 @@ class RunTrainerMixin(LoraTrainerMixin, _Base):
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None and self.optimizer is not None:
                 check_moments(self.optimizer)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        wait_for_all()  # the trainer's state, which says that a checkpoint is whole, comes after all of them
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with readable(checkpoint, "the file of random states"):

@@ -5,6 +5,7 @@
     its loss      the mean over the target tokens of all the step's micro-batches
     evaluation    rows by length, outputs beside their rows; the loss over all targets; what a model writes
     a checkpoint  the adapter, the optimizer, random states; no secrets, and damage is named
+    processes     several read together what one would, each row once; see `lorica.train.distributed`
 
 What is not here is in `mixin`, or, such as the loop over epochs, as transformers has it.
 """
@@ -20,10 +21,19 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.trainer_pt_utils import LabelSmoother
+from transformers.trainer_pt_utils import LabelSmoother, find_batch_size
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from lorica.methods.inserted import noted_labels
+from lorica.train.distributed.batches import (
+    SHARE,
+    can_split,
+    check_all_used,
+    put_together,
+    split_over,
+    without_targets,
+)
+from lorica.train.distributed.group import check_world
 from lorica.train.generation.writing import Writer
 from lorica.train.trainer.deferred import deferred_logits
 from lorica.train.trainer.loss import (
@@ -95,6 +105,12 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         if score is not None:
             options["compute_metrics"] = lambda outcome: scored(score, self._beside_rows(outcome), self._rows)
         super().__init__(*args, **options)
+        check_world(self.args.world_size)
+        self._splits = can_split(self.accelerator)
+        self._counted = 0
+        """How many rows of the batch that is evaluated are this process's own."""
+        if self.args.process_index:  # no two processes drop the same
+            torch.manual_seed(self.args.seed + self.args.process_index)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         self._mean_of_batch = self.model_accepts_loss_kwargs and ignores_count(model)
         self._loss_shifts_labels = not self._mean_of_batch and (
@@ -120,9 +136,13 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         Returns:
             Its loss, a scalar.
         """
+        first = self._clock is None
         with self._deferred():
             # On the right device and in the right dtype: `compute_loss` below, then backward.
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if first:
+            check_all_used(model)
+        return loss
 
     def compute_loss(
         self,
@@ -139,7 +159,7 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
             return_outputs: return the model's outputs beside it.
             num_items_in_batch: targets in all micro-batches of the step. None: the mean over this one.
         """
-        labels, count = inputs.get("labels"), num_items_in_batch
+        labels, count, share = inputs.get("labels"), num_items_in_batch, inputs.pop(SHARE, 1.0)
         if self.args.label_smoothing_factor or self.compute_loss_func:
             # The labels are kept from the model, which would make the decoder's inputs of them.
             inputs = self._with_decoder_inputs(model, inputs)
@@ -158,6 +178,8 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         if self.loss is not None and (own := self.loss(outputs, inputs)) is not None:
             labels = inputs.get("labels")
             loss = own if labels is None or count is None else self._part_of_step(own, labels, count)
+        if share == 0.0 or (share != 1.0 and count is None):
+            loss = loss * share
         return (loss, outputs) if return_outputs else loss
 
     def _part_of_step(self, loss: Tensor, labels: Tensor, count: Tensor | int) -> Tensor:
@@ -166,6 +188,9 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         if self.args.average_tokens_across_devices:
             copies = self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu
         return part_of_step(loss, targets_in(labels, shifted=self._loss_shifts_labels), count, copies)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        return super()._get_num_items_in_batch([without_targets(batch) for batch in batch_samples], device)
 
     def _with_decoder_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         bare: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -201,6 +226,26 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         name = type(self.model if model is None else model).__name__
         logger.warning("%s: the loss is computed from all logits at once, because %s", name, reason)
 
+    # Several processes.
+
+    def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
+        if self.args.ddp_find_unused_parameters is None:
+            # Looking for them copies the outputs, and with them the logits.
+            self.args.ddp_find_unused_parameters = False
+        return super()._build_accelerator_args(**options)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **options: Any) -> Any:
+        if not self._splits or isinstance(dataset, torch.utils.data.IterableDataset):
+            return super()._get_dataloader(dataset, *args, **options)
+        with split_over(self.accelerator):
+            return super()._get_dataloader(dataset, *args, **options)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        super()._track_num_input_tokens(without_targets(inputs))
+
+    def _put_together(self, part: Any) -> Any:
+        return put_together(part, self._counted)
+
     # Evaluation.
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **options: Any) -> dict[str, float]:
@@ -216,6 +261,8 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
         """Read all rows, take the mean loss over all their targets, and score what the model writes."""
         self._sums = []
+        if self._splits:
+            self.gather_function = self._put_together
         found = super().evaluation_loop(*args, **options)
         if found.metrics is not None:
             if self._sums:
@@ -236,22 +283,30 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **options: Any
     ) -> Any:
         """Evaluate a batch, and count its targets; where only its loss matters, it is computed in chunks."""
-        with self._deferred(prediction_loss_only):
-            found = super().prediction_step(model, inputs, prediction_loss_only, *args, **options)
+        whole = inputs.pop(SHARE, 1.0) > 0
+        self._counted = (find_batch_size(inputs) or 0) if whole else 0
+        across = self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices = False  # this batch's mean
+        try:
+            with self._deferred(prediction_loss_only):
+                found = super().prediction_step(model, inputs, prediction_loss_only, *args, **options)
+        finally:
+            self.args.average_tokens_across_devices = across
         loss, labels = found[0], inputs.get("labels")
         of_tokens = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
         if loss is not None and of_tokens:
-            count = targets_in(labels, shifted=self._loss_shifts_labels).to(loss.device, torch.float64)
+            count = (
+                targets_in(labels, shifted=self._loss_shifts_labels).to(loss.device, torch.float64) * whole
+            )
             self._sums.append(torch.stack([loss.double() * count if count else count, count]))
         return found
 
     def _take_mean(self, metrics: dict[str, float]) -> None:
         """Put the mean over all targets in place of the mean over rows, which moves with the batch size."""
         own = torch.stack(self._sums).sum(0)
-        gathered = self.accelerator.gather(own.float().unsqueeze(0))
+        gathered = self.accelerator.gather(own.to(self.args.device).unsqueeze(0))
         assert isinstance(gathered, Tensor)
-        # On one process nothing is gathered, and no digit lost.
-        total, count = own if len(gathered) == 1 else gathered.double().sum(0)
+        total, count = gathered.sum(0)
         loss = float(total / count) if count else math.nan
         name = next((key for key in metrics if key.endswith("_loss")), None)
         if name is not None:
@@ -264,13 +319,13 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         """Keep the rows, and the order in which they are read if that is not their own."""
         self._rows, self._order = rows, None
         column = self.args.length_column_name
-        if self.args.world_size <= 1 and column in getattr(rows, "column_names", ()):
+        if self._orders and column in getattr(rows, "column_names", ()):
             lengths = rows[column][:]
             self._order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler | None:
         # transformers' own order by length is drawn at random, so outputs could not be put beside their rows.
-        if self.args.world_size > 1:
+        if not self._orders:
             return None
         own = torch.utils.data.SequentialSampler(eval_dataset)
         return own if self._order is None else cast(torch.utils.data.Sampler, self._order)

@@ -1,0 +1,129 @@
+"""Several processes for a command, on this machine or on several, by torch's elastic launcher.
+
+The processes are forked from one that has imported what each of them needs, where the system can do that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lorica.errors import ConfigError
+from lorica.train.distributed.group import LAUNCHED, left_together, on_cpu
+from lorica.train.settings import LaunchConfig
+from lorica.train.system import preloaded_context
+
+INTERRUPTED = 130
+
+
+def launch(work: Callable[..., int], args: Sequence[Any], config: LaunchConfig, hint: str) -> int:
+    """Call a function in several processes that find each other, and wait for all of them.
+
+    Ctrl-C reaches each of them. Where one is lost, the others are ended, and a line says so.
+
+    Args:
+        work: a function at the top of a module, which returns an exit status.
+        args: its arguments.
+        config: how many processes.
+        hint: how to go on after one was lost.
+
+    Returns:
+        0, or the status of the first process that failed.
+    """
+    assert config.processes is not None
+    if not on_cpu():
+        import torch
+
+        if config.processes > (there := torch.accelerator.device_count()):
+            raise ConfigError(f"launch.processes is {config.processes}, and this machine has {there} GPUs")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import api
+
+    alone = config.machines == 1
+    elastic = api.LaunchConfig(
+        min_nodes=config.machines,
+        max_nodes=config.machines,
+        nproc_per_node=config.processes,
+        run_id=uuid.uuid4().hex if alone else "lorica",
+        rdzv_backend="c10d",
+        rdzv_endpoint=config.address or "localhost:0",
+        local_addr="localhost" if alone else None,
+        max_restarts=0,
+        start_method=preloaded_context().get_start_method(),
+        signals_to_handle="SIGTERM,SIGHUP",
+    )
+    # A terminal's Ctrl-C comes to all of them, and is one; see `interruptible`.
+    with _quiet(), _passing_on(signal.SIGINT, but_not=(signal.SIGTERM, signal.SIGHUP)):
+        try:
+            codes = api.elastic_launch(elastic, _work)(work, tuple(args), config.processes)
+        except SignalException:
+            print(f"ended by a signal; {hint}", file=sys.stderr)
+            return 128 + signal.SIGTERM
+        except ChildFailedError as error:
+            for rank, failure in error.failures.items():
+                if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
+                    name = signal.Signals(-failure.exitcode).name
+                    print(
+                        f"process {rank} was lost (killed by {name}), and the others were ended; {hint}",
+                        file=sys.stderr,
+                    )
+                    return 1
+            return abs(error.get_first_failure()[1].exitcode)  # which has told why
+    return next((code for code in codes.values() if code), 0)
+
+
+def _work(work: Callable[..., int], args: tuple[Any, ...], processes: int) -> int:
+    """What each process does."""
+    import torch
+
+    os.environ[LAUNCHED] = "1"
+    if on_cpu() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    code = work(*args)
+    if code and not (code == INTERRUPTED and left_together()):
+        sys.stdout.flush()
+        raise SystemExit(code)  # the launcher ends the others
+    return code
+
+
+@contextlib.contextmanager
+def _passing_on(number: signal.Signals, but_not: Sequence[signal.Signals]) -> Iterator[None]:
+    """Within it, a signal goes to all processes that were started; after it, handlers are as they were."""
+
+    def on_signal(*_: object) -> None:
+        for child in multiprocessing.active_children():
+            with contextlib.suppress(ProcessLookupError, TypeError):
+                os.kill(child.pid, number)  # type: ignore[arg-type]
+
+    before = {each: signal.getsignal(each) for each in (number, *but_not)}
+    signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The launcher's own log says in twenty lines what we say in one."""
+    loggers = [logging.getLogger(f"torch.distributed.{name}") for name in ("elastic", "launcher")]
+    before = [logger.propagate for logger in loggers]
+    silent = logging.NullHandler()
+    for logger in loggers:
+        logger.propagate = False
+        logger.addHandler(silent)
+    try:
+        yield
+    finally:
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.propagate = propagate
+            logger.removeHandler(silent)

@@ -1,0 +1,97 @@
+"""Rows that are encoded once on each machine, and mapped into memory by its other processes.
+
+first process of a machine    reads, encodes, writes Arrow files, maps them
+the others                    map the same files: no row is read, encoded or kept twice
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+
+from lorica.errors import LoricaError
+from lorica.train import tasks
+from lorica.train.console import quiet
+from lorica.train.distributed.group import OnAnother, at_end, gathered, wait_for_all
+from lorica.train.tasks import Encoded
+
+if TYPE_CHECKING:
+    from lorica.train.prepared import Encoding
+
+_FACTS = "facts.pickle"
+
+
+def encoded_once(encode: Callable[[], Encoding]) -> Encoding:
+    """What one process of each machine encodes, in all of them.
+
+    Args:
+        encode: reads and encodes the rows.
+
+    Raises:
+        LoricaError: the rows cannot be used.
+    """
+    machine, leads = socket.gethostname(), os.environ.get("LOCAL_RANK", "0") == "0"
+    found: Encoding | None = None
+    folder: str | None = None
+    failed: Exception | None = None
+    if leads:
+        try:
+            found = encode()
+            folder = _temporary()
+            _write(found, Path(folder))
+        except Exception as error:
+            failed = error
+    told = gathered((machine, folder, None if failed is None else str(failed) or type(failed).__name__))
+    if failed is not None:
+        raise failed
+    if broken := next((reason for _, _, reason in told if reason is not None), None):
+        raise OnAnother(broken)
+    folder = folder or next((folder for where, folder, _ in told if where == machine and folder), None)
+    if folder is None:
+        raise LoricaError(f"no process of {machine} has the number 0 there (LOCAL_RANK), to encode the rows")
+    result = _read(Path(folder), found)
+    wait_for_all()
+    return result
+
+
+def _temporary() -> str:
+    folder = tempfile.mkdtemp(prefix="lorica-rows-")
+    at_end(lambda: shutil.rmtree(folder, ignore_errors=True))
+    return folder
+
+
+def _write(found: Encoding, folder: Path) -> None:
+    with quiet():
+        for name, encoded in found.splits.items():
+            encoded.features.save_to_disk(folder / name)
+    bare = {
+        name: dataclasses.replace(encoded, features=None, lengths=None)  # pyright: ignore[reportArgumentType]
+        for name, encoded in found.splits.items()
+    }
+    # The tokenizer and the task, which may be the user's code, each process makes for itself.
+    facts = found._replace(splits=bare, task=None, tokenizer=None)  # pyright: ignore[reportArgumentType]
+    (folder / _FACTS).write_bytes(pickle.dumps(tuple(facts)))
+
+
+def _read(folder: Path, found: Encoding | None) -> Encoding:
+    """What was written; `found` is what this process has of it in memory."""
+    from lorica.train.prepared import Encoding
+
+    facts = found or Encoding(*pickle.loads((folder / _FACTS).read_bytes()))
+    splits: dict[str, Encoded] = {
+        name: dataclasses.replace(encoded, features=Dataset.load_from_disk(str(folder / name)))
+        for name, encoded in facts.splits.items()
+    }
+    if found is not None:
+        return found._replace(splits=splits)
+    task = tasks.get(facts.recipe.task)
+    return facts._replace(splits=splits, task=task, tokenizer=task.tokenizer(facts.recipe.model))

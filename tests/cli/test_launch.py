@@ -1,0 +1,97 @@
+"""`--launch.processes`: a command in several processes, which are stopped, lost and started again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from train import tiny
+
+from lorica.cli import main
+from lorica.errors import ConfigError
+from lorica.train import Record
+from lorica.train.settings import LaunchConfig
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("launched")
+    tiny.write_model(home / "model")
+    tiny.write_data(home / "data")
+    return home
+
+
+def command(home: Path, name: str, steps: int, *more: str) -> list[str]:
+    made = tiny.recipe(home / "model", home / "data", home / name, save_steps=5, max_steps=steps)
+    made.replace(training={"load_best": False, "eval_steps": steps}).save(home / f"{name}.yaml")
+    return ["train", str(home / f"{name}.yaml"), "--launch.processes", "2", *more]
+
+
+def after_the_first_checkpoint(folder: Path, action: Callable[[], None]) -> threading.Thread:
+    def wait() -> None:
+        while not list(folder.glob("checkpoints/checkpoint-*/trainer_state.json")):
+            time.sleep(0.05)
+        action()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_run_is_trained_and_scored_in_two_processes(home: Path) -> None:
+    assert main(command(home, "run", 6)) == 0
+    assert Record.load(home / "run").machine["processes"] == 2
+    assert main(["evaluate", str(home / "run"), "--json", "--launch.processes=2"]) == 0
+    answers = home / "answers.jsonl"
+    texts = home / "data" / "test.jsonl"
+    assert main(["predict", str(home / "run"), str(texts), "-o", str(answers), "--launch.processes=2"]) == 0
+    assert len([json.loads(line) for line in answers.read_text().splitlines()]) == 12
+
+
+def test_a_lost_process_and_an_interrupt_end_the_others(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = home / "stopped"
+
+    def kill() -> None:
+        pid = multiprocessing.active_children()[1].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+
+    watching = after_the_first_checkpoint(run, kill)
+    assert main(command(home, run.name, 4000)) == 1
+    watching.join()
+    err = capsys.readouterr().err
+    assert "was lost (killed by SIGKILL), and the others were ended" in err
+    assert "--resume" in err
+    watching = after_the_first_checkpoint(
+        run, lambda: (time.sleep(3), os.kill(os.getpid(), signal.SIGINT))[1]
+    )
+    assert main(command(home, run.name, 4000, "--resume")) == 130
+    watching.join()
+    assert not (run / "adapter_model.safetensors").exists()
+    assert load_file(
+        max(run.glob("checkpoints/checkpoint-*"), key=os.path.getmtime) / "adapter_model.safetensors"
+    )
+
+
+def test_wrong_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="belong together"):
+        LaunchConfig(processes=2, machines=2)
+    with pytest.raises(ConfigError, match=r"need launch.processes"):
+        LaunchConfig(address="first:29500")
+    assert main(["train", "--changed_processes"]) == 2
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "--launch.processes", "2"]) == 2
+    assert "torchrun has started this already" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["tune", "--help"]) == 1
+    assert "lorica tune runs in one process" in capsys.readouterr().err
