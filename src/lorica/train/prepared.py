@@ -27,6 +27,7 @@ from lorica.train.recipe import Recipe
 from lorica.train.settings import DataConfig
 from lorica.train.tasks import Encoded, Task
 from lorica.train.tasks.packing import check_packing, pack
+from lorica.train.tasks.stored import cached, key_of
 from lorica.train.trainer.arguments import check_device
 from lorica.train.trainer.sampler import LengthGroupedSampler, padding, share
 
@@ -105,12 +106,13 @@ def _encode(recipe: Recipe, rows: sources.Rows | None, console: Console | None) 
         recipe, task, used, unlabelled = _read(recipe, rows)
     encoded, data = {}, {}
     notes: list[str] = []
+    taken: dict[int, dict[str, Any]] = {}
     with quiet():
         tokenizer = task.tokenizer(recipe.model)
         for name, own in used.items():
             with waiting(console, f"encoding {len(own.rows):,} {name} rows"):
-                encoded[name], own = encode_split(recipe, task, tokenizer, own)
-            data[name] = {**fingerprint(own.rows), "skipped": own.skipped}
+                encoded[name], own = encode_split(recipe, task, tokenizer, own, taken)
+            data[name] = {**(taken.get(id(own.rows)) or fingerprint(own.rows)), "skipped": own.skipped}
             if own.first is not None:
                 data[name]["first_skipped"] = own.first
             notes += notes_on(task, recipe.data, own, training=name == "train")
@@ -152,17 +154,38 @@ def load_model(recipe: Recipe, read: Encoding) -> PreTrainedModel:
     return model
 
 
-def encode_split(recipe: Recipe, task: Task, tokenizer: Any, used: UsableRows) -> tuple[Encoded, UsableRows]:
-    """Encode the rows of a split.
+def encode_split(
+    recipe: Recipe,
+    task: Task,
+    tokenizer: Any,
+    used: UsableRows,
+    taken: dict[int, dict[str, Any]] | None = None,
+) -> tuple[Encoded, UsableRows]:
+    """Encode the rows of a split, or take them from the cache where the recipe says so.
+
+    Args:
+        recipe: the run, with columns and labels resolved.
+        task: what reads the rows.
+        tokenizer: the model's.
+        used: the rows.
+        taken: where to leave the fingerprints that were taken on the way, by the rows' `id`.
 
     Raises:
         RowError: a row cannot be used, and the recipe does not say to leave it out.
     """
     data, limit, where = recipe.data, recipe.training.max_length, used.origin.source
 
-    def act(rows: Dataset) -> Encoded:
+    def encode(rows: Dataset) -> Encoded:
         rows = task.located(rows, data, used.origin.folder, where)
         return task.encode(rows, data, tokenizer, limit, where)
+
+    def act(rows: Dataset) -> Encoded:
+        if not data.cache:
+            return encode(rows)
+        found = fingerprint(rows)
+        if taken is not None:
+            taken[id(rows)] = found
+        return cached(key_of(task, tokenizer, data, limit, found), lambda: encode(rows))
 
     return act_on_rows(used, act, skip=data.skip_bad)
 

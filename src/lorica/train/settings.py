@@ -76,6 +76,8 @@ class DataConfig:
         validation_rows: number of validation rows to score. None takes all.
         test_rows: number of test rows to score. None takes all.
         skip_bad: leave out rows that cannot be used, and count them, in place of refusing them all.
+        cache: keep encoded rows in a folder of the user's (``LORICA_CACHE``, or ``~/.cache/lorica``), and
+            take them from there, mapped into memory, when the same rows come again.
     """
 
     preset: str | None = None
@@ -108,6 +110,7 @@ class DataConfig:
     validation_rows: int | None = None
     test_rows: int | None = None
     skip_bad: bool = False
+    cache: bool = False
 
     def __post_init__(self) -> None:
         """Check the values."""

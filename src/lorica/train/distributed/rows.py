@@ -6,7 +6,6 @@ the others                    map the same files: no row is read, encoded or kep
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pickle
 import shutil
@@ -14,15 +13,13 @@ import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from lorica.errors import LoricaError
 from lorica.train import tasks
 from lorica.train.console import quiet
 from lorica.train.distributed.group import OnAnother, at_end, gathered, wait_for_all
-from lorica.train.tasks import Encoded
+from lorica.train.tasks.stored import store, stored
 
 if TYPE_CHECKING:
     from lorica.train.prepared import Encoding
@@ -72,13 +69,11 @@ def _temporary() -> str:
 def _write(found: Encoding, folder: Path) -> None:
     with quiet():
         for name, encoded in found.splits.items():
-            encoded.features.save_to_disk(folder / name)
-    bare = {
-        name: dataclasses.replace(encoded, features=None, lengths=None)  # pyright: ignore[reportArgumentType]
-        for name, encoded in found.splits.items()
-    }
+            (folder / name).mkdir()
+            store(encoded, folder / name)
     # The tokenizer and the task, which may be the user's code, each process makes for itself.
-    facts = found._replace(splits=bare, task=None, tokenizer=None)  # pyright: ignore[reportArgumentType]
+    names: Any = list(found.splits)
+    facts = found._replace(splits=names, task=None, tokenizer=None)  # pyright: ignore[reportArgumentType]
     (folder / _FACTS).write_bytes(pickle.dumps(tuple(facts)))
 
 
@@ -87,10 +82,7 @@ def _read(folder: Path, found: Encoding | None) -> Encoding:
     from lorica.train.prepared import Encoding
 
     facts = found or Encoding(*pickle.loads((folder / _FACTS).read_bytes()))
-    splits: dict[str, Encoded] = {
-        name: dataclasses.replace(encoded, features=Dataset.load_from_disk(str(folder / name)))
-        for name, encoded in facts.splits.items()
-    }
+    splits = {name: stored(folder / name) for name in facts.splits}
     if found is not None:
         return found._replace(splits=splits)
     task = tasks.get(facts.recipe.task)
