@@ -29,7 +29,7 @@ from lorica.model.pretrained import classes
 from lorica.model.pretrained import root as pretrained
 from lorica.model.sharded import check_whole
 from lorica.model.watch.uncalled import FUSED, watch_pass
-from lorica.model.watch.unfilled import is_bare, watch_filling
+from lorica.model.watch.unfilled import watch_filling
 from lorica.model.watch.wrapped import check_unnoted
 from lorica.pieces import Kind, Search, asked, find_pieces, surroundings
 from lorica.state import STATE, AdapterState, adapted, check_name, find_adapted, in_group
@@ -283,7 +283,9 @@ def _put(search: Search, state: AdapterState, name: str, config: AdapterConfig) 
     root = search.root
     if not state.configs:
         _open(search, state)
-    bare = is_bare(search.pieces)
+    # For a model on the meta device no piece has values; the first and the last show it.
+    ends = (*search.pieces[:1], *search.pieces[-1:])
+    bare = any(held.tensor.is_meta for piece in ends for held in piece.tensors(""))
     state.put(root, name, config, search.pieces, trainable=search.trainable)
     if bare:
         watch_filling(root, state)

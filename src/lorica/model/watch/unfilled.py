@@ -5,7 +5,6 @@ meta device ── to_empty ──▶ NaN in all that adapters hold ── mater
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,15 +12,8 @@ from torch import Tensor, nn
 
 from lorica.errors import StateError, listing
 from lorica.layers import SwappedModule
-from lorica.piece import Piece
 from lorica.state import AdapterState
 from lorica.tree import is_sharded, join
-
-
-def is_bare(pieces: Sequence[Piece]) -> bool:
-    """Whether pieces that are not on yet have no values: they are for a model on the meta device."""
-    # The first and the last tell: there may be thousands.
-    return any(held.tensor.is_meta for piece in (*pieces[:1], *pieces[-1:]) for held in piece.tensors(""))
 
 
 def watch_filling(root: nn.Module, state: AdapterState) -> None:
