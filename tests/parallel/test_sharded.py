@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from parallel import work
 from ranks import on_ranks
 from torch import nn
@@ -62,3 +63,16 @@ def test_sharding_needs_a_group() -> None:
     model = lorica.adapt(nn.Sequential(nn.Linear(4, 4)), lorica.LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(StateError, match="start the script with torchrun"):
         parallel.shard(model)
+
+
+def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(tmp_path: Path) -> None:
+    for found in on_ranks(work.goes_on, str(tmp_path), timeout=120):
+        assert found["apart"] == 0.0
+        assert "holds no checkpoint" in found["none"]
+        assert found["another"].startswith("AdapterError")
+    model = work.build(work.CASES["token rows"])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    parallel.load_checkpoint(model, optimizer, tmp_path / "2")
+    saved = lorica.read(tmp_path / "adapter").named_tensors()
+    assert all(torch.equal(saved[key], value) for key, value in lorica.extract(model).named_tensors().items())
+    assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}

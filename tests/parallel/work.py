@@ -360,3 +360,34 @@ def loaded(folder: str) -> dict[str, tuple[float, float]]:
             outputs = float((loss_of(one.eval(), ROWS) - loss_of(several.eval(), ROWS)).abs())
         found[name] = values, outputs
     return found
+
+
+def goes_on(folder: str) -> dict[str, float | str]:
+    """A run that was saved and gone on with, against the run itself; and what does not fit."""
+    rank, case = dist.get_rank(), CASES["token rows"]
+    half = ROWS[2 * rank : 2 * rank + 2]
+
+    def made(case: Case = case) -> tuple[Any, torch.optim.Optimizer]:
+        model = parallel.shard(build(case))
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+        loss_of(model, half).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first, again = made(), made()
+    step(*first)
+    step(*first)
+    parallel.save_checkpoint(*first, f"{folder}/2")
+    parallel.save_checkpoint(*first, f"{folder}/2")
+    lorica.save(first[0], f"{folder}/adapter")
+    parallel.load_checkpoint(*again, f"{folder}/2")
+    for run in (first, again):
+        step(*run)
+    ours, theirs = (parallel.gather(model).named_tensors() for model, _ in (first, again))
+    return {
+        "apart": max(float((ours[key] - value).abs().max()) for key, value in theirs.items()),
+        "none": _said(lambda: parallel.load_checkpoint(*again, folder)),
+        "another": _said(lambda: parallel.load_checkpoint(*made(CASES["rank 1"]), f"{folder}/2")),
+    }
