@@ -26,9 +26,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def decoder(**settings: Any) -> Any:
-    """A tiny Llama whose answers are never ended by the model itself, and depend on all that came before."""
-    model = tiny.transformer("llama", max_position_embeddings=CONTEXT, eos_token_id=None, **settings)
+def decoder(name: str = "llama", **settings: Any) -> Any:
+    """A tiny decoder that never ends an answer itself, and looks at all that came before."""
+    length = "n_positions" if name == "gpt2" else "max_position_embeddings"
+    known: dict[str, Any] = {length: CONTEXT, "eos_token_id": None}
+    model = tiny.transformer(name, **known | settings)
     model.generation_config.eos_token_id = None
     with torch.no_grad():  # as it is drawn, it repeats itself whatever it is asked
         for parameter in model.parameters():

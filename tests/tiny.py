@@ -64,6 +64,11 @@ _MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "llama": ("LlamaConfig", "LlamaForCausalLM", _SMALL | _TEXT | _LENGTH),
     "llama-classifier": ("LlamaConfig", "LlamaForSequenceClassification", _SMALL | _TEXT | _LENGTH),
+    "mistral": (
+        "MistralConfig",
+        "MistralForCausalLM",
+        {"num_key_value_heads": 1, "sliding_window": 24} | _SMALL | _TEXT | _LENGTH,
+    ),
     "t5": (
         "T5Config",
         "T5ForConditionalGeneration",

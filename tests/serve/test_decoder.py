@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 pytest.importorskip("transformers.generation.continuous_batching", reason="needs lorica[serve]")
@@ -70,6 +71,35 @@ def test_every_sort_of_adapter_answers_as_alone(
         model.set_attn_implementation("sdpa")
     for name, ids, answer in zip(names, asked, got, strict=True):
         assert alone.agrees(folders.get(name or ""), ids, answer, 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("gpt2", {}), ("llama", {"num_key_value_heads": 1}), ("mistral", {}), ("qwen3-moe", {})],
+)
+def test_other_decoders(name: str, settings: dict[str, Any], tmp_path: Path):
+    """Other layers, heads that share keys, a window of keys, experts."""
+    own = decoder(name, **settings)
+    config = {"r": 4, "target_modules": ["c_attn" if name == "gpt2" else "q_proj"]}
+    made = {key: write_adapter(own, tmp_path / key, config, i) for i, key in enumerate("ab")}
+    names, asked = [None, "a", "b"] * 3, prompts(9, 1, 70)
+
+    async def serve() -> list[list[int]]:
+        async with Decoder(own, adapters=tmp_path, watch=0, batch_tokens=32, requests=6) as engine:
+            answers = [engine.admit(ids, n, greedy(8)) for ids, n in zip(asked, names, strict=True)]
+            return await asyncio.gather(*map(ids_of, answers))
+
+    alone = Alone(own)
+    for adapter, ids, answer in zip(names, asked, asyncio.run(serve()), strict=True):
+        assert alone.agrees(made.get(adapter or ""), ids, answer, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("t5", "no decoder"), ("bert", "no decoder"), ("bloom", "attention is its own")]
+)
+def test_a_model_that_would_ignore_the_cache_is_refused(name: str, said: str):
+    with pytest.raises(lorica.LoricaError, match=said):
+        Decoder(tiny.transformer(name))
 
 
 def test_one_adapter_s_cached_prefix_is_not_another_s(model: Any, folders: dict[str, Path], alone: Alone):

@@ -25,7 +25,7 @@ from transformers.generation.continuous_batching import cache, model_runner, uti
 from transformers.generation.continuous_batching import continuous_api as api
 from transformers.generation.continuous_batching.requests import RequestState
 
-from lorica.errors import MissingExtra
+from lorica.errors import MissingExtra, StateError
 from lorica.serve.decoder import attention
 
 VERSION = "5.23."
@@ -42,6 +42,32 @@ def check_version() -> None:
         raise MissingExtra(
             f"the engine steers the insides of transformers {VERSION}x, and {transformers.__version__} is "
             "installed; the right one comes with: pip install 'lorica[serve]'"
+        )
+
+
+def check_model(model: Any) -> None:
+    """Refuse a model that would ignore the engine's cache, some of them without an error.
+
+    Raises:
+        StateError: it writes no text, keeps a state besides keys and values, or has an attention of its own.
+    """
+    kind, why = type(model).__name__, None
+    generates = hasattr(model, "init_continuous_batching") and model.can_generate()
+    if not generates or model.config.is_encoder_decoder:
+        why = "it is no decoder"
+    elif getattr(model, "_is_stateful", False):
+        why = "it keeps a state besides keys and values"
+    elif not getattr(model, "_supports_attention_backend", False):
+        why = "its attention is its own, and would not look into the engine's cache"
+    else:
+        try:
+            cache.group_layers_by_attn_type(model.config.get_text_config())
+        except ValueError as error:
+            why = str(error)
+    if why is not None:
+        raise StateError(
+            f"{kind} cannot be served by this engine: {why}. It serves decoders that AutoModelForCausalLM "
+            "makes, with full or sliding attention"
         )
 
 

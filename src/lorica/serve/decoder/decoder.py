@@ -20,7 +20,7 @@ from lorica.errors import StateError
 from lorica.model.slots import Slots
 from lorica.serve.decoder import admission
 from lorica.serve.decoder.answers import Channel, DecodedAnswer, Request
-from lorica.serve.decoder.batching import Batcher, bytes_per_token, capacity, check_version
+from lorica.serve.decoder.batching import Batcher, bytes_per_token, capacity, check_model, check_version
 from lorica.serve.decoder.schedule import Schedule, Told
 from lorica.serve.engine import EngineDown, Limits, Overloaded, Sampling, Stats
 from lorica.serve.store import Content, Store
@@ -87,10 +87,7 @@ class Decoder:
         restarts: int = 1,
     ) -> None:
         check_version()
-        if not hasattr(model, "init_continuous_batching") or not model.can_generate():
-            raise StateError(
-                f"{type(model).__name__} writes no text; serve one that AutoModelForCausalLM made"
-            )
+        check_model(model)
         self.model, self.tokenizer = model, tokenizer
         self.slots = Slots(model, slots, max_rank=max_rank)
         roots = (adapters,) if isinstance(adapters, (str, Path)) else tuple(adapters)
