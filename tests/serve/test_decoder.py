@@ -369,3 +369,47 @@ def test_another_version_of_transformers_is_refused(model: Any, monkeypatch: pyt
     monkeypatch.setattr(batching, "transformers", SimpleNamespace(__version__="5.24.0"))
     with pytest.raises(lorica.LoricaError, match=r"5\.23\.x, and 5\.24\.0 is installed"):
         Decoder(model)
+
+
+def test_twice_as_many_adapters_as_slots_cost_no_cliff(model: Any, folders: dict[str, Path], alone: Alone):
+    names = [*folders] * 4
+
+    async def serve(slots: int) -> tuple[int, int]:
+        async with Decoder(model, adapters=root(folders), watch=0, requests=8, slots=slots) as engine:
+            for name in folders:
+                await engine.adapters.load(name)
+            answers = [engine.admit([3 + i], name, greedy(8)) for i, name in enumerate(names)]
+            got = await asyncio.gather(*map(ids_of, answers))
+            for i, (name, answer) in enumerate(zip(names, got, strict=True)):
+                assert alone.agrees(folders[name], [3 + i], answer, 8)
+            return engine.stats.steps_total, engine.stats.mounts_total
+
+    enough, mounts = asyncio.run(serve(8))
+    assert mounts == 8
+    half, mounts = asyncio.run(serve(4))
+    assert mounts <= len(names)
+    assert half <= 2 * enough
+
+
+def test_a_request_that_waits_for_a_slot_is_not_passed_for_ever(model: Any, folders: dict[str, Path]):
+    async def serve() -> None:
+        async with Decoder(model, adapters=root(folders), watch=0, slots=1, patience=0.05) as engine:
+            done = asyncio.Event()
+
+            async def stream() -> int:
+                """Requests of one adapter without a pause, until the other one was answered."""
+                for count in range(400):
+                    if done.is_set():
+                        return count
+                    await ids_of(engine.admit([3], "all", greedy(20)))
+                return 400
+
+            async def other() -> None:
+                await asyncio.sleep(0.2)
+                await ids_of(engine.admit([3], "some", greedy(3)))
+                done.set()
+
+            *counts, _ = await asyncio.gather(stream(), stream(), stream(), other())
+            assert max(counts) < 400
+
+    asyncio.run(serve())
