@@ -42,9 +42,12 @@ CORE = (
 PLUGINS = (
     "layers/quantized",
     "layers/plugins",
+    "layers/slots",
     "pieces/plugins",
     "inits/plugins",
     "model/pretrained",
+    "model/sharded",
+    "model/slots",
     "model/starts",
     "model/watch",
 )
