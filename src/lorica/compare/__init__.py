@@ -1,4 +1,4 @@
-"""The paper's comparison: methods × tasks × seeds from one file, to one table.
+"""The paper's comparison: methods × tasks × seeds from one file, to one table; and the demonstration.
 
 Names are imported when first used, as those of `lorica.train`.
 """

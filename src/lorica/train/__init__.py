@@ -9,7 +9,7 @@
     post/                 preferences, rewards and reinforcement, carried by TRL
     record                ``run.json`` and the model card
     trained, forgetting   a trained model opened, scored and asked; its scores on other data
-    merge, plan, demo     adapter and base to one checkpoint; the cost beforehand; the demonstration
+    merge, plan           adapter and base to one checkpoint; the cost beforehand
     embedded              a model and a data set that need no download
     console, system       lines on a screen; files, locks and processes
 

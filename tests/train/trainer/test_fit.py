@@ -13,10 +13,10 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 import lorica
+from lorica.compare.demo import freeze_encoder
 from lorica.config import read_config
 from lorica.errors import ConfigError, StateError
 from lorica.train import Fit, Prepared, Recipe, fit, prepare
-from lorica.train.demo import freeze_encoder
 
 
 def start(recipe: Recipe, change: Callable[[PreTrainedModel], Any] | None = None, **options: Any) -> Fit:

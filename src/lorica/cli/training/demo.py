@@ -44,8 +44,8 @@ def run(argv: list[str]) -> int:
     """Run it, and print the table."""
     parsed: Any = parser().parse_args(argv)
 
+    from lorica.compare.demo import TITLES, run_demo
     from lorica.train.console import make_console, print_table, size
-    from lorica.train.demo import TITLES, run_demo
     from lorica.train.recipe import Recipe
 
     recipe = Recipe()

@@ -10,9 +10,9 @@ from rich.console import Console
 from train import tiny
 
 from lorica.cli import main
+from lorica.compare.demo import TRAINING, run_demo, train_row
 from lorica.errors import LoricaError
 from lorica.train import DataConfig, Recipe, TrainingConfig
-from lorica.train.demo import TRAINING, run_demo, train_row
 
 
 @pytest.fixture(scope="module")
