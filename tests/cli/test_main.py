@@ -171,7 +171,7 @@ def test_an_old_spelling_names_the_new_one(
 
 
 @pytest.mark.parametrize(
-    "name", sorted(COMMANDS.keys() - {"chat", "evaluate", "info", "plan", "push", "serve"})
+    "name", sorted(COMMANDS.keys() - {"chat", "check-serve", "evaluate", "info", "plan", "push", "serve"})
 )
 def test_every_command_names_what_it_writes_alike(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0

@@ -33,6 +33,8 @@ ADAPTERS = {
     "combine": "several adapters into one: their weighted sum, TIES, DARE and others",
     "compress": "an adapter at the rank it needs, with the error that makes",
     "convert": "a checkpoint of loralib's to an adapter in PEFT's format, or back",
+    "check-serve": "what vLLM, SGLang or llama.cpp would refuse of an adapter, and the remedy",
+    "export": "an adapter for vLLM, SGLang or llama.cpp (GGUF)",
     "push": "upload an adapter's files to the Hugging Face Hub",
 }
 SERVING = {
@@ -86,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _harmless():
             room = next(room for room, commands in ROOMS.items() if name in commands)
-            return importlib.import_module(f"lorica.cli.{room}.{name}").run(rest)
+            module = importlib.import_module(f"lorica.cli.{room}.{name.replace('-', '_')}")
+            return module.run(rest)
     except SystemExit as stop:  # the parser's: 0 after --help, 2 for wrong usage
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BrokenPipeError:  # whoever read the output has read enough, as `head` does

@@ -1,0 +1,89 @@
+"""``lorica export``: an adapter in the form that another program takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lorica.cli.shared.parsing import Parser, add_output, output_of
+from lorica.errors import AdapterError, ConfigError, lines, nearest
+
+FORMATS = ("peft", "vllm", "sglang", "gguf")
+
+
+def parser() -> Parser:
+    """The command's options."""
+    result = Parser(
+        "export",
+        description="Write an adapter in the form that another program takes: with one rank and scale 1 in "
+        "PEFT's files (peft, vllm, sglang), or as llama.cpp's GGUF file. What the form cannot carry is "
+        "refused by name.",
+    )
+    result.add_argument("adapter", type=str, help="folder with the adapter, lorica's or PEFT's")
+    result.add_argument("--to", type=str, required=True, help=", ".join(FORMATS))
+    result.add_argument(
+        "--base",
+        type=str | None,
+        help="the base: its name as the server knows it; for gguf the folder or Hub name whose config.json "
+        "is read (default: as the adapter recorded it)",
+    )
+    add_output(result, "folder to write, new or empty; for gguf the file")
+    return result
+
+
+def run(argv: list[str]) -> int:
+    """Export, and say what was written."""
+    command = parser()
+    parsed: Any = command.parse_args(argv)
+    if parsed.to not in FORMATS:
+        raise ConfigError(f"--to must be one of {', '.join(FORMATS)}{nearest(parsed.to, FORMATS)}")
+    out = output_of(command, parsed)
+
+    from lorica.checkpoint import read
+
+    adapter = read(parsed.adapter)
+    base = parsed.base or adapter.config.base_model_name_or_path
+    if parsed.to == "gguf":
+        from lorica.export import write_gguf
+
+        print(f"wrote {write_gguf(adapter, _config_of(base), out)}")
+        return 0
+
+    from lorica.checkpoint import write
+    from lorica.cli.shared.made import check_new
+    from lorica.export import SERVERS, check_serve, even
+
+    folder = check_new(out)
+    plain = even(adapter)
+    config = plain.lora.replace(base_model_name_or_path=base)
+    # Checked before anything is written: what even() does not change is in the source's files.
+    if parsed.to in SERVERS:
+        kept = [f for f in check_serve(parsed.adapter, parsed.to, max_rank=512) if f.refused]
+        scales = ("use_rslora", "rank_pattern", "alpha_pattern")
+        if problems := [f"{f.what}: {f.effect}" for f in kept if f.what not in scales]:
+            raise AdapterError(
+                f"{parsed.to} cannot serve {parsed.adapter}:\n{lines(problems)}\n"
+                f"See: lorica check-serve {parsed.adapter} --for {parsed.to}"
+            )
+    write(dataclasses.replace(plain, config=config), folder)
+    print(f"wrote {folder}: rank {config.r} and scale 1 in every layer")
+    return 0
+
+
+def _config_of(base: str | None) -> dict[str, Any]:
+    """The fields of the base's configuration.
+
+    Raises:
+        ConfigError: it is not known which, or it cannot be read.
+    """
+    if base is None:
+        raise ConfigError("the adapter does not record its base; name it with --base")
+
+    from transformers import AutoConfig
+
+    from lorica.checkpoint.embedded import resolve_model
+
+    try:
+        return AutoConfig.from_pretrained(resolve_model(base)).to_dict()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the configuration of {base} cannot be read: {error}") from error

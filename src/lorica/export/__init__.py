@@ -1,0 +1,23 @@
+"""Adapters for other programs: what each would refuse of the files, and files in the form that it takes.
+
+rules    what vLLM, SGLang and llama.cpp refuse, or compute otherwise, and how to mend it
+plain    one rank and scale 1 for all layers: a form that every reader of PEFT's files understands alike
+gguf     llama.cpp's file
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorica import names_of
+
+if TYPE_CHECKING:
+    from lorica.export.gguf import write_gguf as write_gguf
+    from lorica.export.plain import even as even
+    from lorica.export.rules import SERVERS as SERVERS
+    from lorica.export.rules import Finding as Finding
+    from lorica.export.rules import check_serve as check_serve
+
+__getattr__ = names_of(
+    __name__, {"gguf": "write_gguf", "plain": "even", "rules": "SERVERS Finding check_serve"}
+)
