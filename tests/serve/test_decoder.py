@@ -396,20 +396,21 @@ def test_a_request_that_waits_for_a_slot_is_not_passed_for_ever(model: Any, fold
         async with Decoder(model, adapters=root(folders), watch=0, slots=1, patience=0.05) as engine:
             done = asyncio.Event()
 
-            async def stream() -> int:
+            async def stream(tokens: int) -> int:
                 """Requests of one adapter without a pause, until the other one was answered."""
-                for count in range(400):
+                for count in range(40):
                     if done.is_set():
                         return count
-                    await ids_of(engine.admit([3], "all", greedy(20)))
-                return 400
+                    await ids_of(engine.admit([3], "all", greedy(tokens)))
+                return 40
 
             async def other() -> None:
-                await asyncio.sleep(0.2)
+                while not engine.stats.running:
+                    await asyncio.sleep(0.01)
                 await ids_of(engine.admit([3], "some", greedy(3)))
                 done.set()
 
-            *counts, _ = await asyncio.gather(stream(), stream(), stream(), other())
-            assert max(counts) < 400
+            *counts, _ = await asyncio.gather(*map(stream, (40, 47, 53, 61)), other())
+            assert max(counts) < 40
 
     asyncio.run(serve())
