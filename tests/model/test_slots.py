@@ -154,3 +154,17 @@ def test_an_adapter_of_another_base_is_refused_with_the_whole_list():
     adapter = trained(tiny.transformer("gpt2").eval(), GPT2["all"])
     with pytest.raises(lorica.LoricaError, match=r"unexpected: transformer\.h\.0\.attn\.c_attn"):
         Slots(tiny.transformer("llama").eval()).fit(adapter)
+
+
+def test_tokens_that_lie_together_are_multiplied_where_they_are():
+    model = tiny.transformer("llama").eval()
+    adapters = [trained(model, CONFIGS["all"] | {"r": r}) for r in (8, 5, 2)]
+    sequences = torch.randint(3, tiny.VOCABULARY, (5, 2)).tolist()
+    expected = [alone(model, own, ids) for own, ids in zip([None, *adapters, None], sequences, strict=True)]
+    slots = Slots(model)
+    runs = [(None, 2), *((slots.mount(slots.fit(own)), 2) for own in adapters), (None, 2)]
+    slots.choose(runs)
+    (group,) = plans.Plan(runs).groups
+    assert group.short is not None
+    assert group.short.span == (2, 8)
+    torch.testing.assert_close(packed(model, sequences), torch.cat(expected), atol=2e-6, rtol=1e-5)

@@ -31,6 +31,7 @@ class Greedy:
         self.tokens: dict[str, list[int]] = {}
         self.found: dict[str, int] = {}
         self.spaces: dict[str, Sequence[int]] = {}
+        self.backwards = False
         self.over = threading.Event()
         self.error: BaseException | None = None
 
@@ -39,6 +40,9 @@ class Greedy:
         while self.todo:
             self.todo.pop(0)(batcher)
         return False
+
+    def order(self, id: str) -> Any:
+        return [-ord(letter) for letter in id] if self.backwards else 0
 
     def packed(self, parts: Sequence[Any], heads: Sequence[str] | None) -> None:
         self.calls.append("packed")
@@ -114,12 +118,17 @@ def test_a_step_asks_in_order_and_tells_what_is_in_the_batch(model: Any):
     assert out.empty()  # nothing is kept for readers that there are none of
 
 
-def test_tokens_are_the_model_s_own(model: Any):
+@pytest.mark.parametrize("backwards", [False, True])
+def test_tokens_are_the_model_s_own_in_any_order(model: Any, backwards: bool):
     conductor = Greedy()
+    conductor.backwards = backwards
     made = batcher(model, conductor)
     prompts = {str(i): ([3 + i, *range(4, 4 + 5 * i)], 6) for i in range(5)}
     run(made, conductor, prompts)
     made.stop(hard_stop=True)
+    for parts, _ in conductor.batches:
+        ids = [id for id, *_ in parts]
+        assert not backwards or ids == sorted(ids, reverse=True)
     for id, (prompt, _) in prompts.items():
         got = conductor.tokens[id]
         with torch.no_grad():

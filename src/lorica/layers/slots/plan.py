@@ -48,6 +48,8 @@ class Short(NamedTuple):
         order: the tokens that count (n,).
         keep: where those are in `gather` (n,).
         plain: whether every token of the batch is of the one adapter, so that no mask is needed.
+        span: where the tokens begin and end that count, if they lie together in the order of `rows` and each
+            adapter has as many: then they are multiplied where they are. None elsewhere.
     """
 
     rows: tuple[int, ...]
@@ -56,6 +58,7 @@ class Short(NamedTuple):
     order: Tensor
     keep: Tensor
     plain: bool
+    span: tuple[int, int] | None
 
 
 class Long(NamedTuple):
@@ -160,6 +163,8 @@ def _short(rank: int, runs: Sequence[Long], tokens: int, device: torch.device) -
         order += own
         gather += own + [(own or [0])[-1]] * (longest - len(own))
     masked = plain or len(rows) * rank <= MASKED
+    even = len(order) == longest * len(rows)
+    together = even and order == list(range(order[0], order[0] + len(order)))
     return Short(
         rows,
         torch.tensor(which, device=device),
@@ -167,4 +172,5 @@ def _short(rank: int, runs: Sequence[Long], tokens: int, device: torch.device) -
         torch.tensor(order, device=device),
         torch.tensor(keep, device=device),
         plain,
+        (order[0], order[-1] + 1) if together and not plain else None,
     )

@@ -100,6 +100,11 @@ def add_(y: Tensor, x: Tensor, group: Group, table: Table) -> None:
     if short is None:
         return
     A, B = table.take(short.rows)
+    if short.span is not None:
+        start, stop = short.span
+        segments = x[start:stop].unflatten(0, (len(short.rows), -1))
+        y[start:stop].view(len(short.rows), -1, y.shape[1]).baddbmm_(_down(segments, A), B)
+        return
     if short.gather is None:
         u = x @ A.flatten(0, 1).t()
         if not short.plain:
@@ -107,9 +112,13 @@ def add_(y: Tensor, x: Tensor, group: Group, table: Table) -> None:
         y.addmm_(u, B.flatten(0, 1))
         return
     segments = x.index_select(0, short.gather).view(len(short.rows), -1, x.shape[1])
-    # On a CPU a product is faster with the skinny matrix on the left: A, unless there is but one token.
-    u = torch.bmm(A, segments.mT).mT if segments.shape[1] > 1 else torch.bmm(segments, A.mT)
-    delta = torch.bmm(u, B).flatten(0, 1)
+    delta = torch.bmm(_down(segments, A), B).flatten(0, 1)
     if len(short.keep) < len(delta):
         delta = delta.index_select(0, short.keep)
     y.index_add_(0, short.order, delta)
+
+
+def _down(segments: Tensor, A: Tensor) -> Tensor:
+    """``x·Aᵀ`` of each adapter's tokens (adapters, tokens, rank)."""
+    # On a CPU a product is faster with the skinny matrix on the left: A, unless there is but one token.
+    return torch.bmm(A, segments.mT).mT if segments.shape[1] > 1 else torch.bmm(segments, A.mT)

@@ -1,6 +1,7 @@
 """transformers' continuous batching, steered from outside: all contact with its insides is in this file.
 
     Batcher     the manager: its thread, its life and its death
+    Inputs      requests of one adapter lie together in a batch
     Processor   between two steps requests come, go and change slots; after one, tokens are told
     Cache       a prefix is found again only by requests of the same namespace
     Runner      tokens are chosen by us, each request by its own rules
@@ -21,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching import cache, model_runner, utils
+from transformers.generation.continuous_batching import cache, input_outputs, model_runner, utils
 from transformers.generation.continuous_batching import continuous_api as api
 from transformers.generation.continuous_batching.requests import RequestState
 
@@ -90,6 +91,10 @@ class Conductor(Protocol):
 
     def between(self, batcher: Batcher) -> bool:
         """Between two steps: requests may be put and cancelled; returns whether to come again at once."""
+        ...
+
+    def order(self, id: str) -> Any:
+        """What a batch is sorted by: requests of one adapter lie together in it."""
         ...
 
     def packed(self, parts: Sequence[Part], heads: Sequence[str] | None) -> None:
@@ -246,7 +251,13 @@ class Batcher(api.ContinuousBatchingManager):
     def _create_batch_processor(self) -> Processor:
         processor: Any = super()._create_batch_processor()
         processor.__class__, processor.conductor, processor.batcher = Processor, self.conductor, self
-        for part, kind in (("cache", Cache), ("model_runner", Runner), ("output_router", Router)):
+        kinds = {
+            "cache": Cache,
+            "model_runner": Runner,
+            "output_router": Router,
+            "inputs_and_outputs": Inputs,
+        }
+        for part, kind in kinds.items():
             own = getattr(processor, part)
             own.__class__, own.conductor = kind, self.conductor
         self.batch_processor = processor
@@ -287,6 +298,17 @@ class Processor(api.ContinuousBatchProcessor):
         """Have the engine take note of the chosen tokens, then tell them."""
         super().update_batch()
         self.conductor.stepped()
+
+
+class Inputs(input_outputs.ContinuousBatchingIOs):
+    """The batch, in the conductor's order."""
+
+    conductor: Conductor
+
+    def prepare_batch_tensors(self, requests_in_batch: list[Any], *args: Any, **kwargs: Any) -> None:
+        """Write down a batch that was made up."""
+        ordered = sorted(requests_in_batch, key=lambda own: self.conductor.order(own.state.request_id))
+        super().prepare_batch_tensors(ordered, *args, **kwargs)
 
 
 class Runner(model_runner.ModelRunner):

@@ -131,6 +131,10 @@ class Schedule:
             self._tell(told, gone + [own.request for own in told if own.finish or own.error])
         return bool(self._scoring)
 
+    def order(self, id: str) -> tuple[int, int]:
+        """By slot, the base first."""
+        return self._place(self.running[id]) or (-1, -1)
+
     def packed(self, parts: Sequence[Part], heads: Sequence[str] | None) -> None:
         """Have each token's adapter act, and none that the model carries for others."""
         self._rest()
