@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A folder with ``model`` and ``adapters``, and each adapter's model alone."""
-    from serve import made
+    import encoders
 
     folder = tmp_path_factory.mktemp("encoder")
-    return folder, made.write_encoder(folder)
+    return folder, encoders.write_encoder(folder)

@@ -20,9 +20,9 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
+import encoders
+import endpoints
 import torch
-from serve import made
-from serve.http import stand_in
 from train import tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,7 +55,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder / "model")
-    stand_in.tokenizer().save_pretrained(folder / "model")
+    endpoints.tokenizer().save_pretrained(folder / "model")
     lorica.adapt(model, lorica.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     lorica.save(model, folder / "adapters" / "blue")
     return folder
@@ -146,13 +146,13 @@ def test_a_run_answers_as_it_predicts(run: Path) -> None:
         assert isinstance(engine, EncoderEngine)
         await engine.start()
         async with engine.using("topics") as using:
-            rows = rows_of(engine.tokenizer, made.TEXTS)
+            rows = rows_of(engine.tokenizer, encoders.TEXTS)
             assert using.head is not None
             found = [using.head.told(o, r) for o, r in zip(await using.outputs(rows), rows, strict=True)]
         await engine.stop()
         return found
 
-    for one, other in zip(asyncio.run(told()), predict(run, list(made.TEXTS)), strict=True):
+    for one, other in zip(asyncio.run(told()), predict(run, list(encoders.TEXTS)), strict=True):
         assert one["label"] == other["label"]
         assert one["probs"] == pytest.approx(list(other["probabilities"].values()), abs=1e-6)
         assert one["labels"] == list(other["probabilities"])

@@ -8,18 +8,18 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import encoders
 import numpy as np
 import pytest
 import torch
-from serve import made
 from transformers import AutoModel
 
 import lorica
 from lorica.serve.encoder import Base, EncoderEngine
-from lorica.serve.encoder import engine as engines
 from lorica.serve.encoder.batching import batches
 from lorica.serve.encoder.engine import Using
 from lorica.serve.encoder.rows import Row, rows_of
+from lorica.serve.encoder.trunk import Trunk
 from lorica.serve.engine import EngineDown, InvalidRequest, Overloaded, RefusedAdapter, UnknownAdapter
 
 Encoder = tuple[Path, dict[str, Any]]
@@ -48,7 +48,7 @@ def running(
 
 
 async def outputs(
-    engine: EncoderEngine, name: str | None, texts: tuple[str, ...] = made.TEXTS
+    engine: EncoderEngine, name: str | None, texts: tuple[str, ...] = encoders.TEXTS
 ) -> list[np.ndarray]:
     async with engine.using(name) as using:
         rows = rows_of(engine.tokenizer, texts, words=using.head is not None and using.head.kind == "tags")
@@ -60,20 +60,20 @@ def test_each_as_it_answers_alone(encoder: Encoder, base: Base) -> None:
     plain = AutoModel.from_pretrained(folder / "model").eval()
 
     async def work(engine: EncoderEngine) -> None:
-        names = [*made.LABELS, "vectors", None] * 3
+        names = [*encoders.LABELS, "vectors", None] * 3
         found = await asyncio.gather(*(outputs(engine, name) for name in names))
         for name, rows in zip(names, found, strict=True):
-            for text, got in zip(made.TEXTS, rows, strict=True):
+            for text, got in zip(encoders.TEXTS, rows, strict=True):
                 ids = base.tokenizer(text)["input_ids"]
-                if name in made.LABELS:
-                    wanted = made.logits(alone[name], ids)
+                if name in encoders.LABELS:
+                    wanted = encoders.logits(alone[name], ids)
                 else:
                     model = plain if name is None else alone[name]
                     with torch.no_grad():
                         hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
                     wanted = torch.nn.functional.normalize(hidden.mean(0), dim=0)
                 torch.testing.assert_close(torch.from_numpy(got), wanted, rtol=1e-4, atol=1e-5)
-        assert engine.stats.steps_total < len(names) * len(made.TEXTS) / 2
+        assert engine.stats.steps_total < len(names) * len(encoders.TEXTS) / 2
         assert {entry.state for entry in engine.adapters.entries()} == {"mounted"}
         assert all(entry.requests == 0 and entry.served == 3 for entry in engine.adapters.entries())
 
@@ -83,9 +83,9 @@ def test_each_as_it_answers_alone(encoder: Encoder, base: Base) -> None:
 
 def test_what_is_told(encoder: Encoder, base: Base) -> None:
     async def work(engine: EncoderEngine) -> None:
-        for name, labels in made.LABELS.items():
+        for name, labels in encoders.LABELS.items():
             async with engine.using(name) as using:
-                rows = rows_of(engine.tokenizer, made.TEXTS[:1], words=name == "tags")
+                rows = rows_of(engine.tokenizer, encoders.TEXTS[:1], words=name == "tags")
                 (output,) = await using.outputs(rows)
                 assert using.head is not None
                 told = using.head.told(output, rows[0])
@@ -105,7 +105,7 @@ def test_what_is_told(encoder: Encoder, base: Base) -> None:
 
 def test_fewer_slots_than_adapters(encoder: Encoder, base: Base) -> None:
     async def work(engine: EncoderEngine) -> None:
-        names = [*made.LABELS, "vectors"] * 4
+        names = [*encoders.LABELS, "vectors"] * 4
         found = await asyncio.gather(*(outputs(engine, name) for name in names))
         assert len(engine.stats.mounted) <= 2
         for i in range(5):
@@ -122,7 +122,7 @@ def test_names_change_under_running_requests(encoder: Encoder, base: Base, tmp_p
     folder, alone = encoder
     for name in ("two", "three"):
         shutil.copytree(folder / "adapters" / name, tmp_path / name)
-    ids = base.tokenizer(made.TEXTS[0])["input_ids"]
+    ids = base.tokenizer(encoders.TEXTS[0])["input_ids"]
 
     async def work(engine: EncoderEngine) -> None:
         async with engine.using("two") as using:
@@ -130,11 +130,11 @@ def test_names_change_under_running_requests(encoder: Encoder, base: Base, tmp_p
             await engine.adapters.load("two", tmp_path / "three", replace=True)
             before = await using.outputs(rows)
             torch.testing.assert_close(
-                torch.from_numpy(before[0]), made.logits(alone["two"], ids), atol=1e-5, rtol=1e-4
+                torch.from_numpy(before[0]), encoders.logits(alone["two"], ids), atol=1e-5, rtol=1e-4
             )
-            after = await outputs(engine, "two", made.TEXTS[:1])
+            after = await outputs(engine, "two", encoders.TEXTS[:1])
             torch.testing.assert_close(
-                torch.from_numpy(after[0]), made.logits(alone["three"], ids), atol=1e-5, rtol=1e-4
+                torch.from_numpy(after[0]), encoders.logits(alone["three"], ids), atol=1e-5, rtol=1e-4
             )
             await engine.adapters.unload("two")
             with pytest.raises(UnknownAdapter, match="'two'"):
@@ -148,8 +148,8 @@ def test_names_change_under_running_requests(encoder: Encoder, base: Base, tmp_p
 
 def test_what_is_refused(encoder: Encoder, base: Base, tmp_path: Path) -> None:
     model = encoder[0] / "model"
-    made.adapter(model, tmp_path / "wide", ["x", "y"], r=9)
-    made.adapter(model, tmp_path / "good", ["x", "y"])
+    encoders.adapter(model, tmp_path / "wide", ["x", "y"], r=9)
+    encoders.adapter(model, tmp_path / "good", ["x", "y"])
     pickled = tmp_path / "pickled"
     shutil.copytree(tmp_path / "good", pickled)
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
@@ -176,7 +176,7 @@ def test_what_is_refused(encoder: Encoder, base: Base, tmp_path: Path) -> None:
                 await engine.adapters.load("new", tmp_path / path)
         with pytest.raises(UnknownAdapter, match="no folder"):
             await engine.adapters.load("new", model)
-        assert len(await outputs(engine, "good")) == len(made.TEXTS)
+        assert len(await outputs(engine, "good")) == len(encoders.TEXTS)
 
     running(base, work, [tmp_path], max_rank=8)
 
@@ -184,14 +184,14 @@ def test_what_is_refused(encoder: Encoder, base: Base, tmp_path: Path) -> None:
 def test_a_row_that_fails_spares_the_others(
     encoder: Encoder, base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = EncoderEngine._forward
+    forward = Trunk.forward
 
-    def sometimes(self: EncoderEngine, jobs: list[engines.Job]) -> list[np.ndarray]:
-        if any(job.row.ids == [5] for job in jobs):
+    def sometimes(self: Trunk, rows: list[Row], *more: Any) -> list[np.ndarray]:
+        if any(row.ids == [5] for row in rows):
             raise RuntimeError("no")
-        return forward(self, jobs)
+        return forward(self, rows, *more)
 
-    monkeypatch.setattr(EncoderEngine, "_forward", sometimes)
+    monkeypatch.setattr(Trunk, "forward", sometimes)
 
     async def work(engine: EncoderEngine) -> None:
         async with engine.using(None) as using:

@@ -14,7 +14,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 import uvicorn
-from serve.http.stand_in import StandIn
+from endpoints import StandIn
 
 from lorica.serve.http import Served, make_app
 

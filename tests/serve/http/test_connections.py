@@ -6,41 +6,14 @@ import hashlib
 import http.client
 import json
 import socket
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from serve.http.stand_in import StandIn
+from endpoints import StandIn, call, until
 
 from lorica.serve.http import Key, Keys, Served, Settings
-
-
-def call(url: str, body: Any = None, key: str | None = None, **headers: str) -> tuple[int, Any, Any]:
-    """Status, headers and body of an answer; JSON where it is some."""
-    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
-    if key is not None:
-        request.add_header("Authorization", f"Bearer {key}")
-    try:
-        with urllib.request.urlopen(request) as answer:
-            status, told, text = answer.status, answer.headers, answer.read()
-    except urllib.error.HTTPError as error:
-        status, told, text = error.code, error.headers, error.read()
-    return status, told, json.loads(text) if "json" in told.get("Content-Type", "") else text
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait until something holds."""
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came to be")
-
 
 ASKED = {"model": "red", "prompt": "x", "max_tokens": 5, "stream": True}
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import encoders
 import numpy as np
 import openai
 import pytest
-from serve import made
-from serve.http.test_connections import call
+from endpoints import call
 
 from lorica.serve.encoder import Base, EncoderEngine
 from lorica.serve.http import Served
@@ -23,12 +23,17 @@ def url(encoder: tuple[Path, dict[str, Any]], serve: Callable[[Served], str]) ->
     return serve(Served("tiny", EncoderEngine(base, [folder / "adapters"]), default="two"))
 
 
-def test_embeddings(url: str) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
     packed = client.embeddings.create(
-        model="vectors", input=list(made.TEXTS)
+        model="vectors", input=list(encoders.TEXTS)
     )  # asks for base64, and unpacks it
-    plain = client.embeddings.create(model="vectors", input=made.TEXTS[1], encoding_format="float")
+    plain = client.embeddings.create(model="vectors", input=encoders.TEXTS[1], encoding_format="float")
     assert [entry.index for entry in packed.data] == [0, 1, 2, 3]
     np.testing.assert_allclose(packed.data[1].embedding, plain.data[0].embedding, atol=1e-6)
     assert np.linalg.norm(plain.data[0].embedding) == pytest.approx(1, abs=1e-6)
@@ -36,7 +41,7 @@ def test_embeddings(url: str) -> None:
     short = client.embeddings.create(model="tiny", input=[[2, 4, 3]], dimensions=8, encoding_format="float")
     assert len(short.data[0].embedding) == 8
     assert np.linalg.norm(short.data[0].embedding) == pytest.approx(1, abs=1e-6)
-    other = client.embeddings.create(model="tiny", input=made.TEXTS[1], encoding_format="float")
+    other = client.embeddings.create(model="tiny", input=encoders.TEXTS[1], encoding_format="float")
     assert np.abs(np.subtract(other.data[0].embedding, plain.data[0].embedding)).max() > 1e-4
     for asked, told in (
         ({"input": ""}, None),
@@ -59,10 +64,10 @@ def test_embeddings(url: str) -> None:
 
 def test_classes(url: str, encoder: tuple[Path, dict[str, Any]]) -> None:
     base = Base.open(str(encoder[0] / "model"))
-    _, _, told = call(f"{url}/classify", {"model": "three", "input": list(made.TEXTS)})
+    _, _, told = call(f"{url}/classify", {"model": "three", "input": list(encoders.TEXTS)})
     assert told["model"] == "three"
-    for text, entry in zip(made.TEXTS, told["data"], strict=True):
-        wanted = made.logits(encoder[1]["three"], base.tokenizer(text)["input_ids"]).softmax(-1)
+    for text, entry in zip(encoders.TEXTS, told["data"], strict=True):
+        wanted = encoders.logits(encoder[1]["three"], base.tokenizer(text)["input_ids"]).softmax(-1)
         np.testing.assert_allclose(entry["probs"], wanted.numpy(), atol=1e-5)
         assert entry["label"] == "abc"[int(wanted.argmax())]
         assert entry["num_classes"] == 3
@@ -72,7 +77,7 @@ def test_classes(url: str, encoder: tuple[Path, dict[str, Any]]) -> None:
     assert tags["data"][0]["words"] == ["lovely", "film"]
     _, _, pair = call(f"{url}/classify", {"model": "two", "input": [["lovely film", "great"]]})
     ids = base.tokenizer("lovely film", "great")["input_ids"]
-    wanted = made.logits(encoder[1]["two"], ids).softmax(-1)
+    wanted = encoders.logits(encoder[1]["two"], ids).softmax(-1)
     np.testing.assert_allclose(pair["data"][0]["probs"], wanted.numpy(), atol=1e-5)
     status, _, body = call(f"{url}/classify", {"model": "tiny", "input": "x"})
     assert (status, body["error"]["code"]) == (400, "no_head")

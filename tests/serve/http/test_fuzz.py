@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from endpoints import StandIn
 from hypothesis import HealthCheck, settings
-from serve.http.stand_in import StandIn
 
 from lorica.serve.http import Served, Settings, make_app
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve.http.stand_in import TEXTS, StandIn
+from endpoints import TEXTS, StandIn
 
 from lorica.serve.encoder import Base, EncoderEngine
 from lorica.serve.http import Key, Keys, Served

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-from serve.http.stand_in import TEXTS, StandIn
+from endpoints import TEXTS, StandIn
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def test_models(client: openai.OpenAI) -> None:

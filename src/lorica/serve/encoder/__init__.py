@@ -6,7 +6,7 @@ base       the model without its head, its tokenizer, how its vectors are pooled
 heads      what stands on the trunk: an adapter's own, as its architecture computes it
 fitting    an adapter as an update of the trunk and a head
 rows       texts as the model reads them      batching    which rows go together
-engine     the queue, and the thread in which the model runs
+trunk      an adapter a row in one pass         engine     the queue, and the model's thread
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,7 @@ class Base:
     normalized: bool
     own: Head | None = None
     _values: dict[Kind, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
+    _reading: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def context(self) -> int:
@@ -53,9 +55,10 @@ class Base:
 
     def values(self, kind: Kind) -> Mapping[str, Tensor]:
         """What the base's files have of the parameters of a head; read once for each kind."""
-        if kind not in self._values:
-            self._values[kind] = _head_values(self.name, auto_class(kind), self.prefix)
-        return self._values[kind]
+        with self._reading:
+            if kind not in self._values:
+                self._values[kind] = _head_values(self.name, auto_class(kind), self.prefix)
+            return self._values[kind]
 
     @classmethod
     def open(cls, name: str, tokenizer: str | None = None) -> Base:

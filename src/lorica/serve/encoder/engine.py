@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections import deque
@@ -13,20 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from lorica.adapter import Adapter
 from lorica.errors import LoricaError
-from lorica.model import active, adapters, attach, detach, disabled, mixed
 from lorica.serve.encoder.base import Base
 from lorica.serve.encoder.batching import ROWS, batches
 from lorica.serve.encoder.fitting import Fitted, fit
 from lorica.serve.encoder.heads import Head
 from lorica.serve.encoder.rows import Row
+from lorica.serve.encoder.trunk import Mount, Trunk
 from lorica.serve.engine import EngineDown, InvalidRequest, Limits, Overloaded, RefusedAdapter, Stats
 from lorica.serve.store import Content, Store
 
@@ -36,19 +32,6 @@ TOKENS = 8192
 """Tokens that are taken from the queue at a time, to be cut into batches by their lengths."""
 
 log = logging.getLogger("lorica.serve")
-
-
-@dataclass(eq=False)
-class Mount:
-    """An adapter's update on the trunk: what the engine notes in the store as its slot.
-
-    Args:
-        name: that it has on the model; None where it has nothing for the trunk.
-        alone: whether it can share no batch.
-    """
-
-    name: str | None
-    alone: bool
 
 
 @dataclass(frozen=True)
@@ -120,7 +103,7 @@ class EncoderEngine:
         self.base, self.tokenizer = base, base.tokenizer
         self._roots, self._slots, self._max_rank, self._seconds = adapters, slots, max_rank, watch
         self._store: Store | None = None
-        self._names = itertools.count()
+        self._trunk = Trunk(base)
         self._mounting = asyncio.Lock()
         self._mounts = 0
         self.limits = Limits(
@@ -284,36 +267,27 @@ class EncoderEngine:
 
     async def _put_on(self, name: str, content: Content) -> None:
         try:
-            content.slot = await self._run(self._put, _fitted(content).trunk)
+            content.slot = await self._run(self._trunk.put, _fitted(content).trunk)
         except LoricaError as error:
             raise RefusedAdapter(f"{name}: {error}") from error
         self._mounts += 1
 
-    def _put(self, trunk: Adapter | None) -> Mount:
-        """Runs in the model's thread."""
-        if trunk is None:
-            return Mount(None, alone=False)
-        model, name = self.base.model, f"a{next(self._names)}"
-        attach(model, trunk, name)
-        disabled(model)
-        try:
-            with mixed(model, [name, None]):
-                return Mount(name, alone=False)
-        except LoricaError:  # its method is for a whole batch
-            return Mount(name, alone=True)
-
     def _dropped(self, content: Content) -> None:
         """Take an adapter off that nobody holds, once the thread comes to it."""
         mount, content.slot = content.slot, None
-        if isinstance(mount, Mount) and mount.name is not None and self._thread is not None:
-            self._thread.submit(detach, self.base.model, mount.name)
+        if isinstance(mount, Mount) and self._thread is not None:
+            self._thread.submit(self._trunk.off, mount)
 
     async def _read(self) -> None:
         """Read what is listed, as far as slots reach: no first request waits for it."""
         for entry in self.adapters.entries()[: self._slots]:
             if entry.state == "listed":
                 with contextlib.suppress(LoricaError):  # its entry tells
-                    await self.adapters.load(entry.name)
+                    lease = self.adapters.lease(entry.name)  # who asks meanwhile waits for the same reading
+                    try:
+                        await lease.ready()
+                    finally:
+                        lease.release()
 
     # the queue
 
@@ -355,7 +329,8 @@ class EncoderEngine:
             return
         self._running, begun = jobs, time.perf_counter()
         try:
-            found = await self._run(self._forward, jobs)
+            mounts, heads = [job.using.mount for job in jobs], [job.head for job in jobs]
+            found = await self._run(self._trunk.forward, [job.row for job in jobs], mounts, heads)
         except Exception as error:
             log.exception("the model failed on a batch of %d rows", len(jobs))
             if len(jobs) > 1:  # one of them is at fault, and the others are not to suffer
@@ -376,69 +351,7 @@ class EncoderEngine:
         self._tokens += sum(len(job.row) for job in jobs)
         self._rate = 0.9 * self._rate + 0.1 * (time.perf_counter() - begun) / len(jobs)
 
-    @torch.inference_mode()
-    def _forward(self, jobs: list[Job]) -> list[np.ndarray]:
-        """The trunk on all rows, then each head on its own; runs in the model's thread."""
-        base, rows = self.base, [job.row for job in jobs]
-        inputs = _padded(
-            rows, base.config.pad_token_id or 0, types="token_type_ids" in base.tokenizer.model_input_names
-        )
-        with self._choice([job.using.mount for job in jobs]):
-            said = base.model(**inputs)
-        hidden, pooled = said.last_hidden_state, getattr(said, "pooler_output", None)
-        answers: list[np.ndarray] = [np.empty(0)] * len(jobs)
-        for head in dict.fromkeys(job.head for job in jobs):
-            places = [i for i, job in enumerate(jobs) if job.head is head]
-            index = torch.tensor(places)
-            own = {name: tensor[index] for name, tensor in inputs.items()}
-            if head is None:
-                outputs = _vectors(hidden[index], own["attention_mask"], base.pooling, base.normalized)
-            else:
-                outputs = head.outputs(hidden[index], None if pooled is None else pooled[index], own)
-            for place, output in zip(places, outputs.float(), strict=True):
-                tags = head is not None and head.kind == "tags"
-                answers[place] = (output[: len(rows[place])] if tags else output).numpy()
-        return answers
-
-    def _choice(self, mounts: Sequence[Mount | None]) -> Any:
-        """Which adapter acts on which row."""
-        model, first = self.base.model, mounts[0]
-        names = [None if mount is None else mount.name for mount in mounts]
-        if not adapters(model):
-            return contextlib.nullcontext()
-        if not any(names):
-            return disabled(model)
-        if first is not None and first.alone and first.name is not None:
-            return active(model, first.name)
-        return mixed(model, names)
-
 
 def _fitted(content: Content) -> Fitted:
     assert isinstance(content.fitted, Fitted)
     return content.fitted
-
-
-def _padded(rows: Sequence[Row], pad: int, *, types: bool) -> dict[str, Tensor]:
-    """Rows as a batch, filled up on the right."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([row.ids + [pad] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    batch = {"input_ids": ids, "attention_mask": mask}
-    if types:
-        kinds = [(row.types or [0] * len(row)) + [0] * (longest - len(row)) for row in rows]
-        batch["token_type_ids"] = torch.tensor(kinds)
-    return batch
-
-
-def _vectors(
-    hidden: Tensor, mask: Tensor, pooling: Literal["mean", "cls", "last"], normalized: bool
-) -> Tensor:
-    """A vector for each row (rows, width), of its tokens' (rows, tokens, width)."""
-    if pooling == "cls":
-        pooled = hidden[:, 0]
-    elif pooling == "last":
-        pooled = hidden[torch.arange(len(hidden)), mask.sum(1) - 1]
-    else:
-        weights = mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
-    return torch.nn.functional.normalize(pooled, dim=-1) if normalized else pooled

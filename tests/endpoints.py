@@ -1,10 +1,14 @@
-"""A decoder engine that writes a canned text for each adapter, and a tokenizer of bytes."""
+"""A decoder engine that writes a canned text for each adapter, a tokenizer of bytes, and requests."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
-from collections.abc import AsyncIterator, Sequence
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +187,27 @@ class StandIn:
 
     async def stop(self, *, drain: float | None = None) -> None:
         self.alive = False
+
+
+def call(url: str, body: Any = None, key: str | None = None, **headers: str) -> tuple[int, Any, Any]:
+    """Status, headers and body of an answer; JSON where it is some."""
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
+    if key is not None:
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request) as answer:
+            status, told, text = answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            status, told, text = error.code, error.headers, error.read()
+    return status, told, json.loads(text) if "json" in told.get("Content-Type", "") else text
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came to be")
