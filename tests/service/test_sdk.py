@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from service.causal_models import VOCABULARY, llama
-from service.server import NAME, service_in, serving
+from service.server import NAME, service_in
 from torch import Tensor
 
 import lorica
 from lorica.service import Client, Datum
+from lorica.service.http import serving
 from lorica.service.state.tenants import Tenant, Tenants
 
 tinker = pytest.importorskip("tinker", reason="the SDK is not installed: pip install 'lorica[service]'")
@@ -41,10 +42,19 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("state")
     with serving(service_in(folder, Tenants.of(TENANTS))) as url:
         yield url
+        for client in CLIENTS:
+            client.close("success").result()
+        CLIENTS.clear()
+
+
+CLIENTS: list[Any] = []
+"""Those that the tests made: each sends heartbeats until it is closed."""
 
 
 def sessions(address: str, key: str) -> Any:
-    return tinker.ServiceClient(base_url=address, api_key=key)
+    client = tinker.ServiceClient(base_url=address, api_key=key)
+    CLIENTS.append(client)
+    return client
 
 
 def rows(seed: int, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -248,7 +258,9 @@ def test_tenants_see_their_own_and_have_their_share(address: str) -> None:
     with pytest.raises(tinker.NotFoundError):
         others.get_training_run(run.model_id).result()
     with pytest.raises(tinker.AuthenticationError):
-        sessions(address, "tml-nobody").create_sampling_client(base_model=NAME).result()
+        tinker.ServiceClient(base_url=address, api_key="tml-nobody").create_sampling_client(
+            base_model=NAME
+        ).result()
     body = {"model_id": run.model_id, "seq_id": 99, "forward_backward_input": {"data": [], "loss_fn": "ppo"}}
     tokens = {"model_input": {"chunks": [{"tokens": [1] * 60}]}, "loss_fn_inputs": {}}
     codes = []

@@ -236,4 +236,5 @@ def test_a_client_goes_on_over_a_kill(tmp_path: Path) -> None:
     sequence = sample.result().sequences[0]
     assert sequence.tokens == last.tokens
     torch.testing.assert_close(torch.tensor(sequence.logprobs), torch.tensor(last.logprobs), rtol=0, atol=0)
+    client.close("success").result()
     server.kill()

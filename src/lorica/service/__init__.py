@@ -1,7 +1,10 @@
 """Training as a service: clients write the loop, one process holds the base and everybody's adapters.
 
 engine/   one base, many adapters, one thread: passes, samples, whose turn it is
+state/    what must not be forgotten: runs, calls, checkpoints, tenants, in one folder
+http/     the training protocol, for its official SDK
 files     an adapter in training, as files
+wire      requests and results as bytes
 client    the verbs in one process, without a server
 errors    what a client is told
 """
@@ -14,9 +17,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorica.service.client import Client as Client
     from lorica.service.client import Training as Training
+    from lorica.service.engine.base import Base as Base
     from lorica.service.engine.datum import Datum as Datum
     from lorica.service.engine.drawing import Draw as Draw
     from lorica.service.engine.weights import Adam as Adam
+    from lorica.service.state.service import Service as Service
+    from lorica.service.state.tenants import Tenant as Tenant
+    from lorica.service.state.tenants import Tenants as Tenants
 
 _PLACES = {
     "Client": "client",
@@ -24,9 +31,13 @@ _PLACES = {
     "Datum": "engine.datum",
     "Draw": "engine.drawing",
     "Adam": "engine.weights",
+    "Base": "engine.base",
+    "Service": "state.service",
+    "Tenant": "state.tenants",
+    "Tenants": "state.tenants",
 }
 
-__all__ = ["Adam", "Client", "Datum", "Draw", "Training"]
+__all__ = ["Adam", "Base", "Client", "Datum", "Draw", "Service", "Tenant", "Tenants", "Training"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,13 +18,22 @@ def make_router() -> APIRouter:
     return router
 
 
+def mount(app: FastAPI, service: Service) -> FastAPI:
+    """Give an application these endpoints beside its own.
+
+    Args:
+        app: any; its other routes stay.
+        service: it stays the caller's to close.
+    """
+    app.state.service = service
+    app.include_router(make_router())
+    return app
+
+
 def make_app(service: Service) -> FastAPI:
     """An application of its own.
 
     Args:
         service: it stays the caller's to close.
     """
-    app = FastAPI(title="lorica", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.service = service
-    app.include_router(make_router())
-    return app
+    return mount(FastAPI(title="lorica", docs_url=None, redoc_url=None, openapi_url=None), service)

@@ -58,10 +58,11 @@ async def capabilities(request: Request) -> dict[str, Any]:
 
 @router.post("/client/config")
 @router.post("/client/dynamic_config")
-async def config(request: Request) -> dict[str, Any]:
+async def config(request: Request) -> Response:
     """The SDK's flags: all as they are by themselves, but bodies are packed."""
     tenant_of(request)
-    return {"proto_compress_fwdbwd": True}
+    # It asks by a connection that it makes for this alone, and never closes.
+    return JSONResponse({"proto_compress_fwdbwd": True}, headers={"Connection": "close"})
 
 
 @router.post("/telemetry")
