@@ -57,7 +57,9 @@ def tenant_of(request: Request) -> Tenant:
         key = key if scheme.lower() == "bearer" else None
     tenant = service_of(request).tenants.find(key)
     if tenant is None:
-        raise HTTPException(401, "no such key; send it as X-API-Key")
+        # Whoever has no key is not kept waiting for another request of theirs.
+        close = {"Connection": "close"}
+        raise HTTPException(401, "no such key; send it as X-API-Key", close)
     return tenant
 
 
