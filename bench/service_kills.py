@@ -32,7 +32,7 @@ from lorica.service import Base, Client, Datum, Service
 from lorica.service.http import run as run_server
 
 KILLS, NAME, LENGTH, ROWS, RANK = 20, "tiny", 24, 3, 4
-ADAM = {"learning_rate": 1e-2, "weight_decay": 0.1, "grad_clip_norm": 10.0}
+ADAM: dict[str, Any] = {"learning_rate": 1e-2, "weight_decay": 0.1, "grad_clip_norm": 10.0}
 
 
 def main() -> None:
@@ -75,9 +75,10 @@ def main() -> None:
 def model() -> nn.Module:
     """Llama, two narrow layers."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    sizes: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 def tokens(step: int, row: int) -> list[int]:
@@ -117,7 +118,7 @@ def killed(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             data = [
                 tinker.types.Datum(
                     model_input=tinker.types.ModelInput.from_ints(row[:-1]),
-                    loss_fn_inputs={"target_tokens": row[1:]},
+                    loss_fn_inputs={"target_tokens": torch.tensor(row[1:])},  # type: ignore[dict-item]
                 )
                 for row in (tokens(steps, i) for i in range(ROWS))
             ]
