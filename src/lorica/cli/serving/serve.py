@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 from lorica.cli.shared.parsing import Parser
@@ -38,6 +40,10 @@ def engine_of(parsed: Any) -> tuple[Any, Any]:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {parsed[name]}")
     source = look_at(parsed.source)
     folders = [] if parsed.adapters is None else [parsed.adapters]
+    if parsed.get("train") is not None:
+        published = Path(parsed.train) / "adapters"
+        published.mkdir(parents=True, exist_ok=True)
+        folders.append(str(published))
     options = {name: parsed[name] for name in ("slots", "max_rank", "dtype", "context")}
     return source, open_engine(source, folders, **options)
 
@@ -61,6 +67,15 @@ def parser() -> Parser:
     result.add_argument(
         "--allow-load", action="store_true", help="let adapters be loaded and unloaded over HTTP"
     )
+    result.add_argument(
+        "--train",
+        type=str | None,
+        help="folder for training as a service: the protocol of the tinker SDK at /api/v1, for a model that "
+        "writes; what clients publish is served too",
+    )
+    result.add_argument(
+        "--train-keys", type=str | None, help="file of the keys of those who train, and their limits"
+    )
     result.add_argument("--drain", type=float, default=300.0, help="seconds to finish in when told to stop")
     return result
 
@@ -80,16 +95,57 @@ def run(argv: list[str]) -> int:
 
     keys = Keys() if parsed.api_key_file is None else Keys.read(parsed.api_key_file)
     check_open(parsed.host, keys, anonymous=parsed.anonymous)
-    with listen(parsed.host, parsed.port) as taken:
+    tenants = _tenants(parsed)
+    with listen(parsed.host, parsed.port) as taken, contextlib.ExitStack() as stack:
         log_to_stderr()
         source, engine = engine_of(parsed)
         settings = Settings(allow_load=parsed.allow_load)
         here = Served(parsed.name or source.model, engine, settings, keys, source.default)
+        beside = _training(parsed, engine, here.model, tenants, stack)
         host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
         address = f"http://{host}:{taken.getsockname()[1]}"
 
         def told() -> None:
             print(f"serving {here.model} at {address}: a page at /, OpenAI's endpoints at /v1", flush=True)
 
-        serve(here, taken, drain=parsed.drain, started=told)
+        serve(here, taken, drain=parsed.drain, started=told, beside=beside)
     return 0
+
+
+def _tenants(parsed: Any) -> Any:
+    """Those who may train; None where nobody does."""
+    from lorica.errors import ConfigError, require
+
+    if parsed.train is None:
+        if parsed.train_keys is not None:
+            raise ConfigError("--train-keys says who may train, and nobody does without --train FOLDER")
+        return None
+    for module in ("greenlet", "tinker"):
+        require(module, extra="service")
+    from lorica.serve.http import Keys
+    from lorica.serve.http.running import check_open
+    from lorica.service import Tenants
+
+    if parsed.train_keys is not None:
+        return Tenants.read(parsed.train_keys)
+    try:
+        check_open(parsed.host, Keys(), anonymous=parsed.anonymous)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--api-key-file", "--train-keys")) from None
+    return Tenants()
+
+
+def _training(parsed: Any, engine: Any, name: str, tenants: Any, stack: contextlib.ExitStack) -> Any:
+    """What puts the training protocol beside the other endpoints."""
+    if tenants is None:
+        return lambda app: app
+    from lorica.errors import ConfigError
+    from lorica.serve import Decoder
+    from lorica.service import Base, Service
+    from lorica.service.http import beside
+
+    if not isinstance(engine, Decoder):
+        raise ConfigError(f"{name} reads texts and writes none; --train is for models that write")
+    service = Service(Base.sharing(engine.model, name, engine.tokenizer), parsed.train, tenants)
+    stack.callback(service.close)
+    return beside(service)

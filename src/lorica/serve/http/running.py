@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 
@@ -72,6 +73,7 @@ def run(
     *,
     drain: float = DRAIN,
     started: Callable[[], object] = lambda: None,
+    beside: Callable[[Any], Any] = lambda app: app,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -80,12 +82,13 @@ def run(
         taken: the socket, as `listen` gave it.
         drain: seconds that running requests have to finish in then.
         started: called once requests are answered.
+        beside: makes an application of this one and others.
 
     Raises:
         LoricaError: the engine does not start.
     """
     config = uvicorn.Config(
-        make_app(here, drain=drain, started=started),
+        beside(make_app(here, drain=drain, started=started)),
         log_config=None,
         access_log=False,
         ws="none",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -72,6 +73,11 @@ class Base:
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         ends = getattr(text, "eos_token_id", None) if ends is None else ends
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or ())
+
+    @classmethod
+    def sharing(cls, model: nn.Module, name: str, tokenizer: Any = None) -> Base:
+        """As `Base`, on a copy of the model's modules around its parameters: others may use the model too."""
+        return cls(copy.deepcopy(model, {id(p): p for p in model.parameters()}), name, tokenizer)
 
     @contextmanager
     def running(self, *, backward: bool) -> Iterator[None]:

@@ -9,6 +9,7 @@ running    a server, in a thread or until it is told to stop
 
 from __future__ import annotations
 
+from lorica.service.http.app import beside as beside
 from lorica.service.http.app import make_app as make_app
 from lorica.service.http.app import make_router as make_router
 from lorica.service.http.app import mount as mount

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastapi import APIRouter, FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lorica.service.http import listing, protocol
 from lorica.service.state.service import Service
@@ -28,6 +31,24 @@ def mount(app: FastAPI, service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(make_router())
     return app
+
+
+def beside(service: Service) -> Callable[[ASGIApp], ASGIApp]:
+    """Give any application these endpoints, which pass by whatever stands before its own.
+
+    Args:
+        service: it stays the caller's to close.
+    """
+    training = make_app(service)
+
+    def joined(other: ASGIApp) -> ASGIApp:
+        async def both(scope: Scope, receive: Receive, send: Send) -> None:
+            ours = scope["type"] == "http" and scope["path"].startswith(f"{PREFIX}/")
+            await (training if ours else other)(scope, receive, send)
+
+        return both
+
+    return joined
 
 
 def make_app(service: Service) -> FastAPI:
