@@ -29,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A decoder with its tokenizer."""
     where = tmp_path_factory.mktemp("served")
     tokenizer = tiny.tokenizer()
-    llama(vocab_size=len(tokenizer)).save_pretrained(where / "base")
+    model: Any = llama(vocab_size=len(tokenizer))
+    model.save_pretrained(where / "base")
     tokenizer.save_pretrained(where / "base")
     return where
 
@@ -63,7 +64,7 @@ def test_what_is_trained_is_served(folder: Path) -> None:
         drawn = sampler.sample(types.ModelInput.from_ints(tokens[:4]), 1, greedy).result().sequences[0]
         base = client.create_sampling_client(base_model="base").result()
         before = base.sample(types.ModelInput.from_ints(tokens[:4]), 1, greedy).result().sequences[0]
-        assert list(before.logprobs) != list(drawn.logprobs)
+        assert before.logprobs != drawn.logprobs
         deadline, name = time.monotonic() + 60, None
         while name is None and time.monotonic() < deadline:  # the folder is watched
             name = next((each for each in models(address) if each.endswith(".taught")), None)
