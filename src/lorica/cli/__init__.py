@@ -34,7 +34,7 @@ ADAPTERS = {
     "compress": "an adapter at the rank it needs, with the error that makes",
     "convert": "a checkpoint of loralib's to an adapter in PEFT's format, or back",
     "check-serve": "what vLLM, SGLang or llama.cpp would refuse of an adapter, and the remedy",
-    "export": "an adapter for vLLM, SGLang or llama.cpp (GGUF)",
+    "export": "an adapter for vLLM, SGLang, llama.cpp (GGUF) or MLX",
     "push": "upload an adapter's files to the Hugging Face Hub",
 }
 SERVING = {

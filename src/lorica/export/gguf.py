@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lorica.adapter import Adapter, Factors
+from lorica.adapter import Adapter
 from lorica.checkpoint.atomic import replace_file
 from lorica.errors import AdapterError, FileError, lines, listing, require
-from lorica.export.plain import even
+from lorica.export.plain import even, unlike_plain
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gpt2": "GPT2"}
 """A configuration's `model_type` → llama.cpp's architecture, where the layout of its weights is known."""
@@ -53,7 +53,12 @@ def write_gguf(adapter: Adapter, base: Mapping[str, Any], path: str | Path) -> P
     arch = getattr(gguf.MODEL_ARCH, ARCHITECTURES[kind])
     names = gguf.get_tensor_name_map(arch, blocks)
     adapter.check_finite()
-    factors = _plain(adapter)
+    if problems := unlike_plain(adapter, ("linear",)):
+        raise AdapterError(
+            f"a GGUF file holds A and B of linear layers alone:\n{lines(problems)}\nMerge the adapter "
+            "(lorica merge) and convert the model with llama.cpp's convert_hf_to_gguf.py"
+        )
+    factors = even(adapter).factors
     placed = {key: names.get_name(f"{key}.weight", try_suffixes=(".weight",)) for key in factors}
     problems = [f"{key} has no name in llama.cpp's {kind}" for key, name in placed.items() if name is None]
     if base.get("tie_word_embeddings", kind == "gpt2") and "lm_head" in factors:
@@ -84,26 +89,6 @@ def write_gguf(adapter: Adapter, base: Mapping[str, Any], path: str | Path) -> P
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
     return path
-
-
-def _plain(adapter: Adapter) -> Mapping[str, Factors]:
-    """Factors of one rank and scale 1.
-
-    Raises:
-        AdapterError: the adapter holds something else, too.
-    """
-    problems = [f"{name}: trained whole" for name in (*adapter.extras, *adapter.added)]
-    for path, f in adapter.factors.items():
-        if f.kind != "linear":
-            problems.append(f"{path}: no linear layer's update")
-        elif f.magnitude is not None or f.bias is not None:
-            problems.append(f"{path}: {'DoRA' if f.magnitude is not None else 'a bias on B (lora_bias)'}")
-    if problems or not adapter.factors:
-        raise AdapterError(
-            f"a GGUF file holds A and B of linear layers alone:\n{lines(problems or ['it has none'])}\n"
-            "Merge the adapter (lorica merge) and convert the model with llama.cpp's convert_hf_to_gguf.py"
-        )
-    return even(adapter).factors
 
 
 def _heads(base: Mapping[str, Any], path: str) -> int:

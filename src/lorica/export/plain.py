@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -43,3 +44,14 @@ def _padded(path: str, f: Factors, r: int) -> Factors:
     B = pad(f.B * f.scale, (0, 0) * (f.B.dim() - 2) + (0, more))
     bias: Tensor | None = None if f.bias is None else f.bias * f.scale
     return dataclasses.replace(f, A=A, B=B, scale=1.0, bias=bias)
+
+
+def unlike_plain(adapter: Adapter, kinds: Collection[str]) -> list[str]:
+    """What of an adapter is no plain A and B on a layer of some kinds, a line each."""
+    problems = [f"{name}: trained whole" for name in (*adapter.extras, *adapter.added)]
+    for path, f in adapter.factors.items():
+        if f.kind not in kinds:
+            problems.append(f"{path}: an update of another kind, {f.kind}")
+        elif f.magnitude is not None or f.bias is not None:
+            problems.append(f"{path}: {'DoRA' if f.magnitude is not None else 'a bias on B (lora_bias)'}")
+    return problems if problems or adapter.factors else ["it has no A and B"]

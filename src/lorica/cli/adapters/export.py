@@ -8,7 +8,7 @@ from typing import Any
 from lorica.cli.shared.parsing import Parser, add_output, output_of
 from lorica.errors import AdapterError, ConfigError, lines, nearest
 
-FORMATS = ("peft", "vllm", "sglang", "gguf")
+FORMATS = ("peft", "vllm", "sglang", "gguf", "mlx")
 
 
 def parser() -> Parser:
@@ -16,8 +16,8 @@ def parser() -> Parser:
     result = Parser(
         "export",
         description="Write an adapter in the form that another program takes: with one rank and scale 1 in "
-        "PEFT's files (peft, vllm, sglang), or as llama.cpp's GGUF file. What the form cannot carry is "
-        "refused by name.",
+        "PEFT's files (peft, vllm, sglang), as llama.cpp's GGUF file, or as mlx-lm's folder. What the "
+        "form cannot carry is refused by name.",
     )
     result.add_argument("adapter", type=str, help="folder with the adapter, lorica's or PEFT's")
     result.add_argument("--to", type=str, required=True, help=", ".join(FORMATS))
@@ -47,6 +47,13 @@ def run(argv: list[str]) -> int:
         from lorica.export import write_gguf
 
         print(f"wrote {write_gguf(adapter, _config_of(base), out)}")
+        return 0
+
+    if parsed.to == "mlx":
+        from lorica.cli.shared.made import check_new
+        from lorica.export import write_mlx
+
+        print(f"wrote {write_mlx(adapter, check_new(out))}")
         return 0
 
     from lorica.checkpoint import write
