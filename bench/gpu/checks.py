@@ -8,7 +8,7 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Checks:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def seconds(self, works: dict[str, Callable[[], object]], turns: int = 20) -> dict[str, float]:
+    def seconds(self, works: Mapping[str, Callable[[], object]], turns: int = 20) -> dict[str, float]:
         """Median seconds of several works that take turns."""
         for work in works.values():
             for _ in range(3):
@@ -155,12 +155,18 @@ def mixed(checks: Checks) -> dict[str, Any]:
 
             return work
 
-        def base() -> object:
+        def base() -> Any:
             with lorica.disabled(model):
                 return model(**batch)
 
+        moved = _apart(together, base().logits)
         seconds = checks.seconds({"base": base, "mixed": run([*names])})
-    return {"ok": apart < 1e-3, "apart": apart, "time over base": seconds["mixed"] / seconds["base"]}
+    return {
+        "ok": apart < 1e-3 < moved,
+        "apart": apart,
+        "base apart": moved,
+        "time over base": seconds["mixed"] / seconds["base"],
+    }
 
 
 def compiled(checks: Checks) -> dict[str, Any]:
@@ -218,6 +224,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny models, to try the script itself")
+    parser.add_argument("--only", nargs="*", help="names of the checks to run (default: all)")
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -225,11 +232,12 @@ def main() -> int:
         return 1
     checks = Checks(device, small=options.small)
     several = device.type == "cpu" or torch.cuda.device_count() >= 2
-    for check in (step, loss, mixed, compiled, *((ddp, fsdp2) if several else ())):
+    every = (step, loss, mixed, compiled, *((ddp, fsdp2) if several else ()))
+    for check in (each for each in every if options.only is None or each.__name__ in options.only):
         checks.run(check.__name__, check)
     if not several:
         print("SKIP  ddp, fsdp2: there is one GPU")
-    if device.type == "cuda":
+    if device.type == "cuda" and options.only is None:
         about = {
             "gpu": torch.cuda.get_device_name(),
             "gpus": torch.cuda.device_count(),
