@@ -6,6 +6,7 @@
 #   mixed           a batch with an adapter for each row: the outputs of each alone, and the time over the base's
 #   compile         torch.compile: the same outputs, and the step's time
 #   ddp, fsdp2      where there are two GPUs: the weights of one process with all rows, and the step's time
+#   trained         likewise: `lorica train --launch.processes 2` against one process
 #
 # Prints a line a check, PASS or FAIL with its figures, and writes them to bench/results/gpu.json. Exit status 1 if one failed.
 set -euo pipefail

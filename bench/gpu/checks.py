@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -15,9 +16,14 @@ from typing import Any
 import torch
 import two_ranks
 from llama import decoder, rows_of, step_of
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoTokenizer, BertModel
 
 import lorica
+from lorica.cli import main as main_of_lorica
+from lorica.train import Record
+from lorica.train.embedded import model_directory
 from lorica.train.trainer.loss import LinearHead, chunked_cross_entropy
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "gpu.json"
@@ -192,6 +198,33 @@ def fsdp2(checks: Checks) -> dict[str, Any]:
     return two_ranks.compare("fsdp2", checks.device, small=checks.small)
 
 
+def trained(checks: Checks) -> dict[str, Any]:
+    """`lorica train` in two processes against one with batches twice as large."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        without: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        BertModel.from_pretrained(model_directory(), **without).save_pretrained(place / "model")
+        AutoTokenizer.from_pretrained(model_directory()).save_pretrained(place / "model")
+        steps = "4" if checks.small else "30"
+        given = ["train", "-m", str(place / "model"), "--data.train_rows", "500", "--max-steps", steps]
+        given += ["--data.validation_rows", "50", "--data.test_rows", "50", "--training.report_to", "[]"]
+        for processes, batch in ((1, 16), (2, 8)):
+            more = ["-b", str(batch), "-o", str(place / str(processes)), "--training.load_best", "false"]
+            more += ["--launch.processes", "2"] if processes == 2 else []
+            if main_of_lorica([*given, *more]) != 0:
+                return {"ok": False, "failed in processes": processes}
+        ours, theirs = (load_file(place / name / "adapter_model.safetensors") for name in ("2", "1"))
+        records = [Record.load(place / name) for name in ("2", "1")]
+    apart = max(float((ours[key] - theirs[key]).abs().max()) for key in theirs)
+    largest = max(float(value.abs().max()) for value in theirs.values())
+    seconds = [float(record.results["step_seconds"]) for record in records]
+    return {
+        "ok": apart / largest < 1e-2,
+        "apart": apart / largest,
+        "step, two over one": seconds[0] / seconds[1],
+    }
+
+
 def config() -> lorica.LoraConfig:
     """LoRA on every linear layer of the blocks."""
     return lorica.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS)
@@ -232,11 +265,11 @@ def main() -> int:
         return 1
     checks = Checks(device, small=options.small)
     several = device.type == "cpu" or torch.cuda.device_count() >= 2
-    every = (step, loss, mixed, compiled, *((ddp, fsdp2) if several else ()))
+    every = (step, loss, mixed, compiled, *((ddp, fsdp2, trained) if several else ()))
     for check in (each for each in every if options.only is None or each.__name__ in options.only):
         checks.run(check.__name__, check)
     if not several:
-        print("SKIP  ddp, fsdp2: there is one GPU")
+        print("SKIP  ddp, fsdp2, trained: there is one GPU")
     if device.type == "cuda" and options.only is None:
         about = {
             "gpu": torch.cuda.get_device_name(),
