@@ -95,6 +95,9 @@ def four(folder: str) -> dict[str, dict[str, float]]:
         one = _model(CASES[name])
         several = parallel.shard(parallel.split(_model(CASES[name]), mesh["tensor"]), mesh["data"])
         found[name] = compare(one, several, work.ROWS, work.ROWS[2 * half : 2 * half + 2])
+    one, several = _model(CASES["dora"]), parallel.shard(_model(CASES["dora"]), mesh)  # replicas of shards
+    rank = dist.get_rank()
+    found["replicas"] = compare(one, several, work.ROWS, work.ROWS[rank : rank + 1])
     config = CASES["dora"]
     with torch.device("meta"):
         bare = type(one)(one.config).train()
@@ -106,7 +109,6 @@ def four(folder: str) -> dict[str, dict[str, float]]:
     lorica.adapt(whole.train(), config, seed=0)
     found["made bare"] = compare(whole, bare, work.ROWS, work.ROWS[2 * half : 2 * half + 2])
     lorica.save(bare, f"{folder}/bare")
-    rank = dist.get_rank()
     files = [Path(f"{folder}/bare"), lorica.write(parallel.gather(bare), f"{folder}/{rank}")]
     first, second = ((file / "adapter_model.safetensors").read_bytes() for file in files)
     assert first == second

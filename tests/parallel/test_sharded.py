@@ -76,3 +76,10 @@ def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(tmp_path: Path
     saved = lorica.read(tmp_path / "adapter").named_tensors()
     assert all(torch.equal(saved[key], value) for key, value in lorica.extract(model).named_tensors().items())
     assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+
+
+def test_ways_of_sharding() -> None:
+    for found in on_ranks(work.settings, timeout=120):
+        for way, difference in found.items():
+            half = way in ("bfloat16", "a policy")
+            assert (0 < difference < 0.1) if half else difference == 0.0, way

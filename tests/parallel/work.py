@@ -391,3 +391,34 @@ def goes_on(folder: str) -> dict[str, float | str]:
         "none": _said(lambda: parallel.load_checkpoint(*again, folder)),
         "another": _said(lambda: parallel.load_checkpoint(*made(CASES["rank 1"]), f"{folder}/2")),
     }
+
+
+def settings() -> dict[str, float]:
+    """How far one step is from one process's, for the ways in which a model can be sharded."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    rank, found = dist.get_rank(), {}
+    ways: dict[str, dict[str, Any]] = {
+        "blocks by class": {"blocks": ["LlamaMLP", "LlamaAttention"]},
+        "blocks by module": {"blocks": ()},
+        "kept after the forward pass": {"reshard": False},
+        "a mesh": {"mesh": dist.init_device_mesh("cpu", (2,))},
+        "bfloat16": {"precision": torch.bfloat16},
+        "a policy": {"precision": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
+    }
+    for way, given in ways.items():
+        one, several = build(CASES["dora"]), build(CASES["dora"])
+        if way == "blocks by module":
+            given["blocks"] = [several.model.layers[1]]
+        parallel.shard(several, **given)
+        gradients = []
+        for model, parts in ((one, [ROWS[:2], ROWS[2:]]), (several, [ROWS[2 * rank : 2 * rank + 2]])):
+            sum(loss_of(model, rows) for rows in parts).div(len(parts)).backward()  # type: ignore[union-attr]
+            gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        first, second = gradients
+        assert first.keys() == second.keys()
+        whole = {name: g.full_tensor() for name, g in second.items()}
+        assert all(g.dtype == torch.float32 for g in whole.values())
+        largest = max(float(g.abs().max()) for g in first.values())
+        found[way] = max(float((whole[name] - g).abs().max()) for name, g in first.items()) / largest
+    return found

@@ -11,6 +11,7 @@ import lorica
 from lorica import study
 from lorica.cli import main
 from lorica.errors import ConfigError
+from lorica.model.pretrained.skeleton import skeleton
 from lorica.study.planning import GPT3, OPTIMIZERS
 from lorica.study.planning.tracing import trace
 
@@ -133,6 +134,21 @@ def test_attention_without_dropout_keeps_no_matrix_of_all_pairs() -> None:
     assert held[0.0] == pytest.approx(2, rel=0.25)  # the causal mask is quadratic, and small
     assert held[0.1] > 3
     assert flops[0.1] < flops[0.0] < 1.3 * flops[0.1]  # the scores are computed again backward
+
+
+def test_what_each_of_several_ranks_holds() -> None:
+    """Added up by hand from the model itself: two of its layers are whole at once, and what is in none."""
+    found = study.plan(BERT, HEAD, batch=2, length=8)
+    model: Any = lorica.adapt(skeleton(BERT, "SEQ_CLS", dtype=torch.float32), HEAD)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.bert.encoder.layer]
+    embeddings = sum(p.numel() for p in model.bert.embeddings.parameters())  # a block by itself
+    others = found.parameters - sum(layers) - embeddings
+    whole = others + sum(sorted([*layers, embeddings])[-2:])
+    on = found.on_ranks(4)
+    assert on["ddp"] == found.memory + found.gradients
+    assert on["fsdp2"] == -(-found.states // 4) + 4 * whole + found.activations
+    with pytest.raises(ConfigError, match="ranks must be at least 1"):
+        found.on_ranks(0)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt"])

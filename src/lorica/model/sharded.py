@@ -5,7 +5,7 @@ Sharded by `torch.distributed.fsdp.fully_shard`, or split by tensor parallel; it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorica.errors import FileError, StateError
-from lorica.tree import is_sharded
+from lorica.tree import is_sharded, walk
 
 
 def part_of(root: nn.Module) -> Any:
@@ -37,6 +37,26 @@ def check_whole(root: nn.Module, doing: str, instead: str) -> None:
             f"cannot {doing}: this {type(root).__name__} is sharded, so each rank holds a part of every "
             f"weight; {instead}"
         )
+
+
+def blocks_of(root: nn.Module) -> list[nn.Module]:
+    """What `fully_shard` gathers as one: the modules that transformers names, or members of lists."""
+    modules = [place.module for place in walk(root)][1:]
+    named = getattr(root, "_no_split_modules", None) or ()
+    found = [module for module in modules if not class_names(module).isdisjoint(named)]
+    return found or [member for module in modules for member in _members(module)]
+
+
+def class_names(module: nn.Module) -> set[str]:
+    """Names of a module's class and of those below: an adapted one is of its own too."""
+    return {cls.__name__ for cls in type(module).__mro__}
+
+
+def _members(module: nn.Module) -> Iterator[nn.Module]:
+    """The members of a list of modules, where each has parts and is called."""
+    for member in module if isinstance(module, nn.ModuleList) and len(module) > 1 else ():
+        if type(member).forward is not nn.Module.forward and any(member.children()):
+            yield member
 
 
 STREAM = (

@@ -8,18 +8,19 @@ Between passes each rank holds a part of every parameter; a block's are gathered
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import Parameter
 
 from lorica.adapter import Adapter
 from lorica.errors import ConfigError, StateError, listing
 from lorica.model import extract
+from lorica.model.sharded import blocks_of, class_names
 from lorica.model.watch.agreement import compare_ranks
 from lorica.pieces.copies import ParameterCopy
 from lorica.pieces.low_rank import LowRank
@@ -36,7 +37,6 @@ def shard(
     precision: torch.dtype | MixedPrecisionPolicy | None = None,
     blocks: Iterable[str | nn.Module] | None = None,
     reshard: bool = True,
-    offload: bool = False,
 ) -> M:
     """Shard an adapted model over the ranks of a mesh, in place, block by block.
 
@@ -52,7 +52,6 @@ def shard(
         blocks: what is gathered as one: names of classes, or modules. None takes what the architecture names
             (`_no_split_modules`), or else the members of its lists of modules.
         reshard: free a block's weights after its forward pass, and gather them again for the backward pass.
-        offload: keep the parts in the CPU's memory.
 
     Returns:
         The same model.
@@ -77,7 +76,6 @@ def shard(
         "mesh": mesh or _all_ranks(),
         "mp_policy": _policy(precision),
         "reshard_after_forward": reshard,
-        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     for unit in units:
         fully_shard(unit, **settings)
@@ -134,36 +132,19 @@ def _blocks(root: nn.Module, wanted: Iterable[str | nn.Module] | None) -> list[n
     Raises:
         ConfigError: none is of a class that is named.
     """
-    modules = [place.module for place in walk(root)][1:]
     if wanted is None:
-        named = getattr(root, "_no_split_modules", None) or ()
-        found = [module for module in modules if not _classes(module).isdisjoint(named)]
-        found = found or [member for module in modules for member in _members(module)]
-    else:
-        given = list(wanted)
-        have = {name for module in modules for name in _classes(module)}
-        unknown = [name for name in given if isinstance(name, str) and name not in have]
-        if unknown:
-            raise ConfigError(
-                f"blocks names {listing(unknown)}, and no module of this {type(root).__name__} is of such a "
-                "class"
-            )
-        names = {name for name in given if isinstance(name, str)}
-        one_by_one = {id(module) for module in given if isinstance(module, nn.Module)}
-        found = [m for m in modules if not _classes(m).isdisjoint(names) or id(m) in one_by_one]
-    return list(reversed(dict.fromkeys(found)))
-
-
-def _classes(module: nn.Module) -> set[str]:
-    """Names of a module's class and of those below: an adapted one is of its own too."""
-    return {cls.__name__ for cls in type(module).__mro__}
-
-
-def _members(module: nn.Module) -> Iterator[nn.Module]:
-    """The members of a list of modules, where each has parts and is called."""
-    for member in module if isinstance(module, nn.ModuleList) and len(module) > 1 else ():
-        if type(member).forward is not nn.Module.forward and any(member.children()):
-            yield member
+        return list(reversed(dict.fromkeys(blocks_of(root))))
+    modules, given = [place.module for place in walk(root)][1:], list(wanted)
+    have = {name for module in modules for name in class_names(module)}
+    unknown = [name for name in given if isinstance(name, str) and name not in have]
+    if unknown:
+        raise ConfigError(
+            f"blocks names {listing(unknown)}, and no module of this {type(root).__name__} is of such a class"
+        )
+    names = {name for name in given if isinstance(name, str)}
+    one_by_one = {id(module) for module in given if isinstance(module, nn.Module)}
+    found = [m for m in modules if not class_names(m).isdisjoint(names) or id(m) in one_by_one]
+    return list(reversed(found))
 
 
 def _check(root: nn.Module, units: list[nn.Module]) -> None:

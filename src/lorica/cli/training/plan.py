@@ -47,6 +47,7 @@ def parser() -> Parser:
     add("--optimizer", type=str, default="adamw", help="adamw, sgd or momentum")
     add("--checkpointing", action="store_true", help="short for --training.gradient_checkpointing true")
     add("--fit", type=float | None, metavar="GB", help="find the largest batch that fits, in 10^9 bytes")
+    add("--ranks", type=int | None, metavar="N", help="say what each of N ranks would hold, by engine")
     add("--modules", action="store_true", help="say which modules would be adapted or trained whole, instead")
     add("--json", action="store_true", help="print JSON")
     add_trust(result)
@@ -77,12 +78,26 @@ def run(argv: list[str]) -> int:
     if parsed.modules:
         return _show_modules(command, parsed, model, usual_targets=not targets)
     plans = _plans(command, parsed, model, method, usual_targets=not targets)
+    each = [p.on_ranks(parsed.ranks) if parsed.ranks is not None else {} for p in plans]
     if parsed.json:
         found = [{**p.to_dict(), "memory": p.memory} for p in plans]
+        if parsed.ranks is not None:
+            found = [{**plan, "ranks": engines} for plan, engines in zip(found, each, strict=True)]
         print(as_json(found if method == "all" else found[0]))
     else:
-        print("\n\n".join(f"{p.method}\n{p}" for p in plans))
+        texts = [f"{p.method}\n{p}{_on_ranks(parsed.ranks, e)}" for p, e in zip(plans, each, strict=True)]
+        print("\n\n".join(texts))
     return 0
+
+
+def _on_ranks(ranks: int | None, engines: dict[str, int]) -> str:
+    """What each rank would hold, a line an engine."""
+    if not engines:
+        return ""
+    from lorica.train.console import size
+
+    lines = [f"  {engine:<10} {size(held)}" for engine, held in engines.items()]
+    return "\n".join([f"\non each of {ranks} ranks, each with this batch:", *lines])
 
 
 def _show_modules(command: Parser, parsed: Any, model: str | None, *, usual_targets: bool) -> int:
@@ -180,7 +195,7 @@ def _print_help() -> None:
     print(f"usage: {command.usage}\n\n{command.description}\n")
     print("  --method NAME           lora, full, qlora, or all three (default: as the recipe says)")
     for action in command._actions:
-        if action.dest in ("dtype", "optimizer", "checkpointing", "fit", "modules", "json"):
+        if action.dest in ("dtype", "optimizer", "checkpointing", "fit", "ranks", "modules", "json"):
             name = f"{action.option_strings[0]} {action.metavar or ''}".strip()
             print(f"  {name:<23} {first_sentence(str(action.help))}")
     print("\nand those of `lorica train --help`, such as --method.r, --task, --batch-size (or --batch)")

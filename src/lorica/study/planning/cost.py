@@ -12,6 +12,7 @@ from lorica.config import LoraConfig
 from lorica.errors import ConfigError, listing
 from lorica.model.adapt import adapt
 from lorica.model.pretrained.skeleton import skeleton
+from lorica.model.sharded import blocks_of
 from lorica.study.planning.tracing import trace
 from lorica.study.results import Result
 
@@ -65,6 +66,7 @@ class Plan(Result):
         activations: of all else at the fullest moment of the step.
         flops: of the matrix products of a step, forward and backward.
         assumptions: what all this rests on.
+        gathered: of the weights that a rank holds whole at the fullest moment where the model is sharded.
     """
 
     method: str
@@ -80,6 +82,25 @@ class Plan(Result):
     activations: int
     flops: int
     assumptions: tuple[str, ...]
+    gathered: int = 0
+
+    def on_ranks(self, ranks: int) -> dict[str, int]:
+        """Bytes at the fullest moment on each of several ranks that each take this batch, by engine.
+
+        ``"ddp"``: everything on each, and gradients once more, in the order in which they are sent.
+        ``"fsdp2"`` (`lorica.parallel.shard`): each a part of weights, gradients and optimizer; two blocks at
+        a time, and what stands outside of the blocks, are whole.
+
+        Args:
+            ranks: how many, at least 1.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        if ranks < 1:
+            raise ConfigError(f"ranks must be at least 1, not {ranks}")
+        parts = -(-self.states // ranks)
+        return {"ddp": self.memory + self.gradients, "fsdp2": parts + self.gathered + self.activations}
 
     @property
     def states(self) -> int:
@@ -257,7 +278,13 @@ class Planner:
             activations=max(step.held - gradients, 0) + passing,
             flops=step.flops,
             assumptions=self._assumptions(),
+            gathered=round(self._gathered() * weights / _bytes(parameters)),
         )
+
+    def _gathered(self) -> int:
+        """Bytes of the two largest blocks, and of what is in none, as the weights were made."""
+        sizes = [_bytes(block.parameters()) for block in blocks_of(self.model)]
+        return max(_bytes(self.model.parameters()) - sum(sizes), 0) + sum(sorted(sizes)[-2:])
 
     def _inputs(self, batch: int, length: int) -> dict[str, Tensor]:
         config: Any = self.model.config
