@@ -160,7 +160,7 @@ def test_one_class_for_all_rows_is_warned_of(lines: tuple[list[str], Path]) -> N
 
 
 def doubts(history: list[dict[str, float]], *, fp16: bool = False) -> list[str]:
-    trainer: Any = SimpleNamespace(args=SimpleNamespace(fp16=fp16))
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(fp16=fp16), loss_falls=True)
     nothing: Any = None
     return list(Fit(nothing, trainer, 9, 1.0, None, history, nothing).doubts())
 
