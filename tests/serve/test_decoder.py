@@ -410,7 +410,9 @@ def test_a_request_that_waits_for_a_slot_is_not_passed_for_ever(model: Any, fold
                 await ids_of(engine.admit([3], "some", greedy(3)))
                 done.set()
 
-            *counts, _ = await asyncio.gather(*map(stream, (40, 47, 53, 61)), other())
+            asked = asyncio.create_task(other())
+            counts = await asyncio.gather(*map(stream, (40, 47, 53, 61)))
+            await asked
             assert max(counts) < 40
 
     asyncio.run(serve())
