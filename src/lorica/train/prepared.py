@@ -20,7 +20,8 @@ from lorica.find import HEADS
 from lorica.train import presets, tasks
 from lorica.train.console import quiet, waiting
 from lorica.train.data import splits as sources
-from lorica.train.data.rows import UsableRows, act_on_rows, fingerprint
+from lorica.train.data.mapped import SAMPLE, LazyRows
+from lorica.train.data.rows import UsableRows, act_on_rows, fingerprint, fingerprint_on_disk
 from lorica.train.distributed.group import world
 from lorica.train.distributed.rows import encoded_once
 from lorica.train.recipe import Recipe
@@ -95,7 +96,7 @@ def prepare(recipe: Recipe, rows: sources.Rows | None = None, *, console: Consol
 
 def encode(recipe: Recipe, rows: sources.Rows | None = None, *, console: Console | None = None) -> Encoding:
     """Read and encode the rows; `prepare` without the model. Of a machine's processes one does it for all."""
-    if world() > 1:
+    if world() > 1 and not recipe.data.streaming:  # what stays on disk is mapped by each
         return encoded_once(lambda: _encode(recipe, rows, console))
     return _encode(recipe, rows, console)
 
@@ -111,8 +112,13 @@ def _encode(recipe: Recipe, rows: sources.Rows | None, console: Console | None) 
         tokenizer = task.tokenizer(recipe.model)
         for name, own in used.items():
             with waiting(console, f"encoding {len(own.rows):,} {name} rows"):
-                encoded[name], own = encode_split(recipe, task, tokenizer, own, taken)
-            data[name] = {**(taken.get(id(own.rows)) or fingerprint(own.rows)), "skipped": own.skipped}
+                if recipe.data.streaming and name == "train":
+                    encoded[name], told = encode_lazily(recipe, task, tokenizer, own)
+                    notes.append(told)
+                else:
+                    encoded[name], own = encode_split(recipe, task, tokenizer, own, taken)
+                known = fingerprint_on_disk if recipe.data.streaming else fingerprint
+                data[name] = {**(taken.get(id(own.rows)) or known(own.rows)), "skipped": own.skipped}
             if own.first is not None:
                 data[name]["first_skipped"] = own.first
             notes += notes_on(task, recipe.data, own, training=name == "train")
@@ -190,6 +196,30 @@ def encode_split(
     return act_on_rows(used, act, skip=data.skip_bad)
 
 
+def encode_lazily(recipe: Recipe, task: Task, tokenizer: Any, used: UsableRows) -> tuple[Encoded, str]:
+    """Rows of a split that are encoded when it is their turn; the first now, to see what they are like.
+
+    Returns:
+        The rows, and a note on the first of them.
+
+    Raises:
+        RowError: one of the first rows cannot be used, and the recipe does not say to leave it out.
+    """
+    first = used.select(range(min(SAMPLE, len(used.rows))))
+    sample, _ = encode_split(recipe, task, tokenizer, first)
+    limit = recipe.training.max_length
+    told = (
+        f"{used.origin.source}: {len(used.rows):,} rows stay on disk, and are encoded when it is their turn; "
+        f"of the first {len(sample):,}, {sample.truncated:,} are cut to {limit:,} tokens"
+    )
+    rows = LazyRows(
+        used,
+        lambda part: task.encode(part, recipe.data, tokenizer, limit, used.origin.source).features,
+        skip=recipe.data.skip_bad,
+    )
+    return Encoded(rows, 0, sample.longest, len(used.rows), sample.lengths), told  # type: ignore[arg-type]
+
+
 def read(recipe: Recipe, rows: sources.Rows | None = None) -> tuple[Recipe, Task, dict[str, UsableRows]]:
     """Read the rows and find what the recipe left open; as `encode` does, without a tokenizer.
 
@@ -212,6 +242,8 @@ def _read(
     check_device(recipe.training)
     if recipe.data.template is not None and not task.writes:
         raise ConfigError(f"data.template lays out rows of language models; {task.name} reads columns")
+    if recipe.data.streaming:
+        recipe = _streamed(recipe, task)
     if recipe.training.packing and not task.packs:
         raise ConfigError(f"training.packing is for causal language models; {task.name} has no packed rows")
     splits = sources.load(recipe.data, rows, tagged=task.tagged, running=task.packs)
@@ -234,6 +266,24 @@ def _read(
         {split: sources.keep_part(each, split, data) for split, each in used.items()},
         left_out,
     )
+
+
+def _streamed(recipe: Recipe, task: Task) -> Recipe:
+    """The recipe of rows that stay on disk: batches are drawn at random, for no row's length is known.
+
+    Raises:
+        ConfigError: it asks for what needs all rows at once.
+    """
+    if not task.writes:
+        raise ConfigError(f"data.streaming is for language tasks; {task.name} looks at all labels first")
+    wants = {
+        "training.packing": recipe.training.packing,
+        "training.auto_batch_size": recipe.training.auto_batch_size,
+        "data.running": recipe.data.running,
+    }
+    if asked := [name for name, value in wants.items() if value]:
+        raise ConfigError(f"{listing(asked)} needs all rows at once; leave it out, or data.streaming")
+    return recipe.replace(training={"group_by_length": False})
 
 
 def announce(prepared: Prepared, console: Console) -> None:
@@ -264,6 +314,8 @@ def lines(prepared: Prepared) -> Iterator[str]:
     train = prepared.splits["train"]
     if train.lengths:
         yield lengths(train)
+    if data.streaming:
+        return
     if training.packing:
         yield packing(train, training.batch_size, training.seed)
     elif len(train) != len(train.features):

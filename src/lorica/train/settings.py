@@ -75,6 +75,8 @@ class DataConfig:
         train_rows: number of training rows to learn from. None takes all.
         validation_rows: number of validation rows to score. None takes all.
         test_rows: number of test rows to score. None takes all.
+        streaming: leave the rows of a language task on disk, and read and encode those of a batch when it is
+            their turn: for data larger than memory. Before training the first 1,000 are looked at.
         skip_bad: leave out rows that cannot be used, and count them, in place of refusing them all.
         cache: keep encoded rows in a folder of the user's (``LORICA_CACHE``, or ``~/.cache/lorica``), and
             take them from there, mapped into memory, when the same rows come again.
@@ -109,6 +111,7 @@ class DataConfig:
     train_rows: int | None = None
     validation_rows: int | None = None
     test_rows: int | None = None
+    streaming: bool = False
     skip_bad: bool = False
     cache: bool = False
 

@@ -96,3 +96,14 @@ def test_the_command_reads_a_recipe_and_names_what_is_wrong(
     assert "training row 2: 4 tokens, 2 learned\n[CLS] film⟦great [SEP]⟧" in capsys.readouterr().out
     assert main(["data", str(path), "--data.label", "answer"]) == 1
     assert "name the prompt too, with data.text" in capsys.readouterr().err
+
+
+def test_of_rows_on_disk_the_first_are_looked_at(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"film {number}", "completion": "great"} for number in range(1200)]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    found = preview(recipe(model, train=str(path), streaming=True))
+    assert found.splits["train"].rows == 1000
+    assert found.notes[0] == f"{path}: of 1,200 train rows on disk, the first 1,000"

@@ -203,6 +203,23 @@ def fingerprint(rows: Dataset) -> dict[str, Any]:
     return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 
+def fingerprint_on_disk(rows: Dataset) -> dict[str, Any]:
+    """Number of some rows, and SHA-256 of their whole source as Arrow stores it, and of which these are.
+
+    It takes a small part of the time of `fingerprint`, which turns each row into JSON.
+    """
+    digest = hashlib.sha256()
+    chosen = rows._indices
+    if chosen is not None:  # read in order, and not in places
+        digest.update(chosen.column(0).to_numpy().tobytes())
+        rows = Dataset(rows.data)
+    for batch in rows.with_format("arrow").iter(batch_size=10_000):
+        table = cast(pa.Table, batch).combine_chunks().replace_schema_metadata(None)
+        for part in table.to_batches():
+            digest.update(part.serialize())
+    return {"rows": len(rows) if chosen is None else len(chosen), "sha256": digest.hexdigest()}
+
+
 def _content(image: dict[str, Any] | None) -> Any:
     if image is None or image["bytes"] is not None:
         return image and image["bytes"]

@@ -15,6 +15,7 @@ from lorica.errors import ConfigError, FileError, listing
 from lorica.train import embedded
 from lorica.train.console import quiet
 from lorica.train.data.json import read_objects
+from lorica.train.data.mapped import mapped_rows
 from lorica.train.data.running import is_running, paragraphs, read_running_text, running_columns
 from lorica.train.data.spreadsheets import read_delimited, read_sheets
 from lorica.train.data.tables import Form, Found
@@ -343,6 +344,8 @@ def read_file(path: Path, form: Form) -> dict[str | None, Found]:
     kind = format_of(path)
     if kind is None:
         raise FileError(f"cannot tell the format of {path} by its name; {_expected(path)}")
+    if form.streaming and not form.tagged and not form.running:
+        return {None: Found(mapped_rows(path, kind, form.encoding, form.columns))}
     if kind in _TABLES:
         return {None: Found(_stored(path, kind))}
     raw = content(path, kind)

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset
 
 from lorica.errors import ConfigError, FileError, listing
 from lorica.train import presets
+from lorica.train.data.mapped import MOST_VALIDATION
 from lorica.train.data.rows import Origin, RowError, UsableRows, act_on_rows
 from lorica.train.data.running import CONTINUES
 from lorica.train.data.sources import IN_PYTHON, SPLITS, describe, find_rows, folder_of
@@ -91,19 +93,14 @@ def load(
             raise FileError(
                 f"{name} has {len(train.rows)} row, too few to set some aside; give --data.validation"
             )
-        # The places are divided, not the rows, so that an error can tell which row of the file it means.
-        places = Dataset.from_dict({"place": range(len(train.rows))})
         try:
-            drawn = places.train_test_split(
-                test_size=data.validation_fraction, seed=data.split_seed, shuffle=not _runs_on(train, data)
-            )
+            kept, aside = _drawn(train, data)
         except ValueError as error:
             raise ConfigError(
                 f"data.validation_fraction is {data.validation_fraction}, of {len(train.rows):,} rows in "
                 f"{name}, "
                 "which leaves none to learn from; take a smaller one, or give --data.validation"
             ) from error
-        kept, aside = (list(drawn[part]["place"]) for part in ("train", "test"))
         found["validation"] = replace(train.select(aside), skipped=0, first=None)
         train = train.select(kept)
     parts = {split: in_preset_layout(used, data) for split, used in {"train": train, **found}.items()}
@@ -191,14 +188,35 @@ def keep_part(used: UsableRows, split: str, data: DataConfig) -> UsableRows:
     return used.select(sorted(order[:count]))
 
 
+def _drawn(train: UsableRows, data: DataConfig) -> tuple[list[int], list[int]]:
+    """Places of the rows that are learned from, and of those that are set aside.
+
+    Raises:
+        ValueError: nothing would be left of either.
+    """
+    count = len(train.rows)
+    if data.streaming:
+        size = max(1, min(round(data.validation_fraction * count), MOST_VALIDATION))
+        aside = sorted(random.Random(data.split_seed).sample(range(count), size))
+        return np.delete(np.arange(count), aside).tolist(), aside
+    # The places are divided, not the rows, so that an error can tell which row of the file it means.
+    places = Dataset.from_dict({"place": range(count)})
+    drawn = places.train_test_split(
+        test_size=data.validation_fraction, seed=data.split_seed, shuffle=not _runs_on(train, data)
+    )
+    return list(drawn["train"]["place"]), list(drawn["test"]["place"])
+
+
 def _form(data: DataConfig, *, tagged: bool, running: bool) -> Form:
     """How files are written, as far as that is known; whether a text runs on may be looked for."""
     found = data.running if data.running is not None else None if running else False
-    return Form(data.encoding, data.columns, tagged, found)
+    return Form(data.encoding, data.columns, tagged, found, data.streaming)
 
 
 def _runs_on(used: UsableRows, data: DataConfig) -> bool:
     """Whether rows are pieces of running texts, of which a part is taken in one piece."""
+    if data.streaming:
+        return False
     names = [name for name in used.rows.column_names if name == data.continues or name.lower() == CONTINUES]
     return bool(names) and data.label is None and any(used.rows[names[0]])
 

@@ -26,12 +26,14 @@ class Form:
         columns: names of the columns of a file that does not begin with them. None takes its first line.
         tagged: whether a ``.txt`` file holds a word and its class a line, and not a text.
         running: whether a ``.txt`` file is one running text, and not a text a line. None looks at it.
+        streaming: whether its rows stay on disk.
     """
 
     encoding: str | None = None
     columns: Sequence[str] | None = None
     tagged: bool = False
     running: bool | None = False
+    streaming: bool = False
 
 
 @dataclass(frozen=True)

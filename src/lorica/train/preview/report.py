@@ -17,6 +17,7 @@ from rich.console import Console
 from lorica.errors import listing
 from lorica.train import prepared
 from lorica.train.console import quiet, waiting
+from lorica.train.data.mapped import SAMPLE
 from lorica.train.data.splits import Rows
 from lorica.train.preview.seen import Seen, seen
 from lorica.train.recipe import Recipe
@@ -115,6 +116,11 @@ def preview(
     with quiet():
         tokenizer = task.tokenizer(recipe.model)
         for name, part in used.items():
+            if data.streaming and len(part.rows) > SAMPLE:
+                notes.append(
+                    f"{part.origin.source}: of {len(part.rows):,} {name} rows on disk, the first {SAMPLE:,}"
+                )
+                part = part.select(range(SAMPLE))
             with waiting(console, f"encoding {len(part.rows):,} {name} rows"):
                 encoded, part = prepared.encode_split(recipe, task, tokenizer, part)
             notes += prepared.notes_on(task, data, part, training=name == "train")

@@ -124,6 +124,10 @@ class CausalLanguageModelling(LanguageTask):
         else:
             read = prompts_of if data.continues is None else joined_texts
             texts = [text for text in read(rows, data, where) if text.strip()]
+            if data.streaming:  # rows of a batch have nothing to do with one another
+                whole = [_start(tokenizer) + _tokens(tokenizer, text) + _end(tokenizer) for text in texts]
+                found = [TrainingText(row, [(ids, True)], row, "") for row, ids in enumerate(whole)]
+                return _rows(found, limit, where)
             return replace(_blocks(tokenizer, texts, limit, where), rows=len(texts))
         return _rows(found, limit, where)
 
@@ -131,6 +135,7 @@ class CausalLanguageModelling(LanguageTask):
         """What the rows' form is, and how many empty texts are left out, of raw text."""
         told = [f"its rows are {describe_form(rows, data)}"]
         laid = data.label is not None or data.template is not None or data.continues is not None
+        laid = laid or data.streaming
         if laid or _is_conversation(rows, data):
             return told
         blank = sum(isinstance(text, str) and not text.strip() for text in rows[str(data.text)])
