@@ -27,6 +27,7 @@ from lorica.train.distributed.rows import encoded_once
 from lorica.train.recipe import Recipe
 from lorica.train.settings import DataConfig
 from lorica.train.tasks import Encoded, Task
+from lorica.train.tasks.answers import PostTask
 from lorica.train.tasks.packing import check_packing, pack
 from lorica.train.tasks.stored import cached, key_of
 from lorica.train.trainer.arguments import check_device
@@ -215,6 +216,7 @@ def encode_lazily(recipe: Recipe, task: Task, tokenizer: Any, used: UsableRows) 
     rows = LazyRows(
         used,
         lambda part: task.encode(part, recipe.data, tokenizer, limit, used.origin.source).features,
+        [name for name in sample.features.column_names if name != "length"],  # which is not known of all
         skip=recipe.data.skip_bad,
     )
     return Encoded(rows, 0, sample.longest, len(used.rows), sample.lengths), told  # type: ignore[arg-type]
@@ -274,8 +276,8 @@ def _streamed(recipe: Recipe, task: Task) -> Recipe:
     Raises:
         ConfigError: it asks for what needs all rows at once.
     """
-    if not task.writes:
-        raise ConfigError(f"data.streaming is for language tasks; {task.name} looks at all labels first")
+    if not task.writes or isinstance(task, PostTask):
+        raise ConfigError(f"data.streaming is for language tasks; {task.name} needs all rows first")
     wants = {
         "training.packing": recipe.training.packing,
         "training.auto_batch_size": recipe.training.auto_batch_size,

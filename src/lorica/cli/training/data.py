@@ -40,8 +40,9 @@ def run(argv: list[str]) -> int:
     command = parser()
     parsed: Any = command.parse_args(argv)
     recipe = from_parsed(command, parsed)
-    typed = recipe.task in argv  # by nobody but the user
-    check_trusted(recipe.task, "the recipe", trust_task=parsed.trust_task or typed)
+    typed = {part for argument in argv for part in (argument, argument.partition("=")[2])}
+    unseen = [code for code in recipe.code() if code not in typed]  # what was typed is the user's own
+    check_trusted(unseen, "the recipe", trust_task=parsed.trust_task)
 
     from lorica.train.console import make_console
     from lorica.train.preview import preview

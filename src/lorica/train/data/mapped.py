@@ -94,12 +94,20 @@ class LazyRows(torch.utils.data.Dataset[dict[str, Any]]):
     Args:
         used: the rows.
         encode: makes features of some of them, one or more of each.
+        column_names: the features' names.
         skip: leave out rows of a batch that cannot be used, in place of refusing them.
     """
 
-    def __init__(self, used: UsableRows, encode: Callable[[Dataset], Dataset], *, skip: bool = False) -> None:
+    def __init__(
+        self,
+        used: UsableRows,
+        encode: Callable[[Dataset], Dataset],
+        column_names: Sequence[str],
+        *,
+        skip: bool = False,
+    ) -> None:
         """Keep where the rows are; none is read."""
-        self.used, self.encode, self.skip = used, encode, skip
+        self.used, self.encode, self.column_names, self.skip = used, encode, list(column_names), skip
 
     def __len__(self) -> int:
         """Number of rows."""
