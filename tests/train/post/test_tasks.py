@@ -212,6 +212,8 @@ def test_what_cannot_be_is_refused(decoder: Path, rows: Path, rewards: Path, tmp
         refused("grpo", {"rewards": named, "max_new_tokens": 64})
     with pytest.raises(ConfigError, match=r"generation\.metrics compare what is written"):
         refused("preference", {}, generation=GenerationConfig(metrics=["bleu"]))
+    with pytest.raises(ConfigError, match=r"data\.streaming is not for preference"):
+        refused("preference", {}, data={"streaming": True})
     with pytest.raises(ConfigError, match="which column says whether an answer is wanted"):
         prepare(
             small.recipe(decoder, rows, tmp_path, "preference"), [{"prompt": "film", "answer": "song"}] * 3

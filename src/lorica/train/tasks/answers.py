@@ -59,6 +59,8 @@ class PostTask(Task):
                 f"data.template and data.continues lay out texts for causal-lm; {self.name} reads prompts "
                 "and answers from columns of their own"
             )
+        if recipe.data.streaming:
+            raise ConfigError(f"data.streaming is not for {self.name}: its rows are encoded before training")
         start = getattr(recipe.configuration(), "init_lora_weights", True)
         if start in FROM_DATA:
             raise ConfigError(
