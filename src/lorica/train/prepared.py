@@ -27,8 +27,8 @@ from lorica.train.distributed.rows import encoded_once
 from lorica.train.recipe import Recipe
 from lorica.train.settings import DataConfig
 from lorica.train.tasks import Encoded, Task
-from lorica.train.tasks.answers import PostTask
 from lorica.train.tasks.packing import check_packing, pack
+from lorica.train.tasks.post.answers import PostTask
 from lorica.train.tasks.stored import cached, key_of
 from lorica.train.trainer.arguments import check_device
 from lorica.train.trainer.sampler import LengthGroupedSampler, padding, share

@@ -28,7 +28,7 @@ from lorica.train.prepared import Prepared, announce, prepare, with_head
 from lorica.train.recipe import Recipe
 from lorica.train.record import RECORD, Record, about, changed_rows, is_whole, machine, versions
 from lorica.train.system import alone_in, bytes_of, sha256_of, writable_directory, write_atomically
-from lorica.train.tasks.answers import PostTask
+from lorica.train.tasks.post.answers import PostTask
 from lorica.train.trainer.arguments import chosen_defaults, describe_defaults, fitting_batch, with_defaults
 from lorica.train.trainer.checkpoints import last_checkpoint
 from lorica.train.trainer.fit import fit

@@ -34,8 +34,8 @@ from lorica.train.run import RECIPE
 from lorica.train.settings import GenerationConfig
 from lorica.train.system import writable_file
 from lorica.train.tasks import LanguageTask, Task
-from lorica.train.tasks.answers import PostTask
 from lorica.train.tasks.base import own_loss
+from lorica.train.tasks.post.answers import PostTask
 from lorica.train.trainer.checkpoints import last_checkpoint
 from lorica.train.trainer.fit import score
 from lorica.train.trainer.trainer import Trainer

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, TrainingArguments
 from lorica.errors import ConfigError, LoricaError, nearest, require
 from lorica.train.post.settings import PostConfig
 from lorica.train.tasks import Task
-from lorica.train.tasks.answers import PostTask
-from lorica.train.tasks.grouped import Grouped
-from lorica.train.tasks.preference import Preference
+from lorica.train.tasks.post.answers import PostTask
+from lorica.train.tasks.post.grouped import Grouped
+from lorica.train.tasks.post.preference import Preference
 from lorica.train.trainer.trainer import Trainer
 
 _OWNED = {

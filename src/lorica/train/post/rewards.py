@@ -26,7 +26,7 @@ from lorica.state import find_adapted
 from lorica.train.code import import_from, is_code, split_entry
 from lorica.train.post.settings import PostConfig
 from lorica.train.recipe import Recipe
-from lorica.train.tasks.reward import Reward
+from lorica.train.tasks.post.reward import Reward
 
 Score = Callable[..., list[float | None]]
 

@@ -23,7 +23,7 @@ import transformers
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
-from lorica.train.tasks.answers import question_tokens
+from lorica.train.tasks.post.answers import question_tokens
 from lorica.train.trainer.mixin import RunTrainerMixin
 
 # They are among TRL's experiments, and say so whenever they are imported.

@@ -8,12 +8,12 @@ from lorica.errors import ConfigError, nearest
 from lorica.train.code import import_from, is_code, split_entry
 from lorica.train.tasks.base import Encoded, Task
 from lorica.train.tasks.causal_lm import CausalLanguageModelling
-from lorica.train.tasks.grouped import GroupRelative, LeaveOneOut
 from lorica.train.tasks.image_classification import ImageClassification
 from lorica.train.tasks.language import LanguageTask, SequenceToSequence
-from lorica.train.tasks.preference import Preference
+from lorica.train.tasks.post.grouped import GroupRelative, LeaveOneOut
+from lorica.train.tasks.post.preference import Preference
+from lorica.train.tasks.post.reward import Reward
 from lorica.train.tasks.question_answering import QuestionAnswering
-from lorica.train.tasks.reward import Reward
 from lorica.train.tasks.texts import MultiLabelClassification, Regression, SequenceClassification
 from lorica.train.tasks.token_classification import TokenClassification
 

@@ -22,7 +22,7 @@ from lorica.train import tasks
 from lorica.train.prepared import Encoding, Prepared, encode, load_model
 from lorica.train.recipe import Recipe
 from lorica.train.tasks import Task
-from lorica.train.tasks.answers import PostTask
+from lorica.train.tasks.post.answers import PostTask
 from lorica.tune.population.joint_layers import module_order
 
 M = TypeVar("M", bound=nn.Module)

@@ -13,9 +13,9 @@ from lorica.train.data.forms import asked_of, find_asked
 from lorica.train.data.splits import Splits
 from lorica.train.post.settings import GROUPED
 from lorica.train.settings import DataConfig
-from lorica.train.tasks.answers import PostTask, prompts_to_answer, question_tokens
 from lorica.train.tasks.base import Encoded
 from lorica.train.tasks.causal_lm import CausalLanguageModelling
+from lorica.train.tasks.post.answers import PostTask, prompts_to_answer, question_tokens
 
 PROMPT = "prompt"
 """Column of encoded rows: the prompt, as a reward function is given it."""

@@ -15,9 +15,9 @@ from lorica.train.data.forms import Said, find_pairs, holds_messages, pairs_of
 from lorica.train.data.rows import read_each
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
-from lorica.train.tasks.answers import PostTask, answer_tokens, fitted, own_separator
 from lorica.train.tasks.base import Encoded, padded_right
 from lorica.train.tasks.conversations import Tools
+from lorica.train.tasks.post.answers import PostTask, answer_tokens, fitted, own_separator
 from lorica.train.tasks.prompts import prompt_columns
 from lorica.train.tasks.texts import logits_of, split_pairs
 

@@ -14,9 +14,9 @@ from lorica.train.data.forms.messages import alike
 from lorica.train.data.splits import Splits
 from lorica.train.post.settings import FREE, JUDGED, PAIRED
 from lorica.train.settings import DataConfig
-from lorica.train.tasks.answers import PostTask, answer_tokens, fitted, own_separator, prompts_to_answer
 from lorica.train.tasks.base import Encoded
 from lorica.train.tasks.causal_lm import CausalLanguageModelling
+from lorica.train.tasks.post.answers import PostTask, answer_tokens, fitted, own_separator, prompts_to_answer
 
 
 class Preference(PostTask, CausalLanguageModelling):
