@@ -100,8 +100,8 @@ def test_loss_and_gradients_equal_those_of_rows_that_stand_alone(kind: str) -> N
     assert len(packed) < len(encoded)
     names = ("input_ids", "attention_mask", "labels", "position_ids")
     found = []
-    alone: list[Any] = [[row] for row in encoded.features]
-    for batches in (alone, [list(packed)]):
+    both: list[Any] = [[[row] for row in encoded.features], [list(packed)]]
+    for batches in both:
         model.zero_grad()
         total, count = torch.zeros(()), 0
         for batch in batches:
