@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lorica.errors import TargetError, TargetTypeError, listing
 from lorica.layers import (
+    AddedModule,
     LoraAttention,
     LoraAttentionOutput,
     LoraConv,
@@ -300,6 +301,24 @@ def check_parameter(place: Place, leaf: str) -> None:
         )
 
 
+def check_unoccupied(path: str, module: nn.Module) -> None:
+    """Refuse a low-rank update of a module that another adapter trains whole, or adds a part to.
+
+    Raises:
+        TargetError: naming the module.
+    """
+    if isinstance(module, AddedModule):
+        raise TargetError(
+            f"{path} carries a part that another method added ({type(module).swapped_by.__name__}) and "
+            "cannot take a low-rank update beside that; leave it out"
+        )
+    if isinstance(module, SavedModule):
+        raise TargetError(
+            f"{path} is trained whole by another adapter (modules_to_save) and cannot take a "
+            "low-rank update beside that"
+        )
+
+
 def check_replaceable(path: str, module: nn.Module) -> None:
     """Refuse a module whose forward was replaced on the instance, which bypasses an adapted class.
 
@@ -329,6 +348,11 @@ def check_whole(path: str, module: nn.Module) -> None:
             f"modules_to_save cannot be applied to modules of type {type(module)}: {path} is never called, "
             f"so a copy of it would do nothing; name what is in it: {listing(parts)}"
         )
+    adapted = [
+        name for name, part in module.named_modules(prefix=path) if isinstance(part, LoraLayer | AddedModule)
+    ]
+    if adapted:
+        raise TargetError(f"{path} cannot be trained whole: another adapter adapts {listing(adapted)} in it")
     if any(isinstance(part, TrainedTokens) for part in module.modules()):
         raise TargetError(
             f"{path} cannot be trained whole: another adapter trains rows of it (trainable_token_indices)"

@@ -15,13 +15,14 @@ from lorica.check import (
     check_bias,
     check_dropout,
     check_magnitudes,
+    check_unoccupied,
     check_whole,
     layer_class,
 )
 from lorica.config import AdapterConfig, LoraConfig, full_match
 from lorica.config.default_targets import BY_TYPE, QUERY_VALUE
 from lorica.errors import LoricaWarning, TargetError, listing, nearest
-from lorica.layers import AddedModule, LoraEmbedding, LoraLayer, LoraParameters, SavedModule
+from lorica.layers import LoraEmbedding, LoraLayer, LoraParameters, SavedModule
 from lorica.layers.conv import LoraConv
 from lorica.tree import (
     Place,
@@ -279,15 +280,8 @@ def trained_whole(places: list[Place], config: AdapterConfig) -> dict[str, nn.Mo
             )
         found += hits
     for path, module, _ in found:
-        if isinstance(module, SavedModule):
-            continue
-        check_whole(path, module)
-        inside = [p for p in places if within_any(p.path, [path])]
-        adapted = [p.path for p in inside if isinstance(p.module, LoraLayer | AddedModule)]
-        if adapted:
-            raise TargetError(
-                f"{path} cannot be trained whole: another adapter adapts {listing(adapted)} in it"
-            )
+        if not isinstance(module, SavedModule):
+            check_whole(path, module)
     return outermost(found)
 
 
@@ -310,16 +304,7 @@ def as_target(place: Place, config: LoraConfig) -> Target:
         TargetError: the module cannot be adapted.
     """
     path, module, parent = place
-    if isinstance(module, AddedModule):
-        raise TargetError(
-            f"{path} carries a part that another method added ({type(module).swapped_by.__name__}) and "
-            "cannot take a low-rank update beside that; leave it out"
-        )
-    if isinstance(module, SavedModule):
-        raise TargetError(
-            f"{path} is trained whole by another adapter (modules_to_save) and cannot take a "
-            "low-rank update beside that"
-        )
+    check_unoccupied(path, module)
     layer = layer_class(module, parent)
     if layer is None:
         raise TargetError(

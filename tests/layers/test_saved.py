@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from tiny import Toy, shake, tokens
 from torch import nn
 
 import lorica
-from lorica.errors import AdapterError, StateError
+from lorica.errors import AdapterError, StateError, TargetError
 from lorica.layers import SavedModule
 
 
@@ -114,7 +115,7 @@ def test_a_container_that_nobody_calls_is_refused(kind: str) -> None:
     held = getattr(nn, kind)({"a": part} if kind.endswith("Dict") else [part])
     model = nn.ModuleDict({"held": held, "layer": nn.Linear(2, 2)})
     before = list(model.state_dict())
-    with pytest.raises(TypeError, match=rf"modules of type .*{kind}.*name the modules inside it: held\.[a0]"):
+    with pytest.raises(TypeError, match=rf"modules of type .*{kind}.*name what is in it: held\.[a0]"):
         lorica.adapt(model, lorica.LoraConfig(target_modules=["layer"], modules_to_save=["held"]))
     assert list(model.state_dict()) == before
 
@@ -169,3 +170,25 @@ def test_a_part_whose_weight_its_parent_reads(dtype: torch.dtype) -> None:
     assert own.grad is not None
     with pytest.raises(StateError, match=r"1\.table is read past its layer"):
         lorica.mixed(model, ["default", None])
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("whole_first", [False, True])
+def test_a_head_that_one_adapter_updates_and_another_trains_whole(
+    whole_first: bool, loaded: bool, tmp_path: Path
+) -> None:
+    def model() -> Any:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"body": nn.Linear(3, 4), "head": nn.Linear(4, 2)})
+
+    updated = lorica.LoraConfig(r=2, target_modules=["body", "head"])
+    whole = lorica.LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"])
+    first, second = (whole, updated) if whole_first else (updated, whole)
+    carrying = lorica.adapt(model(), first, "one")
+    lorica.save(lorica.adapt(model(), second, "two"), tmp_path, "two")
+    before = list(carrying.state_dict())
+    refusal = "head is trained whole" if whole_first else "head cannot be trained whole: another adapter"
+    put, given = (lorica.load, tmp_path) if loaded else (lorica.adapt, second)
+    with pytest.raises((TargetError, AdapterError), match=refusal):
+        put(carrying, given, "two")  # pyright: ignore[reportArgumentType]
+    assert list(carrying.state_dict()) == before
