@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorica.train import Recipe
@@ -59,6 +60,9 @@ hypothesis.settings.load_profile("explore" if os.environ.get("LORICA_EXPLORE") e
 # A process that is killed leaves what it wrote to the system; waiting for the disk proves nothing here.
 os.fsync = lambda fd: None
 
+_TIE: list[Any] = []
+"""transformers' own `tie_weights`, as it was first seen."""
+
 COVERED = ("algebra", "checkpoint", "inits", "interop", "layers", "methods", "model", "pieces")
 """Folders whose tests count for the coverage of the core, besides the files beside them."""
 
@@ -80,6 +84,22 @@ def frozen() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tied() -> None:
+    """Have transformers tie weights again where the modules before left it without.
+
+    It takes the method out for the length of each `from_pretrained`, in all threads: a test that loads one
+    model while its server's thread loads another may put back the empty one.
+    """
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is not None:
+        cls = modeling.PreTrainedModel
+        if cls.tie_weights.__name__ == "tie_weights":
+            _TIE.append(cls.tie_weights)
+        else:
+            cls.tie_weights = _TIE[0]
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,8 @@ from transformers import AutoModelForSequenceClassification
 
 import lorica
 from lorica.cli import main
-from lorica.train import LoraTrainerMixin, Recipe, demo
+from lorica.compare import demo
+from lorica.train import LoraTrainerMixin, Recipe
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,7 @@ def unlike(recipe: Recipe) -> dict[str, Recipe]:
 def test_equal_to_training_each_alone(
     make_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gc.unfreeze()
     recipes, sizes, frozen = unlike(make_recipe(epochs=1)), [], gc.get_freeze_count()
     original = joint_layers.joint_linear
 

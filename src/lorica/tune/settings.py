@@ -146,6 +146,9 @@ def changes(there: Path, now: str, free: Collection[str]) -> list[str]:
         free: settings that may differ, as ``part.name``.
     """
     before, after = (dict(_flat(content)) for content in (read_object(there), json.loads(now)))
+    # A field that came after the file was written has the default there.
+    unset = {f"recipe.{name}": value for name, value in _flat(Recipe().to_dict())}
+    before = {name: unset[name] for name in after if name in unset and name not in before} | before
     return [
         f"{name} was {before.get(name)!r}, now {after.get(name)!r}"
         for name in {**before, **after}

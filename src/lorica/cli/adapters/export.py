@@ -91,6 +91,6 @@ def _config_of(base: str | None) -> dict[str, Any]:
     from lorica.checkpoint.embedded import resolve_model
 
     try:
-        return AutoConfig.from_pretrained(resolve_model(base)).to_dict()
+        return AutoConfig.from_pretrained(resolve_model(base), trust_remote_code=False).to_dict()
     except (OSError, ValueError) as error:
         raise ConfigError(f"the configuration of {base} cannot be read: {error}") from error
