@@ -187,7 +187,8 @@ def test_a_head_that_one_adapter_updates_and_another_trains_whole(
     carrying = lorica.adapt(model(), first, "one")
     lorica.save(lorica.adapt(model(), second, "two"), tmp_path, "two")
     before = list(carrying.state_dict())
-    refusal = "head is trained whole" if whole_first else "head cannot be trained whole: another adapter"
+    refused = "kind of head: linear in the adapter" if loaded else "head is trained whole by another"
+    refusal = refused if whole_first else "head cannot be trained whole: another adapter"
     put, given = (lorica.load, tmp_path) if loaded else (lorica.adapt, second)
     with pytest.raises((TargetError, AdapterError), match=refusal):
         put(carrying, given, "two")  # pyright: ignore[reportArgumentType]

@@ -23,7 +23,6 @@ from lorica.check import (
     check_dropout,
     check_looked_up,
     check_magnitudes,
-    check_unoccupied,
     layer_class,
 )
 from lorica.config import AdapterConfig, LoraConfig, changes_base, matches_pattern
@@ -31,7 +30,7 @@ from lorica.config.inits import niter
 from lorica.errors import AdapterError, TargetError, nearest
 from lorica.find import Target, as_target, means_all_linear, targeted
 from lorica.inits import INITS, Residual, generator
-from lorica.layers import LoraAttention, LoraConv1D, LoraLayer, variants
+from lorica.layers import AddedModule, LoraAttention, LoraConv1D, LoraLayer, SavedModule, variants
 from lorica.piece import Beginning, Contents, Held, Piece, Rows, Value
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
@@ -322,8 +321,7 @@ def _target(places: Mapping[str, Place], path: str, factors: Factors, *, drops: 
     if place is None:
         raise TargetError(f"unexpected: {path} is not in the model{nearest(path, places, limit=1)}")
     layer = layer_class(place.module, place.parent)
-    check_unoccupied(path, place.module)
-    if layer is None or layer.kind != factors.kind:
+    if layer is None or layer.kind != factors.kind or isinstance(place.module, SavedModule | AddedModule):
         raise TargetError(
             f"kind of {path}: {factors.kind} in the adapter, {type(place.module).__name__} in the model"
         )
