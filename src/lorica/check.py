@@ -301,24 +301,6 @@ def check_parameter(place: Place, leaf: str) -> None:
         )
 
 
-def check_unoccupied(path: str, module: nn.Module) -> None:
-    """Refuse a low-rank update of a module that another adapter trains whole, or adds a part to.
-
-    Raises:
-        TargetError: naming the module.
-    """
-    if isinstance(module, AddedModule):
-        raise TargetError(
-            f"{path} carries a part that another method added ({type(module).swapped_by.__name__}) and "
-            "cannot take a low-rank update beside that; leave it out"
-        )
-    if isinstance(module, SavedModule):
-        raise TargetError(
-            f"{path} is trained whole by another adapter (modules_to_save) and cannot take a "
-            "low-rank update beside that"
-        )
-
-
 def check_replaceable(path: str, module: nn.Module) -> None:
     """Refuse a module whose forward was replaced on the instance, which bypasses an adapted class.
 

@@ -15,14 +15,13 @@ from lorica.check import (
     check_bias,
     check_dropout,
     check_magnitudes,
-    check_unoccupied,
     check_whole,
     layer_class,
 )
 from lorica.config import AdapterConfig, LoraConfig, full_match
 from lorica.config.default_targets import BY_TYPE, QUERY_VALUE
 from lorica.errors import LoricaWarning, TargetError, listing, nearest
-from lorica.layers import LoraEmbedding, LoraLayer, LoraParameters, SavedModule
+from lorica.layers import AddedModule, LoraEmbedding, LoraLayer, LoraParameters, SavedModule
 from lorica.layers.conv import LoraConv
 from lorica.tree import (
     Place,
@@ -304,7 +303,16 @@ def as_target(place: Place, config: LoraConfig) -> Target:
         TargetError: the module cannot be adapted.
     """
     path, module, parent = place
-    check_unoccupied(path, module)
+    if isinstance(module, AddedModule):
+        raise TargetError(
+            f"{path} carries a part that another method added ({type(module).swapped_by.__name__}) and "
+            "cannot take a low-rank update beside that; leave it out"
+        )
+    if isinstance(module, SavedModule):
+        raise TargetError(
+            f"{path} is trained whole by another adapter (modules_to_save) and cannot take a "
+            "low-rank update beside that"
+        )
     layer = layer_class(module, parent)
     if layer is None:
         raise TargetError(
