@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """What ``lorica --help`` prints."""
+    """The text of ``lorica --help``."""
     return "\n".join(
         [
             "usage: lorica [--version] [--debug] COMMAND [...]",

@@ -29,7 +29,7 @@ def import_from(place: str, what: str) -> ModuleType:
 
     Args:
         place: ``path/to/file.py`` or ``package.module``.
-        what: what is taken from it, such as "the task", for an error.
+        what: name of the object that is taken from it, such as "the task", for errors.
 
     Raises:
         FileError: there is no such file or module, or it raised when imported.

@@ -95,7 +95,7 @@ EVERY = 10.0
 
 @contextlib.contextmanager
 def waiting(console: rich_console.Console | None, what: str) -> Iterator[None]:
-    """Say at once what is being done, and again while it lasts.
+    """Print the current work at once, and again while it lasts.
 
     On a terminal the line shows the seconds; into a pipe there is a line now and another every ten seconds.
 

@@ -41,7 +41,7 @@ PROBE, LOSS = "probe accuracy", "loss"
 
 @dataclass(frozen=True)
 class Forgetting:
-    """How much one run learned, and how much it forgot elsewhere.
+    """One run's gain on its own data, and its loss elsewhere.
 
     Args:
         run: its folder.
@@ -65,7 +65,7 @@ class Forgetting:
 
     @property
     def forgotten(self) -> float:
-        """How much worse it became on the other data; below zero where it became better."""
+        """Its loss on the other data; below zero where it became better."""
         return self.after - self.before if self.other_metric == LOSS else self.before - self.after
 
 
@@ -120,7 +120,7 @@ def at_equal_score(found: Sequence[Forgetting]) -> list[Forgetting]:
     of each (other rates, ranks or durations) that is possible. How near they came is in `learned`.
 
     Args:
-        found: what `forgetting` returned, of at least two methods.
+        found: results of `forgetting`, of at least two methods.
 
     Raises:
         ConfigError: they are of one method.

@@ -24,7 +24,7 @@ METHODS = ("lora", "full", "qlora")
 
 
 def preview_recipe(recipe: Recipe) -> Preview:
-    """What `train(recipe)` would adapt, train whole and add, module by module; no weight is read.
+    """The modules that `train(recipe)` would adapt, train whole and add, one by one; no weight is read.
 
     Raises:
         LoricaError: as of `plan_recipe`.
@@ -42,7 +42,7 @@ def plan_recipe(
     dtype: torch.dtype | None = None,
     optimizer: str = "adamw",
 ) -> Plan:
-    """What one step of `train(recipe)` would take: its model with its task's head, its targets, its batch.
+    """One step of `train(recipe)`: its model with its task's head, its targets, its batch.
 
     Where the recipe names rows or their labels, the head has as many classes as they; so the rows are read.
 

@@ -40,12 +40,12 @@ class Prepared:
 
     Args:
         recipe: the recipe, with the columns and labels that were found.
-        task: what is learned.
+        task: the task.
         tokenizer: the model's tokenizer.
         model: the pretrained model with a new head, every parameter trainable.
         splits: encoded rows by split: ``train``, and ``validation`` and ``test`` where there are any.
         data: split → ``rows`` and ``sha256`` of the rows as they came (see `fingerprint`); ``skipped``, how
-            many more could not be used, and ``first_skipped``, what was wrong with the first of these.
+            many more could not be used, and ``first_skipped``, the fault of the first of these.
         unlabelled: source of test rows that are left out because they have no labels, or None.
         notes: notes for the user on how the rows were read; whole lines.
     """
@@ -65,7 +65,7 @@ class Prepared:
 
 
 class Encoding(NamedTuple):
-    """What `Prepared` holds, without the model."""
+    """The parts of `Prepared`, without the model."""
 
     recipe: Recipe
     task: Task
@@ -84,7 +84,7 @@ def prepare(recipe: Recipe, rows: sources.Rows | None = None, *, console: Consol
     Args:
         recipe: the run.
         rows: rows in memory, in place of those that `recipe.data.train` names.
-        console: where to say what is being done. None says nothing.
+        console: shows progress. None is silent.
 
     Raises:
         LoricaError: something is missing or does not fit. Nothing has been written.
@@ -132,7 +132,7 @@ def notes_on(task: Task, data: DataConfig, used: UsableRows, *, training: bool =
     """Notes for the user on how some rows were read; whole lines.
 
     Args:
-        task: what reads them.
+        task: the task that reads them.
         data: their columns, resolved.
         used: the rows.
         training: tell which of their columns are not read, too.
@@ -172,7 +172,7 @@ def encode_split(
 
     Args:
         recipe: the run, with columns and labels resolved.
-        task: what reads the rows.
+        task: the task that reads the rows.
         tokenizer: the model's.
         used: the rows.
         taken: where to leave the fingerprints that were taken on the way, by the rows' `id`.
@@ -274,7 +274,7 @@ def _streamed(recipe: Recipe, task: Task) -> Recipe:
     """The recipe of rows that stay on disk: batches are drawn at random, for no row's length is known.
 
     Raises:
-        ConfigError: it asks for what needs all rows at once.
+        ConfigError: it asks for a feature that needs all rows at once.
     """
     if not task.writes or isinstance(task, PostTask):
         raise ConfigError(f"data.streaming is for language tasks; {task.name} needs all rows first")
@@ -342,7 +342,7 @@ def lines(prepared: Prepared) -> Iterator[str]:
 
 
 def packing(encoded: Encoded, batch_size: int, seed: int) -> str:
-    """How many sequences the training rows are packed into, and how much of them is padding."""
+    """Number of sequences that the training rows are packed into, and the share of padding."""
     sizes = encoded.features["length"]
     order = list(LengthGroupedSampler(sizes, batch_size, seed))
     return (
@@ -353,7 +353,7 @@ def packing(encoded: Encoded, batch_size: int, seed: int) -> str:
 
 
 def lengths(encoded: Encoded) -> str:
-    """How long the rows are, in tokens, before any is cut."""
+    """Lengths of the rows, in tokens, before any is cut."""
     low, middle, high, most = np.percentile(encoded.lengths or [0], [0, 50, 95, 100])
     return (
         f"tokens a training row: {low:,.0f} at least, {middle:,.0f} in the median, 95 % have up to "

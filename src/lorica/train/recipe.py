@@ -46,7 +46,7 @@ class Recipe:
     """A run: what to learn, on which model, from which rows, by which method.
 
     Args:
-        task: what is learned: "sequence-classification", "multi-label-classification", "regression",
+        task: "sequence-classification", "multi-label-classification", "regression",
             "causal-lm", "seq2seq-lm", "token-classification", "question-answering", "image-classification",
             "preference", "reward", "grpo", "rloo", one registered by the user, or one in a file of theirs, as
             "path/to/file.py:Class".
@@ -63,7 +63,7 @@ class Recipe:
         init_from: folder or Hub name of an adapter whose weights training begins with, of the same method and
             targets. None begins as the method says.
         init_head: take that adapter's head too, where it has the same classes. Else the head starts anew.
-        generation: how a language task writes text, and what that is scored by.
+        generation: settings by which a language task writes text, and the scores of it.
         post: the loss of preferences, and the rewards of reinforcement.
         output: folder for the adapter, the tokenizer, this recipe, run.json, checkpoints and
             TensorBoard's logs.
@@ -95,7 +95,7 @@ class Recipe:
         expect(self, "init_head", self.init_from is not None or not self.init_head, "False without init_from")
 
     def configuration(self) -> AdapterConfig:
-        """What to train: `baseline`, or else `method`.
+        """The method that trains: `baseline`, or else `method`.
 
         Raises:
             ConfigError: the baseline names no method, or a value that it cannot use.
@@ -110,7 +110,7 @@ class Recipe:
         return as_config([read_config(each) for each in given])
 
     def code(self) -> list[str]:
-        """What of it is Python of somebody's own, which runs when it trains."""
+        """The Python of somebody's own that it names, which runs when it trains."""
         return code_in(self.task, self.post.rewards)
 
     def replace(self, **changes: Any) -> Self:
@@ -158,7 +158,7 @@ class Recipe:
 
         Args:
             values: fields by name, those of a part in a mapping of their own.
-            where: what to call them in an error.
+            where: name of them in errors.
             trust_task: as in `load`.
 
         Raises:
@@ -233,7 +233,7 @@ def check_trusted(code: Sequence[str], where: str, *, trust_task: bool) -> None:
 
     Args:
         code: as the file names it.
-        where: what to call the file in the error.
+        where: name of the file in errors.
         trust_task: the user's word.
 
     Raises:
@@ -295,7 +295,7 @@ def read_yaml(path: Path, what: str) -> Any:
 
     Args:
         path: of the file.
-        what: what it must hold, such as "the recipe".
+        what: its expected content, such as "the recipe".
 
     Raises:
         FileError: it cannot be read, is not YAML, or is nested or merged beyond what anybody writes by hand.
@@ -340,7 +340,7 @@ def check_fields(values: Mapping[str, Any], default: Any, where: str) -> None:
     Args:
         values: fields by name, those of a part in a mapping of their own.
         default: an object of the class they belong to, such as a `Recipe`, with all its defaults.
-        where: what to call them in an error.
+        where: name of them in errors.
 
     Raises:
         ConfigError: naming every unknown field, with the nearest known one; a part that holds no fields; or
@@ -358,12 +358,12 @@ def check_fields(values: Mapping[str, Any], default: Any, where: str) -> None:
 
 
 def read_fields(cls: type[C], values: Mapping[str, Any], where: str) -> C:
-    """A configuration of plain fields, from what a file holds.
+    """A configuration of plain fields, from a file's values.
 
     Args:
         cls: a dataclass whose fields are numbers, texts, truth values or maps of numbers.
         values: fields by name.
-        where: what to call the file in an error.
+        where: name of the file in errors.
 
     Raises:
         ConfigError: a field that does not exist, or a value of another type.

@@ -159,7 +159,7 @@ def changed_rows(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapp
 
 
 def versions(more: Iterable[str] = ()) -> dict[str, str]:
-    """Versions of what decides the numbers.
+    """Versions of the packages that decide the numbers.
 
     Args:
         more: packages that do so in one run and not in others.
@@ -172,7 +172,7 @@ def versions(more: Iterable[str] = ()) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What decides the last bits besides the versions."""
+    """The machine's properties that decide the last bits besides the versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,

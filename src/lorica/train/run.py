@@ -319,7 +319,7 @@ def _held(output: Path) -> list[str]:
 
 
 def _clear(output: Path) -> None:
-    """Remove a run: whatever of it were left would be read beside the new run's recipe if that is stopped."""
+    """Remove a run: any rest of it would be read beside the new run's recipe if that is stopped."""
     for old in ("checkpoints", "tensorboard"):
         shutil.rmtree(output / old, ignore_errors=True)
     for pattern in (RECIPE, RECORD, "README.md", "adapter_*", "tokenizer*"):

@@ -19,7 +19,7 @@ SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomia
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the rows come from, and which of their columns matter.
+    """The origin of the rows, and the columns that matter.
 
     Args:
         preset: name of a data set that lorica knows, such as "glue/rte": its task, place, columns, labels and
@@ -41,9 +41,9 @@ class DataConfig:
             path. None looks for the usual names.
         text_pair: column of the second text, where a row is a pair; of the second part of a prompt, such as
             Alpaca's ``input``. None looks for the usual names when `text` is None too.
-        system: column of what comes before a prompt or a conversation, as its system message. None looks for
+        system: column of the system message before a prompt or a conversation. None looks for
             the usual names.
-        label: column of what is to be learned: the class, the number, the completion, the text to write, the
+        label: column of the target: the class, the number, the completion, the text to write, the
             list of classes. None looks for the usual names.
         chosen: column of the better answer to a prompt, of preferences. None looks for the usual names.
         rejected: column of the worse one. None looks for the usual names.
@@ -62,7 +62,7 @@ class DataConfig:
             that name.
         references: column of lists of texts, each of which would be right: where rows have it, it takes the
             place of a language task's `label`.
-        separator: what stands between a prompt and its completion. May hold special tokens of the model.
+        separator: text between a prompt and its completion. May hold special tokens of the model.
         stride: tokens that neighbouring windows of a long text share, in question answering. None takes a
             quarter of a window.
         unanswerable: whether a question may have no answer in its text. None looks at the training rows.
@@ -130,13 +130,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How to train. AdamW, with a checkpoint at each evaluation.
+    """Settings of the training. AdamW, with a checkpoint at each evaluation.
 
     Args:
         learning_rate: peak learning rate. None chooses it by the method and the model's width (see
             `lorica.train.trainer.arguments`): LoRA likes about ten times that of full fine-tuning.
         epochs: passes over the training rows. None takes 3, or as many as few rows need to be learned.
-        max_steps: optimizer steps to take, whatever `epochs` says. None lets `epochs` decide.
+        max_steps: optimizer steps to take, in place of `epochs`. None lets `epochs` decide.
         batch_size: rows per step on each device.
         auto_batch_size: halve `batch_size` while a step on the longest rows does not fit into memory, and
             gather as many more batches per step: the rows per step stay the same.
@@ -148,7 +148,7 @@ class TrainingConfig:
         lr_scheduler: course of the learning rate after that: "linear", "cosine", "constant",
             "constant_with_warmup", "polynomial" or "inverse_sqrt".
         max_grad_norm: norm to which larger gradients are scaled down; 0 leaves them.
-        max_length: tokens kept of each row; how many rows are cut is reported.
+        max_length: tokens kept of each row; the number of rows cut is reported.
         seed: seed of the new head, the adapter, the order of rows and dropout.
         start_batches: batches of training rows that a start from data looks at before training, where
             `init_lora_weights` is "eva", "corda" or "lora_ga".
@@ -252,13 +252,13 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How text is written, and what it is scored by.
+    """Settings by which text is written, and its scores.
 
     The most likely token each time, unless this says otherwise: a model's own generation_config.json is asked
     for its special tokens, and for nothing else.
 
     Args:
-        metrics: scores of what the model writes, in each evaluation: any of "bleu", "nist", "ter", "rouge",
+        metrics: scores of the model's texts, in each evaluation: any of "bleu", "nist", "ter", "rouge",
             "meteor", "rouge_l", "cider", "exact_match", "f1", "logical_form". Empty writes nothing there, and
             leaves loss and perplexity.
         max_new_tokens: tokens written at most.
@@ -304,11 +304,11 @@ class GenerationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """In how many processes a command runs.
+    """The processes that a command runs in.
 
     Args:
         processes: on each machine: one for each GPU, or several that share a CPU's cores. None is this one.
-        machines: how many there are; the command is given on each of them.
+        machines: number of machines; the command is given on each of them.
         address: of the first machine, as host:port, where the others find it.
     """
 

@@ -58,7 +58,7 @@ def writable_directory(path: str | Path) -> Path:
 
 
 def writable_file(path: str | Path) -> Path:
-    """See that a file can be written, before what belongs in it is made.
+    """See that a file can be written, before its content is made.
 
     Raises:
         FileError: its folder is missing or refuses a file, or it is a folder itself.
@@ -98,7 +98,7 @@ def alone_in(folder: str | Path, what: str = "run") -> Iterator[Path]:
 
     Args:
         folder: where the run writes.
-        what: what to call it in the error.
+        what: its name in errors.
 
     Raises:
         FileError: the folder cannot be made or written to.

@@ -50,7 +50,7 @@ class Trained:
 
     Args:
         recipe: what made it.
-        task: what it does.
+        task: its task.
         tokenizer: its tokenizer.
         model: the model, with its adapter, frozen.
         directory: the folder that it was opened from.
@@ -64,7 +64,7 @@ class Trained:
 
 
 def open_run(directory: str | Path, *, trust_task: bool = False) -> Trained:
-    """Load what `train` left in a folder, or what ``lorica merge`` made of it.
+    """Load a run's folder, or a model that ``lorica merge`` made of it.
 
     Args:
         directory: the folder.
@@ -135,12 +135,12 @@ def evaluate(
         directory: the folder that `train` filled.
         test: rows to score it on, in any form that `DataConfig.train` takes, or in memory. None takes the
             test rows of its recipe, as many as it names.
-        generation: how a language model writes text, and by what that is scored. None takes its recipe's.
-        predictions: file for what it wrote: JSON lines of ``prompt``, ``generated`` and ``references``.
+        generation: settings by which a language model writes text, and its scores. None takes its recipe's.
+        predictions: file for its texts: JSON lines of ``prompt``, ``generated`` and ``references``.
         trust_task: as in `open_run`.
 
     Returns:
-        The task's metrics, the loss, and ``rows``, how many there were.
+        The task's metrics, the loss, and ``rows``, their number.
 
     Raises:
         FileError: the folder or the rows are missing.
@@ -246,7 +246,7 @@ def _predict(
 
 
 def _asked(trained: Trained, texts: ToPredict) -> tuple[Dataset, str, Path | None]:
-    """The rows to predict, what to call them, and the folder of the file that they came in."""
+    """The rows to predict, their name in messages, and the folder of the file that they came in."""
     recipe, task = trained.recipe, trained.task
     if not isinstance(texts, (str, Path)):
         if isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts):

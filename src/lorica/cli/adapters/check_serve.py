@@ -1,4 +1,4 @@
-"""``lorica check-serve``: what another server would refuse of an adapter."""
+"""``lorica check-serve``: the parts of an adapter that another server would refuse."""
 
 from __future__ import annotations
 

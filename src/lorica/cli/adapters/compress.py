@@ -27,7 +27,7 @@ def parser() -> Parser:
 
 
 def run(argv: list[str]) -> int:
-    """Compress, save, and say what it cost."""
+    """Compress, save, and print the error."""
     command = parser()
     parsed: Any = command.parse_args(argv)
 

@@ -53,7 +53,7 @@ def parser() -> Parser:
 
 
 def run(argv: list[str]) -> int:
-    """Convert, and say what became of it."""
+    """Convert, and print the result."""
     command = parser()
     parsed: Any = command.parse_args(argv)
     out = output_of(command, parsed)

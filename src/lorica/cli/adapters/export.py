@@ -32,7 +32,7 @@ def parser() -> Parser:
 
 
 def run(argv: list[str]) -> int:
-    """Export, and say what was written."""
+    """Export, and print the files written."""
     command = parser()
     parsed: Any = command.parse_args(argv)
     if parsed.to not in FORMATS:

@@ -46,7 +46,7 @@ def describe(directory: str) -> dict[str, Any]:
 
 
 def whole_read(directory: str) -> tuple[AdapterConfig, dict[str, Any]]:
-    """What `glance` gives, of any adapter."""
+    """The table of `glance`, for any adapter."""
     from lorica.checkpoint import read
 
     adapter = read(directory)

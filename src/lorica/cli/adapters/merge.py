@@ -48,7 +48,7 @@ def parser() -> Parser:
 
 
 def run(argv: list[str]) -> int:
-    """Merge, save, and say what rounding cost."""
+    """Merge, save, and print the error of rounding."""
     command = parser()
     parsed: Any = command.parse_args(argv)
     out = output_of(command, parsed)
@@ -82,7 +82,7 @@ def run(argv: list[str]) -> int:
 
 
 def _next(out: Path, adapter: Path) -> list[str | None]:
-    """What can be done with a merged model."""
+    """The next commands for a merged model."""
     from lorica.train.recipe import Recipe
 
     if not (out / "recipe.yaml").is_file():
@@ -118,7 +118,7 @@ def _stream(parsed: Any) -> StreamReport:
 
 
 def _labels(adapter: Path, *, trust_task: bool) -> dict[str, Any]:
-    """What an adapter's recipe says of its head and its padding, as `config.json` has it."""
+    """The head and the padding that an adapter's recipe names, as `config.json` has them."""
     from lorica.train import tasks
     from lorica.train.recipe import Recipe
 

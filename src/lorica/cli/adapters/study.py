@@ -82,7 +82,7 @@ def read(path: str, alpha: float | None) -> Adapter:
 
 
 def facts_of(path: str) -> dict[str, str]:
-    """What the recipe beside an adapter says of it; nothing in it is run, and a damaged one says nothing."""
+    """The recipe beside an adapter; nothing in it is run, and a damaged one counts as none."""
     from lorica.errors import FileError
     from lorica.train.recipe import read_yaml
 
@@ -162,7 +162,7 @@ def forget(argv: list[str]) -> int:
 
 
 def show_forgetting(found: list[Any]) -> None:
-    """Print a row per run, and what methods forgot where they learned as much."""
+    """Print a row per run, and the forgetting of methods that learned as much."""
     from lorica.train.console import make_console, print_table
     from lorica.train.forgetting import at_equal_score
 

@@ -15,7 +15,7 @@ SOURCE = (
 
 
 def add_engine(parser: Parser) -> None:
-    """Give a parser what says which base and adapters are served."""
+    """Give a parser the options that name the base and the adapters."""
     parser.add_argument("source", type=str, help=SOURCE)
     parser.add_argument(
         "--adapters", type=str | None, help="folder whose folders are adapters; it is watched"
@@ -136,7 +136,7 @@ def _tenants(parsed: Any) -> Any:
 
 
 def _training(parsed: Any, engine: Any, name: str, tenants: Any, stack: contextlib.ExitStack) -> Any:
-    """What puts the training protocol beside the other endpoints."""
+    """The function that puts the training protocol beside the other endpoints."""
     if tenants is None:
         return lambda app: app
     from lorica.errors import ConfigError

@@ -1,1 +1,1 @@
-"""What commands share: the parser, a recipe's options, what they propose next, what they make of adapters."""
+"""Parts that commands share: the parser, a recipe's options, the next commands, results of adapters."""

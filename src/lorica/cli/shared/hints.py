@@ -31,14 +31,14 @@ def command(*words: object) -> str:
 
 
 def to_evaluate(folder: str | Path, recipe: Recipe, *, scored: bool) -> str | None:
-    """How to score what a folder holds, where its recipe has test rows."""
+    """The command that scores a folder, where its recipe has test rows."""
     if not scored or recipe.data.train == IN_PYTHON:
         return None
     return command("evaluate", folder, *word(recipe))
 
 
 def to_use(folder: str | Path, recipe: Recipe) -> str | None:
-    """How to try what a folder holds on a text; None where its input is no text, or may be anything."""
+    """The command that tries a folder on a text; None where its input is no text, or may be anything."""
     from lorica.train import tasks
     from lorica.train.recipe import names_code
 
@@ -53,7 +53,7 @@ def to_use(folder: str | Path, recipe: Recipe) -> str | None:
 
 
 def to_merge(base: str, folder: str | Path, recipe: Recipe) -> str | None:
-    """How to fold a method's update into its base, where it can be."""
+    """The command that folds a method's update into its base, where it can be."""
     from lorica.config import family_of
 
     lora, others = recipe.configuration().members()
@@ -63,7 +63,7 @@ def to_merge(base: str, folder: str | Path, recipe: Recipe) -> str | None:
 
 
 def word(recipe: Recipe) -> list[str]:
-    """What says that the user trusts the code that a recipe names."""
+    """The option that says that the user trusts the code that a recipe names."""
     return ["--trust_task"] if recipe.code() else []
 
 

@@ -1,4 +1,4 @@
-"""What `lorica combine` and `lorica compress` share: where the result goes, and the table of its errors."""
+"""Shared by `lorica combine` and `lorica compress`: the place of the result, the table of its errors."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def save_and_show(
         adapter: the result.
         report: its error.
         out: folder to write.
-        compared_to: what the error is to.
-        more: what else to say of it, behind the mean.
+        compared_to: name of the reference of the error.
+        more: text behind the mean.
         of: folders of the adapters that it was made of, the one whose head it has first: what evaluation
             and prediction need beside an adapter comes from there.
     """
@@ -102,7 +102,7 @@ def carry(of: Sequence[str | Path], out: Path) -> list[str | None]:
     Only where their recipes agree on the task, the base and the classes: otherwise the result is for neither.
 
     Returns:
-        What to type next.
+        The next commands.
     """
     made = [Path(folder) for folder in of if (Path(folder) / RECIPE).is_file()]
     recipes = [_plain(folder / RECIPE) for folder in made]

@@ -70,14 +70,14 @@ def add_output(parser: Parser, text: str, default: str | None = None) -> None:
 
     Args:
         parser: of the command.
-        text: what is written, and what holds where nothing is given.
+        text: the folder's content, and the default.
         default: where to, if nothing is given; None: `output_of` asks for it, or nothing is written.
     """
     parser.add_argument("-o", "--output", type=str if default else str | None, default=default, help=text)
 
 
 def output_of(parser: Parser, parsed: Any) -> str:
-    """Where to write; a command that must know stops if it is not told."""
+    """The option of the output folder; a command that must know stops if it is not given."""
     if parsed.output is None:
         parser.error("name what to write with --output (not by a last word)")
     return parsed.output
@@ -123,7 +123,7 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def _unknown(flag: str, name: str, known: list[str]) -> str:
-    """What to say of a word that a command does not take."""
+    """The message about a word that a command does not take."""
     if not flag:
         written = "; what it writes is named by --output" if "output" in known else ""
         return f"{name!r} is one word too many{written}"
@@ -202,7 +202,7 @@ def _print_option(flags: Iterable[str], action: Any, width: int) -> None:
 
 
 def first_sentence(text: str) -> str:
-    """The part of a description before its first full stop; what a parser filled in is left out."""
+    """The part of a description before its first full stop; a parser's insertions are left out."""
     text = " ".join(text.split()).partition(" (type:")[0].partition(" (default:")[0]
     return text.partition(". ")[0].partition("; ")[0].rstrip(".")
 

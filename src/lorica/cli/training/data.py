@@ -1,4 +1,4 @@
-"""``lorica data``: what a recipe would learn from, as the model will see it."""
+"""``lorica data``: the rows of a recipe, as the model will see them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST = 2000
 
 
 def parser() -> Parser:
-    """The command's options: those of `lorica train`, and how much to show."""
+    """The command's options: those of `lorica train`, and the number of rows to show."""
     result = Parser(
         "data",
         usage="lorica data [RECIPE.yaml] [any option of lorica train] [--rows N] [--json]",
@@ -29,7 +29,7 @@ def parser() -> Parser:
 
 
 def run(argv: list[str]) -> int:
-    """Look at the rows, and print what is found."""
+    """Look at the rows, and print the report."""
     if {"-h", "--help"} & {*argv}:
         print_help(parser(), "data")
         return 0
@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
 
 
 def _show(console: Any, number: int, row: Any) -> None:
-    """Print a row: on a terminal what is learned is green, elsewhere it stands in brackets."""
+    """Print a row: on a terminal its targets are green, elsewhere they stand in brackets."""
     from rich.text import Text
 
     facts = [f"{row.tokens:,} tokens"] if row.tokens else []

@@ -50,8 +50,8 @@ class Question:
     Args:
         name: of the option that answers it.
         text: the question.
-        default: what holds without an answer.
-        choices: answers there are, with what they mean; None where any text is one.
+        default: value without an answer.
+        choices: answers and their meanings; None where any text is one.
     """
 
     name: str
@@ -116,7 +116,7 @@ def parser() -> Parser:
 
 
 def run(argv: list[str]) -> int:
-    """Ask, write the recipe, and say what to type next."""
+    """Ask, write the recipe, and print the next commands."""
     command = parser()
     parsed: Any = command.parse_args(argv)
     path = Path(parsed.output)
@@ -179,7 +179,7 @@ def _asked(question: Question, asked: Callable[[str], str]) -> str:
 
 
 def _found(answers: Mapping[str, str]) -> str | None:
-    """What the rows look like to the task, in a line, where they are on this machine.
+    """The form of the rows for the task, in a line, where they are on this machine.
 
     Raises:
         LoricaError: they cannot be read, or do not fit the task.
@@ -209,7 +209,7 @@ def recipe_text(answers: Mapping[str, str], found: str | None, path: str) -> str
 
     Args:
         answers: question → answer.
-        found: what the rows look like, in a line; None where that is not known.
+        found: form of the rows, in a line; None where it is not known.
         path: of the file, for the commands in it.
     """
     task, method = answers["task"], answers["method"]

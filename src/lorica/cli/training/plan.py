@@ -1,4 +1,4 @@
-"""``lorica plan``: what training will cost, before it begins."""
+"""``lorica plan``: the cost of training, before it begins."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TASKS = {
 
 
 def parser() -> Parser:
-    """The command's options: those of `lorica train`, and what else a plan wants to know."""
+    """The command's options: those of `lorica train`, and more that a plan needs."""
     from lorica.train.recipe import add_recipe
 
     result = Parser(
@@ -91,7 +91,7 @@ def run(argv: list[str]) -> int:
 
 
 def _on_ranks(ranks: int | None, engines: dict[str, int]) -> str:
-    """What each rank would hold, a line an engine."""
+    """The memory of each rank, a line per engine."""
     if not engines:
         return ""
     from lorica.train.console import size
@@ -101,7 +101,7 @@ def _on_ranks(ranks: int | None, engines: dict[str, int]) -> str:
 
 
 def _show_modules(command: Parser, parsed: Any, model: str | None, *, usual_targets: bool) -> int:
-    """Print what the recipe's method does to its model."""
+    """Print the changes that the recipe's method makes to its model."""
     recipe = _recipe(command, parsed)
     if model == "gpt3":
         from lorica.model import preview

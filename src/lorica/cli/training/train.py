@@ -122,13 +122,13 @@ def _several() -> list[str]:
 
 
 def _given(argv: list[str], flag: str) -> list[str]:
-    """What stands behind an option, in either of its forms."""
+    """The value of an option, in either of its forms."""
     apart = [value for name, value in itertools.pairwise(argv) if name == flag]
     return [*apart, *(each.removeprefix(f"{flag}=") for each in argv if each.startswith(f"{flag}="))]
 
 
 def show(console: Any, recipe: Recipe, result: Any) -> None:
-    """Print what a run came to."""
+    """Print the results of a run."""
     from lorica.train.console import duration, print_table, scores, size
 
     names = list(dict.fromkeys(name for metrics in result.metrics.values() for name in metrics))

@@ -54,7 +54,7 @@ def parser() -> Parser:
 
 
 def run(argv: list[str]) -> int:
-    """Search, and show what came of it."""
+    """Search, and show the result."""
     from lorica.train.recipe import Recipe
     from lorica.tune import SearchConfig, Space, reopen
     from lorica.tune.settings import FREE

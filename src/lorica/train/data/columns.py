@@ -109,7 +109,7 @@ def find_column(rows: Dataset, named: str | None, usual: Sequence[str], what: st
         rows: the rows.
         named: the column the user named, if any.
         usual: names to look for in lower case, the first found wins.
-        what: what to call it in an error.
+        what: its name in errors.
         option: field of `DataConfig` that names it.
 
     Raises:
@@ -176,7 +176,7 @@ def label_list_names(
     Args:
         rows: the rows.
         column: the column of lists.
-        where: what to call the rows in an error.
+        where: name of the rows in errors.
         folded: refuse labels that differ in case alone.
 
     Raises:
@@ -235,7 +235,7 @@ def check_texts(rows: Dataset, columns: Sequence[str], where: str, *, filled: bo
     Args:
         rows: the rows.
         columns: where the texts stand.
-        where: what to call the rows in an error.
+        where: name of the rows in errors.
         filled: refuse rows all of whose texts are empty or blank, too.
 
     Raises:

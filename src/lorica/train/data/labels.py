@@ -50,7 +50,7 @@ def classes_of(counts: Mapping[int | str, int], column: str) -> list[str]:
     """Names of the classes: the labels, sorted; whole numbers by size.
 
     Args:
-        counts: label → how often it occurs.
+        counts: label → number of rows that have it.
         column: where they stand.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Rows that can be used, and rows that cannot: their origin, what is wrong with them, their fingerprint."""
+"""Rows that can be used, and rows that cannot: their origin, their faults, their fingerprint."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where some rows came from.
+    """The origin of some rows.
 
     Args:
-        source: what to call it in a message: a file's path, or ``the test split of user/name``.
+        source: its name in messages: a file's path, or ``the test split of user/name``.
         places: place in it of each row, from 0; None where the rows are all of it, in their order.
         lines: line of the file, from 1, on which each of its rows begins; None where there are no lines.
         notes: notes for the user on how it was read; lines that do not name it.
@@ -53,7 +53,7 @@ class Origin:
         return row if self.places is None else self.places[row]
 
     def select(self, kept: Sequence[int]) -> Origin:
-        """Where some of the rows came from."""
+        """The origin of some of the rows."""
         places = kept if self.places is None else [self.places[row] for row in kept]
         return dataclasses.replace(self, places=list(places))
 
@@ -63,14 +63,14 @@ class RowError(FileError):
 
     Args:
         rows: their places among the rows that were looked at, from 0.
-        where: what to call these rows, such as "the training rows".
-        problem: what is wrong with the first of them, such as "has no label in column 'label'".
+        where: name of these rows, such as "the training rows".
+        problem: fault of the first of them, such as "has no label in column 'label'".
         origin: where the rows came from, if that is known: the message then tells the first one's number, and
             its line, there.
     """
 
     def __init__(self, rows: Sequence[int], where: str, problem: str, origin: Origin | None = None) -> None:
-        """Say which row it is, and how many more there are."""
+        """Name the row, and the number of others."""
         self.rows, self.where, self.problem = tuple(rows), where, problem
         number, line = (
             (rows[0] + 1, None) if origin is None else (origin.number(rows[0]), origin.line(rows[0]))
@@ -85,7 +85,7 @@ class RowError(FileError):
 
 
 class Unusable(ValueError):
-    """What is wrong with a value, such as "has no label in column 'label'"; `read_each` adds the row."""
+    """The fault of a value, such as "has no label in column 'label'"; `read_each` adds the row."""
 
 
 def read_each(values: Iterable[Any], read: Callable[[Any], T], where: str) -> list[T]:
@@ -94,7 +94,7 @@ def read_each(values: Iterable[Any], read: Callable[[Any], T], where: str) -> li
     Args:
         values: a value for each row.
         read: makes of it what is wanted; raises `Unusable` where that cannot be.
-        where: what to call the rows in an error.
+        where: name of the rows in errors.
 
     Raises:
         RowError: with all the rows whose value cannot be read.
@@ -113,13 +113,13 @@ def read_each(values: Iterable[Any], read: Callable[[Any], T], where: str) -> li
 
 @dataclass(frozen=True)
 class UsableRows:
-    """Rows in use, and what was left out of them.
+    """Rows in use, and a count of those left out.
 
     Args:
         rows: the rows.
         origin: where they came from.
-        skipped: how many more there were that could not be used.
-        first: what was wrong with the first of these, if any.
+        skipped: number of rows that could not be used.
+        first: fault of the first of these, if any.
     """
 
     rows: Dataset
@@ -189,7 +189,7 @@ def parsed_cell(value: Any) -> Any:
 def fingerprint(rows: Dataset) -> dict[str, Any]:
     """Number of some rows, and SHA-256 of their content.
 
-    The same rows have the same one whatever file they came in. Images count by their bytes.
+    The same rows have the same one in any file. Images count by their bytes.
     """
     images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
     for name in images:

@@ -52,7 +52,7 @@ def find_rows(source: str, subset: str | None = None, form: Form | None = None) 
     Args:
         source: path or name; see `DataConfig.train`. With ``#`` and a split's name after it, that split.
         subset: configuration of a Hub data set that has several.
-        form: what is known of how its files are written.
+        form: as far as it is known, the form of its files.
 
     Returns:
         The rows by split; a single file is the ``train`` split.
@@ -272,7 +272,7 @@ def document_rows(folder: Path, form: Form) -> Dataset:
 
     Args:
         folder: holds text files, or folders of them.
-        form: what is known of how they are written. Running texts are rows of paragraphs that go on.
+        form: as far as it is known, their form. Running texts are rows of paragraphs that go on.
 
     Raises:
         FileError: it holds both, or a file cannot be read.
@@ -336,7 +336,7 @@ def read_file(path: Path, form: Form) -> dict[str | None, Found]:
 
     Args:
         path: the file.
-        form: what is known of how it is written.
+        form: as far as it is known, its form.
 
     Raises:
         FileError: its format cannot be told by its name, or it cannot be read as that.
@@ -389,7 +389,7 @@ def _stored(path: Path, kind: str) -> Dataset:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error, or the one that it came of, says."""
+    """The first line of an error's message, or of the error's that caused it."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip()

@@ -32,7 +32,7 @@ class Splits:
         validation: rows that choose the best checkpoint, or None.
         test: rows for the final score, or None.
         origins: where each split's rows came from.
-        skipped: split → how many more there were that could not be used, and what was wrong with the first.
+        skipped: split → number of rows that could not be used, and the fault of the first.
     """
 
     train: Dataset
@@ -208,7 +208,7 @@ def _drawn(train: UsableRows, data: DataConfig) -> tuple[list[int], list[int]]:
 
 
 def _form(data: DataConfig, *, tagged: bool, running: bool) -> Form:
-    """How files are written, as far as that is known; whether a text runs on may be looked for."""
+    """The form of files, as far as it is known; whether a text runs on may be looked for."""
     found = data.running if data.running is not None else None if running else False
     return Form(data.encoding, data.columns, tagged, found, data.streaming)
 

@@ -79,7 +79,7 @@ def as_table(found: Sequence[Row], path: Path, form: Form, notes: Sequence[str])
         found: the rows that have any cell; the first of them names the columns unless `form` does.
         path: where they came from.
         form: names of the columns, where the rows do not begin with them.
-        notes: what is told of the file already.
+        notes: notes on the file so far.
 
     Raises:
         FileError: there are no rows, or the first names no columns.

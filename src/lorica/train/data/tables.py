@@ -19,7 +19,7 @@ from lorica.errors import ConfigError, FileError, listing
 
 @dataclass(frozen=True)
 class Form:
-    """How a file is written, as far as that is known without opening it.
+    """The form of a file, as far as it is known without opening it.
 
     Args:
         encoding: encoding of a text file. None takes that of its byte-order mark, else UTF-8, else cp1252.
@@ -82,13 +82,13 @@ def table(columns: Mapping[str, Sequence[Any]], path: object = "the rows") -> tu
 
     Args:
         columns: name → a value for each row.
-        path: what to call the rows in an error.
+        path: name of the rows in errors.
 
     Returns:
-        The table, and what to tell of columns that were turned into another type.
+        The table, and notes on columns that were turned into another type.
 
     Raises:
-        FileError: a text holds what is no letter.
+        FileError: a text holds a character that is no letter.
     """
     notes: list[str] = []
     plain = {name: _plain(name, values, notes) for name, values in columns.items()}
@@ -211,7 +211,7 @@ def as_found(rows: Table) -> Found:
 
 
 def _is_columns(rows: Any) -> bool:
-    """Whether a mapping holds columns, and not splits: lists of what is no dictionary."""
+    """Whether a mapping holds columns, and not splits: lists whose items are no dictionaries."""
     return (
         isinstance(rows, Mapping)
         and bool(rows)

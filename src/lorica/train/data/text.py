@@ -57,7 +57,7 @@ def content(path: Path, kind: str = "text") -> bytes:
 
     Args:
         path: the file.
-        kind: what it is to be read as, for an error.
+        kind: kind of file that it is read as, for errors.
 
     Raises:
         FileError: it cannot be read or unpacked.
@@ -96,7 +96,7 @@ def decoded(raw: bytes, path: Path, encoding: str | None) -> tuple[str, tuple[st
         encoding: the encoding, or None to find it. A byte-order mark at the start goes before either.
 
     Returns:
-        The text without its byte-order mark, and what to tell the user of how it was decoded.
+        The text without its byte-order mark, and notes for the user on the way it was decoded.
 
     Raises:
         FileError: it is no text, or text of another encoding.

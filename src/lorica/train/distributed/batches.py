@@ -41,7 +41,7 @@ class RankBatches(BatchSampler):
         batch_size: rows per step in each process.
         drop_last: leave out a last batch that is not full.
         rank: number of the process.
-        world: how many there are.
+        world: number of processes.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ def split_over(accelerator: Accelerator) -> Iterator[None]:
 
 
 def put_together(part: Any, rows: int) -> Any:
-    """What all processes have of a batch, one after the other.
+    """The parts of a batch that all processes have, one after the other.
 
     Args:
         part: what this one has: tensors (rows or more, ...), also in tuples and dictionaries; whatever else

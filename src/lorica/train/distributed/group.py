@@ -39,18 +39,18 @@ class Lost(LoricaError):
 
 
 class OfAll(LoricaError):
-    """What ends a run in all of its processes alike."""
+    """An end of the run in all of its processes alike."""
 
 
 def world() -> int:
-    """How many processes the run has."""
+    """Number of the run's processes."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size()
     return 1
 
 
 def rank() -> int:
-    """This process's number, from 0; what a launcher says before the group is there."""
+    """This process's number, from 0; the launcher's number before the group is there."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
     return int(os.environ.get("RANK", "0")) if launched() > 1 else 0
@@ -62,7 +62,7 @@ def is_first() -> bool:
 
 
 def launched() -> int:
-    """How many processes the environment says that there are."""
+    """Number of processes by the environment."""
     value = os.environ.get("WORLD_SIZE", "1")
     if not value.isdigit() or int(value) < 1:
         raise StateError(f"the environment's WORLD_SIZE must be a number of processes, not {value!r}")
@@ -99,7 +99,7 @@ def check_world(trained: int | None = None) -> None:
 
 
 def check_alone(what: str) -> None:
-    """Refuse what is not done in several processes.
+    """Refuse a feature that does not run in several processes.
 
     Raises:
         StateError: there are several.
@@ -215,7 +215,7 @@ def is_of_network(error: BaseException) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    """What an error says, in its first sentence."""
+    """The first sentence of an error."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
     return text.rpartition("]: ")[2]
 
@@ -244,10 +244,10 @@ def _others_tell(store: Any, own: int, entry: int, error: Exception) -> bool:
 
 
 def by_first(work: Callable[[], T]) -> T:
-    """Have the first process do something, while the others wait for what comes of it.
+    """Have the first process do something, while the others wait for its result.
 
     Args:
-        work: what to do; its result is pickled.
+        work: the function to call; its result is pickled.
 
     Returns:
         Its result, in each process.

@@ -81,7 +81,7 @@ def launch(work: Callable[..., int], args: Sequence[Any], config: LaunchConfig, 
 
 
 def _work(work: Callable[..., int], args: tuple[Any, ...], processes: int) -> int:
-    """What each process does."""
+    """The work of each process."""
     import torch
 
     os.environ[LAUNCHED] = "1"

@@ -14,7 +14,7 @@ PER_PROCESS = ("training.batch_size", "training.eval_batch_size")
 
 
 def processes_of(checkpoint: Path) -> int | None:
-    """How many processes wrote a checkpoint: each leaves its random states. None where there are none."""
+    """Number of processes that wrote a checkpoint, by their random states. None where there are none."""
     names = [path.name for path in checkpoint.glob("rng_state*.pth")]
     several = [name for name in names if re.fullmatch(r"rng_state_\d+\.pth", name)]
     return len(several) or (1 if names else None)

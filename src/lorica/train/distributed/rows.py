@@ -28,7 +28,7 @@ _FACTS = "facts.pickle"
 
 
 def encoded_once(encode: Callable[[], Encoding]) -> Encoding:
-    """What one process of each machine encodes, in all of them.
+    """The rows that one process of each machine encodes, in all of them.
 
     Args:
         encode: reads and encodes the rows.

@@ -140,7 +140,7 @@ def opened(source: str | Path, *, trust_task: bool = False) -> Trained:
 
 
 def _beside(model: PreTrainedModel, others: Sequence[str | Path]) -> list[str | None]:
-    """Load more adapters; the names of all that answer, or None for what is active now."""
+    """Load more adapters; the names of all that answer, or None for the active ones."""
     there = list(adapters_on(model)) if others else []
     names: list[str | None] = [next(iter(there), None)]
     for other in others:

@@ -66,13 +66,13 @@ def write(
         sequences: texts for each prompt; more than one needs beams or sampling.
         seed: seed of the drawing, which leaves torch's own random numbers as they were.
         streamer: takes the tokens of a single prompt as they come; see transformers' TextStreamer.
-        progress: called with how many prompts are done.
+        progress: called with the number of prompts done.
 
     Returns:
         For each prompt its texts, the prompt left out.
 
     Raises:
-        LoricaError: the model writes no text, or a prompt and what is to be written pass its context.
+        LoricaError: the model writes no text, or a prompt and its answer pass the model's context.
     """
     settings = settings_of(model, tokenizer, config, sequences)
     check_context(model, prompts, config)
@@ -150,7 +150,7 @@ def settings_of(
 
 
 def check_context(model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> None:
-    """Refuse prompts that leave no room for what is to be written.
+    """Refuse prompts that leave no room for an answer.
 
     Raises:
         LoricaError: naming the first, its tokens and the model's.
@@ -252,7 +252,7 @@ def prompts_in(features: Dataset) -> Prompts:
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes for encoded rows, and scores what it wrote.
+    """Writes for encoded rows, and scores the texts.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -267,7 +267,7 @@ class Writer:
     seed: int = 0
 
     def check(self, model: PreTrainedModel, features: Dataset) -> None:
-        """Refuse before training what could not be written or scored after it.
+        """Refuse before training a configuration that could not write or score after it.
 
         Raises:
             LoricaError: a metric or a setting is unknown, or a prompt too long.

@@ -129,7 +129,7 @@ def meteor_15(predictions: Sequence[str], references: Sequence[Sequence[str]]) -
 
 @contextmanager
 def _started(*options: str) -> Iterator[subprocess.Popen[str]]:
-    """A Java program, its pipes open; what it writes to its errors is told if it fails."""
+    """A Java program, its pipes open; its error output is shown if it fails."""
     if not has_java():
         raise FileError("there is no java on this machine; install a Java runtime (8 or newer)")
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:

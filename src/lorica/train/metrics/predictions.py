@@ -36,7 +36,7 @@ def classification(
             class; None leaves ``roc_auc`` out.
 
     Returns:
-        ``accuracy``; ``f1``, ``precision`` and ``recall`` weighted by how often each class occurs;
+        ``accuracy``; ``f1``, ``precision`` and ``recall`` weighted by each class's number of rows;
         ``f1_macro``, the plain mean over the classes; ``matthews``, the correlation coefficient, 0 at
         chance; ``roc_auc``, one class against the rest, the mean over the classes; of two
         classes with `probabilities`, ``f1_binary``, the second's alone, which GLUE reports. A class that is

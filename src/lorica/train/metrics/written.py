@@ -283,7 +283,7 @@ def check(names: Sequence[str]) -> None:
     """Refuse metrics that do not exist, or whose library is not installed.
 
     Raises:
-        ConfigError: naming it, and what to do.
+        ConfigError: naming it, and the way to mend it.
     """
     for name in names:
         if name not in METRICS:

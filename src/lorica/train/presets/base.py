@@ -33,8 +33,8 @@ class Preset:
     """A data set that is known by name.
 
     Args:
-        about: what it is, in a line.
-        task: what is learned from it.
+        about: a line about it.
+        task: the task that is learned from it.
         data: fields of `DataConfig`: where the rows are, their columns, the labels in the order of their ids.
         training: fields of `TrainingConfig`, such as ``metric_for_best``.
         generation: fields of `GenerationConfig`.
@@ -93,7 +93,7 @@ def names() -> list[str]:
 
 
 def apply(recipe: Recipe, *, own_rows: bool = False) -> Recipe:
-    """A recipe with what its preset knows in place of what was left at its default.
+    """A recipe with its preset's values in place of defaults.
 
     Args:
         recipe: the recipe; one without a preset comes back as it is.

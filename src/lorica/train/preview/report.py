@@ -1,4 +1,4 @@
-"""What a run would learn from: how many rows, of which form, how long, what is cut, what is there twice."""
+"""The rows of a run: their number, form and lengths, those that are cut, those that are there twice."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SplitReport:
         duplicates: rows that say the same as an earlier one, label included.
         contradictions: rows that read the same as an earlier one, and are to be answered otherwise.
         in_training: rows of another split that read the same as a training row.
-        labels: class → how often it is right; empty where there are no classes.
+        labels: class → number of rows that have it; empty where there are no classes.
     """
 
     rows: int
@@ -59,7 +59,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a run would learn from.
+    """The rows of a run, counted.
 
     Args:
         task: the task's name.
@@ -67,7 +67,7 @@ class DataReport:
         data: columns and labels, as they were found.
         notes: how the rows were read; whole lines, such as the form that was recognised.
         splits: each split's rows.
-        packing: how many sequences the training rows are packed into, in a line; None where they are not.
+        packing: a line about the sequences that the training rows are packed into; None where they are not.
         first: the first training rows as the model will see them.
     """
 
@@ -84,7 +84,7 @@ class DataReport:
         return dataclasses.asdict(self)
 
     def lines(self) -> Iterator[str]:
-        """What is printed before the first rows."""
+        """The text before the first rows."""
         yield from self.notes
         for name, split in self.splits.items():
             yield f"{name}: {', '.join(_told(name, split))}"
@@ -95,13 +95,13 @@ class DataReport:
 def preview(
     recipe: Recipe, rows: Rows | None = None, *, first: int = 2, console: Console | None = None
 ) -> DataReport:
-    """Read and encode the rows of a recipe, and say what is in them. No model is loaded, only its tokenizer.
+    """Read and encode the rows of a recipe, and describe them. No model is loaded, only its tokenizer.
 
     Args:
         recipe: the run.
         rows: rows in memory, in place of those that `recipe.data.train` names.
         first: training rows to show as the model will see them.
-        console: where to say what is being done. None says nothing.
+        console: shows progress. None is silent.
 
     Raises:
         LoricaError: something is missing or does not fit, as training would raise it.
@@ -186,7 +186,7 @@ def _hashes(rows: Dataset, columns: Sequence[str]) -> list[bytes]:
 
 
 def _balance(labels: Any, names: Sequence[str]) -> dict[str, int]:
-    """How often each class is right."""
+    """Number of rows of each class."""
     if not names:
         return {}
     counts: Counter[int] = Counter()
@@ -224,7 +224,7 @@ def _told(name: str, split: SplitReport) -> Iterator[str]:
 
 
 def balance(labels: Mapping[str, int]) -> str:
-    """The classes and how often each is right, the most frequent first."""
+    """The classes and their numbers of rows, the most frequent first."""
     total = sum(labels.values()) or 1
     ordered = sorted(labels.items(), key=lambda pair: -pair[1])
     return listing((f"{name} {count:,} ({count / total:.0%})" for name, count in ordered), limit=8)

@@ -18,7 +18,7 @@ class Stretch:
     """Some tokens of a row.
 
     Args:
-        text: what they say, special tokens included.
+        text: their text, special tokens included.
         learned: whether they are targets.
     """
 
@@ -32,9 +32,9 @@ class Seen:
 
     Args:
         tokens: tokens that it reads; 0 where it reads none.
-        learned: how many of these are targets.
+        learned: number of these that are targets.
         stretches: the text, in order.
-        answer: what is learned of it as a whole, such as its class, where that is no text of its own.
+        answer: the target of the row as a whole, such as its class, where that is no text of its own.
     """
 
     tokens: int
@@ -43,7 +43,7 @@ class Seen:
     answer: str | None = None
 
     def marked(self, before: str = "⟦", after: str = "⟧") -> str:
-        """The text, with marks around what is learned."""
+        """The text, with marks around its targets."""
         parts = (before + each.text + after if each.learned else each.text for each in self.stretches)
         return "".join(parts)
 
@@ -52,7 +52,7 @@ def seen(task: Task, features: dict[str, Any], tokenizer: Any, data: DataConfig)
     """A row as the model sees it.
 
     Args:
-        task: what reads it.
+        task: the task that reads it.
         features: one row of the encoded ones.
         tokenizer: the model's.
         data: columns and labels, resolved.

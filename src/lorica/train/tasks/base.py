@@ -1,4 +1,4 @@
-"""What a task is: how rows become features, which head they need, how the result is scored and read."""
+"""A task: it makes features of rows, names the head that they need, scores and reads the result."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class Task(ABC):
     """One kind of learning. A subclass says all that is particular to it; nothing else in lorica.train does.
 
     Attributes:
-        name: what a recipe calls it.
-        task_type: what PEFT's configuration calls it, or None.
+        name: its name in recipes.
+        task_type: its name in PEFT's configuration, or None.
         auto_class: transformers' class that loads a model with this task's head.
         best_metric: metric that decides which checkpoint is the best: a key of `metrics`, of which higher is
             better, or "loss".
-        label_columns: columns of the features that hold what is to be learned.
+        label_columns: columns of the features that hold the targets.
         modules_to_save: new modules that train whole, where PEFT has no `task_type` that says so.
         reads_outputs: whether `metrics` looks at the model's outputs. A language model's, which are as many
             numbers a token as there are words, are better not kept: its evaluation is loss and perplexity.
@@ -124,7 +124,7 @@ class Task(ABC):
             data: their columns and labels, resolved.
             tokenizer: the model's tokenizer.
             max_length: tokens kept of each row.
-            where: what to call these rows in an error, such as "the test rows".
+            where: name of these rows in errors, such as "the test rows".
             labelled: whether they have labels; rows to predict have none.
         """
 
@@ -135,7 +135,7 @@ class Task(ABC):
             rows: the rows, as they came.
             data: their columns, resolved.
             folder: that of the file they came in; None where they came in none.
-            where: what to call these rows in an error.
+            where: name of these rows in errors.
 
         Raises:
             RowError: there is no such file.
@@ -154,7 +154,7 @@ class Task(ABC):
         """The mean loss of a batch, where it is another than the model's own.
 
         Args:
-            outputs: what the model returned.
+            outputs: the model's outputs.
             inputs: the batch, labels included.
         """
         return None
@@ -183,7 +183,7 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, outputs: Any, features: Dataset, data: DataConfig) -> list[dict[str, Any]]:
-        """Say what the model's outputs for some rows mean, one dictionary per row as it came."""
+        """Read the model's outputs for some rows, one dictionary per row as it came."""
 
     @abstractmethod
     def rows(self, texts: Sequence[str], data: DataConfig) -> Dataset:
@@ -194,9 +194,9 @@ class Task(ABC):
         return [name for name in (data.text, data.text_pair) if name is not None]
 
     def tokenizer(self, name: str) -> Any:
-        """Load a model's tokenizer, or whatever turns its inputs into numbers.
+        """Load a model's tokenizer, or another processor that turns its inputs into numbers.
 
-        Its `model_max_length` is lowered to what the model takes.
+        Its `model_max_length` is lowered to the model's context.
 
         Raises:
             FileError: it does not exist.
@@ -250,7 +250,7 @@ class Task(ABC):
         return model
 
     def begin(self, model: PreTrainedModel, features: Dataset) -> None:
-        """Set what of a new head the training rows tell before it learns; as a rule nothing.
+        """Set the values of a new head that the training rows tell before it learns; as a rule none.
 
         Args:
             model: as `model` returned it; its attribute `NEW_PARAMETERS` names the parameters that its files
@@ -298,7 +298,7 @@ def _hint(name: str) -> str:
 
 @contextlib.contextmanager
 def loading(what: str, hint: str = "") -> Iterator[None]:
-    """Say what was being loaded where that fails: damaged files fail in whatever way their bytes say.
+    """Name the thing that was being loaded where that fails: damaged files fail in any way.
 
     Args:
         what: such as "a tokenizer from 'models/x'".

@@ -132,7 +132,7 @@ class CausalLanguageModelling(LanguageTask):
         return _rows(found, limit, where)
 
     def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
-        """What the rows' form is, and how many empty texts are left out, of raw text."""
+        """The form of the rows, and the number of empty texts left out, of raw text."""
         told = [f"its rows are {describe_form(rows, data)}"]
         laid = data.label is not None or data.template is not None or data.continues is not None
         laid = laid or data.streaming
@@ -167,7 +167,7 @@ def completion_pieces(
         tokenizer: the model's.
         prompt: a text.
         completion: the text that follows; an end-of-text token follows it.
-        separator: what stands between them.
+        separator: text between them.
     """
     # A byte-level tokenizer keeps a space with the word after it: one at the end goes to the completion.
     spaces = separator[len(separator.rstrip(" ")) :]

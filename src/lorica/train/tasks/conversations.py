@@ -51,7 +51,7 @@ def conversations_of(
     Args:
         rows: the rows.
         data: their columns.
-        where: what to call the rows in an error.
+        where: name of the rows in errors.
         labelled: whether that column is there, and read.
     """
     systems, tools = (
@@ -74,7 +74,7 @@ def conversations_of(
 
 
 def _lifted(value: Any, role: str, system: Any = None) -> list[Message]:
-    """Messages; a text is what somebody of this role says."""
+    """Messages; a text is a message of this role."""
     plain = isinstance(value, str) and not isinstance(parsed_cell(value), list)
     return as_messages([{"role": role, "content": value}] if plain else value, system)
 
@@ -147,7 +147,7 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tup
 
     Args:
         tokenizer: any; one that cannot say where its tokens stand reads each stretch by itself.
-        text: what is tokenized, without special tokens of its own accord.
+        text: the text to tokenize, without special tokens of its own accord.
         spans: first letter of each stretch that is learned, and the one after its last; in order, apart.
     """
     if not tokenizer.is_fast:
@@ -250,7 +250,7 @@ def _probed(
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase, said: list[Message], tools: Tools) -> str:
-    """What a template puts before an answer."""
+    """The text that a template puts before an answer."""
     closed, opened = (_laid_out(tokenizer, said, tools, add_generation_prompt=more) for more in (False, True))
     return opened[len(closed) :] if opened.startswith(closed) else ""
 

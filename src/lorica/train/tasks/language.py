@@ -76,7 +76,7 @@ class LanguageTask(Task):
         return prompt_columns(data)
 
     def check_columns(self, rows: Dataset, data: DataConfig) -> None:
-        """Refuse what belongs to other tasks, and named columns that are not there.
+        """Refuse settings of other tasks, and named columns that are not there.
 
         Raises:
             ConfigError: there are classes, or no such column.

@@ -1,4 +1,4 @@
-"""What a prompt is made of: the columns of its parts, and the text that they make together."""
+"""The parts of a prompt: their columns, and the text that they make together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def prompts_of(rows: Dataset, data: DataConfig, where: str, *, filled: bool = Fa
     Args:
         rows: the rows; those of plain texts have the column `data.text` alone.
         data: the columns.
-        where: what to call the rows in an error.
+        where: name of the rows in errors.
         filled: refuse empty prompts, and rows that lack a column.
 
     Raises:
@@ -68,7 +68,7 @@ def laid_out(rows: Dataset, data: DataConfig, where: str, *, filled: bool = Fals
     Args:
         rows: the rows.
         data: the template, and the columns.
-        where: what to call the rows in an error.
+        where: name of the rows in errors.
         filled: refuse rows that lack a column.
 
     Raises:

@@ -314,7 +314,7 @@ def _stride(data: DataConfig, limit: int) -> int:
 
 
 def _shortened(tokenizer: PreTrainedTokenizerBase, questions: list[str], limit: int) -> tuple[list[str], int]:
-    """Questions that leave the text at least half a window, and how many had to be cut for that."""
+    """Questions that leave the text at least half a window, and the number cut for that."""
     encoded = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     short = [
         question if len(spans) <= limit - 4 else question[: spans[limit - 5][1]]

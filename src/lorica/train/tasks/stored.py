@@ -1,4 +1,4 @@
-"""Encoded rows as Arrow files, which whoever opens them maps into memory; and a cache of them.
+"""Encoded rows as Arrow files, mapped into memory where they are opened; and a cache of them.
 
 The cache is the folder ``LORICA_CACHE``, or ``lorica`` in the user's cache folder. Rows are known by all that
 their encoding depends on: their content, columns and labels, the task, the tokenizer and the versions.
@@ -32,7 +32,7 @@ _VERSIONS = ("lorica", "datasets", "tokenizers", "transformers")
 
 
 def store(encoded: Encoded, folder: Path) -> None:
-    """Write encoded rows into a folder; what says that it is whole is written last."""
+    """Write encoded rows into a folder; the mark that it is whole is written last."""
     encoded.features.save_to_disk(folder / _FEATURES)
     if encoded.lengths is not None:
         np.save(folder / _LENGTHS, np.asarray(encoded.lengths, dtype=np.int64))
@@ -58,7 +58,7 @@ def cached(key: str | None, encode: Callable[[], Encoded]) -> Encoded:
     """Encoded rows from the cache, or encoded and put there.
 
     Args:
-        key: what they are known by; see `key_of`. None leaves the cache alone.
+        key: their name in the cache; see `key_of`. None leaves the cache alone.
         encode: encodes them.
     """
     if key is None:
@@ -78,7 +78,7 @@ def cached(key: str | None, encode: Callable[[], Encoded]) -> Encoded:
 
 
 def cache_folder() -> Path:
-    """Where encoded rows are kept."""
+    """The folder of encoded rows."""
     if given := os.environ.get("LORICA_CACHE"):
         return Path(given) / "rows"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorica" / "rows"
@@ -87,7 +87,7 @@ def cache_folder() -> Path:
 def key_of(
     task: Task, tokenizer: Any, data: DataConfig, max_length: int, fingerprint: Mapping[str, Any]
 ) -> str | None:
-    """What encoded rows are known by; None where an encoding depends on more than can be told.
+    """The name of encoded rows in the cache; None where an encoding depends on more than can be told.
 
     Args:
         task: that encodes them; one of lorica's own, which reads no other files.

@@ -34,7 +34,7 @@ from lorica.train.tasks.base import NEW_PARAMETERS, Encoded, Task, needs_tokens,
 
 
 class TextTask(Task):
-    """One output for each text or pair of texts. A subclass says what the labels are."""
+    """One output for each text or pair of texts. A subclass reads the labels."""
 
     task_type = "SEQ_CLS"
     auto_class = "AutoModelForSequenceClassification"

@@ -1,4 +1,4 @@
-"""The training itself: one Trainer, its loss, its optimizer, and what happens around its steps.
+"""The training itself: one Trainer, its loss, its optimizer, and the work around its steps.
 
 fit                  from encoded rows to a trained model: read here first
 trainer, loss        the step from top to bottom

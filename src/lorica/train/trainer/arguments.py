@@ -80,7 +80,7 @@ def training_arguments(
         make: makes them of transformers' fields; for a trainer that has more. None makes transformers' own.
 
     Raises:
-        ConfigError: the device lacks what is asked for, or an argument is unknown or given twice.
+        ConfigError: the device lacks a feature that is asked for, or an argument is unknown or given twice.
     """
     assert config.learning_rate is not None, "with_defaults has chosen one"
     assert config.epochs is not None
@@ -137,10 +137,10 @@ def training_arguments(
 
 
 def check_device(config: TrainingConfig) -> None:
-    """Refuse what this machine or the installed transformers cannot do, before anything is loaded.
+    """Refuse a setting that this machine or the installed transformers cannot do, before anything is loaded.
 
     Raises:
-        ConfigError: the device lacks what is asked for, or an argument is unknown or given twice.
+        ConfigError: the device lacks a feature that is asked for, or an argument is unknown or given twice.
     """
     _check_extra(config)
     _check_precision(config)
@@ -205,7 +205,7 @@ _FACTORS = {
 
 
 def with_defaults(training: TrainingConfig, rows: int, model: nn.Module) -> TrainingConfig:
-    """The training with a value for what it leaves open.
+    """The training with a value for each setting that it leaves open.
 
     Args:
         training: as the user gave it.
@@ -250,7 +250,7 @@ def describe_defaults(
 
 
 def learning_rate_for(model: nn.Module) -> float:
-    """The learning rate for what trains of a model, to two digits."""
+    """The learning rate for a model's trained parameters, to two digits."""
     width = width_of(model)
     factors = [_factor(config) for config in adapters(model).values()] or [_FACTORS["full"]]
     value = _RATE * min(factors) * (1.0 if width is None else (_WIDTH / width) ** _EXPONENT)
@@ -300,7 +300,7 @@ def fitting_batch(
 
     Args:
         model: the model, as it will train.
-        task: what it learns.
+        task: the task.
         tokenizer: its tokenizer.
         rows: encoded rows to learn from.
         training: how it will train. Its batch size is the largest that is tried.

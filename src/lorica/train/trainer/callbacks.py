@@ -60,7 +60,7 @@ class CheckpointCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Save what waited; of an epoch cut short by the user, nothing is evaluated or saved again."""
+        """Save the waiting checkpoint; an epoch cut short by the user is not evaluated or saved again."""
         whole = state.epoch == int(state.epoch)
         if self.interrupted and not whole:
             control.should_evaluate = control.should_save = control.should_log = False
@@ -105,7 +105,7 @@ class ProgressCallback(TrainerCallback):
 
     Args:
         console: where to show it.
-        title: what is being trained.
+        title: name of the run.
         metric: that decides which evaluation is the best, where the trainer's arguments name none.
         scoring: notes whether all rows are called the same, or None.
         beats: score by that metric of calling every row the most frequent class, or None.
@@ -204,7 +204,7 @@ class ProgressCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Write a line for each evaluation; what decides which is the best comes first."""
+        """Write a line for each evaluation; the metric that decides the best comes first."""
         shown = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
         deciding = (args.metric_for_best_model or self.metric).removeprefix("eval_")
         kept = [name for name in dict.fromkeys([deciding, "loss", "accuracy", "f1"]) if name in shown]
@@ -237,7 +237,7 @@ class ProgressCallback(TrainerCallback):
 
 
 def learned(model: Any, args: TrainingArguments, state: TrainerState) -> int:
-    """How much a run has learned from so far, in what `unit` says: tokens without padding, or rows."""
+    """The amount that a run has learned from so far, in `unit`: tokens without padding, or rows."""
     if unit(model) == "tokens":
         return int(state.num_input_tokens_seen)
     return state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size

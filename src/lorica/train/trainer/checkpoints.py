@@ -72,7 +72,7 @@ def is_complete(checkpoint: str | Path) -> bool:
 
 
 def discard_incomplete(directory: str | Path) -> list[Path]:
-    """Delete what an interrupted save left, so that it is neither counted nor kept as a checkpoint.
+    """Delete the rest of an interrupted save, so that it is neither counted nor kept as a checkpoint.
 
     Returns:
         The folders deleted.

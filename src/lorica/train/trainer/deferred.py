@@ -28,7 +28,7 @@ Step = Callable[[Tensor], Tensor]
 
 
 class Head(NamedTuple):
-    """How to compute logits.
+    """The computation of logits.
 
     Args:
         compute: the head's own forward, or its weights where it is a plain linear layer.
@@ -85,7 +85,7 @@ class DeferredLogits(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Do to the memory what can be done to it; for the rest, compute the logits."""
+        """Apply the operation to the memory where that can be done; else compute the logits."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
         if name == "__get__":
@@ -108,7 +108,7 @@ class DeferredLogits(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Compute for whatever reaches past torch's own functions."""
+        """Compute for code that reaches past torch's own functions."""
         return func(*_whole(args, str(func)), **_whole(kwargs or {}, str(func)))
 
 

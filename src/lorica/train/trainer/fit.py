@@ -75,7 +75,7 @@ class Fit:
         steps: optimizer steps of the whole run, those before a resume included.
         seconds: duration of this call's training.
         step_seconds: median seconds per step, or None when this call made none.
-        history: what was logged, one dictionary per entry.
+        history: the log, one dictionary per entry.
         scoring: the metrics of the last evaluation.
     """
 
@@ -147,8 +147,8 @@ def fit(
     killed at any moment and resumed, in as many processes.
 
     Args:
-        model: the model; what should not train is frozen already.
-        task: what it learns.
+        model: the model; parameters that should not train are frozen already.
+        task: the task.
         tokenizer: its tokenizer.
         train: encoded rows to learn from.
         validation: encoded rows that choose the best checkpoint, or None.
@@ -156,7 +156,7 @@ def fit(
         directory: folder for ``checkpoints/`` and ``tensorboard/``.
         resume: continue from the newest complete checkpoint, or start if there is none.
         console: where to show progress. None makes one.
-        title: what to call it there.
+        title: its name there.
         callbacks: more callbacks.
         make_trainer: makes the trainer, of `Trainer`'s arguments. None takes the task's own.
         hear_interrupts: let Ctrl-C end training with a checkpoint. False leaves signals to the caller.
@@ -233,7 +233,7 @@ def fit(
 
 
 def _start_in(checkpoints: Path) -> Path | None:
-    """The checkpoint to go on from; what an interrupted save left is deleted."""
+    """The checkpoint to go on from; the rest of an interrupted save is deleted."""
     discard_incomplete(checkpoints)
     start = last_checkpoint(checkpoints)
     if start is not None:
@@ -272,7 +272,7 @@ def score(trainer: Trainer, rows: Dataset) -> dict[str, float]:
 
 
 def logged_scores(logged: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """The scores among what an evaluation logged under a prefix, such as ``"eval_"``."""
+    """The scores that an evaluation logged under a prefix, such as ``"eval_"``."""
     timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     named = {
         name.removeprefix(prefix): float(value) for name, value in logged.items() if name.startswith(prefix)

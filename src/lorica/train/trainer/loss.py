@@ -71,11 +71,11 @@ def chunked_cross_entropy(
     Args:
         head: makes logits (n, classes) of rows (n, width), each row by itself. One that trains takes
             least memory as a `LinearHead`.
-        hidden: what the head reads.
+        hidden: the head's input.
         target: class of each row, or `ignore_index`.
         parameters: what `head` reads besides and whose gradient is wanted; others of it get none. A
             `LinearHead` brings its own.
-        after: what happens to logits before their loss, such as softcapping; each row by itself.
+        after: operation on logits before their loss, such as softcapping; each row by itself.
         ignore_index: target of rows that do not count. The head never sees them.
         reduction: "sum", or "mean" over the rows that count (nan where none does).
         label_smoothing: share of the target's probability spread over all classes, in [0, 1].
@@ -201,7 +201,7 @@ def _scaled(gradient: Tensor | None, by: Tensor) -> Tensor | None:
 
 
 def targets_in(labels: Tensor, *, shifted: bool) -> Tensor:
-    """How many of some labels are targets.
+    """Number of targets among some labels.
 
     Args:
         labels: (..., tokens), -100 where there is nothing to learn.
@@ -211,12 +211,12 @@ def targets_in(labels: Tensor, *, shifted: bool) -> Tensor:
 
 
 def part_of_step(loss: Tensor, targets: Tensor, count: Tensor | int, copies: int = 1) -> Tensor:
-    """What a micro-batch's mean loss adds to the mean over the targets of a whole step.
+    """A micro-batch's part of the mean loss over the targets of a whole step.
 
     Args:
         loss: the micro-batch's own mean, a scalar.
-        targets: how many targets it has.
-        count: how many the step has.
+        targets: number of its targets.
+        count: number of the step's targets.
         copies: devices over which the result will be averaged, where `count` is over all of them.
     """
     return loss * (targets / count * copies)
@@ -226,7 +226,7 @@ def why_whole(head: nn.Module | None, args: transformers.TrainingArguments, *, s
     """Why a model's loss has to be computed from all its logits at once; None where it need not be.
 
     Args:
-        head: what makes the logits, if one module does.
+        head: the module that makes the logits, if one does.
         args: the trainer's.
         sharded: whether FSDP or DeepSpeed shards the model.
     """
@@ -284,7 +284,7 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether the model's loss is transformers' for causal language models, under whatever name."""
+    """Whether the model's loss is transformers' for causal language models, under any name."""
     if not _calls_loss_function(model) or getattr(model.config, "is_encoder_decoder", False):
         return False
     return model.loss_function is ForCausalLMLoss

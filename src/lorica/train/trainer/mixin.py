@@ -1,4 +1,4 @@
-"""What every trainer of a run has, whatever its loss: LoRA+, the order of rows, the log, checkpoints."""
+"""Shared by all trainers of a run, whatever their loss: LoRA+, the order of rows, the log, checkpoints."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _up(model: nn.Module) -> set[Parameter]:
 
 
 def _undecayed(model: nn.Module) -> set[str]:
-    """Biases, whatever is before or after that word (`in_proj_bias`, `bias_hh_l0`), and what norms have."""
+    """Biases, by that word anywhere in a name (`in_proj_bias`, `bias_hh_l0`), and parameters of norms."""
     names = {name for name, _ in model.named_parameters() if "bias" in name.rpartition(".")[2].split("_")}
     for path, module in model.named_modules():
         if "norm" in type(module).__name__.lower():

@@ -53,14 +53,14 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class Padding(NamedTuple):
-    """Share of what a model reads that is padding, in [0, 1): by length, and in a random order."""
+    """Share of padding among the tokens that a model reads, in [0, 1): by length, and in a random order."""
 
     grouped: float
     random: float
 
 
 def padding(lengths: Sequence[int], batch_size: int, seed: int = 0) -> Padding | None:
-    """How much padding grouping by length saves, over an epoch; None where all rows are alike.
+    """The padding that grouping by length saves, over an epoch; None where all rows are alike.
 
     Args:
         lengths: length of each row, in tokens.
@@ -76,7 +76,7 @@ def padding(lengths: Sequence[int], batch_size: int, seed: int = 0) -> Padding |
 
 
 def share(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:
-    """The share of what a model reads that is padding, of rows of some lengths in some order."""
+    """The share of padding among the tokens that a model reads, of rows of some lengths in some order."""
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     read = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
     return 1 - sum(lengths) / read

@@ -1,4 +1,4 @@
-"""Scores of an evaluation: of a model that diverged, of a classifier and what it has to beat.
+"""Scores of an evaluation: of a model that diverged, of a classifier and the baseline that it has to beat.
 
 A classifier has to beat calling every row the most frequent class, and is asked whether it does just that.
 """
@@ -23,7 +23,7 @@ Score = Callable[[EvalPrediction, Dataset], dict[str, float]]
 
 
 def scored(score: Score, outcome: EvalPrediction, rows: Dataset) -> dict[str, float]:
-    """The metrics; none is a number where the model has diverged, whatever class its NaNs would stand for."""
+    """The metrics; none is a number where the model has diverged, since NaNs stand for no class."""
     given = outcome.predictions
     parts = given if isinstance(given, tuple) else (given,)
     if not any(_diverged(part) for part in parts):
@@ -39,7 +39,7 @@ def _diverged(part: Any) -> bool:
 
 
 def back_in_order(read: Any, order: Sequence[int] | None) -> Any:
-    """Put what was read in another order back in its own.
+    """Put values that were read in another order back in their own.
 
     Args:
         read: arrays (rows, ...), also in tuples and dictionaries; None stays None.
@@ -58,7 +58,7 @@ def majority(task: Task, model: PreTrainedModel, train: Dataset, rows: Dataset) 
     """Scores of calling every row the most frequent training class; empty where rows have no single class.
 
     Args:
-        task: what is learned.
+        task: the task.
         model: the model, which knows its classes.
         train: encoded rows to learn from.
         rows: encoded rows to score.
@@ -77,7 +77,7 @@ class Scoring:
     """A task's metrics, which notes whether a classifier calls all rows the same.
 
     Args:
-        task: what is learned.
+        task: the task.
         model: the model.
 
     Attributes:

@@ -3,11 +3,11 @@
     a step        for each micro-batch: forward ──▶ logits not computed yet ──▶ loss ──▶ backward
                   then clipping, optimizer and schedule
     its loss      the mean over the target tokens of all the step's micro-batches
-    evaluation    rows by length, outputs beside their rows; the loss over all targets; what a model writes
+    evaluation    rows by length, outputs beside their rows; the loss over all targets; the model's texts
     a checkpoint  the adapter, the optimizer, random states; no secrets, and damage is named
     processes     several read together what one would, each row once; see `lorica.train.distributed`
 
-What is not here is in `mixin`, or, such as the loop over epochs, as transformers has it.
+The rest is in `mixin`, or, such as the loop over epochs, as transformers has it.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         loraplus_lr_ratio: learning rate of B over that of A; see `parameter_groups`. None trains both at one
             rate.
         score: function of the outputs and the encoded rows, with all their columns, that returns metrics.
-        writer: adds to each evaluation the scores of what the model writes. None leaves evaluation as it is.
+        writer: adds to each evaluation the scores of the model's texts. None leaves evaluation as it is.
         **options: as transformers' Trainer takes them.
     """
 
@@ -183,7 +183,7 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         return (loss, outputs) if return_outputs else loss
 
     def _part_of_step(self, loss: Tensor, labels: Tensor, count: Tensor | int) -> Tensor:
-        """What a micro-batch's mean loss adds to the mean over the targets of its step."""
+        """A micro-batch's part of the mean loss over the targets of its step."""
         copies = 1  # of the loss, where `count` is the number of targets on all devices
         if self.args.average_tokens_across_devices:
             copies = self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu
@@ -259,7 +259,7 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         return super().predict(test_dataset, *args, **options)
 
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
-        """Read all rows, take the mean loss over all their targets, and score what the model writes."""
+        """Read all rows, take the mean loss over all their targets, and score the model's texts."""
         self._sums = []
         if self._splits:
             self.gather_function = self._put_together

@@ -1,4 +1,4 @@
-"""What rows say, by the names of their columns: texts, prompts and answers, conversations, preferences.
+"""The form of rows, by the names of their columns: texts, prompts and answers, conversations, preferences.
 
 known        forms of language models' rows, found and named; `find_form`, `describe_form`
 messages     a conversation's messages in any spelling, as chat templates read them

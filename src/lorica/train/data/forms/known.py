@@ -54,7 +54,7 @@ _RAW = ("text", "content", "document", "body", "article")
 
 
 def find_form(rows: Dataset, data: DataConfig) -> DataConfig:
-    """The configuration with the columns of what a language model learns from, as far as it names none.
+    """The configuration with the columns that a language model learns from, as far as it names none.
 
     Raises:
         ConfigError: no form is known that has these columns, or one that another task learns from.
@@ -160,7 +160,7 @@ def holds_messages(rows: Dataset, column: str | None) -> bool:
 
 
 def describe_form(rows: Dataset, data: DataConfig) -> str:
-    """What a language model learns from, in a line: the form's name, what is read, and what is learned.
+    """A line about the rows: the name of their form, the columns that are read, the text that is learned.
 
     Args:
         rows: some of the rows.

@@ -34,7 +34,7 @@ _WHO, _WHAT = ("role", "from", "speaker"), ("content", "value", "text")
 
 
 def alike(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many of the first items of two sequences are the same."""
+    """Number of the first items that two sequences share."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
@@ -47,11 +47,11 @@ def is_messages(value: Any) -> bool:
 
 
 def as_messages(value: Any, system: Any = None) -> list[Message]:
-    """A conversation's messages, each of ``role``, ``content`` and what else its template may read.
+    """A conversation's messages, each of ``role``, ``content`` and other keys that its template may read.
 
     Args:
         value: the messages in any spelling; a list, or JSON in a text.
-        system: what the system says before them, where a column of its own holds that.
+        system: the system's message before them, where a column of its own holds it.
 
     Raises:
         Unusable: there are none, one is of no known spelling, or one is empty.
@@ -170,7 +170,7 @@ def _call(place: int, call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _filled(value: Any) -> Any:
-    """A value without what is null in it: a table gives all objects of a column the same keys."""
+    """A value without its nulls: a table gives all objects of a column the same keys."""
     if isinstance(value, Mapping):
         return {name: _filled(item) for name, item in value.items() if item is not None}
     return [_filled(item) for item in value] if isinstance(value, list) else value

@@ -1,7 +1,7 @@
 """Rows that say which answer is better: pairs of answers to a prompt, and answers that were judged alone.
 
 pairs     prompt, chosen, rejected      texts or messages; both answers may begin with the prompt
-          chosen, rejected              the prompt is what both begin with
+          chosen, rejected              the prompt is the beginning that both share
           input, preferred_output, non_preferred_output       OpenAI's
 judged    prompt, completion, label     true or false; or messages and a label, on the last answer
 
@@ -32,7 +32,7 @@ class Pair(NamedTuple):
     """Two answers to a prompt, all three of one kind. A prompt of nothing is ``""``, or no messages.
 
     Args:
-        prompt: what both answer.
+        prompt: the prompt that both answer.
         chosen: the better answer.
         rejected: the other one.
         tools: those that messages may call, for the chat template; or None.
@@ -48,7 +48,7 @@ class Judged(NamedTuple):
     """An answer to a prompt, and whether it is wanted.
 
     Args:
-        prompt: what it answers.
+        prompt: the prompt that it answers.
         answer: the answer, of the same kind.
         wanted: whether it is a good one.
         tools: those that messages may call, for the chat template; or None.
@@ -149,7 +149,7 @@ def pairs_of(rows: Dataset, data: DataConfig, where: str) -> list[Pair]:
     Args:
         rows: the rows.
         data: their columns, as `find_pairs` finds them.
-        where: what to call the rows in an error.
+        where: name of the rows in errors.
 
     Raises:
         ConfigError: a column is missing.
@@ -235,7 +235,7 @@ def _cells(rows: Dataset, columns: Sequence[str | None], where: str) -> Any:
 
 
 def _said(value: Any, column: str) -> Said:
-    """What a cell says: a text, or messages; OpenAI's requests hold these under a name."""
+    """The content of a cell: a text, or messages; OpenAI's requests hold these under a name."""
     parsed = parsed_cell(value)
     if isinstance(parsed, Mapping) and isinstance(parsed.get("messages"), list):
         parsed = parsed["messages"]
@@ -298,7 +298,7 @@ def _apart(prompt: Said | None, chosen: Said, rejected: Said) -> Pair:
 
 
 def _shared_text(chosen: str, rejected: str) -> str:
-    """What both begin with, up to the end of a word; a space after it stays with the answers."""
+    """The beginning that both share, up to the end of a word; a space after it stays with the answers."""
     shared = chosen[: alike(chosen, rejected)]
     end = max((place + 1 for place, letter in enumerate(shared) if letter.isspace()), default=0)
     return shared[:end].rstrip(" ")

@@ -1,7 +1,7 @@
 """Rows laid out by a template of the user's, for whatever form no name is known.
 
 {columns}   Q: {question} A: {answer}                   the label's column is learned where it stands
-Jinja       Q: {{ question }} A: {% generation %}{{ answer }}{% endgeneration %}   what is marked is learned
+Jinja       Q: {{ question }} A: {% generation %}{{ answer }}{% endgeneration %}   the marked text is learned
 
 A template in which nothing is learned lays out a prompt, where a label follows it, and else a raw text. Jinja
 runs in a sandbox: a recipe that somebody else wrote reads the row, and nothing else.
@@ -48,7 +48,7 @@ class Laid:
 
     @property
     def prompt(self) -> str:
-        """What stands before the last stretch that is learned, or all of it."""
+        """The text before the last stretch that is learned, or all of it."""
         return self.text[: self.spans[-1][0]] if self.spans else self.text
 
     @property
@@ -64,7 +64,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: Any) -> Any:
-        """Keep the marks around what the block says."""
+        """Keep the marks around the block's text."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
@@ -158,7 +158,7 @@ class RowTemplate:
 
 
 def read_template(value: str) -> str:
-    """A template's own text, of what `data.template` says: the text, or a file of it.
+    """A template's own text, from `data.template`: the text, or a file of it.
 
     Raises:
         FileError: it names a file that cannot be read.

@@ -43,7 +43,7 @@ class PostTask(Task):
         """The task with what a recipe says of it.
 
         Raises:
-            ConfigError: it says what belongs to other tasks.
+            ConfigError: it has settings of other tasks.
         """
         post = recipe.post
         if post.loss is not None and post.loss not in self.losses:
@@ -82,7 +82,7 @@ def answer_tokens(
         prompt: a text, or messages.
         answer: of the same kind.
         tools: those that messages may call.
-        separator: what stands between two texts.
+        separator: text between two texts.
     """
     if isinstance(prompt, str) and isinstance(answer, str):
         pieces = completion_pieces(tokenizer, prompt, answer, separator if prompt else "")
@@ -106,7 +106,7 @@ def fitted(prompt: list[int], answers: list[list[int]], limit: int) -> tuple[lis
 def prompts_to_answer(
     rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str
 ) -> list[list[int]]:
-    """The tokens that a model answers, for each row: its prompt, whatever else it has."""
+    """The tokens that a model answers, for each row: its prompt, whatever its other columns."""
     data = replace(data, text=data.text or "prompt")
     parts = {name: getattr(data, name) for name in ("text_pair", "system", "tools")}
     data = replace(data, **{name: None for name, column in parts.items() if column not in rows.column_names})

@@ -111,7 +111,7 @@ class Grouped(PostTask, CausalLanguageModelling):
         return min(self.max_length, room)
 
     def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
-        """What the rows' form is."""
+        """The form of the rows."""
         others = [name for name in rows.column_names if name not in self.inputs(data)]
         given = f"; the rewards are given {', '.join(others)} too" if others else ""
         return [f"its rows are prompts ({' + '.join(self.inputs(data))}){given}"]

@@ -101,7 +101,7 @@ class Preference(PostTask, CausalLanguageModelling):
         return one[:shared], one[shared:] + chosen, other[shared:] + rejected
 
     def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
-        """What the rows' form is."""
+        """The form of the rows."""
         prompt = " + ".join(self.inputs(data)) or "what both begin with"
         if data.verdict is None:
             return [f"its rows are pairs of answers ({prompt} → {data.chosen} over {data.rejected})"]

@@ -93,7 +93,7 @@ class Reward(PostTask):
         separator: str,
         limit: int,
     ) -> tuple[list[int], int]:
-        """The tokens of a prompt and its answer, cut to a limit, and how many they were."""
+        """The tokens of a prompt and its answer, cut to a limit, and their number before."""
         before, after = answer_tokens(tokenizer, prompt, answer, tools, separator)
         cut, (kept,) = fitted(before, [after], limit)
         return cut + kept, len(before) + len(after)
@@ -120,7 +120,7 @@ class Reward(PostTask):
         ]
 
     def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
-        """What the rows' form is."""
+        """The form of the rows."""
         prompt = " + ".join(prompt_columns(data)) or "what both begin with"
         return [f"its rows are pairs of answers ({prompt} → {data.chosen} over {data.rejected})"]
 
