@@ -21,7 +21,7 @@ from lorica.pieces.plugins.added import MethodKind
 class BitFitConfig(MethodConfig):
     """Train the base's biases, those of its norms included, and freeze the rest.
 
-    What `LoraConfig(bias="all")` trains beside its updates.
+    The parameters that `LoraConfig(bias="all")` trains beside its updates.
 
     Source: Zaken et al., 2021; Hu et al., 2021, §5.1, "Bias-only or BitFit".
     """

@@ -1,4 +1,4 @@
-"""Where a transformer's blocks are, and what in a block is its attention and its MLP."""
+"""A transformer's blocks, and the attention and the MLP in a block."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def stacks(root: nn.Module) -> list[list[Place]]:
 
 
 def sublayers(block: Place) -> Sublayers:
-    """What in a block is its attention and its MLP; cross-attention only where there is one.
+    """The attention and the MLP of a block; cross-attention only where there is one.
 
     Raises:
         TargetError: lorica does not know such blocks.

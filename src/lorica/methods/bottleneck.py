@@ -34,7 +34,7 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tan
 
 
 class Projection(nn.Module):
-    """A linear map kept in float32, applied in the precision of what it is given."""
+    """A linear map kept in float32, applied in the precision of its input."""
 
     def __init__(self, weight: Parameter, bias: Parameter) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Projection(nn.Module):
 
 
 class Norm(nn.Module):
-    """A LayerNorm kept in float32, applied in the precision of what it is given."""
+    """A LayerNorm kept in float32, applied in the precision of its input."""
 
     def __init__(self, weight: Parameter, bias: Parameter) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Bottleneck(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is added to x."""
+        """The tensor that is added to x."""
         inside = x if self.norm is None else self.norm(x)
         return self.up(ACTIVATIONS[self.activation](self.down(inside)))
 
@@ -90,7 +90,7 @@ class Bottlenecked(AddedModule):
     own_modules = ("bottleneck",)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module returns, with the bottleneck's share added to its first tensor."""
+        """The module's outputs, with the bottleneck's share added to the first tensor."""
         output = super().forward(*args, **kwargs)
         part = self.acting_part(Bottleneck)
         if part is None:
@@ -122,7 +122,7 @@ class NormBottlenecked(AddedModule):
 
 @dataclass(frozen=True, kw_only=True)
 class _BottleneckConfig(MethodConfig):
-    """What the adapter layers share.
+    """The part that the adapter layers share.
 
     Args:
         bottleneck: r, the width of each.
@@ -145,7 +145,7 @@ class _BottleneckConfig(MethodConfig):
         self._expect("init_std", ok and 0 < self.init_std < float("inf"), "a positive number")
 
     def places(self, block: Place, index: int, blocks: int) -> list[tuple[Place, type[AddedModule]]]:
-        """The modules of a block behind which a bottleneck stands, and what they become.
+        """The modules of a block behind which a bottleneck stands, and their replacements.
 
         Args:
             block: the block.
@@ -245,7 +245,7 @@ class AdapterPConfig(_BottleneckConfig):
 class AdapterDConfig(AdapterPConfig):
     """AdapterDrop: `AdapterPConfig`, left out of the lowest blocks, in training and at inference alike.
 
-    What lies below the lowest adapter then needs no backward pass.
+    The layers below the lowest adapter then need no backward pass.
 
     Args:
         dropped: lowest blocks (of each stack) that get none.

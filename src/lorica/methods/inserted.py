@@ -108,7 +108,7 @@ class PrefixedModel(AddedModule):
             cls.forward = forward
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the model returns for the input's own positions."""
+        """The model's outputs for the input's own positions."""
         part = self.acting_part(Inserted)
         if part is None:
             return super().forward(*args, **kwargs)
@@ -192,7 +192,7 @@ class PrefixedModel(AddedModule):
         self._number(call, full, x.shape[1])
 
     def _number(self, call: dict[str, Any], mask: Tensor, last: int) -> None:
-        """Give the last columns their positions, counted over what is attended to."""
+        """Give the last columns their positions, counted over the attended ones."""
         if "position_ids" in inspect.signature(type(self).forward).parameters:
             counted = (mask.cumsum(1) - 1).clamp(min=0)
             call["position_ids"] = counted[:, -last:] + first_position(self)
@@ -221,7 +221,7 @@ class PrefixedBlock(AddedModule):
     own_modules = ("inserted",)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the block makes of them."""
+        """The block's outputs for them."""
         part, layout = self.acting_part(Inserted), self.adapter_state.layout
         if part is not None and layout is not None:
             if self.training and getattr(self, "gradient_checkpointing", False):

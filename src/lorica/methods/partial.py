@@ -48,7 +48,7 @@ class TopConfig(MethodConfig):
     Of an encoder-decoder, the decoder's last blocks.
 
     Args:
-        blocks: how many.
+        blocks: number of blocks.
 
     Raises:
         ConfigError: a value is out of range or of the wrong type.

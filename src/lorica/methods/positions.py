@@ -1,4 +1,4 @@
-"""Where virtual positions stand among the input's, and what room a model has for them."""
+"""The place of virtual positions among the input's, and a model's room for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorica.errors import AdapterError
 
 
 class Layout(NamedTuple):
-    """Where things stand in a running forward.
+    """The places of things in a running forward.
 
     Args:
         tokens: columns of the input's own positions (batch, tokens).
@@ -25,10 +25,10 @@ class Layout(NamedTuple):
 
 
 def lay_out(mask: Tensor, labels: Tensor | None, lengths: tuple[int, int], *, causal: bool) -> Layout:
-    """Where prefix and infix stand: the prompt ends before the first label, or with the row.
+    """The places of prefix and infix: the prompt ends before the first label, or with the row.
 
     Args:
-        mask: what is attended to (batch, tokens).
+        mask: attention mask (batch, tokens).
         labels: of each token, -100 in the prompt (batch, tokens); of another shape they say nothing of it.
         lengths: l_p and l_i.
         causal: whether a token's answer is read from the position before it.

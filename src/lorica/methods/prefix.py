@@ -35,7 +35,7 @@ from lorica.tree import whole as whole_of
 
 @dataclass(frozen=True, kw_only=True)
 class _PrefixConfig(MethodConfig):
-    """What the two share: how many positions."""
+    """Shared by the two: the number of positions."""
 
     family: ClassVar[Family] = "additive"
 

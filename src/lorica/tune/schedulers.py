@@ -158,7 +158,7 @@ def evaluations(recipe: Recipe) -> int | None:
 
 @dataclass(frozen=True)
 class Goal:
-    """What makes one trial better than another.
+    """The order of trials: which of two is better.
 
     Args:
         metric: name of a metric on the validation rows.
@@ -211,7 +211,7 @@ class TrialController:
         goal: Goal | None = None,
         on_change: Callable[[Record], None] = lambda record: None,
     ) -> None:
-        """Tell the scheduler what the journal holds, if the goal is known."""
+        """Tell the scheduler the journal's results, if the goal is known."""
         self.journal = journal
         self.scheduler = scheduler or RunAll()
         self.goal = goal

@@ -300,7 +300,7 @@ def longest(recipe: Recipe, space: Space) -> Recipe:
 
 
 def notes(recipe: Recipe, sampler: Sampler, config: SearchConfig) -> Iterator[str]:
-    """Lines on what may surprise a user in this configuration."""
+    """Lines about surprises of this configuration."""
     if math.inf > sampler.size > config.trials:
         yield f"the grid has {sampler.size} combinations; the first {config.trials} are tried (trials)"
     there = evaluations(recipe)

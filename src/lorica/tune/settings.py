@@ -25,7 +25,7 @@ SCHEDULERS = ("asha", "median", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How to search.
+    """Settings of a search.
 
     Args:
         trials: number of trials; fewer if the space has fewer.
@@ -96,7 +96,7 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RampConfig:
-    """How to look for a rank.
+    """Settings of a search for a rank.
 
     Args:
         start: first rank.

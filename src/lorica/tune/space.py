@@ -42,7 +42,7 @@ class Dimension:
     given: Any
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a recipe.
+        """Check the parts that can be checked without a recipe.
 
         Raises:
             ConfigError: an unknown kind, an empty choice, or unusable ends.

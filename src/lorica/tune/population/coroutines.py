@@ -50,7 +50,7 @@ class Coroutine(Generic[T]):
     Attributes:
         done: whether it has ended.
         result: what `work` returned.
-        error: what it raised instead.
+        error: the error that it raised instead.
     """
 
     def __init__(self, name: str, work: Callable[[Coroutine[T]], T]) -> None:

@@ -126,7 +126,7 @@ def joint_linear(segments: Sequence[Segment], weight: Tensor, bias: Tensor | Non
     """`lorica.functional.lora_linear` of each segment, the base's product taken once over all their rows.
 
     Args:
-        segments: what goes in, all of one dtype.
+        segments: the inputs, all of one dtype.
         weight: W0 (d_out, d_in), frozen.
         bias: (d_out,), frozen, or None.
 
@@ -141,7 +141,7 @@ def joint_linear(segments: Sequence[Segment], weight: Tensor, bias: Tensor | Non
 
 
 class _JointLinear(torch.autograd.Function):
-    """`joint_linear` by hand; what is kept is what each segment would keep by itself."""
+    """`joint_linear` by hand; it keeps the tensors that each segment would keep by itself."""
 
     @staticmethod
     def forward(

@@ -59,7 +59,7 @@ class Population:
         slots: trials at once. Each costs its adapter, gradients, optimizer and activations.
         scheduler: who leaves before the end. None lets all finish.
         goal: metric that the scheduler looks at. None takes the recipes' own.
-        values: trial and recipe → what to show of it in tables. None shows nothing.
+        values: trial and recipe → its columns in tables. None shows none.
         console: where to show progress. None makes one.
         on_end: called with a trial's record when it ends.
 
@@ -79,7 +79,7 @@ class Population:
         console: rich.console.Console | None = None,
         on_end: Callable[[Record], None] | None = None,
     ) -> None:
-        """Check what can be checked; nothing is loaded yet."""
+        """Check the settings; nothing is loaded yet."""
         if slots < 1:
             raise ConfigError(f"slots must be at least 1, not {slots}")
         if isinstance(recipes, Sequence):
@@ -140,7 +140,7 @@ class Population:
 
 
 class Controller(Protocol):
-    """What a runner reports to: a `TrialController`, or a proxy of one in another process."""
+    """The receiver of a runner's reports: a `TrialController`, or a proxy of one in another process."""
 
     def trial_created(self, name: str, recipe: Recipe, values: Mapping[str, object]) -> Record:
         """A trial exists; returns its record."""
@@ -203,7 +203,7 @@ class TrialRunner:
         slots: trials at once.
         base: rows and weights that are loaded already. None loads them.
         resume: continue from the newest checkpoints where there are some.
-        values: trial and recipe → what to show of it in tables.
+        values: trial and recipe → its columns in tables.
         note: says a line to the user.
         on_end: called with a trial's record when it ends.
     """
@@ -357,7 +357,7 @@ class Reporter(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """Count what trains."""
+        """Count the trained parameters."""
         self._parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def on_evaluate(

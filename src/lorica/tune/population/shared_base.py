@@ -42,7 +42,7 @@ _ARGUMENTS = (
 
 
 class SharedBase:
-    """What trials on one base share: rows, and weights.
+    """Shared by trials on one base: rows, and weights.
 
     Args:
         recipe: of one of the trials.
@@ -71,7 +71,7 @@ class SharedBase:
         return Prepared(recipe, read.task, read.tokenizer, model, read.splits, read.data)
 
     def packed(self) -> tuple[Any, ...]:
-        """What has been loaded, for `unpacked` in another process."""
+        """The loaded parts, for `unpacked` in another process."""
         # A task in a file of the user's has no module that could be imported there.
         rows = {length: read._replace(task=cast(Task, None)) for length, read in self._rows.items()}
         return self.key, rows, {seed: PackedModel.of(model) for seed, model in self._models.items()}
@@ -123,7 +123,7 @@ def shared_fields(name: str) -> bool:
 
 
 def base_of(recipe: Recipe) -> str:
-    """What recipes must agree in to share a base."""
+    """The settings that recipes must agree in to share a base."""
     return json.dumps([recipe.task, recipe.model, asdict(recipe.data), recipe.training.bf16], sort_keys=True)
 
 
