@@ -5,6 +5,7 @@ decoder   an engine for decoders, over transformers' continuous batching: `Decod
 encoder   an engine for models that read: classes, tags, numbers and vectors: `EncoderEngine`
 http      OpenAI's and vLLM's endpoints over an engine, and a page
 store     the store of adapters: listed, resident, mounted; leases, eviction, watched folders
+ray       replicas of one base on Ray Serve
 """
 
 from __future__ import annotations

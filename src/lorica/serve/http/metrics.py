@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from lorica.serve.engine import Entry, Stats
@@ -163,3 +164,34 @@ class _OfTheEngine(Collector):
         names = (",".join(sorted(used)) for used in (stats.running_adapters, stats.waiting_adapters))
         lora.add_metric([str(stats.slots), *names], time.time())
         yield lora
+
+
+def joined(parts: Sequence[tuple[str, bytes]]) -> bytes:
+    """What several servers tell, as one text; each figure has the label ``replica``.
+
+    Args:
+        parts: each server's name, and its text.
+    """
+    registry = CollectorRegistry()
+    registry.register(_OfSeveral(parts))
+    return generate_latest(registry)
+
+
+class _OfSeveral(Collector):
+    """Families of the same name from several servers, as one."""
+
+    def __init__(self, parts: Sequence[tuple[str, bytes]]) -> None:
+        self._parts = parts
+
+    def describe(self) -> list[Metric]:
+        """Nothing beforehand."""
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for replica, text in self._parts:
+            for family in text_string_to_metric_families(text.decode()):
+                own = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    own.add_sample(sample.name, {**sample.labels, "replica": replica}, sample.value)
+        return families.values()
