@@ -72,6 +72,7 @@ def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(tmp_path: Path
         assert found["another"].startswith("AdapterError")
     model = work.build(work.CASES["token rows"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "adapter"}
     parallel.load_checkpoint(model, optimizer, tmp_path / "2")
     saved = lorica.read(tmp_path / "adapter").named_tensors()
     assert all(torch.equal(saved[key], value) for key, value in lorica.extract(model).named_tensors().items())

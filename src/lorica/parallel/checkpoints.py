@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: what trains and its optimizer, each rank's part by itself (torch's DCP).
+"""Checkpoints to go on from: trained parameters and the optimizer, each rank's part by itself (torch's DCP).
 
 They hold nothing of the frozen base, and are read on any number of ranks, sharded or not.
 """
@@ -25,14 +25,14 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save_checkpoint(model: nn.Module, optimizer: Optimizer, directory: str | Path) -> Path:
-    """Write what trains of an adapted model, and its optimizer's state; every rank must call this.
+    """Write an adapted model's trained parameters and their optimizer's state; every rank must call this.
 
     Each rank writes its parts. A folder that was written before is replaced once the new one is whole.
     `lorica.save` writes the adapter for use; this is for going on.
 
     Args:
         model: adapted model, sharded, split or neither.
-        optimizer: over what trains.
+        optimizer: over the trained parameters.
         directory: a folder that all ranks reach.
 
     Returns:
@@ -44,7 +44,7 @@ def save_checkpoint(model: nn.Module, optimizer: Optimizer, directory: str | Pat
     _, state = adapted(model)
     state.check_unmerged("write a checkpoint")
     directory = Path(directory)
-    partial = directory.with_name(f"{directory.name}.partial")
+    partial, before = (directory.with_name(f"{directory.name}.{end}") for end in ("partial", "before"))
     first = not distributed.is_initialized() or distributed.get_rank() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
@@ -54,18 +54,21 @@ def save_checkpoint(model: nn.Module, optimizer: Optimizer, directory: str | Pat
         dcp.save(_state(model, optimizer), checkpoint_id=partial, no_dist=not distributed.is_initialized())
     _wait()
     if first:
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+        if directory.exists():
+            directory.rename(before)  # deleting takes long, and a run may be killed meanwhile
         partial.rename(directory)
+        shutil.rmtree(before, ignore_errors=True)
     _wait()
     return directory
 
 
 def load_checkpoint(model: nn.Module, optimizer: Optimizer, directory: str | Path) -> None:
-    """Go on from what `save_checkpoint` wrote, in place; every rank must call this.
+    """Go on from a checkpoint of `save_checkpoint`, in place; every rank must call this.
 
     Args:
         model: adapted model, made as the one that was saved; on how many ranks does not matter.
-        optimizer: of the same kind, over what trains.
+        optimizer: of the same kind, over the trained parameters.
         directory: the folder.
 
     Raises:
