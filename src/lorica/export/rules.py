@@ -23,6 +23,13 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank."""
 
 _MERGE = "lorica merge BASE {folder} -o MERGED, and serve that model"
+_PLAIN = (
+    "; or make it plain LoRA of a higher rank, and see how far off that is: lorica export {{folder}} "
+    "--to {to} --base BASE --rank 64 -o NEW"
+)
+_TARGETS = {"llamacpp": "gguf"}
+"""Server → the form that `lorica export` writes for it, where that has another name."""
+
 _FACTOR = re.compile(r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$")
 _HEAD = re.compile(r"(^|\.)(score|classifier)\.(weight|bias)$")
 _TABLE = re.compile(r"(embed_tokens|lm_head)\.base_layer\.weight$")
@@ -120,7 +127,8 @@ def _features(settings: Mapping[str, Any], shapes: Mapping[str, object], server:
     for name, brings in _FEATURES.items():
         if settings.get(name):
             effect = _SPECIAL.get((server, name), stops)
-            yield Finding(name, effect.format(brings), _MERGE)
+            plain = _PLAIN.format(to=_TARGETS.get(server, server)) if name == "use_dora" else ""
+            yield Finding(name, effect.format(brings), _MERGE + plain)
     if settings.get("bias", "none") != "none":
         yield Finding("bias", stops.format("biases of the base that were trained"), _MERGE)
     init = settings.get("init_lora_weights", True)
@@ -162,7 +170,7 @@ def _scales(settings: Mapping[str, Any], server: str) -> Iterator[Finding]:
         "sglang": ("use_rslora", "rank_pattern", "alpha_pattern"),
         "llamacpp": ("use_rslora", "alpha_pattern"),
     }
-    target = "gguf" if server == "llamacpp" else server
+    target = _TARGETS.get(server, server)
     for name in fields.get(server, ()):
         if settings.get(name):
             effect = "the server reads lora_alpha alone, so the update has another scale than in training"

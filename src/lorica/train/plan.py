@@ -14,11 +14,14 @@ from lorica.model import Preview, preview
 from lorica.study.planning import Plan, largest_batch, plan
 from lorica.train import presets, tasks
 from lorica.train.embedded import resolve_model
+from lorica.train.post.settings import FREE
 from lorica.train.prepared import read, with_head
 from lorica.train.recipe import Recipe
 from lorica.train.settings import DataConfig
 from lorica.train.tasks import Task
 from lorica.train.tasks.base import positions_of
+from lorica.train.tasks.post.answers import PostTask
+from lorica.train.tasks.post.grouped import Grouped, LeaveOneOut
 
 METHODS = ("lora", "full", "qlora")
 
@@ -66,7 +69,8 @@ def plan_recipe(
     chosen = method or _method(recipe)
     if method is not None and method_of(config) != "lora":
         config = with_head(recipe.method, task)
-    length = min(recipe.training.max_length, positions_of(settings) or recipe.training.max_length)
+    length = _length(recipe, task)
+    length = min(length, positions_of(settings) or length)
     options: dict[str, Any] = {
         "method": chosen,
         "length": length,
@@ -74,12 +78,47 @@ def plan_recipe(
         "optimizer": optimizer,
         "checkpointing": recipe.training.gradient_checkpointing,
     }
+    batch = recipe.training.batch_size
     if gigabytes is not None:
-        found = largest_batch(settings, gigabytes, config, **options)
-    else:
-        found = plan(settings, config, batch=recipe.training.batch_size, **options)
+        fits = largest_batch(settings, gigabytes, config, **options).batch
+        batch = fits // task.sequences
+        if not batch:
+            raise ConfigError(
+                f"not even one row fits into {gigabytes:g} GB: {task.name} reads {task.sequences} sequences "
+                f"of {length} tokens for each"
+            )
+    found = plan(settings, config, batch=batch * task.sequences, **options)
+    if isinstance(task, PostTask):
+        found = _of_post(found, task, recipe)
     named = method_of(config)
     return found if named in ("lora", "full") else dataclasses.replace(found, method=named)
+
+
+def _length(recipe: Recipe, task: Task) -> int:
+    """Tokens of a sequence: of answers that are written in training, those of the prompt and the answer."""
+    answer = recipe.post.max_new_tokens if isinstance(task, Grouped) else 0
+    return recipe.training.max_length + answer
+
+
+def _of_post(found: Plan, task: PostTask, recipe: Recipe) -> Plan:
+    """A plan with the reference's copy of what trains, and what post-training assumes."""
+    lines = []
+    if task.sequences > 1:
+        lines.append(f"each row is {task.sequences} sequences, one an answer: half as many rows a batch")
+    if isinstance(task, Grouped):
+        lines.append("each row of a batch is a prompt and an answer; the writing of answers is not counted")
+    held = 0
+    refers = recipe.post.loss not in FREE and not (isinstance(task, Grouped) and not _pulled(recipe))
+    if task.keeps_start and refers:
+        held = found.gradients  # of the same tensors, in the same dtypes
+        lines.append("the reference is a copy of what trains; its forward pass is not counted")
+    return dataclasses.replace(found, weights=found.weights + held, assumptions=(*found.assumptions, *lines))
+
+
+def _pulled(recipe: Recipe) -> bool:
+    """Whether reinforcement is measured against a reference; TRL's default is so for rloo alone."""
+    beta = recipe.post.beta
+    return beta > 0 if beta is not None else recipe.task == LeaveOneOut.name
 
 
 def _head(recipe: Recipe, task: Task) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def _encode(recipe: Recipe, rows: sources.Rows | None, console: Console | None) 
     source = recipe.data.preset or recipe.data.train
     with waiting(console, "looking at the rows" if rows is not None else f"reading {source}"):
         recipe, task, used, unlabelled = _read(recipe, rows)
+    task.ready()
     encoded, data = {}, {}
     notes: list[str] = []
     taken: dict[int, dict[str, Any]] = {}

@@ -38,9 +38,28 @@ TASKS = {
     "image-classification": "a class for an image",
     "causal-lm": "instructions, conversations, or raw text",
     "seq2seq-lm": "a text made of another, by an encoder and a decoder",
+    "preference": "to give the better of two answers (DPO, KTO and others; needs lorica[post])",
+    "reward": "a number for an answer, from pairs of a better and a worse one (needs lorica[post])",
+    "grpo": "answers that have more reward, of your own function or model (needs lorica[post])",
+    "rloo": "the same by another comparison of answers (needs lorica[post])",
 }
 
 _WRITES = ("causal-lm", "seq2seq-lm")
+_SAMPLES = ("grpo", "rloo")
+_ANSWERS = ("preference", "reward", *_SAMPLES)
+
+_POST: Mapping[str, tuple[str, ...]] = {
+    "preference": (
+        "  loss: sigmoid  # DPO; kto for answers that were judged alone; simpo and orpo need no reference",
+        "  beta: 0.1  # pull towards how the adapter began",
+    ),
+    "grpo": (
+        "  # rewards: [rewards.py:score]  # def score(prompts, completions, **columns): a number for each",
+        "  generations: 8  # answers to a prompt, compared with one another",
+        "  max_new_tokens: 64",
+    ),
+}
+"""Task → lines of a recipe's ``post``."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +153,8 @@ def run(argv: list[str]) -> int:
     Recipe.from_dict(yaml.safe_load(text), str(path))  # what is written can be trained
     write_atomically(path, text)
     print(f"wrote {path}")
-    hints.show(hints.command("data", path), hints.command("train", path))
+    reward = ("--reward", "rewards.py:score") if answers["task"] in _SAMPLES else ()
+    hints.show(hints.command("data", path), hints.command("train", path, *reward))
     return 0
 
 
@@ -215,6 +235,9 @@ def recipe_text(answers: Mapping[str, str], found: str | None, path: str) -> str
     task, method = answers["task"], answers["method"]
     rank, writes = SIZES[answers["size"]][1], task in _WRITES
     file = shlex.quote(path)
+    long = writes or task in _ANSWERS
+    batch, gathered = (16, 4) if task in _SAMPLES else (4, 4) if long else (16, 1)
+    post = _POST.get("grpo" if task in _SAMPLES else task, ())
     lines = [
         f"# lorica data {file}     what will be learned, as the model will see it",
         f"# lorica plan {file}     what that will cost",
@@ -231,7 +254,8 @@ def recipe_text(answers: Mapping[str, str], found: str | None, path: str) -> str
         "  # validation: dev.jsonl  # without it, and without a split of that name:",
         "  validation_fraction: 0.1  # a tenth of the training rows chooses the best checkpoint",
         "  # text: COLUMN  # columns, where their names are not the usual ones",
-        "  # label: COLUMN",
+        *(["  # chosen: COLUMN", "  # rejected: COLUMN"] if task in ("preference", "reward") else []),
+        *([] if task in ("reward", *_SAMPLES) else ["  # label: COLUMN"]),
         *(["  # template: 'Q: {question} A: {answer}'  # rows of any other form"] if writes else []),
         "",
         f"method:  # {method}: {METHODS[method][0]}",
@@ -244,13 +268,14 @@ def recipe_text(answers: Mapping[str, str], found: str | None, path: str) -> str
         "training:",
         "  # learning_rate: 2e-4  # chosen by the model's width where it is left out",
         "  # epochs: 3  # as many as few rows need, where it is left out",
-        f"  batch_size: {4 if writes else 16}",
-        f"  gradient_accumulation: {4 if writes else 1}  # batches a step",
-        f"  max_length: {512 if writes else 128}  # tokens; longer rows are cut, which is told",
+        f"  batch_size: {batch}{'  # answers; a multiple of generations' if task in _SAMPLES else ''}",
+        f"  gradient_accumulation: {gathered}  # batches a step",
+        f"  max_length: {512 if long else 128}  # tokens; longer rows are cut, which is told",
         *(["  # packing: true  # short rows share a sequence"] if task == "causal-lm" else []),
         "  seed: 0",
         *(["", "generation:", "  # metrics: [rouge]  # scores of what the model writes"] if writes else []),
         *(["  max_new_tokens: 64"] if writes else []),
+        *(["", "post:", *post] if post else []),
         "",
         f"output: {_scalar(f'runs/{Path(path).stem}')}  # the adapter, run.json, checkpoints",
     ]

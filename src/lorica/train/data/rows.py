@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -10,7 +11,7 @@ import io
 import itertools
 import json
 import tokenize
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -86,6 +87,19 @@ class RowError(FileError):
 
 class Unusable(ValueError):
     """The fault of a value, such as "has no label in column 'label'"; `read_each` adds the row."""
+
+
+@contextlib.contextmanager
+def of_column(name: str) -> Iterator[None]:
+    """Name the column in what is wrong with a value of it.
+
+    Raises:
+        Unusable: the block did.
+    """
+    try:
+        yield
+    except Unusable as problem:
+        raise Unusable(f"{problem} (column {name!r})") from problem
 
 
 def read_each(values: Iterable[Any], read: Callable[[Any], T], where: str) -> list[T]:

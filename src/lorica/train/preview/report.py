@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -19,11 +20,13 @@ from lorica.train import prepared
 from lorica.train.console import quiet, waiting
 from lorica.train.data.mapped import SAMPLE
 from lorica.train.data.splits import Rows
+from lorica.train.preview.answers import balance_of, learned_of, seen_answers
 from lorica.train.preview.seen import Seen, seen
 from lorica.train.recipe import Recipe
 from lorica.train.settings import DataConfig
 from lorica.train.tasks import Encoded, Task
 from lorica.train.tasks.packing import pack
+from lorica.train.tasks.post.answers import PostTask
 
 _IGNORED = -100
 
@@ -135,7 +138,8 @@ def preview(
         packed = pack(train, training.packed_length or training.max_length)
         told = prepared.packing(packed, training.batch_size, training.seed)
     features = train.features
-    shown = [seen(task, features[place], tokenizer, data) for place in range(min(first, len(features)))]
+    show = functools.partial(seen_answers if isinstance(task, PostTask) else seen, task)
+    shown = [show(features[place], tokenizer, data) for place in range(min(first, len(features)))]
     return DataReport(task.name, recipe.model, data, tuple(dict.fromkeys(notes)), splits, told, tuple(shown))
 
 
@@ -151,25 +155,32 @@ def _split(
 ) -> SplitReport:
     whole = _hashes(rows, [name for name in task.columns(data) if name in rows.column_names])
     duplicates = len(whole) - len(set(whole))
-    # Of rows that read the same, each that says something new.
-    contradictions = len(set(whole)) - len(set(read))
+    # Of rows that read the same, each that says something new. A prompt may well have several answers.
+    post = isinstance(task, PostTask)
+    contradictions = 0 if post else len(set(whole)) - len(set(read))
     lengths = {}
     if encoded.lengths:
         found = np.percentile(encoded.lengths, [0, 50, 95, 100])
         names = ("least", "median", "95 %", "most")
         lengths = {name: round(float(value)) for name, value in zip(names, found, strict=True)}
-    labels = encoded.features["labels"] if "labels" in encoded.features.column_names else []
+    features = encoded.features
+    labels = features["labels"] if "labels" in features.column_names else []
+    targets = 0
+    if post:
+        targets = learned_of(task, features)
+    elif task.writes:
+        targets = sum(label != _IGNORED for each in labels for label in each[1:])
     return SplitReport(
         rows=len(encoded),
         skipped=skipped,
         lengths=lengths,
         cut=encoded.truncated,
         longest_allowed=limit,
-        targets=sum(label != _IGNORED for each in labels for label in each[1:]) if task.writes else 0,
+        targets=targets,
         duplicates=duplicates,
         contradictions=contradictions,
         in_training=sum(each in before for each in read),
-        labels=_balance(labels, data.labels or []),
+        labels=balance_of(features) if post else _balance(labels, data.labels or []),
     )
 
 

@@ -63,7 +63,7 @@ def seen(task: Task, features: dict[str, Any], tokenizer: Any, data: DataConfig)
     labels = features.get("labels")
     if task.writes and isinstance(labels, list):
         if task.name == "seq2seq-lm" or len(labels) != len(ids):
-            read, written = Stretch(_text(tokenizer, ids), False), Stretch(_text(tokenizer, labels), True)
+            read, written = Stretch(text_of(tokenizer, ids), False), Stretch(text_of(tokenizer, labels), True)
             return Seen(len(ids), len(labels), (read, Stretch(" → ", False), written))
         mask = [place > 0 and label != _IGNORED for place, label in enumerate(labels)]
         return Seen(len(ids), sum(mask), _stretches(tokenizer, ids, mask))
@@ -78,15 +78,16 @@ def seen(task: Task, features: dict[str, Any], tokenizer: Any, data: DataConfig)
         mask = [label != _IGNORED for label in labels]
         classes = [data.labels[label] for label in labels if label != _IGNORED]
         return Seen(len(ids), sum(mask), _stretches(tokenizer, ids, mask), " ".join(classes))
-    return Seen(len(ids), 0, (Stretch(_text(tokenizer, ids), False),), _named(labels, data))
+    return Seen(len(ids), 0, (Stretch(text_of(tokenizer, ids), False),), _named(labels, data))
 
 
 def _stretches(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> tuple[Stretch, ...]:
     runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
-    return tuple(Stretch(_text(tokenizer, [token for token, _ in run]), learned) for learned, run in runs)
+    return tuple(Stretch(text_of(tokenizer, [token for token, _ in run]), learned) for learned, run in runs)
 
 
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What tokens say, special ones included."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 

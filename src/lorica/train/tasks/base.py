@@ -72,6 +72,7 @@ class Task(ABC):
         packs: whether it predicts the next token: training rows can then be packed, and texts may run on.
         reads_all: whether every column of a row is read, whatever its name.
         keeps_start: whether its loss compares the adapter with how it started.
+        sequences: sequences of a batch that the model reads for each of its rows.
         tagged: whether a ``.txt`` file of rows holds words and their classes, and not texts.
     """
 
@@ -87,6 +88,7 @@ class Task(ABC):
     packs: ClassVar[bool] = False
     reads_all: ClassVar[bool] = False
     keeps_start: ClassVar[bool] = False
+    sequences: ClassVar[int] = 1
     tagged: ClassVar[bool] = False
 
     @property
@@ -101,6 +103,14 @@ class Task(ABC):
             ConfigError: it says what the task cannot do.
         """
         return self
+
+    def ready(self) -> None:
+        """Check that there is all that training needs beyond rows and a model.
+
+        Raises:
+            ConfigError: something is missing.
+        """
+        return
 
     @abstractmethod
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:

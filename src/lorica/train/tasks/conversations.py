@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -28,7 +27,7 @@ from lorica.train.data.forms.messages import (
     as_tools,
     learned,
 )
-from lorica.train.data.rows import Unusable, parsed_cell, read_each
+from lorica.train.data.rows import Unusable, of_column, parsed_cell, read_each
 from lorica.train.settings import DataConfig
 
 Piece = tuple[list[int], bool]
@@ -59,14 +58,21 @@ def conversations_of(
     )
 
     def said(row: tuple[Any, Any, Any]) -> tuple[list[Message], Tools]:
-        messages = as_messages(row[0], row[1]) if data.label is None else _lifted(row[0], "user", row[1])
-        return messages, as_tools(row[2])
+        with of_column(str(data.text)):
+            messages = as_messages(row[0], row[1]) if data.label is None else _lifted(row[0], "user", row[1])
+        with of_column(str(data.tools)):
+            return messages, as_tools(row[2])
 
     found = read_each(zip(rows[str(data.text)], systems, tools, strict=True), said, where)
     if data.label is None or not labelled:
         return found
     needs_column(rows, data.label, where)
-    answers = read_each(rows[data.label], partial(_lifted, role=ASSISTANT), where)
+
+    def answer(value: Any) -> list[Message]:
+        with of_column(str(data.label)):
+            return _lifted(value, ASSISTANT)
+
+    answers = read_each(rows[data.label], answer, where)
     return [
         ([*({**message, LEARNED: 0} for message in messages), *answer], own)
         for (messages, own), answer in zip(found, answers, strict=True)

@@ -21,7 +21,7 @@ from lorica.errors import ConfigError, listing
 from lorica.train.data.columns import by_lower_case, needs_column
 from lorica.train.data.forms.known import CHATS, SECOND, SYSTEMS, TOOLS, holds_messages
 from lorica.train.data.forms.messages import ASSISTANT, Message, alike, as_messages, as_tools, is_messages
-from lorica.train.data.rows import Unusable, parsed_cell, read_each
+from lorica.train.data.rows import Unusable, of_column, parsed_cell, read_each
 from lorica.train.settings import DataConfig
 
 Said = str | list[Message]
@@ -163,7 +163,7 @@ def pairs_of(rows: Dataset, data: DataConfig, where: str) -> list[Pair]:
         prompt = None if data.text is None else _prompt(text, second, data)
         found = _apart(prompt, chosen, rejected)
         _check_answers(found.chosen, found.rejected)
-        return found._replace(prompt=_after_system(found.prompt, system), tools=as_tools(tools))
+        return found._replace(prompt=_after_system(found.prompt, system), tools=_tools(tools, data))
 
     return read_each(_cells(rows, needed, where), read, where)
 
@@ -183,7 +183,7 @@ def judged_of(rows: Dataset, data: DataConfig, where: str) -> list[Judged]:
             prompt, said = _alike(prompt, _said(answer, data.label))
         _check_answers(said)
         found = _after_system(prompt, system)
-        return Judged(found, said, _verdict(verdict, str(data.verdict)), as_tools(tools))
+        return Judged(found, said, _verdict(verdict, str(data.verdict)), _tools(tools, data))
 
     return read_each(_cells(rows, needed, where), read, where)
 
@@ -198,7 +198,7 @@ def asked_of(rows: Dataset, data: DataConfig, where: str) -> list[Asked]:
             prompt = prompt[:-1] if prompt[-1]["role"] == ASSISTANT else prompt
         if not prompt:
             raise Unusable(f"has nothing to answer in column {data.text!r}")
-        return Asked(_after_system(prompt, system), as_tools(tools))
+        return Asked(_after_system(prompt, system), _tools(tools, data))
 
     return read_each(_cells(rows, (data.text, data.text_pair, data.system, data.tools), where), read, where)
 
@@ -242,11 +242,17 @@ def _said(value: Any, column: str) -> Said:
     if isinstance(parsed, Mapping) and is_messages(parsed):
         parsed = [parsed]
     if isinstance(parsed, list) and is_messages(parsed):
-        return as_messages(parsed)
+        with of_column(column):
+            return as_messages(parsed)
     if isinstance(value, str):
         return value
     got = "nothing" if value is None else f"{value!r:.60}"
     raise Unusable(f"has {got} in column {column!r}, where a text or messages are due")
+
+
+def _tools(value: Any, data: DataConfig) -> list[dict[str, Any]] | None:
+    with of_column(str(data.tools)):
+        return as_tools(value)
 
 
 def _prompt(value: Any, second: Any, data: DataConfig) -> Said:
@@ -313,7 +319,9 @@ def _check_answers(*answers: Said) -> None:
 
 
 def _verdict(value: Any, column: str) -> bool:
-    plain = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip().lower()
+    plain = str(value).strip().lower()
+    if plain.endswith(".0"):  # a number with a point, as tables write them
+        plain = plain[:-2]
     if plain not in _WANTED:
         got = "nothing" if value is None else f"{value!r:.60}"
         raise Unusable(f"has {got} in column {column!r}, where true or false is due")

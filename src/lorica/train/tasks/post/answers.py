@@ -17,6 +17,7 @@ from lorica.config.inits import FROM_DATA
 from lorica.errors import ConfigError
 from lorica.train.data.forms import Said, asked_of
 from lorica.train.data.forms.messages import LEARNED, Message
+from lorica.train.data.rows import Unusable, read_each
 from lorica.train.post.settings import PostConfig
 from lorica.train.settings import DataConfig
 from lorica.train.tasks.base import Task
@@ -83,13 +84,18 @@ def answer_tokens(
         answer: of the same kind.
         tools: those that messages may call.
         separator: text between two texts.
+
+    Raises:
+        Unusable: nothing of the answer is learned, or the chat template refuses the messages.
     """
     if isinstance(prompt, str) and isinstance(answer, str):
         pieces = completion_pieces(tokenizer, prompt, answer, separator if prompt else "")
     else:
         said: list[Any] = [*({**cast(Message, message), LEARNED: 0} for message in prompt), *answer]
         pieces = conversation_pieces(tokenizer, said, tools)
-    first = next(place for place, (_, target) in enumerate(pieces) if target)
+    first = next((place for place, (_, target) in enumerate(pieces) if target), None)
+    if first is None:
+        raise Unusable("has an answer of which the chat template shows nothing")
     before, after = ([token for ids, _ in part for token in ids] for part in (pieces[:first], pieces[first:]))
     return before, after
 
@@ -110,10 +116,11 @@ def prompts_to_answer(
     data = replace(data, text=data.text or "prompt")
     parts = {name: getattr(data, name) for name in ("text_pair", "system", "tools")}
     data = replace(data, **{name: None for name, column in parts.items() if column not in rows.column_names})
-    return [
-        question_tokens(tokenizer, asked.prompt, asked.tools, data.separator)
-        for asked in asked_of(rows, data, where)
-    ]
+    return read_each(
+        asked_of(rows, data, where),
+        lambda asked: question_tokens(tokenizer, asked.prompt, asked.tools, data.separator),
+        where,
+    )
 
 
 def question_tokens(

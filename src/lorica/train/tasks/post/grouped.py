@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorica.errors import ConfigError
 from lorica.train.data.forms import asked_of, find_asked
+from lorica.train.data.rows import read_each
 from lorica.train.data.splits import Splits
 from lorica.train.post.settings import GROUPED
 from lorica.train.settings import DataConfig
@@ -37,14 +38,9 @@ class Grouped(PostTask, CausalLanguageModelling):
         """The task with what a recipe says of it.
 
         Raises:
-            ConfigError: it names no reward, or a batch that does not hold whole groups of answers.
+            ConfigError: it names a batch that does not hold whole groups of answers.
         """
         post, training = recipe.post, recipe.training
-        if not post.rewards:
-            raise ConfigError(
-                f"{self.name} needs a reward: --reward path/to/file.py:function, which takes prompts and "
-                "completions and returns a number for each; or the folder of a run of the task reward"
-            )
         answers = training.batch_size * training.gradient_accumulation
         if answers % post.generations:
             raise ConfigError(
@@ -56,6 +52,18 @@ class Grouped(PostTask, CausalLanguageModelling):
         result = super().settled(recipe)
         result.separator, result.max_length = recipe.data.separator, training.max_length
         return result
+
+    def ready(self) -> None:
+        """Check that there is a reward; rows can be looked at without one.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if not self.post.rewards:
+            raise ConfigError(
+                f"{self.name} needs a reward: --reward path/to/file.py:function, which takes prompts and "
+                "completions and returns a number for each; or the folder of a run of the task reward"
+            )
 
     @property
     def copies(self) -> int:
@@ -89,7 +97,8 @@ class Grouped(PostTask, CausalLanguageModelling):
         if "length" in rows.column_names:
             raise ConfigError(f"{where} have a column 'length', which is the trainer's own; rename it")
         asked = [each.prompt for each in asked_of(rows, data, where)]
-        lengths = [len(question_tokens(tokenizer, prompt, None, data.separator)) for prompt in asked]
+        laid = read_each(asked, lambda said: question_tokens(tokenizer, said, None, data.separator), where)
+        lengths = [len(ids) for ids in laid]
         parts = [name for name in self.inputs(data) if name in rows.column_names]
         others = {name: rows[name][:] for name in rows.column_names if name not in parts and name != PROMPT}
         features = {PROMPT: asked, **others, "length": [min(length, limit) for length in lengths]}

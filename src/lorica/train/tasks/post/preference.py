@@ -9,8 +9,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lorica.errors import ConfigError
-from lorica.train.data.forms import find_judged, find_pairs, judged_of, pairs_of
+from lorica.train.data.forms import Judged, Pair, find_judged, find_pairs, judged_of, pairs_of
 from lorica.train.data.forms.messages import alike
+from lorica.train.data.rows import read_each
 from lorica.train.data.splits import Splits
 from lorica.train.post.settings import FREE, JUDGED, PAIRED
 from lorica.train.settings import DataConfig
@@ -32,6 +33,7 @@ class Preference(PostTask, CausalLanguageModelling):
     losses = (*PAIRED, *JUDGED, *FREE)
     keeps_start = True
     packs = False
+    sequences = 2  # the two answers; of judged answers, another's, from which KTO estimates the KL
 
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
         """Find the columns."""
@@ -71,16 +73,20 @@ class Preference(PostTask, CausalLanguageModelling):
         """
         limit = min(max_length, tokenizer.model_max_length)
         if data.verdict is not None:
-            judged = judged_of(rows, data, where)
-            found = [
-                (*answer_tokens(tokenizer, each.prompt, each.answer, each.tools, data.separator), each.wanted)
-                for each in judged
-            ]
-            return _judged(found, limit, len(rows))
-        pairs = [self._pair(tokenizer, pair, data.separator) for pair in pairs_of(rows, data, where)]
+
+            def judged(each: Judged) -> tuple[list[int], list[int], bool]:
+                said = answer_tokens(tokenizer, each.prompt, each.answer, each.tools, data.separator)
+                return *said, each.wanted
+
+            return _judged(read_each(judged_of(rows, data, where), judged, where), limit, len(rows))
+
+        def apart(pair: Pair) -> tuple[list[int], list[int], list[int]]:
+            return self._pair(tokenizer, pair, data.separator)
+
+        pairs = read_each(pairs_of(rows, data, where), apart, where)
         if self.post.loss in JUDGED:
-            apart = [(pair[0], answer, i == 0) for pair in pairs for i, answer in enumerate(pair[1:])]
-            return _judged(apart, limit, len(rows))
+            each = [(pair[0], answer, i == 0) for pair in pairs for i, answer in enumerate(pair[1:])]
+            return _judged(each, limit, len(rows))
         lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
         cut = [fitted(prompt, answers, limit) for prompt, *answers in pairs]
         columns = {
@@ -92,7 +98,7 @@ class Preference(PostTask, CausalLanguageModelling):
         return _encoded(columns, lengths, limit, len(rows))
 
     @staticmethod
-    def _pair(tokenizer: Any, pair: Any, separator: str) -> tuple[list[int], list[int], list[int]]:
+    def _pair(tokenizer: Any, pair: Pair, separator: str) -> tuple[list[int], list[int], list[int]]:
         (one, chosen), (other, rejected) = (
             answer_tokens(tokenizer, pair.prompt, answer, pair.tools, separator)
             for answer in (pair.chosen, pair.rejected)

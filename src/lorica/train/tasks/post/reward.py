@@ -11,7 +11,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError
 from lorica.train.data.columns import needs_column
-from lorica.train.data.forms import Said, find_pairs, holds_messages, pairs_of
+from lorica.train.data.forms import Pair, Said, find_pairs, holds_messages, pairs_of
 from lorica.train.data.rows import read_each
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
@@ -38,6 +38,7 @@ class Reward(PostTask):
     task_type = "SEQ_CLS"
     auto_class = "AutoModelForSequenceClassification"
     best_metric = "accuracy"
+    sequences = 2
 
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
         """Find the columns."""
@@ -64,21 +65,22 @@ class Reward(PostTask):
         limit = min(max_length, tokenizer.model_max_length)
         if not labelled:
             answers = self._given(rows, data, where)
-            whole = [self.layout(tokenizer, *answer, data.separator, limit) for answer in answers]
+            whole = read_each(
+                answers, lambda answer: self.layout(tokenizer, *answer, data.separator, limit), where
+            )
             columns = {"input_ids": [ids for ids, _ in whole]}
             columns["attention_mask"] = [[1] * len(ids) for ids, _ in whole]
             lengths = [length for _, length in whole]
         else:
-            pairs = pairs_of(rows, data, where)
-            chosen, rejected = (
-                [
-                    self.layout(
-                        tokenizer, pair.prompt, getattr(pair, side), pair.tools, data.separator, limit
-                    )
-                    for pair in pairs
+
+            def both(pair: Pair) -> list[tuple[list[int], int]]:
+                return [
+                    self.layout(tokenizer, pair.prompt, answer, pair.tools, data.separator, limit)
+                    for answer in (pair.chosen, pair.rejected)
                 ]
-                for side in ("chosen", "rejected")
-            )
+
+            read = read_each(pairs_of(rows, data, where), both, where)
+            chosen, rejected = ([row[side] for row in read] for side in (0, 1))
             columns = {"chosen_ids": [ids for ids, _ in chosen], "rejected_ids": [ids for ids, _ in rejected]}
             lengths = [max(one, other) for (_, one), (_, other) in zip(chosen, rejected, strict=True)]
         features = Dataset.from_dict({**columns, "length": [min(length, limit) for length in lengths]})
