@@ -64,10 +64,12 @@ class Reward(PostTask):
         """Tokenize prompt and answer as one text; one too long loses the start of its prompt first."""
         limit = min(max_length, tokenizer.model_max_length)
         if not labelled:
-            answers = self._given(rows, data, where)
-            whole = read_each(
-                answers, lambda answer: self.layout(tokenizer, *answer, data.separator, limit), where
-            )
+
+            def one(given: tuple[Said, Said, Tools]) -> tuple[list[int], int]:
+                prompt, answer, tools = given
+                return self.layout(tokenizer, prompt, answer, tools, data.separator, limit)
+
+            whole = read_each(self._given(rows, data, where), one, where)
             columns = {"input_ids": [ids for ids, _ in whole]}
             columns["attention_mask"] = [[1] * len(ids) for ids, _ in whole]
             lengths = [length for _, length in whole]
