@@ -95,13 +95,18 @@ def low_rank(
     return F.linear(F.linear(dropout(x, p), A.to(x.dtype)), B.to(x.dtype)).mul(scale)
 
 
+def needs_evening(scale: float) -> bool:
+    """Whether half precision has no room for a scale."""
+    return scale != 0 and not _EVEN < abs(scale) < 1 / _EVEN
+
+
 def evened(A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:
     """The factors with a scale that half precision has no room for divided between them; others as they are.
 
     What goes through the products, or comes back through them, is multiplied by the scale last: by one beyond
     65,504 a gradient overflows in float16, by one below 1/65,504 it vanishes.
     """
-    if _EVEN < abs(scale) < 1 / _EVEN or not scale:
+    if not needs_evening(scale):
         return A, B, scale
     root = math.sqrt(abs(scale))
     return A * root, B * math.copysign(root, scale), 1.0

@@ -83,7 +83,7 @@ class AdapterState(Choices):
         self.configs[name], self.pieces[name] = config, pieces
         for piece in pieces:
             piece.put(root, self, name, trainable=trainable)
-        self._placing.pop(name, None)
+        self.found.clear()
         self.shown.clear()  # it may be on layers that no call was shown
 
     def add(self, root: nn.Module, name: str, piece: Piece, *, trainable: bool) -> None:
@@ -91,13 +91,13 @@ class AdapterState(Choices):
         kept = [own for own in self.pieces[name] if type(own) is not type(piece) or own.path != piece.path]
         self.pieces[name] = [*kept, piece]
         piece.put(root, self, name, trainable=trainable)
-        self._placing.pop(name, None)
+        self.found.clear()
 
     def off(self, root: nn.Module, name: str) -> None:
         """Take an adapter off the model; it must not be acting."""
         for piece in reversed(self.pieces.pop(name)):
             piece.off(root, name)
-        self._placing.pop(name, None)
+        self.found.clear()
         if self.classes is not None:
             self.classes.own.pop(name, None)
         del self.configs[name]
@@ -105,7 +105,7 @@ class AdapterState(Choices):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._placing: dict[str, list[Piece]] = {}
+        self.found: dict[Any, list[Any]] = {}  # about adapters and layers, until an adapter comes or goes
 
     def pieces_in(self, root: nn.Module, name: str) -> list[Piece]:
         """The adapter's pieces that are still in the model, with their present paths."""
@@ -117,9 +117,9 @@ class AdapterState(Choices):
 
     def placing(self, name: str) -> list[Piece]:
         """The adapter's pieces that replace something of the base, or exclude other adapters' pieces."""
-        found = self._placing.get(name)
+        found = self.found.get(name)
         if found is None:  # kept: most adapters have a hundred pieces, and none of these
-            found = self._placing[name] = [piece for piece in self.pieces.get(name, ()) if piece.places]
+            found = self.found[name] = [piece for piece in self.pieces.get(name, ()) if piece.places]
         return found
 
     def known(self, name: str) -> str:

@@ -12,13 +12,20 @@ from torch.nn import functional as F
 
 from lorica import functional
 from lorica.layers.base import LoraLayer
+from lorica.layers.rows import Blocks, Rows, Stack
 from lorica.layers.variants import BIASED, DORA, PLAIN
 
 
 class LoraLinear(LoraLayer):
     """A linear layer: ``W0·x + b + Σ scale·B·A·dropout(x)``."""
 
+    own_attributes = (*LoraLayer.own_attributes, "blocks")
     bias: Tensor | None
+    blocks: Blocks
+
+    def prepare(self) -> None:  # noqa: D102
+        super().prepare()
+        self.__dict__["blocks"] = Blocks()
 
     def _base(self) -> tuple[Tensor, Tensor | None]:
         """W0 as (d_out, d_in), and the bias."""
@@ -61,6 +68,10 @@ class LoraLinear(LoraLayer):
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         return F.linear(x, self.as_matrix(weight))
 
+    def remove_factors(self, name: str) -> None:  # noqa: D102
+        super().remove_factors(name)
+        self.blocks.drop(name)
+
     def is_more_than_factors(self) -> bool:
         """Whether an adapter does more than add its product."""
         return any(variant is not PLAIN for variant in self.variants.values())
@@ -68,15 +79,30 @@ class LoraLinear(LoraLayer):
     def update(self, name: str, x: Tensor) -> Tensor:  # noqa: D102
         return functional.low_rank(x, *self.update_of(name))
 
-    def _stack(self, dtype: torch.dtype, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The adapters' A (adapters, r, d_in) and scaled B (adapters, r, d_out), zeros up to one rank."""
+    def _stack(self, dtype: torch.dtype, names: Sequence[str], mixture: Rows) -> list[Stack]:
+        """The adapters' A (adapters, r, d_in) and B (adapters, d_out, r), in `dtype`, with their scales."""
+        taken, scaling = None, self.scaling
+        if not functional.traced() and not any(map(functional.needs_evening, {*map(scaling.get, names)})):  # type: ignore[arg-type]
+            As, Bs = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules  # type: ignore[union-attr]
+            taken = self.blocks.take(As, Bs, names, mixture)
+        if taken is None:
+            return [self._stacked_anew(dtype, names)]
+        stacks = []
+        for own, A, B in taken:
+            scales = [scaling[name] for name in own]
+            same = scales.count(scales[0]) == len(scales)
+            scale = scales[0] if same else torch.tensor(scales, dtype=dtype).view(-1, 1, 1)
+            stacks.append(Stack(own, A.to(dtype), B.to(dtype), scale))
+        return stacks
+
+    def _stacked_anew(self, dtype: torch.dtype, names: Sequence[str]) -> Stack:
+        """The same of factors that stay where they are, filled up with zeros to one rank."""
         As, Bs, scales, _ = zip(*(self.update_of(name) for name in names), strict=True)
         r = max(A.shape[0] for A in As)
         A = torch.stack([A if A.shape[0] == r else F.pad(A, (0, 0, 0, r - A.shape[0])) for A in As])
-        B = torch.stack([B if B.shape[1] == r else F.pad(B, (0, r - B.shape[1])) for B in Bs]).mT
-        scaled = B.new_empty(B.shape, dtype=dtype)
-        torch.mul(B, B.new_tensor(scales).view(-1, 1, 1), out=scaled)
-        return A.to(dtype), scaled
+        B = torch.stack([B if B.shape[1] == r else F.pad(B, (0, r - B.shape[1])) for B in Bs])
+        scale = torch.tensor(scales, dtype=dtype, device=A.device).view(-1, 1, 1)
+        return Stack(names, A.to(dtype), B.to(dtype), scale)
 
 
 class LoraConv1D(LoraLinear):

@@ -10,11 +10,10 @@ from torch import nn
 from lorica.config import method_of
 from lorica.errors import AdapterError, StateError, listing
 from lorica.layers import LoraLayer, SavedModule, read_by
-from lorica.layers.axes import Axes
-from lorica.layers.rows import Rows
+from lorica.layers.rows import Axes, Rows
 from lorica.model.activate import active
 from lorica.model.watch.alone import watch_calls
-from lorica.state import adapted
+from lorica.state import AdapterState, adapted
 from lorica.tree import walk
 
 
@@ -22,9 +21,14 @@ class mixed:
     """Let each row of the batch have an adapter of its own, or none; the base runs once on all of them.
 
     The adapters that were active act on no row but those that name them. Takes effect at once; as a context
-    manager, undone on exit. Holds inside `generate` too, with beams. In inference the adapters' factors are
-    stacked once for each call of `mixed`, and anew after a pass under gradients, in which every row trains
-    its own adapter; factors changed in another way need another call.
+    manager, undone on exit. Holds inside `generate` too, with beams. Under gradients every row trains its own
+    adapter.
+
+    On a CPU the first mixture that names an adapter moves the factors of its linear layers to lie beside the
+    others' (`lorica.layers.rows.blocks`); from then on a mixture costs next to nothing to make. Elsewhere,
+    where a factor's memory is also something else's, and where factors have a higher precision than the base,
+    they are stacked for each call of `mixed`, and anew after a pass under gradients; changed in another way
+    meanwhile, they need another call.
 
     The first axis of a layer's input must be the batch, or its tokens, one row after the other. To know it,
     the model is shown the first row alone before its first mixed call, without a trace. A layer of which this
@@ -62,22 +66,18 @@ class mixed:
                     f"{name!r} brings parameters in place of the base's ({listing(own, limit=3)}), which "
                     "cannot differ by row. If that is its start, lorica.extract it, and attach that instead"
                 )
-        for path, module, parent in walk(root):
-            own: Container[str] = ()
-            if isinstance(module, LoraLayer) and not module.rows_differ:
-                own = module.scaling
-            elif isinstance(module, SavedModule) and read_by(parent, module):
-                own = module.modules_to_save
-            routed = isinstance(module, LoraLayer) and is_expert(path) and len(set(rows.names)) > 1
-            if routed and not own and any(name in module.scaling for name in used):  # type: ignore[union-attr]
-                raise StateError(
-                    f"{path} is an expert, which sees some of the tokens; adapters on it cannot be mixed in "
-                    "a batch"
-                )
-            if any(name in own for name in used):
+        for path, own, expert in _shared_by_rows(root, state):
+            if not any(name in own for name in used):
+                continue
+            if not expert:
                 raise StateError(
                     f"{path} is read past its layer, as one weight for all rows; "
                     "adapters on it cannot be mixed in a batch"
+                )
+            if len(rows.distinct) > 1:
+                raise StateError(
+                    f"{path} is an expert, which sees some of the tokens; adapters on it cannot be mixed in "
+                    "a batch"
                 )
         # An active adapter's stand-ins and fused updates act on every row alike.
         watch_calls(root, state)
@@ -90,6 +90,20 @@ class mixed:
     def __exit__(self, *error: object) -> None:
         """Go back to what held before."""
         self._choice.__exit__(*error)
+
+
+def _shared_by_rows(root: nn.Module, state: AdapterState) -> list[tuple[str, Container[str], bool]]:
+    """The layers that compute all rows alike: path, the adapters on it, and whether it is an expert."""
+    found = state.found.get(_shared_by_rows)
+    if found is None:
+        found = state.found[_shared_by_rows] = []
+        for path, module, parent in walk(root):
+            if isinstance(module, LoraLayer):
+                if not module.rows_differ or is_expert(path):
+                    found.append((path, module.scaling, module.rows_differ))
+            elif isinstance(module, SavedModule) and read_by(parent, module):
+                found.append((path, module.modules_to_save, False))
+    return found
 
 
 def is_expert(path: str) -> bool:

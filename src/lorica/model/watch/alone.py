@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.layers import LoraLayer, SavedModule, TrainedTokens
-from lorica.layers.axes import Witness
-from lorica.layers.rows import Rows
+from lorica.layers.rows import Rows, Witness
 from lorica.model.watch.watching import as_it_was
 from lorica.state import AdapterState
 from lorica.tree import walk

@@ -1,0 +1,229 @@
+"""One adapter for each row of a batch, while the base runs once on all of them.
+
+rows      topics  –  sentiment  topics            gather rows by adapter
+             │    │      │        │               two batched products over the adapters' stacked factors
+base(x)  ────┴────┴──────┴────────┘               add back where the rows stood
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorica.layers.rows.axes import Axes
+
+Effect = Callable[[str, Tensor, Tensor], Tensor]
+"""(Adapter's name, rows of input, the base's rows of output) → what the adapter adds to the output."""
+
+
+class Segments(NamedTuple):
+    """Rows of a batch in the order of their adapters.
+
+    Args:
+        names: the adapters that have rows.
+        counts: number of rows per adapter.
+        order: indices of those rows in the batch, adapter by adapter; None for every row in its own order.
+    """
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    order: Tensor | None
+
+
+class Stack(NamedTuple):
+    """Factors of some adapters, of one rank or filled up to it with zeros.
+
+    Args:
+        names: the adapters.
+        A: (adapters, r, d_in).
+        B: (adapters, d_out, r).
+        scale: of their products; a tensor (adapters, 1, 1) where they differ.
+    """
+
+    names: Sequence[str]
+    A: Tensor
+    B: Tensor
+    scale: float | Tensor
+
+
+Stacking = Callable[[Sequence[str], "Rows"], Iterable[Stack]]
+"""(Adapters' names, the mixture that asks) → their stacked factors."""
+
+
+class Layout(NamedTuple):
+    """Where the rows of a stack's adapters are.
+
+    Args:
+        order: indices of the rows, adapter by adapter; None for every row in its own order.
+        gather: the same, repeated so that every adapter has as many; None for every row in its own order.
+        keep: positions in `gather` without the repeats; None without repeats.
+    """
+
+    order: Tensor | None
+    gather: Tensor | None
+    keep: Tensor | None
+
+
+@dataclass(eq=False)
+class Rows:
+    """The adapter of each row of a batch.
+
+    Args:
+        names: the adapter's name per row; None for the base.
+        axes: whether the first axis of each layer's input is the batch.
+
+    Attributes:
+        distinct: the names, each once.
+        kept: memory that must live as long.
+    """
+
+    names: tuple[str | None, ...]
+    axes: Axes = field(default_factory=Axes, repr=False)
+
+    def __post_init__(self) -> None:
+        self.distinct = tuple(dict.fromkeys(self.names))
+        self._plans: dict[Hashable, list[tuple[Stack, Layout]]] = {}
+        self._layouts: dict[Hashable, Layout] = {}
+        self._indices: dict[Hashable, dict[str, list[int]]] = {}
+        self._answers: dict[Hashable, bool] = {}
+        self.kept: list[Tensor] = []
+
+    def segments(self, layer: Hashable, x: Tensor, present: Collection[str]) -> Segments:
+        """The rows of `x` whose adapter is among `present`.
+
+        A layer may see every row several times in succession (beams, tokens folded into the batch).
+
+        Raises:
+            AdapterError: the first axis of `x` is not the batch, or its length does not fit the names.
+        """
+        rows = self._rows(layer, x, present)
+        order = _layout(rows, tuple(rows), x, even=False).order
+        return Segments(tuple(rows), tuple(map(len, rows.values())), order)
+
+    def _rows(self, layer: Hashable, x: Tensor, present: Collection[str]) -> Mapping[str, list[int]]:
+        """Adapter → indices of its rows of `x`, for those among `present`."""
+        acting = tuple(name for name in self.distinct if name is not None and name in present)
+        if len(self.distinct) == 1:  # the meaning of the axes does not matter
+            return {name: list(range(x.shape[0])) for name in acting}
+        times = self.axes.times(layer, x, len(self.names))
+        key = times, acting
+        if key not in self._indices:
+            rows: dict[str, list[int]] = {name: [] for name in acting}
+            for i, name in enumerate(self.names):
+                if name in rows:
+                    rows[name] += range(i * times, (i + 1) * times)
+            self._indices[key] = rows
+        return self._indices[key]
+
+    def add(self, layer: Hashable, y: Tensor, x: Tensor, present: Collection[str], effect: Effect) -> Tensor:
+        """Add each row's adapter's update to its output; differentiable.
+
+        Args:
+            layer: the layer, or a key for it.
+            y: the base's output, rows first.
+            x: the layer's input, rows first.
+            present: adapters that have an update for this layer.
+            effect: computes one adapter's update.
+        """
+        names, counts, order = self.segments(layer, x, present)
+        if not names:
+            return y
+        parts = ((t if order is None else t.index_select(0, order)).split(counts) for t in (x, y))
+        delta = torch.cat([effect(*segment) for segment in zip(names, *parts, strict=True)])
+        return y + delta if order is None else y.index_add(0, order, delta)
+
+    def add_stacked_(
+        self, y: Tensor, x: Tensor, layer: Hashable, present: Collection[str], stacking: Stacking
+    ) -> Tensor:
+        """As `add`, but in place and by two batched products for any number of adapters; for inference.
+
+        Args:
+            y: the base's output (rows, ..., d_out), contiguous; written to.
+            x: the layer's input (rows, ..., d_in).
+            layer: the key of this layer's factors, stacked once per layer, number of rows and dtype.
+            present: adapters that have an update for this layer.
+            stacking: stacks their factors.
+        """
+        key = (layer, x.dim(), x.shape[0], y.dtype)
+        if key not in self._plans:
+            self._plans[key] = self._plan(layer, x, present, stacking)
+        for stack, layout in self._plans[key]:
+            _add_(y, x, stack, layout)
+        return y
+
+    def _plan(
+        self, layer: Hashable, x: Tensor, present: Collection[str], stacking: Stacking
+    ) -> list[tuple[Stack, Layout]]:
+        rows = self._rows(layer, x, present)
+        plan = []
+        for stack in stacking(tuple(rows), self) if rows else ():
+            names = tuple(stack.names)
+            key = names, x.shape[0], x.device
+            if key not in self._layouts:
+                self._layouts[key] = _layout(rows, names, x, even=True)
+            plan.append((stack, self._layouts[key]))
+        return plan
+
+    def forget(self) -> None:
+        """Drop the stacked factors, because training may change them."""
+        self._plans.clear()
+        self._answers.clear()
+
+    def asked(self, layer: Hashable, question: Callable[[], bool]) -> bool:
+        """The answer to a question about a layer, asked once: checking many adapters takes long."""
+        if layer not in self._answers:
+            self._answers[layer] = question()
+        return self._answers[layer]
+
+    def groups(
+        self, layer: Hashable, x: Tensor, present: Collection[str]
+    ) -> Iterator[tuple[str | None, Tensor]]:
+        """Each adapter among `present` with the indices of its rows of `x`; None has the other rows."""
+        names, counts, order = self.segments(layer, x, present)
+        index = torch.arange(x.shape[0], device=x.device) if order is None else order
+        yield from zip(names, index.split(counts), strict=True)
+        rest = torch.ones(x.shape[0], dtype=torch.bool, device=x.device).index_fill_(0, index, False)
+        if rest.any():
+            yield None, rest.nonzero().flatten()
+
+
+def _layout(rows: Mapping[str, list[int]], names: Sequence[str], x: Tensor, *, even: bool) -> Layout:
+    """The rows of adapters in a given order, each brought to as many where `even` asks for that."""
+    order = [row for name in names for row in rows[name]]
+    as_it_stands = order == list(range(x.shape[0]))
+    index = None if as_it_stands else torch.tensor(order, dtype=torch.long, device=x.device)
+    longest = max((len(rows[name]) for name in names), default=0)
+    if not even or len(order) == longest * len(names):
+        return Layout(index, index, None)
+    gather: list[int] = []
+    keep: list[int] = []
+    for name in names:
+        own = rows[name]
+        keep += range(len(gather), len(gather) + len(own))
+        gather += own + [own[-1]] * (longest - len(own))
+    return Layout(index, *(torch.tensor(indices, device=x.device) for indices in (gather, keep)))
+
+
+def _add_(y: Tensor, x: Tensor, stack: Stack, layout: Layout) -> None:
+    names, A, B, scale = stack
+    order, gather, keep = layout
+    rows = x if gather is None else x.index_select(0, gather)
+    segments = rows.reshape(len(names), -1, x.shape[-1])
+    # On a CPU a product is faster with the thin matrix on the left: A, unless there is only one token.
+    u = torch.bmm(A, segments.mT).mT if segments.shape[1] > 1 else torch.bmm(segments, A.mT)
+    if isinstance(scale, Tensor):
+        u, scale = u * scale, 1.0
+    if order is None and gather is None:
+        y.view(len(names), -1, y.shape[-1]).baddbmm_(u, B.mT, alpha=scale)
+        return
+    delta = torch.bmm(u, B.mT).view(-1, *y.shape[1:])
+    if keep is not None:
+        delta = delta.index_select(0, keep)
+    if order is None:
+        y.add_(delta, alpha=scale)
+    else:
+        y.index_add_(0, order, delta, alpha=scale)
