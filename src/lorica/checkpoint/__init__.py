@@ -1,4 +1,4 @@
-"""Adapters on disk and on the Hub. Names are imported when first used, as those of `lorica`."""
+"""Adapters on disk and on the Hub. Names are imported on first use, as in `lorica`."""
 
 from __future__ import annotations
 

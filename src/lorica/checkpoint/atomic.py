@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the whole of one or none of it."""
+"""Atomic writing: a reader finds a whole file or none."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _STAGE = ".writing-"
 def replace_files(directory: Path, writers: Mapping[str, Writer], *, gone: Iterable[str] = ()) -> None:
     """Write several files that belong together into a folder.
 
-    All are written beside their places first, and then renamed. The last one named is the key without which
-    the folder does not load: an old one is taken away before the first is replaced, and the new one comes
-    last. So an interruption at any moment leaves the old set, the new set, or a folder that says what it
-    lacks; never a mixture that loads.
+    Each file is written under a temporary name first; then all are renamed. The folder does not load without
+    the last file in `writers`: the old one is removed before any other is replaced, and the new one comes
+    last. So an interruption leaves the old set, the new set, or a folder that does not load and names the
+    missing file; never a mixture that loads.
 
     Args:
         directory: created if missing.
         writers: file name → function that writes that file's content to a given path.
-        gone: names of files that do not belong to the new set, to be removed if they are there.
+        gone: names of files to remove, which do not belong to the new set.
 
     Raises:
         FileError: the folder cannot be made or written.
@@ -63,10 +63,10 @@ def replace_files(directory: Path, writers: Mapping[str, Writer], *, gone: Itera
 
 
 def replace_file(path: Path, write: Writer) -> None:
-    """Write one file beside its place, and rename it: a reader finds the old one or the new one.
+    """Write one file under a temporary name and rename it: a reader finds the old one or the new one.
 
     Args:
-        path: of the file, in a folder that is there.
+        path: of the file, in an existing folder.
         write: writes the content to a given path.
 
     Raises:
@@ -81,9 +81,9 @@ def replace_file(path: Path, write: Writer) -> None:
 
 @contextlib.contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """A folder inside another to write in, gone at the end; what killed processes left of theirs goes too.
+    """A temporary folder inside another; removed at the end, with those that killed processes left behind.
 
-    Its writer holds a lock on it, which the system takes back however the process ends.
+    Its writer holds a lock on it, which the system releases however the process ends.
 
     Raises:
         OSError: it cannot be made.
@@ -93,7 +93,7 @@ def staged(directory: Path) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(dir=directory, prefix=_STAGE))
         handle = _lock(stage)
         if handle is not None:
-            break  # else another process took it for left behind before it was locked
+            break  # else another process took it for abandoned before it was locked
     try:
         yield stage
     finally:
@@ -102,7 +102,7 @@ def staged(directory: Path) -> Iterator[Path]:
 
 
 def usual_mode(directory: Path) -> int:
-    """The permissions that a new file in a folder has by the umask, which other threads may be changing."""
+    """A new file's permissions by the umask, read without changing it: other threads may be writing files."""
     probe = directory / f".mode-{os.getpid()}"
     handle = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666)
     try:
@@ -113,7 +113,7 @@ def usual_mode(directory: Path) -> int:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what was written: a rename must not overtake its content."""
+    """Flush a file to the disk: its rename must not take effect before its content."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -131,11 +131,11 @@ def _sweep(directory: Path) -> None:
 
 
 def _lock(stage: Path, *, ours: bool = True) -> int | None:
-    """Hold a folder; None where another process does, or where it is gone.
+    """Lock a folder; None if another process holds the lock, or the folder is gone.
 
     Args:
         stage: the folder.
-        ours: it was made here, and is to be used also where the file system knows no locks.
+        ours: whether this process made it; then it is used even where the file system has no locks.
     """
     try:
         handle = os.open(stage, os.O_RDONLY)
@@ -157,11 +157,11 @@ def _lock(stage: Path, *, ours: bool = True) -> int | None:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors; by the suffix as safetensors, or else in torch's pickled form.
+    """Write tensors: as safetensors if the suffix says so, else in torch's pickled form.
 
     Args:
         path: of the file.
-        tensors: contiguous, on the CPU, no two with one memory.
+        tensors: contiguous, on the CPU, no two sharing memory.
         metadata: text for the header of safetensors.
 
     Raises:
@@ -174,11 +174,11 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
         if path.suffix == ".safetensors":
             safetensors.torch.save_file(dict(tensors), path, metadata=dict(metadata or {}) or None)
         else:
-            # A view would bring the whole of what it is a part of.
+            # Pickling a view would write the whole storage.
             whole = {
                 name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone()
                 for name, t in tensors.items()
             }
             torch.save(whole, path)
-    except (safetensors.SafetensorError, RuntimeError) as error:  # a full disk comes as these, too
+    except (safetensors.SafetensorError, RuntimeError) as error:  # a full disk raises these too
         raise OSError(str(error)) from error

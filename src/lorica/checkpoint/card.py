@@ -36,13 +36,13 @@ def model_card(adapter: Adapter, existing: Path, about: str = "") -> str | None:
     except FileNotFoundError:
         edited = False
     except OSError:
-        edited = True  # what cannot be read is not ours to replace
+        edited = True  # an unreadable card is somebody else's
     if edited:
         return None
     config = adapter.config
     base, pipeline = config.base_model_name_or_path, _PIPELINES.get(config.task_type or "")
-    # A local path is of no use to the Hub, which takes `base_model` for the name of a repository.
-    # Nor is what a script calls a model of its own, which PEFT's files tell by its class.
+    # The Hub takes `base_model` for the name of a repository, so a local path is left out.
+    # So is the name of a script's own model, which PEFT's files give by its class.
     library = (getattr(config, "auto_mapping", None) or {}).get("parent_library") or "transformers"
     known = str(library).startswith(("transformers", "diffusers"))
     on_hub = base is not None and known and is_model_name(base)
@@ -107,13 +107,13 @@ _WITH_PEFT = [
 
 
 def _with_vllm(adapter: Adapter, base: str | None) -> list[str]:
-    """How vLLM serves the adapter, if it can: one of plain linear layers, and nothing else."""
+    """How vLLM serves the adapter; empty unless it has plain linear layers alone."""
     plain = all(
         f.kind == "linear" and f.magnitude is None and f.bias is None for f in adapter.factors.values()
     )
     if adapter.config.task_type != "CAUSAL_LM" or adapter.extras or adapter.added or not plain:
         return []
-    # vLLM has room for ranks of these sizes alone.
+    # vLLM's `--max-lora-rank` takes these values alone.
     rank = max(factors.r for factors in adapter.factors.values())
     room = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if rank <= size), None)
     if room is None:
@@ -141,7 +141,7 @@ def _of_lora(adapter: Adapter, config: LoraConfig) -> list[str]:
 
 
 def as_line(text: str) -> str:
-    """A text on one line: what breaks a line, or steers a terminal, becomes a space."""
+    """A text on one line: line breaks and control characters become spaces."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -153,7 +153,7 @@ def as_markdown(text: str) -> str:
 
 
 def as_yaml(text: str) -> str:
-    """A text as a YAML scalar, quoted where it could be anything else."""
+    """A text as a YAML scalar, quoted where YAML could read anything else."""
     return text if _PLAIN_YAML.fullmatch(text) else json.dumps(text)
 
 
@@ -163,5 +163,5 @@ def as_shell(text: str) -> str:
 
 
 def is_model_name(text: str) -> bool:
-    """Whether a text can be the name of a repository on the Hub, and is no path."""
+    """Whether a text can be the name of a repository on the Hub rather than a path."""
     return _MODEL.fullmatch(text) is not None

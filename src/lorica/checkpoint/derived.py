@@ -1,4 +1,4 @@
-"""A configuration from what an adapter's tensors are called: for files that come without one."""
+"""A configuration derived from the names of an adapter's tensors, for files that come without one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorica.config import LoraConfig, exactly
 
 
 def derived_config(factors: Mapping[str, Factors], extras: Iterable[str], **settings: Any) -> LoraConfig:
-    """The configuration under which PEFT's files give these updates their ranks and scales again.
+    """The configuration by which PEFT's files have these updates' ranks and scales.
 
     Args:
         factors: module path → update.
@@ -39,13 +39,13 @@ def derived_config(factors: Mapping[str, Factors], extras: Iterable[str], **sett
 
 
 def _number(value: float) -> float:
-    """A whole number as an int, as people write an alpha; and what division lost to rounding is put right."""
+    """A number that is whole, to rounding, as an int; others as they are."""
     nearest = round(value)
     return nearest if abs(value - nearest) < 1e-9 * max(nearest, 1) else value
 
 
 def _patterns(values: Mapping[str, float], usual: float) -> dict[str, Any]:
-    """What differs from the usual, by the last part of the name where all of that name agree."""
+    """The values that differ from the usual one, keyed by a name's last part where all such modules agree."""
     by_leaf: dict[str, set[float]] = {}
     for path, value in values.items():
         by_leaf.setdefault(_leaf(path), set()).add(value)
@@ -57,7 +57,7 @@ def _patterns(values: Mapping[str, float], usual: float) -> dict[str, Any]:
 
 
 def _targets(paths: list[str]) -> list[str]:
-    """The last parts of the names, where every block has all of them; else whole names."""
+    """The last parts of the names if every block has all of them; else whole names."""
     found: dict[str, dict[str, set[str]]] = {}
     for path in paths:
         before, _, after = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", path).partition("*")
@@ -76,7 +76,7 @@ def _leaf(path: str) -> str:
 
 
 def _biases_and_whole(extras: list[str]) -> tuple[set[str], list[str]]:
-    """Owners of the biases that come without their weight, and the names of all other tensors."""
+    """The modules of biases that come without their weight, and the names of all other tensors."""
     named = set(extras)
 
     def alone(name: str) -> bool:

@@ -30,7 +30,7 @@ def model_directory() -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """Where to load a model from: the embedded copy if there is one of that name, else the name itself."""
+    """The embedded copy of a model if there is one of that name, else the name itself."""
     if name != MODEL or importlib.util.find_spec(_PACKAGE) is None:
         return name
     return str(model_directory())

@@ -1,4 +1,4 @@
-"""Adapters in the forms of other libraries, known by name, so that a sound file is not called damaged."""
+"""Recognise adapters in other libraries' formats, so that a sound file is not called damaged."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _READ = "lorica reads PEFT's folders (adapter_config.json and adapter_model.safe
 
 
 def recognized(path: Path) -> str | None:
-    """What a file or a folder is that is no adapter of PEFT's, and what to do with it; None if not known.
+    """The format of a file or folder in another library's form, and how to use it; None if not known.
 
     Args:
-        path: what was given as an adapter. Of a file no more than the header is read.
+        path: file or folder given as an adapter. Only the header of a file is read.
     """
     kind = _file(path) if path.is_file() else _folder(path)
     return None if kind is None else f"{path} is {kind}. {_READ}"
@@ -44,12 +44,12 @@ def _by_keys(path: Path) -> str | None:
     try:
         with safetensors.safe_open(path, "pt") as file:
             return by_names(list(file.keys()))
-    except Exception:  # no safetensors: whatever it is, it is no folder
+    except Exception:  # not safetensors, and not a folder
         return None
 
 
 def by_names(names: Iterable[str]) -> str | None:
-    """What a file is, by the names of its tensors; None if not known."""
+    """The format of a file by the names of its tensors; None if not known."""
     names = list(names)
     ends = {name.rpartition(".")[2] for name in names}
     if any(".lora_down." in name or ".lora_up." in name for name in names):

@@ -1,10 +1,10 @@
 """Several projections in one weight, as loralib's MergedLinear has them.
 
-It keeps their updates one under the other (here of q and v, of which k has none):
+It stacks their updates (here q and v have one, k has none):
 
     A  = [A_q; A_v]  (2r, d_in)         B  = [B_q; B_v]  (2d, r)
 
-That is one update for each projection, or just as well one of the whole weight, whose B is made of blocks:
+That is one update per projection, or equally one update of the whole weight, whose B consists of blocks:
 
     B' = [B_q 0; 0 0; 0 B_v]  (3d, 2r)
 """
@@ -23,11 +23,11 @@ from lorica.errors import AdapterError, ConfigError, listing
 
 
 class Parts(NamedTuple):
-    """What a fused weight is made of: a part for each projection, None for one without an update.
+    """The projections in a fused weight; None for one without an update.
 
     Args:
-        names: the parts; where they stay together, their names say nothing.
-        separate: whether the model has a module for each, beside where the fused one would be.
+        names: names of the projections; only their number counts where they stay in one weight.
+        separate: whether the model has a module per projection, where the fused one would be.
     """
 
     names: tuple[str | None, ...]
@@ -43,11 +43,11 @@ def fused_parts(
     enable_lora: Mapping[str, Sequence[bool]] | None = None,
     split: Mapping[str, Sequence[str | None]] | None = None,
 ) -> dict[str, Parts]:
-    """What is said of the fused weights, checked.
+    """The fused weights that `enable_lora` and `split` describe, checked.
 
     Args:
         enable_lora: name of a fused module (a path or a dotted suffix) → MergedLinear's `enable_lora`.
-        split: name of a fused module → the model's own module for each projection, None for one without.
+        split: name of a fused module → the model's own module per projection, or None.
 
     Raises:
         ConfigError: a module is in both, or has no part with an update.
@@ -71,8 +71,8 @@ def spread(B: Tensor, enabled: Sequence[bool]) -> Tensor:
     """B of a MergedLinear, (d · updates, r), as that of one update of the whole weight; differentiable.
 
     Args:
-        B: the updates' B, one under the other.
-        enabled: for each projection, whether it has one.
+        B: the updates' B, stacked.
+        enabled: whether each projection has an update.
 
     Returns:
         (d · projections, r · updates): each update's rows in its own columns, zeros elsewhere.
@@ -84,10 +84,10 @@ def spread(B: Tensor, enabled: Sequence[bool]) -> Tensor:
 
 
 def unpacked(path: str, A: Tensor, B: Tensor, lora_alpha: float, parts: Parts) -> dict[str, Factors]:
-    """The updates that a MergedLinear's A and B hold, by the paths of the modules that they are of.
+    """The updates in a MergedLinear's A and B, by the paths of the modules they update.
 
     Raises:
-        AdapterError: they hold another number.
+        AdapterError: A and B hold another number of updates.
     """
     count, r = sum(parts.enabled), B.shape[1]
     if A.shape[0] != count * r or B.shape[0] % count:
@@ -104,7 +104,7 @@ def unpacked(path: str, A: Tensor, B: Tensor, lora_alpha: float, parts: Parts) -
 
 
 def groups(factors: Mapping[str, Factors], name: str, parts: Parts) -> dict[str, list[str]]:
-    """Path of each fused weight of that name → paths of the updates that it is made of."""
+    """Path of each fused weight of that name → paths of its updates."""
     if not parts.separate:
         return {path: [path] for path in factors if ends_with(path, name)}
     leaves = [part for part in parts.names if part is not None]
@@ -113,7 +113,7 @@ def groups(factors: Mapping[str, Factors], name: str, parts: Parts) -> dict[str,
 
 
 def packed(members: Sequence[Factors | None], paths: Sequence[str], parts: Parts) -> tuple[Tensor, Tensor]:
-    """A and B of the MergedLinear that holds these updates: the opposite of `unpacked`.
+    """A and B of the MergedLinear that holds these updates: the inverse of `unpacked`.
 
     Raises:
         AdapterError: one is missing, they differ in rank or scale, or one is not made of blocks.
@@ -149,7 +149,7 @@ def _gathered(f: Factors, enabled: Sequence[bool]) -> tuple[Tensor, Tensor]:
 
 
 def _beside(path: str, leaf: str) -> str:
-    """The path of a module of that name in the module that holds the one at `path`."""
+    """The path of the sibling of that name of the module at `path`."""
     owner, dot, _ = path.rpartition(".")
     return owner + dot + leaf
 

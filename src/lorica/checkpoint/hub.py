@@ -1,8 +1,7 @@
-"""Adapters on the Hugging Face Hub: brought here by a repository's name, and taken there; and bases to study.
+"""Adapters on the Hugging Face Hub, downloaded and uploaded; and bases, downloaded to be studied.
 
-Only an adapter's own files travel, or a base's safetensors, and only when a name is given that is not here,
-or with `push`. huggingface_hub does the travelling: its cache, its token, ``HF_ENDPOINT`` and
-``HF_HUB_OFFLINE`` count.
+Only an adapter's own files, or a base's safetensors, are transferred: by `push`, or when a name is no local
+folder. huggingface_hub transfers them; its cache, its token, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` apply.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _TOKEN = "HF_TOKEN, `hf auth login` or token="
 
 
 class _Sought(NamedTuple):
-    """What is looked for on the Hub, for messages."""
+    """What messages say of the files sought on the Hub."""
 
     noun: str
     files: str
@@ -66,7 +65,7 @@ def read(
             `adapter_model.bin`, which is read without unpickling anything but tensors); or the name of a
             repository on the Hub, ``"user/sentiment"``, if there is no such folder.
         revision: branch, tag or commit of the repository.
-        subfolder: where in the folder or repository the adapter is.
+        subfolder: path of the adapter in the folder or repository.
         token: for a private or gated repository; None takes that of ``HF_TOKEN`` or ``hf auth login``.
 
     Returns:
@@ -83,21 +82,21 @@ def read(
 
 
 def locate(name: str | os.PathLike[str], *, subfolder: str | None = None, **options: Any) -> Path:
-    """The folder that holds an adapter: one here, or else what the Hub has under that name.
+    """The folder of an adapter: a local one, else the Hub's repository of that name, downloaded.
 
     Args:
         name: folder, or name of a repository such as ``"user/sentiment"``. A folder wins; a `Path` is never
             the name of a repository.
-        subfolder: where in it the adapter is.
+        subfolder: path of the adapter in it.
         options: for `huggingface_hub.hf_hub_download`: revision, token, cache_dir, ... None counts as not
             given.
 
     Returns:
-        The folder; for a repository, in the cache, with the adapter's files of one commit.
+        The folder; for a repository, the one in the cache, with the adapter's files of one commit.
 
     Raises:
-        FileError: the repository, the revision or the adapter in it is not there, or cannot be had. What is
-            not there on disk is left to the reader to say.
+        FileError: the repository, its revision or the adapter in it is missing or cannot be downloaded. A
+            missing local file is reported by the reader.
         MissingExtra: a repository is named, and huggingface_hub is not installed.
     """
     options = {key: value for key, value in options.items() if value is not None}
@@ -121,19 +120,19 @@ def locate(name: str | os.PathLike[str], *, subfolder: str | None = None, **opti
 
 
 def locate_base(name: str | os.PathLike[str]) -> Path:
-    """Where a model's weights are: a folder or a file here, or else what the Hub has under that name.
+    """The folder or file of a model's weights: a local one, else the Hub's repository of that name.
 
     Args:
         name: folder, file of safetensors, or name of a repository such as ``"distilbert-base-uncased"``, or
-            the embedded encoder's. What is here wins; a `Path` is never the name of a repository.
+            the embedded encoder's. A local path wins; a `Path` is never the name of a repository.
 
     Returns:
-        As it was given; for a repository its folder in the cache, with `config.json` and the safetensors of
-        one commit.
+        The path as given; for a repository its folder in the cache, with `config.json` and the safetensors
+        of one commit.
 
     Raises:
-        FileError: the repository or its safetensors are not there, or cannot be had; or its index is damaged,
-            or names a file outside it. What is not there on disk is left to the reader to say.
+        FileError: the repository or its safetensors are missing or cannot be downloaded; or its index is
+            damaged, or names a file outside it. A missing local file is reported by the reader.
         MissingExtra: a repository is named, and huggingface_hub is not installed.
     """
     here = Path(resolve_model(name) if isinstance(name, str) else name)
@@ -165,14 +164,14 @@ def push(
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload the files of an adapter, and no other, in one commit; the repository is created if missing.
+    """Upload an adapter's files, and no others, in one commit; the repository is created if missing.
 
     Args:
-        folder: adapter, which is read first: a damaged one stays here.
+        folder: the adapter's; it is read first, and a damaged one is not uploaded.
         repo_id: name of the repository, ``"user/sentiment"``.
-        subfolder: where in it the adapter goes; None for the top.
+        subfolder: path of the adapter in the repository; None for the top.
         revision: branch; created if missing. None is the main one.
-        private: whether the repository is; None takes the account's default for a new one.
+        private: whether a new repository is private; None takes the account's default.
         token: of the account; None takes that of ``HF_TOKEN`` or ``hf auth login``.
         commit_message: title of the commit.
         create_pr: open a pull request instead of committing to the branch.
@@ -182,7 +181,7 @@ def push(
 
     Raises:
         FileError: the adapter is damaged, or the Hub cannot be reached or refuses.
-        ConfigError: the repository is there already, and public where private was asked, or the reverse.
+        ConfigError: the repository exists, and is public where `private` is True, or private where False.
         MissingExtra: huggingface_hub is not installed.
     """
     folder = Path(folder)
@@ -212,7 +211,7 @@ def push(
 
 
 def _fetch_weights(hub: Any, name: str, subfolder: str | None, options: dict[str, Any]) -> None:
-    """Have the weights in the cache: safetensors, or else the pickled form."""
+    """Download the weights to the cache: safetensors, else the pickled form."""
     missing = []
     for file in (WEIGHTS_FILE, PICKLED_FILE):
         try:
@@ -220,7 +219,7 @@ def _fetch_weights(hub: Any, name: str, subfolder: str | None, options: dict[str
             return
         except hub.errors.EntryNotFoundError as error:
             missing.append(error)
-    # Where one could not be looked up, it is not known to be missing.
+    # A file that could not be looked up is not known to be missing.
     raise next((e for e in missing if isinstance(e, hub.errors.LocalEntryNotFoundError)), missing[0])
 
 
@@ -228,7 +227,7 @@ def _fetch_weights(hub: Any, name: str, subfolder: str | None, options: dict[str
 def _explained(
     what: str, name: str, subfolder: str | None, revision: str | None, sought: _Sought = _ADAPTER
 ) -> Iterator[Any]:
-    """Give huggingface_hub, and say in lorica's words what goes wrong in it."""
+    """Import huggingface_hub, and raise its errors as lorica's own."""
     try:
         errors = require("huggingface_hub.errors", extra="hub")
         hub = require("huggingface_hub", extra="hub")

@@ -1,4 +1,4 @@
-"""The file that lists a checkpoint's tensors, each with the shard that holds it."""
+"""A checkpoint's index: the file that names each tensor's shard."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lorica.reading import read_object
 
 
 def read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The content of an index, and from it the name of each tensor's shard.
+    """The content of an index, and the shard of each tensor by it.
 
-    Shards stand beside their index. Whoever writes or fetches files by these names stays in one folder, so a
-    name that leads anywhere else is refused.
+    Shards lie beside their index. Files are written and downloaded by these names, so a name that leads out
+    of the folder is refused.
 
     Raises:
-        FileError: it is damaged, or names what is no file beside it.
+        FileError: the index is damaged, or a name in it is not that of a file beside it.
     """
     try:
         content = read_object(path)
@@ -38,7 +38,7 @@ def read_index(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _is_plain(file: object) -> bool:
-    """Whether this is the name of a file, and no path to it; on any system."""
+    """Whether this is the name of a file and not a path, on any system."""
     return (
         isinstance(file, str)
         and file not in ("", ".", "..")

@@ -2,7 +2,7 @@
 
     <path>.lora_A   (r, d_in)    <path>.lora_B   (d_out, r)    and other tensors by their names in the model
 
-A file of loralib's holds neither alpha nor which layers it was made with: both are in the script.
+A loralib file holds neither alpha nor the kinds of its layers: both are in the script that trained it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorica.errors import AdapterError, ConfigError, FileError, lines, listing, 
 from lorica.reading import load, named_tensors
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors")
-_WRAPPERS = ("model_state_dict", "state_dict")  # what training scripts put around the tensors
+_WRAPPERS = ("model_state_dict", "state_dict")  # keys under which training scripts keep the tensors
 
 
 def read(
@@ -41,10 +41,10 @@ def read(
     Args:
         path: the file (pickled or safetensors; nothing in it is executed), or a folder with one.
         lora_alpha: the numerator of the scale α/r that the layers were made with; it is not in the file.
-        enable_lora: name of a MergedLinear → its `enable_lora`, where the model's weight is fused too: that
-            gets one update of rank r · (number of Trues), exactly the same function.
+        enable_lora: name of a MergedLinear → its `enable_lora`, if the model's weight is fused too. That
+            weight gets one update of rank r · (number of Trues), which is exactly the same function.
         split: name of a MergedLinear → the names of the model's own projections, None for one without an
-            update, where the model has a module for each: ``{"c_attn": ["q_proj", None, "v_proj"]}``.
+            update, if the model has a module per projection: ``{"c_attn": ["q_proj", None, "v_proj"]}``.
         embeddings: names of the layers that are embeddings; their factors look like a linear layer's.
         settings: other fields of the adapter's `LoraConfig`, such as `task_type` and
             `base_model_name_or_path`. `target_modules` and `modules_to_save` follow from the names in the
@@ -93,16 +93,16 @@ def write(
 
     Args:
         adapter: what to write; tensors keep their dtype.
-        path: file to write; by its suffix safetensors, or torch's pickled form (``.bin``, ``.pt``,
+        path: file to write; its suffix chooses safetensors, or torch's pickled form (``.bin``, ``.pt``,
             ``.pth``, ``.ckpt``).
-        enable_lora: name of a fused weight that is to be a MergedLinear → its `enable_lora`.
-        split: name of a MergedLinear → the modules, beside one another, whose updates it takes.
+        enable_lora: name of a fused weight to write as a MergedLinear → its `enable_lora`.
+        split: name of a MergedLinear to write → the sibling modules whose updates it takes.
 
     Returns:
         The file.
 
     Raises:
-        FileError: the file cannot be written, or its suffix says nothing.
+        FileError: the file cannot be written, or its suffix is not known.
         ConfigError: `enable_lora` or `split` is wrong.
         AdapterError: lists what loralib has no place for.
     """
@@ -111,7 +111,7 @@ def write(
         raise FileError(f"{file} should be a file that ends in one of {', '.join(SUFFIXES)}")
     adapter.check_finite()
     named = to_tensors(adapter, fused_parts(enable_lora, split))
-    # One memory block may stand under two names only as copies.
+    # Two tensors in a file must not share memory.
     tensors = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in named.items()
     }
@@ -127,7 +127,7 @@ def from_tensors(
     embeddings: Iterable[str] = (),
     **settings: Any,
 ) -> Adapter:
-    """An adapter from tensors by the names they have in loralib's file; arguments as `read`'s.
+    """An adapter from tensors by their names in loralib's file; arguments as `read`'s.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -184,7 +184,7 @@ def from_tensors(
 
 
 def to_tensors(adapter: Adapter, fused: Mapping[str, Parts] | None = None) -> dict[str, Tensor]:
-    """An adapter's tensors by the names they have in loralib's file.
+    """An adapter's tensors by their names in loralib's file.
 
     Raises:
         AdapterError: lists what loralib has no place for.
@@ -212,7 +212,7 @@ def to_tensors(adapter: Adapter, fused: Mapping[str, Parts] | None = None) -> di
 
 
 def _refused(adapter: Adapter) -> Iterator[str]:
-    """What an adapter has beyond A, B and tensors by their names in the base."""
+    """Lists what an adapter has beyond A, B and tensors by their names in the base."""
     plain = ("A", "B", "scale", "kind")
     for path, f in adapter.factors.items():
         if f.kind not in ("linear", "embedding"):
@@ -242,7 +242,7 @@ def _pair(sides: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _unclear(A: Tensor, B: Tensor) -> str:
-    """What to say of halves that share no rank."""
+    """The message for halves that share no rank."""
     rows, r = A.shape[0], B.shape[1]
     if rows % r:
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} do not share one rank"

@@ -1,9 +1,9 @@
-"""Which of a module's parameters is which in PEFT's files, that number them but do not name them.
+"""Match a module's parameters with PEFT's files, which number them but do not name them.
 
     mlp.experts              the parameter that the module registered last
     mlp.experts.base_layer   the one before it
 
-Where patterns give them other ranks, their shapes tell: of each there are as many experts.
+Where patterns give them different ranks, their shapes tell: all have the same number of experts.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _MOST = 6
 def told_apart(
     path: str, names: Sequence[str], rows: Mapping[str, int], config: LoraConfig, scales: Mapping[str, float]
 ) -> tuple[int, float] | None:
-    """Rank and scale of the parameter that stands at a path; None where nothing tells.
+    """Rank and scale of the parameter at a path in the file; None if they cannot be told.
 
     Args:
         path: in the file.
-        names: what `target_parameters` may mean at that module.
+        names: the names that `target_parameters` may mean at that module.
         rows: of A, by path, of all its parameters in the file, the module's own path first.
         config: its patterns give each name a rank and a scale.
-        scales: by path, where the file tells them.
+        scales: by path, if the file holds them.
     """
     meant = {name: (config.rank(name), config.scale(name)) for name in names}
     if len(set(meant.values())) == 1:
@@ -57,7 +57,7 @@ def _fits(chosen: Sequence[str], rows: Mapping[str, int], meant: Mapping[str, tu
     ranks = [meant[name][0] for name in chosen]
     counts = {n // r for n, r in zip(rows.values(), ranks, strict=True)}
     whole = all(n % r == 0 for n, r in zip(rows.values(), ranks, strict=True))
-    return whole and len(counts - {1}) <= 1  # a matrix that is no stack stands beside stacks
+    return whole and len(counts - {1}) <= 1  # a plain matrix beside stacks
 
 
 def _as_told(

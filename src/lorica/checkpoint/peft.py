@@ -4,11 +4,11 @@
     adapter_model.safetensors   base_model.model.<module path>.lora_A.weight ...
     README.md                   a model card
 
-Another method's configuration names it under ``method``, where PEFT has its ``peft_type``; what it added to
-the model stands in the weights under ``added.``.
+The configuration of another method than LoRA names it under ``method``, where PEFT has its ``peft_type``; the
+weights hold the parts it added to the model under ``added.``.
 
-What is read is checked against the configuration before anyone sees it; pickled files are read without
-running what is in them.
+Tensors are checked against the configuration before they are returned; pickled files are read without running
+any code in them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 
-# In the header of the weights, where other readers do not look: what `Adapter.trained_as` and `classes` hold.
+# In the header of the weights, which other readers skip: `Adapter.trained_as` and `classes`.
 _TRAINED_AS = "lorica_trained_as"
 _CLASSES = "lorica_classes"
 # Likewise: the scale of each parameter's update, as their keys do not say which parameter is which.
@@ -60,10 +60,10 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
 
     Args:
         adapter: what to write; tensors keep their dtype.
-        directory: created if missing. Other files in it are left alone, and so is a model card that
-            somebody edited; weights in the other form go.
-        pickled: write `adapter_model.bin`, a pickle of tensors, in place of safetensors, for readers that
-            know nothing else.
+        directory: created if missing. Other files in it stay, and so does an edited model card; weights in
+            the other form are removed.
+        pickled: write `adapter_model.bin`, a pickle of tensors, instead of safetensors, for readers that know
+            no other form.
 
     Returns:
         The folder.
@@ -109,10 +109,10 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
 
 
 def write_card(adapter: Adapter, directory: str | Path, about: str = "") -> None:
-    """Write an adapter's model card alone; one that somebody edited stays.
+    """Write an adapter's model card alone; an edited one stays.
 
     Args:
-        adapter: what the card is of.
+        adapter: the adapter that the card describes.
         directory: folder of the adapter.
         about: sections in Markdown on what the adapter does and how it was trained.
 
@@ -157,10 +157,10 @@ def read(directory: str | Path) -> Adapter:
 
 
 def read_scales(directory: str | Path) -> dict[str, float]:
-    """Path → scale of the updates of parameters, as lorica's own files tell; empty where the file does not.
+    """Path → scale of each parameter's update, from the header of lorica's own files; empty for other files.
 
     Raises:
-        FileError: it is damaged.
+        FileError: the header is damaged.
     """
     path = Path(directory) / WEIGHTS_FILE
     text = read_metadata(path).get(_SCALES) if path.is_file() else None
@@ -173,10 +173,10 @@ def read_scales(directory: str | Path) -> dict[str, float]:
 
 
 def read_trained_as(directory: str | Path) -> LoraConfig | None:
-    """What `Adapter.trained_as` holds of an adapter in a folder.
+    """`Adapter.trained_as` of an adapter in a folder.
 
     Raises:
-        FileError: it is damaged.
+        FileError: the header is damaged.
     """
     path = Path(directory) / WEIGHTS_FILE
     if not path.is_file():
@@ -192,10 +192,10 @@ def read_trained_as(directory: str | Path) -> LoraConfig | None:
 
 
 def read_classes(directory: str | Path) -> tuple[str, ...] | None:
-    """What `Adapter.classes` holds of an adapter in a folder.
+    """`Adapter.classes` of an adapter in a folder.
 
     Raises:
-        FileError: it is damaged.
+        FileError: the header is damaged.
     """
     path = Path(directory) / WEIGHTS_FILE
     text = read_metadata(path).get(_CLASSES) if path.is_file() else None
@@ -208,11 +208,11 @@ def read_classes(directory: str | Path) -> tuple[str, ...] | None:
 
 
 def as_trained(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of an adapter with the effect it had where it was trained.
+    """An adapter's tensors, changed so that they do here what they did where they were trained.
 
     Args:
-        tensors: as its file has them, by their names there.
-        provenance: the settings beside it, which say who wrote it.
+        tensors: the file's, by their names in it.
+        provenance: the settings beside it, which name the library that wrote it.
 
     PEFT (up to 0.21.2 at least) applies the update of an nn.MultiheadAttention's output projection twice, in
     training and after. Files that it wrote therefore mean twice what they say there.
@@ -234,8 +234,8 @@ def stacks_of(adapter: Adapter, provenance: Mapping[str, Any]) -> Literal["plain
     Before 0.19 it took no notice of how a module stores them; 0.19.0 did, the wrong way round.
 
     Args:
-        adapter: what the file holds.
-        provenance: the settings beside it, which say who wrote it.
+        adapter: the file's content.
+        provenance: the settings beside it, which name the library that wrote it.
     """
     if not any(factors.kind == "parameter" for factors in adapter.factors.values()):
         return None
@@ -256,7 +256,7 @@ def _read_config(folder: Path) -> tuple[AdapterConfig, Mapping[str, Any]]:
 
 
 def read_settings(directory: str | Path) -> Mapping[str, Any]:
-    """The fields in an adapter's configuration file, as they stand there.
+    """The fields in an adapter's configuration file, unchanged.
 
     Raises:
         FileError: there is none, or it is damaged.
@@ -276,7 +276,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def read_tensors(directory: str | Path) -> dict[str, Tensor]:
-    """The tensors in an adapter's folder by the names they have there, on the CPU.
+    """The tensors in an adapter's folder by their names in the file, on the CPU.
 
     Raises:
         FileError: there are none, or the file is damaged.
@@ -298,7 +298,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
 
 
 def _sort_header(path: Path) -> None:
-    """Bring a file's metadata into one order: safetensors writes them in another each time."""
+    """Sort a file's metadata: safetensors writes them in a different order each time."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

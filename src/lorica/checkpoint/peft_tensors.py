@@ -38,7 +38,7 @@ _UNSUPPORTED_PART = re.compile("|".join(_UNSUPPORTED))
 
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """An adapter's tensors by the names they have in PEFT's file."""
+    """An adapter's tensors by their names in PEFT's file."""
     named: dict[str, Tensor] = {}
     wrapped = Counter(_host(path)[0] for path in adapter.factors)
     for path, factors in adapter.factors.items():
@@ -62,7 +62,7 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 @dataclass
 class _Sorted:
-    """The tensors of a file by what they are, and what is wrong with the rest."""
+    """A file's tensors sorted by kind, and the problems with the others."""
 
     halves: dict[tuple[str, Kind], dict[str, Tensor]] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class _Sorted:
     problems: list[str] = field(default_factory=list)
 
     def put(self, place: dict[str, Tensor], name: str, key: str, tensor: Tensor) -> None:
-        """Take a tensor for what it is; two keys may mean the same only with the same values."""
+        """Add a tensor; two keys may mean the same only if their values are equal."""
         before = place.setdefault(name, tensor)
         alike = before.shape == tensor.shape and before.dtype == tensor.dtype
         if before is not tensor and not (alike and torch.equal(before, tensor)):
@@ -82,12 +82,12 @@ class _Sorted:
 def from_tensors(
     tensors: Mapping[str, Tensor], config: AdapterConfig, scales: Mapping[str, float] | None = None
 ) -> Adapter:
-    """An adapter from tensors by the names they have in PEFT's file.
+    """An adapter from tensors by their names in PEFT's file.
 
     Args:
         tensors: by those names.
-        config: the one beside them.
-        scales: of the updates of parameters, by their paths, where the file tells.
+        config: the configuration beside them.
+        scales: of the parameters' updates, by their paths, if the file holds them.
 
     Raises:
         AdapterError: lists the keys that are not an adapter's, halves without their other half,
@@ -157,7 +157,7 @@ def _beside(found: _Sorted, path: str) -> dict[str, int]:
 def _paired(
     found: _Sorted, lora: LoraConfig | None, scales: Mapping[str, float] | None = None
 ) -> dict[str, Factors]:
-    """Path → factors, of the halves that fit; what goes with them is taken out of `found`."""
+    """Path → factors, for the halves that fit; the tensors used are removed from `found`."""
     factors: dict[str, Factors] = {}
     problems = found.problems
     for (path, kind), sides in found.halves.items():
@@ -197,7 +197,7 @@ def _paired(
 
 
 def _disagreements(path: str, part: str, tensor: Tensor | None, field: str, wanted: bool) -> list[str]:
-    """What is wrong where a module has a part that the configuration does not ask for, or lacks one."""
+    """The problem if a module has a part that the configuration does not ask for, or lacks one."""
     if wanted and tensor is None:
         return [f"{path}: {part} is missing, though {field} is set"]
     if tensor is not None and not wanted:
@@ -206,13 +206,13 @@ def _disagreements(path: str, part: str, tensor: Tensor | None, field: str, want
 
 
 def _host(path: str) -> tuple[str, str]:
-    """A module's path without the ``.base_layer`` that tell its parameters apart, and those."""
+    """A module's path without the ``.base_layer`` suffixes that tell its parameters apart, and these."""
     host = re.sub(r"(\.base_layer)+$", "", path)
     return host, path[len(host) :]
 
 
 def _parameter_names(host: str, config: LoraConfig) -> list[str]:
-    """The names that `target_parameters` may mean at a module; none where it is a target itself."""
+    """The names that `target_parameters` may mean at a module; none if the module is itself a target."""
     modules = config.target_modules
     if isinstance(modules, str):
         is_target = full_match(modules, host)
@@ -263,7 +263,7 @@ def _stack_mismatch(A: Tensor, B: Tensor, r: int) -> str | None:
 
 
 def _wrap(path: str, wrapped: Mapping[str, int], *, whole: bool) -> str:
-    """Insert the `base_layer` that PEFT's wrappers put between an adapted module and what it holds."""
+    """Insert the `base_layer` that PEFT's wrappers put between an adapted module and its parts."""
     parts = path.split(".")
     result = []
     for i, part in enumerate(parts):

@@ -1,14 +1,14 @@
 """Merging an adapter into a checkpoint on disk, a few rows at a time, without making the model.
 
 shards      safetensors files as ranges of bytes
-names       which tensor of a file a module is
-ties        output embeddings that are the input's
-placement   which rows get which update
+names       the tensor of each module
+ties        output embeddings tied to the input's
+placement   the rows of each update
 plan        the merged checkpoint, before it is written
-rounding    whether the stored dtype is too coarse
-blocks      the bytes, a block at a time
-staging     a folder that can be gone on with
-merging     all of it, in order
+rounding    the loss to rounding, estimated beforehand
+blocks      the merged bytes, a block at a time
+staging     an output folder that an interrupted merge can resume
+merging     the whole merge, in order
 """
 
 from __future__ import annotations

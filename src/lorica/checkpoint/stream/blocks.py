@@ -1,4 +1,4 @@
-"""A merged checkpoint's bytes, a block at a time: no tensor is ever held whole."""
+"""A merged checkpoint's bytes, a block at a time: no tensor is ever in memory whole."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Advance = Callable[[int], None]
 
 
 class Buffers:
-    """Memory that is used over and over, a stretch for each purpose."""
+    """Reused memory, one buffer per purpose."""
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
 
     def take(self, purpose: str, dtype: torch.dtype, count: int) -> Tensor:
-        """`count` elements of arbitrary content; what was taken for this purpose before is overwritten."""
+        """`count` elements of arbitrary content; the purpose's previous buffer is overwritten."""
         size = count * dtype.itemsize
         if purpose not in self._memory or self._memory[purpose].numel() < size:
             self._memory[purpose] = torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -48,13 +48,13 @@ class Buffers:
 
 
 class Reader:
-    """Reads a piece's values from where they are, as a model would hold them before the merge."""
+    """Reads a piece's values, as a model would hold them before the merge."""
 
     def __init__(self, file: FileIO, buffers: Buffers) -> None:
         self.file, self.buffers = file, buffers
 
     def read(self, piece: Piece, start: int, count: int, *, slot: int = 0) -> Tensor:
-        """`count` elements from the one at `start` on, flat; overwritten by the next with the same slot."""
+        """`count` elements from `start` on, flat; overwritten by the next read into the same slot."""
         if isinstance(piece.source, Entry):
             dtype = DTYPES[piece.source.dtype]
             raw = self.buffers.take(f"raw {slot}", dtype, count)
@@ -65,13 +65,13 @@ class Reader:
 
 
 class Step(NamedTuple):
-    """Some elements of a piece; or, where there is no piece, a range of bytes to copy from the base's file.
+    """Some elements of a piece; or, without a piece, a range of bytes to copy from the base's file.
 
     Args:
         start: first element, or byte.
         length: number of elements, or bytes.
-        piece: what they are of.
-        update: what is added to them.
+        piece: the tensor that they belong to; None to copy bytes.
+        update: the update that is added to them, if any.
     """
 
     start: int
@@ -86,17 +86,17 @@ def write_shard(shard: ShardPlan, path: Path, buffers: Buffers, advance: Advance
     One thread reads ahead and one writes behind, so disk and arithmetic do not wait for each other.
 
     Args:
-        shard: what it holds.
-        path: where to.
-        buffers: to work in.
-        advance: told of bytes as they are handed to the disk.
+        shard: the file's content.
+        path: of the file.
+        buffers: working memory.
+        advance: called with the number of bytes as they are handed to the disk.
 
     Returns:
         Module → share of its update that rounding took away or added.
 
     Raises:
         AdapterError: a merged weight would hold NaN or infinity.
-        FileError: the base's file changed meanwhile.
+        FileError: the base's file changed while it was read.
         OSError: it cannot be written.
     """
     foldings: dict[str, _Folding] = {}
@@ -143,7 +143,7 @@ def _read(ahead: ThreadPoolExecutor, reader: Reader, steps: list[Step], i: int) 
 
 
 def _steps(shard: ShardPlan) -> Iterator[Step]:
-    """A file's content in order; neighbours whose bytes are copied are one range."""
+    """A file's content in order; neighbouring tensors whose bytes are copied form one range."""
     start = count = 0
     for piece in shard.pieces:
         copied = piece.source if piece.copied and isinstance(piece.source, Entry) else None
@@ -179,7 +179,7 @@ def _steps_of(piece: Piece) -> Iterator[Step]:
 def _stored(
     step: Step, piece: Piece, values: Tensor, buffers: Buffers, slot: int, foldings: dict[str, _Folding]
 ) -> Tensor:
-    """What is stored for a step, flat; it is overwritten by the step after the next."""
+    """The values to store for a step, flat; the step after the next overwrites them."""
     dtype = DTYPES.get(piece.dtype, values.dtype)
     if step.update is None:
         return _convert(piece, values, buffers.take(f"stored {slot}", dtype, step.length))
@@ -214,7 +214,7 @@ class _Folding:
         left, scale = self.left[row : row + len(values)], self.update.factors.scale
         work = buffers.take("work", self.precision, values.numel()).view_as(values).copy_(values)
         stored.copy_(fold(work, left, self.right, scale, out=work))
-        # One sum shows what a look at every element would; the look is slow, and only for what seems bad.
+        # A sum shows NaN and infinity at once; the slow look at every element is only for a suspect sum.
         if not math.isfinite(float(stored.sum())) and not stored.isfinite().all():
             raise AdapterError(
                 f"{self.update.label}: the merged weight would hold NaN or infinity in {stored.dtype}"
@@ -225,7 +225,7 @@ class _Folding:
     def _measure(self, left: Tensor, values: Tensor, work: Tensor, stored: Tensor) -> None:
         """Add up what rounding lost, and ‖ΔW‖² = tr(LᵀL·RRᵀ) of these rows."""
         if stored.dtype == self.precision:
-            # What this precision itself loses shows only in a higher one.
+            # The loss of this precision itself shows only in a higher one.
             error = stored.double() - values.double()
             error -= self.update.factors.scale * (left @ self.right.double())
         else:

@@ -3,7 +3,7 @@
     base/model-*.safetensors ── rows ──▶ float32 ── + scale·B·A ──▶ rounded once ──▶ out/model-*.safetensors
     base/config.json, tokenizer, ... ─────────────────────────────────────────────▶ out/config.json, ...
 
-What comes out has the bits of `lorica.merge` followed by `save_pretrained`.
+The result has the same bits as `lorica.merge` followed by `save_pretrained`.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _FORMAT = 1  # raised whenever the same inputs give other files
 
 @dataclass(frozen=True)
 class StreamReport:
-    """What a merge on disk did.
+    """The result of a merge on disk.
 
     Args:
         folder: the merged checkpoint.
-        layers: module path → ‖stored − (W0 + ΔW)‖ / ‖ΔW‖ (Frobenius): the share of the update that
-            rounding to the stored dtype took away or added. 0 is exact, 1 as good as all of it. Of large
-            layers a quarter of the rows is measured.
-        nbytes: bytes of all weights.
-        seconds: that it took.
-        copied: files of weights that no update touches, carried over as they are.
+        layers: module path → ‖stored − (W0 + ΔW)‖ / ‖ΔW‖ (Frobenius): the share of the update that rounding
+            to the stored dtype took away or added. 0 is exact; at 1 the error is as large as the update. In
+            large layers a quarter of the rows is measured.
+        nbytes: size of all weights, in bytes.
+        seconds: time that the merge took.
+        copied: files of weights without an update, copied unchanged.
         resumed: files of weights that an earlier, interrupted run had finished.
-        untied: names of an output and an input embedding that are the same no longer.
-        left_out: files of the base that were not carried over, for they hold weights that are not merged.
+        untied: names of an output and an input embedding that are no longer tied.
+        left_out: files of the base that were not copied, because they hold weights that are not merged.
     """
 
     folder: Path
@@ -63,11 +63,11 @@ class StreamReport:
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The layer that lost most, and its share."""
+        """The layer with the largest loss, and that loss."""
         return max(self.layers.items(), key=lambda item: item[1], default=("", 0.0))
 
     def __str__(self) -> str:
-        """One line per layer, the worst first, and what else is to be known."""
+        """One line per layer, the worst first, and notes on files and ties."""
         rows = sorted(self.layers.items(), key=lambda item: -item[1])
         rest = {
             "copied as they are": self.copied,
@@ -94,29 +94,30 @@ def merge(
     config: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> StreamReport:
-    """Fold an adapter into a checkpoint on disk and write the merged checkpoint, a block of rows at a time.
+    """Merge an adapter into a checkpoint on disk and write the merged checkpoint, a block of rows at a time.
 
     Sums are float32 (or the weight's higher precision), rounded once. Names, files and everything that is not
-    weights are the base's. `out` does not load before it is complete: until then all is in a folder inside
-    it, and when the merge is interrupted the same call goes on after the last finished file.
+    weights are the base's. `out` does not load before it is complete: until then all files are in a folder
+    inside it, and after an interruption the same call continues after the last finished file.
 
     Args:
         base: folder with `config.json` and safetensors, one file or several.
-        adapter: the adapter, or its folder. A tokenizer in that folder takes the place of the base's.
+        adapter: the adapter, or its folder. A tokenizer in that folder replaces the base's.
         out: folder to write; new, empty, or left by an interrupted merge of the same inputs.
-        dtype: what floating-point tensors are stored as, such as ``"float32"``; None keeps each one's own.
-        resume: False starts afresh where an interrupted merge left something.
+        dtype: dtype in which floating-point tensors are stored, such as ``"float32"``; None keeps each
+            tensor's own.
+        resume: False discards the files of an interrupted merge.
         config: entries to set in `config.json`, such as the names of a new head's classes.
-        progress: called with the bytes of weights written so far, and of all.
+        progress: called with the bytes of weights written so far, and the bytes of all weights.
 
     Returns:
-        What rounding cost, layer by layer, and what was done with which file.
+        The loss to rounding per layer, and the files by what became of them.
 
     Raises:
-        FileError: the base cannot be read or changes meanwhile; `out` is something else, or cannot be
+        FileError: the base cannot be read or changes while it is read; `out` holds other files, or cannot be
             written.
-        AdapterError: lists what has no place in the base; or a merged weight would hold NaN
-            or infinity. Nothing is left in `out`.
+        AdapterError: lists the tensors that have no place in the base; or a merged weight would hold NaN or
+            infinity. Nothing is left in `out`.
         ConfigError: the dtype is not one that weights are stored in.
 
     Warns:
@@ -159,7 +160,7 @@ def _merge(
         where = f" ({error.filename})" if error.filename else ""
         raise FileError(
             f"cannot merge {base} into {out}: {error.strerror or error}{where}; what is finished is "
-            "kept, and the same call goes on from there"
+            "kept, and the same call continues from there"
         ) from error
     return StreamReport(
         out,
@@ -174,7 +175,7 @@ def _merge(
 
 
 def _write(plan: Plan, stage: Staging, progress: Progress | None) -> tuple[dict[str, float], list[str]]:
-    """Write what is not finished yet, and publish; returns the losses and the files finished before."""
+    """Write the files not finished yet, and publish; returns the losses and the files finished before."""
     written = 0
 
     def advance(count: int) -> None:
@@ -227,7 +228,7 @@ def _check_room(plan: Plan, stage: Staging, needed: int) -> None:
 
 
 def _fingerprint(adapter: Adapter) -> str:
-    """A hash of everything in an adapter that decides what a merge gives."""
+    """A hash of everything in an adapter that decides the result of a merge."""
     digest = hashlib.sha256()
     config = adapter.lora
     facts: list[Any] = [config.task_type, config.modules_to_save, config.fan_in_fan_out]

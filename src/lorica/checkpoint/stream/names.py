@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint an adapter's module is: names in files differ from those in a live model.
+"""Find the tensor of each module in a checkpoint: names in files differ from those in a live model.
 
 adapter                       file
 model.layers.0.q_proj    ──▶  model.layers.0.q_proj.weight            as they are
@@ -35,11 +35,11 @@ Rename = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Names:
-    """How an adapter's names become those of a file.
+    """Translates an adapter's names to those of a file.
 
     Args:
-        change: applied to the names that the file does not have as they are.
-        prefix: what the file's names lack: it was saved without the head that the adapted model has.
+        change: applied to names that the file does not have.
+        prefix: the prefix that the file's names lack, because it was saved without the adapted model's head.
     """
 
     tensors: Collection[str]
@@ -61,21 +61,21 @@ def whole(path: str, tensors: Collection[str]) -> str | None:
 
 
 def split(path: str, tensors: Collection[str]) -> list[str]:
-    """The tensors that, one under the other, are the weight of the module at `path`."""
+    """The tensors that, stacked, are the weight of the module at `path`."""
     parent, dot, leaf = path.rpartition(".")
     members = [f"{parent}{dot}{member}.weight" for member in FUSED.get(leaf, ())]
     return members if all(name in tensors for name in members) else []
 
 
 def fused(path: str, tensors: Collection[str]) -> str | None:
-    """The tensor some of whose rows are the weight of the module at `path`."""
+    """The tensor in which some rows are the weight of the module at `path`."""
     parent, dot, leaf = path.rpartition(".")
     names = (f"{parent}{dot}{name}.weight" for name, members in FUSED.items() if leaf in members)
     return next((name for name in names if name in tensors), None)
 
 
 def fused_rows(path: str, own: int, total: int) -> tuple[int, int] | None:
-    """Which of a fused tensor's rows belong to the module at `path`; k and v have as many as each other.
+    """The rows of a fused tensor that belong to the module at `path`; k and v have equally many.
 
     Args:
         path: of the module.
@@ -101,14 +101,14 @@ def found(path: str, tensors: Collection[str]) -> bool:
 
 
 def match(modules: Sequence[str], tensors: Collection[str]) -> Names:
-    """Find the one change of names under which most modules that a file lacks as they are are in it.
+    """Find the change of names by which most of the modules that a file lacks are found in it.
 
     Args:
         modules: paths of the adapter's modules.
         tensors: names of the file's tensors.
 
     Returns:
-        The change, or none where every module is there as it is, or no change helps.
+        The change; none if every module is found unchanged, or no change helps.
 
     Raises:
         AdapterError: two changes fit equally well.
@@ -130,11 +130,11 @@ def match(modules: Sequence[str], tensors: Collection[str]) -> Names:
 
 
 def _changes(rest: Sequence[str], tensors: Collection[str]) -> Iterator[tuple[str, Names]]:
-    """Changes of names that may fit, and what to call each."""
+    """Changes of names that may fit, and a label for each."""
     parts = [path.split(".") for path in rest]
     for prefix in dict.fromkeys(".".join(p[:i]) + "." for p in parts for i in range(1, min(3, len(p)))):
         yield f"without {prefix!r}", Names(tensors, lambda name, p=prefix: name.removeprefix(p), prefix)
-    # What is in front of one module is in front of all, so a few will do: there may be thousands of experts.
+    # All modules share a prefix, so a few are enough: there may be thousands of experts.
     parents = [path.rpartition(".")[0] for path in rest[:: len(rest) // 8 + 1]]
     for prefix in dict.fromkeys(
         name.partition(f".{parent}.")[0] + "."

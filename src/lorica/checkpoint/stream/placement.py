@@ -1,4 +1,4 @@
-"""An adapter laid over a checkpoint's tensors: which rows get which update, and what replaces what."""
+"""Place an adapter's tensors in a checkpoint: rows that get an update, and tensors that are replaced."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Update(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the rows it is for."""
+        """Shape of the rows that it updates."""
         shape = (self.factors.B.shape[0], *self.factors.A.shape[1:])
         return shape[::-1] if self.transposed else shape
 
     def product(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The matrices whose product, times the scale, is the update in the tensor's layout.
 
-        They are copies, in memory aligned as a live model's is: what BLAS rounds to depends on that too.
+        They are copies, in memory aligned as a live model's: BLAS's rounding depends on alignment too.
         """
         A, B = (f.detach().flatten(1).to(dtype, copy=True) for f in (self.factors.A, self.factors.B))
         return (A.t(), B.t()) if self.transposed else (B, A)
@@ -55,15 +55,15 @@ class Update(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where everything of an adapter goes.
+    """The place of each of an adapter's tensors in a checkpoint.
 
     Args:
-        names: how the adapter's names became the file's.
+        names: translates the adapter's names to the file's.
         updates: tensor in the file → its updates, in the order of their rows.
-        replaced: tensor in the file → what stands in its place.
+        replaced: tensor in the file → its replacement.
         added: name in the merged checkpoint → a tensor that the file does not have.
-        untied: what was tied in the base and is touched, so that it must be no longer; None where nothing is.
-        head: update of an output embedding that gets a tensor of its own only now.
+        untied: the base's tie that the adapter breaks; None if it breaks none.
+        head: update of an output embedding that the base ties, and that now needs a tensor of its own.
     """
 
     names: Names
@@ -78,7 +78,7 @@ def place(adapter: Adapter, base: Checkpoint) -> Placement:
     """Find the place in a checkpoint for everything an adapter holds.
 
     Raises:
-        AdapterError: lists what has none, or does not fit it.
+        AdapterError: lists the tensors that have no place, or do not fit it.
     """
     lora, _ = adapter.config.members()
     if lora is not None and lora.layer_replication:
@@ -208,7 +208,7 @@ def _is_transposed(adapter: Adapter, base: Checkpoint, path: str, factors: Facto
 
 
 def _missing(result: Placement, adapter: Adapter, base: Checkpoint) -> list[str]:
-    """What was to be trained whole, and is not in the adapter."""
+    """Lists modules that the configuration trains whole and the adapter lacks."""
     return [
         f"missing: {name}, though the adapter says that it was trained whole"
         for name in base.home
@@ -217,7 +217,7 @@ def _missing(result: Placement, adapter: Adapter, base: Checkpoint) -> list[str]
 
 
 def _still_one(result: Placement, tie: Tie, head: Update | None) -> bool:
-    """Whether the head and its table become the same, as `ensure_weight_tying` makes them."""
+    """Whether the head and its table stay equal, as `ensure_weight_tying` keeps them."""
     table = tie.table or ""
     updates = result.updates.get(table, []), [head] if head else result.updates.get(tie.head, [])
     whole = (
@@ -245,7 +245,7 @@ def _tie_problems(base: Checkpoint, tie: Tie, head: Update | None) -> list[str]:
 
 
 def trained_whole(adapter: Adapter, name: str) -> bool:
-    """Whether a tensor is of a module that the adapter's configuration says was trained whole."""
+    """Whether a tensor belongs to a module that the adapter's configuration trains whole."""
     owner = f".{name.rpartition('.')[0]}."
     return any(f".{module}." in owner for module in adapter.config.modules_to_save or [])
 

@@ -1,4 +1,4 @@
-"""What a merged checkpoint will consist of, tensor by tensor, before a byte of it is written."""
+"""The layout of a merged checkpoint, tensor by tensor, before a byte of it is written."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _WEIGHTS = re.compile(
     r"\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx_data|tflite|ot|npz)(\.index\.json)?$"
     r"|^adapter_config\.json$"
 )
-# What training leaves beside an adapter that belongs with the merged model: tokenizer and recipe.
+# Files that training writes beside an adapter and that belong to the merged model: tokenizer and recipe.
 _OF_ADAPTER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model",
     "sentencepiece.bpe.model", "chat_template.jinja", "recipe.yaml",
 )  # fmt: skip
-# What a module trained whole may hold beside weights: counters and masks among its buffers.
+# Dtypes that a module trained whole may have beside weights: counters and masks among its buffers.
 _OTHER = {
     torch.int64: "I64",
     torch.int32: "I32",
@@ -60,12 +60,12 @@ class Piece:
     """A tensor of the merged checkpoint.
 
     Args:
-        name: its name there.
-        dtype: what it is stored as.
+        name: its name in that checkpoint.
+        dtype: dtype in which it is stored.
         shape: of the tensor.
-        source: where its values come from: a tensor of the base's file, or of the adapter.
-        base_dtype: what a tensor of the adapter is rounded to first, as a model would hold it.
-        updates: what is added to its rows, in their order.
+        source: of its values: a tensor of the base's file, or of the adapter.
+        base_dtype: dtype to which a tensor of the adapter is rounded first, as a model would hold it.
+        updates: updates of its rows, in their order.
     """
 
     name: str
@@ -121,12 +121,12 @@ class Plan:
     """A merged checkpoint.
 
     Args:
-        base: what the adapter is merged into.
+        base: the checkpoint that the adapter is merged into.
         shards: its files of weights.
         texts: other files whose content changes: name → content.
-        files: other files that are carried over: name → where it is now.
-        left_out: files of the base that are not carried over.
-        untied: names of an output and an input embedding that are the same no longer.
+        files: other files that are copied: name → its present path.
+        left_out: files of the base that are not copied.
+        untied: names of an output and an input embedding that are no longer tied.
     """
 
     base: Checkpoint
@@ -162,14 +162,14 @@ def make_plan(
     """Plan the merged checkpoint.
 
     Args:
-        adapter: what to merge.
-        base: what to merge it into.
-        folder: the adapter's, whose tokenizer is taken if it has one.
-        dtype: what floating-point tensors are stored as; None keeps each one's own.
+        adapter: the adapter to merge.
+        base: the checkpoint to merge it into.
+        folder: the adapter's; a tokenizer in it replaces the base's.
+        dtype: dtype in which floating-point tensors are stored; None keeps each tensor's own.
         config: entries of `config.json` to set.
 
     Raises:
-        AdapterError: lists what has no place in the base.
+        AdapterError: lists the tensors that have no place in the base.
         ConfigError: the dtype is not one that weights are stored in.
     """
     if dtype is not None and dtype not in CODES:
@@ -272,7 +272,7 @@ def _config(
             re.sub(r"(Model|LMHeadModel|LMHead|For[A-Z]\w*)?$", "", name, count=1) + _SUFFIXES[task]
             for name in config.get("architectures") or []
         ]
-        # Of a head's matrices the one with the fewest rows is the last.
+        # The last matrix of a head is the one with the fewest rows.
         classes = min(head.shape[0] for head in heads)
         named = adapter.classes if adapter.classes and len(adapter.classes) == classes else None
         if task != "QUESTION_ANS" and (named or len(config.get("id2label") or "..") != classes):
@@ -306,7 +306,7 @@ def _index(content: Mapping[str, Any], shards: Iterable[ShardPlan], base: Checkp
 def _files(
     base: Checkpoint, folder: Path | None, texts: Mapping[str, str]
 ) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """Files to carry over, and those to leave."""
+    """Files to copy, and files to leave out."""
     files: dict[str, Path] = {}
     left_out = []
     for path in sorted(base.folder.rglob("*")):

@@ -1,4 +1,4 @@
-"""Whether the dtype that a merged checkpoint is stored in is too coarse for its adapter, told beforehand."""
+"""Warn before a merge if the stored dtype is too coarse for the adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COARSE = (torch.bfloat16, torch.float16)
 
 
 class Loss(NamedTuple):
-    """What rounding does to a sample of a layer: squares, so that layers add up."""
+    """The rounding error on a sample of a layer, in squares, so that layers add up."""
 
     label: str
     stored: torch.dtype
@@ -29,10 +29,10 @@ class Loss(NamedTuple):
 
 
 def warn_of_rounding(plan: Plan) -> None:
-    """Warn, before the work is done, where storing the sums would lose a good part of the update.
+    """Warn, before the work is done, if storing the sums would lose a good part of the update.
 
-    A weight in bfloat16 has eight bits; an update a thousandth of its size changes few of them. What another
-    dtype would lose is measured as well, on the same sample.
+    A weight in bfloat16 has eight bits; an update a thousandth of its size changes few of them. The loss in
+    float16 is measured on the same sample.
     """
     layers = [loss for loss in _losses(plan) if loss.update]
     for dtype in _COARSE:
@@ -43,7 +43,7 @@ def warn_of_rounding(plan: Plan) -> None:
         share, half = (
             (sum(loss.lost[kept] for loss in found) / total) ** 0.5 for kept in (dtype, torch.float16)
         )
-        if not _EATEN <= share < math.inf:  # what overflows is refused when it is written
+        if not _EATEN <= share < math.inf:  # an overflow is refused when it is written
             continue
         worst = max(found, key=lambda loss: loss.lost[dtype] / loss.update)
         most = (worst.lost[dtype] / worst.update) ** 0.5

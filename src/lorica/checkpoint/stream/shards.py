@@ -1,8 +1,8 @@
-"""Safetensors files as what they are: a header, and tensors as ranges of bytes, to be read piece by piece.
+"""Safetensors files read piece by piece: a header, and tensors as ranges of bytes.
 
     u64 length of the header | header: JSON, name → dtype, shape, range | bytes of all tensors, no gaps
 
-The safetensors library gives whole tensors; here one may be larger than the memory there is to spend.
+The safetensors library returns whole tensors; here a tensor may be larger than the available memory.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Shard:
         header: its first bytes, up to the first tensor.
         metadata: text that its writer put into the header.
         entries: name → tensor, in the order of their bytes.
-        identity: size, time of the last change and hash of the header, which tell if it is still the same.
+        identity: size, time of the last change and hash of the header, which show whether it has changed.
     """
 
     path: Path
@@ -138,10 +138,10 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def open_file(path: Path) -> Checkpoint:
-    """Read the header of one file of tensors; a `config.json` beside it counts.
+    """Read the header of one file of tensors, and a `config.json` beside it.
 
     Raises:
-        FileError: it is no file of safetensors, or truncated or damaged.
+        FileError: it is not a safetensors file, or truncated or damaged.
     """
     config = path.with_name("config.json")
     shard = read_shard(path)
@@ -164,7 +164,7 @@ def read_shard(path: Path) -> Shard:
         content = parse_json(text, "the header")
         metadata = dict(content.pop("__metadata__", None) or {})
         start = 8 + length
-        # An empty tensor stands where the next one begins.
+        # An empty tensor begins where the next one begins.
         entries = sorted(
             (_entry(name, item, start) for name, item in content.items()), key=lambda entry: entry[3:]
         )
@@ -211,7 +211,7 @@ def make_header(
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """A contiguous CPU tensor's own memory, to be read or written; the tensor must outlive it."""
+    """A view of a contiguous CPU tensor's memory, to be read or written; the tensor must outlive it."""
     assert tensor.is_contiguous()
     assert tensor.device.type == "cpu"
     if not tensor.numel():

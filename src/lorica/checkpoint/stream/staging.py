@@ -1,9 +1,9 @@
-"""A folder that is written over minutes, may be interrupted at any moment, and continues from there.
+"""An output folder that takes minutes to write; an interrupted writer continues after the last finished file.
 
-OUT/.merging/manifest.json     what is being made of what, and which files are finished
+OUT/.merging/manifest.json     the job, and its finished files
 OUT/.merging/parts/NAME        the file being written
 OUT/.merging/files/NAME        finished files, flushed to the disk before the manifest says so
-OUT/NAME                       all, moved here once every one is finished; what makes the folder load, last
+OUT/NAME                       all files, moved here once all are finished; the file the folder loads by, last
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ class Staging:
     @classmethod
     @contextlib.contextmanager
     def open(cls, out: Path, job: Mapping[str, Any], *, resume: bool) -> Iterator[Self]:
-        """Begin to fill a folder, or go on where another process stopped.
+        """Begin to fill a folder, or continue where another process stopped.
 
         Args:
             out: new, empty, or left unfinished by the same job.
-            job: what decides the content, as JSON; the same job may go on.
-            resume: False throws away what an unfinished one left.
+            job: JSON that decides the content; only the same job may continue.
+            resume: False discards the files of an unfinished job.
 
         Raises:
-            FileError: the folder holds something else, another process is at it, or it cannot be written.
+            FileError: the folder holds other files, another process is writing to it, or it cannot be
+                written.
         """
         folder = out / FOLDER
         if out.exists() and not out.is_dir():
@@ -68,7 +69,7 @@ class Staging:
             yield stage
 
     def record(self, name: str) -> Any:
-        """What was noted when the file was finished; None if it was not, or is no longer what it was."""
+        """The record of a finished file; None if it is not finished, or has changed since."""
         note = self._done.get(name)
         return note["record"] if note and self._is_intact(name) else None
 
@@ -83,7 +84,7 @@ class Staging:
 
         Args:
             name: of the file, written to `part`.
-            record: JSON to be had again from `record`.
+            record: JSON that `record` returns.
         """
         part, path = self._parts / name, self._files / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ class Staging:
     def publish(self, names: Sequence[str]) -> None:
         """Move the finished files to their places, in this order, and remove everything else.
 
-        What makes the folder load comes last; until then nobody takes it for whole.
+        The file without which the folder does not load comes last.
         """
         for name in names:
             if (self._files / name).is_file():
@@ -169,7 +170,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _is_note(note: Mapping[str, Any]) -> bool:
-    """Whether it is what `finish` writes of a file: its identity, and what each layer of it lost."""
+    """Whether this is a record that `finish` writes: a file's identity, and its layers' losses."""
     record = note["record"]
     return isinstance(note["identity"], list) and (
         record is None

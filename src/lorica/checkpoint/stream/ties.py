@@ -1,4 +1,4 @@
-"""Output embeddings that are the input embeddings over again, and have no tensor of their own in the file."""
+"""Output embeddings that are tied to the input embeddings and have no tensor of their own in the file."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lorica.checkpoint.stream.names import Names
 from lorica.checkpoint.stream.shards import Checkpoint
 
 HEAD = "lm_head"
-"""What decoders call their output embedding."""
+"""Names of decoders' output embedding."""
 _TABLES = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "tokens_embed")
-"""What models call the table of input embeddings."""
+"""Names of the table of input embeddings."""
 _HEADLESS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 """Tasks whose models have no output embedding."""
 
@@ -20,8 +20,8 @@ class Tie(NamedTuple):
 
     Args:
         head: its name in the merged checkpoint, once it has a tensor of its own.
-        stored: whether it has one in the file already, equal to the table.
-        table: the input embeddings' name in the file; None where it is not known what is tied to what.
+        stored: whether the file already has one, equal to the table.
+        table: the input embeddings' name in the file; None if the tied tensors are not known.
     """
 
     head: str
@@ -30,11 +30,11 @@ class Tie(NamedTuple):
 
 
 def find_tie(base: Checkpoint, names: Names, task_type: str | None) -> Tie | None:
-    """What is tied in the model that an adapter belongs to; None where nothing is.
+    """The tie in the model that an adapter belongs to; None if it has none.
 
     Args:
-        base: where the weights are.
-        names: how the adapter's names become those of the file.
+        base: the checkpoint.
+        names: translates the adapter's names to the file's.
         task_type: the adapter's.
     """
     architectures = [name for name in base.config.get("architectures") or [] if isinstance(name, str)]
@@ -70,7 +70,7 @@ def _table(base: Checkpoint) -> str | None:
 
 
 def _is_decoder(base: Checkpoint, architectures: list[str]) -> bool:
-    """Whether the head is nothing but `lm_head`, as in decoders; elsewhere it has more parts."""
+    """Whether the head is `lm_head` alone, as in decoders; other heads have more parts."""
     others = ("cls.", "predictions.", f"{HEAD}.dense", f"{HEAD}.layer_norm", f"{HEAD}.decoder")
     return (
         not base.config.get("is_encoder_decoder")
