@@ -1,9 +1,9 @@
 """Adapters in, adapter out: sums, combinations and compression, without a model.
 
 concatenate, add, subtract, scale     exact
-compress                              to a rank, or to the rank that keeps an energy
-combine                               PEFT's ways, by their names
-error                                 how far a result is from the sum
+compress                              to a rank, or to the smallest rank that keeps a share of the energy
+combine                               PEFT's methods, by their names
+error                                 the distance of a result from the sum
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PEFT's ways to combine adapters, by their names and with their results.
+"""PEFT's methods of combining adapters, by their names and with their results.
 
 linear, ties, dare_linear, dare_ties, magnitude_prune      on A and on B, each by itself
 svd, ties_svd, dare_linear_svd, dare_ties_svd, ...         on B·A, then cut to a rank
@@ -43,7 +43,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 
 class Options(NamedTuple):
-    """What a method is told; each is None where it was not given."""
+    """A method's options; None for an option that was not given."""
 
     density: float | None
     majority_sign_method: MajoritySign | None
@@ -71,37 +71,37 @@ def combine(
     With s for an adapter's scale and w for its weight:
 
     - ``cat``: the sum ``Σ w·s·B·A`` itself, as `concatenate` makes it; ranks add up.
-    - ``svd``: the sum cut to `svd_rank`, the nearest there is of that rank.
-    - ``linear``: ``(Σ √|w·s|·B)·(Σ ±√|w·s|·A)``. Of one adapter that is the sum. Of more it is not: each B
-      meets each A, so that of n² products n² − n are of factors that were never trained together. It keeps
-      the rank.
+    - ``svd``: the sum cut to `svd_rank`; no update of that rank is nearer to it.
+    - ``linear``: ``(Σ √|w·s|·B)·(Σ ±√|w·s|·A)``. For one adapter that is the sum. For more it is not: each B
+      is multiplied by each A, and n² − n of the n² products are of factors that were never trained together.
+      It keeps the rank.
     - ``magnitude_prune``: as ``linear``, from A and B whose smallest elements are zeroed first.
-    - ``ties``: likewise, and of each element those that agree with the majority's sign are averaged.
-    - ``dare_linear``, ``dare_ties``: as ``linear`` and ``ties``, from A and B of which elements are dropped
-      at random and the others divided by `density`.
-    - ``ties_svd`` and so on: the same with each ``s·B·A`` itself in place of A and B, cut to `svd_rank`. Here
+    - ``ties``: likewise; for each element, the values that agree with the majority's sign are averaged.
+    - ``dare_linear``, ``dare_ties``: as ``linear`` and ``ties``, from A and B whose elements are dropped at
+      random; the others are divided by `density`.
+    - ``ties_svd`` and so on: the same with each product ``s·B·A`` instead of A and B, cut to `svd_rank`. Here
       (and with `svd_clamp`) that d_out × d_in product is formed, one layer at a time.
 
-    Biases on B (`lora_bias`) are added up by all of them. How far each is from the sum is what `error` tells.
+    All of them add up biases on B (`lora_bias`). `error` measures the distance of a result from the sum.
 
     Two things differ from PEFT 0.21. The result has a scale of 1 with `use_rslora` too, where PEFT's is √r
-    too large; and a rank above what a layer can have is brought down to that, where PEFT's adapter fails.
+    too large; and a rank too high for a layer is lowered to the layer's highest, where PEFT's adapter fails.
 
     Args:
         adapters: at least one, for one base. Methods on A and B need one rank in each layer.
-        weights: a number for each, of either sign; None takes 1 for each.
+        weights: a number per adapter, of either sign; None takes 1 for each.
         method: see above.
         density: share of elements to keep, in (0, 1]; the pruning methods need it.
-        majority_sign_method: ``"total"`` (default) or ``"frequency"``: whether the sign of an element is that
-            of the sum or that of most adapters. For ``ties`` and ``dare_ties``.
+        majority_sign_method: ``"total"`` (default): an element's sign is the sum's; ``"frequency"``: it is
+            that of most adapters. For ``ties`` and ``dare_ties``.
         svd_rank: rank of each layer of the result, at most; None takes the highest of the adapters.
-        svd_clamp: quantile in (0, 1]: elements of U·S and Vh beyond that quantile of all of them are brought
-            to it. None leaves them.
+        svd_clamp: quantile in (0, 1]: elements of U·S and Vh are clamped to that quantile of all of them.
+            None does not clamp.
         svd_driver: cuSOLVER's method for `torch.linalg.svd`; only for adapters on a GPU.
         seed: of the elements that DARE drops; each layer draws its own. None takes one from torch's global
             generator.
-        keep: index of the adapter whose head, biases and task the result has; None is enough as long as no
-            two adapters differ in them.
+        keep: index of the adapter whose head, biases and task the result has; None if no two adapters differ
+            in them.
 
     Returns:
         The combination, with a scale of 1 and in float32 or the higher precision of an adapter.
@@ -168,8 +168,8 @@ def _of_factors(mix: Mix, updates: Sequence[Term], like: Factors) -> Factors:
 def _spectrum(mix: Mix, updates: Sequence[Term], like: Factors, options: Options, *, lean: bool) -> Spectrum:
     """Singular values and vectors of a mixture of the ``s·B·A``; `lean` takes a sum's from the factors.
 
-    What clamping does depends on the signs of the vectors, which are arbitrary. To have PEFT's, the product
-    itself is decomposed, as it is there.
+    Clamping depends on the signs of the vectors, which are arbitrary. To have PEFT's signs, the product
+    itself is decomposed, as in PEFT.
     """
     if lean and options.svd_clamp is None and options.svd_driver is None:
         return spectrum(*blocks_of_sum(updates))
@@ -180,7 +180,7 @@ def _spectrum(mix: Mix, updates: Sequence[Term], like: Factors, options: Options
 
 
 def _clamped(found: Spectrum, options: Options) -> Spectrum:
-    """With the elements of U·S and Vh kept within their quantile."""
+    """The spectrum with the elements of U·S and Vh clamped to their quantile."""
     if options.svd_clamp is None:
         return found
     left, right = found.U * found.S.unsqueeze(1), found.Vh

@@ -1,4 +1,4 @@
-"""Less rank for the same update, or nearly: the singular value decomposition, taken from the factors."""
+"""Compression: a lower rank for nearly the same update, by the factors' singular value decomposition."""
 
 from __future__ import annotations
 
@@ -17,30 +17,29 @@ from lorica.errors import ConfigError
 def compress(
     adapter: Adapter, *, rank: int | None = None, energy: float | None = None
 ) -> tuple[Adapter, ErrorReport]:
-    """Bring each layer's update to the rank it needs: no other of that rank is nearer to it.
+    """Cut each layer's update to the rank it needs; no update of that rank is nearer to it.
 
     The decomposition is taken from the factors, by QR of B and Aᵀ and the SVD of an r × r matrix, in float64;
-    B·A itself is never formed. Embeddings and convolutions go likewise, grouped ones group by group.
+    B·A itself is never formed. Embeddings and convolutions are compressed too, grouped ones group by group.
 
-    DoRA's magnitudes are kept. They are the norms to which the rows of ``W0 + scale·B·A`` are brought anew in
-    every forward pass, so they hold for the compressed update as for the whole one. What compression
-    changes, and the report measures, is the rows' direction.
+    DoRA's magnitudes are kept. Every forward pass scales the rows of ``W0 + scale·B·A`` to them, so they hold
+    for the compressed update too. Compression changes the rows' directions, which the report measures.
 
     Args:
-        adapter: what to compress; heads and biases stay as they are.
-        rank: the most that any layer may have, at least 1; a grouped convolution takes the next multiple of
-            its groups below. None sets no limit.
-        energy: share of ``‖ΔW‖²`` (Frobenius) to keep in each layer, in (0, 1]; each gets the smallest rank
-            that does, within `rank`. None (and 1) drops only what is zero to rounding.
+        adapter: the adapter to compress; heads and biases stay as they are.
+        rank: the highest rank of any layer, at least 1; in a grouped convolution it is rounded down to a
+            multiple of the groups. None sets no limit.
+        energy: share of ``‖ΔW‖²`` (Frobenius) to keep in each layer, in (0, 1]; each layer gets the smallest
+            rank that keeps it, within `rank`. None and 1 drop only directions that are zero to rounding.
 
     Returns:
-        The compressed adapter, its scale 1 throughout, in the dtypes of the one given; and the relative error
-        of each layer, which is √(1 − kept energy) and what storing in that dtype adds.
+        The compressed adapter, with a scale of 1 throughout and the given adapter's dtypes; and the relative
+        error of each layer: √(1 − kept energy), plus the error of storing in that dtype.
 
     Raises:
         ConfigError: neither `rank` nor `energy` is given, or one is out of range.
-        AdapterError: it has updates of parameters (`target_parameters`), or its factors stand beside another
-            weight than W0.
+        AdapterError: the adapter has updates of parameters (`target_parameters`), or was trained beside
+            another weight than W0.
 
     Source: Eckart and Young, 1936: no matrix of a rank is nearer than the SVD cut to it.
     """
@@ -65,7 +64,7 @@ def compress(
 
 
 def per_group(rank: int, factors: Factors, path: str) -> int:
-    """The rank of each group, where that of the whole update is to be `rank` at most.
+    """The rank of each group, if the whole update may have at most `rank`.
 
     Raises:
         ConfigError: a convolution has more groups than that.
@@ -78,7 +77,7 @@ def per_group(rank: int, factors: Factors, path: str) -> int:
 
 
 def _needed(found: Spectrum, energy: float) -> int:
-    """The smallest rank of each group with which all of them together keep this share of the energy."""
+    """The smallest rank per group with which all groups together keep this share of the energy."""
     squares = found.S.square().sum(0)
     # tail[k] is lost when k are kept; summed from the small end, or the smallest would vanish in the sum.
     tail = squares.flip(0).cumsum(0).flip(0)

@@ -1,4 +1,4 @@
-"""What can be done with adapters without losing anything."""
+"""The exact operations on adapters: sums, differences and multiples."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from lorica.errors import ConfigError
 def concatenate(
     adapters: Sequence[Adapter], weights: Sequence[float] | None = None, *, keep: int | None = None
 ) -> Adapter:
-    """The weighted sum ``Σ weight·scale·B·A`` itself: every B side by side, every A one on the other.
+    """The exact weighted sum ``Σ weight·scale·B·A``: all B side by side, all A stacked.
 
         w₁·s₁·B₁·A₁ + w₂·s₂·B₂·A₂  =  [w₁·s₁·B₁  w₂·s₂·B₂] · [A₁; A₂]
 
-    Exact up to rounding, whatever the ranks, scales and targets; ranks add up (`compress` brings them down
-    again). A layer that an adapter lacks counts as zero.
+    Exact up to rounding, whatever the ranks, scales and targets. Ranks add up; `compress` lowers them again.
+    A layer that an adapter lacks counts as zero.
 
     Args:
         adapters: at least one, for one base.
-        weights: a number for each, of either sign; None takes 1 for each.
-        keep: index of the adapter whose head, biases and task the result has. They do not add up; None is
-            enough as long as no two adapters differ in them.
+        weights: a number per adapter, of either sign; None takes 1 for each.
+        keep: index of the adapter whose head, biases and task the result has, for these do not add up; None
+            if no two adapters differ in them.
 
     Returns:
         The sum, in float32 or the higher precision of a term. Its scale is 1 throughout (``lora_alpha`` =
-        r, no `use_rslora`), with patterns where the rank differs, so its files mean the same to PEFT.
+        r, no `use_rslora`), with patterns for layers of another rank, so PEFT reads its files alike.
 
     Raises:
         AdapterError: kinds or shapes of layers differ, an adapter has magnitudes (DoRA), or heads, biases or
@@ -47,7 +47,7 @@ def concatenate(
 def add(*adapters: Adapter, keep: int | None = None) -> Adapter:
     """The sum of adapters, exactly; `concatenate` with weights of 1.
 
-    A model that activates them all at once computes the same.
+    A model with all of them active computes the same.
     """
     return concatenate(adapters, keep=keep)
 
@@ -70,10 +70,10 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
         factor: of either sign. The sign goes into B, since α is positive; 0 makes B zero.
 
     Returns:
-        The scaled adapter; it shares what memory it can with the one given.
+        The scaled adapter; it shares memory with the given one where it can.
 
     Raises:
-        AdapterError: the adapter has magnitudes (DoRA), on which its scale acts otherwise.
+        AdapterError: the adapter has magnitudes (DoRA), so a multiple of its update has another effect.
         ConfigError: the factor is not finite.
     """
     if not math.isfinite(factor):
@@ -100,5 +100,5 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
 
 
 def side_by_side(path: str, updates: Sequence[Term], like: Factors) -> Factors:
-    """The weighted sum of updates, at the sum of their ranks."""
+    """The weighted sum of updates; its rank is the sum of theirs."""
     return from_blocks(*blocks_of_sum(updates, like.A.dtype), like)

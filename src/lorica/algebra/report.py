@@ -1,4 +1,4 @@
-"""How far an adapter is from what it stands for."""
+"""The error of an adapter made from others: its distance from their sum."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LayerError(NamedTuple):
     """One layer's error.
 
     Args:
-        error: ‖Δ' − Δ‖ / ‖Δ‖ (Frobenius); infinite where Δ is zero and Δ' is not.
+        error: ‖Δ' − Δ‖ / ‖Δ‖ (Frobenius); infinite if Δ is zero and Δ' is not.
         norm: ‖Δ‖.
         rank: of Δ'.
     """
@@ -29,7 +29,7 @@ class LayerError(NamedTuple):
 
 @dataclass(frozen=True)
 class ErrorReport:
-    """How far the updates Δ' of an adapter are from those it stands for, Δ.
+    """The distance of an adapter's updates Δ' from the updates Δ that it approximates.
 
     Args:
         layers: module path → its error.
@@ -39,7 +39,7 @@ class ErrorReport:
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The layer that is furthest off, and its relative error."""
+        """The layer with the largest relative error, and that error."""
         return max(((path, e.error) for path, e in self.layers.items()), key=lambda item: item[1])
 
     @property
@@ -49,7 +49,7 @@ class ErrorReport:
 
     @property
     def energy(self) -> float:
-        """1 − Σ‖Δ' − Δ‖² / Σ‖Δ‖² over all layers: for a compressed adapter, the share that was kept."""
+        """1 − Σ‖Δ' − Δ‖² / Σ‖Δ‖² over all layers: for a compressed adapter, the share of energy it keeps."""
         total = sum(layer.norm**2 for layer in self.layers.values())
         if total == 0:
             return 1.0 if self.mean == 0 else -math.inf
@@ -67,17 +67,17 @@ class ErrorReport:
 def error(
     adapter: Adapter, adapters: Sequence[Adapter], weights: Sequence[float] | None = None
 ) -> ErrorReport:
-    """How far an adapter is from a weighted sum of others, without forming an update.
+    """The distance of an adapter from a weighted sum of others, without forming an update.
 
-    Only B·A is looked at: not magnitudes (DoRA), biases on B, heads or the base's biases.
+    Only B·A counts: not magnitudes (DoRA), biases on B, heads or the base's biases.
 
     Args:
         adapter: the adapter to measure.
-        adapters: those that it stands for; just one, for a compressed adapter.
+        adapters: the adapters in the sum; for a compressed adapter, the one it was made from.
         weights: of the adapters in the sum; None takes 1 for each.
 
     Returns:
-        The error of each layer that any of them has; a layer that an adapter lacks counts as zero.
+        The error of each layer that any of the adapters has; a layer that an adapter lacks counts as zero.
 
     Raises:
         AdapterError: their layers differ in kind or shape.

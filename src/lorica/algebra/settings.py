@@ -1,4 +1,4 @@
-"""The settings of an adapter made from others, so that its `adapter_config.json` says the truth about it."""
+"""The settings of an adapter made from others, so that its `adapter_config.json` describes it truly."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lorica.config import LoraConfig, exactly
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, lines, listing
 
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# What only training or its start looks at: where adapters differ, the default.
+# Settings that only training or its start reads: the default, where adapters differ.
 _TRAINING = ("lora_dropout", "init_lora_weights", "ensure_weight_tying", "inference_mode")
-# What follows from the updates, or is settled by what is trained whole or by the base.
+# Settings that follow from the updates, from the modules trained whole, or from the base.
 _SETTLED = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
     *("task_type", "bias", "modules_to_save", "base_model_name_or_path", "revision"),
@@ -31,7 +31,7 @@ Classes = tuple[str, ...] | None
 def describing(config: LoraConfig, factors: Mapping[str, Factors]) -> LoraConfig:
     """The configuration with the rank of each of these updates, and α = r: a scale of 1.
 
-    The commonest rank is `r`; a layer of another has a pattern that matches its path alone.
+    The commonest rank is `r`; a layer of another rank has a pattern that matches its path alone.
     """
     (r, _), *_ = Counter(f.r for f in factors.values()).most_common(1)
     ranks = {exactly(path): f.r for path, f in factors.items() if f.r != r}
@@ -43,12 +43,12 @@ def describing(config: LoraConfig, factors: Mapping[str, Factors]) -> LoraConfig
 def tied(
     config: LoraConfig, factors: Mapping[str, Factors], adapters: Sequence[Adapter]
 ) -> Mapping[str, Factors]:
-    """The factors of an adapter made from others, where a head's are an embedding's as they are in all those.
+    """The factors of an adapter made from others, a head's tied to an embedding's if they are so in all.
 
     Args:
-        config: its `ensure_weight_tying` says that they are to be.
-        factors: module path → what was made.
-        adapters: what it was made from.
+        config: its `ensure_weight_tying` asks for tied factors.
+        factors: module path → the new factors.
+        adapters: the adapters they were made from.
     """
     if not config.ensure_weight_tying:
         return factors
@@ -66,19 +66,19 @@ def tied(
 def agreed(
     adapters: Sequence[Adapter], paths: Sequence[str], keep: int | None
 ) -> tuple[LoraConfig, Extras, Classes]:
-    """What several adapters agree on, for one that has updates at `paths`.
+    """The settings and whole tensors that several adapters agree on, for one with updates at `paths`.
 
     Args:
         adapters: the adapters.
         paths: of the layers that the result updates.
-        keep: index of the adapter to take heads, biases and the task from; None takes them from all, where
-            none contradicts another.
+        keep: index of the adapter to take heads, biases and the task from; None takes them from all, if no
+            two differ.
 
     Returns:
         The configuration, all but its ranks, the tensors trained whole, and the names of the head's classes.
 
     Raises:
-        AdapterError: lists what differs, where `keep` is None or cannot choose.
+        AdapterError: lists the differences, if `keep` is None or cannot choose.
         ConfigError: `keep` is no index of an adapter.
 
     Warns:
@@ -107,7 +107,7 @@ def agreed(
 def _whole(
     adapters: Sequence[Adapter], paths: Sequence[str], keep: int | None
 ) -> tuple[Extras, dict[str, Any], Classes]:
-    """What is trained whole, the settings that speak of it, and the names of the classes."""
+    """The tensors trained whole, the settings that describe them, and the names of the classes."""
     if keep is not None:
         if keep not in range(len(adapters)):
             raise ConfigError(f"keep must be the index of an adapter, 0 to {len(adapters) - 1}, not {keep!r}")
@@ -139,9 +139,7 @@ def _whole(
         )
     bias = next(iter(biases), "none")
     if bias == "lora_only" and any(path not in adapter.factors for adapter in adapters for path in paths):
-        bias = (
-            "none"  # of some layers there is no trained bias; those there are load from the file all the same
-        )
+        bias = "none"  # some layers have no trained bias; the others' load from the file all the same
     settings = {"task_type": next(iter(tasks), None), "bias": bias, "modules_to_save": saved or None}
     return extras, settings, next(iter(named), None)
 
@@ -160,7 +158,7 @@ def _same(configs: Sequence[LoraConfig], *names: str) -> bool:
 
 
 def _targets(configs: Sequence[LoraConfig], paths: Sequence[str]) -> dict[str, Any]:
-    """Settings that find just these layers."""
+    """Settings that find exactly these layers."""
     names, *rest = _TARGETS
     if _same(configs, *_TARGETS):
         return {}

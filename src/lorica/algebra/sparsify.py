@@ -1,4 +1,4 @@
-"""Element by element: what the pruning methods do to tensors of one shape, whatever these stand for."""
+"""The pruning methods' operations on the elements of tensors of one shape."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ MajoritySign = Literal["total", "frequency"]
 
 
 def trim(tensor: Tensor, density: float) -> Tensor:
-    """Keep the share `density` of elements that is largest in magnitude, and zero the others."""
+    """Keep the share `density` of the elements, the largest in magnitude, and zero the others."""
     flat = tensor.flatten()
     kept = flat.abs().topk(int(density * flat.numel())).indices
     return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(tensor)
 
 
 def drop_and_rescale(tensor: Tensor, density: float, random: torch.Generator) -> Tensor:
-    """Keep each element with probability `density`, divided by it, so that the expectation stays.
+    """Keep each element with probability `density` and divide it by `density`; the expectation stays.
 
     Source: Yu et al., 2023, "Language Models are Super Mario" (DARE), §3.2.
     """
@@ -33,12 +33,12 @@ def weighted_sum(stack: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 def elected_mean(stack: Tensor, weights: Sequence[float], majority: MajoritySign) -> Tensor:
-    """The mean, weighted but not divided by the weights, of what agrees in sign with the majority.
+    """The mean of the elements that agree in sign with the majority; weighted, not divided by the weights.
 
     Args:
-        stack: the tensors, one above the other: (adapters, ...).
-        weights: of each; they do not vote.
-        majority: each element's sign is that of the tensors' sum (``"total"``) or that which most have
+        stack: the tensors, stacked: (adapters, ...).
+        weights: of each; they have no part in the vote.
+        majority: each element's sign is that of the tensors' sum (``"total"``) or that of most of them
             (``"frequency"``). A draw is positive.
 
     Source: Yadav et al., 2023, "TIES-Merging", §3, elect and disjoint merge; with weights as PEFT has them.

@@ -2,7 +2,7 @@
 
     left · right = (Q · R)(R'ᵀ · Q'ᵀ) = Q · (R·R'ᵀ) · Q'ᵀ        only R·R'ᵀ, r × r, is decomposed
 
-All matrices come in groups, as a grouped convolution has them (`Factors.blocks`); elsewhere there is one.
+All matrices come in groups, as a grouped convolution has them (`Factors.blocks`); others have one.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class Spectrum(NamedTuple):
     Vh: Float[Tensor, "groups k d_in"]
 
     def cut(self, k: int) -> Spectrum:
-        """The `k` largest of each group, which is as near as any update of that rank comes."""
+        """The `k` largest of each group; no update of that rank is nearer."""
         return Spectrum(self.U[..., :k], self.S[:, :k], self.Vh[:, :k])
 
     def factors(self, like: Factors) -> Factors:
-        """As an update of scale 1: B = U·S and A = Vh, in the kind and dtype of `like`."""
+        """An update of scale 1, B = U·S and A = Vh, in the kind and dtype of `like`."""
         return from_blocks(self.U * self.S.unsqueeze(1), self.Vh, like)
 
 
 def blocks_of_sum(
     terms: Sequence[Term], dtype: torch.dtype = torch.float64
 ) -> tuple[Float[Tensor, "groups d_out r"], Float[Tensor, "groups r d_in"]]:
-    """The matrices whose product is ``Σ weight·scale·B·A``: B side by side, A one on the other."""
+    """The matrices whose product is ``Σ weight·scale·B·A``: B side by side, A stacked."""
     blocks = [factors.blocks() for factors, _ in terms]
     # Weighted in float64, so that each element is rounded once.
     left = [B.double() * (w * f.scale) for (B, _), (f, w) in zip(blocks, terms, strict=True)]
@@ -50,7 +50,7 @@ def blocks_of_sum(
 def from_blocks(
     left: Float[Tensor, "groups d_out r"], right: Float[Tensor, "groups r d_in"], like: Factors
 ) -> Factors:
-    """The update ``left · right``, of scale 1, laid out and stored as `like`, with the bias it has."""
+    """The update ``left · right``, of scale 1, in the layout and dtype of `like`, with its bias."""
     point = (1,) * (like.B.dim() - 2)
     A = right.flatten(0, 1).unflatten(1, like.A.shape[1:])
     B = left.flatten(0, 1).unflatten(1, (left.shape[2], *point)) if point else left.flatten(0, 1)
@@ -68,9 +68,9 @@ def spectrum(left: Float[Tensor, "groups d_out r"], right: Float[Tensor, "groups
 
 
 def norm(left: Float[Tensor, "groups d_out r"], right: Float[Tensor, "groups r d_in"]) -> float:
-    """Frobenius norm of ``left · right``, right to rounding even where its terms cancel each other.
+    """Frobenius norm of ``left · right``, right to rounding even if its terms cancel each other.
 
-    What rounding alone can have left is 0.
+    A norm no larger than the rounding error is 0.
     """
     R, R_right = (torch.linalg.qr(matrix, mode="r").R for matrix in (left, right.mT))
     found, terms = torch.linalg.norm(R @ R_right.mT), torch.linalg.norm(R) * torch.linalg.norm(R_right)

@@ -1,4 +1,4 @@
-"""The terms of a sum: adapters with their weights, layer by layer, and whether they have a sum."""
+"""The terms of a sum: adapters with their weights, layer by layer; refuses adapters that have no sum."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorica.algebra.spectrum import Term
 from lorica.errors import AdapterError, ConfigError, lines, listing
 
 Join = Callable[[str, list[Term], Factors], Factors]
-"""A layer's path, its updates with their weights, and what to lay the result out like → the result."""
+"""A layer's path, its updates with their weights, and an update of the result's layout → the result."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Terms:
 
     @classmethod
     def of(cls, adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> Self:
-        """Adapters with their weights; None gives each 1.
+        """Adapters with their weights; None gives each a weight of 1.
 
         Raises:
             ConfigError: there is no adapter, or not a finite weight for each.
-            AdapterError: one has updates of parameters, or factors that stand beside another weight than W0.
+            AdapterError: one has updates of parameters, or was trained beside another weight than W0.
         """
         if not adapters:
             raise ConfigError("there is no adapter to work on; give at least one")
@@ -56,16 +56,16 @@ class Terms:
         return max(f.r for adapter in self.adapters for f in adapter.factors.values())
 
     def at(self, path: str) -> list[Term]:
-        """The updates there are at a path, with their weights."""
+        """The updates at a path, with their weights."""
         pairs = zip(self.adapters, self.weights, strict=True)
         return [(adapter.factors[path], weight) for adapter, weight in pairs if path in adapter.factors]
 
     def join(self, how: Join, keep: int | None) -> Adapter:
-        """One adapter of all: updates joined layer by layer, the rest as far as they agree.
+        """One adapter made of all: updates joined layer by layer, and the rest, on which they must agree.
 
         Args:
-            how: joins the updates of a layer, to one of scale 1; biases (`lora_bias`) are added up.
-            keep: index of the adapter whose head, biases and task are taken; None where they do not differ.
+            how: joins the updates of a layer to one of scale 1; biases (`lora_bias`) are added up.
+            keep: index of the adapter whose head, biases and task are taken; None if they do not differ.
 
         Raises:
             AdapterError: the adapters have no sum, or their heads, biases or tasks differ and `keep` is None.
@@ -128,7 +128,7 @@ def _form(factors: Factors) -> str:
 
 
 def _join(how: Join, path: str, updates: list[Term]) -> Factors:
-    """A layer's updates joined; their biases (`lora_bias`) have a sum whichever way."""
+    """A layer's updates joined by `how`; their biases (`lora_bias`) are added up."""
     like = _like(updates)
     biases = [f.bias.detach().double() * (w * f.scale) for f, w in updates if f.bias is not None]
     bias = torch.stack(biases).sum(0).to(like.B.dtype) if biases else None
@@ -138,7 +138,7 @@ def _join(how: Join, path: str, updates: list[Term]) -> Factors:
 def _like(updates: Sequence[Term]) -> Factors:
     """The first update, in the dtype of all, and float32 at least.
 
-    Half precision would round the weights that are folded into it.
+    Half precision would round the sum's weights, which its factors take up.
     """
     dtype = torch.float32
     for factors, _ in updates:

@@ -111,8 +111,8 @@ class Linear(_Dense):
 class MergedLinear(_Dense):
     """Several projections in one weight, such as q, k and v; some of them with an update of rank r each.
 
-    A holds the updates' A one under the other, ``(r · enabled, in_features)``, and B their B,
-    ``(out_features / parts · enabled, r)``. All see the same dropped input.
+    A holds the updates' A, stacked, ``(r · enabled, in_features)``, and B their B,
+    ``(out_features / parts · enabled, r)``. All updates see the same input after dropout.
 
     Args:
         in_features: size of an input.
@@ -120,13 +120,13 @@ class MergedLinear(_Dense):
         r: rank of each update; 0 makes a plain layer.
         lora_alpha: numerator of the scale α/r.
         lora_dropout: probability in [0, 1) of dropping an input of the updates, in training.
-        enable_lora: for each projection, whether it has an update.
+        enable_lora: whether each projection has an update.
         fan_in_fan_out: keep the weight as (in_features, out_features), as GPT-2's Conv1D has it.
         merge_weights: whether `eval()` merges.
         kwargs: `nn.Linear`'s others: bias, device, dtype.
 
     Raises:
-        ConfigError: a value is out of range, or the outputs cannot be shared out evenly.
+        ConfigError: a value is out of range, or the projections do not divide the outputs evenly.
     """
 
     def __init__(
@@ -237,8 +237,8 @@ class ConvLoRA(MergingLayer):
         conv_module: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
         in_channels: of the input.
         out_channels: of the output.
-        kernel_size: of every dimension.
-        r: rank, over k; 0 makes a plain layer.
+        kernel_size: one size for every dimension.
+        r: rank divided by k; 0 makes a plain layer.
         lora_alpha: numerator of the scale α/r.
         lora_dropout: probability in [0, 1) of dropping an input of the update, in training; then the update
             is a second convolution.
@@ -246,7 +246,7 @@ class ConvLoRA(MergingLayer):
         kwargs: the convolution's others: stride, padding, groups, ...
 
     Raises:
-        ConfigError: a value is out of range, or the kernel's dimensions differ.
+        ConfigError: a value is out of range, or the kernel's sizes differ.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What loralib's layers have in common: their settings, and merging on `eval()`.
+"""The common part of loralib's layers: their settings, and merging on `eval()`.
 
     train()   weight: W0                      forward: W0·x + s·B·A·dropout(x)
     eval()    weight: W0 + s·B·A, W0 aside    forward: the plain layer's
@@ -24,7 +24,7 @@ from lorica.folding import fold
 class LoRALayer:
     """The settings of a layer with an update beside its weight.
 
-    Not a module, so that a layer of one's own can be a ``(nn.Linear, LoRALayer)``, as with loralib.
+    Not a module, so that a class of your own can derive from ``nn.Linear, LoRALayer``, as with loralib.
 
     Args:
         r: rank of the update; 0 for none.
@@ -57,11 +57,11 @@ class MergingLayer(LoRALayer, nn.Module):
     lora_B: Parameter
     scaling: float
     _aside: tuple[Parameter, ...] = ()
-    """While merged: W0's parameter, and the one that stands in its place."""
+    """While merged: W0's parameter, and the merged one."""
 
     @property
     def has_update(self) -> bool:
-        """Whether there are an A and a B."""
+        """Whether the layer has an A and a B."""
         return "lora_A" in self._parameters
 
     @property
@@ -71,7 +71,7 @@ class MergingLayer(LoRALayer, nn.Module):
 
     @property
     def mergeable(self) -> bool:
-        """Whether `eval()` may replace the weight; not one that trains, which an optimizer may hold."""
+        """Whether `eval()` may replace the weight; not one that trains: an optimizer may hold it."""
         return self.merge_weights and self.has_update and not self._weight.requires_grad
 
     @property
@@ -107,7 +107,7 @@ class MergingLayer(LoRALayer, nn.Module):
             return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # What is loaded replaces W0, A or B, so what was merged is out of date; the next eval() merges anew.
+        # Loading replaces W0, A or B, so the merged weight is out of date; the next eval() merges anew.
         self._unmerge()
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -129,7 +129,7 @@ class MergingLayer(LoRALayer, nn.Module):
     def _unmerge(self) -> None:
         if self.merged:
             W0, folded = self._aside
-            # One that was put there meanwhile is the weight from now on.
+            # A weight assigned while merged is the weight from now on.
             if self._weight is folded:
                 W0.requires_grad = folded.requires_grad
                 self.weight_owner._parameters["weight"] = W0
@@ -137,7 +137,7 @@ class MergingLayer(LoRALayer, nn.Module):
 
     @contextlib.contextmanager
     def _unmerged(self) -> Iterator[None]:
-        """Have W0 in its place for a moment."""
+        """Put W0 in its place for the length of a block."""
         parameters, now = self.weight_owner._parameters, self._weight
         if self.merged and now is self._aside[1]:
             parameters["weight"] = self._aside[0]
@@ -147,7 +147,7 @@ class MergingLayer(LoRALayer, nn.Module):
             parameters["weight"] = now
 
     def _add_update(self, shape_A: tuple[int, int], shape_B: tuple[int, int]) -> None:
-        """Freeze W0 and put factors of these shapes beside it, still to be drawn."""
+        """Freeze W0 and put factors of these shapes beside it, not drawn yet."""
         self.lora_A = Parameter(self._weight.new_zeros(shape_A))
         self.lora_B = Parameter(self._weight.new_zeros(shape_B))
         self.scaling = self.lora_alpha / self.r
@@ -160,5 +160,5 @@ class MergingLayer(LoRALayer, nn.Module):
             nn.init.zeros_(self.lora_B)
 
     def _drop_rate(self) -> float:
-        """Dropout in force now. The submodule says: who silences a model's dropouts silences this one."""
+        """The dropout rate in force, from the submodule: `eval()` of a model's dropouts reaches it."""
         return self.lora_dropout.p if self.lora_dropout.training else 0.0

@@ -1,4 +1,4 @@
-"""What trains, and what a checkpoint holds."""
+"""Choose the parameters that train, and make checkpoints of them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _BIASES = ("none", "all", "lora_only")
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze all parameters whose names lack ``"lora_"``, but for some biases.
+    """Freeze all parameters whose names lack ``"lora_"``, except some biases.
 
     Args:
         model: any model.
-        bias: ``"none"``; ``"all"`` thaws every parameter with ``"bias"`` in its name; ``"lora_only"`` the
-            biases of the layers that have an update.
+        bias: ``"none"``: no biases train; ``"all"``: every parameter with ``"bias"`` in its name trains;
+            ``"lora_only"``: the biases of layers with an update train.
 
     Raises:
-        ConfigError: `bias` is something else; nothing was frozen.
+        ConfigError: `bias` has another value; nothing was frozen.
     """
     thawed = _biases(model, bias)
     for name, parameter in model.named_parameters():
@@ -29,26 +29,26 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
-    """The tensors that training made, by their names in ``model.state_dict()``.
+    """The trained tensors, by their names in ``model.state_dict()``.
 
-    Loads with ``model.load_state_dict(..., strict=False)`` over the pretrained checkpoint.
+    ``model.load_state_dict(..., strict=False)`` loads them over the pretrained checkpoint.
 
     Args:
         model: any model, in training or in evaluation.
-        bias: which biases to take along, as in `mark_only_lora_as_trainable`.
+        bias: the biases to include, as in `mark_only_lora_as_trainable`.
 
     Returns:
         Name → tensor, sharing the model's memory.
 
     Raises:
-        ConfigError: `bias` is something else.
+        ConfigError: `bias` has another value.
     """
     chosen = _biases(model, bias)
     return {name: t for name, t in model.state_dict().items() if "lora_" in name or name in chosen}
 
 
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint for the plain model: the updates folded in, and nothing of loralib's left in the names.
+    """A checkpoint for the plain model: the updates merged, and the names those of the plain model.
 
     Args:
         model: any model, in training or in evaluation.
