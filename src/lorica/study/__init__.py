@@ -1,12 +1,12 @@
-"""What did the adapter learn, and what rank does it need? From its factors, in seconds.
+"""What an adapter learned and the rank it needs, from its factors, in seconds.
 
 spectra       singular values, energy, effective rank
-subspaces     do two updates work in the same directions?
-projection    what does the update do to directions that W0 has?
-sizes         norms, and what a merge in few bits loses
-adding        do adapters that one means to add get into each other's way?
-advice        what rank would have done, and on what evidence
-planning      what will training cost?
+subspaces     similarity of the directions of two updates
+projection    amplification of W0's directions by an update
+sizes         norms, and the loss of a merge in few bits
+adding        interference between adapters that are to be added
+advice        the rank that would have been enough, and the evidence for it
+planning      the cost of training, beforehand
 """
 
 from __future__ import annotations

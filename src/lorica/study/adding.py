@@ -1,4 +1,4 @@
-"""Do adapters that one means to add get into each other's way?"""
+"""Interference between adapters that are to be added."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lorica.study.results import Result
 
 @dataclass(frozen=True, eq=False)
 class Interference(Result):
-    """Two updates of one layer.
+    """The interference of two updates of one layer.
 
     Args:
-        cosine: ⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖·‖ΔW₂‖): 1 where they do the same, −1 where they undo each other, 0 where
-            their sum is as long as if they had nothing to do with each other.
-        reads: share of ΔW₁'s energy on inputs that ΔW₂ reads too, by how strongly; in [0, 1].
-        writes: the same of the outputs that they write to.
+        cosine: ⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖·‖ΔW₂‖): 1 if they do the same, −1 if they undo each other, 0 if they are
+            orthogonal.
+        reads: overlap of the inputs that the two read, weighted by energy; in [0, 1].
+        writes: the same for the outputs that they write to.
     """
 
     cosine: float
@@ -32,11 +32,11 @@ class Interference(Result):
 
 @dataclass(frozen=True, eq=False)
 class InterferenceReport(Result):
-    """Each two of several adapters.
+    """The interference of every two of several adapters.
 
     Args:
-        pairs: ``"one + other"`` → module path → what the two do to each other there.
-        notes: what could not be compared, and why.
+        pairs: ``"one + other"`` → module path → the interference of the two there.
+        notes: pairs and layers that could not be compared, with the reasons.
     """
 
     pairs: dict[str, dict[str, Interference]]
@@ -51,19 +51,19 @@ class InterferenceReport(Result):
 
 
 def interference(adapters: Mapping[str, Adapter]) -> InterferenceReport:
-    """What each two of several adapters would do to each other if they were added.
+    """Measure the interference of every two of several adapters, if they were added.
 
-    From the factors: inner products of r × r. A layer that only one of them has cannot interfere.
+    From the factors, by r × r products. A layer that only one of two adapters has does not interfere.
 
     Args:
-        adapters: two or more, by name.
+        adapters: name → adapter; two or more.
 
     Raises:
         AdapterError: no two of them share a layer; with the reasons.
-        ConfigError: there are fewer than two.
+        ConfigError: there are fewer than two adapters.
     """
     if len(adapters) < 2:
-        raise ConfigError(f"interference is between two adapters or more, and there is {len(adapters)}")
+        raise ConfigError(f"interference needs two adapters or more, and got {len(adapters)}")
     pairs: dict[str, dict[str, Interference]] = {}
     notes: list[str] = []
     for (name, one), (other_name, other) in itertools.combinations(adapters.items(), 2):
@@ -76,9 +76,7 @@ def interference(adapters: Mapping[str, Adapter]) -> InterferenceReport:
         if layers:
             pairs[f"{name} + {other_name}"] = layers
         elif not problems:
-            problems = [
-                f"{name} + {other_name}: no module is adapted by both, so neither is in the other's way"
-            ]
+            problems = [f"{name} + {other_name}: no module is adapted by both, so they do not interfere"]
         notes += problems
     if not pairs:
         raise AdapterError(f"there is nothing to compare:\n{lines(notes)}")
@@ -86,10 +84,10 @@ def interference(adapters: Mapping[str, Adapter]) -> InterferenceReport:
 
 
 def between(one: Factors, other: Factors, path: str = "the update") -> Interference:
-    """What two updates of one layer do to each other.
+    """The interference of two updates of one layer.
 
     Raises:
-        AdapterError: they are of different shapes, or one is zero.
+        AdapterError: their shapes differ, or one is zero.
     """
     first, second = decompose(one, path), decompose(other, path)
     shapes = [(len(u.U), u.Vh.shape[1]) for u in (first, second)]
@@ -102,7 +100,7 @@ def between(one: Factors, other: Factors, path: str = "the update") -> Interfere
 
 
 def _shared(first: Update, second: Update, cosines: torch.Tensor) -> float:
-    """How much of two sets of weighted directions is common: 1 for the same, 0 for orthogonal ones."""
+    """The overlap of two sets of weighted directions: 1 for equal ones, 0 for orthogonal ones."""
     ours, theirs = first.S.square(), second.S.square()
     both = (ours[:, None] * cosines.square() * theirs[None]).sum()
     return float(both / (torch.linalg.norm(ours) * torch.linalg.norm(theirs)))

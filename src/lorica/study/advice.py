@@ -1,4 +1,4 @@
-"""What rank would have done, by the energy that each layer's update has where; and how far to trust that."""
+"""Advice on ranks, by the energy of each layer's directions, and the evidence for it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lorica.study.modules import spots
 from lorica.study.results import Result
 from lorica.study.spectra import Spectrum, SpectrumReport, spectrum
 
-_FEW = 4  # below this rank a spectrum has hardly room to fall off
-_SEEDS_APART = 0.25  # relative difference of effective ranks from which on two adapters disagree
+_FEW = 4  # below this rank a spectrum is too short to fall off
+_SEEDS_APART = 0.25  # relative difference of effective ranks at which two adapters disagree
 
 
 @dataclass(frozen=True, eq=False)
 class LayerAdvice(Result):
-    """What one layer's spectrum says.
+    """The advice for one layer.
 
     Args:
-        r: rank that it was given.
+        r: rank that it was trained with.
         used: its effective rank.
-        needed: the smallest rank that keeps the energy asked for.
-        rank: what is proposed; 0 leaves the layer out.
+        needed: the smallest rank that keeps the requested energy.
+        rank: the proposed rank; 0 leaves the layer out.
         kept: share of its energy that the proposed rank keeps.
         text: the same in a sentence.
     """
@@ -44,19 +44,19 @@ class LayerAdvice(Result):
 
 @dataclass(frozen=True, eq=False)
 class Advice(Result):
-    """What to try next, and on what evidence.
+    """A proposal for the next run, with its evidence.
 
     Args:
-        layers: module path → what its spectrum says.
-        energy: share of each layer's energy that `needed` is for.
-        budget: parameters that the proposal may have; None for as many as `needed` takes.
-        parameters: that the proposed A and B have.
-        before: that they have now.
+        layers: module path → the advice for it.
+        energy: share of each layer's energy that `needed` keeps.
+        budget: the most parameters that the proposal may have; None for no limit.
+        parameters: number of parameters in the proposed A and B.
+        before: number of parameters in the present A and B.
         kept: share of the energy of all updates together that the proposal keeps.
-        config: the proposal: `r`, `rank_pattern`, `target_modules`; α stays what it was, so that the learning
+        config: the proposal: `r`, `rank_pattern`, `target_modules`; α stays as it was, so that the learning
             rate can stay too.
-        evidence: what the proposal rests on, and what it does not.
-        thin: whether that is too little to act on without a check.
+        evidence: sentences on what supports the proposal and what does not.
+        thin: whether the evidence is too little to act on without a check.
     """
 
     layers: dict[str, LayerAdvice]
@@ -76,7 +76,7 @@ class Advice(Result):
         proposal = f"r={config.r}, target_modules={config.target_modules}, rank_pattern={config.rank_pattern}"
         return "\n".join(
             [
-                "what each layer used:",
+                "rank that each layer used:",
                 *rows,
                 f"proposal: {proposal}",
                 f"  {self.parameters:,} parameters instead of {self.before:,}, {self.kept:.2%} of the energy",
@@ -88,12 +88,12 @@ class Advice(Result):
 
 @dataclass(frozen=True, eq=False)
 class Check(Result):
-    """A score before and after an adapter was cut to less rank.
+    """An adapter's score before and after it was cut to lower ranks.
 
     Args:
         before: score of the adapter.
-        after: score of the one that was cut.
-        parameters: of all its tensors, before and after.
+        after: score of the cut adapter.
+        parameters: number of parameters in all its tensors, before and after.
         energy: share of the energy of all updates that was kept.
     """
 
@@ -110,23 +110,23 @@ def advise(
     budget: int | None = None,
     others: Mapping[str, Adapter] | None = None,
 ) -> Advice:
-    """Propose ranks and targets for the next run from what this one used.
+    """Propose ranks and targets for the next run from the ranks that this one used.
 
-    Without a budget each layer gets the smallest rank that keeps the energy. With one, ranks go where a
-    parameter buys most energy: first the direction with most of it for its d_out + d_in parameters, and so on
-    until nothing fits; a layer that gets none leaves the targets.
+    Without a budget each layer gets the smallest rank that keeps the energy. With one, directions are taken
+    in the order of their energy per parameter (each has d_out + d_in) until no more fit; a layer that gets
+    none is left out of the targets.
 
     Args:
         adapter: a trained adapter.
         energy: share of each layer's ‖ΔW‖² to keep, in (0, 1].
-        budget: the most parameters of A and B that the proposal may have; None sets no limit.
-        others: adapters of the same task with other seeds, by name: they make the evidence less thin.
+        budget: the most parameters that the proposed A and B may have; None sets no limit.
+        others: name → adapter of the same task with another seed: more evidence.
 
     Raises:
-        ConfigError: the energy is no share, or the budget buys not even one direction.
+        ConfigError: the energy is not in (0, 1], or the budget is too small for one direction.
     """
     found = spectrum(adapter)
-    # A convolution in groups takes a rank for each of them, or none.
+    # The rank of a grouped convolution is a multiple of its groups.
     steps = {path: f.groups for path, f in adapter.factors.items()}
     needed = {path: -(-s.needed(energy) // steps[path]) * steps[path] for path, s in found.layers.items()}
     ranks = needed if budget is None else _bought(found, needed, steps, budget)
@@ -157,14 +157,14 @@ def advise(
 
 
 def proposed(adapter: Adapter, ranks: Mapping[str, int]) -> LoraConfig:
-    """The adapter's configuration with other ranks, each layer's α left as it was.
+    """The adapter's configuration with other ranks and each layer's α unchanged.
 
     Args:
-        adapter: whose configuration to start from.
-        ranks: module path → rank; 0 leaves it out.
+        adapter: the adapter whose configuration to change.
+        ranks: module path → rank; 0 leaves the module out.
 
     Raises:
-        ConfigError: nothing is left.
+        ConfigError: all ranks are 0.
     """
     chosen = {path: rank for path, rank in ranks.items() if rank}
     if not chosen:
@@ -186,14 +186,14 @@ def proposed(adapter: Adapter, ranks: Mapping[str, int]) -> LoraConfig:
         layers_to_transform=adapter.lora.layers_to_transform if whole else None,
         layers_pattern=adapter.lora.layers_pattern if whole else None,
         exclude_modules=adapter.lora.exclude_modules if whole else None,
-        inference_mode=False,  # an adapter from a file is for use, a proposal is to be trained
+        inference_mode=False,  # an adapter from a file may be for inference; a proposal is to be trained
     )
 
 
 def _bought(
     found: SpectrumReport, needed: Mapping[str, int], steps: Mapping[str, int], budget: int
 ) -> dict[str, int]:
-    """Ranks within a budget: the most energy for a parameter first."""
+    """Ranks within a budget: directions with the most energy per parameter first."""
     costs = {path: sum(s.shape) for path, s in found.layers.items()}  # of a step
     ranks, left = dict.fromkeys(needed, 0), budget
 
@@ -201,7 +201,7 @@ def _bought(
         gained = found.layers[path].values[ranks[path] : ranks[path] + steps[path]]
         return -sum(value**2 for value in gained) / costs[path], path
 
-    # Within a layer values only fall, so its next direction enters when the one before is taken.
+    # Within a layer the values fall, so its next direction is offered when the one before is taken.
     offers = [offer(path) for path in found.layers if needed[path]]
     heapq.heapify(offers)
     while offers:
@@ -229,9 +229,9 @@ def _sentence(name: str, s: Spectrum, needed: int, energy: float) -> str:
 def _evidence(
     found: SpectrumReport, needed: Mapping[str, int], adapter: Adapter, others: Mapping[str, Adapter]
 ) -> tuple[tuple[str, ...], bool]:
-    """What the proposal rests on, and whether that is little."""
+    """Sentences on the evidence for the proposal, and whether it is thin."""
     lines = [
-        "energy is not quality: what a direction does to the task is known only when it is scored without it"
+        "energy is not quality: only a score without a direction shows what that direction does for the task"
     ]
     full = [path for path, s in found.layers.items() if needed[path] == s.r]
     small = [path for path, s in found.layers.items() if s.r < _FEW]
@@ -239,16 +239,14 @@ def _evidence(
     if full:
         lines.append(
             f"{len(full)} of {len(found.layers)} layers use every rank they have, so the spectrum cannot say "
-            "whether more would help them"
+            "whether a higher rank would help them"
         )
     if small:
-        lines.append(f"{len(small)} layers have a rank below {_FEW}, too few for a spectrum to fall off")
+        lines.append(f"{len(small)} layers have a rank below {_FEW}, too low for a spectrum to fall off")
     if zero:
         lines.append(f"the update is zero in {listing(zero, limit=3)}")
     if extras := list(adapter.extras):
-        lines.append(
-            f"{len(extras)} tensors were trained whole ({listing(extras, limit=3)}) and share in the work"
-        )
+        lines.append(f"{len(extras)} tensors were trained whole ({listing(extras, limit=3)}) and count too")
     apart = 0.0
     for name, other in others.items():
         again = spectrum(other).layers
@@ -275,17 +273,16 @@ def _evidence(
 
 
 def cut(adapter: Adapter, advice: Advice) -> Adapter:
-    """The adapter at the ranks that were advised.
+    """The adapter cut to the advised ranks.
 
-    Each update becomes the nearest one of its rank; where the rank is 0 it is left out. Heads and biases
-    stay.
+    Each update becomes the nearest one of its rank; an update of rank 0 is left out. Heads and biases stay.
 
     Args:
         adapter: the adapter that was studied.
-        advice: what `advise` said of it.
+        advice: `advise`'s result for it.
 
     Raises:
-        AdapterError: it is not that adapter, or has updates of parameters.
+        AdapterError: the advice is for another adapter, or the adapter has updates of parameters.
     """
     if adapter.factors.keys() != advice.layers.keys():
         apart = sorted(adapter.factors.keys() ^ advice.layers.keys())
@@ -308,17 +305,17 @@ def check(
     *,
     energy: float = 0.99,
 ) -> Check:
-    """Cut each layer to the rank that was advised, and score the adapter again.
+    """Cut each layer to the advised rank, and score the adapter again.
 
     Args:
         adapter: the trained adapter.
-        score: what an adapter scores on the task; called twice.
-        advice: what to cut it to, within a budget or not. None takes the smallest ranks that keep the energy.
-        energy: share of each layer's ‖ΔW‖² to keep, in (0, 1], where no advice is given.
+        score: returns an adapter's score on the task; called twice.
+        advice: the ranks to cut to, within a budget or not. None takes the smallest ranks that keep `energy`.
+        energy: share of each layer's ‖ΔW‖² to keep, in (0, 1], if no advice is given.
 
     Raises:
         AdapterError: the advice is for another adapter.
-        ConfigError: the energy is no share.
+        ConfigError: the energy is not in (0, 1].
     """
     smaller = cut(adapter, advise(adapter, energy=energy) if advice is None else advice)
     kept = error(smaller, [adapter]).energy

@@ -14,13 +14,12 @@ from lorica.algebra.spectrum import spectrum as taken_apart
 from lorica.errors import AdapterError, ConfigError, listing
 
 Side = Literal["A", "B", "input", "output"]
-"""Directions of what: A's right-singular vectors and B's left-singular ones, as the paper compares them; or
-the right (``"input"``) and left (``"output"``) ones of B·A, in which each direction counts by what
-the update does with it."""
+"""Kinds of directions: A's right-singular vectors and B's left-singular ones, as the paper compares them; or
+the right (``"input"``) and left (``"output"``) ones of B·A, ordered by their share in the update."""
 
 
 class Update(NamedTuple):
-    """Singular values and vectors of ``scale·B·A``, the largest first; those that are zero are left out."""
+    """Singular values and vectors of ``scale·B·A``, the largest first; zeros are left out."""
 
     U: Float[Tensor, "d_out k"]
     S: Float[Tensor, " k"]
@@ -31,7 +30,7 @@ def singular_values(factors: Factors, path: str = "the update") -> Float[Tensor,
     """All singular values of ``scale·B·A``, the largest first, zeros included, in float64.
 
     Raises:
-        AdapterError: it holds what is no finite number.
+        AdapterError: it holds NaN or infinity.
     """
     B, A = _blocks(factors, path)
     R, R_right = (torch.linalg.qr(matrix, mode="r").R for matrix in (B, A.mT))
@@ -42,7 +41,7 @@ def decompose(factors: Factors, path: str = "the update") -> Update:
     """Singular value decomposition of ``scale·B·A``, in float64.
 
     Raises:
-        AdapterError: it is zero, holds what is no finite number, or is of a grouped convolution, which is no
+        AdapterError: it is zero, holds NaN or infinity, or updates a grouped convolution, which is not a
             single product.
     """
     found = taken_apart(*_single(factors, path))
@@ -51,20 +50,21 @@ def decompose(factors: Factors, path: str = "the update") -> Update:
 
 
 def directions(factors: Factors, side: Side, path: str = "the update") -> Float[Tensor, "d k"]:
-    """Orthonormal directions, the most important first; those of no importance are left out.
+    """Orthonormal directions of an update, the strongest first; those of singular value 0 are left out.
 
     Args:
         factors: the update.
-        side: directions of what.
+        side: the kind of directions.
         path: its name for messages.
 
     Returns:
-        A column each: d_in long for ``"A"`` and ``"input"``, d_out for ``"B"`` and ``"output"``.
+        One direction per column, of d_in elements for ``"A"`` and ``"input"``, d_out for ``"B"`` and
+        ``"output"``.
 
     Raises:
-        AdapterError: there are none, as for a B that is still zero; it holds what is no finite number; or it
-            is a grouped convolution's.
-        ConfigError: there is no such side.
+        AdapterError: there are none, as for a B that is still zero; it holds NaN or infinity; or it updates a
+            grouped convolution.
+        ConfigError: `side` has another value.
     """
     if side not in get_args(Side):
         raise ConfigError(f"side must be one of {listing(get_args(Side))}, not {side!r}")
@@ -89,10 +89,10 @@ def top_directions(
 
     Args:
         W: the matrix.
-        k: how many; at most its smaller side.
-        draw: where the start comes from.
-        rounds: products with W and back. Where the values fall off slowly, the last few directions are mixed
-            with the next ones, which changes the energy they hold by very little.
+        k: number of singular vectors; at most the smaller side of W.
+        draw: generator of the start.
+        rounds: number of products with W and Wᵀ. If the values fall off slowly, the last few directions are
+            mixed with the next ones, which hardly changes their energy.
 
     Source: Halko, Martinsson and Tropp, 2011, algorithm 4.4.
     """
@@ -112,7 +112,7 @@ def _single(factors: Factors, path: str) -> tuple[Tensor, Tensor]:
     if factors.groups > 1:
         raise AdapterError(
             f"{path} is a convolution in {factors.groups} groups, whose update is that many products with no "
-            "common directions; its spectrum can be had"
+            "common directions; only its spectrum can be computed"
         )
     return _blocks(factors, path)
 

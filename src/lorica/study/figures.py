@@ -19,14 +19,14 @@ _NAMES = 48  # along a side of a map
 
 
 def write_report(report: Report, out: str | Path) -> Path:
-    """Write a report: `index.html`, which needs nothing else, `study.json`, and each figure as PNG and SVG.
+    """Write a report: a self-contained `index.html`, `study.json`, and each figure as PNG and SVG.
 
     Args:
-        report: what `gather` returned.
+        report: `gather`'s result.
         out: folder, created if missing.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
         FileError: the folder cannot be written.
@@ -45,7 +45,7 @@ def _text(path: Path, text: str) -> None:
 
 
 def drawn(report: Report) -> dict[str, Writer]:
-    """File name → what writes it: each figure as PNG and SVG.
+    """File name → function that writes it: each figure as PNG and SVG.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -68,9 +68,9 @@ def drawn(report: Report) -> dict[str, Writer]:
 
 
 def save_figure(draw: Callable[[], Any], path: Path) -> None:
-    """Draw a figure and write it; the same figure is the same file."""
+    """Draw a figure and write it; equal figures give equal files."""
     figure = draw()
-    # Without a date and with names that follow from the content, the same report is the same file.
+    # No date, and names derived from the content, so that equal reports give equal files.
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "lorica"}):
@@ -78,7 +78,7 @@ def save_figure(draw: Callable[[], Any], path: Path) -> None:
 
 
 def sheet(count: int, title: str) -> tuple[Any, list[Any]]:
-    """A figure of its own, which no display and no global state knows of."""
+    """A figure outside matplotlib's global state and any display."""
     from matplotlib.figure import Figure
 
     columns = min(count, _WIDE)
@@ -148,7 +148,7 @@ def _similarity(report: Report) -> Any:
 
 
 def layers_among_themselves(report: Report) -> Any:
-    """Each layer with each, named at its own row and column."""
+    """The similarity of every two layers, named at their rows and columns."""
     found = report.correlation
     assert found is not None
     title = f"What the first {found.rank} directions of each ΔW read, each layer with each (appendix H.1)"

@@ -1,4 +1,4 @@
-"""A model's modules as a study sees them: the block and the projection that each is, and its W0.
+"""A model's modules in a study: each one's block, projection and W0.
 
 W0 is read from the base's checkpoint, one weight at a time.
 """
@@ -32,7 +32,7 @@ class Spot(NamedTuple):
 
 
 def spots(paths: Iterable[str]) -> dict[str, Spot]:
-    """Path → where it stands; projections by the shortest names that tell them apart.
+    """Path → block and projection; projections by the shortest names that tell them apart.
 
     ``encoder.layer.3.attention.self.query`` is the ``query`` of block 3, unless something else in the blocks
     ends in that name too.
@@ -58,10 +58,10 @@ class Weight(NamedTuple):
     """One W0 and its update.
 
     Args:
-        path: the module; where the base keeps in parts what the adapter has in one, the part.
+        path: the module; or the part of it, if the base splits a module that the adapter has in one.
         factors: the update.
         W: in the update's layout, d_out × d_in, in float32.
-        stored: the dtype it has in the checkpoint.
+        stored: its dtype in the checkpoint.
     """
 
     path: str
@@ -71,14 +71,14 @@ class Weight(NamedTuple):
 
 
 def base_weights(adapter: Adapter, base: str | Path) -> Iterator[Weight]:
-    """The weights that an adapter updates, each read when it is asked for and forgotten after.
+    """The weights that an adapter updates, read one at a time.
 
     Args:
-        adapter: whose updates to look for.
+        adapter: the updates.
         base: folder with `config.json` and safetensors, one file of safetensors, or a Hub name.
 
     Raises:
-        FileError: the base cannot be had or read.
+        FileError: the base cannot be found or read.
         AdapterError: lists the updates that have no place in it, or another shape.
         MissingExtra: a name on the Hub is given, and huggingface_hub is not installed.
     """
@@ -89,12 +89,12 @@ def base_weights(adapter: Adapter, base: str | Path) -> Iterator[Weight]:
     if placement.head and placement.untied and placement.untied.table:
         found.append((placement.untied.table, placement.head))
     if not found:
-        raise AdapterError(f"{base} has no weight of which the adapter has an update")
+        raise AdapterError(f"{base} has none of the weights that the adapter updates")
     return (_read(checkpoint, name, update) for name, update in found)
 
 
 def _updates_alone(adapter: Adapter) -> Adapter:
-    """Only ``scale·B·A`` is laid beside W0: what else an adapter has need not fit the checkpoint."""
+    """The adapter with its ``scale·B·A`` alone; its other tensors need not fit the checkpoint."""
     factors = {path: dataclasses.replace(f, magnitude=None, bias=None) for path, f in adapter.factors.items()}
     return Adapter(adapter.config.replace(modules_to_save=None), factors)
 

@@ -21,7 +21,7 @@ _PHI = (
 
 
 def page(report: Report) -> str:
-    """The page's text; everything is inside it."""
+    """The page's text; it refers to no other file."""
     template = resources.files("lorica.study").joinpath("page.html").read_text(encoding="utf-8")
     data = as_json({"facts": facts(report), "sections": sections(report)}, indent=None)
     title = html.escape(f"What {report.name} learned")
@@ -29,13 +29,13 @@ def page(report: Report) -> str:
 
 
 def facts(report: Report) -> list[list[str]]:
-    """What stands at the top: title and text."""
+    """The facts at the top: title and text."""
     more = {"compared with": report.against} if report.against else {}
     return [[title, text] for title, text in {**report.facts, **more}.items()]
 
 
 def sections(report: Report) -> list[dict[str, Any]]:
-    """What the page shows, in order: texts, tables, lines and heat maps; the first few stand open."""
+    """The page's sections in order: texts, tables, lines and heat maps; the first few are open."""
     found = [
         *_advice(report),
         _ranks(report),
@@ -188,7 +188,7 @@ def _all_of(found: Similarity | None) -> list[float | None]:
 
 
 def similarity_title(report: Report) -> str:
-    """What is compared, and which of the paper's figures that is: of two ranks, or of two runs of one."""
+    """The comparison's title, with the paper's figures: of two ranks, or of two runs of one rank."""
     layers = report.similarity.layers.values() if report.similarity else ()
     same = all(s.phi.shape[0] == s.phi.shape[1] for s in layers)
     return f"Subspace similarity with {report.against} (figures {'4 and 7' if same else '3 and 6'})"

@@ -1,7 +1,7 @@
-"""What an update does to directions that W0 has: the paper's table 7 and figure 8.
+"""The effect of an update on W0's directions: the paper's table 7 and figure 8.
 
-‖Uᵀ·W·V‖   how much W0 does in r directions: the update's own, W0's strongest, random ones
-‖ΔW‖ over the first of these is the amplification: how much louder the update makes what W0 whispered
+‖Uᵀ·W·V‖   the strength of W0 in r directions: the update's own, W0's strongest, random ones
+‖ΔW‖ over the first of these is the amplification: how much the update strengthens what W0 does little of
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Amplification(Result):
     """One layer of the paper's table 7; all norms are Frobenius's.
 
     Args:
-        r: how many directions.
+        r: number of directions.
         norm: ‖ΔW‖.
         weight_norm: ‖W‖.
         in_update: ‖UᵀWV‖ with U, V the leading r singular directions of ΔW.
-        in_weight: the same with those of W itself: the most there can be.
+        in_weight: the same with those of W itself: the largest possible value.
         in_random: the same with random directions, one draw.
-        by_chance: what random directions give: ‖W‖·r/√(d_out·d_in), the root of the mean square.
-        factor: ‖ΔW‖ / in_update; infinite where W does nothing there.
+        by_chance: the root mean square for random directions: ‖W‖·r/√(d_out·d_in).
+        factor: ‖ΔW‖ / in_update; infinite if in_update is 0.
     """
 
     r: int
@@ -61,13 +61,13 @@ class AmplificationReport(Result):
 
 @dataclass(frozen=True, eq=False)
 class Overlap(Result):
-    """How far an update's directions are W's own strong ones; one panel of the paper's figure 8.
+    """The similarity of an update's directions and W's strongest; one panel of the paper's figure 8.
 
     Args:
         side: ``"input"``: right-singular vectors; ``"output"``: left ones.
-        d: dimensions of the space they are in.
+        d: dimension of their space.
         phi: (i, j): φ of the first i directions of W and the first j of ΔW.
-        random: the same with random directions in the place of ΔW's.
+        random: the same with random directions instead of ΔW's.
     """
 
     side: str
@@ -90,19 +90,19 @@ class OverlapReport(Result):
 def projected_norm(
     W: Float[Tensor, "d_out d_in"], U: Float[Tensor, "d_out r"], V: Float[Tensor, "d_in r"]
 ) -> float:
-    """‖Uᵀ·W·V‖ (Frobenius): how much of W acts from the directions V to the directions U."""
+    """‖Uᵀ·W·V‖ (Frobenius): the strength of W from the directions V to the directions U."""
     return float(torch.linalg.norm(U.to(W.dtype).mT @ W @ V.to(W.dtype)))
 
 
 def amplification(
     adapter: Adapter, base: str | Path, *, rank: int | None = None, seed: int = 0
 ) -> AmplificationReport:
-    """How much louder each update makes what W0 does in the same directions.
+    """The factor by which each update exceeds W0 in the update's own directions.
 
     Args:
         adapter: the updates.
         base: folder, file of safetensors or Hub name of the base; its weights are read one at a time.
-        rank: how many leading directions; None takes each update's rank.
+        rank: number of leading directions; None takes each update's rank.
         seed: of the random directions.
 
     Raises:
@@ -138,7 +138,7 @@ def amplified(weight: Weight, rank: int | None = None, seed: int = 0) -> Amplifi
 
 
 WeightSide = Literal["input", "output"]
-"""Singular vectors of W0 and ΔW: the right ones, which read, or the left ones, which write."""
+"""Singular vectors of W0 and ΔW: the right ones (inputs) or the left ones (outputs)."""
 
 
 def overlap(
@@ -149,13 +149,13 @@ def overlap(
     top: float = 0.1,
     seed: int = 0,
 ) -> OverlapReport:
-    """Whether the updates' directions are among the strongest of W0, or others.
+    """The similarity of the updates' directions and the strongest of W0.
 
     Args:
         adapter: the updates.
         base: folder, file of safetensors or Hub name of the base; its weights are read one at a time.
-        side: which singular vectors: those that read, or those that write.
-        top: share of W0's directions to look at, in (0, 1].
+        side: ``"input"``: right-singular vectors; ``"output"``: left ones.
+        top: share of W0's directions to compare with, in (0, 1].
         seed: of the random directions.
 
     Raises:
@@ -181,7 +181,7 @@ def overlapped(weight: Weight, side: WeightSide = "input", top: float = 0.1, see
 
 
 def check_overlap(side: str, top: float) -> None:
-    """Refuse what `overlap` cannot look at."""
+    """Refuse values of `side` and `top` that are out of range."""
     if side not in ("input", "output"):
         raise ConfigError(f"side must be 'input' or 'output', not {side!r}")
     if not 0 < top <= 1:

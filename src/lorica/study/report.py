@@ -1,4 +1,4 @@
-"""Everything about one adapter at once, and the folder it is written to."""
+"""A whole study of one adapter."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from lorica.study.subspaces import LayerCorrelation, SimilarityReport, correlati
 
 @dataclass(frozen=True, eq=False)
 class Report(Result):
-    """All that can be said of an adapter.
+    """A whole study of an adapter.
 
     Args:
         name: of the adapter.
-        facts: what it is, such as its base, its task and the date of the report: title → text.
+        facts: its base, its task, the date of the report and the like: title → text.
         spots: module path → block and projection.
-        spectrum: what each layer's update is made of.
-        advice: what rank would have done.
+        spectrum: singular values of each layer's update.
+        advice: proposed ranks.
         norms: module path → norms.
-        correlation: what each layer's update reads with what each other's reads; None for fewer than two.
-        against: name of another adapter, if one was given.
-        similarity: with that one: the directions of ΔW that read (its right singular vectors).
-        written: the same of those that write (the left ones).
-        alike: module path → the cosine of the two ΔW, and how far they read and write the same.
-        amplification: module path → table 7, with a base.
-        overlap: module path → figure 8, with a base.
-        drift: module path → loss to a merge in bfloat16, with a base.
-        notes: what could not be had, and why.
+        correlation: similarity of the inputs that each two layers' updates read; None for fewer than two.
+        against: name of the adapter compared with, if one was given.
+        similarity: similarity with that adapter: the directions that ΔW reads (its right singular vectors).
+        written: the same for the directions that it writes (the left ones).
+        alike: module path → the interference of the two ΔW.
+        amplification: module path → table 7; empty without a base.
+        overlap: module path → figure 8; empty without a base.
+        drift: module path → loss to a merge in bfloat16; empty without a base.
+        notes: results that are missing, with the reasons.
     """
 
     name: str
@@ -75,18 +75,18 @@ def gather(
     """Study an adapter; the base's weights are read once, one at a time.
 
     Args:
-        adapter: what to study.
+        adapter: the adapter to study.
         name: its name in the report.
-        base: folder, file of safetensors or Hub name of the base; None leaves out what needs it.
+        base: folder, file of safetensors or Hub name of the base; None leaves out the results that need it.
         against: another adapter to compare with: another seed, rank or task.
         against_name: its name in the report.
         energy: share of each layer's energy that the advice keeps.
         budget: the most parameters that the advice may propose.
-        facts: more to say of it at the top, title → text; `None` adds nothing to what its config says.
+        facts: more facts for the top of the report, title → text; None for those of its configuration alone.
 
     Raises:
         AdapterError: the base does not fit the adapter, nothing in the other adapter can be compared, or the
-            adapter has no update of low rank, as one of full fine-tuning.
+            adapter has no low-rank update (full fine-tuning has none).
         ConfigError: `energy` or `budget` is out of range.
         FileError: the base cannot be read.
     """
@@ -135,17 +135,17 @@ def gather(
 
 
 def spread(paths: list[str], count: int) -> list[str]:
-    """At most so many of a list, evenly from the first to the last."""
+    """At most this number of a list's items, evenly from the first to the last."""
     if len(paths) <= count:
         return paths
     return [paths[round(i * (len(paths) - 1) / (count - 1))] for i in range(count)]
 
 
 def _check_studied(adapter: Adapter, name: str) -> None:
-    """Refuse what has no update of low rank.
+    """Refuse an adapter without a low-rank update.
 
     Raises:
-        AdapterError: saying what it has instead.
+        AdapterError: naming its method and its tensors.
     """
     if not adapter.factors:
         held = len(adapter.extras) + len(adapter.added)

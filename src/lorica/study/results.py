@@ -1,4 +1,4 @@
-"""What every result of a study can do: become plain values."""
+"""The base class of a study's results: a dataclass that becomes plain values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Result:
     """A frozen dataclass of figures."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them; tensors become nested lists."""
+        """The fields as values for JSON; tensors become nested lists."""
         fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
         return {field.name: _plain(getattr(self, field.name)) for field in fields}
 

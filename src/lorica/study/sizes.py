@@ -1,4 +1,4 @@
-"""How large the updates are beside the weights, and how much of them survives a merge in few bits."""
+"""The size of the updates beside the weights, and their loss in a merge in few bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Norms(Result):
         A: ‖A‖.
         B: ‖B‖.
         update: ‖scale·B·A‖.
-        weight: ‖W0‖; None where no base was given.
+        weight: ‖W0‖; None if no base was given.
         relative: update / weight.
     """
 
@@ -47,12 +47,12 @@ class NormReport(Result):
 
 @dataclass(frozen=True, eq=False)
 class Drift(Result):
-    """What storing one merged weight costs.
+    """The loss of storing one merged weight.
 
     Args:
         lost: ‖stored − (W0 + ΔW)‖ / ‖ΔW‖: the share of the update that rounding took away or added. 0 is
-            exact, 1 as good as all of it.
-        moved: share of the weights that the merge changes at all.
+            exact; at 1 the error is as large as the update.
+        moved: share of the weight's elements that the merge changes.
     """
 
     lost: float
@@ -61,10 +61,10 @@ class Drift(Result):
 
 @dataclass(frozen=True, eq=False)
 class DriftReport(Result):
-    """Loss of every layer to a merge.
+    """The loss of every layer in a merge.
 
     Args:
-        dtype: that merged weights are stored in.
+        dtype: dtype of the stored weights.
         layers: module path → its loss.
     """
 
@@ -73,7 +73,7 @@ class DriftReport(Result):
 
 
 def norms(adapter: Adapter, base: str | Path | None = None) -> NormReport:
-    """Norms of the factors and updates, beside those of the weights if there is a base.
+    """Norms of the factors and updates, and of the weights if there is a base.
 
     Args:
         adapter: the updates.
@@ -99,18 +99,18 @@ def normed(factors: Factors, weight: Weight | None = None) -> Norms:
 
 
 def drift(adapter: Adapter, base: str | Path, dtype: torch.dtype = torch.bfloat16) -> DriftReport:
-    """What a merge that is stored in few bits loses of each update.
+    """The loss of each update in a merge that is stored in few bits.
 
-    The sum is float32 and rounded once, as `lorica.merge` does it.
+    The sum is float32 and rounded once, as in `lorica.merge`.
 
     Args:
         adapter: the updates.
         base: folder, file of safetensors or Hub name of the base; its weights are read one at a time.
-        dtype: that merged weights are stored in.
+        dtype: dtype of the stored weights.
 
     Raises:
         AdapterError: the base does not fit the adapter.
-        ConfigError: the dtype is no floating point's.
+        ConfigError: the dtype is not one of floating-point numbers.
         FileError: the base cannot be read.
     """
     if not dtype.is_floating_point:
@@ -119,7 +119,7 @@ def drift(adapter: Adapter, base: str | Path, dtype: torch.dtype = torch.bfloat1
 
 
 def drifted(weight: Weight, dtype: torch.dtype) -> Drift:
-    """One layer's loss; the update is formed here, for it is the sum that is rounded."""
+    """One layer's loss; the update is formed here, because the sum is rounded."""
     f = weight.factors
     W, B, A = weight.W, f.B.detach().flatten(1).float(), f.A.detach().flatten(1).float()
     with one_thread():

@@ -1,4 +1,4 @@
-"""How much of its rank each layer's update uses: singular values, energy, effective and stable rank."""
+"""The rank that each layer's update uses: singular values, energy, effective and stable rank."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Spectrum(Result):
     """The spectrum of one layer's ``ΔW = scale·B·A``.
 
     Args:
-        r: rank that it was given.
+        r: rank that it was trained with.
         shape: (d_out, d_in) of ΔW.
         values: its r singular values, the largest first.
         energy: share of ‖ΔW‖² (Frobenius) in the first 1, 2, ... r directions.
-        effective_rank: exp of the entropy of the shares of energy: 1 where one direction has all of it, r
-            where all have as much (Roy and Vetterli, 2007, on energies). 0 for a ΔW of zero.
-        stable_rank: ‖ΔW‖² over the largest singular value's square. 0 for a ΔW of zero.
+        effective_rank: exp of the entropy of the shares of energy: 1 if one direction has all of it, r if all
+            have equal shares (Roy and Vetterli, 2007, on energies). 0 for a ΔW of zero.
+        stable_rank: ‖ΔW‖² over the square of the largest singular value. 0 for a ΔW of zero.
         norm: ‖ΔW‖ (Frobenius).
     """
 
@@ -39,13 +39,13 @@ class Spectrum(Result):
         """The smallest rank with that share of the energy; 0 for a ΔW of zero.
 
         Raises:
-            ConfigError: it is no share in (0, 1].
+            ConfigError: the share is not in (0, 1].
         """
         if not 0 < energy <= 1:
             raise ConfigError(f"energy must be a share in (0, 1], not {energy}")
         if not self.norm:
             return 0
-        # What rounding alone can lack of the whole.
+        # Rounding alone can leave the sum this far below 1.
         enough = energy - len(self.values) * torch.finfo(torch.float64).eps
         return next(i for i, share in enumerate(self.energy, 1) if share >= enough)
 
@@ -61,7 +61,7 @@ class SpectrumReport(Result):
     layers: dict[str, Spectrum]
 
     def __str__(self) -> str:
-        """A line for each layer, in the adapter's order."""
+        """One line per layer, in the adapter's order."""
         rows = [
             f"  {s.effective_rank:5.1f} of {s.r:<4} {s.needed():>4} for 99 %  norm {s.norm:9.3g}  {path}"
             for path, s in self.layers.items()
@@ -73,10 +73,10 @@ def spectrum(adapter: Adapter) -> SpectrumReport:
     """Singular values, energy, effective and stable rank of each layer's update.
 
     From the factors alone: two thin QR and the SVD of an r × r matrix, in float64. DoRA's magnitudes and a
-    bias on B are no part of it; the values of a grouped convolution are those of all its groups.
+    bias on B do not count; the values of a grouped convolution are those of all its groups.
 
     Raises:
-        AdapterError: an update holds what is no finite number.
+        AdapterError: an update holds NaN or infinity.
 
     Source: Hu et al., 2021, §7.2.
     """

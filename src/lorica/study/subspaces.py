@@ -1,9 +1,9 @@
-"""Do two updates work in the same directions? The paper's subspace similarity φ, and its random level.
+"""Similarity of the directions of two updates: the paper's subspace similarity φ, and its level of chance.
 
     φ(i, j) = ‖U₁..ᵢᵀ · V₁..ⱼ‖² / min(i, j)        1: the smaller span is inside the other; 0: orthogonal
 
 For random directions in d dimensions the expected φ is max(i, j) / d. Directions are those of ΔW = scale·B·A
-itself unless said otherwise: any B·G⁻¹ and G·A make the same ΔW, and A alone orders its directions otherwise.
+itself by default: any B·G⁻¹ and G·A make the same ΔW, but A alone orders its directions in another way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def phi(U: Float[Tensor, "d i"], V: Float[Tensor, "d j"]) -> Float[Tensor, "i j"
 
     Args:
         U: orthonormal columns, the most important first.
-        V: the same, of as many dimensions.
+        V: the same, of the same dimension.
 
     Returns:
         φ(i, j) at [i − 1, j − 1], in [0, 1].
@@ -46,7 +46,7 @@ def random_phi(d: int, i: int, j: int, *, seed: int = 0) -> Float[Tensor, "i j"]
 
 
 def expected_phi(d: int, i: int, j: int) -> float:
-    """What φ(i, j) of random directions is on average: max(i, j) / d."""
+    """The mean of φ(i, j) for random directions: max(i, j) / d."""
     return max(i, j) / d
 
 
@@ -62,13 +62,13 @@ def projection_distance(similarity: float, i: int, j: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Similarity(Result):
-    """How far two updates share their leading directions.
+    """The similarity of two updates' leading directions.
 
     Args:
-        one: the first, by its name.
-        other: the second.
-        side: directions of what.
-        d: dimensions of the space they are in.
+        one: name of the first.
+        other: name of the second.
+        side: the kind of directions.
+        d: dimension of their space.
         phi: (i, j): φ of the first i directions of one and the first j of the other.
     """
 
@@ -82,7 +82,7 @@ class Similarity(Result):
         """φ(i, j), counted from 1.
 
         Raises:
-            ConfigError: they do not have so many directions.
+            ConfigError: an update has fewer directions.
         """
         rows, columns = self.phi.shape
         if not (1 <= i <= rows and 1 <= j <= columns):
@@ -92,7 +92,7 @@ class Similarity(Result):
         return float(self.phi[i - 1, j - 1])
 
     def by_chance(self, i: int, j: int) -> float:
-        """What φ(i, j) would be on average if both were random."""
+        """The mean of φ(i, j) if both were random."""
         return expected_phi(self.d, i, j)
 
 
@@ -102,7 +102,7 @@ class SimilarityReport(Result):
 
     Args:
         layers: module path → similarity of the two updates of that module.
-        notes: what could not be compared and why, and what to keep in mind.
+        notes: modules that could not be compared, with the reasons, and remarks on the result.
     """
 
     layers: dict[str, Similarity]
@@ -111,13 +111,13 @@ class SimilarityReport(Result):
 
 @dataclass(frozen=True, eq=False)
 class LayerCorrelation(Result):
-    """One adapter's updates, each with each.
+    """The similarity of every two of one adapter's updates.
 
     Args:
-        side: directions of what.
+        side: the kind of directions.
         paths: the modules.
-        rank: how many leading directions of each are compared, or all where there are fewer.
-        phi: (paths, paths): φ(rank, rank); NaN where two are of spaces of different dimensions.
+        rank: number of leading directions compared, or all of an update that has fewer.
+        phi: (paths, paths): φ(rank, rank); NaN for two whose spaces differ in dimension.
     """
 
     side: str
@@ -134,12 +134,12 @@ def compare(
     Args:
         one: an update.
         other: another.
-        side: directions of what.
+        side: the kind of directions.
         names: of the two, for messages and the result.
 
     Raises:
-        AdapterError: the directions are of spaces of different dimensions, or one has none.
-        ConfigError: there is no such side.
+        AdapterError: their spaces differ in dimension, or one has no directions.
+        ConfigError: `side` has another value.
     """
     U, V = directions(one, side, names[0]), directions(other, side, names[1])
     if len(U) != len(V):
@@ -153,20 +153,20 @@ def compare(
 def similarity(
     one: Adapter, other: Adapter, *, side: Side = "input", paths: Iterable[str] | None = None
 ) -> SimilarityReport:
-    """Similarity of two adapters in each layer that both have: two seeds, two ranks, two tasks.
+    """Similarity of two adapters (of two seeds, ranks or tasks) in each layer that both have.
 
     Args:
         one: an adapter.
-        other: another; ranks and targets may differ, and only what both have is compared.
-        side: directions of what.
-        paths: the modules to compare; None takes all that can be.
+        other: another; ranks and targets may differ, and only common layers are compared.
+        side: the kind of directions.
+        paths: the modules to compare; None takes all that can be compared.
 
     Returns:
-        Layer by layer; the notes say what was left out.
+        The similarity per layer; the notes name the modules left out.
 
     Raises:
-        AdapterError: nothing can be compared, or a module that was named cannot; with the reasons.
-        ConfigError: there is no such side.
+        AdapterError: nothing can be compared, or a named module cannot; with the reasons.
+        ConfigError: `side` has another value.
 
     Source: Hu et al., 2021, §7.2, figures 3 and 4.
     """
@@ -183,7 +183,7 @@ def similarity(
         except AdapterError as error:
             problems[path] = str(error)
     if problems and paths is not None:
-        raise AdapterError(f"what was named cannot all be compared:\n{lines(problems.values())}")
+        raise AdapterError(f"some of the named modules cannot be compared:\n{lines(problems.values())}")
     notes = [*_of_bases(one, other), *_of_targets(one, other), *problems.values()]
     if not layers:
         raise AdapterError(f"the two adapters have no layer that can be compared:\n{lines(notes)}")
@@ -191,16 +191,16 @@ def similarity(
 
 
 def correlation(adapter: Adapter, *, side: Side = "input", rank: int | None = None) -> LayerCorrelation:
-    """φ between all layers of one adapter: which read the same directions of the residual stream.
+    """φ between every two layers of one adapter: layers that read the same directions of the residual stream.
 
     Args:
-        adapter: what to look at.
-        side: directions of what.
-        rank: how many leading directions of each; None takes the smallest rank there is.
+        adapter: the adapter.
+        side: the kind of directions.
+        rank: number of leading directions of each; None takes the lowest rank of a layer.
 
     Raises:
         AdapterError: an update has no directions, or there is no update.
-        ConfigError: the rank is less than 1, or there is no such side.
+        ConfigError: the rank is less than 1, or `side` has another value.
 
     Source: Hu et al., 2021, appendix H.1.
     """
