@@ -1,6 +1,6 @@
 """The paper's comparison: methods × tasks × seeds from one file, to one table; and the demonstration.
 
-Names are imported when first used, as those of `lorica.train`.
+Names are imported on first use, as in `lorica.train`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Before anything runs: do rows, models and methods fit together, and what would each method train?"""
+"""Checks before anything runs: rows, models and methods must fit together; counts of trainable parameters."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lorica.train.trainer.arguments import LOWER_IS_BETTER
 
 
 def check(spec: Comparison) -> dict[str, str]:
-    """Read every task's rows, and put every method on the model's skeleton; nothing is trained or written.
+    """Read every task's rows, and try every method on a model without weights; nothing is trained or written.
 
     Returns:
         The metric of each task.
 
     Raises:
-        ConfigError: all that does not fit, one line each.
+        ConfigError: lists all problems, one per line.
     """
     problems: list[str] = []
     metrics: dict[str, str] = {}
@@ -54,7 +54,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def check_method(spec: Comparison, name: str, method: str) -> None:
-    """Put a method on a task's model, of which only the shapes are made.
+    """Try a method on a task's model, made without values.
 
     Raises:
         LoricaError: the architecture cannot take it.
@@ -109,14 +109,14 @@ def _check_rows(spec: Comparison, name: str) -> None:
 
 @dataclass(frozen=True)
 class Count:
-    """Trainable parameters of a method on a model.
+    """The number of trainable parameters of a method on a model.
 
     Args:
-        model: as the recipe names it.
+        model: name of the model, as in the recipe.
         method: name of the method.
         family: selective, reparametrisation, additive, or prompting.
-        trainable: parameters that train, a new head left out.
-        total: of the model.
+        trainable: number of parameters that train, without a new head.
+        total: number of parameters of the model.
     """
 
     model: str
@@ -127,10 +127,10 @@ class Count:
 
 
 def counts(spec: Comparison) -> list[Count]:
-    """Count every method on every model of a comparison; no weight and no row is read.
+    """Count the parameters of every method on every model of a comparison; reads no weights and no rows.
 
     Raises:
-        ConfigError: no configuration of a model can be had.
+        ConfigError: a model's configuration cannot be loaded.
         TargetError: an architecture cannot take a method.
     """
     found: dict[tuple[str, str], Count] = {}
@@ -155,7 +155,7 @@ def counts(spec: Comparison) -> list[Count]:
 
 
 def _trainable(model: str, config: AdapterConfig, task: Task) -> int:
-    """Of the model that the task trains, its new head left out."""
+    """Counts for the model that the task trains, without its new head."""
     adapted = adapt(skeleton(model, task.task_type), typed(config, task))
     kept = config.modules_to_save or ()
     heads = [

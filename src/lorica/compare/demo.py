@@ -1,6 +1,6 @@
 """The demonstration: one task, learned by a head on a frozen encoder, by LoRA, and by full fine-tuning.
 
-Each is trained in a process of its own, so that its peak memory is its own.
+Each way trains in its own process, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lorica.train.trainer.fit import Interrupted, fit
 TITLES = {"frozen": "frozen encoder + head", "lora": "LoRA", "full": "full fine-tuning"}
 
 # LoRA's settings are the best of six on the validation rows; those of the other two were set by hand after a
-# few runs. So the table shows what to expect, and is no benchmark.
+# few runs. So the table shows typical results, and is not a benchmark.
 TRAINING: Mapping[str, Mapping[str, Any]] = {
     "frozen": {"learning_rate": 2e-2, "epochs": 5},
     "lora": {"learning_rate": 1e-3, "epochs": 8},
@@ -50,10 +50,10 @@ class Row:
 
     Args:
         method: ``"frozen"``, ``"lora"`` or ``"full"``.
-        test_accuracy: share of the test rows classified right.
+        test_accuracy: share of the test rows classified correctly.
         trainable_parameters: parameters that trained, the new head included.
         checkpoint_bytes: bytes to store beside the base: of the head, the adapter, or the whole model.
-        step_seconds: median seconds a training step.
+        step_seconds: median seconds per training step.
         peak_memory_bytes: largest memory of the process (on a GPU, of torch's tensors).
         training_seconds: duration of training.
         steps: optimizer steps.
@@ -74,11 +74,11 @@ class Demo:
     """The results of the demonstration.
 
     Args:
-        rows: one for each way of training.
+        rows: one per way of training.
         logits_difference: largest difference between the logits before and after merging, over the test rows.
-        logits_scale: largest logit before merging, to compare it with.
+        logits_scale: largest logit before merging, for comparison.
         same_modules: whether the merged model has the base's own modules, by name and class.
-        commands: what to try next.
+        commands: commands to try next.
     """
 
     rows: list[Row]
@@ -94,10 +94,10 @@ def run_demo(recipe: Recipe, console: Console | None = None) -> Demo:
     Args:
         recipe: the model, the data, the batch size and the output folder. The method and its training are the
             demonstration's own, unless `recipe.training.max_steps` cuts them short.
-        console: where to show progress. None makes one.
+        console: shows progress. None makes one.
 
     Returns:
-        The figures; they are also in ``results.json`` in the output folder, beside ``adapter/`` and
+        The results, which are also in ``results.json`` in the output folder, beside ``adapter/`` and
         ``merged/``.
 
     Raises:
@@ -109,7 +109,7 @@ def run_demo(recipe: Recipe, console: Console | None = None) -> Demo:
 
 
 def _run_demo(recipe: Recipe, output: Path, console: Console) -> Demo:
-    # Bad data is found here, before three processes are started to find it.
+    # Bad data is found here, before three processes start.
     prepared = prepare(recipe, console=console)
     if "test" not in prepared.splits:
         raise LoricaError("the demonstration needs test rows; give --data.test")
@@ -140,7 +140,7 @@ def _in_own_process(method: str, recipe: Recipe) -> Row:
 
 
 def train_row(method: str, recipe: Recipe) -> Row | None:
-    """Train and score one way, in the process that calls; None if the user interrupted it."""
+    """Train and score one way, in the calling process; None if the user interrupted it."""
     training = dataclasses.replace(
         recipe.training, **{**TRAINING[method], "load_best": False, "report_to": []}
     )
@@ -189,7 +189,7 @@ def freeze_encoder(model: PreTrainedModel) -> None:
 
 
 def _store(method: str, model: PreTrainedModel, prepared: Prepared, output: Path, work: Path) -> int:
-    """Write what must be stored of one way of training, and return its size; only the adapter stays."""
+    """Write the files that one way of training must store, and return their size; only the adapter's stay."""
     if method == "lora":
         folder = output / "adapter"
         save(model, folder)

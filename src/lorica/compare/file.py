@@ -1,8 +1,8 @@
-"""`Comparison`: what is compared, as a YAML file holds it.
+"""`Comparison`: tasks, methods and seeds, from a YAML file.
 
-recipe      what all runs share  ┐
-tasks       each its own         ├─ laid over one another, they are a recipe: one run
-methods     each its own         ┘
+recipe      fields of all runs        ┐
+tasks       fields of each task       ├─ combined, they are a recipe: one run
+methods     fields of each method     ┘
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ SUMMARIES = ("mean", "median")
 SPLITS = ("test", "validation")
 _RECIPE = tuple(item.name for item in dataclasses.fields(Recipe) if item.name != "output")
 _ROWS = (".gz", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-_WHOLE = ("baseline", "labels", "report_to")  # replaced as a whole, not laid over what was there
+_WHOLE = ("baseline", "labels", "report_to")  # replaced as a whole, not merged field by field
 
 
 @dataclass(frozen=True, kw_only=True)
 class FewShot:
     """Prompting instead of training: examples before each row, and the label that the model finds likeliest.
 
-    Of a language-modelling task, `shots` examples stand before each prompt and the task's own scores are
-    taken.
+    In a language-modelling task, `shots` examples come before each prompt, and the scores are the task's own.
 
     Args:
-        shots: examples of each class, or of a language-modelling task in all, drawn from the training rows.
-        prompt: how a row is put before the label, with ``{text}`` and, of pairs, ``{text_pair}``.
-        words: what stands for each label, in their order. None takes the labels' names.
-        between: what stands between two examples.
-        calibrate: judge a label by how much likelier the row makes it than an empty row does. Without it,
-            words that are frequent anyway win.
+        shots: number of examples per class (in a language-modelling task, of all examples), drawn from the
+            training rows.
+        prompt: template of a row before its label, with ``{text}`` and, for pairs, ``{text_pair}``.
+        words: a word per label, in the labels' order. None takes the labels' names.
+        between: text between two examples.
+        calibrate: divide a label's probability by its probability after an empty row. Without this, words
+            that are frequent in any text win.
 
     Source: Brown et al., 2020; Hu et al., 2021, table 8; Zhao et al., 2021 (calibration).
     """
@@ -72,7 +72,7 @@ class TaskEntry:
 
     Args:
         recipe: fields of its recipe: ``task``, ``model``, ``data``, ``training``.
-        metric: what it is judged by. None takes the task's own.
+        metric: metric that decides. None takes the task's own.
         also: other metrics to show; they decide nothing.
     """
 
@@ -87,9 +87,9 @@ class MethodEntry:
 
     Args:
         recipe: fields of its recipe: ``method`` or ``baseline``, ``training``.
-        learning_rates: of which the best on the validation rows is taken. Empty takes the recipe's.
-        few_shot: prompting, instead of training.
-        series: methods of one series are joined by a line in the plot, such as LoRA at several ranks.
+        learning_rates: rates to try; the best on the validation rows is taken. Empty takes the recipe's.
+        few_shot: settings of prompting instead of training.
+        series: name of a series; a line in the plot joins its methods, such as LoRA at several ranks.
     """
 
     recipe: dict[str, Any]
@@ -106,16 +106,16 @@ class Comparison:
         tasks: name → task.
         methods: name → method.
         recipe: fields of a recipe that all runs share.
-        seeds: of head, adapter, rows' order and dropout. The first also chooses the learning rate.
-        sizes: numbers of training rows to learn from (`DataConfig.train_rows`); None is as many as the task
-            says.
+        seeds: of head, adapter, rows' order and dropout. The runs with the first seed choose the learning
+            rate.
+        sizes: numbers of training rows (`DataConfig.train_rows`); None takes the task's own.
         summary: ``"mean"`` or ``"median"``, over the seeds.
-        split: the rows whose score is shown: ``"test"``, or ``"validation"`` as in the paper, whose test
-            rows are not public; the learning rate is then chosen on the rows that are shown.
-        data: folder from which relative paths of rows start. None is the current one.
+        split: the rows whose score is shown: ``"test"``; or ``"validation"`` as in the paper, whose test
+            rows are not public: then the same rows choose the learning rate.
+        data: folder that relative paths of rows start from. None is the current one.
         output: folder for results.jsonl, the table and the plot.
-        keep: keep each run's adapter, in ``runs/`` there.
-        trust_task: tasks may be code, ``file.py:Class``. No file can say so; its user does.
+        keep: whether to keep each run's adapter, in ``runs/`` there.
+        trust_task: allow tasks that are code, ``file.py:Class``. Only the caller can set it, not the file.
     """
 
     tasks: dict[str, TaskEntry]
@@ -136,12 +136,12 @@ class Comparison:
 
         Args:
             path: of the file.
-            trust_task: take it also where a task of it is code, ``file.py:Class``, which then runs here.
-            changes: fields to set in place of what it says.
+            trust_task: allow tasks that are code, ``file.py:Class``, which then runs here.
+            changes: fields to set instead of the file's.
 
         Raises:
             FileError: there is no such file, or it is not YAML.
-            ConfigError: all that is wrong with it, one line each.
+            ConfigError: lists all problems, one per line.
         """
         content = read_yaml(Path(path), "the comparison")
         if not isinstance(content, Mapping):
@@ -152,7 +152,7 @@ class Comparison:
     def from_dict(
         cls, content: Mapping[str, Any], where: str = "the comparison", *, trust_task: bool = False
     ) -> Comparison:
-        """Read a comparison from what its YAML file would hold; see `load`."""
+        """Read a comparison from the content of its YAML file; see `load`."""
         problems: list[str] = []
         values = dict(_values(content, problems))
         if problems:
@@ -163,7 +163,7 @@ class Comparison:
         """The recipe of a method on a task.
 
         Raises:
-            ConfigError: the three parts together are no recipe.
+            ConfigError: the three parts together are not a valid recipe.
         """
         if (task, method) not in self._laid:
             self._laid[task, method] = self._lay(task, method)
@@ -303,7 +303,7 @@ def _whole(value: Any, least: int) -> bool:
 
 
 def _over(under: Any, over: Any) -> Any:
-    """One part of a recipe laid over another: its fields win, those it does not have stay."""
+    """One part of a recipe over another: its fields replace the other's, and the rest stay."""
     result = dict(under)
     for name, value in over.items():
         both = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
@@ -312,7 +312,7 @@ def _over(under: Any, over: Any) -> Any:
 
 
 def _under(folder: str | None, source: str | None) -> str | None:
-    """A source of rows in the folder of rows, where it is a path that starts there."""
+    """A source of rows, in the folder of rows if it is a relative path that is found there."""
     if folder is None or source is None or Path(source).is_absolute():
         return None
     place, mark, split = source.partition("#")

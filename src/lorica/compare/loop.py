@@ -1,6 +1,6 @@
-"""The comparison itself: choose each method's learning rate, run the seeds, skip what is done.
+"""The comparison itself: choose each method's learning rate, run the seeds, skip finished runs.
 
-A run is trained and scored in a process of its own, so that its peak memory is its own.
+Each run trains and is scored in its own process, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RESULTS = "results.jsonl"
 
 @dataclass
 class _Progress:
-    """What is done, what is left, and how long that will take."""
+    """Finished runs, runs left, and the time that they will take."""
 
     plan: list[Cell]
     results: Results
@@ -44,7 +44,7 @@ class _Progress:
     took: dict[tuple[str, str], list[float]] = field(default_factory=dict)
 
     def left(self) -> float | None:
-        """Seconds until the end, by what runs took: of this method here, of this task, of any."""
+        """Seconds until the end, from the duration of runs of the same method and task, the task, or any."""
         overall = [seconds for times in self.took.values() for seconds in times]
         if not overall:
             return None
@@ -56,7 +56,7 @@ class _Progress:
         return total
 
     def missing(self, cell: Cell) -> int:
-        """Runs of a cell that are still to be made."""
+        """Runs of a cell that are not finished."""
         open_trials = [run for run in cell.trials if self._open(run)]
         if open_trials:
             return len(open_trials) + len(cell.seeds) - 1
@@ -70,22 +70,22 @@ class _Progress:
 def compare(
     spec: Comparison, *, console: rich.console.Console | None = None, in_process: bool = False
 ) -> Table:
-    """Run what is missing of a comparison, and summarise it.
+    """Run the missing runs of a comparison, and summarise it.
 
-    Each learning rate is tried with the first seed; the other seeds run with the one that was best on the
+    Each learning rate is tried with the first seed; the other seeds run with the rate that was best on the
     validation rows. A run that fails is reported and left out; it is tried again the next time.
 
     Args:
         spec: the comparison.
-        console: where to show progress. None makes one.
-        in_process: run here and not in a process each: no peak memory is measured then.
+        console: shows progress. None makes one.
+        in_process: run in this process instead of one per run; peak memory is then not measured.
 
     Returns:
         The table; `write_table` writes it.
 
     Raises:
-        ConfigError: something in it does not fit; nothing has run then. A metric that a task does not have is
-            found when its first run ends.
+        ConfigError: parts of it do not fit; nothing has run then. A metric that a task does not have is found
+            when the task's first run ends.
         FileError: the rows cannot be read, or the output folder cannot be written.
     """
     console = console or make_console()
@@ -108,10 +108,10 @@ def compare(
 
 
 def gather(spec: Comparison) -> Table:
-    """Summarise what is there of a comparison, and run nothing.
+    """Summarise the finished runs of a comparison, and run nothing.
 
     Raises:
-        ConfigError: something in it does not fit.
+        ConfigError: parts of it do not fit.
     """
     plan = cells(spec, check(spec))
     return summarise(spec, plan, Results(Path(spec.output) / RESULTS), {})
@@ -138,7 +138,7 @@ def _obtain(
     eta = "" if left is None else f"; {duration(left)} left"
     for metric in cell.also:
         for split in row["scores"]:
-            _shown(row, split, metric)  # one that is none is better known now than after all runs
+            _shown(row, split, metric)  # an unknown metric is reported now, not after all runs
     shown = ", ".join(f"{split} {_shown(row, split, cell.metric)}" for split in row["scores"])
     progress.console.print(
         f"{place}: {cell.metric} {shown} in {duration(seconds)}{eta}", markup=False, soft_wrap=True
@@ -159,11 +159,11 @@ def in_own_process(run: Run, folder: Path, *, keep: bool = False) -> Row:
 
     Args:
         run: the run.
-        folder: of the comparison; the run's own is inside, and a run that was killed goes on in it.
+        folder: of the comparison; the run's own is in it, and a run that was killed continues there.
         keep: whether the run's folder stays.
 
     Raises:
-        Failed: the run did, or its process was killed.
+        Failed: the run failed, or its process was killed.
         KeyboardInterrupt: the user stopped it.
     """
     try:
@@ -189,7 +189,7 @@ def in_this_process(run: Run, folder: Path, *, keep: bool = False) -> Row:
 
 
 def _attempt(run: Run, folder: Path, keep: bool) -> tuple[Row | None, str | None]:
-    """The run's line, or why there is none; neither of them after Ctrl-C."""
+    """The run's line, or the reason why there is none; neither after Ctrl-C."""
     try:
         return perform(run, folder, keep=keep), None
     except (Interrupted, KeyboardInterrupt):

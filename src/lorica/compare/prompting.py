@@ -1,4 +1,4 @@
-"""Few-shot prompting: what a decoder does without training, from examples before each row."""
+"""Few-shot prompting: scores of a decoder without training, with examples before each row."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def prompt(recipe: Recipe, settings: FewShot) -> dict[str, Any]:
     """Score a decoder on a recipe's rows without training it.
 
     Args:
-        recipe: task, model, data; `training.seed` draws the examples and `training.eval_batch_size` says how
-            many texts the model reads at once.
-        settings: how it is prompted.
+        recipe: task, model, data; `training.seed` draws the examples, and `training.eval_batch_size` is the
+            number of texts per batch.
+        settings: of the prompts.
 
     Returns:
-        What a run's line holds: the scores, and zeros for what training would cost.
+        The fields of a run's line: the scores, and zeros for the costs of training.
 
     Raises:
-        ConfigError: the task cannot be prompted for, or there are fewer rows of a class than shots.
+        ConfigError: prompting is not possible for the task, or a class has fewer rows than `shots`.
     """
     recipe, task, used = read(recipe)
     data, splits = recipe.data, {name: own.rows for name, own in used.items()}
@@ -86,7 +86,7 @@ def prompt(recipe: Recipe, settings: FewShot) -> dict[str, Any]:
 
 
 class _Classifier:
-    """Chooses, of all labels, the one that the model finds likeliest behind the examples and the row."""
+    """Chooses the label that the model finds likeliest after the examples and the row."""
 
     def __init__(
         self, model: Any, tokenizer: Any, data: DataConfig, settings: FewShot, recipe: Recipe, train: Dataset
@@ -141,7 +141,7 @@ class _Classifier:
         return re.sub(r"\{text(_pair)?\}", lambda found: texts[found[0]], self.template)
 
     def _prompt(self, text: str, text_pair: str = "") -> list[int]:
-        """The examples and the row; the first examples are left out where all have no room."""
+        """The examples and the row; the first examples are left out if not all fit."""
         own = self._ids(self._fill(text, text_pair))
         room = self.limit - len(self.start) - len(own) - max(map(len, self.endings))
         if room < 0:
@@ -174,7 +174,7 @@ class _Classifier:
         return result
 
     def _read(self, texts: list[list[int]], ends: list[int]) -> Tensor:
-        """Log-likelihood of the last tokens of each text, as many as `ends` says."""
+        """Log-likelihood of the last tokens of each text; `ends` gives their numbers."""
         longest, kept = max(map(len, texts)), max(ends) + 1
         ids = torch.zeros(len(texts), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -190,7 +190,7 @@ class _Classifier:
             more["logits_to_keep"] = kept
         logits = self.model(input_ids=ids, attention_mask=mask, **more).logits[:, -kept:-1].float()
         likelihood = logits.log_softmax(-1).gather(-1, ids[:, -kept + 1 :, None]).squeeze(-1).cpu()
-        back = torch.arange(kept - 1, 0, -1)  # of a column, from the end
+        back = torch.arange(kept - 1, 0, -1)  # place of a column, from the end
         return torch.where(back <= torch.tensor(ends)[:, None], likelihood, 0.0).sum(-1)
 
 

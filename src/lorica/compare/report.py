@@ -1,4 +1,4 @@
-"""The outcome as files: the table, its numbers, and the plot of quality against trainable parameters.
+"""The results as files: the table, its numbers, and the plot of quality against trainable parameters.
 
 The plot is the paper's figure 2.
 """
@@ -22,14 +22,14 @@ _MARKS = "osD^vP*Xhd<>p"
 
 
 def drawn(table: Table) -> dict[str, Writer]:
-    """File name → what writes it; empty without matplotlib, or without anything to show."""
+    """File name → function that writes it; empty without matplotlib, or without anything to show."""
     if importlib.util.find_spec("matplotlib") is None or not any(s.centre is not None for s in table.scores):
         return {}
     return {f"quality.{suffix}": lambda path: _save(lambda: draw(table), path) for suffix in ("png", "svg")}
 
 
 def draw(table: Table) -> Any:
-    """A panel for each task and size: a point a method, its deviation, and a line a series."""
+    """A panel per task and size: a point per method with its deviation, and a line per series."""
     from matplotlib.figure import Figure
 
     names = table.columns
@@ -75,13 +75,13 @@ def _panel(axis: Any, table: Table, scores: list[Score], marks: dict[str, Any]) 
 def _save(draw: Callable[[], Any], path: Path) -> None:
     import matplotlib
 
-    # Without a date and with names that follow from the content, the same table is the same file.
+    # No date, and names derived from the content, so that equal tables give equal files.
     with matplotlib.rc_context({"svg.hashsalt": "lorica"}):
         draw().savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def write_table(table: Table, output: str | Path) -> list[Path]:
-    """Write table.md, table.json, and the plot where matplotlib is there.
+    """Write table.md, table.json and, if matplotlib is installed, the plot.
 
     Returns:
         The files.

@@ -1,4 +1,4 @@
-"""Finished runs, a JSON line each, from which a comparison goes on; the fingerprints they are known by."""
+"""Finished runs, one JSON line per run, by which a comparison resumes; and the fingerprints of runs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Row = dict[str, Any]
 class Results:
     """The file of results.
 
-    Lines are only ever added, and each is on the disk before the next run starts. A line cut off by a kill is
-    passed over.
+    Lines are only appended, and each is on the disk before the next run starts. A line cut off by a kill is
+    skipped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +45,7 @@ class Results:
         return key in self.rows
 
     def get(self, key: str) -> Row | None:
-        """A run's line, if it is done."""
+        """A finished run's line, or None."""
         return self.rows.get(key)
 
     def add(self, row: Row) -> None:
@@ -62,7 +62,7 @@ class Results:
 
 
 def _is_whole(row: Any) -> bool:
-    """Whether a line has the parts that a table is made of."""
+    """Whether a line has the fields that a table needs."""
     if not isinstance(row, dict) or not isinstance(row.get("key"), str):
         return False
     scores = row.get("scores")
@@ -73,7 +73,7 @@ def _is_whole(row: Any) -> bool:
 
 
 def score_of(row: Row, split: str, metric: str) -> float | None:
-    """A run's score; None where it is no number, because the run diverged.
+    """A run's score; None if it is not a number, because the run diverged.
 
     Raises:
         ConfigError: there is no such metric.
@@ -87,7 +87,7 @@ def score_of(row: Row, split: str, metric: str) -> float | None:
 
 
 def fingerprint(source: str) -> str:
-    """What a path holds, by its content; a name that is no path stands for itself.
+    """The fingerprint of a path's content; a name that is not a path stands for itself.
 
     Moved rows are the same rows; rewritten ones are not.
     """

@@ -1,4 +1,4 @@
-"""The runs of a comparison, each a recipe with a rate and a seed; which rate a method's seeds run with."""
+"""The runs of a comparison, each a recipe with a rate and a seed; the choice of each method's rate."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Run:
         method: name of its method.
         rate: learning rate, or None for prompting.
         seed: its seed.
-        recipe: what is run, its output folder aside.
-        few_shot: prompting, instead of training.
+        recipe: of the run, without its output folder.
+        few_shot: settings of prompting instead of training.
     """
 
     task: str
@@ -38,10 +38,10 @@ class Run:
 
     @cached_property
     def key(self) -> str:
-        """Fingerprint of the recipe and its data: the same for the same work, wherever files lie.
+        """Fingerprint of the recipe and its data: the same for the same work, wherever its files are.
 
-        Names of task and method do not count, nor does a field at its default, so that a field which recipes
-        gain one day does not void what was done before.
+        Names of task and method do not count, nor do fields at their defaults, so that a new field of recipes
+        does not void finished runs.
         """
         content = _unlike(self.recipe.to_dict(), Recipe().to_dict())
         content.pop("output", None)
@@ -60,7 +60,7 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def __str__(self) -> str:
-        """The run in a line."""
+        """A line that describes the run."""
         rows = self.recipe.data.train_rows
         parts = [self.task, *([] if rows is None else [f"{rows:,} rows"]), self.method]
         parts += [] if self.rate is None else [f"lr {self.rate:g}"]
@@ -74,11 +74,11 @@ class Cell:
     Args:
         task: name of the task.
         method: name of the method.
-        size: of `Comparison.sizes`.
-        metric: what decides.
-        also: other metrics, which are shown.
-        trials: a run a learning rate, with the first seed.
-        seeds: all of them.
+        size: one of `Comparison.sizes`.
+        metric: metric that decides.
+        also: other metrics to show.
+        trials: a run per learning rate, with the first seed.
+        seeds: all seeds.
     """
 
     task: str
@@ -107,10 +107,10 @@ def cells(spec: Comparison, metrics: dict[str, str]) -> list[Cell]:
 
     Args:
         spec: the comparison.
-        metrics: what each task is judged by.
+        metrics: the metric of each task that decides.
 
     Raises:
-        ConfigError: a method's fields, on a task, are no recipe.
+        ConfigError: a method's fields on a task are not a valid recipe.
     """
     found = []
     for task, judged in spec.tasks.items():
@@ -151,11 +151,11 @@ def _unlike(value: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
 def choose(cell: Cell, results: Results) -> Run | None:
     """The trial that was best on the validation rows; None as long as none has a result.
 
-    A score that is no number never wins; of equals the first given does. Where there is one trial, there is
-    nothing to choose.
+    A score that is not a number never wins; among equal scores the first given does. A single trial is chosen
+    without a score.
 
     Raises:
-        ConfigError: the metric is none that the runs have.
+        ConfigError: the runs do not have that metric.
     """
     tried = [(run, row) for run in cell.trials if (row := results.get(run.key)) is not None]
     if len(cell.trials) == 1:

@@ -1,4 +1,4 @@
-"""A comparison's outcome: scores over the seeds, costs, and the table that they make."""
+"""A comparison's results: scores over the seeds, costs, and the table of both."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from lorica.train.console import size
 
 NONE = "–"
 NO_SHARE = ("nist", "cider")
-"""Metrics that may be below 1 and are no share of anything: their scale has no end."""
+"""Metrics that may be below 1 but are not shares: their scale is unbounded."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a method came to on a task.
+    """A method's score on a task.
 
     Args:
         task: name of the task.
-        size: training rows that were drawn, or None for all.
-        metric: what is shown.
+        size: number of training rows drawn, or None for all.
+        metric: name of the metric.
         method: name of the method.
         learning_rate: the best, or None.
-        values: the metric of each seed that has a result; None where it is no number.
-        centre: their mean or median; None if there is none, or one of them is no number.
-        deviation: their standard deviation (of a sample); None of fewer than two.
+        values: the metric for each seed with a result; None if it is not a number.
+        centre: their mean or median; None if there are no values, or one is not a number.
+        deviation: their standard deviation (of a sample); None for fewer than two values.
         missing: seeds without a result.
-        decides: whether it is what the task is judged by, and not only shown.
+        decides: whether this metric decides, or is only shown.
         best: whether no other method has a better centre here.
     """
 
@@ -50,13 +50,13 @@ class Score:
 
     @property
     def column(self) -> str:
-        """Where it stands in the table."""
+        """Its column in the table."""
         rows = "" if self.size is None else f", n = {self.size:,}"
         return f"{self.task}{rows} ({self.metric})"
 
     @property
     def is_share(self) -> bool:
-        """Whether it reads best as per cent: a metric that ends at 1, such as accuracy."""
+        """Whether it is shown in per cent: a metric whose largest value is 1, such as accuracy."""
         bounded = not lower_is_better(self.metric) and self.metric not in NO_SHARE
         return bounded and all(abs(value) <= 1 for value in self.values if value is not None)
 
@@ -74,16 +74,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method costs, over its runs with the best learning rates.
+    """A method's costs, over its runs with the best learning rates.
 
     Args:
         method: its name.
         family: selective, reparametrisation, additive, or prompting.
-        series: of the plot.
-        trainable: parameters that train, a new head included; the most of any task.
-        checkpoint_bytes: what must be stored beside the base; likewise.
+        series: its series in the plot.
+        trainable: number of parameters that train, a new head included; the largest of any task.
+        checkpoint_bytes: bytes to store beside the base; likewise.
         step_seconds: median over runs of the median seconds per step.
-        peak_memory: largest memory of a run's process; None where runs shared one.
+        peak_memory: largest memory of a run's process, in bytes; None if runs shared a process.
     """
 
     method: str
@@ -97,14 +97,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Table:
-    """A comparison's outcome.
+    """A comparison's results.
 
     Args:
-        scores: one for each method, task and size.
-        costs: one for each method.
+        scores: one per method, task and size.
+        costs: one per method.
         summary: ``"mean"`` or ``"median"``.
         split: the rows that were scored.
-        failures: what went wrong, a line per run.
+        failures: the error of each failed run, one line per run.
     """
 
     scores: list[Score]
@@ -120,11 +120,11 @@ class Table:
 
     @property
     def deciding(self) -> list[Score]:
-        """Those that the tasks are judged by."""
+        """The scores by the metrics that decide."""
         return [score for score in self.scores if score.decides]
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Headings, and a row of cells a method; the best of a column between asterisks."""
+        """Headings, and a row of cells per method; the best of a column is between asterisks."""
         head = ["method", "class", "trainable", *self.columns]
         averaged = len({s.column for s in self.deciding}) > 1 and all(s.is_share for s in self.deciding)
         head += ["average"] * averaged
@@ -154,7 +154,7 @@ class Table:
         return head, lines
 
     def _average(self, method: str) -> float | None:
-        """Mean over what the tasks are judged by, in per cent; None if one is missing."""
+        """Mean of the metrics that decide, in per cent; None if one is missing."""
         scores = [score for score in self.deciding if score.method == method]
         if any(score.centre is None for score in scores):
             return None
@@ -199,7 +199,7 @@ def summarise(spec: Comparison, plan: Sequence[Cell], results: Results, failures
     """Put the finished runs of a comparison into its table.
 
     Raises:
-        ConfigError: a task's metric is none that its runs have.
+        ConfigError: a task's runs do not have its metric.
     """
     scores: list[Score] = []
     rows: dict[str, list[Row]] = {method: [] for method in spec.methods}
