@@ -1,19 +1,19 @@
 """PEFT's LoRA, name for name, over lorica: ``from peft import ...`` becomes ``from lorica.peft import ...``.
 
-Each file has PEFT's name and, of what concerns LoRA, PEFT's contents:
+Each file has PEFT's name and the LoRA part of its contents:
 
 config.py          configurations, and the options of loading
 mapping_func.py    get_peft_model
 mapping.py         inject_adapter_in_model
-peft_model/        PeftModel, a class for each task, the status of layers
+peft_model/        PeftModel, a class per task, the status of layers
 auto.py            a base and its adapter in one call
-tuners/            tuners_utils.py: BaseTuner, which the model's adapters answer to; lora/: LoraModel, starts
+tuners/            tuners_utils.py: BaseTuner, which manages a model's adapters; lora/: LoraModel, starts
 utils/             save_and_load.py, hotswap.py, other.py (names of modules), integrations.py (libraries)
 optimizers/        LoRA+ and LoRA-FA
 helpers.py  functional.py  import_utils.py
 
-What lorica does not carry is refused by name. Where PEFT 0.21 computes something else than it says, this does
-what it says.
+Features that lorica does not have are refused by name. Where PEFT 0.21 differs from its own documentation,
+this follows the documentation.
 """
 
 from __future__ import annotations

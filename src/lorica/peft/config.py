@@ -1,4 +1,4 @@
-"""PEFT's configuration classes over lorica's, whose fields can be assigned; options of loading."""
+"""PEFT's configuration classes, with assignable fields, over lorica's; options of loading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lorica.errors import ConfigError, LoricaWarning, listing, nearest
 from lorica.reading import read_object
 
 __version__ = "0.21.2+lorica"
-"""Of PEFT, whose names and files these are; what comes after the plus tells lorica's files from PEFT's."""
+"""The version of PEFT whose names and files these are; the part after the plus marks files as lorica's."""
 
 
 _DEFAULTS = {"eva_config": "EVA", "corda_config": "CorDA"}
@@ -45,14 +45,14 @@ _HUB = (
     "library_version",
     "local_dir",
 )
-# An adapter is read on the CPU and goes where its base is; PEFT's ways of spreading it have nothing to do.
+# An adapter is read on the CPU and placed with its base; PEFT's options of spreading it have no effect.
 _PLACES = ("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index")
 _NEED_OTHERS = ("layers_pattern", "target_modules")
-"""Fields of which some values are right only beside another field's."""
+"""Fields of which some values are valid only with another field's."""
 
 
 class Names(list[str]):
-    """Names of modules, in the order in which they were given; equal to a set of them, which PEFT has."""
+    """Names of modules, in the given order; equal to the set of them, which PEFT has."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -64,7 +64,7 @@ class Names(list[str]):
 
 
 class PeftType(enum.StrEnum):
-    """Methods; lorica carries LoRA, the one that the others are compared with."""
+    """Methods; lorica.peft has LoRA alone."""
 
     LORA = "LORA"
 
@@ -82,28 +82,27 @@ class TaskType(enum.StrEnum):
 
 @dataclass
 class LoraRuntimeConfig:
-    """How an adapter runs, never saved.
+    """Settings of how an adapter runs; never saved.
 
     Args:
-        ephemeral_gpu_offload: accepted, and needless: DoRA's norms are computed from thin products where the
-            weights are.
+        ephemeral_gpu_offload: accepted without effect: DoRA's norms are computed from thin products on the
+            weights' device.
     """
 
     ephemeral_gpu_offload: bool = False
 
 
 class PeftConfig(core.LoraConfig):
-    """What to train; see `lorica.LoraConfig` for every field.
+    """A configuration of LoRA; see `lorica.LoraConfig` for every field.
 
-    A field may be assigned later. Values that do not go together may stand there meanwhile, as they do where
-    several fields are assigned one after the other; whoever uses the configuration checks it. What PEFT has
-    and lorica does not is refused by name.
+    Fields may be assigned later. Between two assignments values may contradict each other; they are checked
+    when the configuration is used. Fields that PEFT has and lorica does not are refused by name.
 
     Raises:
-        ConfigError: a value is out of range, or asks for what lorica does not carry.
+        ConfigError: a value is out of range, or asks for a feature that lorica does not have.
 
     Warns:
-        LoricaWarning: settings of a start stand there that is not the one chosen.
+        LoricaWarning: it has settings of a start that is not chosen.
     """
 
     keeps_idle: ClassVar[bool] = True
@@ -131,7 +130,7 @@ class PeftConfig(core.LoraConfig):
         self._list_names()
         if not quiet:
             self._tell(settings)
-            if "transformers" in sys.modules:  # its models or TRL's trainers may be given this
+            if "transformers" in sys.modules:  # transformers' models or TRL's trainers may get this
                 importlib.import_module("lorica.peft.utils.integrations").tell_users()
 
     def _list_names(self) -> None:
@@ -140,13 +139,13 @@ class PeftConfig(core.LoraConfig):
                 self.__dict__[field] = Names(names)
 
     def as_found(self, **changes: Any) -> Self:
-        """A copy with some fields as they turned out on a model."""
+        """A copy with some fields as they are on a model."""
         found = super().as_found(**changes)
         found._list_names()
         return found
 
     def _tell(self, given: Mapping[str, Any]) -> None:
-        """Warn of settings of a start that was not given, and of those of another."""
+        """Warn if the settings of the chosen start are missing, or those of another start are given."""
         for name, kind in SETTINGS.items():
             chosen = self.init_lora_weights == kind.belongs_to
             if chosen and given.get(name) is None and name in _DEFAULTS:
@@ -188,13 +187,13 @@ class PeftConfig(core.LoraConfig):
             raise ConfigError(f"{type(self).__name__} has no field {name!r}{nearest(name, fields)}")
 
     def __getattr__(self, name: str) -> Any:
-        """A field of PEFT's that is not carried: what asks for nothing."""
+        """A field of PEFT's that lorica does not have: its value without effect."""
         if name in FOREIGN:
             return FOREIGN[name].inert
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
-        """Refuse wrappers of the caller's own: lorica changes a layer's class in place, and wraps none.
+        """Refuse custom wrappers: lorica changes a layer's class in place and wraps none.
 
         Raises:
             ConfigError: always.
@@ -226,16 +225,16 @@ class PeftConfig(core.LoraConfig):
         return dataclasses.replace(self, **beside | changes, quiet=True)
 
     def checked(self) -> Self:
-        """Itself, once its values are known to go together.
+        """Itself, checked.
 
         Raises:
-            ConfigError: they do not.
+            ConfigError: its values contradict each other.
         """
         self.replace()
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as `adapter_config.json` holds them."""
+        """The fields as in `adapter_config.json`."""
         beside = {"auto_mapping": self.auto_mapping, "peft_version": self.peft_version}
         return {**super().to_dict(), **beside}
 
@@ -283,11 +282,11 @@ class PeftConfig(core.LoraConfig):
         Args:
             pretrained_model_name_or_path: folder, or name on the Hub.
             subfolder: inside it.
-            kwargs: ``revision``, ``token``, ``cache_dir`` and whatever else downloads take.
+            kwargs: ``revision``, ``token``, ``cache_dir`` and other options of downloads.
 
         Raises:
             FileError: it does not exist.
-            ConfigError: it asks for what lorica does not carry, or an argument is unknown.
+            ConfigError: it asks for a feature that lorica does not have, or an argument is unknown.
         """
         hub, rest = split_hub({**kwargs, "subfolder": subfolder})
         check_options(rest)
@@ -296,12 +295,12 @@ class PeftConfig(core.LoraConfig):
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> LoraConfig:
-        """A configuration of the class that ``peft_type`` names."""
+        """A configuration of the class named by ``peft_type``."""
         return LoraConfig(**kwargs)
 
     @classmethod
     def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
-        """The fields in a file, unchecked; how PEFT ran is none of them."""
+        """The fields in a file, unchecked, without PEFT's runtime settings."""
         data = read_object(Path(path_json_file), halves=True)
         return {name: value for name, value in data.items() if name != "runtime_config"}
 
@@ -314,7 +313,7 @@ PEFT_TYPE_TO_CONFIG_MAPPING = {PeftType.LORA: LoraConfig}
 
 
 def as_peft_config(config: core.LoraConfig) -> LoraConfig:
-    """A configuration of lorica's own as one that can be changed.
+    """A configuration of lorica's own as one with assignable fields.
 
     Raises:
         ConfigError: it is another library's.
@@ -342,7 +341,7 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> LoraConfig:
 
 
 def split_hub(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options that say where to find a file, and the others."""
+    """The options of downloads, and the others."""
     hub = {name: value for name, value in options.items() if name in _HUB and value is not None}
     if options.get("use_auth_token") is not None:
         hub.setdefault("token", options["use_auth_token"])
@@ -350,7 +349,7 @@ def split_hub(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse options of loading that mean nothing, and warn of those that PEFT ignores too.
+    """Refuse unknown options of loading, and warn of those that PEFT ignores too.
 
     Raises:
         ConfigError: naming them.

@@ -1,4 +1,4 @@
-"""What `peft.functional` offers to libraries that put adapters on models without a wrapper."""
+"""Names of `peft.functional`, for libraries that put adapters on models without a wrapper."""
 
 from __future__ import annotations
 

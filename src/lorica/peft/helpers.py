@@ -16,15 +16,15 @@ from lorica.state import find_adapted
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Within it, all updates are multiplied.
+    """A context in which all updates are multiplied by a number.
 
     Args:
         model: wrapped or not.
-        multiplier: 0 is the base, 1 the adapter; between them lies what WiSE-FT calls robust fine-tuning
-            (Wortsman et al., 2021).
+        multiplier: 0 is the base, 1 the adapter; values between them interpolate, as in WiSE-FT (Wortsman et
+            al., 2021).
 
     Raises:
-        ConfigTypeError: the multiplier is no number.
+        ConfigTypeError: the multiplier is not a number.
         StateError: the model carries no adapter, or one is merged.
     """
     if not isinstance(multiplier, (float, int)):
@@ -45,7 +45,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
-    """Whether there is a LoRA adapter under this name."""
+    """Whether this name leads to a LoRA adapter."""
     try:
         PeftConfig.from_pretrained(model_name_or_path)
     except (FileError, ConfigError):
@@ -55,12 +55,12 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Accepted, and needless: inputs are never copied up to the adapter's precision."""
+    """Accepted without effect: inputs are never cast up to the adapter's precision."""
     yield
 
 
 class DoraCaching:
-    """Accepted, and needless: DoRA's norms are computed from thin products.
+    """Accepted without effect: DoRA's norms are computed from thin products.
 
     ``DoraCaching()(enabled=True)`` for good, or ``with DoraCaching():``.
     """

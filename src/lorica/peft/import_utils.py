@@ -1,4 +1,4 @@
-"""Which other libraries are there, as scripts ask `peft.import_utils`."""
+"""Functions of `peft.import_utils`: whether other libraries are installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def is_bnb_available() -> bool:
 
 
 def is_bnb_4bit_available() -> bool:
-    """Whether bitsandbytes is installed; since 2023 it has 4 bits."""
+    """Whether bitsandbytes is installed; all versions since 2023 have 4 bits."""
     return is_bnb_available()
 
 
@@ -51,7 +51,7 @@ def is_diffusers_available() -> bool:
 
 
 def is_xpu_available() -> bool:
-    """Whether an Intel accelerator is there."""
+    """Whether an Intel accelerator is available."""
     import torch
 
     return hasattr(torch, "xpu") and torch.xpu.is_available()

@@ -1,4 +1,4 @@
-"""PEFT's methods by name, which are LoRA alone, and adapters without a wrapper."""
+"""PEFT's methods by name (LoRA alone), and adapters without a wrapper."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def inject_adapter_in_model(
     """Put a new adapter on a model, in place, without a wrapper: `lorica.adapt` by PEFT's name.
 
     Args:
-        peft_config: what to train.
+        peft_config: configuration of the adapter.
         model: any model.
-        adapter_name: of the adapter.
-        low_cpu_mem_usage: leave the adapter on the meta device, until its values are loaded.
-        state_dict: adapt just the modules that this names; its values are not used.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: leave the adapter on the meta device until its values are loaded.
+        state_dict: adapt only the modules in its keys; its values are not used.
 
     Returns:
         The same model.
 
     Raises:
-        TargetError: a pattern matches nothing, or something that cannot be adapted.
+        TargetError: a pattern matches nothing, or a module that cannot be adapted.
         ConfigError: `state_dict` names no module.
     """
     config = named_whole(model, without_idle(model, as_peft_config(peft_config)))
@@ -59,13 +59,13 @@ def inject_adapter_in_model(
 
 
 def _as_named(model: nn.Module, config: CoreConfig, state_dict: Mapping[str, Any]) -> CoreConfig:
-    """The configuration that means the modules of which a state has values.
+    """The configuration with the modules in a state's keys as its targets.
 
     Raises:
-        ConfigError: it names none; or `target_parameters` is set, of which a state's keys do not tell.
+        ConfigError: the state names none; or `target_parameters` is set, which a state's keys do not name.
 
     Warns:
-        IdleWarning: the configuration means other modules.
+        IdleWarning: the configuration targets other modules.
     """
     if config.target_parameters:
         raise ConfigError(

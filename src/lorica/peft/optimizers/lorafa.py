@@ -1,4 +1,4 @@
-"""LoRA-FA: A stays as it was drawn, and B's gradient is corrected for it."""
+"""LoRA-FA: A stays frozen at its start, and B's gradient is corrected for it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class LoraFAOptimizer(Optimizer):
 
     Args:
         params: groups of parameters. In a group with "downs" and "scales", each parameter is a B, with its A
-            (r, d_in) and scale in the same place there; other groups are trained by plain AdamW.
-        lr: learning rate, a step.
+            (r, d_in) and scale at the same index there; other groups are trained by plain AdamW.
+        lr: learning rate.
         betas: decay of the running means of gradient and squared gradient.
         eps: added to the root of the latter.
         weight_decay: decay of weights, times `lr`.
-        correct_bias: correct the means for having started at zero.
+        correct_bias: whether to correct the means for their start at zero.
 
     Raises:
         ConfigError: a value is out of range.
@@ -53,14 +53,14 @@ class LoraFAOptimizer(Optimizer):
         super().__init__(params, {**settings, "correct_bias": correct_bias, "downs": None, "scales": None})
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state, without A and the scales: those are the model's."""
+        """The optimizer's state, without A and the scales, which belong to the model."""
         state = super().state_dict()
         for group in state["param_groups"]:
             group.update(downs=None, scales=None)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a saved state; A and the scales stay the model's."""
+        """Load a saved state; A and the scales stay the model's."""
         own = [(group["downs"], group["scales"]) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, (downs, scales) in zip(self.param_groups, own, strict=True):
@@ -74,7 +74,7 @@ class LoraFAOptimizer(Optimizer):
             closure: computes the loss anew.
 
         Returns:
-            What it returns.
+            The closure's loss; None without one.
         """
         loss = None
         if closure is not None:
@@ -128,18 +128,18 @@ def create_lorafa_optimizer(
     """Freeze every A and train the rest by LoRA-FA.
 
     Args:
-        model: the model, adapted; embeddings excepted, which have no A to correct for.
-        r: rank. Each layer's own scale is used; this and the next must agree with the configuration.
-        lora_alpha: α, likewise.
-        lr: learning rate, a step.
+        model: adapted model; adapted embeddings are left out, for B's gradient there has no correction by A.
+        r: rank; must equal the configuration's. Each layer's own scale is used.
+        lora_alpha: α; must equal the configuration's.
+        lr: learning rate.
         weight_decay: of AdamW.
-        use_rslora: must agree with it too, where it is given.
+        use_rslora: if given, must equal the configuration's.
 
     Returns:
         The optimizer.
 
     Raises:
-        ConfigError: r, α or `use_rslora` are not those of the adapters that act, or nothing is left to train.
+        ConfigError: r, α or `use_rslora` differ from the active adapters', or nothing is left to train.
         StateError: the model carries no adapter.
     """
     root, state = adapted(model)

@@ -1,4 +1,4 @@
-"""LoRA+: B learns faster than A."""
+"""LoRA+: a higher learning rate for B than for A."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def create_loraplus_optimizer(
     """An optimizer whose learning rate for B is a multiple of that for A.
 
     Args:
-        model: the model, adapted.
-        optimizer_cls: such as ``torch.optim.AdamW``.
+        model: adapted model.
+        optimizer_cls: the optimizer's class, such as ``torch.optim.AdamW``.
         lr: learning rate of A, and of modules trained whole.
         loraplus_lr_ratio: learning rate of B, and of vectors such as biases and magnitudes, over `lr`.
         kwargs: ``loraplus_weight_decay`` (0; biases have none), ``loraplus_lr_embedding`` (1e-6; for both

@@ -1,8 +1,8 @@
-"""`PeftModel`, PEFT's wrapper around a model, and what adapters a model has.
+"""`PeftModel`, PEFT's wrapper around a model, and the status of a model's adapters.
 
-wrapper.py   what it is in memory: which adapters there are, calling it, choosing
-model.py     `PeftModel` with files in and out, and a class for each task
-status.py    what each layer has and is up to
+wrapper.py   the wrapper in memory: its adapters, calls, and the choice of the active ones
+model.py     `PeftModel` with files in and out, and a class per task
+status.py    the status of each layer's adapters
 """
 
 from __future__ import annotations

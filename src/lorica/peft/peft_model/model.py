@@ -39,14 +39,14 @@ class PeftModel(Wrapper):
 
     Args:
         model: the base.
-        peft_config: what to train.
-        adapter_name: of the adapter.
-        autocast_adapter_dtype: keep A and B in float32 beside a base of less precision; False gives them the
-            base's.
-        low_cpu_mem_usage: leave the adapter on the meta device, until its values are loaded.
+        peft_config: configuration of the adapter.
+        adapter_name: name of the adapter.
+        autocast_adapter_dtype: keep A and B in float32 beside a base of lower precision; False gives them the
+            base's dtype.
+        low_cpu_mem_usage: leave the adapter on the meta device until its values are loaded.
 
     Raises:
-        TargetError: a pattern matches nothing, or something that cannot be adapted.
+        TargetError: a pattern matches nothing, or a module that cannot be adapted.
         ConfigError: the model is wrapped already.
     """
 
@@ -79,23 +79,23 @@ class PeftModel(Wrapper):
         Args:
             model: the base.
             model_id: folder, or name on the Hub.
-            adapter_name: to give it.
+            adapter_name: its name on the model.
             is_trainable: whether it trains further. If not, the model goes into evaluation mode.
-            config: in place of the saved one.
+            config: replaces the saved one.
             autocast_adapter_dtype: as for the class.
-            ephemeral_gpu_offload: accepted, and needless.
-            low_cpu_mem_usage: accepted; nothing is ever initialised only to be overwritten.
+            ephemeral_gpu_offload: accepted without effect.
+            low_cpu_mem_usage: accepted without effect: no value is initialised only to be overwritten.
             key_mapping: regular expression → replacement, for keys of modules renamed since.
-            kwargs: ``subfolder``, ``revision``, ``token`` and whatever else downloads take.
+            kwargs: ``subfolder``, ``revision``, ``token`` and other options of downloads.
 
         Returns:
-            The model, wrapped by the class that the adapter's task asks for.
+            The model, wrapped by the class of the adapter's task.
 
         Raises:
             FileError: a file is missing or damaged.
-            ConfigError: the configuration asks for what lorica does not carry, or the model is wrapped
-                already.
-            AdapterError: lists what does not fit; the model is untouched.
+            ConfigError: the configuration asks for a feature that lorica does not have, or the model is
+                wrapped already.
+            AdapterError: lists the tensors that do not fit; the model is untouched.
         """
         check_bare(model, "load_adapter(folder, name)")
         found, options = split_hub(kwargs)
@@ -108,7 +108,7 @@ class PeftModel(Wrapper):
         ready = as_trainable(adapter, is_trainable)
         put_again(model, adapter_name, lambda name: attach_finite(model, ready, name, trainable=is_trainable))
         lorica.active(model, adapter_name)
-        if chosen is not None:  # the caller's own, which says from now on how it was made
+        if chosen is not None:  # the caller's own configuration, which takes the saved settings
             state = adapted(model)[1]
             chosen.__dict__.update(vars(state.configs[adapter_name]))
             state.configs[adapter_name] = chosen
@@ -129,24 +129,24 @@ class PeftModel(Wrapper):
         key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> LoadResult:
-        """Add a saved adapter, not acting yet; one that is there already takes the saved values.
+        """Add a saved adapter, which does not act yet; an existing one of that name takes the saved values.
 
         Args:
             model_id: folder, or name on the Hub.
-            adapter_name: to give it.
+            adapter_name: its name on the model.
             is_trainable: whether it trains further. If not, the model goes into evaluation mode.
-            torch_device: accepted; the adapter goes where its base is.
+            torch_device: accepted without effect: the adapter is placed with its base.
             autocast_adapter_dtype: as for the class.
-            ephemeral_gpu_offload: accepted, and needless.
-            low_cpu_mem_usage: likewise.
-            key_mapping: as of `from_pretrained`, and so is what raises.
-            kwargs: likewise.
+            ephemeral_gpu_offload: accepted without effect.
+            low_cpu_mem_usage: accepted without effect.
+            key_mapping: as for `from_pretrained`, whose errors this raises too.
+            kwargs: as for `from_pretrained`.
 
         Returns:
-            Two empty lists: what does not fit is an error.
+            Two empty lists: a tensor that does not fit is an error.
 
         Warns:
-            LoricaWarning: one that is there has another scale, tokens or start than the saved values.
+            LoricaWarning: the existing adapter has another scale, tokens or start than the saved values.
         """
         found, options = split_hub(kwargs)
         check_options(options)
@@ -158,7 +158,7 @@ class PeftModel(Wrapper):
             live = lorica.extract(model, adapter_name).extras if there else None
             adapter = fitting(adapter, live or model.state_dict())
         if there:
-            # PEFT takes the values alone, whatever the settings that are there make of them.
+            # PEFT loads the values alone, whatever the present settings make of them.
             overwrite(model, adapter, adapter_name, strict=False)
         else:
             attach_finite(model, as_trainable(adapter, is_trainable), adapter_name, trainable=is_trainable)
@@ -192,14 +192,15 @@ class PeftModel(Wrapper):
             save_embedding_layers: True writes the base's embedding tables too; "auto" does so where the
                 vocabulary was resized; False never.
             is_main_process: other processes write nothing.
-            path_initial_model_for_weight_conversion: folder with the adapter as it was before training, where
-                its start changed the base (PiSSA, OLoRA, CorDA, LoRA-GA): writes one of twice the rank that
-                does the same on the untouched base.
+            path_initial_model_for_weight_conversion: folder with the adapter before training, if its start
+                changed the base (PiSSA, OLoRA, CorDA, LoRA-GA): writes an adapter of twice the rank that does
+                the same on the untouched base.
             state_dict: take the values from here, by their live names.
-            kwargs: ``save_function``, which accelerate's scripts pass; accepted, and needless.
+            kwargs: ``save_function``, which accelerate's scripts pass; accepted without effect.
 
         Raises:
-            AdapterError: no such adapter; `state_dict` is not of it; or a tensor holds NaN or infinity.
+            AdapterError: no such adapter; `state_dict` is another adapter's; or a tensor holds NaN or
+                infinity.
             ConfigError: another argument.
             FileError: the folder cannot be written.
         """
@@ -215,7 +216,7 @@ class PeftModel(Wrapper):
                 checkpoint.write(adapter, folder, pickled=not safe_serialization)
 
     def _selected(self, names: Sequence[str] | None) -> list[str]:
-        """The adapters to write, all of which there are."""
+        """The names of the adapters to write, checked."""
         if isinstance(names, str):
             raise ConfigError(f"selected_adapters takes a list of names, not one string {names!r}")
         state = self.base_model.adapter_state
@@ -238,13 +239,13 @@ class PeftModel(Wrapper):
         Args:
             repo_id: name of the repository, ``"user/sentiment"``; created if missing.
             commit_message: title of the commit.
-            private: whether a new repository is; None takes the account's default.
+            private: whether a new repository is private; None takes the account's default.
             token: of the account; None takes that of ``HF_TOKEN`` or ``hf auth login``.
             revision: branch; created if missing.
             create_pr: open a pull request instead of committing.
             selected_adapters: names; None takes all.
             kwargs: ``use_auth_token``, the old name of `token`; ``use_temp_dir`` and ``max_shard_size``,
-                accepted and needless.
+                accepted without effect.
 
         Returns:
             URL of the last commit, or of the pull request.
@@ -273,10 +274,10 @@ class PeftModel(Wrapper):
         return url
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write the model card of the adapter that acts; one that somebody edited stays.
+        """Write the model card of the active adapter; an edited card stays.
 
         Raises:
-            StateError: none does.
+            StateError: no adapter is active.
             FileError: the folder cannot be written.
         """
         adapter = outgoing(self, self.base_model.first_active, None, False)
@@ -284,10 +285,10 @@ class PeftModel(Wrapper):
 
 
 class _WithHead(PeftModel):
-    """A model whose task brought a new head, which every adapter trains whole."""
+    """A model whose task has a new head, which every adapter trains whole."""
 
     def add_adapter(self, adapter_name: str, peft_config: LoraConfig, *args: Any, **kwargs: Any) -> None:
-        """As `PeftModel.add_adapter`; the adapter is for this model's task, and has a head of its own."""
+        """As `PeftModel.add_adapter`; the adapter is for this model's task, and has its own head."""
         config = as_peft_config(peft_config)
         if config.task_type is None:
             config = config.replace(task_type=self.task)
@@ -319,7 +320,7 @@ class PeftModelForFeatureExtraction(PeftModel, task=TaskType.FEATURE_EXTRACTION)
 
 
 def as_trainable(adapter: Adapter, trainable: bool) -> Adapter:
-    """The adapter with a configuration that says whether it trains."""
+    """The adapter with `inference_mode` in its configuration set by whether it trains."""
     told = adapter.trained_as
     return dataclasses.replace(
         adapter,
@@ -329,14 +330,14 @@ def as_trainable(adapter: Adapter, trainable: bool) -> Adapter:
 
 
 def fitting(adapter: Adapter, own: Mapping[str, Tensor]) -> Adapter:
-    """The adapter with the model's own tensors where those it trained whole have another shape.
+    """The adapter, its whole tensors of another shape than the model's replaced by the model's.
 
     Args:
-        adapter: as it was saved.
+        adapter: the saved adapter.
         own: the model's tensors by name.
 
     Warns:
-        LoricaWarning: naming what is left out.
+        LoricaWarning: naming the tensors left out.
     """
     wrong = [n for n, tensor in adapter.extras.items() if n in own and own[n].shape != tensor.shape]
     if wrong:

@@ -1,4 +1,4 @@
-"""What adapters a model has and what they are up to, layer by layer and on the whole."""
+"""The status of a model's adapters, per layer and for the whole model."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Irregular = Literal["irregular"]
 
 @dataclass
 class TunerLayerStatus:
-    """One adapted layer.
+    """The status of an adapted layer.
 
     Args:
         name: path of the layer.
-        module_type: what it is, by PEFT's names: ``"lora.Linear"``.
-        enabled: whether adapters act at all.
-        active_adapters: those that act, or would.
-        merged_adapters: those in the weights.
+        module_type: its kind by PEFT's names: ``"lora.Linear"``.
+        enabled: whether adapters are enabled.
+        active_adapters: active adapters, also while disabled.
+        merged_adapters: merged adapters.
         requires_grad: adapter → whether it trains; ``"irregular"`` if a part of it does.
-        available_adapters: those that the layer has.
-        devices: adapter → kinds of device its parameters are on.
+        available_adapters: all adapters of the layer.
+        devices: adapter → kinds of device of its parameters.
         quantization_backend: such as ``"bnb 4bit"``, or None.
     """
 
@@ -49,7 +49,7 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """A model with adapters on the whole; where its layers differ, a value is ``"irregular"``.
+    """The status of a model with adapters; a value is ``"irregular"`` if the layers differ.
 
     Args:
         base_model_type: class of the base.
@@ -58,12 +58,12 @@ class TunerModelStatus:
         trainable_params: number of parameters that train.
         total_params: number of all parameters.
         num_adapter_layers: number of adapted layers.
-        enabled: whether adapters act at all.
-        active_adapters: those that act, or would.
-        merged_adapters: those in the weights.
+        enabled: whether adapters are enabled.
+        active_adapters: active adapters, also while disabled.
+        merged_adapters: merged adapters.
         requires_grad: adapter → whether it trains.
-        available_adapters: all there are.
-        devices: adapter → kinds of device its parameters are on.
+        available_adapters: all adapters.
+        devices: adapter → kinds of device of its parameters.
         quantization_backend: as for a layer.
     """
 
@@ -83,7 +83,7 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """What each adapted layer has.
+    """The status of each adapted layer.
 
     Args:
         model: wrapped or not.
@@ -111,7 +111,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
-    """What adapters a model has.
+    """The status of a model's adapters.
 
     Args:
         model: wrapped or not.
@@ -167,11 +167,11 @@ def _layer(
 
 
 def _within(module: AskedModule) -> str:
-    """Where PEFT's layer lies below the module, by its names."""
+    """The path of PEFT's layer below the module, by PEFT's names."""
     return ".token_adapter" if isinstance(module, TrainedTokens) else ""
 
 
 def _common(values: Iterable[Any]) -> Any:
-    """The one value that all are, or "irregular"."""
+    """The common value, or "irregular"."""
     different = set(values)
     return different.pop() if len(different) == 1 else "irregular"

@@ -1,4 +1,4 @@
-"""What a `PeftModel` is without files: a wrapper that says what a model carries, calls it, and chooses."""
+"""`PeftModel` without files: a wrapper that lists a model's adapters, calls the model, and chooses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lorica.peft.utils.other import warn_of_name
 
 
 class Wrapper(nn.Module):
-    """A `PeftModel` as it is in memory; arguments and errors are said there."""
+    """A `PeftModel` in memory; `PeftModel` documents arguments and errors."""
 
     __class__ = apparent_class  # pyright: ignore[reportIncompatibleMethodOverride]
     _is_prompt_learning: ClassVar[bool] = False
@@ -59,17 +59,17 @@ class Wrapper(nn.Module):
 
     @classmethod
     def _around(cls, adapted: nn.Module) -> Self:
-        """The wrapper around a model that carries adapters already."""
+        """A wrapper around a model that already carries adapters."""
         self = cls.__new__(cls)
         self._wrap(LoraModel(adapted, None))
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as the class it is, whichever it appears to be."""
+        """Pickle as its real class, whatever `__class__` says."""
         return blank, (type(self),), self.__getstate__()
 
     def __getattr__(self, name: str) -> Any:
-        """What is not here is the LoraModel's, or the model's."""
+        """Other attributes are the LoraModel's, or the model's."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -86,12 +86,12 @@ class Wrapper(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Adapters that act, or would if they were not disabled."""
+        """Names of the active adapters, also while they are disabled."""
         return self.base_model.active_adapters
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The one that acts, a list where it is not one; what is assigned acts, and what trains stays."""
+        """The active adapter's name, or a list if there is not exactly one; may be assigned."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
@@ -101,10 +101,10 @@ class Wrapper(nn.Module):
 
     @property
     def active_peft_config(self) -> Any:
-        """Configuration of the adapter that acts.
+        """Configuration of the active adapter.
 
         Raises:
-            StateError: none does.
+            StateError: no adapter is active.
         """
         return self.peft_config[self.base_model.first_active]
 
@@ -125,7 +125,7 @@ class Wrapper(nn.Module):
 
     @property
     def generation_config(self) -> Any:
-        """How the model generates; what is set here is the model's own."""
+        """The model's generation settings; assigning sets the model's."""
         return self.get_base_model().generation_config
 
     @generation_config.setter
@@ -137,12 +137,12 @@ class Wrapper(nn.Module):
         return self.base_model.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Parameters that train, and all."""
+        """The number of parameters that train, and of all parameters."""
         count = self._count()
         return count.trainable, count.total
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters train."""
+        """Print the number of parameters that train."""
         print(self._count())
 
     def _count(self) -> lorica.ParameterCount:
@@ -166,7 +166,7 @@ class Wrapper(nn.Module):
 
         Args:
             args: the model's.
-            adapter_names: an adapter for each row of the batch; ``"__base__"`` for none.
+            adapter_names: an adapter's name per row of the batch; ``"__base__"`` for none.
             kwargs: the model's.
         """
         model = self.get_base_model()
@@ -179,7 +179,7 @@ class Wrapper(nn.Module):
             return self.get_base_model().generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
-        """Let the embeddings' output carry gradients, which a recomputed block needs."""
+        """Let the embeddings' output require gradients, which recomputed blocks need."""
         quantized = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
         if any(getattr(model, flag, False) for flag in quantized):
             return
@@ -191,10 +191,10 @@ class Wrapper(nn.Module):
     # Choosing
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Let this adapter act alone; it trains, and the others do not.
+        """Let this adapter alone act; it trains, and the others do not.
 
         Args:
-            adapter_name: of the adapter. For several at once: ``model.base_model.set_adapter([...])``.
+            adapter_name: name of the adapter. For several: ``model.base_model.set_adapter([...])``.
             inference_mode: freeze it too.
 
         Raises:
@@ -212,7 +212,7 @@ class Wrapper(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within it the model is the base; what trains stays as it is."""
+        """A context in which no adapter acts; `requires_grad` stays as it is."""
         before = self.base_model._resting
         self.base_model.disable_adapter_layers()
         try:
@@ -230,24 +230,24 @@ class Wrapper(nn.Module):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add a new adapter, neither acting nor training yet: `set_adapter` has it do both.
+        """Add a new adapter, which neither acts nor trains before `set_adapter`.
 
         Args:
-            adapter_name: of the adapter.
-            peft_config: what to train.
-            low_cpu_mem_usage: accepted; nothing is ever initialised twice here.
+            adapter_name: name of the adapter.
+            peft_config: its configuration.
+            low_cpu_mem_usage: accepted without effect: no value is initialised twice.
             autocast_adapter_dtype: as for the class.
 
         Raises:
-            AdapterError: the name is taken or cannot be one.
-            TargetError: a pattern matches nothing, or something that cannot be adapted.
+            AdapterError: the name is taken or not valid.
+            TargetError: a pattern matches nothing, or a module that cannot be adapted.
         """
         warn_of_name(adapter_name)
         self.base_model.inject_adapter(as_peft_config(peft_config), adapter_name, low_cpu_mem_usage)
         cast_adapter_dtype(self.base_model.model, adapter_name, autocast_adapter_dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off; if it acted alone, the first that is left acts.
+        """Take an adapter off; if it alone acted, the first remaining one acts.
 
         Raises:
             AdapterError: no such adapter.
@@ -260,11 +260,11 @@ def check_bare(model: nn.Module, instead: str) -> None:
     """Refuse a model that is wrapped already.
 
     Args:
-        model: perhaps wrapped.
+        model: the model.
         instead: the method to call, for the message.
 
     Raises:
-        ConfigError: it is.
+        ConfigError: the model is wrapped.
     """
     if isinstance(model, Wrapper):
         raise ConfigError(
@@ -274,7 +274,7 @@ def check_bare(model: nn.Module, instead: str) -> None:
 
 
 def _recomputes(model: nn.Module) -> bool:
-    """Whether a model recomputes activations; of one that does not say it may be so."""
+    """Whether a model recomputes activations; True if it does not say."""
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     name = next((name for name in names if hasattr(type(model), name)), None)
     return True if name is None else bool(getattr(model, name))
