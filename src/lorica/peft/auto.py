@@ -1,4 +1,4 @@
-"""A base and its adapter in one call, from what the adapter says about its base."""
+"""A base and its adapter in one call; the adapter's configuration names the base."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from lorica.peft.peft_model import (
     PeftModelForTokenClassification,
 )
 
-# Whom an adapter's file may have imported to build its base.
+# Packages that an adapter's file may have imported to build its base.
 ALLOWED = ("transformers", "diffusers", "sentence_transformers", "timm")
 
 
 class AutoPeftModel:
-    """Load an adapter together with its base, whose class the adapter's file names."""
+    """Load an adapter together with its base; the adapter's file names the base's class."""
 
     target_class: ClassVar[str | None] = None
     target_peft_class: ClassVar[type[PeftModel]] = PeftModel
@@ -48,15 +48,15 @@ class AutoPeftModel:
         import_allowlist: Sequence[str] = ALLOWED,
         **kwargs: Any,
     ) -> PeftModel:
-        """Load the base that an adapter names, and the adapter onto it.
+        """Load the base that an adapter names, and put the adapter on it.
 
         Args:
             pretrained_model_name_or_path: the adapter's folder, or name on the Hub.
-            adapter_name: to give it.
+            adapter_name: its name on the model.
             is_trainable: whether it trains further.
-            config: in place of the saved one.
+            config: replaces the saved one.
             revision: of the adapter.
-            import_allowlist: packages that the adapter's file may name as home of the base's class.
+            import_allowlist: packages from which the adapter's file may name the base's class.
             kwargs: for loading the base (``dtype``, ``device_map``, ``token``, ...) and the adapter
                 (``subfolder``, ``autocast_adapter_dtype``, ...).
 
@@ -110,10 +110,10 @@ class AutoPeftModel:
 
 
 def _check_allowed(package: str, allowed: Sequence[str]) -> None:
-    """Refuse to import what a file names, unless the caller trusts it.
+    """Refuse to import a package that a file names, unless the caller trusts it.
 
     Raises:
-        ConfigError: it is not in a package that is allowed.
+        ConfigError: the package is not in the allowlist.
     """
     if not any(package == entry or package.startswith(f"{entry}.") for entry in allowed):
         raise ConfigError(
@@ -126,7 +126,7 @@ def _named_class(mapping: Mapping[str, Any]) -> Any:
     """The class of the base that an adapter's file names.
 
     Raises:
-        ConfigError: it names none, or one that is not there.
+        ConfigError: the file names no class, or one that cannot be imported.
     """
     package, name = mapping.get("parent_library"), mapping.get("base_model_class")
     if not isinstance(package, str) or not isinstance(name, str) or not package or not name:
@@ -150,7 +150,7 @@ def _named_class(mapping: Mapping[str, Any]) -> Any:
 
 
 def _make_room(base: Any, folder: os.PathLike[str], options: dict[str, Any]) -> None:
-    """Give the base rows for the tokens that the adapter's own tokenizer has beyond it."""
+    """Resize the base's embedding for the tokens that only the adapter's tokenizer has."""
     if not (Path(folder) / "tokenizer_config.json").exists() or not hasattr(base, "get_input_embeddings"):
         return
     transformers = require("transformers", extra="train")

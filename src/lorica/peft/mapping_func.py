@@ -26,19 +26,19 @@ def get_peft_model(
 
     Args:
         model: any model.
-        peft_config: what to train; it is not changed.
-        adapter_name: of the adapter.
-        mixed: must be False: there is one method to mix.
-        autocast_adapter_dtype: keep A and B in float32 beside a base of less precision; False gives them the
-            base's.
-        revision: of the base, to be written down.
-        low_cpu_mem_usage: leave the adapter on the meta device, until its values are loaded.
+        peft_config: configuration of the adapter; it is not changed.
+        adapter_name: name of the adapter.
+        mixed: must be False: lorica.peft has no second method to mix LoRA with.
+        autocast_adapter_dtype: keep A and B in float32 beside a base of lower precision; False gives them the
+            base's dtype.
+        revision: the base's revision, recorded in the configuration.
+        low_cpu_mem_usage: leave the adapter on the meta device until its values are loaded.
 
     Returns:
-        The wrapper that the configuration's task asks for.
+        The wrapper for the configuration's task.
 
     Raises:
-        TargetError: a pattern matches nothing, or something that cannot be adapted.
+        TargetError: a pattern matches nothing, or a module that cannot be adapted.
         ConfigError: the model is wrapped already, or `mixed` is set.
     """
     if mixed:
@@ -53,7 +53,7 @@ def get_peft_model(
 
 
 def warn_of_base(model: nn.Module, config: LoraConfig) -> None:
-    """Say that an adapter is for another base than its configuration says.
+    """Warn if an adapter's base differs from the one in its configuration.
 
     Warns:
         LoricaWarning: naming both.

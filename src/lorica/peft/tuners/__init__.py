@@ -1,4 +1,4 @@
-"""What `peft.tuners` exports and scripts import from there."""
+"""Names of `peft.tuners` that scripts import."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""`BaseTuner`: which adapters a model carries, which act and train, and what is merged, by PEFT's names.
+"""`BaseTuner`: a model's adapters, those that act, train and are merged, by PEFT's names.
 
     PeftModel ─base_model─▶ LoraModel ─model─▶ the model itself, adapted in place
 
-It wraps to give parameters PEFT's names (``base_model.model.…``), and does nothing else: which adapters there
-are and which act is the adapted model's own to say.
+It wraps the model only to give parameters PEFT's names (``base_model.model.…``); the adapted model itself
+holds its adapters and the choice of the active ones.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class BaseTuner(nn.Module):
 
     Args:
         model: the base; adapted in place.
-        config: what to train, or a map from `adapter_name` to that. None takes a model that carries adapters
-            already.
-        adapter_name: of the adapter.
-        low_cpu_mem_usage: leave the adapter on the meta device, until its values are loaded.
+        config: the adapter's configuration, or a map from `adapter_name` to it. None takes a model that
+            already carries adapters.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: leave the adapter on the meta device until its values are loaded.
 
     Raises:
-        TargetError: a pattern matches nothing, or something that cannot be adapted.
-        AdapterError: the name is taken or cannot be one.
+        TargetError: a pattern matches nothing, or a module that cannot be adapted.
+        AdapterError: the name is taken or not valid.
     """
 
     prefix = "lora_"
@@ -77,7 +77,7 @@ class BaseTuner(nn.Module):
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """What is not here is the model's."""
+        """Other attributes are the model's."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -87,7 +87,7 @@ class BaseTuner(nn.Module):
 
     @property
     def _resting(self) -> tuple[str, ...] | None:
-        """Adapters that are disabled, and act again once they are enabled."""
+        """Names of the disabled adapters, which act again once enabled."""
         return self.adapter_state.resting
 
     @_resting.setter
@@ -96,14 +96,14 @@ class BaseTuner(nn.Module):
 
     @property
     def adapter_state(self) -> AdapterState:
-        """What the model carries; an empty one if it carries nothing."""
+        """The state of the model's adapters; an empty one if it carries none."""
         found = find_adapted(self.model)
         return found[1] if found else AdapterState()
 
     @property
     def peft_config(self) -> dict[str, LoraConfig]:
         """Adapter name → configuration."""
-        # This API puts nothing but LoRA on a model.
+        # This API puts LoRA alone on a model.
         return cast(dict[str, LoraConfig], self.adapter_state.configs)
 
     @property
@@ -119,7 +119,7 @@ class BaseTuner(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Adapters that act, or would if they were not disabled."""
+        """Names of the active adapters, also while they are disabled."""
         if self._resting is not None:
             return list(self._resting)
         state = self.adapter_state
@@ -127,7 +127,7 @@ class BaseTuner(nn.Module):
 
     @property
     def active_adapter(self) -> list[str]:
-        """As `active_adapters`; those that are assigned act, and what trains stays as it is."""
+        """As `active_adapters`; may be assigned, which leaves `requires_grad` as it is."""
         return self.active_adapters
 
     @active_adapter.setter
@@ -136,10 +136,10 @@ class BaseTuner(nn.Module):
 
     @property
     def first_active(self) -> str:
-        """The adapter that acts, or the first of several.
+        """The active adapter, or the first of several.
 
         Raises:
-            StateError: none acts.
+            StateError: no adapter is active.
         """
         names = self.active_adapters
         if not names:
@@ -149,14 +149,14 @@ class BaseTuner(nn.Module):
 
     @property
     def merged_adapters(self) -> list[str]:
-        """Adapters in the weights at the moment."""
+        """Names of the merged adapters."""
         return list(self.adapter_state.merged)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Let exactly these adapters act; they train, and the others do not.
 
         Args:
-            adapter_name: a name or several, whose updates add up.
+            adapter_name: a name, or several names; their updates add up.
             inference_mode: freeze these too.
 
         Raises:
@@ -198,7 +198,7 @@ class BaseTuner(nn.Module):
                     parameter.requires_grad_(requires_grad)
 
     def disable_adapter_layers(self) -> None:
-        """Let none act, until `enable_adapter_layers`; what is merged is unmerged."""
+        """Let no adapter act until `enable_adapter_layers`; merged adapters are unmerged."""
         if self._resting is None and self.adapter_state.configs:
             active = tuple(self.active_adapters)
             if self.adapter_state.merged:
@@ -215,7 +215,7 @@ class BaseTuner(nn.Module):
             self._choose_for_all()
 
     def _choose_for_all(self) -> None:
-        """Let what was chosen hold for the model in every thread, as in PEFT, whichever thread chose."""
+        """Let a choice hold for the model in every thread, as in PEFT, whichever thread made it."""
         self.adapter_state.decide(self.adapter_state.last, for_all=True)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -253,13 +253,13 @@ class BaseTuner(nn.Module):
             self.set_adapter(first)
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Put adapters into the weights; `unmerge_adapter` brings W0 back bit for bit.
+        """Merge adapters into the weights; `unmerge_adapter` brings W0 back bit for bit.
 
-        A quantized layer's weight is packed again, as PEFT does it; `lorica.merge` can also unpack it.
+        A quantized layer's weight is packed again, as in PEFT; `lorica.merge` can also unpack it.
 
         Args:
-            adapter_names: which; None takes those that act. Those merged already stay so.
-            safe_merge: accepted; a weight that would hold NaN is always refused.
+            adapter_names: names of the adapters; None takes the active ones. Merged ones stay merged.
+            safe_merge: accepted without effect: a weight that would hold NaN is always refused.
 
         Raises:
             StateError: a layer cannot take its update; the model is untouched.
@@ -297,7 +297,7 @@ class BaseTuner(nn.Module):
             raise
 
     def unmerge_adapter(self) -> None:
-        """Take what is merged out again: W0 is back bit for bit."""
+        """Take the merged adapters out again: W0 is back bit for bit."""
         if self.adapter_state.merged:
             lorica.restore(self.model)
         else:
@@ -309,15 +309,15 @@ class BaseTuner(nn.Module):
         safe_merge: bool = False,
         adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
-        """Put adapters into the weights for good.
+        """Merge adapters into the weights for good.
 
         Args:
-            progressbar: accepted; nothing is shown.
-            safe_merge: accepted; a weight that would hold NaN is always refused.
-            adapter_names: which; None takes those that act.
+            progressbar: accepted without effect.
+            safe_merge: accepted without effect: a weight that would hold NaN is always refused.
+            adapter_names: names of the adapters; None takes the active ones.
 
         Returns:
-            The model itself, as if no adapter had ever been on it but for its weights.
+            The model itself, as before any adapter, with the merged weights.
 
         Raises:
             StateError: as `merge_adapter`, or there is nothing to merge.
@@ -335,7 +335,7 @@ class BaseTuner(nn.Module):
         """Take all adapters off.
 
         Returns:
-            The model as it was before: classes, weights, keys, and what trains.
+            The model as it was before: classes, weights, keys and `requires_grad`.
         """
         if self.adapter_state.configs:
             if self.adapter_state.merged:
@@ -345,12 +345,12 @@ class BaseTuner(nn.Module):
         return self.model
 
     def inject_adapter(self, config: LoraConfig, adapter_name: str, low_cpu_mem_usage: bool = False) -> None:
-        """Add an adapter, neither acting nor training; which others act and train stays as it is.
+        """Add an adapter, which neither acts nor trains; the others stay as they are.
 
         Raises:
-            AdapterError: the name is taken or cannot be one.
-            ConfigError: it trains biases of the base, and another adapter does.
-            TargetError: a pattern matches nothing, or something that cannot be adapted.
+            AdapterError: the name is taken or not valid.
+            ConfigError: it trains biases of the base, and another adapter does too.
+            TargetError: a pattern matches nothing, or a module that cannot be adapted.
         """
         if adapter_name in self.adapter_state.configs:
             raise AdapterError(
@@ -373,7 +373,7 @@ class BaseTuner(nn.Module):
 
 
 def _layers(model: nn.Module, *, parameters: bool) -> dict[str, Any]:
-    """Path → adapted layer; those whose parameters are adapted, or the others."""
+    """Path → adapted layer; only layers with adapted parameters, or only the others."""
     with behind_merge(model):
         found = lora_layers(model)
     return {path: layer for path, layer in found.items() if isinstance(layer, LoraParameters) == parameters}
@@ -409,10 +409,10 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 
 def check_target_module_exists(config: LoraConfig, key: str) -> bool:
-    """Whether a configuration adapts the module of this path, as far as names tell.
+    """Whether a configuration adapts the module of this path, judged by names.
 
     Args:
-        config: its `target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern` are asked.
+        config: its `target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern` decide.
         key: path of the module.
     """
     if _named(config.exclude_modules, key) or not _named(config.target_modules, key):

@@ -1,4 +1,4 @@
-"""What `peft.utils` exports and scripts import from there."""
+"""Names of `peft.utils` that scripts import."""
 
 from __future__ import annotations
 

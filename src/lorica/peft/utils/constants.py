@@ -17,4 +17,4 @@ DUMMY_TARGET_MODULES = "dummy-target-modules"
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = BY_TYPE
-"""Model type → modules that are adapted where `target_modules` is None; what is added counts."""
+"""Model type → modules adapted if `target_modules` is None; entries that scripts add count."""

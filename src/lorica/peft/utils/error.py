@@ -1,4 +1,4 @@
-"""What scripts import from `peft.utils.error`."""
+"""Names of `peft.utils.error` that scripts import."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One adapter in place of another under the same name, without compiling anew.
+"""Replace an adapter by another under the same name, without recompiling.
 
-Compiled code knows shapes, addresses and scales. So the new values are written where the old ones are: a
-lower rank is filled up with zeros, and the ratio of the scales goes into B.
+Compiled code depends on shapes, addresses and scales. So the new values are written into the old tensors: a
+lower rank is padded with zeros, and B takes up the ratio of the scales.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lorica.peft.utils.save_and_load import conversions, read
 from lorica.state import AdapterState, adapted, find_adapted
 
 _PREFIX = "base_model.model."
-# Where the adapter's name is in a live name, and what the file has not behind it.
+# The adapter's name in a live name, and the suffix that the file's names lack.
 _LIVE = (
     r"\.(lora_[AB]|modules_to_save)\.{name}(?=\.)"
     r"|\.(lora_magnitude_vector)\.{name}\.weight$"
@@ -47,14 +47,14 @@ def hotswap_adapter(
     torch_device: str | torch.device | None = None,
     **kwargs: Any,
 ) -> None:
-    """Put a saved adapter in the place of one that is on the model.
+    """Replace an adapter on a model by a saved one.
 
     Args:
         model: wrapped or not, compiled or not.
         model_name_or_path: folder, or name on the Hub.
-        adapter_name: of the adapter that goes; the new one takes its name, and acts and trains as it did.
-        torch_device: accepted; the values go where the old ones are.
-        kwargs: ``subfolder``, ``revision``, ``token`` and whatever else downloads take.
+        adapter_name: of the old adapter; the new one takes its name, and acts and trains as it did.
+        torch_device: accepted without effect: the values stay on the old ones' device.
+        kwargs: ``subfolder``, ``revision``, ``token`` and other options of downloads.
 
     Raises:
         FileError: a file is missing or damaged.
@@ -79,9 +79,9 @@ def hotswap_adapter_from_state_dict(
     Args:
         model: wrapped or not, compiled or not.
         state_dict: tensors by their names in PEFT's file or on the live model.
-        adapter_name: of the adapter that goes.
+        adapter_name: of the old adapter.
         config: of the new one.
-        parameter_prefix: accepted; there is LoRA alone.
+        parameter_prefix: accepted without effect: there is LoRA alone.
 
     Raises:
         AdapterError: no adapter of that name, or the new one does not fit; nothing has changed.
@@ -104,20 +104,21 @@ def prepare_model_for_compiled_hotswap(
     config: CoreConfig | Mapping[str, CoreConfig] | None = None,
     check_compiled: str = "error",
 ) -> None:
-    """Fill the adapters' factors up to a rank, before compiling, so that adapters up to that rank fit in.
+    """Pad the adapters' factors to a rank, before compiling, so that adapters up to that rank fit.
 
     Args:
-        model: wrapped or not; it computes what it did.
+        model: wrapped or not; its output stays the same.
         target_rank: the highest rank of the adapters to come; None leaves the ranks.
-        config: accepted; scales are never compiled in, since their ratios go into B.
-        check_compiled: what to do if the model is compiled already: ``"error"``; ``"warn"`` and ``"ignore"``
-            go on.
+        config: accepted without effect: scales are not compiled in, since B takes up their ratios.
+        check_compiled: if the model is already compiled: ``"error"`` refuses, ``"warn"`` warns and goes on,
+            ``"ignore"`` goes on.
 
     Raises:
         StateError: the model is compiled already, or carries no adapter.
-        ConfigError: the rank is none, or lower than an adapter's; or `check_compiled` is something else.
-        AdapterError: the rank is no multiple of a convolution's groups, or LoftQ quantized the base for the
-            rank that is there.
+        ConfigError: the rank is not a positive integer, or lower than an adapter's; or `check_compiled` has
+            another value.
+        AdapterError: the rank is not a multiple of a convolution's groups, or LoftQ quantized the base for
+            the present rank.
     """
     if check_compiled not in ("error", "warn", "ignore"):
         raise ConfigError(
@@ -153,7 +154,7 @@ def prepare_model_for_compiled_hotswap(
 
 
 def _exchange(model: nn.Module, new: Adapter, name: str) -> None:
-    """Put the new adapter in the place of the one of that name; others may be merged meanwhile."""
+    """Replace the adapter of that name by the new one; others may be merged."""
     root, state = adapted(model)
     if state.known(name) in state.merged:
         state.check_unmerged("swap an adapter")
@@ -194,7 +195,7 @@ def _put(root: nn.Module, state: AdapterState, new: Adapter, name: str) -> None:
 
 
 def _fits_in(new: Adapter, live: Adapter) -> bool:
-    """Whether the new values have room where the live ones are."""
+    """Whether the new values fit into the live tensors."""
     if new.extras.keys() != live.extras.keys() or not new.factors.keys() <= live.factors.keys():
         return False
     if new.lora.lora_dropout != live.lora.lora_dropout:
@@ -220,7 +221,7 @@ def _has_room(new: Factors, live: Factors) -> bool:
 
 
 def _replace(model: nn.Module, new: Adapter, name: str) -> None:
-    """Take the old adapter off and put the new one on; if that cannot be, the old one comes back."""
+    """Take the old adapter off and put the new one on; if that fails, the old one is put back."""
     root, state = adapted(model)
     active, old = state.active, lorica.extract(root, name)
     trained = {place: parameter.requires_grad for place, parameter in _parameters(root, name)}
@@ -246,7 +247,7 @@ def _parameters(root: nn.Module, name: str) -> Iterator[tuple[tuple[str, int], P
 
 
 def _at_rank(adapter: Adapter, rank: int) -> Adapter:
-    """The same adapter with zeros up to a rank; its scale is what it was."""
+    """The same adapter padded with zeros to a rank; its scale stays."""
     for path, f in adapter.factors.items():
         if rank % _groups(f):
             raise AdapterError(
@@ -270,7 +271,7 @@ def _at_rank(adapter: Adapter, rank: int) -> Adapter:
     alphas = {path: scale * rank**power for path, scale in scales.items()}
     common = max(alphas.values(), key=list(alphas.values()).count)
     patterns = {exactly(path): alpha for path, alpha in alphas.items() if alpha != common}
-    # It has started already; how may not go with any rank.
+    # It has already started, and its kind of start may not allow this rank.
     start = config.init_lora_weights if changes_base(config.init_lora_weights) else True
     config = config.replace(init_lora_weights=start).replace(
         r=rank,
@@ -287,7 +288,7 @@ def _groups(factors: Factors) -> int:
 
 
 def _at(factors: Factors, rank: int) -> tuple[Tensor, Tensor]:
-    """A (rank, ...) and B (d_out, rank / groups, ...), filled up with zeros."""
+    """A (rank, ...) and B (d_out, rank / groups, ...), padded with zeros."""
     groups = _groups(factors)
     A = factors.A.unflatten(0, (groups, -1))
     return _padded(A, 1, rank // groups).flatten(0, 1), _padded(factors.B, 1, rank // groups)

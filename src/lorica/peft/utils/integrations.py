@@ -1,9 +1,9 @@
-"""Other libraries: who knows PEFT's models by their class, quantizers, DeepSpeed, the meta device.
+"""Other libraries: those that know PEFT's models by their class, quantizers, DeepSpeed, the meta device.
 
 transformers' Trainer, accelerate and TRL ask `isinstance(model, peft.PeftModel)` before they save, resume or
-freeze anything. There is nothing else to opt in by, so the model answers yes, as `unittest.mock` does:
-`__class__` says so, while `type(model)`, and with it every method, stays lorica's. Without PEFT the question
-is never asked; then transformers' own function that would ask is told.
+freeze anything, and offer no other way to opt in. So the model answers yes, as `unittest.mock` does: by
+`__class__`, while `type(model)`, and with it every method, stays lorica's. Without PEFT nobody asks; then
+transformers' function that would ask is replaced by one that knows lorica's models.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ apparent_class: Any = property(_apparent_class, _become)
 
 
 def tell_transformers(known: type[nn.Module]) -> None:
-    """Where PEFT is not installed, have transformers' Trainer treat `known` as it treats PEFT's models."""
+    """If PEFT is not installed, make transformers' Trainer treat `known` as PEFT's models."""
     if "transformers" not in sys.modules or importlib.util.find_spec("peft") is not None:
         return
     trainer_utils = importlib.import_module("transformers.trainer_utils")
@@ -77,14 +77,14 @@ def tell_transformers(known: type[nn.Module]) -> None:
 
 
 def tell_users() -> None:
-    """Have those that take configurations of PEFT's take lorica's: TRL's trainers, transformers' models.
+    """Make TRL's trainers and transformers' models accept lorica's configurations in place of PEFT's.
 
-    Called when a configuration is made; looks at what is loaded by then.
+    Called when a configuration is made, for the libraries loaded by then.
     """
     if "trl" in sys.modules:
         peft = importlib.import_module("lorica.peft")
         configurations.take(peft.PeftConfig, peft.get_peft_model)
-    if "transformers.models.auto.modeling_auto" in sys.modules:  # whoever loads a model loads this as well
+    if "transformers.models.auto.modeling_auto" in sys.modules:  # loaded with any model
         with contextlib.suppress(ImportError):
             importlib.import_module(_MIXIN)
     mixin: Any = getattr(sys.modules.get(_MIXIN), "PeftAdapterMixin", None)
@@ -94,7 +94,7 @@ def tell_users() -> None:
 
 
 def _by_model(theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of transformers' models: lorica's where lorica adapted it, or the configuration is its own."""
+    """A method of transformers' models: lorica's if lorica adapted the model or made the configuration."""
     peft = importlib.import_module("lorica.peft")
 
     @functools.wraps(theirs)
@@ -152,7 +152,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
-    """A layer's weight as plain numbers; itself where it is not packed.
+    """A layer's weight, unpacked; a plain weight as it is.
 
     Args:
         module: a layer with a `weight`, adapted or not.
@@ -170,7 +170,7 @@ def check_deepspeed_zero3_enabled() -> bool:
 
 
 def to_meta(model: nn.Module, name: str) -> None:
-    """Let an adapter's parameters be without values, on the meta device, until they are loaded."""
+    """Put an adapter's parameters on the meta device, without values, until they are loaded."""
     moved: dict[Parameter, Parameter] = {}
     for tables, leaf in _brought(model, name):
         was = tables[leaf]
@@ -179,7 +179,7 @@ def to_meta(model: nn.Module, name: str) -> None:
 
 
 def from_meta(model: nn.Module, name: str) -> None:
-    """Give an adapter's parameters that are without values room where the base is."""
+    """Allocate an adapter's parameters that have no values, on the base's device."""
     moved: dict[Parameter, Parameter] = {}
     devices = [p.device for p in base_parameters(model).values() if not p.is_meta]
     for tables, leaf in _brought(model, name):
@@ -190,12 +190,12 @@ def from_meta(model: nn.Module, name: str) -> None:
 
 
 def on_meta(model: nn.Module, name: str) -> bool:
-    """Whether an adapter is without values."""
+    """Whether an adapter has parameters without values."""
     return any(tables[leaf].is_meta for tables, leaf in _brought(model, name))
 
 
 def _brought(model: nn.Module, name: str) -> list[tuple[dict[str, Any], str]]:
-    """Where the parameters of an adapter stand: the tables that hold them, and their names there."""
+    """The tables that hold an adapter's parameters, with the parameters' names in them."""
     own = {
         id(parameter)
         for place in walk(model)

@@ -1,4 +1,4 @@
-"""Names of modules, what an adapter may have beside others, and small helpers that scripts ask for."""
+"""Names of modules, checks of adapters beside each other, and small helpers that scripts import."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PREFIX = "lora_"
 
 
 def infer_device() -> str:
-    """The accelerator that is there, or "cpu"."""
+    """The available accelerator, or "cpu"."""
     for name in ("cuda", "mps", "xpu", "npu", "mlu"):
         backend: Any = getattr(torch, name, None)
         if backend is not None and hasattr(backend, "is_available") and backend.is_available():
@@ -43,18 +43,18 @@ def infer_device() -> str:
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """The weight, transposed where it is stored (in, out)."""
+    """The weight, transposed if it is stored (in, out)."""
     if not fan_in_fan_out:
         return weight
     return Parameter(weight.T) if isinstance(weight, Parameter) else weight.T
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give what does not train a lower precision, and what trains float32.
+    """Cast frozen parameters to a lower precision, and those that train to float32.
 
     Args:
         model: wrapped or not.
-        dtype: of what does not train, such as torch.bfloat16.
+        dtype: of the frozen parameters, such as torch.bfloat16.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
@@ -67,14 +67,13 @@ def get_quantization_config(model: nn.Module, method: str) -> Any:
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
-    """Which modules FSDP1 shards by themselves: the blocks, and leaves that train.
+    """FSDP1's policy of the modules to shard by themselves: the blocks, and leaves that train.
 
     Args:
-        model: wrapped or not. The blocks' classes are those that the base names, or that
-            ``FSDP_TRANSFORMER_CLS_TO_WRAP`` does.
+        model: wrapped or not. The base, or ``FSDP_TRANSFORMER_CLS_TO_WRAP``, names the blocks' classes.
 
     Raises:
-        ConfigError: a class that the model does not have.
+        ConfigError: the model has no module of a named class.
         MissingExtra: accelerate is not installed.
     """
     from torch.distributed.fsdp.wrap import (
@@ -114,10 +113,10 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
 
 
 def named_whole(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """The configuration with names of whole parts for what `modules_to_save` means in PEFT.
+    """The configuration with whole names of the modules that `modules_to_save` means in PEFT.
 
-    There a name is any ending of a module's: "norm" means every ``input_layernorm`` too, and "head" an
-    ``lm_head``.
+    There a name may be any ending of a module's name: "norm" means every ``input_layernorm`` too, and "head"
+    an ``lm_head``.
 
     Args:
         model: the base.
@@ -135,7 +134,7 @@ def named_whole(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 class IdleWarning(LoricaWarning, RuntimeWarning):
-    """A part of a configuration asks for something that the model does not have, and does nothing."""
+    """A part of a configuration names something that the model does not have, and has no effect."""
 
 
 def without_idle(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -211,10 +210,10 @@ def _without_idle_targets(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 def warn_of_name(name: str) -> None:
-    """Say that PEFT confuses an adapter of this name with the prefix of its keys.
+    """Warn if PEFT would confuse an adapter's name with the prefix of its keys.
 
     Warns:
-        LoricaWarning: it does.
+        LoricaWarning: it would.
     """
     if name in _PREFIX:
         warnings.warn(
@@ -226,12 +225,12 @@ def warn_of_name(name: str) -> None:
 
 
 def put_again(model: nn.Module, name: str, put: Callable[[str], object]) -> None:
-    """Put an adapter on a model; one of that name that is there gives way to it, as in PEFT.
+    """Put an adapter on a model; it replaces an existing one of that name, as in PEFT.
 
     Args:
         model: the base, without a wrapper.
         name: of the adapter.
-        put: puts it on under a name.
+        put: puts it on under a given name.
 
     Warns:
         LoricaWarning: the model carries adapters already.
@@ -252,7 +251,7 @@ def put_again(model: nn.Module, name: str, put: Callable[[str], object]) -> None
     if found is None or name not in found[1].configs:
         put(name)
         return
-    trial = f"{name}-again"  # what cannot be put on leaves the one that is there
+    trial = f"{name}-again"  # on an error the existing one stays
     with torch.random.fork_rng(devices=[]):
         put(trial)
     lorica.detach(model, trial)
@@ -264,7 +263,7 @@ def check_one_bias(config: LoraConfig, others: Mapping[str, LoraConfig]) -> None
     """Refuse a second adapter that trains biases of the base.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: two adapters train biases.
     """
     biased = [name for name, other in others.items() if other.bias != "none"]
     if config.bias != "none" and biased:
@@ -313,14 +312,14 @@ def check_rows_apart(state: AdapterState, names: Sequence[str]) -> None:
 
 
 def say_untied(model: nn.Module, *, by_merge: bool) -> None:
-    """Say that a model's tables are not tied; its configuration must not say that they are.
+    """Warn if a model's tables are not tied, and make its configuration say so.
 
     Args:
         model: merged model.
         by_merge: whether merging untied them. If not, the configuration may have been wrong before.
 
     Warns:
-        LoricaWarning: they are not, and the configuration said so, or says so no longer.
+        LoricaWarning: they are not tied, and the configuration says or said that they are.
     """
     config: Any = getattr(model, "config", None)
     if not by_merge and getattr(config, "tie_word_embeddings", None) is True:

@@ -1,4 +1,4 @@
-"""What scripts import from `peft.utils.peft_types`."""
+"""Names of `peft.utils.peft_types` that scripts import."""
 
 from __future__ import annotations
 

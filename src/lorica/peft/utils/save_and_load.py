@@ -41,16 +41,16 @@ from lorica.state import AdapterState, adapted
 from lorica.tree import as_uncompiled, base_parameters, walk
 
 _PREFIX = "base_model.model."
-# What wrapping and data parallelism put into a name.
+# Parts that wrapping and data parallelism add to a name.
 _WRAPPERS = re.compile(r"^(?:module\.)*base_model\.model\.")
 
 
 class LoadResult(NamedTuple):
-    """What did not fit, as torch's `load_state_dict` tells it.
+    """The keys that did not fit, as torch's `load_state_dict` returns them.
 
     Args:
-        missing_keys: of the model, without a value.
-        unexpected_keys: without a place.
+        missing_keys: the model's keys without a value.
+        unexpected_keys: the given keys without a place.
     """
 
     missing_keys: list[str]
@@ -63,20 +63,20 @@ def read(
     """An adapter from a folder, with one of these configurations.
 
     Args:
-        folder: that holds it.
-        config: in place of the folder's own.
-        key_mapping: regular expression → replacement, for modules that go by another name in this model; the
-            first that matches a key is applied.
+        folder: the adapter's folder.
+        config: replaces the folder's own.
+        key_mapping: regular expression → replacement, for modules with another name in this model; the first
+            that matches a key is applied.
 
     Raises:
         FileError: a file is missing or damaged.
-        ConfigError: the configuration asks for what lorica does not carry.
-        AdapterError: the tensors are not what the configuration says.
+        ConfigError: the configuration asks for a feature that lorica does not have.
+        AdapterError: the tensors do not fit the configuration.
     """
     settings = read_settings(folder)
     found = as_trained(read_tensors(folder), settings)
     tensors = renamed(found, key_mapping or {})
-    # How it trains is told by the names that modules had then, and goes with the configuration of then.
+    # `trained_as` uses the modules' old names, and belongs to the saved configuration.
     told = read_trained_as(folder) if config is None and tensors.keys() == found.keys() else None
     try:
         chosen = LoraConfig.from_dict(settings) if config is None else config
@@ -92,7 +92,7 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> di
     """The tensors with each key changed by the first expression that matches it.
 
     Raises:
-        ConfigError: an expression or a replacement is none, or two keys become one.
+        ConfigError: an expression or a replacement is not valid, or two keys become one.
     """
     result: dict[str, Tensor] = {}
     try:
@@ -111,7 +111,7 @@ def renamed(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str]) -> di
 
 
 def conversions(model: nn.Module, given: Mapping[str, str] | None) -> Mapping[str, str] | None:
-    """How keys are to be renamed: as given, or as transformers renamed the architecture's modules."""
+    """The renaming of keys: as given, or as transformers renamed the architecture's modules."""
     return getattr(model, "_checkpoint_conversion_mapping", None) if given is None else given
 
 
@@ -127,12 +127,13 @@ def outgoing(
         model: wrapped or not.
         name: of the adapter.
         state_dict: take the values from here, by their live names.
-        save_embedding_layers: whether to add the embedding tables of the base: True, False, or "auto", where
-            they have other rows than the base's own configuration says.
+        save_embedding_layers: whether to add the embedding tables of the base: True, False, or "auto": if
+            their number of rows differs from the base's own configuration.
 
     Raises:
-        AdapterError: no such adapter; or `state_dict` lacks what trains of it, or holds it in another shape.
-        ConfigError: `save_embedding_layers` is something else.
+        AdapterError: no such adapter; or `state_dict` lacks a tensor that trains, or holds it in another
+            shape.
+        ConfigError: `save_embedding_layers` has another value.
     """
     root, _ = adapted(model)
     gathered = None if state_dict is None else _Gathered(state_dict)
@@ -148,14 +149,14 @@ def outgoing(
 
 
 class _Gathered(dict[str, Tensor]):
-    """Values by their live names, as sharded training gathers them; it notes what it is asked for."""
+    """Values by their live names, as sharded training gathers them; records the names that are read."""
 
     def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
         super().__init__({_WRAPPERS.sub("", as_uncompiled(key)): value for key, value in state_dict.items()})
         self._live: dict[str, Tensor] = {}
 
     def __bool__(self) -> bool:
-        """An empty one is asked too."""
+        """True: an empty one is read too."""
         return True
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -166,7 +167,8 @@ class _Gathered(dict[str, Tensor]):
     def check(self, adapter: str, root: nn.Module) -> None:
         """Refuse values that are not the adapter's.
 
-        What is frozen may be missing: DeepSpeed leaves it out. A shard is flat or empty, and says no shape.
+        Frozen values may be missing: DeepSpeed leaves them out. A shard is flat or empty, so its
+        shape is not compared.
 
         Raises:
             AdapterError: with the whole list.
@@ -191,7 +193,7 @@ class _Gathered(dict[str, Tensor]):
 
 
 def _telling_base(config: CoreConfig, root: nn.Module) -> CoreConfig:
-    """The configuration with the base's class in it, where no task says how to load it."""
+    """The configuration with the base's class in it, if no task says how to load the base."""
     if config.task_type is None and getattr(config, "auto_mapping", ()) is None:
         mapping = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
         return config.replace(auto_mapping=mapping)
@@ -207,14 +209,14 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """An adapter's tensors by their names in PEFT's file.
 
-    They share memory with the model, but for A and B where the start was taken out of W0 (PiSSA, OLoRA,
-    CorDA, LoRA-GA): there they are of twice the rank, an update of W0 itself, as in the file.
+    They share memory with the model, except A and B of a start that was taken out of W0 (PiSSA, OLoRA, CorDA,
+    LoRA-GA): these have twice the rank and are an update of W0 itself, as in the file.
 
     Args:
         model: wrapped or not; without the wrapper the keys lack ``base_model.model.``.
         state_dict: take the values from here, by their live names.
         adapter_name: of the adapter.
-        unwrap_compiled: accepted; compiled models are looked into always.
+        unwrap_compiled: accepted without effect: compiled models are always unwrapped.
         save_embedding_layers: as of `PeftModel.save_pretrained`.
 
     Raises:
@@ -227,7 +229,7 @@ def get_peft_model_state_dict(
 
 
 def _is_wrapper(module: nn.Module) -> bool:
-    """Whether it is a `PeftModel`, whose parameters have ``base_model.model.`` before their names."""
+    """Whether this is a `PeftModel`, whose parameters' names begin with ``base_model.model.``."""
     return hasattr(module._modules.get("base_model"), "tuner_layer_cls")
 
 
@@ -238,22 +240,22 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
-    """Give an adapter that is on the model other values; nothing else changes.
+    """Give an adapter on the model other values; nothing else changes.
 
     Args:
         model: wrapped or not.
         peft_model_state_dict: values by their names in PEFT's file, with ``base_model.model.`` or without.
-            Where the start was taken out of W0, either what `get_peft_model_state_dict` gives, or A and B as
-            they train, which is what PEFT's gives.
-        adapter_name: of the adapter.
-        ignore_mismatched_sizes: leave out what has another shape, in place of an error.
-        low_cpu_mem_usage: accepted; an adapter on the meta device gets room for its values.
+            For a start that was taken out of W0, either the result of `get_peft_model_state_dict`, or A and B
+            as they train, which PEFT's function of that name returns.
+        adapter_name: name of the adapter.
+        ignore_mismatched_sizes: leave out tensors of another shape instead of raising.
+        low_cpu_mem_usage: accepted without effect: an adapter on the meta device is allocated.
 
     Returns:
-        Keys of the adapter for which there is no value, and keys that are not the adapter's.
+        Keys of the adapter without a value, and keys that are not the adapter's.
 
     Raises:
-        AdapterError: no such adapter, or the whole list of what has another shape; the model is untouched.
+        AdapterError: no such adapter, or lists all tensors of another shape; the model is untouched.
         StateError: the adapter's start was taken out of W0, and is merged.
     """
     root = adapted(model)[0]
@@ -301,7 +303,7 @@ def _bring(root: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> set[str
         tensors: by their names in PEFT's file.
 
     Returns:
-        Keys of those that are such parameters.
+        Keys of the tensors that are such parameters.
     """
     state = adapted(root)[1]
     state.check_unmerged("give an adapter parameters of the base")
@@ -322,7 +324,7 @@ def _bring(root: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> set[str
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own tensors by their names in it, whatever stands in their place at the moment.
+    """The base's own tensors by their names in it, even while an adapter replaces them.
 
     Args:
         model: wrapped or not.
@@ -349,10 +351,10 @@ def set_base_model_state_dict(
         strict: refuse keys that are missing or unexpected.
 
     Returns:
-        Keys of the base for which there is no value, and keys that are not the base's.
+        Keys of the base without a value, and keys that are not the base's.
 
     Raises:
-        StateError: lists what does not fit; or a start was taken out of the base, or is
+        StateError: lists the tensors that do not fit; or a start was taken out of the base, or an adapter is
             merged into it. The model is untouched.
     """
     root, state = adapted(model)
@@ -382,7 +384,7 @@ def set_base_model_state_dict(
 
 @contextlib.contextmanager
 def _base(root: nn.Module, state: AdapterState) -> Iterator[None]:
-    """Let the base's own parameters stand in the model."""
+    """Put the base's own parameters into the model for the length of a block."""
     if not state.merged:
         with state.base_in_place(root):
             yield
@@ -398,7 +400,7 @@ def _base(root: nn.Module, state: AdapterState) -> Iterator[None]:
 
 
 def _misfits(given: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong with the shapes of values, for a message."""
+    """Lists the values of another shape, for a message."""
     return [
         f"{key}: {tuple(given[key].shape)} is given, the model has {tuple(tensor.shape)}"
         for key, tensor in live.items()
@@ -414,11 +416,11 @@ def load_peft_weights(
 ) -> dict[str, Tensor]:
     """The tensors of a saved adapter by their names in the file.
 
-    What PEFT saved of an nn.MultiheadAttention's output projection is doubled, for it acted twice there.
+    PEFT's updates of an nn.MultiheadAttention's output projection are doubled, for PEFT applies them twice.
 
     Args:
         model_id: folder, or name on the Hub.
-        device: to put them on; None leaves them on the CPU.
+        device: device of the tensors; None leaves them on the CPU.
         key_mapping: regular expression → replacement, for keys of modules renamed since.
         hf_hub_download_kwargs: ``subfolder``, ``revision``, ``token``, ...
 
@@ -428,7 +430,7 @@ def load_peft_weights(
     hub, rest = split_hub(hf_hub_download_kwargs)
     check_options(rest)
     folder = locate(model_id, **hub)
-    # PEFT reads weights that stand there alone.
+    # PEFT reads weights without a configuration beside them.
     settings = read_settings(folder) if (folder / CONFIG_FILE).is_file() else {}
     tensors = renamed(as_trained(read_tensors(folder), settings), key_mapping or {})
     return {key: tensor.to(device or "cpu") for key, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""What scripts import from `peft.utils.warning`."""
+"""Names of `peft.utils.warning` that scripts import."""
 
 from __future__ import annotations
 

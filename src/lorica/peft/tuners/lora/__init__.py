@@ -1,4 +1,4 @@
-"""What `peft.tuners.lora` exports and scripts import from there."""
+"""Names of `peft.tuners.lora` that scripts import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scripts import from `peft.tuners.lora.bnb`, to ask isinstance."""
+"""Names of `peft.tuners.lora.bnb` that scripts import for `isinstance`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scripts import from `peft.tuners.lora.config`."""
+"""Names of `peft.tuners.lora.config` that scripts import."""
 
 from __future__ import annotations
 

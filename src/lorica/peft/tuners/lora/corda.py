@@ -16,14 +16,14 @@ def preprocess_corda(
     run_model: Data | None = None,
     hooked_model: nn.Module | None = None,
 ) -> None:
-    """Find out along which directions each layer's inputs lie; see `lorica.model.starts.preprocess_corda`.
+    """Measure the covariance of each layer's inputs; see `lorica.model.starts.preprocess_corda`.
 
     Args:
         model: the model, not adapted yet.
         lora_config: with ``init_lora_weights="corda"`` and a `corda_config`.
-        run_model: a function that runs the model on some data, or batches. None where a file of
-            `corda_config` is there.
-        hooked_model: the model that `run_model` runs, where it is another.
+        run_model: a function that runs the model on some data, or batches. None if a file that `corda_config`
+            names exists.
+        hooked_model: the model that `run_model` runs, if it is another.
     """
     lora_config = named_whole(model, lora_config)
     starts.preprocess_corda(model, without_idle(model, lora_config), run_model, hooked_model=hooked_model)

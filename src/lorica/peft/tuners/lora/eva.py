@@ -39,17 +39,17 @@ def initialize_lora_eva_weights(
     Args:
         model: wrapped or not, adapted with ``init_lora_weights="eva"``.
         dataloader: batches for the model. None needs `eva_state_dict`.
-        eva_state_dict: what `get_eva_state_dict` returned.
+        eva_state_dict: `get_eva_state_dict`'s result.
         forward_fn: calls the model on a batch.
-        prepare_model_inputs_fn: left out: tokens without attention or target are left out, as
-            `EvaConfig.use_label_mask` says.
-        prepare_layer_inputs_fn: left out, likewise.
-        adapter_name: of the adapter.
+        prepare_model_inputs_fn: refused: tokens without attention are left out, and those without a target by
+            `EvaConfig.use_label_mask`.
+        prepare_layer_inputs_fn: refused, likewise.
+        adapter_name: name of the adapter.
         gather_distributed_inputs: accepted in one process; see Raises.
-        show_progress_bar: show how many layers have settled, if tqdm is there.
+        show_progress_bar: show the number of layers that have settled, if tqdm is installed.
 
     Raises:
-        ConfigError: one of the two functions is given, or several processes each have data of their own.
+        ConfigError: one of the two functions is given, or several processes each have their own data.
         AdapterError: as of lorica's own.
     """
     _check(prepare_model_inputs_fn, prepare_layer_inputs_fn)
@@ -86,9 +86,9 @@ def get_eva_state_dict(
         forward_fn: calls the model on a batch.
         prepare_model_inputs_fn: as of `initialize_lora_eva_weights`.
         prepare_layer_inputs_fn: as of `initialize_lora_eva_weights`.
-        adapter_name: of the adapter.
+        adapter_name: name of the adapter.
         gather_distributed_inputs: as of `initialize_lora_eva_weights`.
-        show_progress_bar: show how many layers have settled, if tqdm is there.
+        show_progress_bar: show the number of layers that have settled, if tqdm is installed.
 
     Returns:
         Module path → A (rank, d_in).

@@ -29,12 +29,12 @@ _BACKENDS = {"Linear4bit": "bnb 4bit", "Linear8bitLt": "bnb 8bit"}
 
 
 def quantization_backend(module: AskedModule) -> str | None:
-    """What packs the layer's weight, such as ``"bnb 4bit"``; None if nothing does."""
+    """The library that packs the layer's weight, such as ``"bnb 4bit"``; None for a plain weight."""
     return _BACKENDS.get(module.base_class.__name__)
 
 
 def module_type(module: AskedModule) -> str:
-    """What PEFT calls such a layer."""
+    """PEFT's name of such a layer."""
     if isinstance(module, SavedModule):
         return "ModulesToSaveWrapper"
     if isinstance(module, TrainedTokens):

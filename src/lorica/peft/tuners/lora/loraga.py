@@ -24,7 +24,7 @@ def preprocess_loraga(
         model: the model, not adapted yet.
         lora_config: with ``init_lora_weights="lora_ga"`` and a `lora_ga_config`.
         train_step: a function that runs the model on some data and calls `backward`, or batches.
-        cache_file: file for the gradients; read if it is there.
+        cache_file: file for the gradients; read if it exists.
     """
     starts.preprocess_loraga(
         model, named_whole(model, without_idle(model, lora_config)), train_step, cache_file

@@ -1,4 +1,4 @@
-"""`LoraModel`, which is `model.base_model`: combining adapters, an adapter for each row of a batch."""
+"""`LoraModel`, which is `model.base_model`: combining adapters, an adapter per row of a batch."""
 
 from __future__ import annotations
 
@@ -61,23 +61,23 @@ class LoraModel(BaseTuner):
         """Add an adapter made of others; it neither acts nor trains.
 
         Args:
-            adapters: names to combine.
+            adapters: names of the adapters to combine.
             weights: of each; may be negative.
-            adapter_name: of the result.
-            combination_type: see `lorica.algebra.combine`; one adapter alone is just scaled.
-            svd_rank: of the result, for the types that end in "svd"; None takes the largest of the parts.
-            svd_clamp: quantile at which the factors of an SVD are cut off.
-            svd_full_matrices: accepted; the matrices it would add are cut off again.
+            adapter_name: name of the result.
+            combination_type: see `lorica.algebra.combine`; a single adapter is only scaled.
+            svd_rank: rank of the result, for the types that end in "svd"; None takes the parts' highest.
+            svd_clamp: quantile at which the factors of an SVD are clamped.
+            svd_full_matrices: accepted without effect: the added matrices would be cut off again.
             svd_driver: for torch.linalg.svd on CUDA.
             density: share of entries that pruning keeps.
-            majority_sign_method: how TIES elects a sign: "total" or "frequency".
+            majority_sign_method: "total" or "frequency": how TIES elects a sign.
 
         Raises:
-            AdapterError: the name is taken, or the parts cannot be combined so.
-            ConfigError: there is no such type, or it does not take an option that is given.
+            AdapterError: the name is taken, or this type cannot combine the parts.
+            ConfigError: there is no such type, or it does not take a given option.
             StateError: an adapter is merged.
         """
-        # The name must be free; better known before the work than after.
+        # A name that is taken is refused before the work.
         open_for(self.model, adapter_name, trainable=False)
         with behind_merge(self.model):
             parts = [lorica.extract(self.model, self.adapter_state.known(name)) for name in adapters]
@@ -89,7 +89,7 @@ class LoraModel(BaseTuner):
             "svd_clamp": svd_clamp,
             "svd_driver": svd_driver,
         }
-        # As PEFT does: an option that the type does not take is not looked at.
+        # As in PEFT: an option that the type does not take is ignored.
         taken = METHODS.get(method, tuple(options))
         options = {name: value if name in taken else None for name, value in options.items()}
         combined = combine(parts, list(weights), method, **options)
@@ -103,14 +103,14 @@ class LoraModel(BaseTuner):
         return False
 
     def rows(self, adapter_names: Sequence[str] | None, kwargs: dict[str, Any]) -> Any:
-        """A context in which each row of the batch has its own adapter; nothing where no names are given.
+        """A context in which each row of the batch has its own adapter; without names it changes nothing.
 
         Args:
             adapter_names: one per row; ``"__base__"`` for none.
-            kwargs: of the call; `alora_offsets` is taken out of it.
+            kwargs: of the call; `alora_offsets` is removed from it.
 
         Raises:
-            ConfigError: the names are one string, or activated LoRA is asked for.
+            ConfigError: the names are one string, or activated LoRA is requested.
             AdapterError: no such adapter, or a layer cannot take them.
             StateError: an adapter is merged.
         """
@@ -140,7 +140,7 @@ class LoraModel(BaseTuner):
 
 
 def warn_of_bias(root: nn.Module, config: LoraConfig, name: str) -> None:
-    """Say which layers have no place for the bias on B, once they are merged.
+    """Warn of layers whose bias on B has no place once they are merged.
 
     Warns:
         LoricaWarning: naming each.
@@ -156,7 +156,7 @@ def warn_of_bias(root: nn.Module, config: LoraConfig, name: str) -> None:
 
 
 def mixed_rows(root: nn.Module, names: Sequence[str | None]) -> lorica.mixed:
-    """As `lorica.mixed`, which says PEFT's name of the layer that cannot take it.
+    """As `lorica.mixed`, with PEFT's name of the layer in its errors.
 
     Raises:
         AdapterError: as `lorica.mixed`.
@@ -173,16 +173,16 @@ def mixed_rows(root: nn.Module, names: Sequence[str | None]) -> lorica.mixed:
 
 
 def on_untouched_base(adapter: Adapter, before: str | os.PathLike[str]) -> Adapter:
-    """What training added to the base as it was, where the adapter's start changed the base.
+    """The update of the original base, for an adapter whose start changed the base.
 
         W + ΔW = W_res + s·B·A   and   W = W_res + s·B₀·A₀   give   ΔW = s·[B  −B₀]·[A; A₀]
 
     Args:
-        adapter: as trained.
-        before: folder with the adapter as it started.
+        adapter: the trained adapter.
+        before: folder with the adapter before training.
 
     Raises:
-        AdapterError: the two are not of one make.
+        AdapterError: the two differ in layers or ranks.
     """
     if adapter.trained_as is not None:
         return adapter  # lorica knows the start itself
