@@ -47,5 +47,5 @@ def test_what_cannot_be_compared() -> None:
     assert any("one + alone: no module is adapted by both" in note for note in report.notes)
     with pytest.raises(AdapterError, match="there is nothing to compare"):
         study.interference({"one": one, "alone": alone})
-    with pytest.raises(ConfigError, match="two adapters or more, and there is 1"):
+    with pytest.raises(ConfigError, match="two adapters or more, and got 1"):
         study.interference({"one": one})
