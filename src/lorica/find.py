@@ -216,7 +216,8 @@ def all_linear(root: nn.Module, places: list[Place]) -> list[Place]:
         if p.module is not head
         and not isinstance(p.module, SavedModule)
         and (layer := layer_class(p.module, p.parent)) is not None
-        and not issubclass(layer, (LoraEmbedding, LoraConv))
+        # Another adapter's `target_parameters` make a module a `LoraParameters`, which is no linear layer.
+        and not issubclass(layer, (LoraEmbedding, LoraConv, LoraParameters))
     ]
     if not chosen:
         raise TargetError(

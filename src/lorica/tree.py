@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import DataParallel, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from lorica.errors import StateError
+
 _COMPILED = "_orig_mod"
 """Name of the module that `torch.compile` wraps."""
 
@@ -92,9 +94,20 @@ def table_of(module: nn.Module, leaf: str) -> Any:
 
 
 def tensor_at(root: nn.Module, path: str) -> Any:
-    """The parameter or buffer of that name, whatever an attribute shows instead."""
+    """The parameter or buffer of that name, whatever an attribute shows instead.
+
+    Raises:
+        StateError: it has become a computed attribute.
+    """
     owner, leaf = owner_of(root, path)
-    return table_of(owner, leaf)[leaf]
+    table = table_of(owner, leaf)
+    if leaf not in table:
+        raise StateError(
+            f"{path} is computed since it was adapted (prune, weight_norm, parametrize), so it cannot be "
+            "exchanged for the adapter's or the base's own; make it a parameter first (prune.remove, "
+            "remove_parametrizations)"
+        )
+    return table[leaf]
 
 
 def put_at(root: nn.Module, path: str, tensor: Any, dtype: torch.dtype | None = None) -> Any:
@@ -108,12 +121,12 @@ def put_at(root: nn.Module, path: str, tensor: Any, dtype: torch.dtype | None = 
         tensor: what comes.
         dtype: to give it, where that is not the dtype of what was there.
     """
-    owner, leaf = owner_of(root, path)
-    before = table_of(owner, leaf)[leaf]
+    before = tensor_at(root, path)
     assert before is not None
     dtype = dtype or before.dtype
     if tensor.device != before.device or tensor.dtype != dtype:
         tensor.data = tensor.data.to(before.device, dtype)
+    owner, leaf = owner_of(root, path)
     table_of(owner, leaf)[leaf] = tensor
     return before
 

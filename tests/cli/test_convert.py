@@ -49,6 +49,15 @@ def test_there_and_back(
     assert same(source, back)
 
 
+def test_names_of_classes_are_left_out_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    factors = {"q": lorica.Factors(torch.ones(2, 6), torch.ones(4, 2), 1.0)}
+    adapter = lorica.Adapter(lorica.LoraConfig(r=2, target_modules=["q"]), factors, classes=("bad", "good"))
+    lorica.write(adapter, tmp_path / "peft")
+    assert main(["convert", str(tmp_path / "peft"), "-o", str(tmp_path / "lora.pt")]) == 0
+    assert "the file does not hold the names of the classes: bad, good" in capsys.readouterr().out
+    assert [*torch.load(tmp_path / "lora.pt")] == ["q.lora_A", "q.lora_B"]
+
+
 def test_names_may_be_given(source: Path, tmp_path: Path) -> None:
     argv = ["convert", str(source), "-o", str(tmp_path / "peft")]
     argv += ["--alpha=4", "--split=c_attn=q,-,v", "--to=peft"]

@@ -71,7 +71,15 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
         in capsys.readouterr().err
     )
     assert main(["train", "--training.learning_rate", "fast"]) == 2
-    assert "learning_rate" in capsys.readouterr().err
+    assert "training.learning_rate must be a number or null, not 'fast'" in capsys.readouterr().err
+    assert main(["train", "--method.r", "2.5"]) == 2
+    assert "method.r must be a whole number, not '2.5'" in capsys.readouterr().err
+    assert main(["combine", "a", "b", "--weights", "1,2"]) == 2
+    assert "weights element 1 must be a number, not '1,2'" in capsys.readouterr().err
+    assert main(["check-serve", "a"]) == 2
+    assert "name the server with --for" in capsys.readouterr().err
+    assert main(["train", "reviews.csv"]) == 1
+    assert "reviews.csv looks like rows, not a recipe; name rows with --data.train" in capsys.readouterr().err
     assert main(["evaluate"]) == 2
     assert main(["info", "one", "two"]) == 2
 

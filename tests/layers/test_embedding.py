@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lorica
 from lorica.errors import StateError, TargetError
@@ -49,6 +50,16 @@ def test_the_padding_token_gets_no_gradient() -> None:
     assert A.grad[:, 3].any()
     weights = oracle.folded(model, before)
     torch.testing.assert_close(model(TOKENS), torch.func.functional_call(before, weights, TOKENS))
+
+
+def test_gradients_are_scaled_by_frequency_as_the_whole_tables_are() -> None:
+    model, before = oracle.adapted(nn.Sequential(nn.Embedding(10, 6, scale_grad_by_freq=True)), "0")
+    ids = torch.tensor([[1, 1, 1, 2]])
+    model(ids).sum().backward()
+    A, B = model[0].factor_parameters("default")
+    table = (before[0].weight + oracle.delta(model[0], "default")).detach().requires_grad_()
+    F.embedding(ids, table, scale_grad_by_freq=True).sum().backward()
+    torch.testing.assert_close(A.grad, model[0].scaling["default"] * (table.grad @ B).T)
 
 
 def test_max_norm_bounds_the_bases_rows_as_before() -> None:

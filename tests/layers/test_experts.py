@@ -159,6 +159,20 @@ def test_merged_switched_and_restored(transposed: bool) -> None:
     assert record(model) == before
 
 
+def test_all_linear_layers_beside_another_adapters_parameters() -> None:
+    model, x = Model(), torch.randn(5, 4)
+    before = model(x)
+    lorica.adapt(model, config(), "experts")
+    lorica.adapt(model, lorica.LoraConfig(r=2, target_modules="all-linear"), "linear")
+    shake(model)
+    assert [*lorica.extract(model, "linear").factors] == ["first"]
+    factors = lorica.extract(model, "linear").factors["first"]
+    with lorica.disabled(model):
+        torch.testing.assert_close(model(x), before)
+    y = model.first.weight @ x.T + factors.scale * factors.B @ factors.A @ x.T + model.first.bias[:, None]
+    torch.testing.assert_close(model.first(x), y.T)
+
+
 def test_detached_the_model_is_as_it_was() -> None:
     base = Model()
     before = record(base)

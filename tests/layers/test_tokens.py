@@ -122,6 +122,19 @@ def test_trained_the_rows_move_and_nothing_else_does() -> None:
         assert torch.equal(model.get_submodule(name)._parameters["weight"], before.get_submodule(name).weight)
 
 
+def test_gradients_are_scaled_by_frequency_as_the_whole_tables_are() -> None:
+    model, before, ids = make("default", tied=False)
+    model.embed.scale_grad_by_freq = True
+    rows = rows_of(model)
+    looked_up = model.embed(ids)
+    table = before.embed.weight.detach().index_copy(0, torch.tensor(ROWS), rows.detach()).requires_grad_()
+    expected = F.embedding(ids, table, scale_grad_by_freq=True)
+    torch.testing.assert_close(looked_up, expected)
+    for each in (looked_up, expected):
+        each.square().sum().backward()
+    torch.testing.assert_close(rows.grad, table.grad[ROWS])
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_switched_and_restored(tied: bool, dtype: torch.dtype) -> None:

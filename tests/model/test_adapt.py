@@ -187,6 +187,15 @@ def test_a_wrapper_around_the_model_is_seen_through() -> None:
     assert lorica.adapters(wrapped) == {}
 
 
+def test_names_outside_the_part_that_is_adapted_are_not_passed_over() -> None:
+    pair = nn.ModuleDict({"a": lorica.adapt(Toy(), UP), "b": Toy()})
+    before = record(pair)
+    with pytest.raises(StateError, match=r"a of this ModuleDict carries adapters.* without b\."):
+        lorica.adapt(pair, UP, "second")
+    assert record(pair) == before
+    lorica.adapt(pair["a"], UP, "second")
+
+
 def test_several_models_adapted_by_themselves_are_not_taken_for_one(tmp_path: Path) -> None:
     pair = nn.ModuleDict({"a": adapted(Toy(), UP), "b": adapted(Toy(), UP)})
     before = record(pair)

@@ -67,6 +67,21 @@ def test_a_weight_that_is_computed_since(what: str, fields: dict[str, Any]) -> N
         torch.testing.assert_close(model(X), before)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("what", "fields"), [("prune", {"init_lora_weights": "pissa"}), ("prune bias", {"bias": "all"})]
+)
+def test_a_parameter_that_an_adapter_replaced_is_computed_since(what: str, fields: dict[str, Any]) -> None:
+    """Neither the base's own nor the adapter's can be put in its place; it is said by name."""
+    model = adapted(**fields)
+    PUT_ON[what](model[0])
+    before = model(X)
+    for change in (lorica.disabled, lorica.merge, lorica.detach):
+        with pytest.raises(StateError, match=r"^0\.(weight|bias) is computed since it was adapted"):
+            change(model)
+        torch.testing.assert_close(model(X), before)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"bias": "all"}, {"lora_bias": True}])
 def test_offloading_by_accelerate(fields: dict[str, Any]) -> None:

@@ -89,7 +89,8 @@ def write(
 ) -> Path:
     """Write an adapter as a checkpoint that loads into a model of loralib's layers with ``strict=False``.
 
-    The scale is not in it: make the layers with the adapter's `r` and `lora_alpha`.
+    The scale is not in it: make the layers with the adapter's `r` and `lora_alpha`. The names of a head's
+    classes are not in it either.
 
     Args:
         adapter: what to write; tensors keep their dtype.
@@ -225,7 +226,8 @@ def _refused(adapter: Adapter) -> Iterator[str]:
         if name.endswith(TOKEN_ROWS):
             yield f"{name}: loralib has no place for single rows of a table"
     for item in dataclasses.fields(adapter):
-        if item.name not in ("config", "factors", "extras") and getattr(adapter, item.name):
+        # The names of the classes are for people; what the head computes is in its tensors.
+        if item.name not in ("config", "factors", "extras", "classes") and getattr(adapter, item.name):
             names = listing(map(str, getattr(adapter, item.name)))
             yield f"loralib has no place for its {item.name}: {names}"
 

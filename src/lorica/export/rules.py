@@ -88,7 +88,9 @@ def check_serve(folder: str | Path, server: str, *, max_rank: int = 16) -> list[
         FileError: a file is missing or damaged, or the weights are in torch's pickled form.
     """
     if server not in SERVERS:
-        raise ConfigError(f"there is no server {server!r}{nearest(server, SERVERS)}; there are {SERVERS}")
+        raise ConfigError(
+            f"there is no server {server!r}{nearest(server, SERVERS)}; there are: {listing(SERVERS)}"
+        )
     folder = Path(folder)
     settings, shapes, dtypes = read_settings(folder), *_header(folder / WEIGHTS_FILE)
     if "method" in settings:

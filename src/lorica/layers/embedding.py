@@ -27,6 +27,7 @@ class LoraEmbedding(LoraLayer):
     transposed: ClassVar[bool] = True
     takes_bias: ClassVar[bool] = False
     padding_idx: int | None
+    scale_grad_by_freq: bool
     max_norm: float | None
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
@@ -49,7 +50,7 @@ class LoraEmbedding(LoraLayer):
     def update(self, name: str, x: Tensor) -> Tensor:
         """The update for token ids of any shape: one dimension more."""
         A, B, scale, p = self.update_of(name)
-        rows = F.embedding(x, A.t(), padding_idx=self.padding_idx)
+        rows = F.embedding(x, A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         if p > 0:
             rows = rows * functional.dropout(torch.ones_like(rows[..., :1]), p)
         # Gemma's embeddings multiply what they look up; the update is part of what is looked up.

@@ -22,7 +22,8 @@ from lorica.adapter import Adapter
 from lorica.checkpoint.peft import read as read_folder
 from lorica.config import AdapterConfig, LoraConfig, as_config
 from lorica.config.inits import FROM_DATA
-from lorica.errors import AdapterError
+from lorica.errors import AdapterError, StateError, TargetError, listing
+from lorica.find import targeted
 from lorica.inits import PREPARED, draw_seed
 from lorica.layers.quantized import REPACKS, hold_layout, release_layout
 from lorica.model.pretrained import classes
@@ -33,7 +34,7 @@ from lorica.model.watch.unfilled import watch_filling
 from lorica.model.watch.wrapped import check_unnoted
 from lorica.pieces import Kind, Search, asked, find_pieces, surroundings
 from lorica.state import STATE, AdapterState, adapted, check_name, find_adapted, in_group
-from lorica.tree import base_parameters, unwrapped
+from lorica.tree import base_parameters, unwrapped, walk
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -83,6 +84,8 @@ def adapt(
         seed = draw_seed() if seed is None else seed
         chosen, seen = importlib.import_module("lorica.model.starts").look(model, chosen, data, seed)
     with changing(model, name, chosen, trainable=trainable) as (root, state):
+        if root is not unwrapped(model):
+            _check_reached(model, root, chosen)
         seed = draw_seed() if seed is None else seed
         seen = root.__dict__.get(PREPARED, {}) if seen is None else seen
         search = Search(root, chosen, state=state, seed=seed, trainable=trainable, seen=seen)
@@ -223,6 +226,29 @@ def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
     """The adapters a model carries, by name, in the order of arrival; empty if it carries none."""
     found = find_adapted(model)
     return dict(found[1].configs) if found else {}
+
+
+def _check_reached(model: nn.Module, part: nn.Module, config: AdapterConfig) -> None:
+    """Refuse a configuration that names modules outside the part of a model that carries adapters.
+
+    Raises:
+        StateError: naming them.
+    """
+    if not isinstance(config, LoraConfig) or not config.target_modules:
+        return
+    inside, places = {*part.modules()}, list(walk(model))
+    path = next(place.path for place in places if place.module is part)
+    try:
+        found = targeted(model, [place for place in places if place.module not in inside], config)
+    except TargetError:  # none of its names is outside, or not all of them
+        return
+    missed = [place.path for place in found]
+    if missed:
+        raise StateError(
+            f"{path} of this {type(model).__name__} carries adapters, and a new one would go on that part "
+            f"alone, without {listing(missed, limit=3)}; pass the part, or take its adapters off "
+            "(lorica.detach) and adapt the whole model"
+        )
 
 
 @contextmanager

@@ -213,6 +213,8 @@ def check_file(path: str | Path) -> Mapping[str, Any]:
         ConfigError: naming every unknown field, with the nearest known one.
     """
     path = Path(path)
+    if path.suffix.lower() in (".csv", ".tsv", ".jsonl", ".txt", ".parquet", ".xlsx"):
+        raise FileError(f"{path} looks like rows, not a recipe; name rows with --data.train {path}")
     content = read_yaml(path, "the recipe")
     if not isinstance(content, Mapping):
         raise FileError(

@@ -17,7 +17,7 @@ def parser() -> Parser:
         "trained, and the remedy. Only the files are looked at. Exits with 1 where something is refused.",
     )
     result.add_argument("adapter", type=str, help="folder with the adapter, lorica's or PEFT's")
-    result.add_argument("--for", dest="server", type=str, required=True, help="vllm, sglang or llamacpp")
+    result.add_argument("--for", dest="server", type=str | None, help="vllm, sglang or llamacpp (required)")
     result.add_argument(
         "--max_rank", type=int, default=16, help="largest rank that the server allows (vLLM: --max-lora-rank)"
     )
@@ -27,7 +27,10 @@ def parser() -> Parser:
 
 def run(argv: list[str]) -> int:
     """Check, and print the findings."""
-    parsed: Any = parser().parse_args(argv)
+    command = parser()
+    parsed: Any = command.parse_args(argv)
+    if parsed.server is None:
+        command.error("name the server with --for: vllm, sglang or llamacpp")
 
     from lorica.export import check_serve
 

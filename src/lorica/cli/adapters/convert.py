@@ -74,6 +74,8 @@ def run(argv: list[str]) -> int:
         adapter = checkpoint.read(parsed.source)
         write_loralib(adapter, out, enable_lora=enable_lora, split=split)
         print(f"wrote {_contents(adapter)} to {out}")
+        if adapter.classes:
+            print(f"the file does not hold the names of the classes: {', '.join(adapter.classes)}")
         print(f"the file does not hold the scale; make the layers with {_settings(adapter, enable_lora)}")
         return 0
     settings = {

@@ -48,7 +48,9 @@ def run(argv: list[str]) -> int:
     command = parser()
     parsed: Any = command.parse_args(argv)
     if parsed.to not in FORMATS:
-        raise ConfigError(f"--to must be one of {', '.join(FORMATS)}{nearest(parsed.to, FORMATS)}")
+        raise ConfigError(
+            f"--to must be one of {', '.join(FORMATS)}, not {parsed.to!r}{nearest(parsed.to, FORMATS)}"
+        )
     out = output_of(command, parsed)
 
     from lorica.checkpoint import read

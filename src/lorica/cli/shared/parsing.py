@@ -21,6 +21,23 @@ if TYPE_CHECKING:
     from lorica.train.settings import GenerationConfig
 
 _UNKNOWN = re.compile(r"(?:[Uu]nrecognized arguments: |Option '?)(?P<flag>-*)(?P<name>[^\s'=]+)")
+_WRONG_TYPE = re.compile(
+    r"""Parser key "(?P<key>[^"]+)"(?P<item> element \d+)?:\s+"""
+    r"""(?:Does not validate against any of the Union subtypes\s+Subtypes: \[(?P<kinds>.*?)\]\n"""
+    r""".*\n\s*Given value: (?P<value>.*)"""
+    r"""|Expected a (?P<kind><class '\w+'>)\. Got value: (?P<given>.*))""",
+    re.DOTALL,
+)
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list such as '[a, b]'",
+    "dict": "a mapping such as '{a: 1}'",
+    "NoneType": "null",
+}
+"""Type → what messages call its values."""
 _RENAMED = {"out": "output", "alpha": "method.lora_alpha", "targets": "method.target_modules"}
 """What an option was called before → what it is called now."""
 
@@ -118,8 +135,22 @@ class Parser(jsonargparse.ArgumentParser):
         if unknown:
             known = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
             message = _unknown(unknown["flag"], unknown["name"], known)
-        print(f"{self.prog}: {message.strip()}\nsee: {self.prog} --help", file=sys.stderr)
+        print(f"{self.prog}: {_in_words(message.strip())}\nsee: {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _in_words(message: str) -> str:
+    """A message of jsonargparse about a value of the wrong type, in a sentence; others as they are."""
+    told = _WRONG_TYPE.fullmatch(message)
+    if told is None:
+        return message
+    kinds = re.findall(r"<class '(\w+)'>|(\w+)\[[^]]*\]", told["kinds"] or told["kind"])
+    known = [_TYPES.get(plain or generic) for plain, generic in kinds]
+    if not known or None in known:
+        return message
+    named = list(dict.fromkeys(kind for kind in known if kind))
+    key, value = f"{told['key']}{told['item'] or ''}", told["value"] or told["given"]
+    return f"{key} must be {' or '.join(named)}, not {value!r}"
 
 
 def _unknown(flag: str, name: str, known: list[str]) -> str:

@@ -143,7 +143,11 @@ class TrainedTokens(AskedModule):
                 still = (index == padding).nonzero().flatten().tolist()
                 padding = still[0] if still else None
             rows = self._rows(names).to(found.dtype)
-            found = torch.where(hit.unsqueeze(-1), F.embedding(order[near], rows, padding), found)
+            if self.scale_grad_by_freq:  # the others must not be counted
+                own = F.embedding(order[near][hit], rows, padding, scale_grad_by_freq=True)
+                found = found.masked_scatter(hit.unsqueeze(-1), own)
+            else:
+                found = torch.where(hit.unsqueeze(-1), F.embedding(order[near], rows, padding), found)
         scale: Any = getattr(self, "embed_scale", None)
         if isinstance(scale, Tensor):
             scale = scale.to(found.dtype)
