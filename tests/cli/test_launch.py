@@ -17,7 +17,7 @@ from train import tiny
 
 from lorica.cli import main
 from lorica.errors import ConfigError
-from lorica.train import Record
+from lorica.train import Record, train
 from lorica.train.settings import LaunchConfig
 
 
@@ -47,7 +47,7 @@ def after_the_first_checkpoint(folder: Path, action: Callable[[], None]) -> thre
 
 
 def test_a_run_is_trained_and_scored_in_two_processes(home: Path) -> None:
-    assert main(command(home, "run", 6)) == 0
+    assert main(command(home, "run", 6, "--launch.engine", "fsdp2")) == 0
     assert Record.load(home / "run").machine["processes"] == 2
     assert main(["evaluate", str(home / "run"), "--json", "--launch.processes=2"]) == 0
     answers = home / "answers.jsonl"
@@ -83,11 +83,17 @@ def test_a_lost_process_and_an_interrupt_end_the_others(
     )
 
 
-def test_wrong_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="belong together"):
         LaunchConfig(processes=2, machines=2)
     with pytest.raises(ConfigError, match=r"need launch.processes"):
         LaunchConfig(address="first:29500")
+    with pytest.raises(ConfigError, match=r"launch.engine must be one of \('ddp', 'fsdp2'"):
+        LaunchConfig(engine="zero")
+    with pytest.raises(ConfigError, match="spreads a model over several processes, and this run has one"):
+        train(tiny.recipe(home / "model", home / "data", home / "alone"), engine="fsdp2")
+    assert main(["evaluate", str(home), "--launch.engine", "fsdp2", "--launch.processes", "2"]) == 2
+    assert "holds the whole model in each process" in capsys.readouterr().err
     assert main(["train", "--changed_processes"]) == 2
     monkeypatch.setenv("RANK", "0")
     assert main(["train", "--launch.processes", "2"]) == 2

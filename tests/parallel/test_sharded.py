@@ -27,6 +27,7 @@ def test_what_needs_whole_weights_is_refused_on_every_rank(tmp_path: Path) -> No
         assert "lorica.disabled" in said["detach"]
         for what in ("adapt", "adapt biases", "attach"):
             assert "is already sharded; adapt the model before fully_shard" in said[what]
+        assert "nf4 or fp4" in said["int8"]
         assert "was sharded before" in said["shard again"]
         assert "carries no adapter" in said["not adapted"]
         assert "LlamaDecoderLayr" in said["no such block"]

@@ -14,19 +14,22 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("transformers")
     names = list(work.CASES)
     folder = tmp_path_factory.mktemp("sharded")
-    first, second = on_ranks(work.sharded_and_not, names, str(folder), timeout=300)
+    first, second = on_ranks(work.together_and_alone, names, str(folder), timeout=300)
     assert first == second
     return first
 
 
 @pytest.mark.parametrize("name", work.CASES)
-def test_sharded_training_is_that_of_one_process(name: str, outcomes: Any) -> None:
+def test_two_ranks_train_as_one_process(name: str, outcomes: Any) -> None:
     found = outcomes[name]
     assert not isinstance(found, str), found
     assert found.moved > 0
-    assert found.apart <= (1e-6 if name in work.SUMMED_OTHERWISE else 0.0)
-    assert found.same_file or name in work.SUMMED_OTHERWISE
-    assert found.norms[0] == pytest.approx(found.norms[1], rel=1e-5)
+    alone, parts, copies = found.norms
+    for way, together in enumerate((parts, copies)):
+        summed = name in work.SUMMED_OTHERWISE[way]
+        assert found.apart[way] <= (1e-6 if summed else 0.0)
+        assert found.same_file[way] or summed
+        assert together == pytest.approx(alone, rel=1e-5)
     if name in work.FIXED:
         assert "choose which acts before sharding" in found.base_apart
     else:

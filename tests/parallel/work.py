@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import lorica
 from lorica import parallel
@@ -21,6 +22,7 @@ from lorica.model.sharded import part_of
 
 ROWS = torch.randint(3, tiny.VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(1))
 Rows = list[Tensor]
+FILE = "adapter_model.safetensors"
 
 
 class Fused(nn.Module):
@@ -103,15 +105,19 @@ CASES = {
     "checkpointing, reentrant": Case("llama", lora(), checkpointing=True),
     "nf4": Case("llama", lora(), quantized=True),
     "bitfit": Case(_BERT, lorica.BitFitConfig(), _STILL),
+    "accumulation, checkpointing": Case("llama", lora(use_dora=True), checkpointing=False, accumulate=True),
     "adapter H": Case("llama", lorica.AdapterHConfig(bottleneck=4)),
     "adapter L": Case("llama", lorica.AdapterLConfig(bottleneck=4)),
+    "adapter P": Case("llama", lorica.AdapterPConfig(bottleneck=4)),
+    "adapter D": Case("llama", lorica.AdapterDConfig(bottleneck=4, dropped=1)),
     "prefix embedding": Case("llama", lorica.PreEmbedConfig()),
     "prefix layer": Case("llama", lorica.PreLayerConfig()),
     "top layers": Case("llama", lorica.TopConfig()),
     "all": Case("llama", lorica.FullConfig()),
 }
-# Their gradients are summed up in another order than in one process.
-SUMMED_OTHERWISE = {"token rows, tied", "tied", "accumulation"}
+# Their gradients are summed up in another order than in one process, in parts and in copies.
+_SUMS = {"token rows, tied", "tied", "accumulation", "accumulation, checkpointing"}
+SUMMED_OTHERWISE = (_SUMS, _SUMS)
 # What stands in the base's place is sharded there, and stays.
 FIXED = {
     "pissa",
@@ -146,21 +152,22 @@ def build(case: Case) -> Any:
     return model
 
 
-def quantized() -> nn.Module:
-    """A model whose linear layers are in NF4."""
+def quantized(form: str = "nf4") -> nn.Module:
+    """A model whose linear layers are packed."""
     model = tiny.transformer("llama", hidden_size=64, intermediate_size=64)
     for layer in model.model.layers:
         for part in (layer.self_attn, layer.mlp):
             for name, module in list(part.named_children()):
                 if isinstance(module, nn.Linear):
-                    setattr(part, name, packing.quantized(module, "nf4"))
+                    setattr(part, name, packing.quantized(module, form))
     return model
 
 
 def loss_of(model: Any, rows: Tensor) -> Tensor:
-    if isinstance(model, Fused):
-        return model(rows).square().mean()
-    logits = model(input_ids=rows).logits
+    outputs = model(input_ids=rows)
+    if isinstance(outputs, Tensor):  # of `Fused`
+        return outputs.square().mean()
+    logits = outputs.logits
     if logits.ndim == 2:
         return F.cross_entropy(logits.float(), rows[:, 0] % 2)
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), rows[:, 1:].flatten())
@@ -183,25 +190,25 @@ def train(model: Any, batches: Iterable[Rows], *, sync: Callable[[bool], None] |
 
 
 class Outcome(NamedTuple):
-    """What came of a case.
+    """What came of a case, trained in parts (`shard`) and as whole copies (torch's DDP).
 
     Args:
-        apart: the largest difference of any value from one process's.
+        apart: the largest difference of any value from one process's, in parts and in copies.
         moved: the least that any tensor moved at most.
-        norms: of the gradients, by step, sharded and in one process.
-        same_file: whether the file is one process's, to the bit.
+        norms: of the gradients, by step: in one process, in parts, in copies.
+        same_file: whether the file is one process's, to the bit, in parts and in copies.
         base_apart: how far the outputs without the adapter are from the base's; a message where it refuses.
     """
 
-    apart: float
+    apart: tuple[float, float]
     moved: float
-    norms: tuple[list[float], list[float]]
-    same_file: bool
+    norms: tuple[list[float], list[float], list[float]]
+    same_file: tuple[bool, bool]
     base_apart: float | str
 
 
-def sharded_and_not(names: list[str], folder: str) -> dict[str, Outcome | str]:
-    """Each case trained by all ranks, and by each rank alone on all rows."""
+def together_and_alone(names: list[str], folder: str) -> dict[str, Outcome | str]:
+    """Each case trained by all ranks, in parts and as copies, and by each rank alone on all rows."""
     found: dict[str, Outcome | str] = {}
     for i, name in enumerate(names):
         try:
@@ -213,30 +220,40 @@ def sharded_and_not(names: list[str], folder: str) -> dict[str, Outcome | str]:
 
 def outcome(case: Case, folder: Path) -> Outcome:
     rank = dist.get_rank()
-    one, several = build(case), parallel.shard(build(case))
-    start = parallel.gather(several, "default")
-    assert part_of(several) is not None
-    parts = [ROWS[:1], ROWS[1:2], ROWS[2:3], ROWS[3:]] if case.accumulate else [ROWS[:2], ROWS[2:]]
-    own = parts[rank * len(parts) // 2 : (rank + 1) * len(parts) // 2]
-    alone = train(one, [parts] * 3)
-    together = train(several, [own] * 3, sync=several.set_requires_gradient_sync if case.accumulate else None)
-    expected = lorica.extract(one, "default")
-    got = parallel.gather(several, "default").named_tensors()
-    assert got.keys() == expected.named_tensors().keys()
-
-    def apart(other: dict[str, Tensor]) -> list[float]:
-        return [float((other[key].float() - value.float()).abs().max()) for key, value in got.items()]
-
-    lorica.save(several, folder / "sharded", "default")
-    file = lorica.write(expected, folder / f"one-{rank}") / "adapter_model.safetensors"
-    same = file.read_bytes() == (folder / "sharded" / "adapter_model.safetensors").read_bytes()
-    return Outcome(
-        max(apart(expected.named_tensors())),
-        min(apart(start.named_tensors())),
-        (together, alone),
-        same,
-        base(one, several),
+    one, parts, copies = build(case), parallel.shard(build(case)), DistributedDataParallel(build(case))
+    start = parallel.gather(parts, "default").named_tensors()
+    assert part_of(parts) is not None
+    rows = [ROWS[:1], ROWS[1:2], ROWS[2:3], ROWS[3:]] if case.accumulate else [ROWS[:2], ROWS[2:]]
+    own = rows[rank * len(rows) // 2 : (rank + 1) * len(rows) // 2]
+    norms = (
+        train(one, [rows] * 3),
+        train(parts, [own] * 3, sync=parts.set_requires_gradient_sync if case.accumulate else None),
+        train(copies, [own] * 3, sync=lambda last: setattr(copies, "require_backward_grad_sync", last)),
     )
+    alone = lorica.extract(one, "default")
+    expected = alone.named_tensors()
+    file = (lorica.write(alone, folder / f"one-{rank}") / FILE).read_bytes()
+    lorica.save(parts, folder / "parts", "default")
+    lorica.save(copies.module, folder / f"copies-{rank}", "default")
+    found = [
+        parallel.gather(parts, "default").named_tensors(),
+        lorica.extract(copies.module, "default").named_tensors(),
+    ]
+    assert all(tensors.keys() == expected.keys() for tensors in found)
+    return Outcome(
+        (_apart(found[0], expected), _apart(found[1], expected)),
+        min(float((value.float() - start[key].float()).abs().max()) for key, value in found[0].items()),
+        norms,
+        (
+            (folder / "parts" / FILE).read_bytes() == file,
+            (folder / f"copies-{rank}" / FILE).read_bytes() == file,
+        ),
+        base(one, parts),
+    )
+
+
+def _apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    return max(float((found[key].float() - value.float()).abs().max()) for key, value in expected.items())
 
 
 @torch.no_grad()
@@ -267,6 +284,7 @@ def refused(folder: str) -> dict[str, str]:
         "adapt biases": lambda: lorica.adapt(model, lorica.BitFitConfig(), "other"),
         "attach": lambda: lorica.attach(model, parallel.gather(model), "other"),
         "shard again": lambda: parallel.shard(model),
+        "int8": lambda: parallel.shard(lorica.adapt(quantized("int8"), lora())),
         "not adapted": lambda: parallel.shard(nn.Linear(2, 2)),
         "no such block": lambda: parallel.shard(build(CASES["lora"]), blocks=["LlamaDecoderLayr"]),
         "a file in the way": lambda: lorica.save(model, Path(folder) / "file" / "adapter"),

@@ -8,6 +8,7 @@ Between passes each rank holds a part of every parameter; a block's are gathered
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -77,8 +78,12 @@ def shard(
         "mp_policy": _policy(precision),
         "reshard_after_forward": reshard,
     }
+    for parameter in root.parameters():
+        parameter.data = parameter.data.contiguous()
+    name = type(root).__name__
     for unit in units:
         fully_shard(unit, **settings)
+    vars(root)["_get_name"] = functools.partial(str, name)  # by which transformers' Trainer knows its loss
     settle(root, state)
     compare_ranks(root, state)
     return model
@@ -157,6 +162,12 @@ def _check(root: nn.Module, units: list[nn.Module]) -> None:
     if single:
         raise StateError(
             f"{listing(single)} are single numbers, which cannot be sharded; make them tensors of shape (1,)"
+        )
+    scaled = [n for n, parameter in root.named_parameters() if type(parameter).__name__ == "Int8Params"]
+    if scaled:
+        raise StateError(
+            f"{listing(scaled, limit=3)} are in bitsandbytes' int8, whose scales stand beside the weight and "
+            "are lost when it is sharded; load the base in nf4 or fp4, or as it is"
         )
     taken: set[Parameter] = set()
     for unit in units:

@@ -33,6 +33,7 @@ from lorica.model.starts import preprocess_loraga as look_for_loraga
 from lorica.pieces.whole import copies_of
 from lorica.state import adapted
 from lorica.train.console import duration
+from lorica.train.distributed.group import world
 from lorica.train.trainer.checkpoints import last_checkpoint
 
 if TYPE_CHECKING:
@@ -113,15 +114,15 @@ def start_of(output: Path) -> Path:
 
 
 def _batches(prepared: Prepared) -> list[Any]:
-    """Batches of training rows, the same for the same seed."""
+    """Batches of training rows, the same for the same seed, and in each process: those of all together."""
     training, task = prepared.recipe.training, prepared.task
     rows = prepared.splits["train"].features
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(training.seed)).tolist()
-    order = order[: training.start_batches * training.batch_size]
+    size = training.batch_size * world()
+    order = order[: training.start_batches * size]
     wanted = {*inspect.signature(prepared.model.forward).parameters, *task.label_columns}
     picked = [{key: value for key, value in rows[i].items() if key in wanted} for i in order]
     collate = task.collator(prepared.tokenizer)
-    size = training.batch_size
     return [collate(picked[i : i + size]) for i in range(0, len(picked), size)]
 
 

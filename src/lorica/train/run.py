@@ -14,8 +14,10 @@ from typing import Any
 from rich.console import Console
 
 from lorica.checkpoint import read, write_card
+from lorica.checkpoint import write as write_adapter
 from lorica.errors import ConfigError, FileError, LoricaError, listing
-from lorica.model import extract, save, trainable_parameters
+from lorica.model import extract, trainable_parameters
+from lorica.model.pretrained.vocabulary import with_resized_tables
 from lorica.plain import as_json
 from lorica.reading import read_object
 from lorica.train.adapt import adapt_prepared, keep_start, warm_start
@@ -23,6 +25,7 @@ from lorica.train.console import make_console, silent
 from lorica.train.data.splits import Rows
 from lorica.train.distributed.group import by_first, check_alone, is_first, joined, world
 from lorica.train.distributed.resuming import PER_PROCESS, check_processes, check_rows_a_step
+from lorica.train.distributed.sharded import check_engine, spread_model
 from lorica.train.generation.writing import writer_of
 from lorica.train.prepared import Prepared, announce, prepare, with_head
 from lorica.train.recipe import Recipe
@@ -35,6 +38,9 @@ from lorica.train.trainer.fit import fit
 from lorica.train.trainer.scoring import majority
 
 RECIPE = "recipe.yaml"
+
+_FREE = ("output", "data.processes")
+"""Fields of a recipe that change nothing of what a run comes to."""
 
 ROWS = "rows.json"
 """Beside the checkpoints: how many rows each split of the run has, and what they are known by."""
@@ -89,6 +95,7 @@ def train(
     repeats: Record | None = None,
     changed_data: bool = False,
     changed_processes: bool = False,
+    engine: str = "ddp",
 ) -> Result:
     """Train an adapter as a recipe says.
 
@@ -111,6 +118,7 @@ def train(
         changed_data: repeat it even if the rows are not the recorded ones.
         changed_processes: resume in another number of processes than the run had; `batch_size` must make as
             many rows a step.
+        engine: how several processes share the model; see `LaunchConfig`.
 
     Returns:
         Scores, counts and times.
@@ -124,6 +132,7 @@ def train(
     cpu = bool(recipe.training.arguments.get("use_cpu"))
     with contextlib.ExitStack() as stack:
         stack.enter_context(joined(cpu=cpu, hint=f"{hint} (the run is in {recipe.output})"))
+        check_engine(engine)
         console = (console or make_console()) if is_first() else silent()
         output = Path(recipe.output)
 
@@ -145,6 +154,7 @@ def train(
             overwrite=overwrite,
             console=console,
             changed_processes=changed_processes,
+            engine=engine,
         )
         if repeats is not None:
             _compare_end(repeats, prepared.recipe, result, console)
@@ -158,6 +168,7 @@ def train_prepared(
     overwrite: bool = False,
     console: Console,
     changed_processes: bool = False,
+    engine: str = "ddp",
     **fitting: Any,
 ) -> Result:
     """`train`, from rows that are encoded and a model that is loaded.
@@ -168,6 +179,7 @@ def train_prepared(
         overwrite: as in `train`.
         console: where to show progress.
         changed_processes: as in `train`.
+        engine: as in `train`.
         fitting: more arguments of `fit`.
     """
     recipe, task = prepared.recipe, prepared.task
@@ -220,6 +232,8 @@ def train_prepared(
         write_atomically(writable_directory(output / "checkpoints") / ROWS, as_json(prepared.data) + "\n")
 
     by_first(keep)
+    if engine == "fsdp2":
+        spread_model(model, console)
     done = fit(
         model,
         task,
@@ -242,10 +256,13 @@ def train_prepared(
     for doubt in doubts:
         console.print(f"warning: {doubt}", markup=False, soft_wrap=True)
 
+    adapter = extract(model)  # where each process holds a part of the model, all of them must ask
+    content = with_resized_tables(adapter, model)
+
     def write() -> Result:
-        save(model, output)
+        write_adapter(content, output)
         rows = {split: len(encoded) for split, encoded in prepared.splits.items()}
-        write_card(extract(model), output, about(recipe, task.inputs(recipe.data), rows, metrics))
+        write_card(adapter, output, about(recipe, task.inputs(recipe.data), rows, metrics))
         prepared.tokenizer.save_pretrained(output)
         weights = output / "adapter_model.safetensors"
         result = Result(
@@ -374,7 +391,7 @@ def _as_before(recipe: Recipe, output: Path, *, changed_processes: bool = False)
     changed = [
         f"{key} was {before[key]!r}, now {now[key]!r}"
         for key in now
-        if key != "output" and before[key] != now[key]
+        if key not in _FREE and before[key] != now[key]
     ]
     if changed:
         raise ConfigError(

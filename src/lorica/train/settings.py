@@ -80,6 +80,8 @@ class DataConfig:
         skip_bad: leave out rows that cannot be used, and count them, in place of refusing them all.
         cache: keep encoded rows in a folder of the user's (``LORICA_CACHE``, or ``~/.cache/lorica``), and
             take them from there, mapped into memory, when the same rows come again.
+        processes: in which rows are encoded side by side, where there are more than 20,000 and each is
+            encoded by itself. The encoded rows are the same.
     """
 
     preset: str | None = None
@@ -114,11 +116,13 @@ class DataConfig:
     streaming: bool = False
     skip_bad: bool = False
     cache: bool = False
+    processes: int = 1
 
     def __post_init__(self) -> None:
         """Check the values."""
         as_texts(self, "train", "validation", "test")
         expect(self, "validation_fraction", 0 <= self.validation_fraction < 1, "a share in [0, 1)")
+        expect(self, "processes", self.processes > 0, "more than 0")
         expect(self, "stride", self.stride is None or self.stride >= 0, "None, or 0 or more")
         expect(self, "fraction", self.fraction is None or 0 < self.fraction <= 1, "a share in (0, 1]")
         for name in ("train_rows", "validation_rows", "test_rows"):
@@ -302,6 +306,10 @@ class GenerationConfig:
         expect(self, "eval_rows", self.eval_rows is None or self.eval_rows > 0, "None or more than 0", of)
 
 
+ENGINES = ("ddp", "fsdp2")
+"""How the processes of a run share its model."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
     """The processes that a command runs in.
@@ -310,15 +318,19 @@ class LaunchConfig:
         processes: on each machine: one for each GPU, or several that share a CPU's cores. None is this one.
         machines: number of machines; the command is given on each of them.
         address: of the first machine, as host:port, where the others find it.
+        engine: "ddp", each process holds the model whole; or "fsdp2", each holds a part of every weight, and
+            has a block's others sent while it computes.
     """
 
     processes: int | None = None
     machines: int = 1
     address: str | None = None
+    engine: str = ENGINES[0]
 
     def __post_init__(self) -> None:
         """Check the values."""
         of = "launch."
+        expect(self, "engine", self.engine in ENGINES, f"one of {ENGINES}", of)
         expect(self, "processes", self.processes is None or self.processes > 0, "None or more than 0", of)
         expect(self, "machines", self.machines > 0, "more than 0", of)
         if self.processes is None and (self.machines > 1 or self.address is not None):

@@ -25,11 +25,13 @@ def test_interrupts_and_losses_change_no_bit(home: Path) -> None:
         "one step apart": ("checkpoint-3", whole),
         "both, in the last step of a pass": ("checkpoint-5", whole),
     }
-    for victim in (0, 1):
-        ended = started(work.killed, str(home), f"killed {victim}", victim).wait(60)
+    for victim, engine in enumerate(("ddp", "fsdp2")):
+        ended = started(work.killed, str(home), f"killed {victim}", victim, engine).wait(60)
         assert ended[victim].code == -signal.SIGKILL
         assert ended[1 - victim].code == 1
         assert "another process of this run was lost" in ended[1 - victim].output
         assert "--resume" in ended[1 - victim].output
         assert (home / f"killed {victim}" / "checkpoints" / "checkpoint-4").is_dir()
-    assert on_ranks(work.resumed, str(home), "killed 0", "killed 1") == [[whole, whole]] * 2
+    again = on_ranks(work.resumed, str(home), {"killed 0": "ddp", "killed 1": "fsdp2"})
+    assert again == [[whole, whole]] * 2
+    assert on_ranks(work.stopped_in_parts, str(home)) == [dict.fromkeys(work.ENGINES, whole)] * 2

@@ -31,12 +31,17 @@ def two(home: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
     return on_ranks(work.run_all, str(home), timeout=240)
 
 
+@pytest.fixture(scope="module")
+def parts(home: Path, two: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return on_ranks(work.run_in_parts, str(home), timeout=240)
+
+
 @pytest.mark.parametrize("name", work.CASES)
 def test_two_processes_come_to_what_one_comes_to(
     name: str, home: Path, one: dict[str, Any], two: list[dict[str, Any]]
 ) -> None:
     alone, (first, second) = one[name], (each[name] for each in two)
-    ours, theirs = (work.weights(home, name, processes) for processes in (2, 1))
+    ours, theirs = (work.weights(home, name, where) for where in ("in 2", "in 1"))
     assert ours.keys() == theirs.keys()
     apart = max((ours[key] - theirs[key]).abs().max().item() for key in ours)
     assert apart < 1e-6, apart
@@ -47,6 +52,25 @@ def test_two_processes_come_to_what_one_comes_to(
     assert first["metrics"] == second["metrics"]
     for split, scores in alone["metrics"].items():
         assert first["metrics"][split] == pytest.approx(scores, rel=1e-6, abs=1e-6), split
+
+
+@pytest.mark.parametrize("name", work.IN_PARTS)
+def test_a_model_in_parts_comes_to_what_whole_ones_come_to(
+    name: str, home: Path, two: list[dict[str, Any]], parts: list[dict[str, Any]]
+) -> None:
+    files = [home / name / where / "adapter_model.safetensors" for where in ("in parts", "in 2")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    for own in range(2):
+        ours, theirs = parts[own][name], two[own][name]
+        assert ours["norms"] == pytest.approx(theirs["norms"], rel=1e-5)
+        for what in ("metrics", "losses", "tokens", "best", "chunked", "encoded"):
+            assert ours[what] == theirs[what], what
+    assert "each of 2 processes holds 1/2 of every weight" in parts[0][name]["printed"]
+    assert parts[1][name]["printed"] == ""
+
+
+def test_a_model_in_parts_writes_what_it_writes_whole(parts: list[dict[str, Any]]) -> None:
+    assert [each["written"] for each in parts] == [[True, True]] * 2
 
 
 def test_evaluation_stops_early_by_the_loss_over_all_targets(two: list[dict[str, Any]]) -> None:

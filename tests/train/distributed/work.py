@@ -21,13 +21,18 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     TrainingArguments,
 )
 
 import lorica
+from lorica import parallel
 from lorica.errors import LoricaError
 from lorica.train import Interrupted, Recipe, Result, Trainer, evaluate, predict, prepared, train
 from lorica.train.distributed.group import rank, world
+from lorica.train.generation.writing import write
+from lorica.train.settings import GenerationConfig
 
 
 def write_models(folder: Path) -> Path:
@@ -56,13 +61,18 @@ def write_models(folder: Path) -> Path:
     return folder
 
 
-def recipe(folder: Path, name: str, data: dict[str, Any], **training: Any) -> Recipe:
+def home_of(engine: str) -> str:
+    """The folder of a run, by how many processes it has and how they share the model."""
+    return f"in {world()}" if engine == "ddp" else "in parts"
+
+
+def recipe(folder: Path, name: str, data: dict[str, Any], *, engine: str = "ddp", **training: Any) -> Recipe:
     """A run of so many rows a step in all: 8 to learn from, 6 to score."""
     language = name.startswith("language")
     made = tiny.recipe(
         folder / ("decoder" if language else "encoder"),
         folder / ("pairs" if language else "rows"),
-        folder / name / f"in {world()}",
+        folder / name / home_of(engine),
         **{"batch_size": 8 // world(), "eval_batch_size": 6 // world(), "logging_steps": 1, **training},
     )
     made = made.replace(method=made.method.replace(lora_dropout=0.0), data=data)
@@ -84,7 +94,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def run(folder: str, name: str) -> dict[str, Any]:
+def run(folder: str, name: str, engine: str = "ddp") -> dict[str, Any]:
     """One of the cases: what it came to in this process."""
     encoded: list[int] = []
     before = prepared._encode
@@ -96,7 +106,7 @@ def run(folder: str, name: str) -> dict[str, Any]:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
-            result = train(recipe(Path(folder), name, data, **training))
+            result = train(recipe(Path(folder), name, data, engine=engine, **training), engine=engine)
     finally:
         prepared._encode, Trainer.training_step = before, step  # type: ignore[method-assign]
     state = trainers[0].state
@@ -104,6 +114,7 @@ def run(folder: str, name: str) -> dict[str, Any]:
         "metrics": result.metrics,
         "steps": result.steps,
         "losses": [entry["loss"] for entry in state.log_history if "loss" in entry],
+        "norms": [entry["grad_norm"] for entry in state.log_history if "grad_norm" in entry],
         "tokens": state.num_input_tokens_seen,
         "best": state.best_global_step,
         "chunked": trainers[0]._head is not None,
@@ -125,9 +136,9 @@ def run_all(folder: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def weights(folder: Path, name: str, processes: int) -> dict[str, Tensor]:
+def weights(folder: Path, name: str, where: str) -> dict[str, Tensor]:
     """What a case trained."""
-    return load_file(folder / name / f"in {processes}" / "adapter_model.safetensors")
+    return load_file(folder / name / where / "adapter_model.safetensors")
 
 
 @contextlib.contextmanager
@@ -190,16 +201,16 @@ def stopped_and_resumed(folder: str) -> dict[str, Any]:
     return found
 
 
-def killed(folder: str, name: str, victim: int) -> None:
+def killed(folder: str, name: str, victim: int, engine: str = "ddp") -> None:
     """A run in which one rank is killed in the fifth step; the others say what they have to say."""
     action = (lambda: os.kill(os.getpid(), signal.SIGKILL)) if int(os.environ["RANK"]) == victim else None
     with at_step(5, action):
-        train(dropping(folder, name))
+        train(dropping(folder, name), engine=engine)
 
 
-def resumed(folder: str, *names: str) -> list[str]:
-    """What runs that were killed come to when they are resumed."""
-    return [train(dropping(folder, name), resume=True).adapter_sha256 for name in names]
+def resumed(folder: str, names: dict[str, str]) -> list[str]:
+    """What runs that were killed come to when they are resumed, each with its engine."""
+    return [train(dropping(folder, n), resume=True, engine=e).adapter_sha256 for n, e in names.items()]
 
 
 def refused(folder: str) -> dict[str, str]:
@@ -243,3 +254,49 @@ def _trainer(home: Path, **options: Any) -> Trainer:
     rows = Dataset.from_list([{"input_ids": [2, 5, 3], "labels": i % 2} for i in range(8)])
     args = TrainingArguments(str(home / "idle"), report_to="none", disable_tqdm=True, **options)
     return Trainer(model=model, args=args, train_dataset=rows)
+
+
+IN_PARTS = ("one row left", "accumulation", "language")
+
+
+def run_in_parts(folder: str) -> dict[str, Any]:
+    """Some of the cases with the model in parts, and what such a model writes."""
+    return {**{name: run(folder, name, "fsdp2") for name in IN_PARTS}, "written": _written()}
+
+
+def _written() -> list[bool]:
+    """Whether models in parts write what they write whole, in three batches of two processes."""
+    sizes: dict[str, Any] = {"vocab_size": 32, "eos_token_id": 31, "pad_token_id": 0}
+    narrow: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    llama: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    found = []
+    for kind, config in (
+        (T5ForConditionalGeneration, T5Config(**sizes, **narrow, decoder_start_token_id=0)),
+        (LlamaForCausalLM, LlamaConfig(**sizes, **llama, num_hidden_layers=2)),
+    ):
+        torch.manual_seed(0)
+        model: Any = kind(config)
+        lorica.adapt(model, lorica.LoraConfig(r=2, target_modules="all-linear"), seed=0)
+        settings = GenerationConfig(max_new_tokens=6, batch_size=2, num_beams=2)
+        prompts = [[5 + i] * (i + 1) for i in range(5)]
+        whole = write(model, tiny.tokenizer(), prompts, settings)
+        parallel.shard(model)
+        found.append(write(model, tiny.tokenizer(), prompts, settings) == whole)
+    return found
+
+
+ENGINES = {
+    "in parts throughout": ("fsdp2", "fsdp2"),
+    "in parts, then whole": ("fsdp2", "ddp"),
+    "whole, then in parts": ("ddp", "fsdp2"),
+}
+
+
+def stopped_in_parts(folder: str) -> dict[str, Any]:
+    """Runs that the second rank alone is told to stop, and that go on with another engine."""
+    found: dict[str, Any] = {}
+    for name, (first, then) in ENGINES.items():
+        with contextlib.suppress(Interrupted), at_step(3 if rank() else 0, interrupt):
+            train(dropping(folder, name), engine=first)
+        found[name] = train(dropping(folder, name), resume=True, engine=then).adapter_sha256
+    return found

@@ -9,6 +9,8 @@ from typing import Any
 from lorica.cli.shared.parsing import Parser
 
 _PREFIX = "--launch."
+_ENGINE = f"{_PREFIX}engine"
+"""What each of the processes has to know too."""
 
 
 def tells() -> bool:
@@ -37,6 +39,8 @@ def launched(parser: Parser, parsed: Any, command: str, argv: Sequence[str], hin
         The exit status of all of them.
     """
     config = parser.instantiate(parsed).launch
+    if config.engine != "ddp" and command != "train":
+        parser.error(f"`lorica {command}` holds the whole model in each process; leave out {_ENGINE}")
     if config.processes is None:
         return None
     if "RANK" in os.environ:
@@ -54,7 +58,7 @@ def _without(argv: Sequence[str]) -> list[str]:
     for argument in argv:
         if skip:
             skip = False
-        elif argument.startswith(_PREFIX):
+        elif argument.startswith(_PREFIX) and argument.partition("=")[0] != _ENGINE:
             skip = "=" not in argument
         else:
             kept.append(argument)

@@ -100,11 +100,12 @@ def run(argv: list[str]) -> int:
                 repeats=repeats,
                 changed_data=parsed.changed_data,
                 changed_processes=parsed.changed_processes,
+                engine=parsed.launch.engine,
             )
         except Interrupted as stop:
             if tells():
                 print(stop, file=sys.stderr)
-                words = [*_several(), *hints.word(recipe)]
+                words = [*_several(parsed.launch.engine), *hints.word(recipe)]
                 again = hints.command("train", Path(recipe.output) / RECIPE, "--resume", *words)
                 print(f"resume with: {again}", file=sys.stderr)
             wait_for_all()  # a launcher that sees the first of them end ends the others
@@ -115,10 +116,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _several() -> list[str]:
-    """The option that starts as many processes as there are, on one machine."""
+def _several(engine: str) -> list[str]:
+    """The options that start as many processes as there are, on one machine, and share the model as here."""
     world, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    return ["--launch.processes", here] if world == here != "1" else []
+    own = [] if engine == "ddp" else ["--launch.engine", engine]
+    return [*(["--launch.processes", here] if world == here != "1" else []), *own]
 
 
 def _given(argv: list[str], flag: str) -> list[str]:

@@ -24,6 +24,7 @@ from lorica.layers import SwappedModule
 from lorica.model.files import extract
 from lorica.model.pretrained import trainers
 from lorica.model.pretrained.vocabulary import resize_part, resized, with_resized_tables
+from lorica.model.sharded import once, part_of
 from lorica.state import STATE, AdapterState, adapted, find_adapted
 from lorica.tree import walk
 
@@ -90,7 +91,8 @@ class Pretrained(SwappedModule):
 
         Args:
             save_directory: folder; created if missing.
-            is_main_process: other processes write nothing.
+            is_main_process: other processes write nothing. Where each holds a part of the model, all of them
+                must call this, and the first writes.
             state_dict: take the values from here, by their live names (sharded training gathers them so).
             push_to_hub: not done here; `lorica.push_to_hub` does it.
             kwargs: transformers' other arguments; those about the format of full weights have no meaning for
@@ -106,11 +108,14 @@ class Pretrained(SwappedModule):
             )
         if kwargs.get("safe_serialization") is False:
             raise ConfigError("lorica writes safetensors only; leave out safe_serialization=False")
-        if not is_main_process:
+        together = state_dict is None and part_of(self) is not None
+        if not is_main_process and not together:
             return
         for name, folder in self._folders(save_directory):
             adapter = extract(self, name, state_dict=state_dict)
-            checkpoint.write(with_resized_tables(adapter, self, state_dict), folder)
+            content = with_resized_tables(adapter, self, state_dict)
+            write = functools.partial(checkpoint.write, content, folder)
+            _ = once(self, write, folder) if together else write()
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """Write the adapters' model cards, which transformers' Trainer asks for; one that is there stays."""

@@ -252,7 +252,7 @@ class _Search:
         svd = self.found[self.same.get(path, path)]
         assert svd.Vh is not None
         assert svd.S is not None
-        A = svd.Vh[:rank].clone()
+        A = svd.Vh[:rank].clone(memory_format=torch.contiguous_format)
         return A / svd.S[:rank, None].sqrt() if self.settings.whiten else A
 
     def _unsettled_error(self) -> AdapterError:

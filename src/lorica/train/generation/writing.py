@@ -22,6 +22,7 @@ from lorica.errors import ConfigError, LoricaError, nearest
 from lorica.model import mixed
 from lorica.train.console import make_console, silent
 from lorica.train.distributed.group import by_first, gathered, is_first, rank, world
+from lorica.train.distributed.sharded import gathered_parts
 from lorica.train.metrics import written
 from lorica.train.metrics.written import check, without_java
 from lorica.train.settings import GenerationConfig
@@ -81,8 +82,11 @@ def write(
     both = bool(model.config.is_encoder_decoder)
     # Several processes write a batch each in turn, in the same batches as one would.
     shared = streamer is None and world() > 1
-    with _evaluating(model), _drawing(config.do_sample, seed):
-        for turn, start in enumerate(range(0, len(order), config.batch_size)):
+    turns = list(enumerate(range(0, len(order), config.batch_size)))
+    with _evaluating(model), _drawing(config.do_sample, seed), gathered_parts(model) as in_parts:
+        if shared and in_parts:  # each pass needs all processes: who has no batch left writes the last again
+            turns += [(turn, turns[-1][1]) for turn in range(len(turns), -(-len(turns) // world()) * world())]
+        for turn, start in turns:
             if shared and turn % world() != rank():
                 continue
             if shared and config.do_sample:

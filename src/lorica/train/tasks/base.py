@@ -138,6 +138,19 @@ class Task(ABC):
             labelled: whether they have labels; rows to predict have none.
         """
 
+    def encodes_apart(self, rows: Dataset, data: DataConfig) -> bool:
+        """Whether the encoding of a row depends on no other row, so that many are encoded a part at a time.
+
+        Args:
+            rows: the rows, as they came.
+            data: their columns and labels, resolved.
+        """
+        return False
+
+    def groups(self, rows: Dataset, data: DataConfig, where: str) -> Sequence[int] | None:
+        """The number that each row bears in its features, if they hold one; None where that is its place."""
+        return None
+
     def located(self, rows: Dataset, data: DataConfig, folder: Path | None, where: str) -> Dataset:
         """The rows with the paths in them as they are from here, where a task reads files.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,6 +131,20 @@ class CausalLanguageModelling(LanguageTask):
                 return _rows(found, limit, where)
             return replace(_blocks(tokenizer, texts, limit, where), rows=len(texts))
         return _rows(found, limit, where)
+
+    def encodes_apart(self, rows: Dataset, data: DataConfig) -> bool:
+        """Of all but raw text, whose rows are joined."""
+        laid = data.template is not None and template_of(data.template, data.label).learns
+        return type(self) is CausalLanguageModelling and (
+            data.label is not None or laid or _is_conversation(rows, data)
+        )
+
+    def groups(self, rows: Dataset, data: DataConfig, where: str) -> Sequence[int] | None:
+        """Rows with the same prompt bear the place of the first of them."""
+        laid = data.template is not None and template_of(data.template, data.label).learns
+        if laid or _is_conversation(rows, data):
+            return None
+        return groups_of(rows, data, prompts_of(rows, data, where, filled=True))
 
     def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
         """The form of the rows, and the number of empty texts left out, of raw text."""

@@ -214,6 +214,14 @@ class SequenceToSequence(LanguageTask):
         truncated = sum(n > limit for n in longest)
         return Encoded(Dataset.from_dict(features), truncated, max(longest), rows=len(rows), lengths=longest)
 
+    def encodes_apart(self, rows: Dataset, data: DataConfig) -> bool:
+        """True."""
+        return type(self) is SequenceToSequence
+
+    def groups(self, rows: Dataset, data: DataConfig, where: str) -> Sequence[int] | None:
+        """Rows with the same prompt bear the place of the first of them."""
+        return groups_of(rows, data, prompts_of(rows, data, where, filled=True))
+
     def prompts(
         self, rows: Dataset, data: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str
     ) -> list[list[int]]:

@@ -40,8 +40,12 @@ def store(encoded: Encoded, folder: Path) -> None:
     (folder / _FACTS).write_text(as_json(facts), encoding="utf-8")
 
 
-def stored(folder: Path) -> Encoded:
-    """The encoded rows in a folder, mapped into memory.
+def stored(folder: Path, *, mapped: bool = True) -> Encoded:
+    """The encoded rows in a folder.
+
+    Args:
+        folder: where `store` wrote them.
+        mapped: map them into memory. False reads them, and the folder may go.
 
     Raises:
         FileError: it is damaged.
@@ -49,7 +53,8 @@ def stored(folder: Path) -> Encoded:
     facts: dict[str, Any] = dict(read_object(folder / _FACTS))
     try:
         lengths = np.load(folder / _LENGTHS).tolist() if (folder / _LENGTHS).is_file() else None
-        return Encoded(Dataset.load_from_disk(str(folder / _FEATURES)), lengths=lengths, **facts)
+        features = Dataset.load_from_disk(str(folder / _FEATURES), keep_in_memory=not mapped)
+        return Encoded(features, lengths=lengths, **facts)
     except (OSError, ValueError, TypeError) as error:
         raise FileError(f"{folder} is damaged: {error}; delete that folder") from error
 
@@ -107,7 +112,7 @@ def key_of(
         "settings": repr(sorted(tokenizer.init_kwargs.items(), key=lambda item: item[0])),
         "template": repr(tokenizer.chat_template),
         "length": [max_length, tokenizer.model_max_length],
-        "data": dataclasses.asdict(data),
+        "data": {**dataclasses.asdict(data), "processes": None, "cache": None},  # which change no row
         "rows": dict(fingerprint),
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()

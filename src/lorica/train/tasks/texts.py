@@ -69,6 +69,10 @@ class TextTask(Task):
         truncated = sum(length > limit for length in lengths)
         return Encoded(Dataset.from_dict(features), truncated, max(lengths), lengths=lengths)
 
+    def encodes_apart(self, rows: Dataset, data: DataConfig) -> bool:
+        """True of lorica's own."""
+        return type(self).__module__ == __name__
+
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
         """Pad to the longest row of the batch."""
         return DataCollatorWithPadding(padded_right(tokenizer))

@@ -91,6 +91,10 @@ class TokenClassification(Task):
         truncated = sum(length > limit for length in lengths)
         return Encoded(table, truncated, max(lengths), lengths=lengths)
 
+    def encodes_apart(self, rows: Dataset, data: DataConfig) -> bool:
+        """True."""
+        return type(self) is TokenClassification
+
     def head(self, data: DataConfig) -> dict[str, Any]:
         """As many outputs a token as classes, with their names."""
         return named_outputs(data.labels or [])

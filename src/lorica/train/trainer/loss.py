@@ -251,7 +251,7 @@ def why_whole(head: nn.Module | None, args: transformers.TrainingArguments, *, s
 
 def is_language_model(model: nn.Module) -> bool:
     """Whether transformers knows the model's class as one of causal language models."""
-    return type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return model._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 class SmoothedLoss(LabelSmoother):

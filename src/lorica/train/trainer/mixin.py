@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,12 +12,14 @@ import transformers
 from torch import Tensor, nn
 
 from lorica.train.distributed.group import check_world, wait_for_all
+from lorica.train.distributed.sharded import gathered_state, is_in_parts, spread_state
 from lorica.train.recipe import is_secret
 from lorica.train.system import peak_memory
 from lorica.train.trainer.callbacks import learned, unit
 from lorica.train.trainer.checkpoints import LoraTrainerMixin, check_moments, readable
 from lorica.train.trainer.optimizer import parameter_groups
 from lorica.train.trainer.sampler import LengthGroupedSampler
+from lorica.tree import whole
 
 if TYPE_CHECKING:
     _Base = transformers.Trainer
@@ -88,6 +92,29 @@ class RunTrainerMixin(LoraTrainerMixin, _Base):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthGroupedSampler(rows[column], self._train_batch_size * self.args.world_size, seed)
 
+    # A model in parts: what transformers has for one that was sharded as it was loaded, and what it lacks.
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not is_in_parts(model):
+            super()._move_model_to_device(model, device)
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        model: Any = self.model
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        found = super()._get_grad_norm(model, grad_norm)
+        return whole(found) if isinstance(found, Tensor) else found
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with gathered_state(self.optimizer, wanted=self.args.should_save):
+            super()._save_optimizer_and_scheduler(output_dir)
+
     def close(self) -> None:
         """Give the model back as it was taken, where the trainer changed its forward; as a rule nothing."""
 
@@ -122,6 +149,7 @@ class RunTrainerMixin(LoraTrainerMixin, _Base):
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None and self.optimizer is not None:
                 check_moments(self.optimizer)
+                spread_state(self.optimizer)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

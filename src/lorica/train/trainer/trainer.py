@@ -34,6 +34,7 @@ from lorica.train.distributed.batches import (
     without_targets,
 )
 from lorica.train.distributed.group import check_world
+from lorica.train.distributed.sharded import is_in_parts
 from lorica.train.generation.writing import Writer
 from lorica.train.trainer.deferred import deferred_logits
 from lorica.train.trainer.loss import (
@@ -105,6 +106,8 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         if score is not None:
             options["compute_metrics"] = lambda outcome: scored(score, self._beside_rows(outcome), self._rows)
         super().__init__(*args, **options)
+        # Asked for checkpoints, transformers refuses a model that says so itself; ours have what is missing.
+        self.is_distributed_loading_by_transformers |= is_in_parts(self.model)
         check_world(self.args.world_size)
         self._splits = can_split(self.accelerator)
         self._counted = 0
@@ -215,7 +218,10 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
 
     def _find_head(self, model: nn.Module) -> nn.Module | None:
         head = output_head(model)
-        reason = why_whole(head, self.args, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        # Once the model's forward pass has ended, the head's weight is in parts again.
+        outside = self.loss is not None or self.compute_loss_func or self.args.label_smoothing_factor
+        reason = why_whole(head, self.args, sharded=sharded or bool(outside and is_in_parts(model)))
         if reason is None:
             return head
         if head is not None or is_language_model(model):
@@ -223,7 +229,7 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         return None
 
     def _say_whole(self, reason: str, model: Any = None) -> None:
-        name = type(self.model if model is None else model).__name__
+        name = (self.model if model is None else model)._get_name()
         logger.warning("%s: the loss is computed from all logits at once, because %s", name, reason)
 
     # Several processes.
