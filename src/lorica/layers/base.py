@@ -34,10 +34,11 @@ class LoraLayer(AskedLayer):
         lora_dropout: adapter name → dropout probability.
         variants: adapter name → the variant that forms its output and its weight.
         displaced: the acting adapter that replaced W0 by its own weight, and W0; None while W0 is in place.
+        blocks: where the factors lie side by side (`lorica.layers.rows`); None before a mixture.
     """
 
     own_modules = ("lora_A", "lora_B", "lora_magnitude_vector")
-    own_attributes = ("adapter_state", "scaling", "scaled", "lora_dropout", "variants", "displaced")
+    own_attributes = ("adapter_state", "scaling", "scaled", "lora_dropout", "variants", "displaced", "blocks")
     kind: ClassVar[Kind] = "linear"
     weight_name: ClassVar[str] = "weight"
     """Name of the adapted parameter."""
@@ -57,10 +58,11 @@ class LoraLayer(AskedLayer):
     lora_dropout: dict[str, float]
     variants: dict[str, Variant]
     displaced: tuple[str, Parameter] | None
+    blocks: Any = None
 
     def prepare(self) -> None:  # noqa: D102
         self._modules.update({name: blank(nn.ModuleDict) for name in self.own_modules})
-        self.__dict__.update(scaling={}, scaled={}, lora_dropout={}, variants={}, displaced=None)
+        self.__dict__.update(scaling={}, scaled={}, lora_dropout={}, variants={}, displaced=None, blocks=None)
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -244,6 +246,8 @@ class LoraLayer(AskedLayer):
                 del getattr(self, own)[name]
         del self.scaling[name], self.lora_dropout[name], self.variants[name]
         self.scaled.pop(name, None)
+        if self.blocks is not None:
+            self.blocks.drop(name)
 
     def factors(self, name: str) -> Factors:
         """The adapter's update as a value that shares memory with the parameters."""

@@ -19,13 +19,7 @@ from lorica.layers.variants import BIASED, DORA, PLAIN
 class LoraLinear(LoraLayer):
     """A linear layer: ``W0·x + b + Σ scale·B·A·dropout(x)``."""
 
-    own_attributes = (*LoraLayer.own_attributes, "blocks")
     bias: Tensor | None
-    blocks: Blocks
-
-    def prepare(self) -> None:  # noqa: D102
-        super().prepare()
-        self.__dict__["blocks"] = Blocks()
 
     def _base(self) -> tuple[Tensor, Tensor | None]:
         """W0 as (d_out, d_in), and the bias."""
@@ -68,10 +62,6 @@ class LoraLinear(LoraLayer):
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         return F.linear(x, self.as_matrix(weight))
 
-    def remove_factors(self, name: str) -> None:  # noqa: D102
-        super().remove_factors(name)
-        self.blocks.drop(name)
-
     def is_more_than_factors(self) -> bool:
         """Whether an adapter does more than add its product."""
         return any(variant is not PLAIN for variant in self.variants.values())
@@ -84,6 +74,8 @@ class LoraLinear(LoraLayer):
         taken, scaling = None, self.scaling
         if not functional.traced() and not any(map(functional.needs_evening, {*map(scaling.get, names)})):  # type: ignore[arg-type]
             As, Bs = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules  # type: ignore[union-attr]
+            if self.blocks is None:
+                self.__dict__["blocks"] = Blocks()
             taken = self.blocks.take(As, Bs, names, mixture)
         if taken is None:
             return [self._stacked_anew(dtype, names)]
