@@ -109,6 +109,35 @@ def test_each_token_gets_what_its_adapter_gives_it_alone(
     assert tiny.record(model) == before
 
 
+@pytest.mark.parametrize("masked", [999, 0])
+def test_an_adapter_that_overflows_spoils_no_other_s_tokens(masked: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plans, "MASKED", masked)
+    model = tiny.transformer("llama").eval()
+    good, bad = trained(model, CONFIGS["all"]), trained(model, CONFIGS["all"])
+    for factors in bad.factors.values():
+        factors.A.fill_(1e38)
+    slots = Slots(model, 2)
+    places = [slots.mount(slots.fit(own)) for own in (bad, good)]
+    layer: Any = model.get_submodule("model.layers.0.mlp.up_proj")
+    x = torch.randn(5, layer.in_features)
+    y, factors = layer(x), good.factors["model.layers.0.mlp.up_proj"]
+    slots.choose([(places[0], 5), (places[1], 5), (None, 5)])
+    found = layer(torch.cat([x, x, x])).split(5)
+    assert not found[0].isfinite().all()
+    scale = good.lora.lora_alpha / good.lora.r
+    torch.testing.assert_close(found[1], y + scale * x @ factors.A.T @ factors.B.T)
+    torch.testing.assert_close(found[2], y)
+
+
+def test_what_overflows_when_it_is_cast_is_refused():
+    model = tiny.transformer("llama").eval()
+    adapter = trained(model, CONFIGS["all"])
+    for factors in adapter.factors.values():
+        factors.B.fill_(1e5)
+    with pytest.raises(lorica.LoricaError, match=r"is not finite in torch\.float16"):
+        Slots(model.half()).fit(adapter)
+
+
 def test_a_slot_taken_again_holds_nothing_of_the_adapter_before():
     model = tiny.transformer("llama").eval()
     first, second = trained(model, CONFIGS["all"]), trained(model, CONFIGS["some"] | {"r": 8})

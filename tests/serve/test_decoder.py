@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from serving import KINDS, Alone, Letters, collect, decoder, greedy, ids_of, wri
 
 import lorica
 from lorica.layers.slots import SlotLayer
-from lorica.serve import Decoder, EngineDown, Sampling, UnknownAdapter
+from lorica.serve import Decoder, EngineDown, Overloaded, Sampling, UnknownAdapter
 from lorica.serve.decoder import batching
 
 
@@ -389,6 +390,44 @@ def test_twice_as_many_adapters_as_slots_cost_no_cliff(model: Any, folders: dict
     half, mounts = asyncio.run(serve(4))
     assert mounts <= len(names)
     assert half <= 2 * enough
+
+
+def test_a_request_that_waits_too_long_is_refused(model: Any, folders: dict[str, Path]):
+    """For a place in the batch, for a slot, and for an adapter to be read; nothing is held afterwards."""
+
+    async def refused(answer: Any) -> None:
+        with pytest.raises(Overloaded, match=r"waited 0\.2 s") as caught:
+            await collect(answer)
+        assert caught.value.retry_after == 0.2
+
+    async def serve(requests: int, name: str | None) -> None:
+        settings: dict[str, Any] = {"requests": requests, "slots": 1, "wait": 0.2, "context": 140}
+        async with Decoder(model, adapters=root(folders), watch=0, **settings) as engine:
+            await engine.adapters.load("all")
+            await engine.adapters.load("some")
+            step = engine._schedule.stepped
+
+            def slow() -> None:
+                time.sleep(0.02)
+                step()
+
+            engine._schedule.stepped = slow
+            running = engine.admit([3], "all", greedy(139))
+            await anext(running)
+            await refused(engine.admit([3], name, greedy(3)))
+            assert engine.stats.running == engine.stats.timeouts_total == 1
+            assert len(await ids_of(running)) == 138
+
+            def fit(*_: object) -> Any:
+                time.sleep(1)
+                raise ValueError
+
+            engine.adapters.fit = fit
+            await refused(engine.admit([3], "head", greedy(3)))
+            assert engine.leases == engine.blocks_held == 0
+
+    asyncio.run(serve(1, None))
+    asyncio.run(serve(8, "some"))
 
 
 def test_a_request_that_waits_for_a_slot_is_not_passed_for_ever(model: Any, folders: dict[str, Path]):

@@ -22,6 +22,7 @@ from serving import KINDS, decoder, write_adapter
 import lorica
 from lorica.model.slots import Slots
 from lorica.serve import RefusedAdapter, Store, UnknownAdapter
+from lorica.serve.store import folders
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +295,131 @@ def test_a_failed_load_leaves_what_was_there(model: Any, root: Path):
         assert own.entry("a").state == "resident"
 
     asyncio.run(use())
+
+
+def test_what_was_asked_for_holds_until_the_folder_changes(model: Any, made: Path, root: Path):
+    dropped: list[Any] = []
+
+    async def use() -> None:
+        own = store(model, root, dropped=dropped.append)
+        shutil.move(root / "c", root / "a" / "elsewhere")  # inside the root, and not listed
+        own._merge(folders.scan(own.roots))
+        first = (await own.load("a")).hash
+        other = (await own.load("a", root / "a" / "elsewhere", replace=True)).hash
+        assert other != first
+        own._merge(folders.scan(own.roots))
+        assert own.entry("a").hash == other
+        await own.unload("a")
+        own._merge(folders.scan(own.roots))
+        assert [e.name for e in own.entries()] == ["b"]
+        assert len(dropped) == 2
+        assert not own.contents
+        os.utime(root / "a" / "adapter_config.json")
+        own._merge(folders.scan(own.roots))
+        assert (await own.load("a")).hash == first
+
+    asyncio.run(use())
+
+
+def test_a_content_leaves_memory_whenever_its_name_goes(model: Any, root: Path):
+    dropped: list[Any] = []
+
+    async def use() -> None:
+        own = store(model, root, dropped=dropped.append)
+        await own.load("new", root / "a")
+        assert len(own.contents) == 1
+        await own.unload("new")
+        assert (len(dropped), own.contents) == (1, {})
+        lease = own.lease("b")
+        await own.unload("b")  # before it was read; who holds it goes on
+        content = await lease.ready()
+        assert own.contents.get(content.hash) is not content or content not in dropped[1:]
+        lease.release()
+        assert dropped[-1] is content
+        assert own.leases == 0
+        assert not own.contents
+
+    asyncio.run(use())
+
+
+def test_two_loads_of_a_name_do_not_cross(model: Any, root: Path):
+    async def use() -> None:
+        own = store(model, root)
+        loads = [own.load("new", root / name, replace=True) for name in "ab"]
+        one, other = await asyncio.gather(*loads, return_exceptions=True)
+        assert isinstance(other, RefusedAdapter)
+        assert "is being loaded already" in str(other)
+        assert not isinstance(one, BaseException)
+        assert own.entry("new").hash == one.hash == (await own.load("a")).hash
+
+    asyncio.run(use())
+
+
+def test_what_breaks_fitting_is_refused(model: Any, root: Path):
+    def fit(adapter: Any, folder: Path) -> Any:
+        raise ValueError("nobody thought of this")
+
+    async def use() -> None:
+        own = Store(fit, (root,))
+        with pytest.raises(RefusedAdapter, match="a: ValueError: nobody thought of this"):
+            await held(own, "a")
+        assert own.leases == 0
+
+    asyncio.run(use())
+
+
+def test_files_may_be_links_inside_the_root(model: Any, root: Path):
+    weights = root / "a" / "adapter_model.safetensors"
+    weights.rename(root / "blob")
+    weights.symlink_to("../blob")
+
+    async def use() -> None:
+        own = store(model, root)
+        assert (await own.load("a")).state == "resident"
+
+    asyncio.run(use())
+
+
+@pytest.mark.parametrize(
+    ("files", "template"),
+    [
+        ({}, None),
+        ({"tokenizer_config.json": "{}"}, None),
+        ({"tokenizer_config.json": '{"chat_template": "one"}'}, "one"),
+        ({"tokenizer_config.json": '{"chat_template": "one"}', "chat_template.jinja": "two"}, "two"),
+        (
+            {
+                "tokenizer_config.json": '{"chat_template": [{"name": "rag", "template": "one"}, '
+                '{"name": "default", "template": "two"}, 3]}'
+            },
+            "two",
+        ),
+        ({"tokenizer_config.json": '{"chat_template": 3}'}, None),
+    ],
+)
+def test_an_adapter_brings_its_chat_template(root: Path, files: dict[str, str], template: str | None):
+    for name, text in files.items():
+        (root / "a" / name).write_text(text)
+    found = folders.scan((root,))["a"]
+    assert (found.template, found.problem) == (template, None)
+    assert folders.scan((root,), {"a": found})["a"] is found
+    (root / "a" / "chat_template.jinja").write_text("three")
+    assert folders.scan((root,), {"a": found})["a"].template == "three"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("chat_template.jinja", "x" * 300_000, "larger than 262,144 bytes"),
+        ("tokenizer_config.json", '{"chat_template": "' + "x" * 300_000 + '"}', "larger than 262,144 bytes"),
+        ("tokenizer_config.json", "{", "damaged"),
+        ("chat_template.jinja", None, "a link that leaves the folder"),
+    ],
+)
+def test_a_chat_template_that_is_none_is_refused(root: Path, name: str, text: str | None, said: str):
+    if text is None:
+        (root.parent / "outside").write_text("secret")
+        (root / "a" / name).symlink_to(root.parent / "outside")
+    else:
+        (root / "a" / name).write_text(text)
+    assert said in str(folders.scan((root,))["a"].problem)

@@ -140,7 +140,12 @@ class Slots:
                 f"its rank is {rank}, and at most {self.max_rank} is served; raise max_rank, or lower the "
                 "adapter's: lorica.algebra.compress"
             )
-        return Fitted({path: Part(**fields) for path, fields in parts.items()}, modules, rank, len(parts))
+        fitted = {path: Part(**fields) for path, fields in parts.items()}
+        for path, part in fitted.items():
+            if not part.finite:
+                dtype = _like(modules[path], self.root).dtype
+                raise AdapterError(f"its update of {path} is not finite in {dtype}, as the model computes")
+        return Fitted(fitted, modules, rank, len(parts))
 
     def mount(self, fitted: Fitted) -> Place:
         """Copy an adapter into a free slot.

@@ -39,10 +39,10 @@ class RefusedAdapter(LoricaError, ValueError):
 
 
 class Overloaded(LoricaError, RuntimeError):
-    """The queue is full (HTTP 429).
+    """The queue is full, or a request waited in it for too long (HTTP 429).
 
     Args:
-        message: what is full.
+        message: which of these.
         retry_after: seconds after which it is worth trying again.
     """
 
@@ -177,6 +177,7 @@ class Entry:
         served: those that it has answered since the server started.
         loaded: seconds since the epoch, when it was read last; None before.
         problem: why it was refused.
+        template: the chat template that its folder brings; None: the base's holds.
     """
 
     name: str
@@ -192,6 +193,7 @@ class Entry:
     served: int = 0
     loaded: float | None = None
     problem: str | None = None
+    template: str | None = None
 
 
 class Adapters(Protocol):
@@ -282,6 +284,7 @@ class Stats:
         evictions_total: adapters that left a slot for another.
         slot_waits_total: requests that waited for a slot.
         restarts_total: times that the engine was started again after it died.
+        timeouts_total: requests that waited too long, and were refused.
     """
 
     waiting: int = 0
@@ -299,6 +302,7 @@ class Stats:
     evictions_total: int = 0
     slot_waits_total: int = 0
     restarts_total: int = 0
+    timeouts_total: int = 0
 
 
 class Engine(Protocol):

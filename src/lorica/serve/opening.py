@@ -123,6 +123,7 @@ def open_engine(
     max_rank: int = 64,
     dtype: str = "auto",
     context: int | None = None,
+    wait: float | None = None,
 ) -> Decoder | EncoderEngine:
     """Load the base, and make the engine that serves it; it is not started yet.
 
@@ -133,6 +134,7 @@ def open_engine(
         max_rank: larger ranks are refused.
         dtype: of the weights of a model that writes: ``"auto"`` is that of its files.
         context: tokens of prompt and answer together; None for the model's, as far as memory allows.
+        wait: seconds after which a request that is in no batch yet is refused; None for never.
 
     Raises:
         LoricaError: the model cannot be loaded or served, or a folder is not there.
@@ -142,7 +144,7 @@ def open_engine(
         raise FileError(f"there is no folder {missing[0]}")
     if source.kind == "encoder":
         base = Base.open(source.base, source.tokenizer)
-        return EncoderEngine(base, roots, slots=slots, max_rank=max_rank)
+        return EncoderEngine(base, roots, slots=slots, max_rank=max_rank, wait=wait)
     with quiet(), loading(f"a model from {source.base!r}"):
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             resolve_model(source.base), dtype=dtype, trust_remote_code=False
@@ -152,4 +154,5 @@ def open_engine(
         )
     if torch.cuda.is_available():
         model = model.to("cuda")
-    return Decoder(model.eval(), words, adapters=roots, slots=slots, max_rank=max_rank, context=context)
+    options = {"slots": slots, "max_rank": max_rank, "context": context, "wait": wait}
+    return Decoder(model.eval(), words, adapters=roots, **options)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lorica.errors import ConfigError, nearest
@@ -97,25 +97,26 @@ class Conversation:
             LoricaError: the engine refuses, or fails.
         """
         said = [*self.messages, {"role": "user", "content": text}]
-        ids = await (self.texts.chat(said) if self.chats else self._plain(text))
-        room = self.engine.limits.context - len(ids)
-        sampling = replace(self.sampling, max_tokens=max(1, min(self.sampling.max_tokens, room)))
         answers = await asyncio.gather(
-            *(
-                self._answer(ids, name, sampling, lambda t, i=i: show(i, t))
-                for i, name in enumerate(self.names)
-            )
+            *(self._answer(said, name, lambda t, i=i: show(i, t)) for i, name in enumerate(self.names))
         )
         if self.chats:
             self.messages = [*said, {"role": "assistant", "content": answers[0]}]
         return list(answers)
 
-    async def _plain(self, text: str) -> list[int]:
-        return (await self.texts.encode([text]))[0]
+    async def _laid_out(self, said: Sequence[Mapping[str, str]], name: str | None) -> list[int]:
+        """The token ids of what was said, by the adapter's own chat template where it brings one."""
+        template = None if name is None else self.engine.adapters.entry(name).template
+        if self.chats or template is not None:
+            return await self.texts.chat(said, template=template)
+        return (await self.texts.encode([said[-1]["content"]]))[0]
 
     async def _answer(
-        self, ids: Sequence[int], name: str | None, sampling: Sampling, show: Callable[[str], object]
+        self, said: Sequence[Mapping[str, str]], name: str | None, show: Callable[[str], object]
     ) -> str:
+        ids = await self._laid_out(said, name)
+        room = self.engine.limits.context - len(ids)
+        sampling = replace(self.sampling, max_tokens=max(1, min(self.sampling.max_tokens, room)))
         answer = self.engine.admit(ids, name, sampling)
         texts: list[str] = []
         try:

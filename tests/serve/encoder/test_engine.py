@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoModel
 
 import lorica
 from lorica.serve.encoder import Base, EncoderEngine
+from lorica.serve.encoder import engine as engine_module
 from lorica.serve.encoder.batching import batches
 from lorica.serve.encoder.engine import Using
 from lorica.serve.encoder.rows import Row, rows_of
@@ -237,3 +239,39 @@ def test_batches_hold_rows_of_about_one_length() -> None:
         assert len(own) <= 4
         assert 1 - sum(own) / (len(own) * max(own)) <= 0.2
     assert [50] in [[lengths[i] for i in batch] for batch in found]
+
+
+def test_a_row_that_waits_too_long_is_refused(encoder: Encoder, base: Base) -> None:
+    async def work(engine: EncoderEngine) -> None:
+        forward = engine._trunk.forward
+
+        def slow(*args: Any) -> Any:
+            time.sleep(0.3)
+            return forward(*args)
+
+        engine._trunk.forward = slow  # type: ignore[method-assign]
+        first = asyncio.create_task(outputs(engine, None))
+        await asyncio.sleep(0.1)
+        with pytest.raises(Overloaded, match=r"waited 0\.1 s"):
+            await outputs(engine, None)
+        assert len(await first) == len(encoders.TEXTS)
+        assert engine.stats.timeouts_total == len(encoders.TEXTS)
+
+    running(base, work, [], wait=0.1)
+
+
+def test_whatever_fails_is_told_and_the_engine_goes_on(
+    encoder: Encoder, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(engine: EncoderEngine) -> None:
+        def fail(*_: object) -> Any:
+            raise KeyError("batches")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(engine_module, "batches", fail)
+            with pytest.raises(EngineDown, match="batches"):
+                await outputs(engine, None)
+        assert engine.alive
+        assert len(await outputs(engine, None)) == len(encoders.TEXTS)
+
+    running(base, work, [])

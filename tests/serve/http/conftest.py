@@ -46,6 +46,13 @@ def serve() -> Iterator[Callable[[Served], str]]:
         yield lambda served: stack.enter_context(listening(served))
 
 
+@pytest.fixture(scope="module")
+def serve_long() -> Iterator[Callable[[Served], str]]:
+    """Starts servers that end with the file."""
+    with contextlib.ExitStack() as stack:
+        yield lambda served: stack.enter_context(listening(served))
+
+
 @pytest.fixture
 def engine() -> StandIn:
     return StandIn()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import http.client
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +15,7 @@ import pytest
 from endpoints import StandIn, call, until
 
 from lorica.serve.http import Key, Keys, Served, Settings
+from lorica.serve.http.stream import Events
 
 ASKED = {"model": "red", "prompt": "x", "max_tokens": 5, "stream": True}
 
@@ -252,3 +254,22 @@ def test_how_it_is(url: str, engine: StandIn) -> None:
     engine.alive = False
     for path in ("/health", "/ready"):
         assert call(f"{url}{path}")[0] == 503
+
+
+def test_a_client_that_reads_nothing_is_given_up() -> None:
+    closed: list[bool] = []
+
+    async def chunks() -> AsyncIterator[dict[str, int]]:
+        yield {"n": 1}
+
+    async def close() -> None:
+        closed.append(True)
+
+    async def never(*_: object) -> Any:
+        await asyncio.sleep(3600)
+
+    scope: dict[str, Any] = {"type": "http", "state": {}}
+    events = Events(chunks(), close, Settings(stalled=0.05))
+    asyncio.run(asyncio.wait_for(events(scope, never, never), 20))
+    assert closed
+    assert scope["state"]["status"] == 499

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import openai
 import pytest
-from endpoints import TEXTS, StandIn
+from endpoints import TEXTS, StandIn, Written
+
+from lorica.serve.http import Served
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -250,3 +253,38 @@ def test_full_and_dead(client: openai.OpenAI, engine: StandIn) -> None:
     with pytest.raises(openai.InternalServerError, match="the engine died"):
         client.completions.create(model="base", prompt="x")
     assert not engine.running
+
+
+def test_whatever_an_answer_raises_is_told(
+    client: openai.OpenAI, engine: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Any:
+        raise RuntimeError("nobody thought of this")
+
+    monkeypatch.setattr(Written, "_token", fail)
+    with pytest.raises(openai.InternalServerError, match="its log says why"):
+        client.completions.create(model="base", prompt="x", timeout=20)
+    with pytest.raises(openai.APIError, match="its log says why"):
+        list(client.completions.create(model="base", prompt="x", stream=True, timeout=20))
+    assert not engine.running
+
+
+def test_an_adapter_s_own_chat_template_holds(
+    serve: Callable[[Served], str], client: openai.OpenAI, engine: StandIn
+) -> None:
+    engine.adapters.known["red"] = replace(
+        engine.adapters.known["red"], template="{% for m in messages %}({{ m.content }}){% endfor %}"
+    )
+
+    def laid_out(client: openai.OpenAI, model: str) -> str:
+        engine.prompts.clear()
+        client.chat.completions.create(model=model, messages=HELLO, max_tokens=1)
+        return engine.tokenizer.decode(engine.prompts[0])
+
+    assert laid_out(client, "blue") == laid_out(client, "base") == "<user>hello</user><assistant>"
+    assert laid_out(client, "red") == "(hello)"
+    told: Any = client.post("/../tokenize", body={"model": "red", "messages": HELLO}, cast_to=object)
+    assert told["count"] == len("(hello)")
+    plain = serve(Served("base", engine, own_templates=False))
+    with openai.OpenAI(base_url=f"{plain}/v1", api_key="none", max_retries=0) as other:
+        assert laid_out(other, "red") == "<user>hello</user><assistant>"

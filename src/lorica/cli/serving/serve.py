@@ -44,8 +44,11 @@ def engine_of(parsed: Any) -> tuple[Any, Any]:
         published = Path(parsed.train) / "adapters"
         published.mkdir(parents=True, exist_ok=True)
         folders.append(str(published))
+    wait = parsed.get("max_wait")
+    if wait is not None and not wait > 0:
+        raise ConfigError(f"--max-wait must be above 0 seconds, not {wait:g}; leave it out for no limit")
     options = {name: parsed[name] for name in ("slots", "max_rank", "dtype", "context")}
-    return source, open_engine(source, folders, **options)
+    return source, open_engine(source, folders, **options, wait=wait)
 
 
 def parser() -> Parser:
@@ -76,6 +79,16 @@ def parser() -> Parser:
     result.add_argument(
         "--train-keys", type=str | None, help="file of the keys of those who train, and their limits"
     )
+    result.add_argument(
+        "--max-wait",
+        type=float | None,
+        help="seconds that a request may wait for its turn; then it is answered with 429 (default: no limit)",
+    )
+    result.add_argument(
+        "--base-template",
+        action="store_true",
+        help="lay conversations out by the base's chat template alone, whatever adapters bring",
+    )
     result.add_argument("--drain", type=float, default=300.0, help="seconds to finish in when told to stop")
     return result
 
@@ -100,7 +113,9 @@ def run(argv: list[str]) -> int:
         log_to_stderr()
         source, engine = engine_of(parsed)
         settings = Settings(allow_load=parsed.allow_load)
-        here = Served(parsed.name or source.model, engine, settings, keys, source.default)
+        here = Served(
+            parsed.name or source.model, engine, settings, keys, source.default, not parsed.base_template
+        )
         beside = _training(parsed, engine, here.model, tenants, stack)
         host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
         address = f"http://{host}:{taken.getsockname()[1]}"

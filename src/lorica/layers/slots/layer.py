@@ -63,6 +63,12 @@ class Part:
     copy: nn.Module | None = None
 
     @property
+    def finite(self) -> bool:
+        """Whether every number is; what is cast or scaled may overflow."""
+        own = (self.A, self.B, self.turn, self.shift)
+        return all(bool(t.isfinite().all()) for t in own if t is not None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all of it."""
         copied = () if self.copy is None else self.copy.parameters()

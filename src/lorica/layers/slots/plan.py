@@ -84,16 +84,17 @@ class Group:
         self.long = tuple(run for run in runs if run.stop - run.start >= LONG)
         short = [run for run in runs if run.stop - run.start < LONG]
         self.short = _short(rank, short, tokens, device) if short else None
-        self._masks: dict[torch.dtype, Tensor] = {}
+        self._others: Tensor | None = None
         self._device = device
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """1 where a row of all adapters' A is of the token's own adapter (tokens, adapters · rank)."""
-        if dtype not in self._masks:
+    @property
+    def others(self) -> Tensor:
+        """Where a row of all adapters' A is not of the token's own adapter (tokens, adapters · rank)."""
+        if self._others is None:
             assert self.short is not None
             each = torch.arange(len(self.short.rows), device=self._device).repeat_interleave(self.rank)
-            self._masks[dtype] = (self.short.which[:, None] == each).to(dtype)
-        return self._masks[dtype]
+            self._others = self.short.which[:, None] != each
+        return self._others
 
     def by_row(self) -> Iterable[tuple[int, Tensor]]:
         """Each row of the tables with the indices of its tokens."""

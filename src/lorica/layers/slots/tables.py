@@ -108,7 +108,7 @@ def add_(y: Tensor, x: Tensor, group: Group, table: Table) -> None:
     if short.gather is None:
         u = x @ A.flatten(0, 1).t()
         if not short.plain:
-            u.mul_(group.mask(u.dtype))
+            u.masked_fill_(group.others, 0)  # not times 0: another's may be infinite
         y.addmm_(u, B.flatten(0, 1))
         return
     segments = x.index_select(0, short.gather).view(len(short.rows), -1, x.shape[1])

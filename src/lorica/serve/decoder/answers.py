@@ -6,13 +6,14 @@ engine's thread   Request ──tokens──▶ Channel ──▶ Answer   event
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorica.serve.decoder.sampling import Sampler
 from lorica.serve.decoder.text import Writer
-from lorica.serve.engine import EngineDown, Sampling, Step, Token
+from lorica.serve.engine import EngineDown, Overloaded, RefusedAdapter, Sampling, Step, Token
 from lorica.serve.store import Content, Lease
 
 Finish = Literal["stop", "length"]
@@ -67,6 +68,8 @@ class Request:
         channel: where its tokens go.
         lease: of its adapter; None for the base.
         name: of its adapter.
+        since: when it was admitted, by the monotonic clock.
+        begun: whether some of its tokens were in a batch.
     """
 
     id: str
@@ -79,6 +82,8 @@ class Request:
     space: tuple[int, ...] = ()
     scored: list[Token] = field(default_factory=list)
     count: int = 0
+    since: float = field(default_factory=time.monotonic)
+    begun: bool = False
 
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.sampling, self.prompt)
@@ -94,6 +99,18 @@ class Request:
         if token in self.ends:
             return "stop"
         return "length" if self.count >= self.sampling.max_tokens else None
+
+
+def too_late(seconds: float) -> Overloaded:
+    """What a request is told that was in no batch after so long."""
+    return Overloaded(
+        f"the request waited {seconds:g} s for its turn, which is as long as it may", retry_after=seconds
+    )
+
+
+def not_finite(name: str | None) -> RefusedAdapter:
+    """What a request is told whose model overflowed."""
+    return RefusedAdapter(f"{name or 'the base'} gives NaN or infinity for this prompt; its weights overflow")
 
 
 class DecodedAnswer:

@@ -19,7 +19,7 @@ from typing import Any
 from lorica.errors import StateError
 from lorica.model.slots import Slots
 from lorica.serve.decoder import admission
-from lorica.serve.decoder.answers import Channel, DecodedAnswer, Request
+from lorica.serve.decoder.answers import Channel, DecodedAnswer, Request, too_late
 from lorica.serve.decoder.batching import Batcher, bytes_per_token, capacity, check_model, check_version
 from lorica.serve.decoder.schedule import Schedule, Told
 from lorica.serve.engine import EngineDown, Limits, Overloaded, Sampling, Stats
@@ -58,6 +58,7 @@ class Decoder:
         page: tokens in a block of the cache: prefixes are shared block by block.
         queue: requests that may wait besides.
         patience: seconds that a request may wait for a slot while others' adapters keep theirs.
+        wait: seconds after which a request that is in no batch yet is refused (`Overloaded`); None for never.
         resident: adapters kept in memory.
         watch: seconds between two looks at the folders; 0 for none.
         restarts: times that an engine which died is started again, within ten minutes.
@@ -82,6 +83,7 @@ class Decoder:
         page: int = 16,
         queue: int = 1024,
         patience: float = 1.0,
+        wait: float | None = None,
         resident: int = 256,
         watch: float = 2.0,
         restarts: int = 1,
@@ -118,6 +120,7 @@ class Decoder:
             requests=requests,
             chunk=batch_tokens,
             patience=patience,
+            wait=wait,
             tell=self._from_thread,
             ended=self._thread_ended,
         )
@@ -179,6 +182,7 @@ class Decoder:
             mounts_total=counts.mounts,
             evictions_total=counts.evictions,
             slot_waits_total=counts.slot_waits,
+            timeouts_total=counts.timeouts,
             restarts_total=self._restarts,
         )
 
@@ -213,9 +217,14 @@ class Decoder:
 
     async def _submit_read(self, request: Request, tenant: str) -> None:
         assert request.lease is not None
+        wait = self._schedule.wait
         try:
-            await request.lease.ready()
+            async with asyncio.timeout(wait):
+                await request.lease.ready()
         except Exception as error:
+            if isinstance(error, TimeoutError) and wait is not None:
+                error = too_late(wait)
+                self._schedule.counts.timeouts += 1
             self._close(request)
             request.channel.fail(error)
         else:

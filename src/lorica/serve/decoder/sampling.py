@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,11 @@ import torch
 from torch import Tensor
 
 from lorica.serve.engine import Sampling, Token
+
+log = logging.getLogger("lorica.serve")
+
+_COLD = 1e-5
+"""Below this temperature the likeliest token is taken: logits over less are no numbers any more."""
 
 
 class Sampler:
@@ -28,7 +34,7 @@ class Sampler:
         penalized = sampling.presence_penalty or sampling.frequency_penalty
         self._counting = bool(penalized) or sampling.repetition_penalty != 1
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
-        if sampling.temperature > 0:
+        if sampling.temperature >= _COLD:
             seed = secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
             self._generator = torch.Generator().manual_seed(seed)
 
@@ -46,9 +52,9 @@ class Sampler:
     def _draw(self, logits: Tensor) -> int:
         own = self.sampling
         scores = self._penalized(logits)
-        if own.temperature == 0:
+        if own.temperature < _COLD:
             return int(scores.argmax())
-        scores = scores / own.temperature
+        scores = (scores - scores.max()) / own.temperature  # so that none overflows
         if 0 < own.top_k < len(scores):
             least = scores.topk(own.top_k).values[-1]
             scores = scores.masked_fill(scores < least, -torch.inf)
@@ -81,18 +87,28 @@ class Sampler:
         return scores
 
 
-def choose_all(samplers: Sequence[Sampler], logits: Tensor) -> list[Token]:
-    """The next token of each of some answers.
+def choose_all(samplers: Sequence[Sampler], logits: Tensor) -> list[Token | None]:
+    """The next token of each of some answers; None where the logits are not finite, or none can be drawn.
 
     Args:
         samplers: of the answers.
         logits: (answers, vocabulary), float32.
     """
-    plain = logits.argmax(-1).tolist() if any(sampler.plain for sampler in samplers) else []
+    highest = logits.max(-1)  # NaN where one is among them
+    plain, finite = highest.indices.tolist(), highest.values.isfinite().tolist()
     rows = logits if all(sampler.plain for sampler in samplers) else logits.cpu()
     return [
-        Token(plain[i]) if sampler.plain else sampler.choose(rows[i]) for i, sampler in enumerate(samplers)
+        None if not finite[i] else Token(plain[i]) if sampler.plain else _drawn(sampler, rows[i])
+        for i, sampler in enumerate(samplers)
     ]
+
+
+def _drawn(sampler: Sampler, logits: Tensor) -> Token | None:
+    try:
+        return sampler.choose(logits)
+    except RuntimeError:  # of one request's rules, which is no reason to end the others
+        log.exception("no token could be drawn by %s", sampler.sampling)
+        return None
 
 
 def described(token: int, logits: Tensor, logprobs: int | None) -> Token:
@@ -114,5 +130,5 @@ def described(token: int, logits: Tensor, logprobs: int | None) -> Token:
 def _is_plain(sampling: Sampling) -> bool:
     """Whether the likeliest token is the answer, and nothing else is asked."""
     penalties = sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
-    greedy = sampling.temperature == 0 and not penalties and not sampling.logit_bias
+    greedy = sampling.temperature < _COLD and not penalties and not sampling.logit_bias
     return greedy and sampling.logprobs is None

@@ -10,6 +10,7 @@ that are mounted take no more requests until a slot is free for it.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from lorica.errors import AdapterError
 from lorica.layers.slots import Place
 from lorica.model import disabled
 from lorica.model.slots import Fitted, Slots
-from lorica.serve.decoder.answers import Finish, Request
+from lorica.serve.decoder.answers import Finish, Request, not_finite, too_late
 from lorica.serve.decoder.batching import Batcher, Part, prompt_logits
 from lorica.serve.decoder.sampling import choose_all, described
 from lorica.serve.engine import EngineDown, Token
@@ -54,6 +55,7 @@ class Counts:
     mounts: int = 0
     evictions: int = 0
     slot_waits: int = 0
+    timeouts: int = 0
 
 
 class Schedule:
@@ -65,6 +67,7 @@ class Schedule:
         requests: in the batch together.
         chunk: tokens of a prompt whose logits are taken in one pass.
         patience: seconds that requests of mounted adapters pass one that waits for a slot.
+        wait: seconds after which a request that is in no batch yet is refused; None for never.
         tell: called in the engine's thread with what a step gave, and with requests that are gone.
         ended: called in the engine's thread when it ends, with the error that ended it.
     """
@@ -77,11 +80,12 @@ class Schedule:
         requests: int,
         chunk: int,
         patience: float,
+        wait: float | None,
         tell: Callable[[Sequence[Told], Sequence[Request]], None],
         ended: Callable[[BaseException | None], None],
     ) -> None:
         self.model, self.slots = model, slots
-        self.requests, self.chunk, self.patience = requests, chunk, patience
+        self.requests, self.chunk, self.patience, self.wait = requests, chunk, patience, wait
         self.waiting: dict[str, Request] = {}
         self.running: dict[str, Request] = {}
         self.counts = Counts()
@@ -89,7 +93,7 @@ class Schedule:
         self._commands: deque[tuple[str, Any]] = deque()
         self._mounted: dict[Place, Content] = {}
         self._scoring: deque[tuple[Request, Iterator[Tensor]]] = deque()
-        self._fresh: list[tuple[Request, Token]] = []
+        self._fresh: list[tuple[Request, Token | None]] = []
         self._blocked_since: float | None = None
 
     # From any thread.
@@ -126,7 +130,7 @@ class Schedule:
     def between(self, batcher: Batcher) -> bool:
         """Let requests come and go; see `Conductor`."""
         gone = self._obey(batcher)
-        told = self._score(batcher) + self._admit(batcher)
+        told = self._refuse_late(batcher) + self._score(batcher) + self._admit(batcher)
         if gone or told:
             self._tell(told, gone + [own.request for own in told if own.finish or own.error])
         return bool(self._scoring)
@@ -138,6 +142,8 @@ class Schedule:
     def packed(self, parts: Sequence[Part], heads: Sequence[str] | None) -> None:
         """Have each token's adapter act, and none that the model carries for others."""
         self._rest()
+        for part in parts:
+            self.running[part.id].begun = True
         places = {part.id: self._place(self.running[part.id]) for part in parts}
         runs = [(places[part.id], part.tokens) for part in parts]
         self.slots.choose(runs, None if heads is None else [(places[id], 1) for id in heads])
@@ -147,14 +153,19 @@ class Schedule:
         requests = [self.running[id] for id in ids]
         tokens = choose_all([request.sampler for request in requests], logits)
         self._fresh = list(zip(requests, tokens, strict=True))
-        return torch.tensor([token.id for token in tokens])
+        return torch.tensor([0 if token is None else token.id for token in tokens])
 
     def stepped(self) -> None:
         """Tell the tokens of the step."""
-        told = [Told(request, (token,), request.finish_after(token.id)) for request, token in self._fresh]
-        self._fresh = []
+        told = [
+            Told(request, (token,), request.finish_after(token.id)) for request, token in self._fresh if token
+        ]
         self.counts.steps += 1
         self.counts.generated_tokens += len(told)
+        for request in (request for request, token in self._fresh if not token):
+            told.append(Told(request, (), None, error=not_finite(request.name)))
+            self.cancel(request)
+        self._fresh = []
         over = [own.request for own in told if own.finish is not None]
         for request in over:
             self._leave(request)
@@ -193,6 +204,23 @@ class Schedule:
         if dropped:
             batcher.cancel(dropped)
         return gone
+
+    def _refuse_late(self, batcher: Batcher) -> list[Told]:
+        """Drop requests that waited too long: for a place in the batch, a slot, or room in the cache."""
+        if self.wait is None:
+            return []
+        before = time.monotonic() - self.wait
+        late = [own for own in self.waiting.values() if own.since < before]
+        stuck = [own for own in self.running.values() if own.since < before and not (own.begun or own.scored)]
+        for request in late:
+            del self.waiting[request.id]
+        for request in stuck:
+            self._leave(request)
+        self._scoring = deque(own for own in self._scoring if own[0] not in stuck)
+        if stuck:
+            batcher.cancel([own.id for own in stuck])
+        self.counts.timeouts += len(late) + len(stuck)
+        return [Told(own, (), None, error=too_late(self.wait)) for own in late + stuck]
 
     def _admit(self, batcher: Batcher) -> list[Told]:
         """Let those in that can be; returns those whose adapter could not be mounted."""
@@ -264,6 +292,9 @@ class Schedule:
             described(id, row, asked)
             for id, row in zip(following, logits[: len(following)].cpu(), strict=True)
         ]
+        if not all(own.logprob is None or math.isfinite(own.logprob) for own in request.scored):
+            self.cancel(request)
+            return [Told(request, (), None, error=not_finite(request.name))]
         if done + len(logits) < len(prompt):
             return []
         self._scoring.popleft()

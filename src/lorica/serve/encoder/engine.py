@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,19 @@ class Job:
         using: for which adapter.
         head: whose outputs are wanted; None: its vector is.
         answer: where it goes.
+        since: when it was asked for, by the monotonic clock.
     """
 
     row: Row
     using: Using
     head: Head | None
     answer: asyncio.Future[np.ndarray]
+    since: float = field(default_factory=time.monotonic)
+
+    def fail(self, error: Exception) -> None:
+        """There is no answer."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class EncoderEngine:
@@ -86,6 +93,7 @@ class EncoderEngine:
         slots: adapters on the trunk at a time, but for those that are held or pinned.
         max_rank: larger ranks are refused.
         queue: rows that may wait.
+        wait: seconds after which a row that is in no batch yet is refused (`Overloaded`); None for never.
         watch: seconds between two looks at the folders; 0 for none.
     """
 
@@ -97,6 +105,7 @@ class EncoderEngine:
         slots: int = 32,
         max_rank: int = 64,
         queue: int = 4096,
+        wait: float | None = None,
         watch: float = 2.0,
     ) -> None:
         """Keep them; `start` makes the engine run."""
@@ -109,13 +118,15 @@ class EncoderEngine:
         self.limits = Limits(
             context=base.context, vocabulary=base.config.get_text_config().vocab_size, queue=queue
         )
+        self._wait = wait
         self._jobs: deque[Job] = deque()
+        self._taken: list[Job] = []
         self._arrived = asyncio.Event()
         self._thread: ThreadPoolExecutor | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._running: list[Job] = []
         self._open = False
-        self._steps = self._tokens = 0
+        self._steps = self._tokens = self._timeouts = 0
         self._rate = 0.02
 
     # as every engine
@@ -164,6 +175,7 @@ class EncoderEngine:
             steps_total=self._steps,
             mounts_total=self._mounts,
             evictions_total=self._store.evictions if self._store else 0,
+            timeouts_total=self._timeouts,
         )
 
     async def start(self) -> None:
@@ -190,9 +202,8 @@ class EncoderEngine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for job in (*self._jobs, *self._running):
-            if not job.answer.done():
-                job.answer.set_exception(EngineDown("the server is shutting down"))
+        for job in (*self._jobs, *self._taken):
+            job.fail(EngineDown("the server is shutting down"))
         if self._store is not None:
             await self._store.close()
             for content in self._store.contents.values():
@@ -298,15 +309,24 @@ class EncoderEngine:
                 await asyncio.sleep(PATIENCE)
             self._arrived.clear()
             while taken := self._take():
-                await self._answer(taken)
+                self._taken = taken
+                try:
+                    await self._answer(taken)
+                except Exception as error:
+                    log.exception("%d rows could not be answered", len(taken))
+                    for job in taken:
+                        job.fail(EngineDown(f"the engine failed: {error}", retry_after=1.0))
 
     def _take(self) -> list[Job]:
         """The rows that have waited longest, up to so many tokens, but for those that nobody waits for."""
         taken: list[Job] = []
-        tokens = 0
+        tokens, now = 0, time.monotonic()
         while self._jobs and (not taken or tokens + len(self._jobs[0].row) <= TOKENS):
             job = self._jobs.popleft()
-            if not job.answer.done():
+            if self._wait is not None and now - job.since > self._wait:
+                job.fail(Overloaded(f"the text waited {self._wait:g} s for its turn", retry_after=self._wait))
+                self._timeouts += 1
+            elif not job.answer.done():
                 taken.append(job)
                 tokens += len(job.row)
         return taken
@@ -337,13 +357,15 @@ class EncoderEngine:
                 for job in jobs:
                     await self._compute([job])
                 return
-            if not jobs[0].answer.done():
-                jobs[0].answer.set_exception(
-                    InvalidRequest(f"the model fails on this text: {error}", param="input")
-                )
+            jobs[0].fail(InvalidRequest(f"the model fails on this text: {error}", param="input"))
         else:
             for job, output in zip(jobs, found, strict=True):
-                if not job.answer.done():
+                if not np.isfinite(output).all():
+                    name = job.using.name or "the base"
+                    job.fail(
+                        RefusedAdapter(f"{name} gives NaN or infinity for this text; its weights overflow")
+                    )
+                elif not job.answer.done():
                     job.answer.set_result(output)
         finally:
             self._running = []

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import anyio
 from fastapi import Request
 
-from lorica.errors import LoricaError
 from lorica.serve.engine import Answer, Sampling, Step, Token
 from lorica.serve.http.errors import refused
 from lorica.serve.http.gate import Left
@@ -100,9 +99,9 @@ class Running:
     def __init__(self, served: Served, adapter: str | None, choices: list[Choice]) -> None:
         """Start to wait for them."""
         self.choices, self._served, self._adapter = choices, served, adapter
-        self._steps: asyncio.Queue[tuple[Choice, Step] | LoricaError | None] = asyncio.Queue(64)
+        self._steps: asyncio.Queue[tuple[Choice, Step] | Exception | None] = asyncio.Queue(64)
         self._tasks = [asyncio.create_task(self._follow(choice)) for choice in choices]
-        self._ahead: tuple[Choice, Step] | LoricaError | None = None
+        self._ahead: tuple[Choice, Step] | Exception | None = None
         self._left = len(choices)
         self._begun = time.perf_counter()
 
@@ -122,7 +121,7 @@ class Running:
         except asyncio.CancelledError:
             metrics.ended("abort", time.perf_counter() - self._begun)
             raise
-        except LoricaError as error:
+        except Exception as error:  # whatever it is: who waits for steps must learn of it
             metrics.ended("error", time.perf_counter() - self._begun)
             await self._steps.put(error)
 
@@ -137,7 +136,7 @@ class Running:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 self._ahead = await self._steps.get()
-        if isinstance(self._ahead, LoricaError):
+        if isinstance(self._ahead, Exception):
             raise self._ahead
 
     async def next(self) -> tuple[Choice, Step] | None:
@@ -151,7 +150,7 @@ class Running:
             if found is None:
                 self._left -= 1
                 continue
-            if isinstance(found, LoricaError):
+            if isinstance(found, Exception):
                 raise found
             found[0].take(found[1])
             return found

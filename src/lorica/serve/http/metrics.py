@@ -152,6 +152,7 @@ class _OfTheEngine(Collector):
             "adapter_mounts": ("Copies of an adapter into a slot.", stats.mounts_total),
             "adapter_evictions": ("Adapters that left a slot for another.", stats.evictions_total),
             "slot_waits": ("Requests that waited for a slot.", stats.slot_waits_total),
+            "queue_timeouts": ("Requests that waited too long.", stats.timeouts_total),
             "engine_restarts": ("Times that the engine was started again.", stats.restarts_total),
         }
         for name, (text, value) in counters.items():

@@ -19,6 +19,10 @@ from lorica.serve.http.app import DRAIN, make_app
 from lorica.serve.http.keys import Keys
 from lorica.serve.http.served import Served
 
+_KEEP_ALIVE = 75
+"""Seconds that an idle connection stays open: longer than clients keep theirs (httpx, and OpenAI's with it,
+5), who would else send on one that is just being closed."""
+
 log = logging.getLogger("lorica.serve")
 
 
@@ -94,6 +98,7 @@ def run(
         ws="none",
         server_header=False,
         lifespan="on",
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=int(drain),
     )
     server = uvicorn.Server(config)

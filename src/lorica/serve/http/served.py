@@ -29,6 +29,8 @@ class Served:
         settings: the limits of the endpoints.
         keys: who may ask.
         default: the adapter that answers where a request names no model; None: the base.
+        own_templates: whether conversations with an adapter are laid out by the chat template that its folder
+            brings, where it brings one.
     """
 
     model: str
@@ -36,6 +38,7 @@ class Served:
     settings: Settings = field(default_factory=Settings)
     keys: Keys = field(default_factory=Keys)
     default: str | None = None
+    own_templates: bool = True
 
     def __post_init__(self) -> None:
         """Make what depends on the engine."""
@@ -121,6 +124,15 @@ class Served:
         except UnknownAdapter:  # unloaded meanwhile
             raise ApiError(404, f"there is no model {name[:200]!r}", code="model_not_found") from None
 
+    def template(self, adapter: str | None) -> str | None:
+        """The chat template that an adapter brings; None: the base's holds."""
+        if adapter is None or not self.own_templates:
+            return None
+        try:
+            return self.adapters.entry(adapter).template
+        except UnknownAdapter:  # unloaded meanwhile, which the engine tells
+            return None
+
     def seen_by(self, key: Key) -> Iterable[Entry]:
         """The adapters that a key may use."""
         return (entry for entry in self.adapters.entries() if key.may_use(entry.name))
@@ -159,4 +171,5 @@ def about(entry: Entry) -> dict[str, Any]:
         "requests_running": entry.requests,
         "requests_served": entry.served,
         "problem": entry.problem,
+        "chat_template": entry.template is not None,
     }

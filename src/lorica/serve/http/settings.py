@@ -20,6 +20,7 @@ class Settings:
         per_key: requests of one key at a time.
         read: seconds for a client to send its request.
         keep_alive: seconds between comments in a stream that has nothing to say.
+        stalled: seconds after which a client that reads nothing of its stream counts as gone.
     """
 
     allow_load: bool = False
@@ -32,3 +33,4 @@ class Settings:
     per_key: int = 256
     read: float = 60.0
     keep_alive: float = 15.0
+    stalled: float = 300.0

@@ -16,6 +16,7 @@ from lorica.serve.engine import Step
 from lorica.serve.http.answers import Choice, Running
 from lorica.serve.http.errors import LEFT, as_api_error
 from lorica.serve.http.schemas import StreamOptions
+from lorica.serve.http.settings import Settings
 
 DONE = b"data: [DONE]\n\n"
 _STILL_HERE = b": waiting\n\n"
@@ -35,17 +36,18 @@ class Events(StreamingResponse):
     Args:
         chunks: what to send, in order.
         close: called when all is sent, and when the client leaves.
-        keep_alive: seconds of silence after which a comment is sent, so that proxies keep the connection.
+        settings: how long the stream may be silent, and its client read nothing.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: AsyncIterator[Any], close: Callable[[], Awaitable[None]], keep_alive: float
+        self, chunks: AsyncIterator[Any], close: Callable[[], Awaitable[None]], settings: Settings
     ) -> None:
         """Keep them."""
         self._chunks, self._close, self._told = chunks, close, False
-        super().__init__(self._events(keep_alive), headers=_HEADERS)
+        self._stalled = settings.stalled
+        super().__init__(self._events(settings.keep_alive), headers=_HEADERS)
 
     async def _events(self, keep_alive: float) -> AsyncIterator[bytes]:
         # A chunk that is waited for goes on being waited for while comments are sent.
@@ -86,10 +88,17 @@ class Events(StreamingResponse):
                 scope["state"]["status"] = LEFT
             group.cancel_scope.cancel()
 
+        async def patient(message: Any) -> None:
+            with anyio.move_on_after(self._stalled) as waiting:
+                await send(message)
+            if waiting.cancelled_caught:  # who never reads would hold its place for good
+                scope["state"]["status"] = LEFT
+                group.cancel_scope.cancel()
+
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(leave)
-                await self.stream_response(send)
+                await self.stream_response(patient)
                 group.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True):

@@ -26,6 +26,11 @@ from lorica.serve.engine import RefusedAdapter, UnknownAdapter
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _HEADER = 8 << 20
 _CONFIG = 1 << 20
+_TEMPLATE = 1 << 18
+_TOKENIZER = 16 << 20
+_WORDS = ("chat_template.jinja", "tokenizer_config.json")
+"""Where a chat template stands; the first goes before the second."""
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, *_WORDS)
 _INSIDE = "adapter"
 """Under this name a training run keeps its adapter in its own folder."""
 
@@ -43,6 +48,7 @@ class Found:
         size: bytes of its weights.
         rank: the largest that its configuration names; None where it names none.
         problem: why it cannot be served; None where nothing is known against it.
+        template: the chat template that it brings; None where it brings none.
     """
 
     name: str
@@ -51,6 +57,7 @@ class Found:
     size: int
     rank: int | None
     problem: str | None = None
+    template: str | None = None
 
 
 def check_name(name: str) -> str:
@@ -67,11 +74,15 @@ def check_name(name: str) -> str:
     return name
 
 
-def scan(roots: Iterable[Path]) -> dict[str, Found]:
+def scan(roots: Iterable[Path], known: Mapping[str, Found] | None = None) -> dict[str, Found]:
     """The adapters in some folders: a folder itself, or those in it, or in the runs in it (``adapter``).
 
     What has no configuration and no weights is none, and passed over, as are names that cannot be served.
     Of two with one name the first root's is taken.
+
+    Args:
+        roots: the folders.
+        known: what was found before; of those whose files are the same nothing is read again.
     """
     found: dict[str, Found] = {}
     for root in roots:
@@ -84,27 +95,35 @@ def scan(roots: Iterable[Path]) -> dict[str, Found]:
                 places.append((child.name, child if _looks_like_one(child) else inside))
         for name, path in places:
             if name not in found and NAME.fullmatch(name) and _looks_like_one(path):
-                found[name] = look(name, path, (root,))
+                found[name] = look(name, path, (root,), (known or {}).get(name))
     return found
 
 
-def look(name: str, path: Path, roots: Iterable[Path]) -> Found:
-    """What a folder holds, without reading its tensors."""
+def look(name: str, path: Path, roots: Iterable[Path], known: Found | None = None) -> Found:
+    """What a folder holds, without reading its tensors; `known` again where its files are the same."""
     try:
         folder = within(path, roots)
         config, weights = (_regular(folder / part, roots) for part in (CONFIG_FILE, WEIGHTS_FILE))
-        signature = tuple(
-            (own.st_mtime_ns, own.st_size, own.st_ino) for own in (config.stat(), weights.stat())
-        )
+        words = {part: _regular(folder / part, roots) for part in _WORDS if (folder / part).exists()}
+        signature = sign(folder)
     except (OSError, LoricaError) as error:
         return Found(name, path, (), 0, None, str(error))
-    size = signature[1][1]
+    if known is not None and known.problem is None and (known.path, known.signature) == (folder, signature):
+        return known
+    size = weights.stat().st_size
     try:
         settings = _settings(config)
         header(weights)
+        own = _template(words)
     except (OSError, LoricaError) as error:
         return Found(name, folder, signature, size, None, str(error))
-    return Found(name, folder, signature, size, _rank(settings))
+    return Found(name, folder, signature, size, _rank(settings), template=own)
+
+
+def sign(folder: Path) -> Signature:
+    """What changes when a file of an adapter's does; files that are not there are left out."""
+    stats = (path.stat() for name in _FILES if (path := folder / name).exists())
+    return tuple((own.st_mtime_ns, own.st_size, own.st_ino) for own in stats)
 
 
 def within(path: str | Path, roots: Iterable[Path]) -> Path:
@@ -153,7 +172,7 @@ def read(found: Found, *, max_rank: int, max_bytes: int) -> tuple[Adapter, str]:
         adapter = read_folder(found.path)
     except (OSError, LoricaError) as error:
         raise RefusedAdapter(f"{found.name}: {error}") from error
-    if look(found.name, found.path, (found.path,)).signature != found.signature:
+    if sign(found.path) != found.signature:
         raise RefusedAdapter(f"{found.name}: {found.path} changed while it was read; load it again")
     return adapter, identity
 
@@ -224,11 +243,35 @@ def _regular(path: Path, roots: Iterable[Path]) -> Path:
     return real
 
 
-def _settings(path: Path) -> Mapping[str, Any]:
-    if path.stat().st_size > _CONFIG:
-        raise RefusedAdapter(f"{path.name} is larger than {_CONFIG:,} bytes")
+def _template(files: Mapping[str, Path]) -> str | None:
+    """The chat template that an adapter brings, of its file or its tokenizer's settings."""
+    for name, path in files.items():
+        if name == _WORDS[0]:
+            return _text(path, _TEMPLATE)
+        given = _settings(path, _TOKENIZER).get("chat_template")
+        if isinstance(given, list):  # several, by their names
+            named = (own for own in given if isinstance(own, dict) and own.get("name") == "default")
+            given = next((own.get("template") for own in named), None)
+        if isinstance(given, str):
+            if len(given) > _TEMPLATE:
+                raise RefusedAdapter(f"the chat template in {name} is larger than {_TEMPLATE:,} bytes")
+            return given
+    return None
+
+
+def _text(path: Path, most: int) -> str:
+    if path.stat().st_size > most:
+        raise RefusedAdapter(f"{path.name} is larger than {most:,} bytes")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise RefusedAdapter(f"{path.name} is damaged: {error}") from None
+
+
+def _settings(path: Path, most: int = _CONFIG) -> Mapping[str, Any]:
+    text = _text(path, most)
+    try:
+        settings = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RefusedAdapter(f"{path.name} is damaged: {error}") from None
     if not isinstance(settings, dict):

@@ -154,7 +154,7 @@ class Lease:
         else:
             self.content.leases -= 1
             self.content.used = time.monotonic()
-            self.store.tidy()
+            self.store.tidy(self.content)
 
 
 class Store:
@@ -187,7 +187,9 @@ class Store:
         self.names: dict[str, Alias] = {}
         self.contents: dict[str, Content] = {}
         self.evictions = 0
+        self._seen: dict[str, folders.Signature] = {}
         self._hidden: dict[str, folders.Signature] = {}
+        self._asked: set[str] = set()
         self._dropped = dropped
         self._loads = asyncio.Semaphore(loads)
         self._watch: asyncio.Task[None] | None = None
@@ -231,7 +233,12 @@ class Store:
         return Lease(self, alias, task=alias.task or self._start_reading(alias, alias.found))
 
     def _start_reading(self, alias: Alias, found: Found) -> asyncio.Task[Content]:
-        task = alias.task = asyncio.create_task(self._read(alias, found))
+        async def read() -> Content:
+            content = await self._read(alias, found)
+            self.tidy()
+            return content
+
+        task = alias.task = asyncio.create_task(read())
         # Whoever waits learns of a failure; where nobody does, it stands in the entry.
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
@@ -257,12 +264,21 @@ class Store:
             path = self._alias(name).found.path
         elif before is not None and before.content is not None and not replace:
             raise RefusedAdapter(f"{name!r} is loaded already; give another name, or ask to replace it")
+        if name in self._asked:
+            raise RefusedAdapter(f"{name!r} is being loaded already; ask again once it is")
         real = folders.within(path, self.roots)
-        found = await asyncio.to_thread(folders.look, name, real, self.roots)
-        alias = before or Alias(found)
-        content = await self._read(alias, found)
-        self.names.setdefault(name, alias)
+        self._asked.add(name)
+        try:
+            found = await asyncio.to_thread(folders.look, name, real, self.roots)
+            alias = self.names.get(name) or Alias(found)
+            if alias.task is not None:  # what is asked for now comes after it
+                await asyncio.wait((alias.task,))
+            content = await self._read(alias, found)
+        finally:
+            self._asked.discard(name)
+        self.names[name] = alias
         alias.pinned = alias.pinned or pin
+        self.tidy()
         log.info("loaded %s: %s", name, content.hash[:12])
         return self.entry(name)
 
@@ -274,7 +290,7 @@ class Store:
         """
         self._alias(name)
         alias = self.names.pop(name)
-        self._hidden[name] = alias.found.signature
+        self._hidden[name] = self._seen.get(name, alias.found.signature)
         if alias.task is not None:
             with contextlib.suppress(LoricaError):
                 await alias.task
@@ -293,8 +309,14 @@ class Store:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._watch = None
 
-    def tidy(self) -> None:
-        """Drop contents that no name means and nobody holds, and the least used of too many."""
+    def tidy(self, given: Content | None = None) -> None:
+        """Drop contents that no name means and nobody holds, and the least used of too many.
+
+        Args:
+            given: was given back; its name may have been unloaded before it was read.
+        """
+        if given is not None and not given.leases and self.contents.get(given.hash) is not given:
+            self._dropped(given)
         meant = {id(alias.content): alias for alias in self.names.values() if alias.content is not None}
         pinned = {id(alias.content) for alias in self.names.values() if alias.pinned or alias.waiting}
         idle = [content for content in self.contents.values() if not content.leases]
@@ -328,7 +350,6 @@ class Store:
         content = self.contents.setdefault(content.hash, content)
         content.used = time.monotonic()
         alias.content, alias.found, alias.problem, alias.loaded = content, found, None, time.time()
-        self.tidy()
         return content
 
     def _content(self, found: Found) -> Content:
@@ -340,6 +361,9 @@ class Store:
             return Content(identity, self.fit(adapter, found.path))
         except LoricaError as error:
             raise RefusedAdapter(f"{found.name}: {error}") from error
+        except Exception as error:  # of files that strangers wrote, which may hold anything
+            log.exception("%s could not be fitted", found.name)
+            raise RefusedAdapter(f"{found.name}: {type(error).__name__}: {error}") from error
 
     def _alias(self, name: str) -> Alias:
         if name not in self.names:
@@ -371,28 +395,37 @@ class Store:
             served=alias.served,
             loaded=alias.loaded,
             problem=alias.problem,
+            template=found.template,
         )
 
     async def _look(self, seconds: float) -> None:
         while True:
             await asyncio.sleep(seconds)
             try:
-                self._merge(await asyncio.to_thread(folders.scan, self.roots))
+                known = {name: alias.found for name, alias in self.names.items()}
+                self._merge(await asyncio.to_thread(folders.scan, self.roots, known))
             except Exception:  # of one look at folders that others write to
                 log.exception("the folders of adapters could not be looked at")
 
     def _merge(self, found: dict[str, Found]) -> None:
-        """Take note of what is in the folders now."""
+        """Take note of what is in the folders now.
+
+        A name goes by its folder again only once that changed: until then, what was asked for holds.
+        """
         for name, own in found.items():
-            alias = self.names.get(name)
+            alias, before = self.names.get(name), self._seen.get(name)
+            if alias is not None and (alias.task is not None or name in self._asked):
+                continue  # looked at again when that was read
+            self._seen[name] = own.signature
             if alias is None:
                 if self._hidden.get(name) != own.signature:  # unloaded, and as it was then
                     self.names[name] = Alias(own, problem=own.problem)
-            elif alias.found.signature != own.signature and alias.task is None:
+            elif own.signature not in (before, alias.found.signature):
                 if alias.content is None:
                     alias.found, alias.problem = own, own.problem
                 elif own.problem is None:  # requests go on with what there is until the new one was read
                     self._start_reading(alias, own)
+        self._seen = {name: own for name, own in self._seen.items() if name in found}
         for name, alias in list(self.names.items()):
             busy = alias.task is not None or alias.waiting
             if name not in found and not busy and not alias.found.path.exists():

@@ -36,7 +36,7 @@ async def chat(request: Request, body: Chat) -> Response:
     if top and not body.logprobs:
         raise refused("top_logprobs needs logprobs: true", "top_logprobs")
     refuse_many("most likely tokens (top_logprobs)", top, decoder.limits.logprobs, "top_logprobs")
-    prompt = await lay_out(here, body.messages, body)
+    prompt = await lay_out(here, adapter, body.messages, body)
     most = body.max_completion_tokens or body.max_tokens
     if most is None:
         most = max(1, decoder.limits.context - len(prompt))
@@ -45,7 +45,7 @@ async def chat(request: Request, body: Chat) -> Response:
     shaper = Shaper(here, body, request)
     if body.stream:
         await while_there(request, running.begin(here.settings.keep_alive), running)
-        return Events(shaper.chunks(running), running.aclose, here.settings.keep_alive)
+        return Events(shaper.chunks(running), running.aclose, here.settings)
     choices: list[Choice] = await while_there(request, running.whole(), running)
     await running.aclose()
     told = [shaper.choice(choice) for choice in choices]
@@ -53,11 +53,12 @@ async def chat(request: Request, body: Chat) -> Response:
     return JSONResponse({**head, "choices": told, "usage": running.usage()})
 
 
-async def lay_out(here: Served, messages: Sequence[Message], body: Any) -> list[int]:
+async def lay_out(here: Served, adapter: str | None, messages: Sequence[Message], body: Any) -> list[int]:
     """The token ids of a conversation.
 
     Args:
         here: what answers.
+        adapter: whose chat template holds, where it brings one.
         messages: of the conversation.
         body: a request with what else says how to lay it out.
     """
@@ -70,6 +71,7 @@ async def lay_out(here: Served, messages: Sequence[Message], body: Any) -> list[
     begin = body.add_generation_prompt
     return await here.texts.chat(
         plain,
+        template=here.template(adapter),
         tools=getattr(body, "tools", None),
         begin=not go_on if begin is None else begin,
         go_on=go_on,

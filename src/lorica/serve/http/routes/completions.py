@@ -48,7 +48,7 @@ async def completions(request: Request, body: Completion) -> Response:
     running = await admit(here, key, adapter, prompts, sampling, n)
     if body.stream:
         await while_there(request, running.begin(here.settings.keep_alive), running)
-        return Events(shaper.chunks(running), running.aclose, here.settings.keep_alive)
+        return Events(shaper.chunks(running), running.aclose, here.settings)
     choices: list[Choice] = await while_there(request, running.whole(), running)
     await running.aclose()
     told = [shaper.choice(c, "".join(c.texts), c.tokens, c.finish, first=True) for c in choices]
