@@ -218,8 +218,8 @@ def kept_bytes(given: Operands, p: float) -> dict[int, int]:
     return kept
 
 
-@pytest.mark.parametrize(("p", "mask_bytes"), [(0.0, 0), (0.5, 12 * 8)])
-def test_backward_keeps_only_the_input_the_thin_product_and_a_byte_of_mask(p: float, mask_bytes: int) -> None:
+@pytest.mark.parametrize(("p", "mask_bytes"), [(0.0, 0), (0.5, 12 * 8 // 8)])
+def test_backward_keeps_only_the_input_the_thin_product_and_a_bit_of_mask(p: float, mask_bytes: int) -> None:
     given = operands((12,), d_in=8, d_out=6, r=3)
     own = {t.untyped_storage().data_ptr() for t in given.named().values()}
     kept = kept_bytes(given, p)
@@ -232,6 +232,19 @@ def test_backward_does_not_keep_an_input_that_no_gradient_needs() -> None:
 
 
 class TestDropout:
+    @given(rows=st.integers(0, 9), d=st.integers(1, 9), library=st.booleans())
+    def test_a_mask_is_kept_as_bits_and_comes_back(self, rows: int, d: int, library: bool) -> None:
+        mask = keep_mask(torch.empty(rows, d), 0.5)
+        with pytest.MonkeyPatch.context() as patch:
+            if not library:
+                patch.setattr(functional, "numpy", None)
+            bits = functional.packed(mask)
+            assert bits is not None
+            assert bits.numel() == (-(-rows * d // 8) if library else rows * d)
+            again = functional.unpacked(bits, mask.shape)
+        assert again is not None
+        assert torch.equal(again, mask)
+
     @given(p=st.floats(0, 1, exclude_max=True))
     def test_the_rate_drawn_is_the_nearest_of_256(self, p: float) -> None:
         assert abs(drop_rate(p) - p) <= 1 / 256

@@ -7,7 +7,7 @@
 At small ranks the two thin products cost almost no arithmetic; what costs is reading and writing activations.
 So forward and backward are fused by hand: the update is added into the base's output and the input's gradient
 in place (`addmm_`), and what is kept for the backward pass is x, which the layer's neighbours keep anyway,
-one byte per element for the dropout mask, and A·x (tokens × r).
+one bit per element for the dropout mask (a byte on a GPU), and A·x (tokens × r).
 """
 
 from __future__ import annotations
@@ -70,6 +70,20 @@ def _random_bytes(like: Tensor) -> Tensor:
         return drawn.view(torch.uint8)
     seed = int(torch.randint(whole.min, whole.max, (), dtype=torch.int64, device=like.device)) - whole.min
     return torch.from_numpy(numpy.random.SFC64(seed).random_raw(words).view(numpy.uint8))
+
+
+def packed(mask: Tensor | None) -> Tensor | None:
+    """A mask as bits, flat, to be kept for the backward pass; where numpy has no hand in it, as it is."""
+    if mask is None or numpy is None or mask.device.type != "cpu" or type(mask) is not Tensor or traced():
+        return mask
+    return torch.from_numpy(numpy.packbits(mask.numpy()))
+
+
+def unpacked(bits: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The mask (tokens, d_in) that `packed` made bits of."""
+    if bits is None or numpy is None or bits.dim() > 1:
+        return bits
+    return torch.from_numpy(numpy.unpackbits(bits.numpy(), count=shape.numel())).view(shape)
 
 
 def traced() -> bool:
@@ -320,6 +334,11 @@ def low_rank_graph(
     return through if kept is None else through * kept, dA, dB
 
 
+def rows_of(shape: torch.Size) -> torch.Size:
+    """A shape (..., d_in), as (tokens, d_in)."""
+    return torch.Size((shape[:-1].numel(), shape[-1]))
+
+
 def wants_graph() -> bool:
     """Whether the backward pass that runs is to be differentiated again, or seen by a transform."""
     return torch.is_grad_enabled() or traced()
@@ -368,7 +387,8 @@ class _LoraLinear(torch.autograd.Function):
         wants_x, wants_weight, _, wants_A, wants_B = ctx.needs_input_grad[:5]
         needs_x = wants_weight or wants_A
         # x itself, not the rows made of it here: a graph of the gradient goes on through it.
-        ctx.save_for_backward(x if needs_x else None, weight, A, B, mask, u if wants_B else None)
+        kept = x if needs_x else None
+        ctx.save_for_backward(kept, weight, A, B, packed(mask), u if wants_B else None)
         ctx.scale, ctx.shape = scale, x.shape
         if wants_x and wants_B and not needs_x:
             ctx.set_materialize_grads(False)
@@ -394,7 +414,8 @@ class _LoraLinear(torch.autograd.Function):
         """Of the forward pass's arguments, in their order."""
         if dy is None or du is not None or wants_graph():
             return _LoraLinear.graph(ctx, saved, dy, du)
-        x, weight, A, B, mask, u = saved
+        x, weight, A, B, bits, u = saved
+        mask = unpacked(bits, rows_of(ctx.shape))
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         wants_x, wants_weight, wants_bias, wants_A = ctx.needs_input_grad[:4]
         dy = dy.reshape(-1, dy.shape[-1])
@@ -407,7 +428,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def graph(ctx: Any, saved: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
         """As `gradients`, by operations that can be differentiated again."""
-        x, weight, A, B, mask, u = saved
+        x, weight, A, B, bits, u = saved
+        mask = unpacked(bits, rows_of(ctx.shape))
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         dy = None if dy is None else dy.reshape(-1, dy.shape[-1])
         dx, dA, dB = low_rank_graph(dy, rows, A, B, ctx.scale, mask, u, du)

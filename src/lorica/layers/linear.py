@@ -74,9 +74,10 @@ class LoraLinear(LoraLayer):
         taken, scaling = None, self.scaling
         if not functional.traced() and not any(map(functional.needs_evening, {*map(scaling.get, names)})):  # type: ignore[arg-type]
             As, Bs = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules  # type: ignore[union-attr]
-            if self.blocks is None:
-                self.__dict__["blocks"] = Blocks()
-            taken = self.blocks.take(As, Bs, names, mixture)
+            blocks = self.blocks
+            if blocks is None:
+                blocks = self.__dict__["blocks"] = Blocks()
+            taken = blocks.take(As, Bs, names, mixture)
         if taken is None:
             return [self._stacked_anew(dtype, names)]
         stacks = []

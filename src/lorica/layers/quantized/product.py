@@ -17,7 +17,10 @@ from lorica.functional import (
     keep_mask,
     low_rank,
     low_rank_graph,
+    packed,
+    rows_of,
     traced,
+    unpacked,
     wants_graph,
 )
 
@@ -95,7 +98,7 @@ class _PackedLinear(torch.autograd.Function):
             else:
                 out.add_(u @ B.to(dtype).t(), alpha=scale)
         wants_x, _, wants_A, wants_B = ctx.needs_input_grad[:4]
-        ctx.save_for_backward(x if wants_A else None, A, B, mask, u if wants_B else None)
+        ctx.save_for_backward(x if wants_A else None, A, B, packed(mask), u if wants_B else None)
         ctx.scale = scale
         # Not a view to autograd, as in `_LoraLinear`.
         y = torch.ops.aten._unsafe_view.default(out, y.shape)
@@ -128,7 +131,8 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Of the forward pass's arguments, in their order."""
-        x, A, B, mask, u = ctx.saved_tensors
+        x, A, B, bits, u = ctx.saved_tensors
+        mask = unpacked(bits, rows_of(ctx.shape))
         wants_x, wants_bias = ctx.needs_input_grad[:2]
         dx = dbias = dA = dB = None
         dy = dy.reshape(-1, dy.shape[-1])
@@ -156,7 +160,8 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def graph(ctx: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
         """As `gradients`, by operations that can be differentiated again."""
-        x, A, B, mask, u = ctx.saved_tensors
+        x, A, B, bits, u = ctx.saved_tensors
+        mask = unpacked(bits, rows_of(ctx.shape))
         dx = dbias = dA = dB = None
         dy = None if dy is None else dy.reshape(-1, dy.shape[-1])
         if A is not None:
