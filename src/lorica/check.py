@@ -121,6 +121,10 @@ def check_adaptable(place: Place, layer: type[LoraLayer]) -> None:
             "adapt; target its out_proj"
         )
     weight = module._parameters.get(layer.weight_name)
+    if weight is not None and weight.is_complex():
+        raise TargetError(
+            f"{path}: its weight is {weight.dtype}, and lorica's updates are real; leave it out"
+        )
     if weight is None and (isinstance(module, nn.Linear) or not issubclass(layer, LoraOpaque)):
         raise TargetError(
             f"{path}: its {layer.weight_name} is computed (weight_norm, parametrize), so there is no "

@@ -112,6 +112,7 @@ def test_all_that_has_no_place_is_listed(toy: tuple[Path, Adapter], tmp_path: Pa
         "shape of norm",
         "a.bais is not in the base; did you mean 'a.bias'",
         "shape of b.weight: (4, 8) in the adapter, (5, 8) in the base",
+        "merge in memory: lorica merge without --stream",
     ):
         assert expected in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -58,6 +58,10 @@ class TestNotYetAdaptable:
         how(model.head, "bias")
         self.refused(model, "head", "head: its bias is computed")
 
+    def test_complex_numbers(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 3, dtype=torch.complex64))
+        self.refused(model, "0", "0: its weight is torch.complex64")
+
     def test_an_attribute_of_its_own_by_the_name_of_the_layers(self) -> None:
         class Scaled(nn.Linear):
             scaling = 0.5
@@ -128,6 +132,7 @@ class TestForwardsOfTheirOwn:
         model = nn.Sequential(self.Logged(5, 4))
         lorica.adapt(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
         x = torch.randn(3, 5)
-        y = model(x)
+        y, random = model(x), torch.get_rng_state()
         lorica.merge(model)
         torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-6)
+        assert torch.equal(torch.get_rng_state(), random)

@@ -277,6 +277,18 @@ def test_a_linear_layers_weight_read_as_a_parameter() -> None:
     torch.testing.assert_close(model(x), before.experts(x @ W.T + before.first.bias))
 
 
+def test_a_recurrent_layer_keeps_no_graph_of_its_last_call() -> None:
+    model = nn.Sequential(nn.GRU(4, 3, batch_first=True))
+    before, x = copy.deepcopy(model), torch.randn(2, 5, 4)
+    lorica.adapt(model, config(target_parameters=["0.weight_ih_l0"], init_lora_weights=False))
+    weights = {"0.weight_ih_l0": before[0].weight_ih_l0 + lorica.delta_weight(model, "0.weight_ih_l0")}
+    y = model(x)[0]
+    torch.testing.assert_close(y, torch.func.functional_call(before, weights, x)[0])
+    assert not any(weight.grad_fn for weight in model[0]._flat_weights)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(again(x)[0], y)
+
+
 @pytest.mark.parametrize(
     "work", [lorica.algebra.add, lambda adapter: lorica.algebra.compress(adapter, rank=1)]
 )

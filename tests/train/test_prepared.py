@@ -16,7 +16,7 @@ from train import tiny
 from train.tasks.test_language import LM, S2S, TEMPLATE, decoder, tokenizer
 from transformers import T5Config, T5ForConditionalGeneration
 
-from lorica.errors import ConfigError, MissingExtra
+from lorica.errors import ConfigError, FileError, MissingExtra
 from lorica.layers.quantized import quantizer_of
 from lorica.train import DataConfig, Recipe, evaluate, predict, prepare, train
 from lorica.train.merge import merge_checkpoint
@@ -98,6 +98,17 @@ def test_what_a_row_says_is_no_markup(tmp_path: Path, text: str) -> None:
     reason = next(line for line in lines if "left out" in line)
     assert reason.startswith("1 train rows are left out, the first of them because row 2 of ")
     assert f"{{'role': '{text}'}}" in reason or text in reason
+
+
+def test_a_class_of_validation_rows_alone_is_told_what_to_do(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"text": "lovely film", "label": name} for name in "abcd"]
+    data = DataConfig(train=str(tiny.write_rows(tmp_path / "rows.jsonl", rows)), validation_fraction=0.5)
+    recipe = Recipe(model=str(tiny_model), data=data, output=str(tmp_path / "run"))
+    with pytest.raises(
+        FileError, match=r"which the training rows do not have.*; if it was set aside.*--data.labels"
+    ):
+        prepare(recipe)
+    prepare(recipe.replace(data={"labels": [*"abcd"]}))
 
 
 def test_test_rows_without_labels_are_named(tiny_model: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,7 +12,7 @@ from lorica import functional
 from lorica.adapter import Kind
 from lorica.errors import StateError, TargetError
 from lorica.layers.base import LoraLayer
-from lorica.layers.opaque import check_multiplies, has_own_forward
+from lorica.layers.opaque import check_multiplies, drawn, has_own_forward
 
 
 class LoraConv(LoraLayer):
@@ -84,7 +83,7 @@ class LoraConv(LoraLayer):
         if has_own_forward(self.base_class):
             weight = self.base_weight
             field = (d * (k - 1) + 4 for d, k in zip(self.dilation, weight.shape[2:], strict=True))
-            x = torch.randn(1, weight.shape[1], *field, dtype=weight.dtype, device=weight.device)
+            x = drawn((1, weight.shape[1], *field), weight)
             check_multiplies(self, x, lambda x, change: self._conv_forward(x, change, None))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,14 +51,20 @@ class LoraOpaque(LoraLayer):
                 "lorica the format with lorica.layers.quantized.register"
             )
         if has_own_forward(self.base_class):
-            x = torch.randn(4, self.factor_shapes(self, 1)[0][1], dtype=weight.dtype, device="cpu")
-            check_multiplies(self, x.to(weight.device), F.linear)
+            x = drawn((4, self.factor_shapes(self, 1)[0][1]), weight)
+            check_multiplies(self, x, F.linear)
 
 
 def has_own_forward(cls: type[nn.Module]) -> bool:
     """Whether a class overrides the forward of the torch layer that it derives from."""
     known = next(base for base in cls.__mro__ if base.__module__.startswith("torch.nn."))
     return cls.forward is not known.forward
+
+
+def drawn(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Normal random numbers of another tensor's dtype and device; torch's own generators do not move."""
+    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    return numbers.to(like.device, like.dtype)
 
 
 def check_multiplies(layer: LoraLayer, x: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -76,7 +82,7 @@ def check_multiplies(layer: LoraLayer, x: Tensor, multiply: Callable[[Tensor, Te
         StateError: a change of the weight does not change the output by its product with the input.
     """
     kind, weight = layer.base_class.__name__, layer.base_weight
-    change = torch.randn_like(weight) * weight.detach().float().std().to(weight.dtype)
+    change = drawn(weight.shape, weight) * weight.detach().float().std().to(weight.dtype)
     training = layer.training
     try:
         layer.training = False

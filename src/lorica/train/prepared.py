@@ -20,8 +20,9 @@ from lorica.find import HEADS
 from lorica.train import presets, tasks
 from lorica.train.console import quiet, waiting
 from lorica.train.data import splits as sources
+from lorica.train.data.labels import UNKNOWN
 from lorica.train.data.mapped import SAMPLE, LazyRows
-from lorica.train.data.rows import UsableRows, act_on_rows, fingerprint, fingerprint_on_disk
+from lorica.train.data.rows import RowError, UsableRows, act_on_rows, fingerprint, fingerprint_on_disk
 from lorica.train.distributed.group import world
 from lorica.train.distributed.rows import encoded_once
 from lorica.train.recipe import Recipe
@@ -196,7 +197,13 @@ def encode_split(
             taken[id(rows)] = found
         return cached(key_of(task, tokenizer, data, limit, found), lambda: encode(rows))
 
-    return act_on_rows(used, act, skip=data.skip_bad)
+    try:
+        return act_on_rows(used, act, skip=data.skip_bad)
+    except RowError as error:
+        if used.origin.places is None or data.validation is not None or UNKNOWN not in error.problem:
+            raise
+        hint = "; if it was set aside from them as a validation row, name all classes with --data.labels"
+        raise RowError(error.rows, error.where, error.problem + hint, used.origin) from error
 
 
 def encode_lazily(recipe: Recipe, task: Task, tokenizer: Any, used: UsableRows) -> tuple[Encoded, str]:

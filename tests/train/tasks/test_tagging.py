@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from train import tiny
 from transformers.trainer_utils import EvalPrediction
 
-from lorica.errors import MissingExtra
+from lorica.errors import ConfigError, MissingExtra
 from lorica.train import DataConfig, Record, evaluate, predict, tasks, train
 from lorica.train.data.splits import Splits
 from lorica.train.metrics import tagging
@@ -141,6 +141,12 @@ def test_spans_from_end_to_end(tiny_model: Path, tmp_path: Path, capsys: pytest.
     found = evaluate(result.output, str(data))
     assert {name: found[name] for name in again} == pytest.approx(again)
     assert all(row["spans"] == spans(row["labels"]) for row in answers)
+
+
+def test_a_single_class_is_no_classification() -> None:
+    rows = Dataset.from_list([{"tokens": ["a", "b"], "tags": ["O", "O"]}])
+    with pytest.raises(ConfigError, match="all words in column 'tags' of the training rows are 'O'"):
+        tasks.get("token-classification").resolve(Splits(rows), DataConfig())
 
 
 def test_plain_classes_are_scored_by_words_and_a_line_says_so(

@@ -174,7 +174,14 @@ def make_plan(
     """
     if dtype is not None and dtype not in CODES:
         raise ConfigError(f"dtype must be one of {', '.join(map(str, CODES))}, not {dtype}")
-    placement = place(adapter, base)
+    try:
+        placement = place(adapter, base)
+    except AdapterError as error:
+        hint = (
+            "Where a base's files and its model name modules otherwise, merge in memory: lorica merge "
+            "without --stream"
+        )
+        raise AdapterError(f"{error}\n{hint}" if "unexpected: " in str(error) else str(error)) from None
     tie = placement.untied
     if tie and tie.stored and tie.table and not same_bytes(base, tie.head, tie.table):
         raise AdapterError(

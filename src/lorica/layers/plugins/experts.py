@@ -165,6 +165,18 @@ class LoraParameters(LoraLayer):
             return super(LoraLayer, self).forward(*args, **kwargs)
         finally:
             self._shown = None
+            if isinstance(self, nn.RNNBase):  # it keeps what it read, with its graph
+                self.__dict__["_flat_weights"] = self._own_weights()
+
+    def _own_weights(self) -> list[Parameter | None]:
+        """A recurrent layer's own parameters, in its order."""
+        names: list[str] = self._flat_weights_names  # type: ignore[assignment]
+        return [self._parameters.get(name) for name in names]
+
+    def __getstate__(self) -> Any:
+        """The module's state; a recurrent layer's own reads its weights first, merged, with their graph."""
+        state = super().__getstate__()
+        return {**state, "_flat_weights": self._own_weights()} if isinstance(self, nn.RNNBase) else state
 
     def add_parameter(self, name: str, parameter: str, A: Parameter, B: Parameter, scale: float) -> None:
         """Add an adapter's factors for a parameter."""

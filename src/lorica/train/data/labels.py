@@ -17,6 +17,9 @@ from datasets import ClassLabel
 from lorica.errors import ConfigError, listing, nearest
 from lorica.train.data.rows import Unusable
 
+UNKNOWN = "which the training rows do not have"
+"""What an error says of a label that is none of the classes."""
+
 _TRUTH = {"true": "True", "false": "False"}
 
 
@@ -142,8 +145,7 @@ def _find_label(
         return place
     hint = nearest(str(value), ids)
     raise Unusable(
-        f"has the label {value!r} in column {column!r}, which the training rows do not "
-        f"have{hint or '; they have ' + listing(ids)}"
+        f"has the label {value!r} in column {column!r}, {UNKNOWN}{hint or '; they have ' + listing(ids)}"
     )
 
 

@@ -52,6 +52,11 @@ class TokenClassification(Task):
         text = find_column(splits.train, data.text, _WORDS, "lists of words", "text")
         label = find_label(splits.train, data.label, _TAGS)
         labels = data.labels or label_list_names(splits.train, label, folded=False)
+        if not data.labels and len(labels) < 2:
+            raise ConfigError(
+                f"all words in column {label!r} of the training rows are {labels[0]!r}; classification needs "
+                "at least two classes"
+            )
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ConfigError(f"data.labels must name at least two classes, each once, not {labels}")
         if marks_spans(labels):
