@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import dataclasses
 import json
@@ -24,7 +25,9 @@ import lorica
 from lorica.serve import Decoder, Sampling
 
 R = 8
-REQUESTS, PROMPT, TOKENS = 32, 16, 16
+REQUESTS, PROMPT, TOKENS = 32, 8, 6
+PEERS = 5
+"""Rounds of what takes many times as long."""
 SLOTS = 32
 LOADED = 256
 
@@ -32,15 +35,17 @@ LOADED = 256
 def main() -> None:
     """Measure throughput in turns, then what one request waits for, and what one adapter costs."""
     options = harness.options(__doc__)
+    options.warmup = min(options.warmup, 1)
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as runner:
         names = write_adapters(Path(folder), LOADED)
         bench = Bench(runner, Path(folder), names)
         try:
-            rates = bench.throughput(options)
+            rates, others = bench.throughput(options), bench.others(options)
             waits, costs = bench.waits(options), bench.costs()
         finally:
             bench.close()
-    ratio = {own.setting: rates[0].ratio(own.setting) for own in ROWS if own.setting != "base"}
+    ratio = {own.setting: rates.ratio(own.setting) for own in ROWS[1:]}
+    ratio |= {name: others.ratio(name) for name in others.seconds if name != "base"}
     harness.publish(
         "serve",
         title="Many adapters over one base, served",
@@ -49,8 +54,13 @@ def main() -> None:
             + ", ".join(f"{name} {value:.2f}×" for name, value in ratio.items())
             + "."
         ),
-        tables=[harness.table(rates, "Time of the batch"), waits, costs],
-        data={"seconds": harness.seconds(rates), "waits": waits["rows"], "costs": costs["rows"]},
+        tables=[
+            harness.table([rates], "Time of the batch"),
+            harness.table([others], f"And without sharing it; {PEERS} rounds"),
+            waits,
+            costs,
+        ],
+        data={"seconds": harness.seconds([rates, others]), "waits": waits["rows"], "costs": costs["rows"]},
         settings={"model": "Llama, 30 × 576, 135M, from its configuration", "r": R, "targets": "all-linear"},
         device=options.device,
         rounds=options.rounds,
@@ -86,6 +96,8 @@ ROWS = (
     Row("32 adapters, Zipf", 32, zipf=True),
     Row("32 adapters, 256 loaded", 32, loaded=LOADED),
     Row("32 adapters in 16 slots", 32, slots=SLOTS // 2),
+)
+APART = (
     Row("8 merged copies in turns", apart=REQUESTS // 8),
     Row("one by one", apart=1),
 )
@@ -121,9 +133,15 @@ class Bench:
         for engine in self.engines.values():
             self.runner.run(engine.stop())
 
-    def throughput(self, options: Any) -> list[harness.Comparison]:
-        """The batch in every way, in turns, and by peers."""
+    def throughput(self, options: Any) -> harness.Comparison:
+        """The batch for each number of adapters, in turns."""
         contestants = {row.setting: harness.Contestant(partial(self.serve, row)) for row in ROWS}
+        setting = f"{REQUESTS} requests × ({PROMPT} + {TOKENS}) tokens"
+        return harness.alternate(setting, contestants, reference="base", options=options)
+
+    def others(self, options: Any) -> harness.Comparison:
+        """The base's batch beside the same one by one, and by peers."""
+        contestants = {row.setting: harness.Contestant(partial(self.serve, row)) for row in (ROWS[0], *APART)}
         theirs = by_peft(8)
         contestants["PEFT, 8 adapters in a static batch"] = harness.Contestant(
             partial(generate_static, theirs, self.prompts, [f"a{i % 8}" for i in range(REQUESTS)])
@@ -131,8 +149,8 @@ class Bench:
         contestants["transformers, base"] = harness.Contestant(
             partial(generate_continuous, model(), self.prompts)
         )
-        setting = f"{REQUESTS} requests × ({PROMPT} + {TOKENS}) tokens"
-        return [harness.alternate(setting, contestants, reference="base", options=options)]
+        few = argparse.Namespace(**{**vars(options), "rounds": min(options.rounds, PEERS)})
+        return harness.alternate("the same", contestants, reference="base", options=few)
 
     def serve(self, row: Row, _: object) -> None:
         """Answer the batch in one way."""
@@ -154,12 +172,13 @@ class Bench:
     def waits(self, options: Any) -> dict[str, Any]:
         """What requests wait for while others come at half the rate that the engine can take."""
         rows = []
-        for row in (own for own in ROWS if own.apart == REQUESTS):
+        for row in ROWS:
             engine = self.engine(row.slots, row.loaded)
             start = time.perf_counter()
             self.serve(row, None)
             spacing = 2 * (time.perf_counter() - start) / REQUESTS
-            asked = list(zip(self.prompts, self._names(row), strict=True)) * max(1, options.rounds // 5)
+            repeats = 2 if options.rounds >= harness.ROUNDS else 1
+            asked = list(zip(self.prompts, self._names(row), strict=True)) * repeats
             times = self.runner.run(answer_spaced(engine, asked, spacing))
             first = [own[0] for own in times]
             between = [gap for own in times for gap in own[1:]]

@@ -232,7 +232,8 @@ def test_full_stopped_and_cancelled(base: Base) -> None:
 
 def test_batches_hold_rows_of_about_one_length() -> None:
     lengths = [4, 100, 5, 110, 5, 90, 4, 4, 5, 4, 4, 4, 50]
-    found = batches(lengths, rows=4, waste=0.2)
+    assert [len(batch) for batch in batches(lengths, rows=4, tokens=48, waste=0.2)] == [9, 1, 3]
+    found = batches(lengths, rows=4, tokens=16, waste=0.2)
     assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
     for batch in found:
         own = [lengths[i] for i in batch]
