@@ -1,7 +1,8 @@
 """Many tenants on one service, against a process each and against one after another: time and memory.
 
-Each tenant trains (a call of forward_backward on a few rows, and a step) and samples. The service does all of
-them at once; the others are plain loops: lorica.adapt, torch's AdamW, and transformers' generate.
+Each tenant trains (a call of forward_backward, and a step) and samples. The service does all of them at once;
+the others are plain loops: lorica.adapt, torch's AdamW, and transformers' generate. Calls are small (one row
+of 16 tokens) or large (64 tokens): what a product with a weight gains by more rows, it gains up to about 64.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import lorica
 from lorica.service import Client, Datum
 
 R, VOCABULARY = 16, 8192
-ROWS, TOKENS = 4, 32
-SAMPLES, PROMPT, DRAWN = 4, 8, 16
-WORKS = ("training", "sampling", "both")
+SMALL, LARGE = (1, 16), (2, 32)
+SAMPLES, PROMPT, DRAWN = 4, 8, 8
+WORKS = ("training, small calls", "training, large calls", "sampling", "training, small calls, and sampling")
 TENANTS = (1, 4, 16)
 ADAPTED: dict[str, Any] = {"r": R, "lora_alpha": 32, "target_modules": "all-linear"}
 
@@ -33,6 +34,7 @@ ADAPTED: dict[str, Any] = {"r": R, "lora_alpha": 32, "target_modules": "all-line
 def main() -> None:
     """Measure every number of tenants, and every work."""
     options = harness.options(__doc__)
+    options.warmup = min(options.warmup, 1)
     rates, memory = [], []
     for count in TENANTS:
         ways = {name: way(count) for name, way in WAYS.items()}
@@ -40,17 +42,22 @@ def main() -> None:
             contestants = {name: harness.Contestant(partial(_do, way, work)) for name, way in ways.items()}
             setting = f"{count} tenant{'s' * (count > 1)}, {work}"
             rates.append(harness.alternate(setting, contestants, reference="service", options=options))
+        held = {name: way.held() or harness.apart(memory_of, name, count) for name, way in ways.items()}
         for way in ways.values():
             way.close()
-        held = [harness.apart(memory_of, name, count) for name in WAYS]
-        memory.append([str(count), *(f"{size / 2**20:,.0f} MiB" for size in held)])
-    worst = min(rate.ratio("a process each") for rate in rates if not rate.setting.startswith("1 "))
+        cells = [f"{size / 2**20:,.0f} MiB ({size / held['service']:.2f}×)" for size in held.values()]
+        memory.append([str(count), *cells])
+        print(f"{count} tenants, memory: {', '.join(cells)}", flush=True)
+    last = [rate for rate in rates if rate.setting.startswith(f"{TENANTS[-1]} ")]
+    told = ", ".join(
+        f"{rate.ratio('a process each'):.1f}× ({rate.setting.partition(', ')[2]})" for rate in last
+    )
     harness.publish(
         "service",
         title="Training as a service: many tenants on one base",
         claim=(
-            f"From 4 tenants on a process each takes {worst:.2f}× the service's time or more; in the service "
-            "each tenant's results are those that it has alone, bit for bit."
+            f"For {TENANTS[-1]} tenants a process each takes {told} the service's time. In the service each "
+            "tenant's results are those that it has alone, bit for bit."
         ),
         tables=[
             harness.table(rates, "Time of a step of every tenant, of its samples, and of both"),
@@ -65,7 +72,7 @@ def main() -> None:
             "model": "Llama, 8 × 512, from its configuration",
             "r": R,
             "targets": "all-linear",
-            "rows and tokens of a step": f"{ROWS} × {TOKENS}",
+            "rows and tokens of a call": " or ".join(f"{rows} × {tokens}" for rows, tokens in (SMALL, LARGE)),
             "samples": f"{SAMPLES} × {DRAWN} tokens behind {PROMPT}",
         },
         device=options.device,
@@ -88,9 +95,11 @@ def model() -> LlamaForCausalLM:
     ).eval()
 
 
-def rows(seed: int) -> Tensor:
+def rows(seed: int, work: str) -> Tensor:
     """What a tenant learns in a step."""
-    return torch.randint(0, VOCABULARY, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(seed))
+    count, tokens = LARGE if "large" in work else SMALL
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (count, tokens + 1), generator=random)
 
 
 class Way:
@@ -99,6 +108,10 @@ class Way:
     def do(self, work: str) -> None:
         """One step of each tenant, its samples, or both."""
         raise NotImplementedError
+
+    def held(self) -> int:
+        """Bytes that its processes hold; 0 where it runs in this one."""
+        return 0
 
     def close(self) -> None:
         """End it."""
@@ -109,17 +122,17 @@ class Together(Way):
 
     def __init__(self, count: int) -> None:
         """Begin its runs."""
-        self._client, self._numbers = Client(model(), lanes=256), itertools.count()
+        self._client, self._numbers = Client(model()), itertools.count()
         self._runs = [self._client.create(R, seed=i, train_unembed=False) for i in range(count)]
 
     def do(self, work: str) -> None:  # noqa: D102
         number, futures = next(self._numbers), []
         for i, run in enumerate(self._runs):
-            if work != "sampling":
-                data = [Datum.of(row[:-1], target_tokens=row[1:]) for row in rows(number + 1000 * i)]
+            if "training" in work:
+                data = [Datum.of(row[:-1], target_tokens=row[1:]) for row in rows(number + 1000 * i, work)]
                 run.forward_backward(data, "cross_entropy")
                 futures.append(run.optim_step(learning_rate=1e-4))
-            if work != "training":
+            if "sampling" in work:
                 futures.append(run.sample(range(PROMPT), max_tokens=DRAWN, num_samples=SAMPLES, seed=number))
         for future in futures:
             future.result()
@@ -141,14 +154,14 @@ class Tenant:
     def do(self, work: str) -> None:
         """As `Way.do`, for this one."""
         with lorica.active(self._model, self._name):
-            if work != "sampling":
+            if "training" in work:
                 self._seed += 1
-                data = rows(self._seed)
+                data = rows(self._seed, work)
                 logits = self._model(input_ids=data[:, :-1]).logits
                 F.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten(), reduction="sum").backward()
                 self._optimizer.step()
                 self._optimizer.zero_grad()
-            if work != "training":
+            if "sampling" in work:
                 prompt = torch.arange(PROMPT)[None]
                 draw: dict[str, Any] = {
                     "do_sample": True,
@@ -195,6 +208,9 @@ class Apart(Way):
         for pipe in self._pipes:
             pipe.recv()
 
+    def held(self) -> int:  # noqa: D102
+        return sum(psutil.Process(each.pid).memory_full_info().pss for each in self._processes)
+
     def close(self) -> None:  # noqa: D102
         for pipe, process in zip(self._pipes, self._processes, strict=True):
             pipe.send(None)
@@ -214,13 +230,12 @@ WAYS: dict[str, Callable[[int], Way]] = {"service": Together, "a process each": 
 
 
 def memory_of(name: str, count: int) -> int:
-    """Bytes that a way holds after a turn, with its processes; what they share counts once."""
+    """Bytes of this process after a turn; what it shares with others counts by its part."""
     way = WAYS[name](count)
-    way.do("both")
-    process = psutil.Process()
-    held = sum(each.memory_full_info().pss for each in (process, *process.children(recursive=True)))
+    way.do(WORKS[-1])
+    held = psutil.Process().memory_full_info().pss
     way.close()
-    return held
+    return int(held)
 
 
 if __name__ == "__main__":

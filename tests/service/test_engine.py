@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,57 @@ def test_company_changes_no_bit(build: Callable[[], nn.Module]) -> None:
     assert not torch.equal(together[0][1][:64], together[1][1][:64])
 
 
+class Sociable(nn.Module):
+    """A norm through which the sequences of a batch see one another."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + 0.1 * x.mean(0))
+
+
+def test_sequences_go_abreast_only_where_the_model_keeps_them_apart() -> None:
+    model = llama()
+    with Client(model) as client:
+        assert client.base.abreast.most(1) == client.base.abreast.most(16) == 64
+        assert client.base.abreast.filled(17) == 24
+    vars(model)["_modules"]["model"].norm = Sociable(model.get_submodule("model.norm"))
+    with Client(model) as client:
+        assert client.base.abreast.most(16) == 1
+        assert client.base.abreast.filled(17) == 17
+        run = client.create(2, seed=0)
+        alone = run.forward(rows(1, 1), "cross_entropy").result().logprobs[0]
+        assert torch.equal(
+            run.forward([*rows(1, 1), *rows(2, 3)], "cross_entropy").result().logprobs[0], alone
+        )
+
+
+def test_a_sequence_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Client(llama()) as client:
+        good, bad = client.create(2, seed=0), client.create(2, seed=1)
+        read = client.base.read
+
+        def choosy(tokens: Tensor, *args: Any, **more: Any) -> Any:
+            if (tokens == 90).any():
+                raise RuntimeError("not this token")
+            return read(tokens, *args, **more)
+
+        monkeypatch.setattr(client.base, "read", choosy)
+        data = [Datum.of([token] * 8, target_tokens=[1] * 8) for token in (5, 90)]
+        futures = [
+            run.forward_backward([d], "cross_entropy") for run, d in zip((good, bad), data, strict=True)
+        ]
+        drawn = [run.sample([token] * 8, max_tokens=3, stop=[]) for run, token in ((good, 5), (bad, 90))]
+        assert futures[0].result().loss > 0
+        assert len(drawn[0].result().sequences[0].tokens) == 3
+        for future in (futures[1], drawn[1]):
+            with pytest.raises(RuntimeError, match="not this token"):
+                future.result()
+        assert all(not g.any() for pair in bad.gradient().result().values() for g in pair)
+
+
 def test_seven_chunks_are_one() -> None:
     data = rows(0, 14)
     flat = []
@@ -78,7 +130,7 @@ def test_seven_chunks_are_one() -> None:
 
 def test_where_rows_do_not_stand_alone_products_are_taken_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(lanes, "rows_stand_alone", lambda weight: bool(asked.append(1)))
+    monkeypatch.setattr(lanes, "rows_stand_alone", lambda weight: len(asked.append(1) or []))
     together = trained(llama(), [0, 1])
     assert asked
     assert torch.equal(together[0][1], trained(llama(), [0])[0][1])
@@ -185,7 +237,7 @@ def test_draws_follow_the_distribution() -> None:
         (Draw(top_p=0.8), 2),
     ):
         counts = torch.bincount(
-            torch.tensor([choose(logits, draw, random) for _ in range(4000)]), minlength=4
+            torch.tensor(choose(logits.expand(4000, -1), [draw] * 4000, [random] * 4000)), minlength=4
         )
         want = torch.zeros(4)
         want[:kept] = (logits / draw.temperature)[:kept].softmax(0)

@@ -42,7 +42,7 @@ class Client:
         *,
         name: str | None = None,
         tokens: int = 2048,
-        lanes: int = 32,
+        lanes: int = 128,
     ) -> None:
         """Start the engine."""
         name = str(getattr(model, "name_or_path", "")) if name is None else name

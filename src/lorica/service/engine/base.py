@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorica.service.engine.abreast import Abreast
 from lorica.service.engine.lanes import Joint, Lane, Part, together
 from lorica.service.engine.targets import Targets, is_linear
 from lorica.service.engine.weights import Weights
@@ -22,11 +23,11 @@ _HEAD = 1 << 29
 
 
 class Read(NamedTuple):
-    """What the model made of a sequence, before its head.
+    """What the model made of sequences of one length, before its head.
 
     Args:
-        hidden: (tokens, width), what the head reads; or (tokens, vocabulary), the logits themselves, of a
-            model that makes them in another way.
+        hidden: (sequences, tokens, width), what the head reads; or (sequences, tokens, vocabulary), the
+            logits themselves, of a model that makes them in another way.
         after: what happens to logits before anyone looks at them, such as softcapping.
         compute: the head's own forward, where it is more than a product.
         cache: what the next tokens are read beside; None where the model keeps none.
@@ -65,8 +66,9 @@ class Base:
         self.device = table.weight.device
         self.head = output_head(model)
         self.joint = Joint(model, self.head)
+        self.abreast = Abreast.of(model, self.head, self.context)
         with self.running(backward=False):
-            seen = self.read(torch.zeros(1, dtype=torch.long))
+            seen = self.read(torch.zeros(1, 1, dtype=torch.long))
         if seen.hidden.shape[-1] == self.vocabulary and seen.compute is None and not self._is_deferred:
             self.head, self.joint = None, Joint(model, None)
         self.targets = Targets.of(model, output_head(model))
@@ -90,43 +92,41 @@ class Base:
             yield
 
     def read(self, tokens: Tensor, cache: Any = None, *, keep: bool = False) -> Read:
-        """Run the model on a sequence, or on more of one.
+        """Run the model on sequences, or on more of them.
 
         Args:
-            tokens: (N,).
+            tokens: (sequences, N).
             cache: of the tokens before; None at the start.
             keep: whether a cache is wanted.
         """
         more = {} if cache is None else {"past_key_values": cache}
-        out = self.model(input_ids=tokens[None].to(self.device), use_cache=keep, **more)
+        out = self.model(input_ids=tokens.to(self.device), use_cache=keep, **more)
         cache = getattr(out, "past_key_values", None) if keep else None
         logits = out.logits
         self._is_deferred = isinstance(logits, DeferredLogits)
         if not isinstance(logits, DeferredLogits):
-            return Read(logits[0], lambda rows: rows, None, cache)
+            return Read(logits, lambda rows: rows, None, cache)
         compute = None if is_linear(self.head) else logits.head.compute
-        return Read(logits.hidden[0], logits.after, compute, cache)
+        return Read(logits.hidden, logits.after, compute, cache)
 
     def logits(
         self, reads: Sequence[Read], xs: Sequence[Tensor], weights: Sequence[Weights | None]
     ) -> list[Tensor]:
-        """The logits of some rows of `Read.hidden` of each sequence, in float32 or better."""
+        """The logits of some rows (rows, width) of each sequence, in float32 or better."""
         if self.head is None:
             ys: Sequence[Tensor] = xs
         elif reads[0].compute is not None:
             ys = [read.compute(x) for read, x in zip(reads, xs, strict=True)]  # type: ignore[misc]
         else:
-            parts = [
-                Part(x, None if own is None else own.of(self.head))
-                for x, own in zip(xs, weights, strict=True)
-            ]
+            updates = [None if own is None else own.of(self.head) for own in weights]
+            parts = [Part.of(x, update, i) for i, (x, update) in enumerate(zip(xs, updates, strict=True))]
             ys = together(self.head, parts)
         return [precise(read.after(y)) for read, y in zip(reads, ys, strict=True)]
 
     def lane_logits(self, lane: Lane, read: Read, rows: Tensor) -> Tensor:
-        """As `logits`, of one lane's rows, with those of the others; call it from inside the lane."""
+        """As `logits`, of rows (sequences, …, width) of a lane; call it from inside the lane."""
         if self.head is None or read.compute is not None:
-            return self.logits([read], [rows], [lane.weights])[0]
+            return precise(read.after(rows if read.compute is None else read.compute(rows)))
         return precise(read.after(lane.linear(_HEAD, self.head, rows)))
 
 

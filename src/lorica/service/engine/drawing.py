@@ -1,15 +1,16 @@
 """Samples: one pass over the base gives a token to each sequence that is being written, whoever's it is.
 
-request ─▶ prompt read once ─┬─▶ token ─▶ token ─▶ …      each with a generator and a cache of its own
-                             └─▶ token ─▶ token ─▶ …
+requests whose prompts have one length ─▶ a writer ─┬─▶ sample ─▶ token ─▶ token ─▶ …
+                                                    ├─▶ sample ─▶ token ─▶ token ─▶ …    abreast; each has
+                                                    └─▶ sample ─▶ token ─▶ token ─▶ …    its own generator
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -115,125 +116,245 @@ class Samples:
     topk_prompt: tuple[Tensor, Tensor] | None = None
 
 
+@dataclass(eq=False)
 class Request:
-    """A request for samples, as its lanes see it.
+    """A request for samples.
 
     Args:
         base: the model.
         prompt: token ids.
-        weights: the adapter; None for the base.
         draw: how; checked.
+        tenant: who pays for the tokens.
+        weights_of: gives the adapter when its turn comes; None for the base.
+
+    Attributes:
+        weights: the adapter, once its turn has come.
+        samples: what was drawn so far.
+        left: samples that are not finished.
     """
 
-    def __init__(self, base: Base, prompt: Sequence[int], weights: Weights | None, draw: Draw) -> None:
-        """Start nothing yet."""
-        self.base, self.prompt, self.weights, self.draw = base, list(prompt), weights, draw
-        self.samples = Samples([Sample() for _ in range(draw.num_samples)])
-        seed = torch.seed() if draw.seed is None else draw.seed
-        self._seeds = [(seed + i) % (1 << 63) for i in range(draw.num_samples)]
-        self._fork: tuple[Any, Read, Tensor] | None = None
+    base: Base
+    prompt: list[int]
+    draw: Draw
+    tenant: str = ""
+    weights_of: Callable[[], Weights | None] = lambda: None
+    future: Future[Samples] = field(default_factory=Future)
+    weights: Weights | None = None
 
-    def first(self) -> Lane:
-        """The lane that reads the prompt, and writes the first sample."""
-        return Lane(self.weights, self._begin)
+    def __post_init__(self) -> None:
+        seed = torch.seed() if self.draw.seed is None else self.draw.seed
+        self._seeds = [(seed + i) % (1 << 63) for i in range(self.draw.num_samples)]
+        self.begin()
 
-    def others(self) -> list[Lane]:
-        """Lanes of the other samples, once the prompt was read; each once."""
-        if self._fork is None:
-            return []
-        cache, read, logits = self._fork
-        self._fork = None
-        lanes = []
-        for i in range(1, self.draw.num_samples):
-            own = read._replace(cache=copy.deepcopy(cache))
-            lanes.append(Lane(self.weights, partial(self._write, i, own, logits)))
-        return lanes
+    def begin(self) -> None:
+        """Forget what was drawn so far."""
+        self.samples = Samples([Sample() for _ in self._seeds])
+        self.left = len(self._seeds)
 
-    def _begin(self, lane: Lane) -> None:
-        prompt = torch.tensor(self.prompt)
-        draw = self.draw
-        read = self.base.read(prompt, keep=True)
-        if draw.prompt_logprobs or draw.topk_prompt:
-            self._score(lane, read)
-        if draw.max_tokens == 0 or len(self.prompt) == self.base.context:
-            return
-        logits = self.base.lane_logits(lane, read, read.hidden[-1:])[0]
-        if draw.num_samples > 1:
-            self._fork = copy.deepcopy(read.cache), read._replace(cache=None), logits
-        self._write(0, read, logits, lane)
+    @property
+    def room(self) -> int:
+        """Tokens that a sample may have."""
+        room = self.base.context - len(self.prompt)
+        return room if self.draw.max_tokens is None else min(self.draw.max_tokens, room)
 
-    def _score(self, lane: Lane, read: Read) -> None:
-        """Log-probabilities of the prompt itself."""
-        k, found, ids, tops = self.draw.topk_prompt, [], [], []
-        target = torch.tensor(self.prompt[1:])
-        for at in torch.arange(len(target)).split(_BLOCK):
-            logp = self.base.lane_logits(lane, read, read.hidden[at]).log_softmax(-1).cpu()
-            found.append(logp.gather(1, target[at, None])[:, 0])
-            if k:
-                values, places = logp.topk(k)
-                ids.append(places)
-                tops.append(values)
-        if self.draw.prompt_logprobs:
-            self.samples.prompt_logprobs = torch.cat(found) if found else torch.empty(0)
-        if k:
-            none = torch.empty(0, k)
-            self.samples.topk_prompt = (
-                torch.cat(ids) if ids else none.long(),
-                torch.cat(tops) if tops else none,
-            )
+    @property
+    def scores(self) -> bool:
+        """Whether something is wanted of the prompt itself."""
+        return self.draw.prompt_logprobs or self.draw.topk_prompt > 0
 
-    def _write(self, i: int, read: Read, logits: Tensor, lane: Lane) -> None:
-        draw, base, sample = self.draw, self.base, self.samples.sequences[i]
-        random = torch.Generator().manual_seed(self._seeds[i])
+    def rows(self) -> list[Row]:
+        """Its samples, to be written."""
+        draw, base = self.draw, self.base
         ends = base.ends if draw.stop is None else {item for item in draw.stop if isinstance(item, int)}
         texts = [item for item in draw.stop or () if isinstance(item, str)]
-        room = base.context - len(self.prompt)
-        most = room if draw.max_tokens is None else min(draw.max_tokens, room)
-        cache = read.cache
-        while True:
-            logp = logits.cpu().log_softmax(-1)
-            token = choose(logits.cpu(), draw, random)
-            sample.tokens.append(token)
-            sample.logprobs.append(float(logp[token]))
-            if draw.topk:
-                values, ids = logp.topk(draw.topk)
-                sample.top.append((ids.tolist(), values.tolist()))
-            if token in ends or (texts and self._ended(sample.tokens, texts)):
-                sample.stop_reason = "stop"
-                return
-            if len(sample.tokens) >= most:
-                return
-            lane.pause()
-            if cache is None:  # a model that keeps none reads it all again
-                read = base.read(torch.tensor(self.prompt + sample.tokens))
-            else:
-                read = base.read(torch.tensor([token]), cache, keep=True)
-                cache = read.cache
-            logits = base.lane_logits(lane, read, read.hidden[-1:])[0]
+        return [
+            Row(self, sample, torch.Generator().manual_seed(seed), ends, texts)
+            for sample, seed in zip(self.samples.sequences, self._seeds, strict=True)
+        ]
 
-    def _ended(self, tokens: Sequence[int], texts: Sequence[str]) -> bool:
+
+@dataclass(eq=False)
+class Row:
+    """A sample that is written."""
+
+    request: Request
+    sample: Sample
+    random: torch.Generator
+    ends: Collection[int]
+    texts: Sequence[str]
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody waits for it: not where its request was begun anew, or given up."""
+        request = self.request
+        return not request.future.done() and any(self.sample is each for each in request.samples.sequences)
+
+    def take(self, token: int, logprob: float) -> bool:
+        """One more token; whether it is the last."""
+        sample = self.sample
+        sample.tokens.append(token)
+        sample.logprobs.append(logprob)
+        if token in self.ends or (self.texts and self._ended()):
+            sample.stop_reason = "stop"
+            return True
+        return len(sample.tokens) >= self.request.room
+
+    def _ended(self) -> bool:
         # A token has at least one byte, so that this many of the last hold the longest text.
-        last = tokens[-max(4 * len(text) + 4 for text in texts) :]
-        text = self.base.tokenizer.decode(last)
-        return any(stop in text for stop in texts)
+        last = self.sample.tokens[-max(4 * len(text) + 4 for text in self.texts) :]
+        text = self.request.base.tokenizer.decode(last)
+        return any(stop in text for stop in self.texts)
 
 
-def choose(logits: Tensor, draw: Draw, random: torch.Generator) -> int:
-    """A token, of logits (vocabulary,)."""
-    if draw.temperature == 0:
-        return int(logits.argmax())
-    scaled = logits / draw.temperature
-    if 0 < draw.top_k < len(scaled):
-        scaled = scaled.where(scaled >= scaled.topk(draw.top_k).values[-1], -torch.inf)
+class Writer(Lane):
+    """A lane of samples that have one length.
+
+    Args:
+        base: the model.
+        requests: whose prompts have one length; several only where they may go abreast.
+        rows: samples that others read the prompts of; None reads them.
+        read: then, what was read last.
+        logits: then, of the next token (rows, vocabulary).
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        requests: Sequence[Request],
+        rows: Sequence[Row] | None = None,
+        read: Read | None = None,
+        logits: Tensor | None = None,
+    ) -> None:
+        """Start nothing yet."""
+        self.base, self.requests, self.rows = base, list(requests), list(rows or ())
+        self._others: list[Writer] = []
+        if rows is None:
+            super().__init__([request.weights for request in requests], Writer._begin)
+        else:
+            super().__init__([row.request.weights for row in rows], lambda lane: lane._write(read, logits))
+
+    def taken(self) -> list[Writer]:
+        """Writers of samples for which it has no room, once it has read the prompts; each once."""
+        others, self._others = self._others, []
+        return others
+
+    def _begin(self) -> None:
+        read = self.base.read(torch.tensor([request.prompt for request in self.requests]), keep=True)
+        if self.requests[0].scores:
+            self._score(read)
+        logits = self.base.lane_logits(self, read, read.hidden[:, -1])
+        rows, source = [], []
+        for i, request in enumerate(self.requests):
+            if request.room == 0:
+                request.left = 0
+                continue
+            rows += request.rows()
+            source += [i] * request.draw.num_samples
+        most = self.base.abreast.most(1) if hasattr(read.cache, "batch_select_indices") else 1
+        for first in range(len(rows) - 1 - (len(rows) - 1) % most, -1, -most):
+            some, of = rows[first : first + most], source[first : first + most]
+            own = read._replace(
+                cache=_chosen(copy.deepcopy(read.cache) if first else read.cache, of, len(self.requests))
+            )
+            if first:
+                self._others.append(Writer(self.base, self.requests, some, own, logits[of]))
+            else:
+                self.rows = some
+                self.hold([row.request.weights for row in some])
+                self._write(own, logits[of])
+
+    def _score(self, read: Read) -> None:
+        """Log-probabilities of the prompts themselves."""
+        most = max(request.draw.topk_prompt for request in self.requests)
+        target = torch.tensor([request.prompt[1:] for request in self.requests])
+        found, ids, tops = [torch.empty(len(target), 0)], [], []
+        for at in torch.arange(target.shape[1]).split(max(1, _BLOCK // len(target))):
+            logp = self.base.lane_logits(self, read, read.hidden[:, at]).log_softmax(-1).cpu()
+            found.append(logp.gather(-1, target[:, at, None])[..., 0])
+            if most:
+                values, places = logp.topk(most)
+                ids.append(places)
+                tops.append(values)
+        for i, request in enumerate(self.requests):
+            k = request.draw.topk_prompt
+            if request.draw.prompt_logprobs:
+                request.samples.prompt_logprobs = torch.cat([part[i] for part in found])
+            if k:
+                none = torch.empty(0, k)
+                request.samples.topk_prompt = (
+                    torch.cat([none.long(), *(part[i, :, :k] for part in ids)]),
+                    torch.cat([none, *(part[i, :, :k] for part in tops)]),
+                )
+
+    def _write(self, read: Read, logits: Tensor) -> None:
+        """Token after token, until the last sample has its last."""
+        base, cache = self.base, read.cache
+        while True:
+            logits = logits.cpu()
+            logp = logits.log_softmax(-1)
+            draws = [row.request.draw for row in self.rows]
+            tokens = choose(logits, draws, [row.random for row in self.rows])
+            likely = logp.gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+            stay = []
+            for i, (row, draw, token, logprob) in enumerate(
+                zip(self.rows, draws, tokens, likely, strict=True)
+            ):
+                if not row.wanted:
+                    continue
+                if draw.topk:
+                    values, ids = logp[i].topk(draw.topk)
+                    row.sample.top.append((ids.tolist(), values.tolist()))
+                if row.take(token, logprob):
+                    row.request.left -= 1
+                else:
+                    stay.append(i)
+            if not stay:
+                return
+            if len(stay) < len(self.rows):
+                cache = _chosen(cache, stay, len(self.rows))
+                self.rows, tokens = [self.rows[i] for i in stay], [tokens[i] for i in stay]
+                self.hold([row.request.weights for row in self.rows])
+            self.pause()
+            if cache is None:  # a model that keeps none reads it all again
+                row = self.rows[0]
+                read = base.read(torch.tensor([row.request.prompt + row.sample.tokens]))
+            else:
+                read = base.read(torch.tensor(tokens)[:, None], cache, keep=True)
+                cache = read.cache
+            logits = base.lane_logits(self, read, read.hidden[:, -1])
+
+
+def _chosen(cache: Any, rows: Sequence[int], size: int) -> Any:
+    """A cache of some of its rows, some of them several times."""
+    if list(rows) != list(range(size)):
+        cache.batch_select_indices(torch.tensor(rows))
+    return cache
+
+
+def choose(logits: Tensor, draws: Sequence[Draw], randoms: Sequence[torch.Generator]) -> list[int]:
+    """A token for each row of logits (rows, vocabulary), by its own rules and with its own generator."""
+    warm = torch.tensor([draw.temperature or 1.0 for draw in draws])
+    scaled = logits / warm[:, None].to(logits)
+    for i, draw in enumerate(draws):
+        if 0 < draw.top_k < scaled.shape[1]:
+            row = scaled[i]
+            scaled[i] = row.where(row >= row.topk(draw.top_k).values[-1], -torch.inf)
     probabilities = scaled.softmax(-1)
-    if draw.top_p < 1:
-        ordered, places = probabilities.sort(descending=True, stable=True)
-        beyond = ordered.cumsum(0) - ordered >= draw.top_p
-        probabilities = probabilities.index_fill(0, places[beyond], 0.0)
-    return int(torch.multinomial(probabilities, 1, generator=random))
+    for i, draw in enumerate(draws):
+        if draw.top_p < 1:
+            ordered, places = probabilities[i].sort(descending=True, stable=True)
+            beyond = ordered.cumsum(0) - ordered >= draw.top_p
+            probabilities[i, places[beyond]] = 0.0
+    reached = probabilities.cumsum(-1, dtype=torch.float64)
+    at = torch.cat([torch.rand(1, dtype=torch.float64, generator=random) for random in randoms])
+    # The first token that reaches further; one that has no probability never does.
+    drawn = torch.searchsorted(reached, (at * reached[:, -1])[:, None], right=True)[:, 0]
+    drawn = drawn.clamp_max(logits.shape[1] - 1)
+    likeliest = logits.argmax(-1)
+    return [int(likeliest[i]) if draw.temperature == 0 else int(drawn[i]) for i, draw in enumerate(draws)]
 
 
-def advance(base: Base, lanes: Sequence[Lane]) -> None:
-    """A token for each of the lanes."""
+def advance(base: Base, writers: Sequence[Writer]) -> None:
+    """A token for each of the writers' samples."""
     with base.running(backward=False):
-        run(lanes)
+        run(writers)

@@ -19,9 +19,10 @@ from typing import Any
 
 from lorica.service.engine.base import Base
 from lorica.service.engine.datum import Datum
-from lorica.service.engine.drawing import Draw, Request, Samples, advance
-from lorica.service.engine.lanes import Lane
+from lorica.service.engine.desk import Desk
+from lorica.service.engine.drawing import Draw, Request, Samples
 from lorica.service.engine.losses import loss_of
+from lorica.service.engine.proof import prove
 from lorica.service.engine.training import Task, learn
 from lorica.service.engine.weights import Learner, Weights
 from lorica.service.errors import ServiceDown, UserError
@@ -67,17 +68,6 @@ class _Run:
     calls: deque[_Learn | _Call] = field(default_factory=deque)
 
 
-@dataclass(eq=False)
-class _Writing:
-    """A request for samples whose lanes are at work."""
-
-    tenant: str
-    request: Request
-    weights_of: Callable[[], Weights | None]
-    future: Future[Samples] = field(default_factory=Future)
-    lanes: list[Lane] = field(default_factory=list)
-
-
 class Engine:
     """Trains and samples from many adapters on one base.
 
@@ -90,17 +80,17 @@ class Engine:
         lanes: samples that are written at once.
     """
 
-    def __init__(self, base: Base, *, tokens: int = 2048, lanes: int = 32) -> None:
+    def __init__(self, base: Base, *, tokens: int = 2048, lanes: int = 128) -> None:
         """Start the thread."""
-        self.base, self.tokens, self.lanes = base, tokens, lanes
+        prove(base)
+        self.base, self.tokens = base, tokens
         self.served: dict[str, int] = {}
+        self._desk = Desk(base, self.served, lanes)
         self.passes = 0
         self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = (
             queue.SimpleQueue()
         )
         self._runs: dict[str, _Run] = {}
-        self._waiting: deque[_Writing] = deque()
-        self._writing: list[_Writing] = []
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="lorica-engine", daemon=True)
         self._thread.start()
@@ -197,14 +187,14 @@ class Engine:
             ServiceDown: the engine does not run.
         """
         draw.check(prompt, self.base)
-        writing = _Writing(tenant, Request(self.base, prompt, None, draw), weights)
+        request = Request(self.base, list(prompt), draw, tenant, weights)
         if then is not None:
-            writing.future.add_done_callback(then)
+            request.future.add_done_callback(then)
         if after is None:
-            self._post(self._waiting.append, writing)
+            self._post(self._desk.add, request)
         else:
-            after.add_done_callback(lambda _: self._post_or_fail(writing))
-        return writing.future
+            after.add_done_callback(lambda _: self._post_or_fail(request))
+        return request.future
 
     def stop(self) -> None:
         """End the thread; calls that wait end with `ServiceDown`."""
@@ -218,11 +208,11 @@ class Engine:
             raise ServiceDown("the engine has stopped")
         self._inbox.put((what, args))
 
-    def _post_or_fail(self, writing: _Writing) -> None:
+    def _post_or_fail(self, request: Request) -> None:
         try:
-            self._post(self._waiting.append, writing)
+            self._post(self._desk.add, request)
         except ServiceDown as error:
-            writing.future.set_exception(error)
+            request.future.set_exception(error)
 
     def _add(self, run: str, tenant: str, call: _Learn | _Call) -> None:
         self._runs.setdefault(run, _Run(tenant)).calls.append(call)
@@ -230,7 +220,7 @@ class Engine:
     def _loop(self) -> None:
         try:
             while not self._stopping:
-                self._receive(block=not (self._runs or self._waiting or self._writing))
+                self._receive(block=not (self._runs or self._desk.busy))
                 if self._stopping:
                     break
                 self._do_calls()
@@ -344,55 +334,17 @@ class Engine:
 
     def _write(self, until: float) -> None:
         """Tokens for the samples, at least one for each, while there is time or nothing else to do."""
-        while self._waiting or self._writing:
-            self._begin_writing()
-            lanes = [lane for writing in self._writing for lane in writing.lanes]
-            advance(self.base, lanes)
-            for writing in list(self._writing):
-                self._look_after(writing)
+        while self._desk.busy:
+            self._desk.advance()
             self._receive(block=False)
             if self._stopping or (self._runs and time.monotonic() >= until):
                 return
-
-    def _begin_writing(self) -> None:
-        busy = sum(len(writing.lanes) for writing in self._writing)
-        while self._waiting and busy < self.lanes:
-            writing = min(self._waiting, key=lambda writing: self.served.get(writing.tenant, 0))
-            self._waiting.remove(writing)
-            if not writing.future.set_running_or_notify_cancel():
-                continue
-            try:
-                writing.request.weights = writing.weights_of()
-            except Exception as error:
-                writing.future.set_exception(error)
-                continue
-            writing.lanes = [writing.request.first()]
-            self._writing.append(writing)
-            busy += writing.request.draw.num_samples
-            self.served[writing.tenant] = self.served.get(writing.tenant, 0) + len(writing.request.prompt)
-
-    def _look_after(self, writing: _Writing) -> None:
-        self.served[writing.tenant] = self.served.get(writing.tenant, 0) + len(writing.lanes)
-        failed = next((lane.error for lane in writing.lanes if lane.error is not None), None)
-        writing.lanes = [lane for lane in writing.lanes if not lane.done] + writing.request.others()
-        if failed is not None:
-            for lane in writing.lanes:
-                lane.abandon()
-            writing.lanes = []
-            writing.future.set_exception(failed)
-        elif not writing.lanes:
-            writing.future.set_result(writing.request.samples)
-        if not writing.lanes:
-            self._writing.remove(writing)
 
     def _fail_all(self) -> None:
         self._receive(block=False)
         down = ServiceDown("the engine has stopped")
         futures: list[Future[Any]] = [call.future for run in self._runs.values() for call in run.calls]
-        futures += [writing.future for writing in (*self._waiting, *self._writing)]
-        for writing in self._writing:
-            for lane in writing.lanes:
-                lane.abandon()
+        futures += [request.future for request in self._desk.end()]
         for future in futures:
             if not future.done() and (future.running() or future.set_running_or_notify_cancel()):
                 future.set_exception(down)

@@ -1,15 +1,15 @@
-"""Several sequences through one model at once, each alone with its length, its adapter and its cache.
+"""Sequences on their way through one model, each with the bits that it has alone.
 
-    sequence 1   embed ─▶ norm ┊─▶ attention ┊─▶ norm ┊ …     each runs the model's own forward; at a frozen
-    sequence 2   embed ─▶ norm ┊─▶ attention ┊─▶ norm ┊ …     linear layer it waits for the others
-                               ┊             ┊
-                        W0·[x₁ x₂ 0]   one product for the rows of all, filled up to a multiple of 16
-                        + s·B·A·xᵢ     each adapter's part for its own sequence's rows
+    lane 1 (3 sequences of 8)    embed ─▶ norm ┊─▶ attention ┊─▶ norm ┊ …   each lane runs the model's own
+    lane 2 (1 sequence of 24)    embed ─▶ norm ┊─▶ attention ┊─▶ norm ┊ …   forward; at a frozen linear layer
+                                               ┊             ┊              it waits for the others
+                                        W0·[x₁ x₂ 0]   one product for the rows of all, filled up
+                                        + s·B·A·xᵢ     one for the rows of each adapter in a lane
 
-What a sequence gets does not depend on who else is there, to the last bit: everything but W0's product is
-computed for it alone, and the rows of a product come out the same in any company, as long as there are 16 or
-a multiple (`rows_stand_alone` asks the machine; where it says no, W0's products are taken alone as well).
-Gradients of A and B are added where they belong sequence by sequence, in the sequences' order.
+What a sequence gets does not depend on who else is there, to the last bit: the rows of a product come out the
+same in any company, as long as there are 4 or a multiple (`rows_stand_alone` asks the machine; where nothing
+helps, products are taken sequence by sequence), and everything else is computed lane by lane (`abreast` says
+who can share one). Gradients of A and B are added sequence by sequence, in the sequences' order.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -26,20 +27,21 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import require
-from lorica.functional import add_low_rank_, low_rank_gradients
 from lorica.service.engine.targets import is_linear
 from lorica.service.engine.weights import LowRank, Weights
 
 ROWS = 16
-"""Rows of a product with W0 are a multiple of this."""
+"""Rows of a product are a multiple of this at most."""
+_LINE = 64  # bytes: products of tensors that begin at such a place round the same wherever they lie
 
 
 class Lane:
-    """One sequence's way through the model.
+    """Sequences of one length on their way through the model, abreast.
 
     Args:
-        weights: the adapter that acts on it; None for the base.
+        weights: the adapter that acts on each; None for the base. Those of one adapter stand side by side.
         work: runs the model; its result is the lane's.
+        places: of the sequences in the order in which gradients are added; None for their own order.
 
     Attributes:
         done: whether it has ended.
@@ -47,10 +49,15 @@ class Lane:
         error: what it raised instead.
     """
 
-    def __init__(self, weights: Weights | None, work: Callable[[Lane], Any]) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Weights | None],
+        work: Callable[[Any], Any],
+        places: Sequence[int] | None = None,
+    ) -> None:
         """Start nothing yet."""
         greenlet = require("greenlet", extra="service").greenlet
-        self.weights = weights
+        self.hold(weights, places)
         self.done = False
         self.result: Any = None
         self.error: Exception | None = None
@@ -60,8 +67,18 @@ class Lane:
         self._routine.lane = self
         self.waiting: tuple[int, nn.Module | None, Tensor | None] | None = None
 
+    def hold(self, weights: Sequence[Weights | None], places: Sequence[int] | None = None) -> None:
+        """From now on these sequences are in it; arguments as there."""
+        self.places = range(len(weights)) if places is None else places
+        self.sharers: list[tuple[Weights | None, int, int]] = []
+        for own, group in groupby(weights):
+            first = self.sharers[-1][2] if self.sharers else 0
+            self.sharers.append((own, first, first + len(list(group))))
+
     def linear(self, order: int, module: nn.Module, x: Tensor) -> Tensor:
-        """A frozen layer's output for `x`, with the lane's own update. Call it from inside the lane."""
+        """A frozen layer's output for `x`, with the sequences' own updates. Call it from inside the lane."""
+        if len(self.places) > 1 and x.numel() // x.shape[-1] % len(self.places):
+            raise RuntimeError("the rows of a layer are not those of the sequences, one after the other")
         return self._routine.parent.switch((order, module, x))
 
     def pause(self) -> None:
@@ -79,6 +96,11 @@ class Lane:
         if not self.done and self._routine:
             self._routine.throw()
         self.done = True
+
+    def part(self, module: nn.Module | None, x: Tensor) -> Part:
+        """Its share of a layer's product."""
+        shares = [Share(None if own is None else own.of(module), *span) for own, *span in self.sharers]
+        return Part(x, shares, self.places)
 
     def _run(self, _: Any) -> None:
         try:
@@ -105,13 +127,9 @@ def run(lanes: Sequence[Lane]) -> None:
         # Those that are ahead wait for those behind, so that all meet at each layer.
         _, module, _ = min((lane.waiting for lane in waiting), key=lambda at: at[0])  # type: ignore[index, return-value, misc]
         there = [lane for lane in waiting if lane.waiting[1] is module]  # type: ignore[index]
-        parts = [Part(lane.waiting[2], _update(lane, module)) for lane in there]  # type: ignore[index, arg-type]
+        parts = [lane.part(module, lane.waiting[2]) for lane in there]  # type: ignore[index, arg-type]
         for lane, y in zip(there, together(module, parts), strict=True):
             lane.resume(y)
-
-
-def _update(lane: Lane, module: nn.Module | None) -> LowRank | None:
-    return None if lane.weights is None else lane.weights.of(module)
 
 
 class Joint:
@@ -147,63 +165,104 @@ def _forward(module: nn.Module, order: int, x: Tensor) -> Tensor:
     return type(module).forward(module, x) if lane is None else lane.linear(order, module, x)
 
 
-class Part(NamedTuple):
-    """One sequence's share of a product.
+class Share(NamedTuple):
+    """Sequences of a lane that have one adapter.
 
     Args:
-        x: its rows (..., d_in).
-        update: its adapter's A and B, and where their gradients go; None for the base alone.
+        update: its A and B, and where their gradients go; None for the base alone.
+        first: the first of these sequences.
+        last: the one behind the last.
+    """
+
+    update: LowRank | None
+    first: int
+    last: int
+
+
+class Part(NamedTuple):
+    """One lane's share of a product.
+
+    Args:
+        x: its rows (..., d_in), sequence by sequence.
+        shares: whose they are.
+        places: of the sequences in the order of gradients.
     """
 
     x: Tensor
-    update: LowRank | None = None
+    shares: Sequence[Share]
+    places: Sequence[int]
+
+    @classmethod
+    def of(cls, x: Tensor, update: LowRank | None, place: int) -> Part:
+        """Of one sequence."""
+        return cls(x, [Share(update, 0, 1)], [place])
 
 
 def together(module: Any, parts: Sequence[Part]) -> tuple[Tensor, ...]:
     """A linear layer's outputs for each part, W0's product taken once for all.
 
-    Under gradients, those of A and B are added to `LowRank.dA` and `LowRank.dB` in the parts' order.
+    Under gradients, those of A and B are added to `LowRank.dA` and `LowRank.dB` in the order of places.
     """
     weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
-    if len(parts) > 1 and not rows_stand_alone(weight):
-        return tuple(
-            _Together.apply(_anchor(), weight, module.bias, (part,), part.x)[0]  # type: ignore[index]
-            for part in parts
-        )
-    xs = [part.x for part in parts]
-    return _Together.apply(_anchor(), weight, module.bias, parts, *xs)  # type: ignore[no-any-return]
-
-
-def _anchor() -> Tensor:
     # The first layer's input needs no gradient, but what is behind it does.
-    return torch.empty(0, requires_grad=True)
+    anchor = torch.empty(0, requires_grad=True)
+    xs = [part.x for part in parts]
+    return _Together.apply(anchor, weight, module.bias, parts, *xs)  # type: ignore[no-any-return]
 
 
-def _product(rows: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``[rows]·Wᵀ + b`` with zero rows at the end, up to a multiple of `ROWS`."""
-    n = sum(map(len, rows))
-    more = -n % ROWS
-    if more:
-        rows = [*rows, rows[0].new_zeros(more, rows[0].shape[1])]
-    return F.linear(rows[0] if len(rows) == 1 else torch.cat(list(rows)), weight, bias)[:n]
+def _times(
+    xs: Sequence[Tensor], lengths: Sequence[int], weight: Tensor, bias: Tensor | None = None
+) -> Sequence[Tensor]:
+    """``x·Wᵀ + b`` for each x, of sequences of so many rows."""
+    unit = rows_stand_alone(weight)
+    if unit:
+        if len(xs) == 1:
+            return [_filled(xs[0], unit, weight, bias)]
+        return _filled(torch.cat(list(xs)), unit, weight, bias).split([len(x) for x in xs])
+    return [
+        torch.cat([_filled(_rows(x, i, i + n), ROWS, weight, bias) for i in range(0, len(x), n)])
+        if n
+        else x @ weight.t()
+        for x, n in zip(xs, lengths, strict=True)
+    ]
+
+
+def _filled(rows: Tensor, unit: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with zero rows at the end, up to a multiple of `unit`."""
+    n = rows.shape[0]
+    if n % unit == 0:
+        return F.linear(rows, weight, bias)
+    return F.linear(torch.constant_pad_nd(rows, (0, 0, 0, -n % unit)), weight, bias)[:n]
+
+
+def _rows(tensor: Tensor, first: int, last: int) -> Tensor:
+    """Some rows, at a place of memory where products with them round as if they were alone."""
+    part = tensor[first:last]
+    return part.clone() if first * tensor.stride(0) * tensor.itemsize % _LINE else part
 
 
 class _Together(torch.autograd.Function):
-    """`together` by hand."""
+    """`together` by hand; names follow the maths: u = A·x, g = Bᵀ·dy."""
 
     @staticmethod
     def forward(
         ctx: Any, anchor: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], *xs: Tensor
     ) -> tuple[Tensor, ...]:
         rows = [x.reshape(-1, x.shape[-1]) for x in xs]
-        outputs = _product(rows, weight, bias).split([len(part) for part in rows])
-        us = [
-            None if update is None else add_low_rank_(y, x, update.A, update.B, update.scale)
-            for y, x, (_, update) in zip(outputs, rows, parts, strict=True)
-        ]
-        kept = [None if u is None else x for x, u in zip(rows, us, strict=True)]
-        ctx.save_for_backward(weight, *kept, *us)
-        ctx.updates, ctx.shapes = [part.update for part in parts], [x.shape for x in xs]
+        lengths = [len(x) // len(part.places) for x, part in zip(rows, parts, strict=True)]
+        outputs = _times(rows, lengths, weight, bias)
+        us = []
+        for part, n, x, y in zip(parts, lengths, rows, outputs, strict=True):
+            for update, first, last in part.shares:
+                if update is None:
+                    continue
+                (u,) = _times([_rows(x, n * first, n * last)], [n], update.A.to(y.dtype))
+                (more,) = _times([u], [n], update.B.to(y.dtype))
+                y[n * first : n * last].add_(more, alpha=update.scale)
+                us.append(u)
+        ctx.save_for_backward(weight, *rows, *us)
+        ctx.parts, ctx.lengths = [part._replace(x=None) for part in parts], lengths
+        ctx.shapes = [x.shape for x in xs]
         ctx.set_materialize_grads(False)
         # Not views to autograd: what follows may work in place on them.
         return tuple(
@@ -214,59 +273,74 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         weight, *saved = ctx.saved_tensors
-        n = len(dys)
-        rows, us = saved[:n], saved[n:]
-        live = [i for i, dy in enumerate(dys) if dy is not None]
+        rows, us = saved[: len(dys)], iter(saved[len(dys) :])
         flat = {i: dy.reshape(-1, dy.shape[-1]) for i, dy in enumerate(dys) if dy is not None}
-        ask = [i for i in live if ctx.needs_input_grad[4 + i]]
+        ask = [i for i in flat if ctx.needs_input_grad[4 + i]]
         dxs: dict[int, Tensor] = {}
         if ask:
-            dx = _product([flat[i] for i in ask], weight.t())
-            dxs = dict(zip(ask, dx.split([len(flat[i]) for i in ask]), strict=True))
-        for i in live:
-            update = ctx.updates[i]
-            if update is not None:
-                trains = update.dA is not None
-                dA, dB = low_rank_gradients(
-                    flat[i],
-                    dxs.get(i),
-                    rows[i] if trains else None,
-                    update.A,
-                    update.B,
-                    update.scale,
-                    None,
-                    us[i] if trains else None,
-                )
-                if trains:
-                    update.dA.add_(dA)
-                    update.dB.add_(dB)
-        gradients = [dxs[i].view(ctx.shapes[i]) if i in dxs else None for i in range(n)]
+            products = _times([flat[i] for i in ask], [ctx.lengths[i] for i in ask], weight.t())
+            dxs = dict(zip(ask, products, strict=True))
+        found: list[tuple[int, LowRank, tuple[Tensor, ...], int, int]] = []
+        for i, (part, n) in enumerate(zip(ctx.parts, ctx.lengths, strict=True)):
+            for update, first, last in part.shares:
+                if update is None:
+                    continue
+                u = next(us)
+                if i not in flat:
+                    continue
+                start, stop = n * first, n * last
+                dy = _rows(flat[i], start, stop)
+                (g,) = _times([dy], [n], update.B.to(dy.dtype).t())
+                if i in dxs:
+                    (more,) = _times([g], [n], update.A.to(dy.dtype).t())
+                    dxs[i][start:stop].add_(more, alpha=update.scale)
+                if update.dA is not None:
+                    own = g, _rows(rows[i], start, stop), u, dy
+                    found += [(part.places[j], update, own, n * (j - first), n) for j in range(first, last)]
+        for _, update, (g, x, u, dy), at, n in sorted(found, key=lambda item: item[0]):
+            _add(update.dA, _rows(g, at, at + n), _rows(x, at, at + n), update.scale)  # type: ignore[arg-type]
+            _add(update.dB.t(), _rows(u, at, at + n), _rows(dy, at, at + n), update.scale)  # type: ignore[union-attr]
+        gradients = [dxs[i].view(ctx.shapes[i]) if i in dxs else None for i in range(len(dys))]
         return None, None, None, None, *gradients
 
 
-_STAND_ALONE: dict[tuple[Any, ...], bool] = {}
+def _add(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """``total += scale·leftᵀ·right``: (r × tokens)·(tokens × d), the faster order on a CPU."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.t(), right, alpha=scale)
+    else:
+        total.add_(left.t() @ right, alpha=scale)
 
 
-def rows_stand_alone(weight: Tensor) -> bool:
-    """Whether a row's product with a weight has the same bits in any company of a multiple of `ROWS` rows.
+_STAND_ALONE: dict[tuple[Any, ...], int] = {}
+
+
+def rows_stand_alone(weight: Tensor) -> int:
+    """Of which number of rows products with a weight give each row the bits that it has in any company.
 
     BLAS libraries choose their kernels by the number of rows. Asked once for each shape, dtype and number of
-    threads, by trying. Off the CPU the answer is yes: there the same bits are not promised.
+    threads, by trying. Off the CPU the same bits are not promised, and nobody is asked.
+
+    Returns:
+        A number, of which all multiples do as well: 4, 8 or `ROWS`; or 0 where there is none.
     """
     if weight.device.type != "cpu":
-        return True
+        return 1
     key = (weight.shape, weight.stride(), weight.dtype, torch.get_num_threads())
-    if key not in _STAND_ALONE:
-        _STAND_ALONE[key] = _try(weight.detach()) and _try(weight.detach().t())
-    return _STAND_ALONE[key]
+    found = _STAND_ALONE.get(key)
+    if found is None:
+        own = weight.detach()
+        found = next((unit for unit in (4, 8, ROWS) if _try(own, unit) and _try(own.t(), unit)), 0)
+        _STAND_ALONE[key] = found
+    return found
 
 
-def _try(weight: Tensor) -> bool:
+def _try(weight: Tensor, unit: int) -> bool:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(24 * ROWS, weight.shape[1], generator=random).to(weight.dtype)
     whole = F.linear(x, weight)
-    for blocks in (1, 2, 3, 7, 16, 23):
-        rows = torch.randperm(len(x), generator=random)[: blocks * ROWS]
+    for blocks in (1, 2, 3, 5, 7, 16, 23):
+        rows = torch.randperm(len(x), generator=random)[: blocks * unit]
         if not torch.equal(F.linear(x[rows], weight), whole[rows]):
             return False
     return True

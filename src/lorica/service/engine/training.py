@@ -69,37 +69,70 @@ def learn(base: Base, tasks: Sequence[Task], *, backward: bool) -> None:
         tasks: each with an adapter of its own, or several with one.
         backward: whether gradients are wanted.
     """
-    with base.running(backward=backward):
-        lanes = [Lane(task.weights, partial(_read, base, task)) for task in tasks]
-        try:
-            run(lanes)
-        finally:
-            for lane in lanes:
-                lane.abandon()
-    pieces: list[_Piece] = []
+    groups = _abreast(base, tasks)
+    lanes = _through(base, tasks, groups, backward=backward)
+    if any(lane.error is not None and len(group) > 1 for group, lane in zip(groups, lanes, strict=True)):
+        groups = [[i] for i in range(len(tasks))]  # whoever it is, the others get their results
+        lanes = _through(base, tasks, groups, backward=backward)
+    pieces: dict[int, list[_Piece]] = {}
     hidden: list[tuple[Tensor, Tensor]] = []
-    for task, lane in zip(tasks, lanes, strict=True):
-        task.error = lane.error
+    for group, lane in zip(groups, lanes, strict=True):
         if lane.error is not None:
+            tasks[group[0]].error = lane.error
             continue
         read: Read = lane.result
-        task.logprobs = torch.empty(task.datum.inputs["target_tokens"].shape)
         gradient = torch.zeros_like(read.hidden) if backward else None
         if gradient is not None:
             hidden.append((read.hidden, gradient))
-        pieces += _pieces(task, read, gradient)
-    for chunk in _chunks(pieces):
+        for row, i in enumerate(group):
+            own = read._replace(hidden=read.hidden.detach()[row])
+            pieces[i] = list(_pieces(tasks[i], own, None if gradient is None else gradient[row]))
+    for chunk in _chunks([piece for i in sorted(pieces) for piece in pieces[i]]):
         _compute(base, chunk)
     if hidden:
         torch.autograd.backward([h for h, _ in hidden], [g for _, g in hidden])
 
 
-def _read(base: Base, task: Task, lane: Lane) -> Any:
-    return base.read(task.datum.tokens)
+def _abreast(base: Base, tasks: Sequence[Task]) -> list[list[int]]:
+    """Which tasks go through the model in one lane: of one length, those of an adapter side by side."""
+    alike: dict[int, dict[int, list[int]]] = {}
+    for i, task in enumerate(tasks):
+        of_length = alike.setdefault(base.abreast.filled(len(task.datum)), {})
+        of_length.setdefault(id(task.weights), []).append(i)
+    groups = []
+    for length, by_adapter in alike.items():
+        order, most = [i for own in by_adapter.values() for i in own], base.abreast.most(length)
+        groups += [order[i : i + most] for i in range(0, len(order), most)]
+    return groups
+
+
+def _through(
+    base: Base, tasks: Sequence[Task], groups: Sequence[Sequence[int]], *, backward: bool
+) -> list[Lane]:
+    """Lanes that have been through the model."""
+    lanes = []
+    for group in groups:
+        some = [tasks[i] for i in group]
+        lanes.append(Lane([task.weights for task in some], partial(_read, base, some), group))
+    with base.running(backward=backward):
+        try:
+            run(lanes)
+        finally:
+            for lane in lanes:
+                lane.abandon()
+    return lanes
+
+
+def _read(base: Base, tasks: Sequence[Task], lane: Lane) -> Any:
+    tokens = torch.zeros(len(tasks), base.abreast.filled(len(tasks[0].datum)), dtype=torch.long)
+    for row, task in zip(tokens, tasks, strict=True):
+        row[: len(task.datum)] = task.datum.tokens
+    return base.read(tokens)
 
 
 def _pieces(task: Task, read: Read, gradient: Tensor | None) -> Iterator[_Piece]:
     """At most `CHUNK` rows each; those that have no part in the gradient by themselves."""
+    task.logprobs = torch.empty(task.datum.inputs["target_tokens"].shape)
     acting = torch.stack([task.datum.inputs[name] != 0 for name in task.loss.idle]).all(0).any(1)
     if gradient is None:
         acting = torch.zeros_like(acting)
@@ -127,7 +160,7 @@ def _chunks(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
 def _compute(base: Base, chunk: Sequence[_Piece]) -> None:
     """Log-probabilities, losses and the gradient of hidden, of a chunk."""
     wants = chunk[0].gradient is not None
-    xs = [piece.read.hidden.detach()[piece.rows].requires_grad_(wants) for piece in chunk]
+    xs = [piece.read.hidden[piece.rows].requires_grad_(wants) for piece in chunk]
     with torch.set_grad_enabled(wants):
         logits = base.logits([p.read for p in chunk], xs, [p.task.weights for p in chunk])
         logps = [_logp(piece, y) for piece, y in zip(chunk, logits, strict=True)]

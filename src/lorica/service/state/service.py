@@ -56,7 +56,7 @@ class Service:
         snapshot: float = 30.0,
         patience: float = 600.0,
         tokens: int = 2048,
-        lanes: int = 32,
+        lanes: int = 128,
     ) -> None:
         """Open the folder, and go on with what it holds."""
         self.base, self.folder = base, Path(folder)
