@@ -15,7 +15,7 @@ def llama(**settings: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     more = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "num_key_value_heads": 1}
     chosen: dict[str, Any] = {**sizes, **more, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return LlamaForCausalLM(LlamaConfig(**{**chosen, **settings})).eval()

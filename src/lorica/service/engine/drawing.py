@@ -226,7 +226,8 @@ class Writer(Lane):
         logits: Tensor | None = None,
     ) -> None:
         """Start nothing yet."""
-        self.base, self.requests, self.rows = base, list(requests), list(rows or ())
+        self.base, self.requests = base, list(requests)
+        self.rows: list[Row] = list(rows or ())
         self._others: list[Writer] = []
         if rows is None:
             super().__init__([request.weights for request in requests], Writer._begin)
@@ -243,7 +244,8 @@ class Writer(Lane):
         if self.requests[0].scores:
             self._score(read)
         logits = self.base.lane_logits(self, read, read.hidden[:, -1])
-        rows, source = [], []
+        rows: list[Row] = []
+        source: list[int] = []
         for i, request in enumerate(self.requests):
             if request.room == 0:
                 request.left = 0
