@@ -297,7 +297,7 @@ class Writer(Lane):
             draws = [row.request.draw for row in self.rows]
             tokens = choose(logits, draws, [row.random for row in self.rows])
             likely = logp.gather(-1, torch.tensor(tokens)[:, None])[:, 0].tolist()
-            stay = []
+            stay: list[int] = []
             for i, (row, draw, token, logprob) in enumerate(
                 zip(self.rows, draws, tokens, likely, strict=True)
             ):
@@ -314,7 +314,8 @@ class Writer(Lane):
                 return
             if len(stay) < len(self.rows):
                 cache = _chosen(cache, stay, len(self.rows))
-                self.rows, tokens = [self.rows[i] for i in stay], [tokens[i] for i in stay]
+                self.rows = [self.rows[i] for i in stay]
+                tokens = [tokens[i] for i in stay]
                 self.hold([row.request.weights for row in self.rows])
             self.pause()
             if cache is None:  # a model that keeps none reads it all again
