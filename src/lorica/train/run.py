@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import TrainerCallback
 
 from lorica.checkpoint import read, write_card
 from lorica.checkpoint import write as write_adapter
@@ -96,6 +97,7 @@ def train(
     changed_data: bool = False,
     changed_processes: bool = False,
     engine: str = "ddp",
+    callbacks: list[TrainerCallback] | None = None,
 ) -> Result:
     """Train an adapter as a recipe says.
 
@@ -119,6 +121,7 @@ def train(
         changed_processes: resume in another number of processes than the run had; `batch_size` must make as
             many rows a step.
         engine: how several processes share the model; see `LaunchConfig`.
+        callbacks: of transformers, for the trainer.
 
     Returns:
         Scores, counts and times.
@@ -155,6 +158,7 @@ def train(
             console=console,
             changed_processes=changed_processes,
             engine=engine,
+            callbacks=callbacks,
         )
         if repeats is not None:
             _compare_end(repeats, prepared.recipe, result, console)
@@ -326,6 +330,22 @@ def _check_folder(output: Path, *, resume: bool, overwrite: bool) -> None:
             "--overwrite, "
             "or choose another --output"
         )
+
+
+def make_room(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that holds a run, go on with that, or remove it.
+
+    Args:
+        output: the folder.
+        resume: go on with it.
+        overwrite: remove it.
+
+    Raises:
+        LoricaError: it holds a run, and neither was said.
+    """
+    _check_folder(output, resume=resume, overwrite=overwrite)
+    if overwrite:
+        _clear(output)
 
 
 def _held(output: Path) -> list[str]:

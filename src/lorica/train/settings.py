@@ -306,8 +306,8 @@ class GenerationConfig:
         expect(self, "eval_rows", self.eval_rows is None or self.eval_rows > 0, "None or more than 0", of)
 
 
-ENGINES = ("ddp", "fsdp2")
-"""How the processes of a run share its model."""
+ENGINES = ("ddp", "fsdp2", "ray")
+"""How the processes of a run share its model, and who starts them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,27 +317,34 @@ class LaunchConfig:
     Args:
         processes: on each machine: one for each GPU, or several that share a CPU's cores. None is this one.
         machines: number of machines; the command is given on each of them.
-        address: of the first machine, as host:port, where the others find it.
-        engine: "ddp", each process holds the model whole; or "fsdp2", each holds a part of every weight, and
-            has a block's others sent while it computes.
+        address: of the first machine, as host:port, where the others find it; of a cluster of Ray's.
+        engine: "ddp", each process holds the model whole; "fsdp2", each holds a part of every weight, and
+            has a block's others sent while it computes; or "ray", as "ddp" in workers of Ray's, here or in
+            the cluster at `address` ("auto": the one that runs here), started again where one is lost.
+        retries: how often lost workers of Ray's are started again.
     """
 
     processes: int | None = None
     machines: int = 1
     address: str | None = None
     engine: str = ENGINES[0]
+    retries: int = 3
 
     def __post_init__(self) -> None:
         """Check the values."""
         of = "launch."
         expect(self, "engine", self.engine in ENGINES, f"one of {ENGINES}", of)
+        expect(self, "retries", self.retries >= 0, "0 or more", of)
         expect(self, "processes", self.processes is None or self.processes > 0, "None or more than 0", of)
         expect(self, "machines", self.machines > 0, "more than 0", of)
         if self.processes is None and (self.machines > 1 or self.address is not None):
             raise ConfigError(
                 "launch.machines and launch.address need launch.processes, those on each machine"
             )
-        if (self.machines > 1) != (self.address is not None):
+        if self.engine == "ray":
+            expect(self, "processes", self.processes is not None, "a number of Ray's workers", of)
+            expect(self, "machines", self.machines == 1, "1 with Ray, which finds the machines itself", of)
+        elif (self.machines > 1) != (self.address is not None):
             raise ConfigError(
                 "launch.machines and launch.address belong together: --launch.address host:port"
             )

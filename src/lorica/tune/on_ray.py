@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 import time
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lorica.errors import ConfigError, LoricaError, require
+from lorica.errors import LoricaError, require
 from lorica.train.console import quiet
+from lorica.train.distributed.cluster import connected
 from lorica.train.recipe import Recipe
 from lorica.tune.journal import ENDED, JOURNAL, TRIALS, Journal, Record
 from lorica.tune.population.shared_base import SharedBase
@@ -185,9 +185,7 @@ def _processes(resources: Mapping[str, float]) -> int:
 
 @contextlib.contextmanager
 def _ray(address: str | None, progress: ProgressTable) -> Iterator[None]:
-    """Ray for the length of a block, started here or joined; a Ray that ran before keeps running."""
-    import ray
-
+    """Ray for the length of a block, as Tune is to be used here."""
     # Otherwise Tune writes curves and results beside ours, and handles Ctrl-C itself.
     settings = {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -195,29 +193,10 @@ def _ray(address: str | None, progress: ProgressTable) -> Iterator[None]:
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    ours = not ray.is_initialized()
     try:
-        if ours:
-            options: dict[str, Any] = {} if address else {"include_dashboard": False}
-            try:
-                ray.init(
-                    address=address,
-                    log_to_driver=False,
-                    configure_logging=True,
-                    logging_level=logging.ERROR,
-                    **options,
-                )
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                where = f"Ray at {address!r} cannot be reached" if address else "Ray cannot be started here"
-                raise LoricaError(f"{where}: {error}") from error
-        elif address is not None:
-            raise ConfigError(f"Ray runs in this process already, so {address!r} cannot be joined")
-        resources = ray.cluster_resources()
-        progress.note(f"Ray: {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs")
-        yield
+        with connected(address, progress.note):
+            yield
     finally:
-        if ours:
-            ray.shutdown()
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)

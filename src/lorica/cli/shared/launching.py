@@ -40,11 +40,16 @@ def launched(parser: Parser, parsed: Any, command: str, argv: Sequence[str], hin
     """
     config = parser.instantiate(parsed).launch
     if config.engine != "ddp" and command != "train":
-        parser.error(f"`lorica {command}` holds the whole model in each process; leave out {_ENGINE}")
+        parser.error(
+            f"{_ENGINE} {config.engine} is for `lorica train`; leave it out of `lorica {command}`, which "
+            "holds the whole model in each of its own processes"
+        )
     if config.processes is None:
         return None
     if "RANK" in os.environ:
         parser.error("a launcher such as torchrun has started this already; leave out --launch.processes")
+    if config.engine == "ray":
+        return None  # this process is not one of the workers, and waits for them
     from lorica.cli import main
     from lorica.train.distributed.launch import launch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ from lorica.cli import INTERRUPTED
 from lorica.cli.shared import hints
 from lorica.cli.shared.launching import add_launch, launched, tells
 from lorica.cli.shared.parsing import Parser, add_trust, expanded, print_help
+from lorica.errors import require
 from lorica.train.recipe import Recipe, add_recipe, check_file, check_trusted, from_parsed
 
 
@@ -90,9 +92,16 @@ def run(argv: list[str]) -> int:
     unseen = [code for code in recipe.code() if code not in typed]  # what was typed is the user's own
     check_trusted(unseen, "the recipe", trust_task=parsed.trust_task)
     cpu = bool(recipe.training.arguments.get("use_cpu"))
+    launch = command.instantiate(parsed).launch
+    work = functools.partial(train, engine=launch.engine)
+    if launch.engine == "ray":
+        require("ray.train", extra="ray")
+        from lorica.train.ray import train_on_ray
+
+        work = functools.partial(train_on_ray, config=launch)
     with joined(cpu=cpu, hint=f"{hint} (the run is in {recipe.output})"):
         try:
-            result = train(
+            result = work(
                 recipe,
                 resume=parsed.resume,
                 overwrite=parsed.overwrite,
@@ -100,12 +109,11 @@ def run(argv: list[str]) -> int:
                 repeats=repeats,
                 changed_data=parsed.changed_data,
                 changed_processes=parsed.changed_processes,
-                engine=parsed.launch.engine,
             )
         except Interrupted as stop:
             if tells():
                 print(stop, file=sys.stderr)
-                words = [*_several(parsed.launch.engine), *hints.word(recipe)]
+                words = [*_several(launch), *hints.word(recipe)]
                 again = hints.command("train", Path(recipe.output) / RECIPE, "--resume", *words)
                 print(f"resume with: {again}", file=sys.stderr)
             wait_for_all()  # a launcher that sees the first of them end ends the others
@@ -116,10 +124,13 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _several(engine: str) -> list[str]:
-    """The options that start as many processes as there are, on one machine, and share the model as here."""
+def _several(launch: Any) -> list[str]:
+    """The options that start as many processes as there are, on one machine or in Ray, by the same engine."""
+    own = [] if launch.engine == "ddp" else ["--launch.engine", launch.engine]
+    if launch.engine == "ray":
+        address = [] if launch.address is None else ["--launch.address", launch.address]
+        return ["--launch.processes", str(launch.processes), *own, *address]
     world, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    own = [] if engine == "ddp" else ["--launch.engine", engine]
     return [*(["--launch.processes", here] if world == here != "1" else []), *own]
 
 
