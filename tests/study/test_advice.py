@@ -177,6 +177,8 @@ def test_nothing_to_advise() -> None:
     zero = made.adapter({"q": Factors(made.columns(5, 2, 0).mT, 0 * made.columns(6, 2, 1), 1.0)})
     with pytest.raises(ConfigError, match="has not been trained"):
         study.advise(zero)
+    with pytest.raises(AdapterError, match="the adapter's method is bitfit"):
+        study.advise(lorica.Adapter(lorica.BitFitConfig(), {}))
     with pytest.raises(ConfigError, match="buys no direction; the cheapest has 40"):
         study.advise(made.adapter({"q": layer([1, 1], 0)}), budget=39)
 

@@ -130,6 +130,12 @@ def test_what_has_no_directions() -> None:
         study.directions(grouped, "A")
 
 
+def test_adapters_without_updates() -> None:
+    none = Adapter(LoraConfig(), {})
+    with pytest.raises(AdapterError, match="neither has a low-rank update"):
+        study.similarity(none, none)
+
+
 def test_no_such_side(unchecked_shapes: None) -> None:
     with pytest.raises(ConfigError, match="side must be one of A, B, input, output, not 'left'"):
         study.directions(made.gaussian(6, 5, 2), "left")  # type: ignore[arg-type]

@@ -129,7 +129,8 @@ def _whole(
         raise AdapterError(
             "updates add up, what is trained whole does not, and in that the adapters differ:\n"
             f"{lines(f'{name}: {how}' for name, how in differing.items())}\n"
-            "Say whose head, biases and task to keep; keep=0 keeps the first adapter's"
+            "Say whose head, biases and task to keep; keep=0 keeps the first adapter's (lorica combine: "
+            "--keep and its folder)"
         )
     saved = list(dict.fromkeys(name for a in adapters for name in a.lora.modules_to_save or ()))
     both = [path for path in paths if any(f".{name}." in f".{path}." for name in saved)]

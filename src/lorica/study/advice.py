@@ -123,8 +123,10 @@ def advise(
         others: name → adapter of the same task with another seed: more evidence.
 
     Raises:
+        AdapterError: the adapter is another method's than LoRA.
         ConfigError: the energy is not in (0, 1], or the budget is too small for one direction.
     """
+    _ = adapter.lora  # refuses other methods
     found = spectrum(adapter)
     # The rank of a grouped convolution is a multiple of its groups.
     steps = {path: f.groups for path, f in adapter.factors.items()}

@@ -185,6 +185,8 @@ def similarity(
     if problems and paths is not None:
         raise AdapterError(f"some of the named modules cannot be compared:\n{lines(problems.values())}")
     notes = [*_of_bases(one, other), *_of_targets(one, other), *problems.values()]
+    if not (one.factors or other.factors):
+        notes.append("neither has a low-rank update")
     if not layers:
         raise AdapterError(f"the two adapters have no layer that can be compared:\n{lines(notes)}")
     return SimilarityReport(layers, tuple(notes))

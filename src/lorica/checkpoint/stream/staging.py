@@ -186,7 +186,7 @@ def _other_job(out: Path, before: Mapping[str, Any], job: Mapping[str, Any]) -> 
     differ = [key for key in {**before, **job} if before.get(key) != job.get(key)]
     return (
         f"{out} holds an unfinished merge of other inputs (not the same: {listing(differ)}); choose a new "
-        "folder, or start again with resume=False"
+        "folder, or start again with resume=False (lorica merge: --restart)"
     )
 
 
