@@ -25,7 +25,7 @@ import lorica
 from lorica.serve import Decoder, Sampling
 
 R = 8
-REQUESTS, PROMPT, TOKENS = 32, 8, 6
+REQUESTS, PROMPT, TOKENS = 32, 8, 8
 PEERS = 5
 """Rounds of what takes many times as long."""
 SLOTS = 32

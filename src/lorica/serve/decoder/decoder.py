@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import math
@@ -167,6 +168,7 @@ class Decoder:
         waiting = [request for request in self._open.values() if request.id not in inside]
         names = {id(a.content): n for n, a in (self._store.names if self._store else {}).items()}
         blocks = self._sizes["blocks"]
+        totals: dict[str, Any] = {f"{name}_total": n for name, n in dataclasses.asdict(counts).items()}
         return Stats(
             waiting=len(waiting),
             running=len(running),
@@ -175,14 +177,7 @@ class Decoder:
             mounted=tuple(names.get(id(c), c.hash[:12]) for c in self._schedule.mounted),
             running_adapters=tuple(sorted({r.name for r in running if r.name is not None})),
             waiting_adapters=tuple(sorted({r.name for r in waiting if r.name is not None})),
-            prompt_tokens_total=counts.prompt_tokens,
-            cached_tokens_total=counts.cached_tokens,
-            generated_tokens_total=counts.generated_tokens,
-            steps_total=counts.steps,
-            mounts_total=counts.mounts,
-            evictions_total=counts.evictions,
-            slot_waits_total=counts.slot_waits,
-            timeouts_total=counts.timeouts,
+            **totals,
             restarts_total=self._restarts,
         )
 

@@ -46,7 +46,7 @@ class Told(NamedTuple):
 
 @dataclass(eq=False)
 class Counts:
-    """What the engine did since it was made."""
+    """What the engine did since it was made: what `Stats` has under these names, with ``_total`` behind."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0

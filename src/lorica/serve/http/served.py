@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -102,13 +103,13 @@ class Served:
         """
         if name is None:
             return self.default if key.may_use(self.default) else None
-        known = {entry.name for entry in self.adapters.entries()}
         own = name.removeprefix(f"{self.model}:")
-        if own in known and key.may_use(own):
-            return own
+        if key.may_use(own):
+            with contextlib.suppress(UnknownAdapter):
+                return self.adapters.entry(own).name
         if name == self.model:
             return None
-        seen = [self.model, *sorted(each for each in known if key.may_use(each))]
+        seen = [self.model, *(entry.name for entry in self.seen_by(key))]
         raise ApiError(
             404,
             f"there is no model {name[:200]!r} here{nearest(name[:200], seen)}; /v1/models lists all",
