@@ -69,7 +69,7 @@ class LoraLinear(LoraLayer):
     def update(self, name: str, x: Tensor) -> Tensor:  # noqa: D102
         return functional.low_rank(x, *self.update_of(name))
 
-    def _stack(self, dtype: torch.dtype, names: Sequence[str], mixture: Rows) -> list[Stack]:
+    def _stack(self, dtype: torch.dtype, names: Sequence[str], mixture: Rows, gaps: float) -> list[Stack]:
         """The adapters' A (adapters, r, d_in) and B (adapters, d_out, r), in `dtype`, with their scales."""
         taken, scaling = None, self.scaling
         if not functional.traced() and not any(map(functional.needs_evening, {*map(scaling.get, names)})):  # type: ignore[arg-type]
@@ -77,14 +77,15 @@ class LoraLinear(LoraLayer):
             blocks = self.blocks
             if blocks is None:
                 blocks = self.__dict__["blocks"] = Blocks()
-            taken = blocks.take(As, Bs, names, mixture)
+            taken = blocks.take(As, Bs, names, mixture, gaps)
         if taken is None:
             return [self._stacked_anew(dtype, names)]
         stacks = []
         for own, A, B in taken:
-            scales = [scaling[name] for name in own]
-            same = scales.count(scales[0]) == len(scales)
-            scale = scales[0] if same else torch.tensor(scales, dtype=dtype).view(-1, 1, 1)
+            scales = [scaling[name] if name else 1.0 for name in own]
+            acting = [scale for scale, name in zip(scales, own, strict=True) if name]
+            same = acting.count(acting[0]) == len(acting)
+            scale = acting[0] if same else torch.tensor(scales, dtype=dtype).view(-1, 1, 1)
             stacks.append(Stack(own, A.to(dtype), B.to(dtype), scale))
         return stacks
 

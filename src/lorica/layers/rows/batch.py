@@ -38,20 +38,23 @@ class Stack(NamedTuple):
     """Factors of some adapters, of one rank or filled up to it with zeros.
 
     Args:
-        names: the adapters.
+        names: the adapters; None for one without rows.
         A: (adapters, r, d_in).
         B: (adapters, d_out, r).
         scale: of their products; a tensor (adapters, 1, 1) where they differ.
     """
 
-    names: Sequence[str]
+    names: Sequence[str | None]
     A: Tensor
     B: Tensor
     scale: float | Tensor
 
 
-Stacking = Callable[[Sequence[str], "Rows"], Iterable[Stack]]
-"""(Adapters' names, the mixture that asks) → their stacked factors."""
+Stacking = Callable[[Sequence[str], "Rows", float], Iterable[Stack]]
+"""(Names, the mixture that asks, how many times as many adapters may lie between) → stacked factors."""
+
+_THIN = 4
+"""Tokens of an adapter up to which reading its factors is what a product costs."""
 
 
 class Layout(NamedTuple):
@@ -160,7 +163,10 @@ class Rows:
     ) -> list[tuple[Stack, Layout]]:
         rows = self._rows(layer, x, present)
         plan = []
-        for stack in stacking(tuple(rows), self) if rows else ():
+        tokens = x.numel() // (x.shape[-1] or 1) // (len(rows) or 1)
+        # A copy reads and writes what is then read again: so thrice as much may be read as is needed.
+        gaps = 2.0 if tokens <= _THIN else 0.0
+        for stack in stacking(tuple(rows), self, gaps) if rows else ():
             names = tuple(stack.names)
             key = names, x.shape[0], x.device
             if key not in self._layouts:
@@ -191,20 +197,20 @@ class Rows:
             yield None, rest.nonzero().flatten()
 
 
-def _layout(rows: Mapping[str, list[int]], names: Sequence[str], x: Tensor, *, even: bool) -> Layout:
+def _layout(rows: Mapping[str, list[int]], names: Sequence[str | None], x: Tensor, *, even: bool) -> Layout:
     """The rows of adapters in a given order, each brought to as many where `even` asks for that."""
-    order = [row for name in names for row in rows[name]]
+    each = [[] if name is None else rows[name] for name in names]
+    order = [row for own in each for row in own]
     as_it_stands = order == list(range(x.shape[0]))
     index = None if as_it_stands else torch.tensor(order, dtype=torch.long, device=x.device)
-    longest = max((len(rows[name]) for name in names), default=0)
+    longest = max(map(len, each), default=0)
     if not even or len(order) == longest * len(names):
         return Layout(index, index, None)
     gather: list[int] = []
     keep: list[int] = []
-    for name in names:
-        own = rows[name]
+    for own in each:
         keep += range(len(gather), len(gather) + len(own))
-        gather += own + [own[-1]] * (longest - len(own))
+        gather += own + [(own or order)[-1]] * (longest - len(own))
     return Layout(index, *(torch.tensor(indices, device=x.device) for indices in (gather, keep)))
 
 

@@ -91,13 +91,17 @@ class Block:
             and list(map(Tensor.data_ptr, parameters)) == self._starts[rows]
         )
 
-    def take(self, rows: Sequence[int], reader: Any) -> tuple[Tensor, Tensor]:
-        """A and B of ascending rows, a view where they lie together; `reader` reads them while it lives."""
+    def take(self, rows: Sequence[int], reader: Any, gaps: float) -> tuple[Sequence[int], Tensor, Tensor]:
+        """A and B of ascending rows, and which these are; `reader` reads them while it lives.
+
+        Where they are a view, rows between may be among them: at most `gaps` times as many as were asked for.
+        """
         self._readers.add(reader)
-        if rows[-1] - rows[0] + 1 == len(rows):
-            return self.A[rows[0] : rows[-1] + 1], self.B[rows[0] : rows[-1] + 1]
+        span = range(rows[0], rows[-1] + 1)
+        if len(span) <= (1 + gaps) * len(rows):
+            return span, self.A[span.start : span.stop], self.B[span.start : span.stop]
         index = torch.tensor(rows)
-        return self.A.index_select(0, index), self.B.index_select(0, index)
+        return rows, self.A.index_select(0, index), self.B.index_select(0, index)
 
 
 class Blocks:
@@ -118,8 +122,8 @@ class Blocks:
             place[0].drop(place[1])
 
     def take(
-        self, As: Mapping[str, Any], Bs: Mapping[str, Any], names: Sequence[str], mixture: Any
-    ) -> list[tuple[list[str], Tensor, Tensor]] | None:
+        self, As: Mapping[str, Any], Bs: Mapping[str, Any], names: Sequence[str], mixture: Any, gaps: float
+    ) -> list[tuple[list[str | None], Tensor, Tensor]] | None:
         """The factors of some adapters, stacked.
 
         Args:
@@ -128,10 +132,11 @@ class Blocks:
             names: which.
             mixture: what asks. Its list `kept` gets the memory that factors were moved from, for another
                 thread may be reading that.
+            gaps: how many times as many others may lie between, if that spares a copy.
 
         Returns:
-            For each block: names, their A (adapters, r, d_in) and their B (adapters, d_out, r). None if a
-            factor cannot be moved to a block.
+            For each block: names, or None for another's factors, A (adapters, r, d_in) and B (adapters,
+            d_out, r). None if a factor cannot be moved to a block.
         """
         found = self._look_up(names)
         if isinstance(found, list):
@@ -143,8 +148,8 @@ class Blocks:
                 return None
         taken = []
         for block, rows in found.items():
-            order = sorted(rows)
-            taken.append(([rows[row] for row in order], *block.take(order, mixture)))
+            span, A, B = block.take(sorted(rows), mixture, gaps)
+            taken.append(([rows.get(row) for row in span], A, B))
         return taken
 
     def _look_up(self, names: Sequence[str]) -> dict[Block, dict[int, str]] | list[str]:
