@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import harness
-import peft
-from models import ALL_LINEAR, MODELS, with_lorica, with_peft
+from models import ALL_LINEAR, MODELS, tokens, with_lorica, with_peft
 from step import step
 from torch import nn
-from transformers import BertModel
 
-import lorica
-
-R = 8
+ROWS, LENGTH, R = 16, 64, 8
 
 
 def main() -> None:
@@ -21,12 +17,13 @@ def main() -> None:
     for model_name, make in MODELS.items():
         models: dict[str, nn.Module] = {
             "lorica, LoRA": with_lorica(make(), ALL_LINEAR, r=R),
-            "lorica, DoRA": dora_lorica(make()),
+            "lorica, DoRA": with_lorica(make(), ALL_LINEAR, r=R, dora=True),
             "PEFT, LoRA": with_peft(make(), ALL_LINEAR, r=R),
-            "PEFT, DoRA": dora_peft(make()),
+            "PEFT, DoRA": with_peft(make(), ALL_LINEAR, r=R, dora=True),
         }
         contestants = {
-            name: harness.Contestant(step(model.to(options.device).train())) for name, model in models.items()
+            name: harness.Contestant(step(model.to(options.device).train(), tokens(model, ROWS, LENGTH)))
+            for name, model in models.items()
         }
         comparisons.append(
             harness.alternate(model_name, contestants, reference="lorica, LoRA", options=options)
@@ -40,23 +37,10 @@ def main() -> None:
         ),
         tables=[harness.table(comparisons, "")],
         data=harness.seconds(comparisons),
-        settings={"r": R},
+        settings={"rows": ROWS, "tokens a row": LENGTH, "r": R},
         device=options.device,
         rounds=options.rounds,
     )
-
-
-def dora_lorica(model: BertModel) -> nn.Module:
-    """Adapted by lorica with DoRA."""
-    return lorica.adapt(
-        model, lorica.LoraConfig(r=R, lora_alpha=2 * R, target_modules=ALL_LINEAR, use_dora=True)
-    )
-
-
-def dora_peft(model: BertModel) -> nn.Module:
-    """Adapted by PEFT with DoRA."""
-    config = peft.LoraConfig(r=R, lora_alpha=2 * R, target_modules=ALL_LINEAR, use_dora=True)
-    return peft.get_peft_model(model, config)
 
 
 if __name__ == "__main__":

@@ -80,14 +80,17 @@ class Comparison:
         return (high - low) / 2
 
 
-def options(description: str | None, rounds: int = ROUNDS) -> argparse.Namespace:
+def options(
+    description: str | None, rounds: int = ROUNDS, parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
     """The flags that every script has: ``--rounds``, ``--warmup``, ``--device``, ``--threads``.
 
     Args:
         description: what ``--help`` says.
         rounds: how many there are without ``--rounds``.
+        parser: with flags of the script's own.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = parser or argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--rounds",
         type=int,
@@ -189,6 +192,7 @@ def publish(
     settings: Mapping[str, Any],
     device: str,
     rounds: int | None = None,
+    each_processor: bool = False,
 ) -> None:
     """Write a result for `report.py`, unless it rests on too few rounds to be one.
 
@@ -201,6 +205,7 @@ def publish(
         settings: how it was measured.
         device: what it ran on. Results of a GPU stand beside the CPU's.
         rounds: turns of each contestant, where there were turns.
+        each_processor: keep one result for each maker of processors, side by side in the report.
     """
     if rounds is not None and rounds < ROUNDS:
         print(f"not written: {rounds} rounds are a trial, a result takes {ROUNDS}")
@@ -216,7 +221,8 @@ def publish(
         "tables": list(tables),
         "data": data,
     }
-    path = RESULTS / (f"{name}.json" if device == "cpu" else f"{name}.{device.partition(':')[0]}.json")
+    kind = device.partition(":")[0] if device != "cpu" else _maker() if each_processor else None
+    path = RESULTS / (f"{name}.json" if kind is None else f"{name}.{kind}.json")
     write(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {path.relative_to(RESULTS.parents[1])}")
 
@@ -284,6 +290,12 @@ def _cpu_model() -> str:
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
         platform.processor(),
     )
+
+
+def _maker() -> str:
+    """Who made the processor: amd, intel, or another word of its name."""
+    words = re.findall(r"[a-z]+", _cpu_model().lower())
+    return next((word for word in words if word in ("amd", "intel", "apple")), words[0] if words else "cpu")
 
 
 def note(file: Path, run: Any) -> None:

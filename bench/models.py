@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import loralib
 import peft
@@ -37,13 +37,6 @@ def bert_base() -> BertModel:
 MODELS: dict[str, Callable[[], BertModel]] = {"MiniLM (6×384)": minilm, "BERT-base shape (12×768)": bert_base}
 
 
-def in_dtype(make: Callable[[], BertModel], dtype: torch.dtype) -> BertModel:
-    """A model with its parameters in another dtype."""
-    model = make()
-    nn.Module.to(model, dtype)
-    return model
-
-
 def tokens(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
     """A batch of random token ids, (rows, length), without padding."""
     device = next(model.parameters()).device
@@ -51,29 +44,49 @@ def tokens(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def with_lorica(model: BertModel, targets: list[str], *, r: int = 8, dropout: float = 0.0) -> nn.Module:
+def with_lorica(
+    model: nn.Module, targets: list[str], *, r: int = 8, dropout: float = 0.0, dora: bool = False
+) -> nn.Module:
     """Adapted by lorica, in place."""
-    config = lorica.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets)
+    config = lorica.LoraConfig(
+        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets, use_dora=dora
+    )
     return lorica.adapt(model, config, seed=0)
 
 
-def with_peft(model: BertModel, targets: list[str], *, r: int = 8, dropout: float = 0.0) -> nn.Module:
+def with_peft(
+    model: nn.Module, targets: list[str], *, r: int = 8, dropout: float = 0.0, dora: bool = False
+) -> nn.Module:
     """Adapted by PEFT."""
-    config = peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets)
-    return peft.get_peft_model(model, config)
+    config = peft.LoraConfig(
+        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=targets, use_dora=dora
+    )
+    return cast("nn.Module", peft.get_peft_model(cast("Any", model), config))
 
 
-def with_loralib(model: BertModel, targets: list[str], *, r: int = 8, dropout: float = 0.0) -> nn.Module:
+def with_loralib(model: nn.Module, targets: list[str], *, r: int = 8, dropout: float = 0.0) -> nn.Module:
     """Adapted by loralib: each layer replaced by hand, as its users do."""
     for path, module in list(model.named_modules()):
         parent, _, leaf = path.rpartition(".")
         if isinstance(module, nn.Linear) and leaf in targets:
             shape = module.in_features, module.out_features
-            layer = loralib.Linear(*shape, r=r, lora_alpha=2 * r, lora_dropout=dropout, merge_weights=False)
+            layer = loralib.Linear(
+                *shape,
+                r=r,
+                lora_alpha=2 * r,
+                lora_dropout=dropout,
+                merge_weights=False,
+                bias=getattr(module, "bias", None) is not None,
+            )
             layer.load_state_dict(module.state_dict(), strict=False)
             setattr(model.get_submodule(parent), leaf, layer.to(module.weight.device))
     loralib.mark_only_lora_as_trainable(model)
     return model
 
 
-PEERS = {"PEFT": with_peft, "loralib": with_loralib, "lorica": with_lorica}
+LORALIB = "loralib"
+PEERS: dict[str, Callable[..., nn.Module]] = {
+    "PEFT": with_peft,
+    LORALIB: with_loralib,
+    "lorica": with_lorica,
+}

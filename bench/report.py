@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,14 +20,21 @@ over the rounds, of a contestant's time divided by that of the column without on
 def main() -> None:
     """Render every result, in the order of their titles."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
-    parts = [HEAD, *(_section(r) for r in sorted(results, key=lambda r: (r["title"], "gpu" in r["machine"])))]
+    results.sort(key=lambda r: (r["title"], "gpu" in r["machine"], r["machine"]["cpu"]))
+    shared = {title for title, count in Counter(_title(r) for r in results).items() if count > 1}
+    parts = [HEAD, *(_section(r, on_processor=_title(r) in shared) for r in results)]
     write(RESULTS.parent / "RESULTS.md", "\n".join(parts))
     print(f"wrote bench/RESULTS.md: {len(results)} results")
 
 
-def _section(result: Mapping[str, Any]) -> str:
+def _title(result: Mapping[str, Any]) -> str:
+    return f"{result['title']}, on a GPU" if "gpu" in result["machine"] else result["title"]
+
+
+def _section(result: Mapping[str, Any], *, on_processor: bool) -> str:
     tables = "\n".join(_table(table) for table in result["tables"])
-    return f"""## {result["title"]}
+    title = f"{result['title']} ({result['machine']['cpu']})" if on_processor else result["title"]
+    return f"""## {title}
 
 {result["claim"]}
 
