@@ -229,7 +229,8 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         return None
 
     def _say_whole(self, reason: str, model: Any = None) -> None:
-        name = (self.model if model is None else model)._get_name()
+        named: Any = self.model if model is None else model
+        name = named._get_name()
         logger.warning("%s: the loss is computed from all logits at once, because %s", name, reason)
 
     # Several processes.
