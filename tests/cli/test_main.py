@@ -59,6 +59,13 @@ def test_help_names_units_and_defaults(capsys: pytest.CaptureFixture[str]) -> No
     out = " ".join(capsys.readouterr().out.split())
     assert "rows per step on each device. (type: int, default: 16)" in out
     assert "rank of each update; the inner dimension of B·A. At least 1. (type: int, default: 8)" in out
+    for name, told in (
+        ("predict", "continuations kept in beam search; 1 searches none. A recipe's own default is 1."),
+        ("merge", "folder for the merged model; it must be new or empty (required)"),
+        ("generate", "prompts (default: standard input, one a line) (type: str"),
+    ):
+        assert main([name, "--help"]) == 0
+        assert told in " ".join(capsys.readouterr().out.split())
 
 
 def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:

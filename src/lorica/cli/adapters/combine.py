@@ -15,7 +15,7 @@ def parser() -> Parser:
         "weighted sum. No model is loaded.",
     )
     result.add_argument("adapters", type=str, nargs="+", help="folders with the adapters, lorica's or PEFT's")
-    add_output(result, "folder for the combination; it must be new or empty")
+    add_output(result, "folder for the combination; it must be new or empty", required=True)
     result.add_argument(
         "--weights",
         type=float,

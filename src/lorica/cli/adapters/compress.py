@@ -15,7 +15,7 @@ def parser() -> Parser:
         "that makes. No model is loaded.",
     )
     result.add_argument("adapter", type=str, help="folder with the adapter, lorica's or PEFT's")
-    add_output(result, "folder for the compressed adapter; it must be new or empty")
+    add_output(result, "folder for the compressed adapter; it must be new or empty", required=True)
     result.add_argument("--rank", type=int | None, help="the most that any layer may have, at least 1")
     result.add_argument(
         "--energy",

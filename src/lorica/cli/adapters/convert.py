@@ -32,7 +32,7 @@ def parser() -> Parser:
         type=str,
         help="checkpoint of loralib's (a file, or a folder with one), or an adapter folder",
     )
-    add_output(result, "folder to write; or, towards loralib, a file such as adapter.bin")
+    add_output(result, "folder to write; or, towards loralib, a file such as adapter.bin", required=True)
     add("--to", type=str, default=None, help="peft or loralib (default: whichever the source is not)")
     text = "lora_alpha that the loralib layers were made with; it is not in their file"
     add("--alpha", type=float, default=None, help=text)

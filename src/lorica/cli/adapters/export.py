@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorica.adapter import Adapter
 from lorica.cli.shared.parsing import Parser, add_output, output_of
 from lorica.errors import AdapterError, ConfigError, lines, nearest
+
+if TYPE_CHECKING:
+    from lorica.adapter import Adapter
 
 FORMATS = ("peft", "vllm", "sglang", "gguf", "mlx", "diffusers-kohya")
 
@@ -39,7 +41,7 @@ def parser() -> Parser:
         type=str | None,
         help="diffusers-kohya: unet, te, te1 or te2 (default: by the names of layers)",
     )
-    add_output(result, "folder to write, new or empty; for gguf and diffusers-kohya the file")
+    add_output(result, "folder to write, new or empty; for gguf and diffusers-kohya the file", required=True)
     return result
 
 

@@ -25,7 +25,7 @@ def parser() -> Parser:
     )
     result.add_argument("base", type=str, help="the base model: a folder or a Hub name")
     result.add_argument("adapter", type=str, help="folder with the adapter, lorica's or PEFT's")
-    add_output(result, "folder for the merged model; it must be new or empty")
+    add_output(result, "folder for the merged model; it must be new or empty", required=True)
     result.add_argument(
         "--dtype",
         type=str,

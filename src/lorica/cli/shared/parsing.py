@@ -82,14 +82,16 @@ _GROUPS = {
 }
 
 
-def add_output(parser: Parser, text: str, default: str | None = None) -> None:
+def add_output(parser: Parser, text: str, default: str | None = None, *, required: bool = False) -> None:
     """Give a command the option that says where it writes.
 
     Args:
         parser: of the command.
         text: the folder's content, and the default.
         default: where to, if nothing is given; None: `output_of` asks for it, or nothing is written.
+        required: say that it must be given.
     """
+    text += " (required)" * required
     parser.add_argument("-o", "--output", type=str if default else str | None, default=default, help=text)
 
 
@@ -240,13 +242,21 @@ def first_sentence(text: str) -> str:
 
 def add_generation(parser: Parser) -> None:
     """Give a parser the fields of a recipe's ``generation``, each left out unless it is given."""
+    import docstring_parser
+
     from lorica.train.settings import GenerationConfig
 
+    described = {
+        p.arg_name: p.description for p in docstring_parser.parse(GenerationConfig.__doc__ or "").params
+    }
     group = parser.add_argument_group("how text is written (default: as the recipe says)")
     types = {"metrics": list[str], "arguments": dict[str, Any], "eval_rows": int}
     for item in dataclasses.fields(GenerationConfig):
         kind = types.get(item.name) or {"int": int, "float": float, "bool": bool}[str(item.type)]
-        group.add_argument(f"--{_GENERATION}{item.name}", type=kind | None)
+        text = " ".join((described.get(item.name) or "").split())
+        plain = isinstance(item.default, (int, float, str))
+        text += f" A recipe's own default is {item.default}." if plain else ""
+        group.add_argument(f"--{_GENERATION}{item.name}", type=kind | None, help=text)
 
 
 def generation_of(parsed: Any, recipe: GenerationConfig) -> GenerationConfig:

@@ -18,7 +18,9 @@ def parser() -> Parser:
         help="folder that `lorica train` or `lorica merge` wrote; an adapter's folder; or a model, by folder "
         "or Hub name",
     )
-    result.add_argument("prompts", type=str, nargs="*", help="prompts (default: standard input, one a line)")
+    result.add_argument(
+        "prompts", type=str, nargs="*", default=[], help="prompts (default: standard input, one a line)"
+    )
     result.add_argument("--file", type=str | None, help="text file of prompts, one a line")
     add_output(result, "file for the texts, one JSON object a line (default: print them)")
     result.add_argument(
