@@ -255,8 +255,10 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that this tokenizer puts before every text, if any."""
+    if tokenizer.bos_token_id is None:
+        return []
     first: Any = tokenizer("a")["input_ids"][:1]
-    return list(first) if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else []
+    return list(first) if first == [tokenizer.bos_token_id] else []
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -111,7 +111,7 @@ def references_of(rows: Dataset, data: DataConfig, where: str) -> list[list[str]
     column = str(data.label)
     if data.references not in rows.column_names:
         needs_column(rows, column, where)
-        return [[text] for text in read_each(rows[column], partial(filled_text, column=column), where)]
+        return [[text] for text in read_each(rows[column][:], partial(filled_text, column=column), where)]
     single = rows[column] if column in rows.column_names else [None] * len(rows)
 
     def read(value: tuple[Any, Any]) -> list[str]:

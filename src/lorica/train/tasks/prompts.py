@@ -44,7 +44,7 @@ def prompts_of(rows: Dataset, data: DataConfig, where: str, *, filled: bool = Fa
         needs_column(rows, name, where)
     columns = [name for name in columns if name in rows.column_names]
     if columns == [data.text]:
-        texts = read_each(rows[data.text], lambda value: text_of(value, str(data.text)), where)
+        texts = read_each(rows[data.text][:], lambda value: text_of(value, str(data.text)), where)
     else:
 
         def joined(values: tuple[object, ...]) -> str:
@@ -55,7 +55,7 @@ def prompts_of(rows: Dataset, data: DataConfig, where: str, *, filled: bool = Fa
             ]
             return "\n".join(part for part in parts if part.strip())
 
-        texts = read_each(zip(*(rows[name] for name in columns), strict=True), joined, where)
+        texts = read_each(zip(*(rows[name][:] for name in columns), strict=True), joined, where)
     blank = [row for row, text in enumerate(texts) if not text.strip()] if filled else []
     if blank:
         raise RowError(blank, where, f"has an empty text in column {data.text!r}")
