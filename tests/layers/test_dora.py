@@ -194,6 +194,22 @@ def test_beside_others_and_by_row() -> None:
     assert isinstance(host, LoraLayer)
 
 
+def test_autocast_gives_its_own_dtype_beside_others_and_by_row() -> None:
+    model = nn.Sequential(nn.Linear(5, 7))
+    for name in "ab":
+        config = lorica.LoraConfig(r=2, target_modules=["0"], use_dora=True, init_lora_weights=False)
+        lorica.adapt(model, config, name)
+    x = torch.randn(2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        with lorica.active(model, ["a", "b"]):
+            assert model(x).dtype == torch.bfloat16
+        with lorica.mixed(model, ["b", "a"]):
+            rows = model(x)
+        for row, name in enumerate("ba"):
+            with lorica.active(model, name):
+                torch.testing.assert_close(rows[row], model(x)[row], rtol=0.05, atol=0.05)
+
+
 def test_bfloat16_base_keeps_float32_magnitudes() -> None:
     layer = nn.Linear(64, 48).bfloat16()
     model, host = adapted(layer, shaken=False)

@@ -134,7 +134,7 @@ class Dora(Variant):
         if own is not None:
             without_bias = layer.multiply(x, own).to(base.dtype)
         else:
-            without_bias = base if bias is None else base - layer.along_outputs(bias)
+            without_bias = base if bias is None else base - layer.along_outputs(bias.to(base.dtype))
         return ratio * update + (ratio - 1) * without_bias
 
     def weight(self, layer: Any, name: str, W0: Tensor, folded: Tensor, rows: slice) -> Tensor:  # noqa: D102
