@@ -165,6 +165,7 @@ def test_a_run_answers_as_it_predicts(run: Path) -> None:
         (["serve", "nowhere", "--port", "99999"], "cannot listen"),
         (["serve", ".", "--port", "0"], "neither a model nor an adapter"),
         (["serve", "{model}", "--port", "0", "--slots", "0"], "--slots must be at least 1"),
+        (["serve", "{model}", "--port", "0", "--max-wait", "0"], "--max-wait must be above 0"),
         (["serve", "{model}", "--port", "0", "--adapters", "nowhere"], "no folder nowhere"),
         (["serve", "{model}", "--port", "0", "--api-key-file", "nowhere"], "cannot read the keys"),
         (["chat", "{model}"], "reads texts and writes none"),
