@@ -74,7 +74,7 @@ def publish(found: dict[str, Soak]) -> None:
     memory = [
         [
             kind,
-            f"{len(soak.memory) * SAMPLED / 60:.0f} min",
+            f"{soak.memory[-1][0] / 60:.0f} min",
             *(f"{value:.0f} MiB" for value in (soak.warm()[0][1], max(m for _, m in soak.memory))),
             f"{soak.slope():+.1f} MiB",
         ]

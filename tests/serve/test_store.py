@@ -368,6 +368,30 @@ def test_what_breaks_fitting_is_refused(model: Any, root: Path):
     asyncio.run(use())
 
 
+def test_a_folder_that_changed_since_it_was_listed_is_read_as_it_is(
+    model: Any, root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    async def use() -> None:
+        own = store(model, root)
+        other = (await own.load("b")).hash
+        shutil.rmtree(root / "a")
+        shutil.copytree(root / "b", root / "a")
+        assert (await held(own, "a")).content.hash == other  # by no look at the folder in between
+        digest, turns = folders.digest, iter(range(9))
+
+        def late(folder: Path) -> str:
+            found = digest(folder)
+            if next(turns) == 0:  # once, it is replaced while it is read
+                shutil.rmtree(root / "c")
+                shutil.copytree(root / "b", root / "c")
+            return found
+
+        monkeypatch.setattr(folders, "digest", late)
+        assert (await held(own, "c")).content.hash == other
+
+    asyncio.run(use())
+
+
 def test_files_may_be_links_inside_the_root(model: Any, root: Path):
     weights = root / "a" / "adapter_model.safetensors"
     weights.rename(root / "blob")

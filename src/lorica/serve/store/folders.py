@@ -126,6 +126,14 @@ def sign(folder: Path) -> Signature:
     return tuple((own.st_mtime_ns, own.st_size, own.st_ino) for own in stats)
 
 
+def changed(found: Found) -> bool:
+    """Whether a folder's files are other ones than they were."""
+    try:
+        return sign(found.path) != found.signature
+    except OSError:  # they are just being replaced
+        return True
+
+
 def within(path: str | Path, roots: Iterable[Path]) -> Path:
     """A path with its links followed, if it is inside a root.
 
@@ -172,7 +180,7 @@ def read(found: Found, *, max_rank: int, max_bytes: int) -> tuple[Adapter, str]:
         adapter = read_folder(found.path)
     except (OSError, LoricaError) as error:
         raise RefusedAdapter(f"{found.name}: {error}") from error
-    if sign(found.path) != found.signature:
+    if changed(found):
         raise RefusedAdapter(f"{found.name}: {found.path} changed while it was read; load it again")
     return adapter, identity
 

@@ -340,7 +340,7 @@ class Store:
     async def _read(self, alias: Alias, found: Found) -> Content:
         try:
             async with self._loads:
-                content = await asyncio.to_thread(self._content, found)
+                content, found = await asyncio.to_thread(self._content, found)
         except RefusedAdapter as error:
             if alias.content is None:
                 alias.problem, alias.found = str(error), found
@@ -352,18 +352,31 @@ class Store:
         alias.content, alias.found, alias.problem, alias.loaded = content, found, None, time.time()
         return content
 
-    def _content(self, found: Found) -> Content:
-        adapter, identity = folders.read(found, max_rank=self.max_rank, max_bytes=self.max_bytes)
+    def _content(self, found: Found) -> tuple[Content, Found]:
+        found, adapter, identity = self._settled(found)
         known = self.contents.get(identity)
         if known is not None:
-            return known
+            return known, found
         try:
-            return Content(identity, self.fit(adapter, found.path))
+            return Content(identity, self.fit(adapter, found.path)), found
         except LoricaError as error:
             raise RefusedAdapter(f"{found.name}: {error}") from error
         except Exception as error:  # of files that strangers wrote, which may hold anything
             log.exception("%s could not be fitted", found.name)
             raise RefusedAdapter(f"{found.name}: {type(error).__name__}: {error}") from error
+
+    def _settled(self, found: Found) -> tuple[Found, Adapter, str]:
+        """Read a folder; one that changed since it was listed, or changes meanwhile, is looked at again."""
+        for wait in (0.1, 0.4, None):
+            if folders.changed(found):
+                found = folders.look(found.name, found.path, self.roots)
+            try:
+                return found, *folders.read(found, max_rank=self.max_rank, max_bytes=self.max_bytes)
+            except RefusedAdapter:
+                if wait is None or not folders.changed(found):
+                    raise
+                time.sleep(wait)
+        raise AssertionError
 
     def _alias(self, name: str) -> Alias:
         if name not in self.names:
