@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import models
@@ -64,14 +65,14 @@ def _bert() -> nn.Module:
     return BertModel(config, add_pooling_layer=False)
 
 
-def _llama() -> nn.Module:
+def _llama(layers: int = 4) -> nn.Module:
     torch.manual_seed(0)
     return LlamaModel(
         LlamaConfig(
             vocab_size=1_000,
             hidden_size=512,
             intermediate_size=1_408,
-            num_hidden_layers=4,
+            num_hidden_layers=layers,
             num_attention_heads=8,
             num_key_value_heads=2,
             max_position_embeddings=2_048,
@@ -102,6 +103,8 @@ VIT_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 MINILM = Shape("MiniLM (6×384)", models.minilm, models.ALL_LINEAR, models.QUERY_VALUE, 16, 64)
 BERT = Shape("BERT (4×768)", _bert, models.ALL_LINEAR, models.QUERY_VALUE, 8, 64)
 LLAMA = Shape("Llama (4×512, GQA, SwiGLU)", _llama, LLAMA_LINEAR, ["q_proj", "v_proj"], 4, 256)
+SHORT_LLAMA = replace(LLAMA, make=partial(_llama, layers=2))
+"""Half of it, which compiles in half the time."""
 GPT2 = Shape(
     "GPT-2 (4×512, Conv1D)", _gpt2, ["c_attn", "c_proj", "c_fc"], ["c_attn"], 4, 256, replaceable=False
 )

@@ -16,7 +16,7 @@ from typing import Any, cast
 import harness
 import torch
 from models import LORALIB, PEERS
-from shapes import BERT, GPT2, LLAMA, MINILM, VIT, Shape
+from shapes import BERT, GPT2, LLAMA, MINILM, SHORT_LLAMA, VIT, Shape
 from torch import Tensor, nn
 
 LIMIT, FULL, OWN, PEFT = "frozen model", "full fine-tuning", "lorica", "PEFT"
@@ -77,7 +77,7 @@ CASES = [
     Case("bfloat16, dropout 0.05", LLAMA, dtype=torch.bfloat16, dropout=0.05),
     Case("checkpointing, dropout 0.05", LLAMA, checkpointing=False, dropout=0.05),
     Case("reentrant checkpointing, dropout 0.05", LLAMA, checkpointing=True, dropout=0.05),
-    Case("torch.compile", LLAMA, compiled=True),
+    Case("torch.compile, 2 layers", SHORT_LLAMA, compiled=True),
     Case("all-linear", GPT2),
     Case("dropout 0.05", GPT2, dropout=0.05),
     Case("all-linear", VIT),
