@@ -28,16 +28,23 @@ def app(args: dict[str, Any]) -> Any:
 
     Raises:
         ConfigError: an option is missing, unknown, or cannot have its value.
+        LoricaError: the model is not there, or none that is served.
         MissingExtra: Ray Serve is not installed.
     """
     serve = require("ray.serve", extra="ray")
+    from lorica.serve.opening import look_at
     from lorica.serve.ray.ingress import ROUTER, Ingress
     from lorica.serve.ray.registry import Registry
     from lorica.serve.ray.replica import Replica
 
     options = read(args)
+    look_at(options.model)  # Ray would try a replica that cannot start again and again
     registry = serve.deployment(
-        name="Registry", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, health_check_period_s=5
+        name="Registry",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=1000,
+        health_check_period_s=5,
+        logging_config={"enable_access_log": False},
     )(Registry).bind()
     replicas = serve.deployment(
         name="Replica",

@@ -24,6 +24,8 @@ class Options(BaseModel):
         name: what the base is called; None for its folder or Hub name.
         api_key_file: file of keys, as for `lorica serve`.
         anonymous: whether other machines may ask without a key.
+        max_wait: seconds that a request may wait for its turn at a replica; None for no limit.
+        base_template: lay conversations out by the base's chat template alone.
         allow_load: whether adapters may be loaded and unloaded over HTTP.
         replicas: copies of the base, a process each.
         cpus: CPUs of a replica, and so its threads.
@@ -44,6 +46,8 @@ class Options(BaseModel):
     name: str | None = None
     api_key_file: str | None = None
     anonymous: bool = False
+    max_wait: float | None = Field(default=None, gt=0)
+    base_template: bool = False
     allow_load: bool = False
     replicas: int = Field(default=1, ge=1)
     cpus: float = Field(default=1, ge=0)

@@ -12,10 +12,13 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lorica.errors import LoricaError
 from lorica.serve.engine import UnknownAdapter
-from lorica.serve.http.served import Served
+
+if TYPE_CHECKING:  # the registry's process has no use for torch
+    from lorica.serve.http.served import Served
 
 log = logging.getLogger("lorica.serve")
 

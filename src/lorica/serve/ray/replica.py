@@ -81,6 +81,7 @@ class Replica:
 
         logging.getLogger("lorica").setLevel(logging.INFO)
         self._registry = registry
+        self._life = contextlib.AsyncExitStack()  # ended by `__del__`, however far this comes
         keys = Keys() if options.api_key_file is None else Keys.read(options.api_key_file)
         source = await asyncio.to_thread(look_at, options.model)
         engine = await asyncio.to_thread(
@@ -91,15 +92,18 @@ class Replica:
             max_rank=options.max_rank,
             dtype=options.dtype,
             context=options.context,
+            wait=options.max_wait,
         )
         settings = Settings(allow_load=options.allow_load)
-        self.here = Served(options.name or source.model, engine, settings, keys, source.default)
+        self.here = Served(
+            options.name or source.model, engine, settings, keys, source.default, not options.base_template
+        )
         self._follower = Follower(self.here)
         self._app = make_app(self.here, drain=options.drain)
-        self._life = contextlib.AsyncExitStack()
         await self._life.enter_async_context(self._app.router.lifespan_context(self._app))
         await self._sync()
-        self._syncing = asyncio.create_task(self._keep_in_step())
+        syncing = asyncio.create_task(self._keep_in_step())
+        self._life.callback(syncing.cancel)
         self._id = serve.get_replica_context().replica_id.unique_id
 
     async def answer(self, scope: Mapping[str, Any], body: bytes) -> AsyncIterator[Message]:
@@ -128,7 +132,6 @@ class Replica:
 
     async def __del__(self) -> None:
         """Finish what is asked, and end."""
-        self._syncing.cancel()
         await self._life.aclose()
 
     async def _sync(self) -> None:
