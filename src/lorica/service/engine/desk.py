@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 from lorica.service.engine.base import Base
-from lorica.service.engine.drawing import Request, Writer, advance
+from lorica.service.engine.drawing import Request, Samples, Writer, advance
+from lorica.service.errors import UserError
 
 
 class Desk:
@@ -49,6 +51,13 @@ class Desk:
             if not request.left and not request.future.done():
                 request.future.set_result(request.samples)
         self._open = [request for request in self._open if not request.future.done()]
+
+    def cancel(self, future: Future[Samples]) -> None:
+        """Give up a request; its samples end with the next token."""
+        for request in (*self._waiting, *self._open):
+            if request.future is future and not future.done():
+                future.set_exception(UserError("cancelled by the client"))
+        self._waiting = deque(request for request in self._waiting if not request.future.done())
 
     def end(self) -> Iterator[Request]:
         """Give up; what was asked for."""

@@ -196,6 +196,10 @@ class Engine:
             after.add_done_callback(lambda _: self._post_or_fail(request))
         return request.future
 
+    def cancel(self, drawing: Future[Samples]) -> None:
+        """Give up a request for samples that `sample` queued."""
+        self._post(self._desk.cancel, drawing)
+
     def stop(self) -> None:
         """End the thread; calls that wait end with `ServiceDown`."""
         self._stopping = True

@@ -3,6 +3,7 @@
 app        an application of its own, and the router that a larger one mounts
 protocol   sessions, models, training, sampling, and futures
 listing    runs and checkpoints: listed, described, fetched, deleted
+sharing    checkpoints published and copied, sessions searched
 answers    errors as HTTP has them; who asks
 running    a server, in a thread or until it is told to stop
 """

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lorica.service.http import listing, protocol
+from lorica.service.http import listing, protocol, sharing
 from lorica.service.state.service import Service
 
 PREFIX = "/api/v1"
@@ -17,6 +17,7 @@ def make_router() -> APIRouter:
     """All endpoints, under `PREFIX`; the application that mounts it has the service as ``state.service``."""
     router = APIRouter(prefix=PREFIX)
     router.include_router(protocol.router)
+    router.include_router(sharing.router)  # before what is asked for by any name
     router.include_router(listing.router)
     return router
 

@@ -85,6 +85,10 @@ def _checkpoint(request: Request, run: str, kind: str, name: str) -> Row:
     return service_of(request).registry.one("checkpoints", path, tenant_of(request).name)
 
 
+def _readable(request: Request, run: str, kind: str, name: str) -> Row:
+    return service_of(request).registry.readable(f"tinker://{run}/{kind}/{name}", tenant_of(request).name)
+
+
 _ONE = "/training_runs/{run}/checkpoints/{kind}/{name}"
 
 
@@ -108,7 +112,7 @@ async def checkpoint_ttl(request: Request, run: str, kind: str, name: str) -> di
 @router.get(_ONE + "/archive")
 def archive(request: Request, run: str, kind: str, name: str) -> Response:
     """PEFT's files of a checkpoint, in a tar file."""
-    data = service_of(request).checkpoints.archive(_checkpoint(request, run, kind, name))
+    data = service_of(request).checkpoints.archive(_readable(request, run, kind, name))
     disposition = {"Content-Disposition": f'attachment; filename="{name}.tar"'}
     return Response(data, media_type="application/x-tar", headers=disposition)
 
@@ -116,7 +120,7 @@ def archive(request: Request, run: str, kind: str, name: str) -> Response:
 @router.get(_ONE + "/external_weights_urls")
 def urls(request: Request, run: str, kind: str, name: str) -> dict[str, Any]:
     """An address for each of a checkpoint's files, good for an hour."""
-    service, row = service_of(request), _checkpoint(request, run, kind, name)
+    service, row = service_of(request), _readable(request, run, kind, name)
     until = int(time.time()) + _HOUR
     found = {}
     for file in service.checkpoints.files(row):
@@ -147,7 +151,7 @@ async def weights_info(request: Request) -> dict[str, Any]:
     """What one must know of a checkpoint to continue from it."""
     service, tenant = service_of(request), tenant_of(request)
     body = json.loads(await request.body())
-    row = service.registry.one("checkpoints", str(body.get("tinker_path")), tenant.name)
+    row = service.registry.readable(str(body.get("tinker_path")), tenant.name)
     run = service.registry.one("runs", row["run"])
     made = json.loads(run["made"])
     sorts = {name: made.get(name) for name in ("train_unembed", "train_mlp", "train_attn")}

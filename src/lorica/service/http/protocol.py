@@ -21,6 +21,8 @@ from lorica.service.state.tenants import Tenant
 POLL = 20.0
 """Seconds for which a request for a result is held open."""
 
+_ABOUT = ("tags", "user_metadata", "display_name", "sdk_version", "project_id")
+
 router = APIRouter(route_class=Route)
 
 
@@ -62,7 +64,8 @@ async def config(request: Request) -> Response:
     """The SDK's flags: all as they are by themselves, but bodies are packed."""
     tenant_of(request)
     # It asks by a connection that it makes for this alone, and never closes.
-    return JSONResponse({"proto_compress_fwdbwd": True}, headers={"Connection": "close"})
+    flags = {"proto_compress_fwdbwd": True, "sample_cancel_enabled": True}
+    return JSONResponse(flags, headers={"Connection": "close"})
 
 
 @router.post("/telemetry")
@@ -76,7 +79,7 @@ async def telemetry(request: Request) -> dict[str, str]:
 async def create_session(request: Request) -> dict[str, Any]:
     """A session; it lives by its heartbeats."""
     tenant, body = await _given(request)
-    about = {name: body.get(name) for name in ("tags", "user_metadata", "display_name", "sdk_version")}
+    about = {name: body.get(name) for name in _ABOUT}
     session = await run_sync(service_of(request).create_session, tenant, about)
     return {"type": "create_session", "session_id": session}
 
@@ -244,6 +247,14 @@ async def asample(request: Request) -> dict[str, Any]:
         count = 1  # the future says what is wrong
     future = await _accept(request, tenant, target, seq, "sample", body)
     return {**future, "sample_sequence_ids": [f"{future['request_id']}:{i}" for i in range(count)]}
+
+
+@router.post("/cancel_future")
+async def cancel_future(request: Request) -> dict[str, Any]:
+    """Nobody waits for these samples any more."""
+    tenant, body = await _given(request)
+    await run_sync(service_of(request).cancel, tenant, _field(body, "request_id", str))
+    return {}
 
 
 @router.post("/retrieve_future")

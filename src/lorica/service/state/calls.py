@@ -117,7 +117,7 @@ class Calls:
 
     def _source(self, path: str, tenant: str) -> Row:
         try:
-            return self._registry.one("checkpoints", path, tenant)
+            return self._registry.readable(path, tenant)
         except GoneError as error:
             raise UserError(str(error)) from None
 

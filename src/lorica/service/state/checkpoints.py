@@ -9,6 +9,7 @@ runs/RUN/external_weights/NAME   to be fetched
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tarfile
 import time
@@ -72,9 +73,7 @@ class Checkpoints:
         taken = self._registry.all("checkpoints", path=path)
         if taken and not body.get("overwrite"):
             raise UserError(f"there is a checkpoint {path} already; give another name, or overwrite=True")
-        ttl = body.get("ttl_seconds")
-        if ttl is not None and not _SOON <= ttl <= _LATE:
-            raise UserError(f"ttl_seconds must be {_SOON} (an hour) to ten years, not {ttl}")
+        ttl = _time_to_live(body)
         optimizer = kind == "weights"
         learner = run.ready()
         used = self._registry.total(run.tenant.name) - sum(row["size"] for row in taken)
@@ -91,8 +90,42 @@ class Checkpoints:
             optimizer=int(optimizer),
             about=body.get("user_metadata"),
             listed=int(listed),
+            public=0,
         )
         row["size"] = write_whole(learner, self.folder(row), optimizer=optimizer)
+        return row
+
+    def copy(self, source: Row, tenant: Tenant, run: str, body: dict[str, Any]) -> Row:
+        """A checkpoint once more, for a run that holds nothing else; asked again it is the same copy.
+
+        Args:
+            source: the checkpoint; its files are shared.
+            tenant: who has the copy.
+            run: its id; nobody's yet.
+            body: the request: ``ttl_seconds``.
+
+        Raises:
+            UserError: the run is there already, the time to live is none, or the disk is used up.
+        """
+        path, now, ttl = f"tinker://{run}/{source['kind']}/{source['name']}", time.time(), _time_to_live(body)
+        if copied := self._registry.all("checkpoints", path=path, tenant=tenant.name):
+            return copied[0]
+        if self._registry.all("runs", id=run):
+            raise UserError(f"there is a run {run!r} already; give another model_seq_id")
+        check_bytes(tenant, self._registry.total(tenant.name), source["size"])
+        own = {"path": path, "tenant": tenant.name, "run": run, "created": now, "public": 0, "listed": 1}
+        row = Row({**source, **own, "expires": None if ttl is None else now + ttl})
+        stage = self.folder(row).with_name(f".{self.folder(row).name}.new")
+        shutil.rmtree(stage, ignore_errors=True)
+        shutil.copytree(self.folder(source), stage, copy_function=os.link)
+        stage.rename(self.folder(row))
+        from_run = self._registry.one("runs", source["run"])
+        about = {"made": from_run["made"], "rank": from_run["rank"], "about": None, "unloaded": 1}
+        with self._registry.together():
+            session = run.partition(":")[0]
+            owned = {"id": run, "tenant": tenant.name, "session": session, "created": now, "used": now}
+            self._registry.add("runs", **owned, **about)
+            self.add(row)
         return row
 
     def add(self, row: Row) -> None:
@@ -152,7 +185,7 @@ class Checkpoints:
             "time": moment(row["created"]),
             "tinker_path": row["path"],
             "size_bytes": row["size"],
-            "public": False,
+            "public": bool(row["public"]),
             "user_metadata": row.about,
             "expires_at": None if row["expires"] is None else moment(row["expires"]),
         }
@@ -170,6 +203,13 @@ class Checkpoints:
             for name, path in self.files(row).items():
                 tar.add(path, arcname=name, recursive=False)
         return out.getvalue()
+
+
+def _time_to_live(body: dict[str, Any]) -> float | None:
+    ttl = body.get("ttl_seconds")
+    if ttl is not None and not (isinstance(ttl, int | float) and _SOON <= ttl <= _LATE):
+        raise UserError(f"ttl_seconds must be {_SOON} (an hour) to ten years, not {ttl!r}")
+    return ttl
 
 
 def moment(seconds: float) -> str:

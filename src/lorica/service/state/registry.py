@@ -30,7 +30,7 @@ CREATE TABLE IF NOT EXISTS samplers(
 CREATE TABLE IF NOT EXISTS checkpoints(
   path TEXT PRIMARY KEY, tenant TEXT NOT NULL, run TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL,
   created REAL NOT NULL, size INTEGER NOT NULL, expires REAL, optimizer INTEGER NOT NULL, about TEXT,
-  listed INTEGER NOT NULL DEFAULT 1);
+  listed INTEGER NOT NULL DEFAULT 1, public INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS calls(
   id TEXT PRIMARY KEY, tenant TEXT NOT NULL, target TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL,
   body BLOB, result BLOB, failed TEXT, created REAL NOT NULL, done REAL, UNIQUE(target, seq));
@@ -88,6 +88,8 @@ class Registry:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
+        if "public" not in {row["name"] for row in self._rows("PRAGMA table_info(checkpoints)")}:
+            self._db.execute("ALTER TABLE checkpoints ADD COLUMN public INTEGER NOT NULL DEFAULT 0")
 
     def close(self) -> None:
         """Close it."""
@@ -144,6 +146,17 @@ class Registry:
         if not rows or (tenant is not None and rows[0]["tenant"] != tenant):
             raise GoneError(f"there is no {table[:-1]} {key!r}")
         return rows[0]
+
+    def readable(self, path: str, tenant: str) -> Row:
+        """A checkpoint that a tenant may read: one of its own, or one that was published.
+
+        Raises:
+            GoneError: there is none.
+        """
+        row = self._rows("SELECT * FROM checkpoints WHERE path = ? AND (tenant = ? OR public)", path, tenant)
+        if not row:
+            raise GoneError(f"there is no checkpoint {path!r}")
+        return row[0]
 
     def all(self, table: str, **where: Any) -> list[Row]:
         """Rows that have certain values, the newest first."""

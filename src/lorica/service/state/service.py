@@ -22,7 +22,7 @@ from lorica.errors import LoricaError
 from lorica.service import wire
 from lorica.service.engine.base import Base
 from lorica.service.engine.engine import Engine
-from lorica.service.errors import ServiceDown
+from lorica.service.errors import ServiceDown, UserError
 from lorica.service.state.calls import Calls, Done
 from lorica.service.state.checkpoints import Checkpoints
 from lorica.service.state.registry import Call, Registry
@@ -71,6 +71,7 @@ class Service:
         self._lock = threading.RLock()
         self._runs: dict[str, OpenRun] = {}
         self._promises: dict[str, Future[None]] = {}
+        self._drawing: dict[str, Future[Any]] = {}
         self._over = threading.Event()
         waiting = self.registry.waiting()
         self._promises.update((call.id, _promise()) for call in waiting)
@@ -124,7 +125,7 @@ class Service:
         """
         self.registry.one("sessions", session, tenant.name)
         if path is not None:
-            self.registry.one("checkpoints", path, tenant.name)
+            self.registry.readable(path, tenant.name)
         sampler = f"{session}:sample:{seq}"
         self.registry.add(
             "samplers", id=sampler, tenant=tenant.name, session=session, path=path, created=time.time()
@@ -179,6 +180,19 @@ class Service:
             opened = self._open(run)
             last = max([opened.next - 1, *opened.held])
             return self.accept(tenant, run, last + 1, "unload", b"{}")
+
+    def cancel(self, tenant: Tenant, call_id: str) -> None:
+        """Give up a request for samples; one that is done stays so.
+
+        Raises:
+            GoneError: there is no such call, or it is another tenant's.
+            UserError: it is a call of a run, whose calls are done in order.
+        """
+        if self.registry.call(call_id, tenant.name).kind != "sample":
+            raise UserError("only samples can be cancelled; the calls of a run are done in order")
+        drawing = self._drawing.get(call_id)
+        if drawing is not None:
+            self.engine.cancel(drawing)
 
     def promise(self, tenant: Tenant, call_id: str) -> Future[None] | None:
         """What to wait for; None where the call is done.
@@ -285,7 +299,9 @@ class Service:
         try:
             prompt, weights, draw = self._calls.sample(call)
             then = partial(self._finish, call, prompt=len(prompt))
-            self.engine.sample(prompt, weights, draw, tenant=call.tenant, then=then)
+            drawing = self.engine.sample(prompt, weights, draw, tenant=call.tenant, then=then)
+            self._drawing[call.id] = drawing
+            drawing.add_done_callback(lambda _: self._drawing.pop(call.id, None))
         except LoricaError as error:
             failed: Future[Any] = Future()
             failed.set_exception(error)
