@@ -51,7 +51,14 @@ def test_what_is_published_others_read_and_copy(address: str, one: Any) -> None:
     mine.delete_checkpoint_from_tinker_path(path).result()
     (listed,) = others.list_user_checkpoints().result().checkpoints  # the copy outlives what it is of
     assert (listed.tinker_path, listed.public, listed.checkpoint_type) == (copied, False, "sampler")
-    assert others.get_external_weights_urls(copied).result().urls.keys() >= {"adapter_config.json"}
+    client = tinker.ServiceClient(base_url=address, api_key="tml-two")
+    sampler, params = (
+        client.create_sampling_client(model_path=copied).result(),
+        types.SamplingParams(max_tokens=2),
+    )
+    drawn = sampler.sample(types.ModelInput.from_ints([5]), 1, params).result()
+    assert drawn.sequences[0].tokens
+    client.close("success").result()
     for wrong, says in ((path, "no checkpoint"), ("tinker://../../x/weights/y", "no checkpoint")):
         with pytest.raises(tinker.NotFoundError, match=says):
             others.copy_weights(wrong, "archive").result()

@@ -56,7 +56,7 @@ async def copy_weights(request: Request) -> dict[str, Any]:
     """A checkpoint once more, in a run that cannot be trained; the files are shared."""
     service, tenant = service_of(request), tenant_of(request)
     body = json_of(await body_of(request))
-    if body.get("weights_access_token") is not None:
+    if {body.get("weights_access_token"), request.headers.get("x-tinker-weights-access-token")} != {None}:
         raise UserError("weights_access_token is not carried by this server; publish the checkpoint")
     source = service.registry.readable(str(body.get("source_path")), tenant.name)
     session, seq = body.get("session_id"), body.get("model_seq_id", 0)
