@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from importlib import import_module
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ROOT / "recipes" / "small"
@@ -155,7 +157,54 @@ def test_rows_of_our_own_are_what_they_say(script: Any, tmp_path: Path) -> None:
         for row in read("conversations", split):
             assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
         assert all(row["dialogue"] and row["summary"] for row in read("summaries", split))
+        for row in read("preferences", split):
+            whole, broken = row["chosen"].split(), row["rejected"].split()
+            assert whole[: len(broken)] == broken
+            assert len(broken) == len(whole) // 2
     assert not asked["train"] & asked["test"]
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL is told of its own future
+@pytest.mark.parametrize("task", ["preference", "kto", "reward", "grpo"])
+def test_trl_with_peft_gives_a_runs_own_losses(task: str, tmp_path: Path) -> None:
+    for package in ("peft", "trl"):
+        pytest.importorskip(package, reason=f"needs {package}")
+    sys.path.insert(0, str(SMALL))
+    try:
+        from beside_peft import beside  # pyright: ignore[reportMissingImports]
+    finally:
+        sys.path.remove(str(SMALL))
+    from train import tiny
+    from train.post import small
+
+    from lorica.train import train
+
+    rows = tiny.write_rows(tmp_path / "rows" / "train.jsonl", small.pairs(24)).parent
+    tiny.write_rows(rows / "test.jsonl", small.pairs(8, seed=1))
+    (tmp_path / "rewards.py").write_text(small.REWARD)
+    post = {
+        "preference": {},
+        "kto": {"loss": "kto"},
+        "reward": {},
+        "grpo": {"rewards": [f"{tmp_path}/rewards.py:good"], "max_new_tokens": 4},
+    }[task]
+    recipe = small.recipe(
+        small.write_decoder(tmp_path / "decoder"),
+        rows,
+        tmp_path / "run",
+        "preference" if task == "kto" else task,
+        post,
+        training={"group_by_length": False, "epochs": 1},
+        data={"validation_fraction": 0},
+    )
+    result = train(recipe, console=Console(file=io.StringIO()))
+    found = beside(tmp_path / "run")
+    assert (found.steps, found.apart < 2e-5) == (result.steps, True)
+    names = {"reward", "length"} if task == "grpo" else {"margin"}
+    assert names <= found.scores.keys()
+    for name, value in found.scores.items():
+        assert value == pytest.approx(result.metrics["test"][name], abs=1e-4)
+    assert "the same losses" in str(found)
 
 
 def test_a_command_over_lines_is_the_same_command(script: Any) -> None:

@@ -9,6 +9,7 @@ writes, each with its training, validation and test rows:
     parameters/     which words of a docstring name a parameter of its function?
     conversations/  a user asks what a function does, and the assistant answers
     summaries/      the first sentence of a docstring, from the rest of it
+    preferences/    what does a function do? Its sentence is better than the same one broken off
 
 A function is in one split alone. The same Python gives the same rows; nothing is downloaded.
 """
@@ -132,11 +133,21 @@ def summaries(found: Sequence[Function]) -> Iterator[Row]:
             yield {"dialogue": function.rest, "summary": function.sentence}
 
 
+def preferences(found: Sequence[Function]) -> Iterator[Row]:
+    """A question, the answer to it, and the same answer broken off after half of its words."""
+    for function in found:
+        words = function.sentence.split()
+        said = {"chosen": words, "rejected": words[: len(words) // 2]}
+        answers = {side: f" {' '.join(part)}" for side, part in said.items()}
+        yield {"prompt": _ASKED.format(function.name), **answers}
+
+
 MAKERS: tuple[Callable[[Sequence[Function]], Iterator[Row]], ...] = (
     questions,
     parameters,
     conversations,
     summaries,
+    preferences,
 )
 
 

@@ -44,7 +44,8 @@ INTRODUCTION = """\
 Written by `make recipes`; do not edit. Each row is the command below it, on one core of a CPU. The rows are
 few and so are the steps, and the models that write or see are tiny, some with random weights: a score shows
 that the task runs from end to end on real rows, not what the recipe reaches. Minutes are those of the
-processor, for the whole command.
+processor, for the whole command. Runs of post-training were made once more by TRL and PEFT, from the same
+start, rows and seed.
 
 | run | task | model | rows learned | scored on | steps | min | scores |
 |---|---|---|---:|---:|---:|---:|---|
@@ -62,6 +63,7 @@ class Run:
         scores: those to show.
         recipe: name of the recipe that the options change, or None for none.
         needs: folders of the data sets that must be there.
+        beside_peft: train it once more with TRL and PEFT, and say how the two differ.
     """
 
     about: str
@@ -70,6 +72,7 @@ class Run:
     scores: list[str]
     recipe: str | None
     needs: list[str] = field(default_factory=list)
+    beside_peft: bool = False
 
     def command(self, name: str, model: str) -> list[str]:
         """The command; its places, such as that of the data, are names in braces."""
@@ -125,8 +128,12 @@ def main() -> int:
                 "model": model,
                 "command": shown[name],
                 "minutes": duration(time.process_time() - began),
-                **outcome(Record.load(work / name), run.scores),
+                **outcome(Record.load(work / name, trust_task=True), run.scores),
             }
+            if run.beside_peft:
+                from beside_peft import beside
+
+                facts["beside"] = str(beside(work / name))
             write_atomically(RESULTS, json.dumps({**results(), name: facts}, indent=1) + "\n")
     if not trial:
         if not due():
@@ -169,6 +176,7 @@ def page(known: Mapping[str, Run], noted: Mapping[str, Mapping[str, str]]) -> st
         lines.append(f"| {' | '.join(cells)} |")
     for name, run in known.items():
         lines += ["", f"## {name}", "", run.about, "", "```sh", broken(noted[name]["command"]), "```"]
+        lines += ["", noted[name]["beside"]] if run.beside_peft else []
     return INTRODUCTION + "\n".join(lines) + "\n"
 
 

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import own_rows
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -40,6 +43,26 @@ def decoder(folder: Path) -> str:
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_embd=256, n_layer=6, n_head=4,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return _save(folder, GPT2LMHeadModel, config, tokenizer)
+
+
+def narrow_decoder(folder: Path) -> str:
+    """GPT-2's shape, 2 layers of width 64, random weights: it learns what answers are like, not to write.
+
+    Its 1,000 pieces of words are those of the docstrings, in `own_rows`.
+    """
+    pieces = AutoTokenizer.from_pretrained(model_directory()).train_new_from_iterator(
+        [function.sentence for function in own_rows.functions()], 1000
+    )
+    core = pieces.backend_tokenizer
+    core.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]"
+    )
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=192, n_embd=64, n_layer=2, n_head=2, initializer_range=0.1,
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     return _save(folder, GPT2LMHeadModel, config, tokenizer)
 
@@ -76,7 +99,7 @@ def vision(folder: Path) -> str:
 
 
 MAKERS: dict[str, Callable[[Path], str]] = {
-    maker.__name__: maker for maker in (decoder, chat, encoder_decoder, vision)
+    maker.__name__: maker for maker in (decoder, narrow_decoder, chat, encoder_decoder, vision)
 }
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from train.tasks.test_language import TEMPLATE, tokenizer
 
 from lorica.errors import LoricaError
-from lorica.train import DataConfig, tasks
+from lorica.train import DataConfig, Recipe, tasks
 from lorica.train.data.splits import Splits
 from lorica.train.data.tables import columns_of, table
 from lorica.train.post.settings import PostConfig
+from lorica.train.preview import preview
 
 CALL = {"function": {"name": "film", "arguments": "{}"}}
 CALLS = (
@@ -220,6 +222,15 @@ def test_what_a_chat_template_refuses_is_refused_by_its_row(task: str, row: dict
     good = {**row, name: [user("film"), *([bot("great")] if name == "messages" else [])]}
     with pytest.raises(LoricaError, match=r"row 2 of .* is refused by the chat template: .*alternate"):
         read(task, good, row, template=STRICT)
+
+
+def test_such_a_row_is_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    tokenizer(STRICT).save_pretrained(tmp_path)
+    recipe = Recipe(task="preference", model=str(tmp_path))
+    recipe = recipe.replace(data={"skip_bad": True, "validation_fraction": 0.0})
+    rows = [{"prompt": [user("film")], **ANSWERS}, {**TOLD, **ANSWERS}, {"prompt": "film", **ANSWERS}]
+    found = preview(recipe, rows).splits["train"]
+    assert (found.rows, found.skipped) == (2, 1)
 
 
 def test_forms_mixed_in_one_file_are_refused_by_the_first_row_of_the_other() -> None:
