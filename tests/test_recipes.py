@@ -49,6 +49,7 @@ def small_models(script: Any, monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
 
 
 def test_every_recipe_is_run_and_every_run_is_a_recipe_on_the_page(script: Any) -> None:
+    from lorica.cli.shared.parsing import expanded
     from lorica.cli.training.train import parser
     from lorica.train.recipe import check_file, from_parsed
 
@@ -60,7 +61,7 @@ def test_every_recipe_is_run_and_every_run_is_a_recipe_on_the_page(script: Any) 
     for name, run in known.items():
         assert f"\n## {name}\n\n{run.about}\n" in page
         places = {place: Path(place) for place in ("data", "rows", "runs")}
-        given = script.filled(run.command(name, "model"), **places)[2:]
+        given = expanded(script.filled(run.command(name, "model"), **places)[2:])
         if run.recipe is not None:
             check_file(ROOT / given[0])
             given = ["--config", str(ROOT / given[0]), *given[1:]]
