@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -132,8 +133,13 @@ def answer(url: str, name: str, prompt: str, *, stream: bool = False) -> tuple[i
 
 
 def replica_pids() -> list[int]:
-    found = [each for each in psutil.process_iter(["cmdline"]) if each.info["cmdline"]]
-    return [each.pid for each in found if "ServeReplica:default:Replica" in each.info["cmdline"][0]]
+    """Processes of the replicas that this process's own cluster has."""
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "ServeReplica:default:Replica" in " ".join(each.cmdline()[:1]):
+                found.append(each.pid)
+    return found
 
 
 def test_two_replicas_answer_as_one_and_lose_one(
