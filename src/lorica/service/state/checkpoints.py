@@ -24,7 +24,7 @@ from lorica.service.engine.weights import Learner, Weights
 from lorica.service.errors import UserError
 from lorica.service.state.registry import Registry, Row
 from lorica.service.state.runs import OpenRun, check_checkpoint, folder_name, write_whole
-from lorica.service.state.tenants import check_bytes
+from lorica.service.state.tenants import Tenant, check_bytes
 
 _SAMPLERS = 64
 _KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
