@@ -48,18 +48,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         runs = {engine: Runs(Path(folder), engine, draw) for engine in ENGINES}
-        found = [
+        found: list[dict[str, Any]] = [
             {"engine": engine, "what": kind, **runs[engine].stopped(f"{kind} {i}", kind)}
             for i in range(options.times)
             for kind in INCIDENTS
             for engine in [list(ENGINES)[i % len(ENGINES)]]
         ]
     rows = [
-        [ENGINES[engine], kind, len(some), sum(one["same"] for one in some), f"{max(times):.1f}"]
+        [ENGINES[engine], kind, len(some), sum(one["same"] for one in some)]
+        + [f"{max(one['seconds'] for one in some):.1f}"]
         for engine in ENGINES
         for kind in INCIDENTS
         if (some := [one for one in found if (one["engine"], one["what"]) == (engine, kind)])
-        and (times := [one["seconds"] for one in some])
     ]
     for row in rows:
         print(*row, sep="\t")

@@ -8,7 +8,7 @@ from functools import partial
 
 import harness
 import torch
-from models import ALL_LINEAR, MODELS, in_dtype, with_lorica
+from models import ALL_LINEAR, MODELS, with_lorica
 from torch import Tensor, nn
 
 import lorica
@@ -24,7 +24,9 @@ def main() -> None:
     comparisons = []
     for model_name, make in MODELS.items():
         for dtype_name, dtype in DTYPES.items():
-            model = with_lorica(in_dtype(make, dtype), ALL_LINEAR, r=R).to(options.device)
+            base = make()
+            nn.Module.to(base, dtype)
+            model = with_lorica(base, ALL_LINEAR, r=R).to(options.device)
             config = lorica.LoraConfig(r=R, target_modules=ALL_LINEAR, init_lora_weights=False)
             lorica.adapt(model, config, "other")
             weights = [m.weight.detach() for m in model.modules() if isinstance(m, nn.Linear)]

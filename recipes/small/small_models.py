@@ -60,9 +60,10 @@ def narrow_decoder(folder: Path) -> str:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]"
     )
+    end: Any = tokenizer.eos_token_id
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=192, n_embd=64, n_layer=2, n_head=2, initializer_range=0.1,
-        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=end, eos_token_id=end,
     )  # fmt: skip
     return _save(folder, GPT2LMHeadModel, config, tokenizer)
 

@@ -278,7 +278,7 @@ def test_a_linear_layers_weight_read_as_a_parameter() -> None:
 
 
 def test_a_recurrent_layer_keeps_no_graph_of_its_last_call() -> None:
-    model = nn.Sequential(nn.GRU(4, 3, batch_first=True))
+    model: Any = nn.Sequential(nn.GRU(4, 3, batch_first=True))
     before, x = copy.deepcopy(model), torch.randn(2, 5, 4)
     lorica.adapt(model, config(target_parameters=["0.weight_ih_l0"], init_lora_weights=False))
     weights = {"0.weight_ih_l0": before[0].weight_ih_l0 + lorica.delta_weight(model, "0.weight_ih_l0")}

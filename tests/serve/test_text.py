@@ -75,7 +75,8 @@ def test_penalties_count_what_came_before():
 def test_plain_requests_and_others_share_a_step():
     greedy, drawn = Sampling(temperature=0), Sampling(temperature=0, logprobs=2)
     logits = torch.randn(3, 7)
-    first, second, third = choose_all([Sampler(own, []) for own in (greedy, drawn, greedy)], logits)
+    chosen: list[Any] = choose_all([Sampler(own, []) for own in (greedy, drawn, greedy)], logits)
+    first, second, third = chosen
     assert [first.id, second.id, third.id] == logits.argmax(-1).tolist()
     logs = logits[1].log_softmax(0)
     assert second.logprob == pytest.approx(float(logs.max()))

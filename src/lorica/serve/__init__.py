@@ -1,6 +1,6 @@
 """Serving: one base for many tenants, each with an adapter of its own, in one batch.
 
-engine    what an engine and a store of adapters promise; errors, `Sampling`, `Step`
+engine    the promises of an engine and of a store of adapters; errors, `Sampling`, `Step`
 decoder   an engine for decoders, over transformers' continuous batching: `Decoder`
 encoder   an engine for models that read: classes, tags, numbers and vectors: `EncoderEngine`
 http      OpenAI's and vLLM's endpoints over an engine, and a page

@@ -1,7 +1,7 @@
-"""What an engine and a store of adapters promise: the seam between them and the endpoints above.
+"""The promises of an engine and of a store of adapters: the seam between them and the endpoints above.
 
     admit(prompt, adapter, sampling) ──▶ Answer ──▶ Step, Step, ..., Step with `finish`
-    Entry: what the store knows of one adapter
+    Entry: the store's knowledge of one adapter
 
 Nothing heavy is imported here, so that endpoints and their tests can stand on this file alone.
 """
@@ -20,7 +20,7 @@ class InvalidRequest(LoricaError, ValueError):
     """A request cannot be answered as it stands (HTTP 400).
 
     Args:
-        message: what was expected and what came.
+        message: the expected value and the given one.
         param: name of the field that it is about, as in `Sampling`; ``"prompt"`` and ``"adapter"`` beside
             those.
     """
@@ -66,14 +66,14 @@ class EngineDown(LoricaError, RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How one answer is drawn.
+    """Settings by which one answer is drawn.
 
     Args:
         max_tokens: at most so many; 0 only together with `prompt_logprobs`.
         temperature: logits are divided by it; 0 takes the most likely token.
         top_k: draw among so many of the most likely; 0 for all.
         top_p: draw among the most likely that have this probability together.
-        min_p: leave out what has less than this share of the most likely one's probability.
+        min_p: leave out tokens with less than this share of the most likely one's probability.
         seed: of a generator of the request's own: the same answer whoever else is in the batch. None draws
             one.
         stop: texts that end the answer; they are never part of it.
@@ -83,7 +83,7 @@ class Sampling:
         frequency_penalty: taken off for each time that it has them.
         repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that the prompt
             or the answer has.
-        logit_bias: token id, what is added to its logit.
+        logit_bias: token id, number that is added to its logit.
         logprobs: None for none; 0 for the chosen token's; k for the k most likely as well. They are of the
             model's own distribution, before temperature, penalties and bias.
         prompt_logprobs: the same for the prompt's tokens.
@@ -154,13 +154,13 @@ class Answer(Protocol):
     async def __anext__(self) -> Step: ...
 
     async def aclose(self) -> None:
-        """Cancel what is still to come."""
+        """Cancel the rest."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What the store knows of one adapter.
+    """The store's knowledge of one adapter.
 
     Args:
         name: under which it is served.
@@ -243,7 +243,7 @@ class Adapters(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a request may ask for.
+    """The limits of a request.
 
     Args:
         context: tokens of prompt and answer together.
@@ -273,7 +273,7 @@ class Stats:
         running: requests in the batch.
         cache_use: share of the cache's blocks that requests hold, 0 to 1.
         slots: for adapters.
-        mounted: content by content, the names of what is in a slot.
+        mounted: names of the adapters in slots, content by content.
         running_adapters: names that running requests use.
         waiting_adapters: names that waiting requests use.
         prompt_tokens_total: tokens of prompts that were admitted.
@@ -317,7 +317,7 @@ class Engine(Protocol):
 
     @property
     def limits(self) -> Limits:
-        """What a request may ask for."""
+        """The limits of a request."""
         ...
 
     @property

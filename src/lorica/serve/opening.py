@@ -1,4 +1,4 @@
-"""From what a user names to an engine: a run, an adapter's folder, a merged run, or any model."""
+"""From a name to an engine: a run, an adapter's folder, a merged run, or any model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _TASKS: Mapping[str, Kind | None] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a user named, looked at.
+    """A name that was looked at.
 
     Args:
         base: the base, a folder or Hub name.
@@ -58,18 +58,18 @@ class Source:
 
     @property
     def model(self) -> str:
-        """What the base is called."""
+        """Name of the base."""
         here = Path(self.base)
         return here.resolve().name if here.is_dir() else self.base
 
     @property
     def default(self) -> str | None:
-        """What the adapter that was named is called."""
+        """Name of the adapter."""
         return None if self.adapter is None else next(iter(folders.scan([self.adapter])), None)
 
 
 def look_at(source: str) -> Source:
-    """Find out what a user named; nothing is loaded.
+    """Find out the kind of a name; nothing is loaded.
 
     Args:
         source: folder that `lorica train`, `lorica demo` or `lorica merge` wrote; folder of an adapter; or a
@@ -100,7 +100,7 @@ def look_at(source: str) -> Source:
 
 
 def _kind(task: Any, base: str) -> Kind:
-    """Whether a model writes or reads, by what was learned with it, or else by its configuration."""
+    """Whether a model writes or reads, by the task of its run, or else by its configuration."""
     if task is not None:
         kind = _TASKS.get(str(task))
         if kind is None:

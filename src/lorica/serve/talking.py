@@ -24,13 +24,13 @@ HELP = """\
 
 @dataclass(eq=False)
 class Conversation:
-    """What was said, and who answers.
+    """The conversation, and the adapters that answer.
 
     Args:
         engine: that answers; it runs.
         sampling: how.
         names: the adapters that answer, one or two; None is the base.
-        messages: what was said.
+        messages: the conversation.
     """
 
     engine: Decoder
@@ -57,10 +57,10 @@ class Conversation:
         raise ConfigError(f"there is no adapter {name!r}{nearest(name, [BASE, *names])}")
 
     def command(self, line: str) -> str | None:
-        """Do what a line that begins with ``/`` says.
+        """Carry out a line that begins with ``/``.
 
         Returns:
-            What to tell; None ends the conversation.
+            The reply; None ends the conversation.
 
         Raises:
             ConfigError: there is no such command or adapter.
@@ -84,7 +84,7 @@ class Conversation:
         raise ConfigError(f"{line!r} is no command:\n{HELP}")
 
     async def ask(self, text: str, show: Callable[[int, str], object]) -> list[str]:
-        """Say something, and let each adapter answer; the first one's answer is what is gone on from.
+        """Say something, and let each adapter answer; the conversation goes on from the first one's answer.
 
         Args:
             text: the message.

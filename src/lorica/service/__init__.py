@@ -1,12 +1,12 @@
 """Training as a service: clients write the loop, one process holds the base and everybody's adapters.
 
 engine/   one base, many adapters, one thread: passes, samples, whose turn it is
-state/    what must not be forgotten: runs, calls, checkpoints, tenants, in one folder
+state/    the durable part: runs, calls, checkpoints, tenants, in one folder
 http/     the training protocol, for its official SDK
 files     an adapter in training, as files
 wire      requests and results as bytes
 client    the verbs in one process, without a server
-errors    what a client is told
+errors    the errors that clients get
 """
 
 from __future__ import annotations

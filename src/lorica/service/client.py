@@ -122,10 +122,10 @@ class Training:
     def forward_backward(
         self, data: Iterable[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
     ) -> Future[Output]:
-        """Add the gradient of a loss, a sum over all tokens, to what the next `optim_step` uses.
+        """Add the gradient of a loss, a sum over all tokens, to that of the next `optim_step`.
 
         Args:
-            data: sequences, with what the loss needs (`Datum.of`).
+            data: sequences, with the loss's inputs (`Datum.of`).
             loss_fn: ``"cross_entropy"``, ``"importance_sampling"``, ``"ppo"``, ``"cispo"`` or ``"dro"``.
             loss_fn_config: settings of the loss.
 

@@ -1,4 +1,4 @@
-"""What a service tells its clients when a call cannot be carried out."""
+"""The errors of a service for calls that cannot be carried out."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from lorica.errors import LoricaError
 
 
 class UserError(LoricaError, ValueError):
-    """A call is wrong as it stands, and would be wrong again; the message says what was expected."""
+    """A call is wrong as it stands, and would be wrong again; the message names the expected values."""
 
 
 class QuotaError(UserError):
-    """A tenant has used up what it was given."""
+    """A tenant has used up its quota."""
 
 
 class GoneError(LoricaError, LookupError):

@@ -1,4 +1,4 @@
-"""An adapter in training, as files: PEFT's own, and beside them what the optimizer remembers.
+"""An adapter in training, as files: PEFT's own, and beside them the optimizer's state.
 
 adapter_config.json  adapter_model.safetensors  README.md      as `lorica.save` writes them
 optimizer.safetensors                                          AdamW's averages and its count
@@ -21,12 +21,12 @@ OPTIMIZER = "optimizer.safetensors"
 
 
 def write(weights: Weights, folder: Path, *, optimizer: bool) -> Path:
-    """Write an adapter to a folder; whoever finds the folder finds all of it.
+    """Write an adapter to a folder, which appears once it is whole.
 
     Args:
-        weights: what to write.
+        weights: the adapter.
         folder: created if missing.
-        optimizer: with what the optimizer remembers, for `Learner.take`.
+        optimizer: whether with the optimizer's state, for `Learner.take`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if optimizer:
@@ -37,7 +37,7 @@ def write(weights: Weights, folder: Path, *, optimizer: bool) -> Path:
 
 
 def read(folder: Path, *, optimizer: bool) -> tuple[Adapter, dict[str, Tensor] | None]:
-    """Read what `write` wrote.
+    """Read a folder of `write`.
 
     Raises:
         FileError: it is not there, or damaged, or the optimizer's part is asked for and was not written.

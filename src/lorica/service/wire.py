@@ -1,4 +1,4 @@
-"""Requests and results as bytes, as the training protocol has them: protobuf for what is large, else JSON.
+"""Requests and results as bytes, as the training protocol has them: protobuf for large ones, else JSON.
 
 The messages are the SDK's own (``tinker.proto``). A call is kept as the bytes that came.
 """
@@ -43,7 +43,7 @@ class Learn:
     """
 
     def __init__(self, body: bytes) -> None:
-        """Read what says whose it is."""
+        """Read the fields that name its tenant."""
         self._message = _messages().ForwardBackwardRequest()
         try:
             self._message.ParseFromString(body)
@@ -56,7 +56,7 @@ class Learn:
 
     @property
     def tokens(self) -> int:
-        """How many tokens it has."""
+        """Number of its tokens."""
         return sum(
             len(chunk.encoded_text.tokens) // 4 for datum in self._message.data for chunk in datum.model_input
         )
@@ -194,7 +194,7 @@ def sampled(samples: Samples, prompt: int) -> bytes:
     """The result of a request for samples.
 
     Args:
-        samples: what was drawn.
+        samples: the samples.
         prompt: its tokens.
     """
     pb = _messages()
@@ -246,7 +246,7 @@ def prompt_of(body: Mapping[str, Any]) -> list[int]:
 
 
 def draw_of(body: Mapping[str, Any], otherwise: int) -> Draw:
-    """How a request wants its samples drawn.
+    """The settings by which a request wants its samples drawn.
 
     Args:
         body: of ``asample``.

@@ -270,12 +270,14 @@ def _written() -> list[bool]:
     narrow: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
     llama: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     found = []
-    for kind, config in (
-        (T5ForConditionalGeneration, T5Config(**sizes, **narrow, decoder_start_token_id=0)),
+    start: dict[str, Any] = {"decoder_start_token_id": 0}
+    models: list[tuple[Any, Any]] = [
+        (T5ForConditionalGeneration, T5Config(**sizes, **narrow, **start)),
         (LlamaForCausalLM, LlamaConfig(**sizes, **llama, num_hidden_layers=2)),
-    ):
+    ]
+    for kind, config in models:
         torch.manual_seed(0)
-        model: Any = kind(config)
+        model = kind(config)
         lorica.adapt(model, lorica.LoraConfig(r=2, target_modules="all-linear"), seed=0)
         settings = GenerationConfig(max_new_tokens=6, batch_size=2, num_beams=2)
         prompts = [[5 + i] * (i + 1) for i in range(5)]

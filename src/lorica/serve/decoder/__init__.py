@@ -3,7 +3,7 @@
     admit ──▶ admission ──▶ schedule ──▶ batching (transformers) ──▶ sampling ──▶ answers, text
 
 decoder     `Decoder`: its life, and the seam between event loop and engine's thread
-admission   what is refused at the door
+admission   requests refused at the door
 schedule    which requests are in the batch, which adapters in the slots
 batching    all contact with the insides of transformers' continuous batching
 attention   on a CPU: each token looks at its own request's keys alone

@@ -1,4 +1,4 @@
-"""What is refused at the door: requests that would kill the engine, or fool whoever asks.
+"""Requests refused at the door: those that would kill the engine, or fool the client.
 
 A token id beyond the vocabulary, a prompt that the cache has no room for, an empty one: each ends the
 engine's thread, or gives an answer from nothing. None gets past here.

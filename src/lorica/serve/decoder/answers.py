@@ -20,7 +20,7 @@ Finish = Literal["stop", "length"]
 
 
 class Channel:
-    """What the engine told of one request and nobody has read yet; for one event loop."""
+    """The steps of one request that nobody has read yet; for one event loop."""
 
     def __init__(self) -> None:
         self.tokens: list[Token] = []
@@ -120,7 +120,7 @@ class DecodedAnswer:
         request: whose answer it is.
         tokenizer: writes its text; None leaves it empty.
         cancel: drops the request from the engine; called in the event loop.
-        left: likewise, from whatever thread collects garbage.
+        left: likewise, from the thread that collects garbage.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class DecodedAnswer:
         return self
 
     async def __anext__(self) -> Step:
-        """What came since the last step; waits until something did.
+        """The steps since the last call; waits for one.
 
         Raises:
             RefusedAdapter: the adapter could not be read, or does not fit.
@@ -178,7 +178,7 @@ class DecodedAnswer:
         return Step(text, tuple(came[:taken]), finish, prompt)
 
     async def aclose(self) -> None:
-        """Cancel what is still to come."""
+        """Cancel the rest."""
         if not self._over:
             self._over = True
             self._cancel(self._request)

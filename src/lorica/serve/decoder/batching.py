@@ -5,7 +5,7 @@
     Processor   between two steps requests come, go and change slots; after one, tokens are told
     Cache       a prefix is found again only by requests of the same namespace
     Runner      tokens are chosen by us, each request by its own rules
-    Router      what the engine says of a request that failed
+    Router      the engine's message about a request that failed
 
 transformers promises none of these names. `tests/serve/test_batching.py` has a test for each; the extra
 `serve` pins the version that they hold for, and is raised on purpose.
@@ -77,7 +77,7 @@ class Part(NamedTuple):
 
     Args:
         id: of the request.
-        tokens: how many of the batch's are its, on end.
+        tokens: number of its tokens in the batch, on end.
         answers: whether a new token is chosen for it after this step.
     """
 
@@ -87,14 +87,14 @@ class Part(NamedTuple):
 
 
 class Conductor(Protocol):
-    """What steers a `Batcher`. Everything is called in the engine's thread, but `ended`'s last."""
+    """The conductor of a `Batcher`. Everything is called in the engine's thread, but `ended`'s last."""
 
     def between(self, batcher: Batcher) -> bool:
         """Between two steps: requests may be put and cancelled; returns whether to come again at once."""
         ...
 
     def order(self, id: str) -> Any:
-        """What a batch is sorted by: requests of one adapter lie together in it."""
+        """The key that a batch is sorted by: requests of one adapter lie together in it."""
         ...
 
     def packed(self, parts: Sequence[Part], heads: Sequence[str] | None) -> None:
@@ -137,11 +137,11 @@ class Conductor(Protocol):
 
 
 class Batcher(api.ContinuousBatchingManager):
-    """An engine, for one life: what ends it is not started again, but replaced.
+    """An engine, for one life: once ended it is not started again, but replaced.
 
     Args:
         model: a decoder of transformers.
-        conductor: what steers it.
+        conductor: its conductor.
         page: tokens in a block of the cache; prefixes are shared block by block.
         blocks: of the cache.
         tokens: in a batch, at most; longer prompts take several steps.
@@ -197,7 +197,7 @@ class Batcher(api.ContinuousBatchingManager):
         Args:
             id: no other request's, ever.
             prompt: token ids.
-            max_tokens: how many are chosen at most.
+            max_tokens: number of tokens to choose at most.
             ends: tokens after which none is.
         """
         state = RequestState(
@@ -266,7 +266,7 @@ class Batcher(api.ContinuousBatchingManager):
 
 
 class Processor(api.ContinuousBatchProcessor):
-    """The steps, with what the conductor has to say between them."""
+    """The steps, with the conductor's calls between them."""
 
     conductor: Conductor
     batcher: Batcher
@@ -325,7 +325,7 @@ class Runner(model_runner.ModelRunner):
 
 
 class Cache(cache.PagedAttentionCache):
-    """Blocks are found again by what was computed in them: by their tokens and the namespace.
+    """Blocks are found again by their content: by their tokens and the namespace.
 
     transformers goes by the tokens alone, and would give one adapter's keys and values to another. The first
     tokens, by which all later blocks are chained, are told apart here before they are looked up.
@@ -338,14 +338,14 @@ class Cache(cache.PagedAttentionCache):
         return [token ^ word for token, word in zip(tokens, space, strict=False)] + list(tokens[len(space) :])
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
-        """How many tokens of the prompt are in the cache, for this namespace."""
+        """Number of the prompt's tokens in the cache, for this namespace."""
         found = super().search_prefix_match(request_id, self._named(request_id, prompt_ids))
         if found:
             self.conductor.matched(request_id, found)
         return found
 
     def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
-        """Note what is in the blocks that were filled, for this namespace."""
+        """Note the content of the blocks that were filled, for this namespace."""
         if not complete_blocks:
             return
         tokens = self._named(state.request_id, state.initial_tokens + state.generated_tokens)
@@ -361,7 +361,7 @@ class Router(api.OutputRouter):
     conductor: Conductor
 
     def deliver(self, output: Any) -> None:
-        """Nothing: whoever waits learns of a failure when the thread ends."""
+        """Nothing: clients that wait learn of a failure when the thread ends."""
 
     def deliver_batch(self, outputs: list[Any]) -> None:
         """Nothing: a request's last token has been told."""

@@ -53,7 +53,7 @@ class Decoder:
         slots: adapters in the batch together; more are served, and take turns.
         max_rank: larger ranks are refused.
         context: tokens of prompt and answer together; None for the model's, as far as memory allows.
-        cache_tokens: tokens that the cache has room for; None for what is plausible.
+        cache_tokens: tokens that the cache has room for; None chooses by the model and the memory.
         requests: in the batch together.
         batch_tokens: in a step; longer prompts take several.
         page: tokens in a block of the cache: prefixes are shared block by block.
@@ -142,7 +142,7 @@ class Decoder:
 
     @property
     def limits(self) -> Limits:
-        """What a request may ask for."""
+        """The limits of a request."""
         return self._limits
 
     @property
@@ -278,7 +278,7 @@ class Decoder:
             self._close(request, served=request.id in finished)
 
     def _ended(self, error: BaseException | None) -> None:
-        """The engine's thread is gone: whoever waits is told so, and it is started again if it died."""
+        """The engine's thread is gone: clients that wait are told so, and it is started again if it died."""
         for task in self._loading.values():
             task.cancel()
         self._loading.clear()

@@ -35,7 +35,7 @@ log = logging.getLogger("lorica.serve")
 
 
 class Told(NamedTuple):
-    """What a step gave a request."""
+    """A step's result for a request."""
 
     request: Request
     tokens: tuple[Token, ...]
@@ -68,7 +68,7 @@ class Schedule:
         chunk: tokens of a prompt whose logits are taken in one pass.
         patience: seconds that requests of mounted adapters pass one that waits for a slot.
         wait: seconds after which a request that is in no batch yet is refused; None for never.
-        tell: called in the engine's thread with what a step gave, and with requests that are gone.
+        tell: called in the engine's thread with a step's results, and with requests that are gone.
         ended: called in the engine's thread when it ends, with the error that ended it.
     """
 
@@ -177,7 +177,7 @@ class Schedule:
         return self.running[id].space
 
     def matched(self, id: str, tokens: int) -> None:
-        """Count what the prefix cache had."""
+        """Count the tokens found in the prefix cache."""
         self.counts.cached_tokens += tokens
 
     def ended(self, error: BaseException | None) -> None:

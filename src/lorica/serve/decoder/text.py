@@ -35,7 +35,7 @@ class Writer:
         return "".join(self._one(id) for id in ids if not self.stopped)
 
     def finish(self) -> str:
-        """The answer ended otherwise: what was held back."""
+        """The answer ended otherwise: the text that was held back."""
         if self._tokenizer is None or self.stopped:
             return ""
         rest = self._held + self._decoded(self._ids[self._start :], self._ids[self._start : self._written])
@@ -68,6 +68,6 @@ class Writer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text are the beginning of a stop text."""
+    """Number of characters at the end of a text that begin a stop text."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if stop.startswith(text[-n:])), 0)

@@ -31,7 +31,7 @@ class Base:
         model: the trunk, frozen, in evaluation mode.
         config: its configuration.
         tokenizer: its tokenizer.
-        prefix: what the paths of a model with a head have before the trunk's own.
+        prefix: prefix of the trunk's paths in a model with a head.
         pooling: how a text's vector is made of its tokens'.
         normalized: whether vectors have length 1.
         own: the base's own head; None where it has none.
@@ -54,7 +54,7 @@ class Base:
         return int(min(positions_of(self.config) or 1 << 20, self.tokenizer.model_max_length, 1 << 20))
 
     def values(self, kind: Kind) -> Mapping[str, Tensor]:
-        """What the base's files have of the parameters of a head; read once for each kind."""
+        """The head's parameters in the base's files; read once for each kind."""
         with self._reading:
             if kind not in self._values:
                 self._values[kind] = _head_values(self.name, auto_class(kind), self.prefix)
@@ -103,7 +103,7 @@ class Base:
 
 
 def _own_kind(config: Any) -> Kind | None:
-    """What the head of a checkpoint tells, where it has one of ours."""
+    """The kind of a checkpoint's head, where it has one of ours."""
     named = next(iter(config.architectures or []), "")
     if named.endswith("ForTokenClassification"):
         return "tags"
@@ -136,7 +136,7 @@ def _head_values(name: str, model_class: Any, prefix: str) -> Mapping[str, Tenso
 
 
 def _pooling(folder: Path) -> tuple[Pooling, bool]:
-    """How vectors are made, by sentence-transformers' files; else by the mean, and of length 1."""
+    """The pooling by sentence-transformers' files; else by the mean, and of length 1."""
     try:
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         paths = {module["type"].rpartition(".")[2]: module["path"] for module in modules}

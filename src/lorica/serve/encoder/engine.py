@@ -41,7 +41,7 @@ class Using:
     Args:
         engine: that answers.
         name: of the adapter; None: the base.
-        head: what it tells of texts; None where it has vectors alone.
+        head: its head; None where it has vectors alone.
         mount: where it is on the trunk; None: the base.
     """
 
@@ -290,7 +290,7 @@ class EncoderEngine:
             self._thread.submit(self._trunk.off, mount)
 
     async def _read(self) -> None:
-        """Read what is listed, as far as slots reach: no first request waits for it."""
+        """Read the listed adapters, as far as slots reach: no first request waits for them."""
         for entry in self.adapters.entries()[: self._slots]:
             if entry.state == "listed":
                 with contextlib.suppress(LoricaError):  # its entry tells

@@ -18,7 +18,7 @@ from lorica.train.run import RECIPE
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """What an adapter has for a base; nothing of it is on the model yet.
+    """An adapter's parts for a base; nothing of it is on the model yet.
 
     Args:
         trunk: its update of the trunk; None where it is a head alone.
@@ -46,7 +46,7 @@ def fit(base: Base, adapter: Adapter, folder: Path) -> Fitted:
     Args:
         base: that it is for.
         adapter: as it was read.
-        folder: where from; a recipe beside it says what it learned.
+        folder: its folder; a recipe in it names its task.
 
     Raises:
         LoricaError: it cannot be served so; the message says why.
@@ -63,7 +63,7 @@ def fit(base: Base, adapter: Adapter, folder: Path) -> Fitted:
 
 
 def _parted(adapter: Adapter, base: Base) -> tuple[Adapter | None, Adapter]:
-    """What an adapter has for the trunk, by the trunk's own paths, and what it has for a head."""
+    """An adapter's part for the trunk, by the trunk's own paths, and its part for a head."""
     paths = dict(base.model.named_modules())
     start = f"{base.prefix}."
 

@@ -1,4 +1,4 @@
-"""What stands on a trunk and tells classes, tags or numbers: each adapter's own.
+"""Heads on a trunk, which tell classes, tags or numbers: each adapter's own.
 
 A head is computed by its architecture's own class, whose trunk is exchanged for a stand-in that returns what
 the trunk computed already, for the rows of all adapters at once.
@@ -50,7 +50,7 @@ class Head:
     """A head, ready to compute.
 
     Args:
-        kind: what its outputs mean.
+        kind: meaning of its outputs.
         labels: names of its outputs.
         model: its class, with a stand-in for the trunk.
         stand_in: that stand-in.
@@ -69,7 +69,7 @@ class Head:
         Args:
             hidden: (rows, tokens, width).
             pooled: (rows, width), where the trunk has a pooler.
-            inputs: what the trunk was given.
+            inputs: the trunk's inputs.
         """
         self.stand_in.told = BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)  # type: ignore[arg-type]
         try:
@@ -82,7 +82,7 @@ class Head:
         return float(output[0] if self.raw else _sigmoid(output)[0])
 
     def told(self, output: np.ndarray, row: Row) -> dict[str, Any]:
-        """What is told of a row: vLLM's fields, and what its kind has beside them."""
+        """The answer for a row: vLLM's fields, and those of its kind."""
         names = list(self.labels)
         if self.kind == "number":
             score = self.number(output)
@@ -124,7 +124,7 @@ class StandIn(nn.Module):
         self.config, self.told = config, None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the trunk said already."""
+        """The trunk's outputs, computed before."""
         return self.told
 
 
@@ -141,7 +141,7 @@ def make_head(
 
     Args:
         config: the base's.
-        kind: what its outputs mean.
+        kind: meaning of its outputs.
         labels: names of its outputs.
         values: parameters and buffers of the head that the base's files have, by name.
         adapter: brings others, and updates of them; None: the base's own head.
@@ -188,7 +188,7 @@ def updates_alone(
     Args:
         adapter: the other.
         factors: the updates, by the paths that they are to have.
-        extras: what it trains whole beside them.
+        extras: modules that it trains whole beside them.
     """
     config = adapter.lora.replace(
         target_modules=sorted(factors),

@@ -25,7 +25,7 @@ from lorica.serve.encoder.rows import Row
 
 @dataclass(eq=False)
 class Mount:
-    """An adapter's update on the trunk: what the engine notes in the store as its slot.
+    """An adapter's update on the trunk: the engine notes it in the store as its slot.
 
     Args:
         name: that it has on the model; None where it has nothing for the trunk.

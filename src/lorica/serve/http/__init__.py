@@ -3,8 +3,8 @@
 app         the application: endpoints behind the gate, started and stopped with the engine
 routes/     completions, conversations, encoders, tokens, models, status
 schemas     the fields of requests            answers, stream   answers that run, gathered or sent as events
-gate, keys  who may ask, and how much         errors            OpenAI's error object
-served      what is served                    metrics           what /metrics tells
+gate, keys  clients and their limits          errors            OpenAI's error object
+served      the served model                  metrics           the text of /metrics
 running     a server on a port, until it is told to stop; page.html: the page at /
 """
 

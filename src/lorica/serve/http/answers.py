@@ -1,4 +1,4 @@
-"""From a request's fields to answers that run, and from their steps, in whatever order, to what is told.
+"""From a request's fields to answers that run, and from their steps, in any order, to the response.
 
 prompts × n ──▶ admit all or none ──▶ steps of all, as they come ──▶ gathered, or streamed
 """
@@ -28,14 +28,14 @@ _SEEDS = 2**63
 
 
 def sampling_of(body: Drawn, **more: Any) -> Sampling:
-    """How a request wants its answers drawn.
+    """The sampling that a request asks for.
 
     Args:
         body: the request.
         more: fields of `Sampling` whose names differ between completions and conversations.
 
     Raises:
-        ApiError: it asks for what this server does not do.
+        ApiError: it asks for a feature that this server does not have.
     """
     if body.response_format is not None and body.response_format.type != "text":
         raise refused(
@@ -63,7 +63,7 @@ def sampling_of(body: Drawn, **more: Any) -> Sampling:
 
 @dataclass
 class Choice:
-    """One answer that runs, and what came of it.
+    """One answer that runs, and its result.
 
     Args:
         index: its place among the choices.
@@ -80,7 +80,7 @@ class Choice:
     finish: str | None = None
 
     def take(self, step: Step) -> None:
-        """Add what a step brought."""
+        """Add a step's tokens and text."""
         self.texts.append(step.text)
         self.tokens += step.tokens
         self.read = step.prompt or self.read
@@ -91,7 +91,7 @@ class Running:
     """The answers to one request.
 
     Args:
-        served: what answers.
+        served: the served model.
         adapter: whose they are.
         choices: the answers.
     """
@@ -222,7 +222,7 @@ async def admit(
 
 
 async def while_there(request: Request, work: Any, running: Running | None = None) -> Any:
-    """What a coroutine returns, unless the client leaves before: then it is cancelled.
+    """A coroutine's result, unless the client leaves before: then it is cancelled.
 
     Args:
         request: whose client it is.

@@ -46,7 +46,7 @@ _STATUSES = {
 
 
 def make_app(here: Served, *, drain: float = DRAIN, started: Callable[[], object] = lambda: None) -> FastAPI:
-    """The application of what is served.
+    """The application of a served model.
 
     Args:
         here: the base, its engine, its keys and limits.

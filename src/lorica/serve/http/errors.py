@@ -30,11 +30,11 @@ _SHOWN = 2000
 
 
 class ApiError(LoricaError):
-    """What a client is told.
+    """The error that a client gets.
 
     Args:
         status: of HTTP.
-        message: what is wrong, and what to do.
+        message: the fault, and the way to mend it.
         param: the field of the request that it is about.
         code: a word for programs.
         retry_after: seconds after which to try again.
@@ -84,7 +84,7 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of an error of ours, or of any other."""
+    """The error that a client gets for one of ours, or for any other."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UnknownAdapter):
@@ -127,7 +127,7 @@ def install(app: FastAPI) -> None:
 
 
 def _malformed(error: RequestValidationError) -> ApiError:
-    """The first field of a request that is wrong, and how many more there are."""
+    """The first field of a request that is wrong, and the number of others."""
     found = error.errors()
     first: Mapping[str, Any] = found[0]
     if first["type"] == "json_invalid":

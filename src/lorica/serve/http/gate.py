@@ -1,4 +1,4 @@
-"""The gate before every endpoint: who asks, how much they send, how many at a time; and what is logged.
+"""The gate before every endpoint: keys, sizes of bodies, numbers of requests; and the log.
 
 request ──▶ key ──▶ room ──▶ body ──▶ endpoint      each refusal is OpenAI's error object
 """
@@ -38,7 +38,7 @@ class Gate:
         app: the application.
         keys: who may ask.
         settings: the limits.
-        metrics: what is counted.
+        metrics: the counts.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys, settings: Settings, metrics: Metrics) -> None:

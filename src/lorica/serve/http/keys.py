@@ -64,14 +64,14 @@ class Keys:
 
     @property
     def names(self) -> list[str]:
-        """What they are called."""
+        """Their names."""
         return [key.name for key in self._keys]
 
     def find(self, given: str | None) -> Key | None:
         """The key that was given, or None; it takes the same time whichever it is.
 
         Args:
-            given: what stands in the request.
+            given: the key in the request.
         """
         if not self._keys:
             return NOBODY

@@ -1,4 +1,4 @@
-"""What /metrics tells: vLLM's names behind ``lorica:``, among them the gauge that Kubernetes routes by."""
+"""The text of /metrics: vLLM's names behind ``lorica:``, among them the gauge that Kubernetes routes by."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Metrics:
     Args:
         stats: the engine's counts of now.
         entries: the adapters.
-        model: what the base is called.
+        model: name of the base.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def label(self, adapter: str | None) -> str:
-        """What an adapter is called here: the first hundred by their names."""
+        """An adapter's label: the first hundred by their names."""
         if adapter not in self._names:
             if len(self._names) > _NAMES:
                 return "other"

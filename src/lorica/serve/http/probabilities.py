@@ -19,7 +19,7 @@ def of_completion(texts: Texts, tokens: Sequence[Token], offset: int, top: int) 
         texts: the tokenizer.
         tokens: the tokens.
         offset: characters of the text before the first of them.
-        top: how many of the most likely are told beside each.
+        top: number of most likely tokens beside each.
     """
     pieces = [texts.piece(token.id)[0] for token in tokens]
     offsets = []

@@ -82,7 +82,7 @@ def run(
     """Serve until SIGTERM or SIGINT.
 
     Args:
-        here: what is served.
+        here: the served model.
         taken: the socket, as `listen` gave it.
         drain: seconds that running requests have to finish in then.
         started: called once requests are answered.
@@ -115,7 +115,7 @@ def run(
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Have the server's log on standard error: a line for each request, without what was asked."""
+    """Have the server's log on standard error: a line for each request, without its content."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Visible("%(asctime)s %(levelname)s %(message)s"))
     for name, lowest in (("lorica", level), ("uvicorn.error", logging.WARNING)):

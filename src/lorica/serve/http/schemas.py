@@ -53,7 +53,7 @@ class Request(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream tells beside the text."""
+    """Options of a stream."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -70,7 +70,7 @@ class ResponseFormat(BaseModel):
 
 
 class Drawn(Request):
-    """How answers are drawn: the fields that completions and conversations share."""
+    """Sampling: the fields that completions and conversations share."""
 
     model: Name | None = None
     n: Annotated[int, Field(strict=True, ge=1, lt=2**31)] | None = None

@@ -1,4 +1,4 @@
-"""What the endpoints serve: a base under its name, an engine of one kind, a tokenizer; and who may ask."""
+"""The served model: a base under its name, an engine of one kind, a tokenizer, the keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Served:
     """A base with its adapters, ready to be asked.
 
     Args:
-        model: what the base is called.
+        model: name of the base.
         engine: that answers.
         settings: the limits of the endpoints.
         keys: who may ask.
@@ -42,7 +42,7 @@ class Served:
     own_templates: bool = True
 
     def __post_init__(self) -> None:
-        """Make what depends on the engine."""
+        """Make the parts that depend on the engine."""
         self.texts = Texts(self.engine.tokenizer)
         self.metrics = Metrics(lambda: self.engine.stats, lambda: self.adapters.entries(), self.model)
         self.created = int(time.time())
@@ -118,7 +118,7 @@ class Served:
         )
 
     def entry(self, name: str, key: Key) -> Entry | None:
-        """What is known of an adapter, for a key that may use it; None for the base."""
+        """The entry of an adapter, for a key that may use it; None for the base."""
         found = self.adapter(name, key)
         try:
             return None if found is None else self.adapters.entry(found)
@@ -140,7 +140,7 @@ class Served:
 
 
 def served(request: Request) -> Served:
-    """What the application of a request serves."""
+    """The served model of a request's application."""
     return request.app.state.served
 
 
@@ -160,7 +160,7 @@ def refuse_many(what: str, count: int, most: int, param: str) -> None:
 
 
 def about(entry: Entry) -> dict[str, Any]:
-    """What `/v1/models` tells of an adapter beside OpenAI's and vLLM's fields."""
+    """Fields of `/v1/models` for an adapter beside OpenAI's and vLLM's."""
     return {
         "rank": entry.rank,
         "modules_applied": entry.applied,

@@ -1,4 +1,4 @@
-"""How the server is set up: what a client may ask for at most, beside the engine's own limits."""
+"""Settings of the server: limits of a client, beside the engine's own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the server is set up.
+    """Settings of the server.
 
     Args:
         allow_load: whether adapters may be loaded and unloaded over HTTP.

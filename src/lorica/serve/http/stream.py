@@ -34,7 +34,7 @@ class Events(StreamingResponse):
     """A stream of events that ends with ``[DONE]``, or with an error object.
 
     Args:
-        chunks: what to send, in order.
+        chunks: the chunks, in order.
         close: called when all is sent, and when the client leaves.
         settings: how long the stream may be silent, and its client read nothing.
     """
@@ -79,7 +79,7 @@ class Events(StreamingResponse):
                     await asyncio.gather(waiting, return_exceptions=True)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream, and watch for the client to leave, whatever the server's version of ASGI."""
+        """Send the stream, and watch for the client to leave, in any version of ASGI."""
 
         async def leave() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -117,8 +117,8 @@ async def with_usage(
 
     Args:
         running: the answers.
-        chunk: what is told of a step; None where that is nothing.
-        options: what of the usage is asked for.
+        chunk: makes a step's chunk; None where it has none.
+        options: the parts of the usage that are asked for.
         head: the fields that every chunk has.
         usage: tokens by now.
     """

@@ -76,7 +76,7 @@ class Texts:
         """The token ids of a conversation.
 
         Args:
-            messages: `role`, `content` and whatever else the template reads.
+            messages: `role`, `content` and other keys that the template reads.
             template: an adapter's own; None takes the tokenizer's.
             tools: that the template tells the model of.
             begin: whether the answer's beginning is laid out too.

@@ -3,7 +3,7 @@
     folder ──▶ listed ──read, fit──▶ resident ──copy──▶ mounted in a slot
                           away from the event loop       between two steps
 
-folders   what is listed, refused and read from folders that strangers may write to
+folders   adapters listed, refused and read in folders that strangers may write to
 store     names and contents, leases, eviction, the watched folders
 """
 

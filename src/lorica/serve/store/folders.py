@@ -1,4 +1,4 @@
-"""Folders of adapters, which strangers may write to: what is listed, what is refused, and what is read.
+"""Folders of adapters, which strangers may write to: their adapters listed, refused, and read.
 
 Only what stands inside a root is read, links followed; only safetensors, whose header is checked against the
 file before anything is allocated; never a pickle.
@@ -77,7 +77,7 @@ def check_name(name: str) -> str:
 def scan(roots: Iterable[Path], known: Mapping[str, Found] | None = None) -> dict[str, Found]:
     """The adapters in some folders: a folder itself, or those in it, or in the runs in it (``adapter``).
 
-    What has no configuration and no weights is none, and passed over, as are names that cannot be served.
+    A folder without configuration and weights is passed over, as are names that cannot be served.
     Of two with one name the first root's is taken.
 
     Args:
@@ -186,7 +186,7 @@ def read(found: Found, *, max_rank: int, max_bytes: int) -> tuple[Adapter, str]:
 
 
 def digest(folder: Path) -> str:
-    """The identity of an adapter's files, whatever the order of what is in them."""
+    """The identity of an adapter's files, whatever the order of their tensors."""
     settings, weights = _settings(folder / CONFIG_FILE), folder / WEIGHTS_FILE
     found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     tensors, start = header(weights)

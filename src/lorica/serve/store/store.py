@@ -55,7 +55,7 @@ class Fits(Protocol):
 
 @dataclass(eq=False)
 class Content:
-    """What an adapter is, under whatever name.
+    """An adapter's content, under any name.
 
     Args:
         hash: its identity.
@@ -78,7 +78,7 @@ class Content:
 
 @dataclass(eq=False)
 class Alias:
-    """A name, and what it means now.
+    """A name, and its content now.
 
     Args:
         found: its folder.
@@ -301,7 +301,7 @@ class Store:
         self._watch = asyncio.create_task(self._look(seconds))
 
     async def close(self) -> None:
-        """Stop watching, and wait for what is being read."""
+        """Stop watching, and wait for adapters that are being read."""
         tasks = [alias.task for alias in self.names.values() if alias.task is not None]
         if self._watch is not None:
             self._watch.cancel()
@@ -421,7 +421,7 @@ class Store:
                 log.exception("the folders of adapters could not be looked at")
 
     def _merge(self, found: dict[str, Found]) -> None:
-        """Take note of what is in the folders now.
+        """Take note of the folders' adapters now.
 
         A name goes by its folder again only once that changed: until then, what was asked for holds.
         """

@@ -1,6 +1,6 @@
 """The engine: one base, many adapters trained and sampled from in one thread.
 
-datum      a sequence and what a loss needs for each of its positions
+datum      a sequence and the loss's inputs at each of its positions
 losses     sums over tokens of a function of log-probabilities
 targets    which layers an adapter may have updates for
 weights    an adapter in the engine, in training or to sample from; AdamW

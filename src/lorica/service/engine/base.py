@@ -28,9 +28,9 @@ class Read(NamedTuple):
     Args:
         hidden: (sequences, tokens, width), what the head reads; or (sequences, tokens, vocabulary), the
             logits themselves, of a model that makes them in another way.
-        after: what happens to logits before anyone looks at them, such as softcapping.
+        after: operation on logits before they are used, such as softcapping.
         compute: the head's own forward, where it is more than a product.
-        cache: what the next tokens are read beside; None where the model keeps none.
+        cache: keys and values for the next tokens; None where the model keeps none.
     """
 
     hidden: Tensor

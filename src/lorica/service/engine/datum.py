@@ -1,4 +1,4 @@
-"""One sequence to learn from: what the model reads, and what a loss needs for each of its positions."""
+"""One sequence to learn from: the model's tokens, and the loss's inputs at each of its positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Datum:
     """A sequence.
 
     Args:
-        tokens: what the model reads (N,), int64.
+        tokens: the model's input (N,), int64.
         inputs: name → numbers (N,) or (N, K). Position i of `tokens` predicts ``target_tokens[i]``: the shift
             is the caller's. With K targets for a position each has its own weight.
     """
@@ -87,7 +87,7 @@ class Datum:
 
 
 def as_input(name: str, value: Any) -> Tensor:
-    """An input as a dense tensor: `target_tokens` in int64, what is real in float32."""
+    """An input as a dense tensor: `target_tokens` in int64, real numbers in float32."""
     tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()

@@ -1,4 +1,4 @@
-"""Samples: one pass over the base gives a token to each sequence that is being written, whoever's it is.
+"""Samples: one pass over the base gives a token to each sequence that is being written, of any tenant.
 
 requests whose prompts have one length ─▶ a writer ─┬─▶ sample ─▶ token ─▶ token ─▶ …
                                                     ├─▶ sample ─▶ token ─▶ token ─▶ …    abreast; each has
@@ -27,7 +27,7 @@ _BLOCK = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """How samples are drawn.
+    """Settings by which samples are drawn.
 
     Args:
         max_tokens: of each; None as many as the context has room for.
@@ -37,7 +37,7 @@ class Draw:
         seed: of the first sample's generator; the next ones count up from it. None draws one.
         stop: texts or tokens that end a sample, in place of the model's own; they are part of it. None leaves
             the model's own, an empty one takes it away.
-        num_samples: how many.
+        num_samples: number of samples.
         prompt_logprobs: whether the prompt's own are wanted.
         topk_prompt: for each of the prompt's tokens, so many of the likeliest there.
         topk: for each of the sample's.
@@ -55,7 +55,7 @@ class Draw:
     topk: int = 0
 
     def check(self, prompt: Sequence[int], base: Base) -> None:
-        """Refuse what cannot be drawn.
+        """Refuse settings that cannot be drawn by.
 
         Raises:
             UserError: naming the field.
@@ -103,7 +103,7 @@ class Sample:
 
 @dataclass(eq=False)
 class Samples:
-    """What a request for samples gives.
+    """The result of a request for samples.
 
     Args:
         sequences: the samples.

@@ -30,7 +30,7 @@ from lorica.service.errors import ServiceDown, UserError
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a call of forward or forward_backward gives.
+    """The result of a call of forward or forward_backward.
 
     Args:
         logprobs: of each datum's targets, in their shape.
@@ -152,7 +152,7 @@ class Engine:
 
         Args:
             run: whose calls are in order.
-            work: what to do, in the engine's thread.
+            work: the function to call, in the engine's thread.
             tenant: whose run it is.
             then: as in `learn`.
         """
@@ -355,7 +355,7 @@ class Engine:
 
 
 def _tasks(run: _Run) -> Iterable[tuple[_Learn, Task]]:
-    """What a run has to learn before its next other call, of one sort."""
+    """A run's waiting calls of one sort, before its next call of another."""
     for call in run.calls:
         if not isinstance(call, _Learn) or call.backward is not run.calls[0].backward:  # type: ignore[union-attr]
             return

@@ -46,7 +46,7 @@ class Lane:
     Attributes:
         done: whether it has ended.
         result: what `work` returned.
-        error: what it raised instead.
+        error: the error that it raised instead.
     """
 
     def __init__(

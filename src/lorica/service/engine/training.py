@@ -39,7 +39,7 @@ class Task:
     Attributes:
         logprobs: of its targets (N, K), once it is done.
         loss_sum: of its tokens.
-        error: what went wrong in its forward pass.
+        error: the error of its forward pass.
     """
 
     datum: Datum

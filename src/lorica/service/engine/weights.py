@@ -1,4 +1,4 @@
-"""An adapter as the engine holds it: factors by the layer they act on, and what training keeps beside them.
+"""An adapter in the engine: factors by the layer that they act on, and the optimizer's state beside them.
 
 flat       ┃ A₁ ┃ B₁ ┃ A₂ ┃ B₂ ┃ …      one block of memory each for the numbers, their gradients and
 gradient   ┃dA₁ ┃dB₁ ┃dA₂ ┃dB₂ ┃ …      AdamW's two averages, so that a step is a handful of operations
@@ -202,7 +202,7 @@ class Learner(Weights):
 
         Args:
             adapter: whose numbers to take.
-            moments: what `moments` gave; None begins the optimizer anew.
+            moments: result of `moments`; None begins the optimizer anew.
 
         Raises:
             UserError: it has other layers, ranks or scales.
@@ -234,7 +234,7 @@ class Learner(Weights):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Make:
-    """How an adapter is made.
+    """Settings by which an adapter is made.
 
     Args:
         rank: of each update.

@@ -20,7 +20,7 @@ LARGEST = 64 << 20
 
 
 class Route(APIRoute):
-    """A route whose errors say what happened, in one form."""
+    """A route whose errors have one form."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:  # noqa: D102
         handler = super().get_route_handler()
@@ -46,7 +46,7 @@ def service_of(request: Request) -> Service:
 
 
 def tenant_of(request: Request) -> Tenant:
-    """Who asks.
+    """The tenant of a request.
 
     Raises:
         HTTPException: nobody whose key is known.

@@ -35,7 +35,7 @@ def mount(app: FastAPI, service: Service) -> FastAPI:
 
 
 def beside(service: Service) -> Callable[[ASGIApp], ASGIApp]:
-    """Give any application these endpoints, which pass by whatever stands before its own.
+    """Give any application these endpoints, beside its own middleware.
 
     Args:
         service: it stays the caller's to close.

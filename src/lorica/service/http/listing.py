@@ -101,7 +101,7 @@ def delete_checkpoint(request: Request, run: str, kind: str, name: str) -> dict[
 
 @router.put(_ONE + "/ttl")
 async def checkpoint_ttl(request: Request, run: str, kind: str, name: str) -> dict[str, Any]:
-    """How long a checkpoint stays."""
+    """The life of a checkpoint."""
     row = _checkpoint(request, run, kind, name)
     ttl = json.loads(await request.body()).get("ttl_seconds")
     expires = None if ttl is None else time.time() + float(ttl)
@@ -148,7 +148,7 @@ def _sign(service: Service, path: str, file: str, until: int) -> str:
 
 @router.post("/weights_info")
 async def weights_info(request: Request) -> dict[str, Any]:
-    """What one must know of a checkpoint to continue from it."""
+    """The settings needed to continue from a checkpoint."""
     service, tenant = service_of(request), tenant_of(request)
     body = json.loads(await request.body())
     row = service.registry.readable(str(body.get("tinker_path")), tenant.name)

@@ -192,7 +192,7 @@ async def create_custom_loss(request: Request) -> Response:
 
 @router.post("/get_info")
 async def get_info(request: Request) -> dict[str, Any]:
-    """What a run is."""
+    """A run's settings."""
     tenant, body = await _given(request)
     service = service_of(request)
     row = await run_sync(service.registry.one, "runs", _field(body, "model_id", str), tenant.name)
@@ -223,7 +223,7 @@ async def create_sampling_session(request: Request) -> dict[str, Any]:
 
 @router.get("/samplers/{sampler}")
 async def sampler(request: Request, sampler: str) -> dict[str, Any]:
-    """What a sampling session samples from."""
+    """The model of a sampling session."""
     service = service_of(request)
     row = await run_sync(service.registry.one, "samplers", sampler, tenant_of(request).name)
     return {"sampler_id": sampler, "base_model": service.base.name, "model_path": row["path"]}
@@ -259,7 +259,7 @@ async def cancel_future(request: Request) -> dict[str, Any]:
 
 @router.post("/retrieve_future")
 async def retrieve_future(request: Request) -> Response:
-    """What a call gave; held open for a while where it gave nothing yet."""
+    """The result of a call; held open for a while where there is none yet."""
     tenant, body = await _given(request)
     call_id = _field(body, "request_id", str)
     service = service_of(request)

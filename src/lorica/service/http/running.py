@@ -51,7 +51,7 @@ def serving(service: Service, *, host: str = "127.0.0.1", port: int = 0) -> Iter
 
 
 def run(service: Service, *, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve until SIGINT or SIGTERM; what is accepted and not done waits in the folder.
+    """Serve until SIGINT or SIGTERM; calls accepted and not done wait in the folder.
 
     Args:
         service: closed at the end.

@@ -1,8 +1,8 @@
-"""What a service must not forget, in one folder: runs, calls, checkpoints, and whose they are.
+"""The durable part of a service, in one folder: runs, calls, checkpoints, and their tenants.
 
 registry   one SQLite file: sessions, runs, samplers, checkpoints, and every call that was accepted
-tenants    keys, what each may use, and how much of it is used
+tenants    keys, quotas, and their use
 service    the verbs, durable: a call is written down before it is answered
 replay     a run brought back: its last snapshot, then its calls since, in order
-calls      what each sort of call does
+calls      the work of each sort of call
 """

@@ -1,4 +1,4 @@
-"""What each sort of call does, in the engine's thread and in its turn."""
+"""The work of each sort of call, in the engine's thread and in its turn."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lorica.service.state.tenants import check_runs
 
 
 class Done(NamedTuple):
-    """What a call did.
+    """The outcome of a call.
 
     Args:
         answer: for the client.
-        commit: what is written down together with the answer.
-        snapshot: whether the run needs a snapshot: what was done cannot be done again from the call alone.
+        commit: writes more into the registry together with the answer.
+        snapshot: whether the run needs a snapshot: the work cannot be done again from the call alone.
     """
 
     answer: dict[str, Any]
@@ -188,10 +188,10 @@ class Calls:
         return Done({"model_id": run.id, "type": "unload_model"}, commit)
 
     def sample(self, call: Call) -> tuple[list[int], Callable[[], Weights | None], Draw]:
-        """What a request for samples asks for: prompt, adapter, and how they are drawn.
+        """The parts of a request for samples: prompt, adapter, settings of the drawing.
 
         Raises:
-            UserError: it asks for what is not carried.
+            UserError: it asks for a feature that is not carried.
             GoneError: its sampler or checkpoint is gone.
         """
         body = json.loads(call.body or b"{}")

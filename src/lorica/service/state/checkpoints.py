@@ -50,7 +50,7 @@ class Checkpoints:
         self.published.mkdir(parents=True, exist_ok=True)
 
     def folder(self, row: Row) -> Path:
-        """Where a checkpoint's files are."""
+        """The folder of a checkpoint."""
         run, name = folder_name(row["run"]), row["name"]
         if row["kind"] == "sampler_weights":
             return self.published / f"{run}.{name}"
@@ -61,7 +61,7 @@ class Checkpoints:
 
         Args:
             run: whose adapter is written.
-            kind: what it is for.
+            kind: its purpose.
             name: of it.
             body: the request: ``ttl_seconds``, ``overwrite``, ``user_metadata``.
             listed: whether it has a name that a client gave.
@@ -161,7 +161,7 @@ class Checkpoints:
     # Snapshots.
 
     def snapshot(self, run: str, seq: int) -> Path:
-        """Where a run's snapshot is."""
+        """The folder of a run's snapshot."""
         return self._folder / "runs" / folder_name(run) / f"snapshot-{seq}"
 
     def write_snapshot(self, run: OpenRun, seq: int) -> None:

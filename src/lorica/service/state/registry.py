@@ -46,8 +46,8 @@ class Call(NamedTuple):
         tenant: whose it is.
         target: the run, sampler or session that it is for.
         seq: its number there.
-        kind: what to do.
-        body: the request as it came; None once a snapshot has what it did.
+        kind: sort of call.
+        body: the request as it came; None once a snapshot holds its work.
         result: what it gave; None while it is not done.
         failed: category of its failure (``"user"``, ``"server"``), of which `result` is the message; or None.
     """
@@ -70,7 +70,7 @@ class Row(dict[str, Any]):
 
     @property
     def about(self) -> Any:
-        """What its maker says of it, as JSON."""
+        """Its maker's notes, as JSON."""
         return None if self["about"] is None else json.loads(self["about"])
 
 
@@ -188,7 +188,7 @@ class Registry:
         )
 
     def done(self, call_id: str, result: bytes, failed: str | None = None) -> None:
-        """Write down what a call gave."""
+        """Write down a call's result."""
         self._do(
             "UPDATE calls SET result = ?, failed = ?, done = ? WHERE id = ? AND done IS NULL",
             *(result, failed, time.time(), call_id),

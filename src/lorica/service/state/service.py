@@ -1,6 +1,6 @@
 """The service: the verbs, durable. A call is written down before it is answered, and done in order.
 
-    accept ─▶ registry ─▶ (its turn) ─▶ engine ─▶ registry ─▶ whoever waits
+    accept ─▶ registry ─▶ (its turn) ─▶ engine ─▶ registry ─▶ the client
 
 A server that is killed comes back with every call that it accepted: what was done is done, and what was not
 is done now. A run is brought back by its last snapshot and its calls since: on a CPU with the same bits.
@@ -38,7 +38,7 @@ class Service:
 
     Args:
         base: the model.
-        folder: for what must last; created if missing.
+        folder: folder of the durable part; created if missing.
         tenants: who shares it.
         snapshot: seconds of a run's work that may have to be done again after a kill.
         patience: seconds without a heartbeat after which a session's adapters leave memory; its runs come
@@ -58,7 +58,7 @@ class Service:
         tokens: int = 2048,
         lanes: int = 128,
     ) -> None:
-        """Open the folder, and go on with what it holds."""
+        """Open the folder, and go on with its calls."""
         self.base, self.folder = base, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.registry = Registry(self.folder / "registry.sqlite")
@@ -82,7 +82,7 @@ class Service:
         self._keeper.start()
 
     def close(self) -> None:
-        """Stop; what was accepted and is not done waits in the folder."""
+        """Stop; calls accepted and not done wait in the folder."""
         self._over.set()
         self.engine.stop()
         self._keeper.join()
@@ -146,7 +146,7 @@ class Service:
             body: the request.
 
         Returns:
-            The id by which `result` gives what came of it.
+            The id by which `result` gives its result.
 
         Raises:
             GoneError: there is no such target.
@@ -195,7 +195,7 @@ class Service:
             self.engine.cancel(drawing)
 
     def promise(self, tenant: Tenant, call_id: str) -> Future[None] | None:
-        """What to wait for; None where the call is done.
+        """The future to wait for; None where the call is done.
 
         Raises:
             GoneError: there is no such call, or it is another tenant's.
@@ -275,7 +275,7 @@ class Service:
             then(failed)
 
     def _do(self, run: OpenRun, call: Call) -> Done:
-        """What a call does, in the engine's thread."""
+        """The work of a call, in the engine's thread."""
         done = self._calls.do(run, call)
         due = time.monotonic() - run.saved >= self._snapshot
         if call.result is None and (done.snapshot or (call.kind == "step" and due)):
@@ -308,7 +308,7 @@ class Service:
             self._finish(call, failed)
 
     def _finish(self, call: Call, future: Future[Any], prompt: int = 0) -> None:
-        """Write down what came of a call, and tell who waits."""
+        """Write down a call's result, and tell the client."""
         error = future.exception()
         if isinstance(error, ServiceDown):  # it is done when the server is back
             return
@@ -370,7 +370,7 @@ class Service:
 
 
 def _promise() -> Future[None]:
-    """What nobody who waits for it can cancel."""
+    """A result that no client who waits for it can cancel."""
     promise: Future[None] = Future()
     promise.set_running_or_notify_cancel()
     return promise

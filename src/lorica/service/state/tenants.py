@@ -1,4 +1,4 @@
-"""Keys, what each tenant may use, and how much of it is used.
+"""Keys, each tenant's quotas, and their use.
 
 A file of keys has one on each line, as itself or as ``sha256:`` and its hash in hexadecimal, with its tenant
 and limits behind it; several keys may be one tenant's::
@@ -23,7 +23,7 @@ from lorica.service.errors import QuotaError
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Who shares the server, and how far.
+    """The tenants of a server, and their quotas.
 
     Args:
         name: of the tenant.
@@ -110,10 +110,10 @@ class Tenants:
 
 
 def check_bytes(tenant: Tenant, used: int, more: int) -> None:
-    """Refuse what does not fit on a tenant's part of the disk.
+    """Refuse a file that does not fit on a tenant's part of the disk.
 
     Raises:
-        QuotaError: saying what is used.
+        QuotaError: naming the bytes in use.
     """
     if tenant.bytes is not None and used + more > tenant.bytes:
         raise QuotaError(
@@ -126,7 +126,7 @@ def check_runs(tenant: Tenant, running: Iterable[object]) -> None:
     """Refuse one adapter too many.
 
     Raises:
-        QuotaError: saying how many there are.
+        QuotaError: naming their number.
     """
     if tenant.runs is not None and len(list(running)) >= tenant.runs:
         raise QuotaError(

@@ -1,4 +1,4 @@
-"""The endpoints: completions, conversations, what encoders say, tokens, models, and how the server is."""
+"""The endpoints: completions, conversations, encoders, tokens, models, and the server's state."""
 
 from __future__ import annotations
 

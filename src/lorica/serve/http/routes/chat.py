@@ -57,10 +57,10 @@ async def lay_out(here: Served, adapter: str | None, messages: Sequence[Message]
     """The token ids of a conversation.
 
     Args:
-        here: what answers.
+        here: the served model.
         adapter: whose chat template holds, where it brings one.
         messages: of the conversation.
-        body: a request with what else says how to lay it out.
+        body: a request, with its settings of the template.
     """
     refuse_many("messages", len(messages), here.settings.messages, "messages")
     plain = [
@@ -96,13 +96,13 @@ class Shaper:
     """Lays answers out as OpenAI does.
 
     Args:
-        here: what answers.
+        here: the served model.
         body: the request.
         request: its request of HTTP.
     """
 
     def __init__(self, here: Served, body: Chat, request: Request) -> None:
-        """Write what all chunks begin with."""
+        """Write the fields that all chunks begin with."""
         self._here, self._body = here, body
         self.head: dict[str, Any] = {
             "id": f"chatcmpl-{request.state.id}",
@@ -126,7 +126,7 @@ class Shaper:
         }
 
     async def chunks(self, running: Running) -> AsyncIterator[dict[str, Any]]:
-        """The chunks of a stream: of each answer first who speaks, then what."""
+        """The chunks of a stream: of each answer first the role, then the text."""
         for choice in running.choices:
             yield self._chunk(choice.index, {"role": "assistant", "content": ""}, None, None)
 

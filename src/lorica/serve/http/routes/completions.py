@@ -71,7 +71,7 @@ async def _prompts(here: Served, body: Completion) -> list[list[int]]:
 
 
 async def _echoes(here: Served, body: Completion, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """What is told before each answer: its prompt, where that is asked for."""
+    """The text before each answer: its prompt, where that is asked for."""
     if not body.echo:
         return [""] * len(prompts)
     given = body.prompt
@@ -88,14 +88,14 @@ class Shaper:
     """Lays answers out as OpenAI does.
 
     Args:
-        here: what answers.
+        here: the served model.
         body: the request.
         request: its request of HTTP.
-        echoes: what is told before each prompt's answers.
+        echoes: the text before each prompt's answers.
     """
 
     def __init__(self, here: Served, body: Completion, request: Request, echoes: Sequence[str]) -> None:
-        """Write what all chunks begin with."""
+        """Write the fields that all chunks begin with."""
         self._here, self._body, self._echoes = here, body, echoes
         self._offsets = [0] * (len(echoes) * (body.n or 1))
         self.head = {
@@ -108,7 +108,7 @@ class Shaper:
     def choice(
         self, choice: Choice, text: str, tokens: Sequence[Token], finish: str | None, *, first: bool
     ) -> dict[str, Any]:
-        """One choice, or some more of it; the first part begins with what is echoed."""
+        """One choice, or some more of it; the first part begins with the echo."""
         echo = self._echoes[choice.index // (self._body.n or 1)]
         scored = self._body.max_tokens == 0
         listed = [*(choice.read if first else ()), *(() if scored else tokens)]

@@ -1,4 +1,4 @@
-"""`/v1/embeddings`, `/classify`, `/score`, `/rerank`: what a model that reads says of texts."""
+"""`/v1/embeddings`, `/classify`, `/score`, `/rerank`: answers of a model that reads texts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ async def classify(request: Request, body: Classification) -> Response:
 @router.post("/score")
 @router.post("/v1/score", include_in_schema=False)
 async def score(request: Request, body: Score) -> Response:
-    """How well texts go together: by a head with one output, or by the cosine of their embeddings."""
+    """Scores of pairs of texts: by a head with one output, or by the cosine of their embeddings."""
     one, two = ([given] if isinstance(given, str) else list(given) for given in (body.text_1, body.text_2))
     if len(one) not in (1, len(two)) or not two:
         raise refused(f"text_1 has {len(one)} texts and text_2 {len(two)}; give one, or as many", "text_1")
@@ -153,7 +153,7 @@ def _head(using: Using, here: Served, model: str | None) -> Head:
 async def _rows(
     here: Served, given: Any, cut: int | None, *, words: bool = False, most: int | None = None
 ) -> list[Row]:
-    """What a request gives as rows for the model: texts, pairs of texts, or token ids."""
+    """A request's rows for the model: texts, pairs of texts, or token ids."""
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not given:
@@ -181,7 +181,7 @@ async def _rows(
 async def _counted(
     request: Request, here: Served, adapter: str | None, rows: Sequence[Row], work: Any
 ) -> Any:
-    """What the engine says of rows, with its time and tokens counted."""
+    """The engine's answers for rows, with its time and tokens counted."""
     begun = time.perf_counter()
     here.metrics.began(adapter, sum(map(len, rows)))
     found = await while_there(request, work)

@@ -36,7 +36,7 @@ async def model(request: Request, name: str) -> Response:
 
 
 def _card(here: Served, entry: Entry | None) -> dict[str, Any]:
-    """What is told of the base (None) or of an adapter."""
+    """The object of the base (None) or of an adapter."""
     loaded = entry.loaded if entry is not None else None
     card = {
         "id": here.model if entry is None else entry.name,

@@ -58,7 +58,7 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/stats")
 async def stats(request: Request) -> Response:
-    """What the page shows: the engine's counts, throughput, and every adapter that the key may use."""
+    """The numbers of the page: the engine's counts, throughput, and every adapter that the key may use."""
     here, key = served(request), key_of(request)
     counts = dataclasses.asdict(here.stats)
     hidden = {entry.name for entry in here.adapters.entries() if not key.may_use(entry.name)}
