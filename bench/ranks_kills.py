@@ -54,13 +54,14 @@ def main() -> None:
             for kind in INCIDENTS
             for engine in [list(ENGINES)[i % len(ENGINES)]]
         ]
-    rows = [
-        [ENGINES[engine], kind, len(some), sum(one["same"] for one in some)]
-        + [f"{max(one['seconds'] for one in some):.1f}"]
-        for engine in ENGINES
-        for kind in INCIDENTS
-        if (some := [one for one in found if (one["engine"], one["what"]) == (engine, kind)])
-    ]
+    rows = []
+    for engine in ENGINES:
+        for kind in INCIDENTS:
+            some = [one for one in found if (one["engine"], one["what"]) == (engine, kind)]
+            if some:
+                longest = max(one["seconds"] for one in some)
+                same = sum(one["same"] for one in some)
+                rows.append([ENGINES[engine], kind, len(some), same, f"{longest:.1f}"])
     for row in rows:
         print(*row, sep="\t")
     good = all(one["same"] and one["seconds"] < LIMIT for one in found)
