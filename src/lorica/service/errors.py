@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from lorica.errors import LoricaError
 
 
@@ -15,6 +18,24 @@ class QuotaError(UserError):
 
 class GoneError(LoricaError, LookupError):
     """A run, checkpoint, session or future does not exist, or belongs to another tenant."""
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Read a client's fields: a value of another type or size is the client's error.
+
+    Args:
+        what: the request, for the message.
+
+    Raises:
+        UserError: a value cannot be read.
+    """
+    try:
+        yield
+    except LoricaError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError, MemoryError) as error:
+        raise UserError(f"{what} cannot be read: {type(error).__name__}: {error}") from None
 
 
 class ServiceDown(LoricaError, RuntimeError):

@@ -6,6 +6,8 @@ The messages are the SDK's own (``tinker.proto``). A call is kept as the bytes t
 from __future__ import annotations
 
 import json
+import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +19,11 @@ from lorica.errors import require
 from lorica.service.engine.datum import Datum
 from lorica.service.engine.drawing import Draw, Samples
 from lorica.service.engine.engine import Output
-from lorica.service.errors import UserError
+from lorica.service.errors import UserError, reading
 
 _EMPTY = -99999.0
+_LARGEST = 1 << 26
+"""Numbers of a tensor, unpacked."""
 _REFUSED = (
     "target_prompt_logprobs",
     "prompt_alt_tokens_k",
@@ -75,7 +79,8 @@ class Learn:
         Raises:
             UserError: one holds something other than text, or a damaged tensor.
         """
-        return [self._datum(datum) for datum in self._message.data]
+        with reading("a datum"):
+            return [self._datum(datum) for datum in self._message.data]
 
     def _datum(self, datum: Any) -> Datum:
         parts = []
@@ -96,6 +101,8 @@ def _tensor(name: str, message: Any) -> Tensor:
     if message.dtype not in kinds:
         raise UserError(f"{name} has dtype {message.dtype}, which is none of float32, int64 and int32")
     kind, shape = kinds[message.dtype], list(message.shape)
+    if any(size < 0 for size in shape) or math.prod(shape) > _LARGEST:
+        raise UserError(f"{name} has the shape {shape}; it may have {_LARGEST:,} numbers")
     try:
         if not message.HasField("sparse_csr"):
             dense = numpy.frombuffer(message.dense, kind)
@@ -103,6 +110,8 @@ def _tensor(name: str, message: Any) -> Tensor:
         csr = message.sparse_csr
         crow, columns = (numpy.frombuffer(part, numpy.int64) for part in (csr.crow_indices, csr.col_indices))
         dense = numpy.zeros(shape, kind)
+        if columns.size and columns.min() < 0:
+            raise IndexError("a column below 0")
         dense[numpy.repeat(numpy.arange(shape[0]), numpy.diff(crow)), columns] = numpy.frombuffer(
             csr.values, kind
         )
@@ -117,22 +126,19 @@ def learn_of(body: Mapping[str, Any], *, forward_only: bool) -> bytes:
     Raises:
         UserError: it is none.
     """
-    pb = _messages()
-    given = body.get("forward_backward_input") or body.get("forward_input") or {}
-    message = pb.ForwardBackwardRequest(
-        model_id=body.get("model_id", ""),
-        seq_id=body.get("seq_id") or 0,
-        loss_fn=given.get("loss_fn", ""),
-        forward_only=forward_only,
-    )
-    try:
+    with reading("the body of forward_backward"):
+        given = body.get("forward_backward_input") or body.get("forward_input") or {}
+        message = _messages().ForwardBackwardRequest(
+            model_id=body.get("model_id", ""),
+            seq_id=body.get("seq_id") or 0,
+            loss_fn=given.get("loss_fn", ""),
+            forward_only=forward_only,
+        )
         for name, value in (given.get("loss_fn_config") or {}).items():
             setattr(message.loss_fn_config_v2[name], "text" if isinstance(value, str) else "number", value)
         for datum in given.get("data") or []:
             _add_datum(message.data.add(), datum)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the body is no forward_backward request: {error!r}") from None
-    return message.SerializeToString()
+        return message.SerializeToString()
 
 
 def _add_datum(message: Any, datum: Mapping[str, Any]) -> None:
@@ -238,10 +244,13 @@ def prompt_of(body: Mapping[str, Any]) -> list[int]:
         UserError: it holds something other than text.
     """
     tokens: list[int] = []
-    for chunk in body.get("prompt", {}).get("chunks", []):
-        if chunk.get("type", "encoded_text") != "encoded_text":
-            raise UserError(f"prompt holds {chunk['type']}; this server carries text alone (encoded_text)")
-        tokens += chunk["tokens"]
+    with reading("prompt"):
+        for chunk in body.get("prompt", {}).get("chunks", []):
+            if chunk.get("type", "encoded_text") != "encoded_text":
+                raise UserError(
+                    f"prompt holds {chunk['type']}; this server carries text alone (encoded_text)"
+                )
+            tokens += map(operator.index, chunk["tokens"])
     return tokens
 
 
@@ -258,21 +267,22 @@ def draw_of(body: Mapping[str, Any], otherwise: int) -> Draw:
     for name in _REFUSED:
         if body.get(name):
             raise UserError(f"{name} is not carried by this server")
-    given = body.get("sampling_params") or {}
-    stop = given.get("stop")
-    seed = given.get("seed")
-    return Draw(
-        max_tokens=given.get("max_tokens"),
-        temperature=float(given.get("temperature", 1.0)),
-        top_k=int(given.get("top_k", -1)),
-        top_p=float(given.get("top_p", 1.0)),
-        seed=otherwise if seed is None else int(seed),
-        stop=None if stop is None else (stop,) if isinstance(stop, str) else tuple(stop),
-        num_samples=int(body.get("num_samples", 1)),
-        prompt_logprobs=bool(body.get("prompt_logprobs")),
-        topk_prompt=int(body.get("topk_prompt_logprobs", 0)),
-        topk=int(body.get("topk_sample_logprobs", 0)),
-    )
+    with reading("sampling_params"):
+        given = body.get("sampling_params") or {}
+        stop = given.get("stop")
+        seed = given.get("seed")
+        return Draw(
+            max_tokens=None if given.get("max_tokens") is None else operator.index(given["max_tokens"]),
+            temperature=float(given.get("temperature", 1.0)),
+            top_k=operator.index(given.get("top_k", -1)),
+            top_p=float(given.get("top_p", 1.0)),
+            seed=otherwise if seed is None else operator.index(seed),
+            stop=None if stop is None else (stop,) if isinstance(stop, str) else tuple(stop),
+            num_samples=operator.index(body.get("num_samples", 1)),
+            prompt_logprobs=bool(body.get("prompt_logprobs")),
+            topk_prompt=operator.index(body.get("topk_prompt_logprobs", 0)),
+            topk=operator.index(body.get("topk_sample_logprobs", 0)),
+        )
 
 
 def as_json(value: Any) -> bytes:

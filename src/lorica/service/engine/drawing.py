@@ -23,6 +23,8 @@ from lorica.service.engine.weights import Weights
 from lorica.service.errors import UserError
 
 _BLOCK = 256
+MOST_SAMPLES = 1024
+"""Samples of one request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +64,19 @@ class Draw:
         """
         if not prompt:
             raise UserError("the prompt is empty; a sample needs one token to start from")
+        if any(not 0 <= token < 1 << 31 for token in (min(prompt), max(prompt))):
+            raise UserError("the prompt holds a number that is no token id")
         check_tokens("prompt", torch.tensor(prompt), base.vocabulary)
+        if self.seed is not None and not -(1 << 62) <= self.seed < 1 << 62:
+            raise UserError(f"seed must be a whole number of 62 bits, not {self.seed}")
         room = base.context - len(prompt)
         if room < 0 or (self.max_tokens is not None and not 0 <= self.max_tokens <= room):
             raise UserError(
                 f"a prompt of {len(prompt)} tokens and max_tokens={self.max_tokens} do not fit the context "
                 f"of {base.context}"
             )
-        if not 1 <= self.num_samples <= 1024:
-            raise UserError(f"num_samples must be 1 to 1024, not {self.num_samples}")
+        if not 1 <= self.num_samples <= MOST_SAMPLES:
+            raise UserError(f"num_samples must be 1 to {MOST_SAMPLES}, not {self.num_samples}")
         if not self.temperature >= 0:
             raise UserError(f"temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -80,6 +86,8 @@ class Draw:
         for name in ("topk", "topk_prompt"):
             if not 0 <= getattr(self, name) <= min(base.vocabulary, 1024):
                 raise UserError(f"{name} must be 0 to 1024, not {getattr(self, name)}")
+        if not all(isinstance(item, str | int) for item in self.stop or ()):
+            raise UserError(f"stop must be texts or token ids, not {self.stop!r}")
         if base.tokenizer is None and any(isinstance(item, str) for item in self.stop or ()):
             raise UserError("texts cannot stop a sample here: the server has no tokenizer; give token ids")
 

@@ -266,6 +266,9 @@ def start(model: nn.Module, make: Make, targets: Targets, *, name: str | None = 
     if not isinstance(make.rank, int) or make.rank < 1:
         raise UserError(f"rank must be a whole number from 1 on, not {make.rank!r}")
     paths = targets.chosen(unembed=make.train_unembed, mlp=make.train_mlp, attn=make.train_attn)
+    widest = max(min(model.get_submodule(path).weight.shape) for path in paths)  # type: ignore[union-attr]
+    if make.rank > widest:
+        raise UserError(f"rank={make.rank} is larger than any rank of the layers' weights, {widest}")
     config = LoraConfig(
         r=make.rank, lora_alpha=ALPHA, target_modules=targets.named(paths), task_type="CAUSAL_LM"
     )

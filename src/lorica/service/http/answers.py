@@ -100,7 +100,7 @@ def json_of(body: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(body or b"{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HTTPException(422, f"the body is no JSON: {error}") from None
     if not isinstance(value, dict):
         raise HTTPException(422, "the body is no JSON object")

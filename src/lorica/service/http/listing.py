@@ -7,18 +7,20 @@ import hmac
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse
 
 from lorica.service.errors import GoneError
-from lorica.service.http.answers import Route, service_of, tenant_of
-from lorica.service.state.checkpoints import moment
+from lorica.service.http.answers import Route, body_of, json_of, service_of, tenant_of
+from lorica.service.state.checkpoints import moment, time_to_live
 from lorica.service.state.registry import Row
 from lorica.service.state.service import Service
 
 _HOUR = 3600
+_Until = Annotated[int, Query(ge=0, le=1 << 40)]
+_Count = Annotated[int, Query(ge=0, le=1 << 31)]
 
 router = APIRouter(route_class=Route)
 
@@ -48,7 +50,7 @@ def _run(service: Service, row: Row) -> dict[str, Any]:
 
 
 @router.get("/training_runs")
-def training_runs(request: Request, limit: int = 20, offset: int = 0) -> dict[str, Any]:
+def training_runs(request: Request, limit: _Count = 20, offset: _Count = 0) -> dict[str, Any]:
     """The tenant's runs, the newest first."""
     service = service_of(request)
     rows, cursor = _page(service.registry.all("runs", tenant=tenant_of(request).name), limit, offset)
@@ -72,7 +74,7 @@ def run_checkpoints(request: Request, run: str) -> dict[str, Any]:
 
 
 @router.get("/checkpoints")
-def checkpoints(request: Request, limit: int = 100, offset: int = 0) -> dict[str, Any]:
+def checkpoints(request: Request, limit: _Count = 100, offset: _Count = 0) -> dict[str, Any]:
     """The tenant's checkpoints, the newest first."""
     service = service_of(request)
     found = service.registry.all("checkpoints", tenant=tenant_of(request).name, listed=1)
@@ -103,8 +105,8 @@ def delete_checkpoint(request: Request, run: str, kind: str, name: str) -> dict[
 async def checkpoint_ttl(request: Request, run: str, kind: str, name: str) -> dict[str, Any]:
     """The life of a checkpoint."""
     row = _checkpoint(request, run, kind, name)
-    ttl = json.loads(await request.body()).get("ttl_seconds")
-    expires = None if ttl is None else time.time() + float(ttl)
+    ttl = time_to_live(json_of(await body_of(request)))
+    expires = None if ttl is None else time.time() + ttl
     service_of(request).registry.change("checkpoints", row["path"], expires=expires)
     return {}
 
@@ -131,10 +133,12 @@ def urls(request: Request, run: str, kind: str, name: str) -> dict[str, Any]:
 
 
 @router.get(_ONE + "/files/{file}")
-def file(request: Request, run: str, kind: str, name: str, file: str, until: int, sign: str) -> Response:
+def file(request: Request, run: str, kind: str, name: str, file: str, until: _Until, sign: str) -> Response:
     """One file, by an address that was given out."""
     service, path = service_of(request), f"tinker://{run}/{kind}/{name}"
-    if until < time.time() or not hmac.compare_digest(_sign(service, path, file, until), sign):
+    if until < time.time() or not hmac.compare_digest(
+        _sign(service, path, file, until).encode(), sign.encode()
+    ):
         raise HTTPException(403, "this address is not good, or no longer")
     found = service.checkpoints.files(service.registry.one("checkpoints", path)).get(file)
     if found is None:
@@ -150,7 +154,7 @@ def _sign(service: Service, path: str, file: str, until: int) -> str:
 async def weights_info(request: Request) -> dict[str, Any]:
     """The settings needed to continue from a checkpoint."""
     service, tenant = service_of(request), tenant_of(request)
-    body = json.loads(await request.body())
+    body = json_of(await body_of(request))
     row = service.registry.readable(str(body.get("tinker_path")), tenant.name)
     run = service.registry.one("runs", row["run"])
     made = json.loads(run["made"])
@@ -159,7 +163,7 @@ async def weights_info(request: Request) -> dict[str, Any]:
 
 
 @router.get("/sessions")
-def sessions(request: Request, limit: int = 20, offset: int = 0) -> dict[str, Any]:
+def sessions(request: Request, limit: _Count = 20, offset: _Count = 0) -> dict[str, Any]:
     """The tenant's sessions, the newest first."""
     found = service_of(request).registry.all("sessions", tenant=tenant_of(request).name)
     rows, _ = _page(found, limit, offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 from functools import partial
@@ -13,6 +14,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 
 from lorica.service import wire
+from lorica.service.engine.drawing import MOST_SAMPLES
 from lorica.service.errors import GoneError, UserError
 from lorica.service.http.answers import Route, body_of, json_of, service_of, tenant_of
 from lorica.service.state.calls import check_base
@@ -123,7 +125,7 @@ async def load_weights(request: Request) -> dict[str, Any]:
     _field(body, "path", str)
     if body.get("session_id") is None:
         return await _of_run(request, tenant, body, "load")
-    session, seq = body["session_id"], _field(body, "model_seq_id", int)
+    session, seq = _field(body, "session_id", str), _field(body, "model_seq_id", int)
     future = await _accept(request, tenant, session, seq, "create", body)
     return {**future, "model_id": f"{session}:train:{seq}"}
 
@@ -236,15 +238,14 @@ async def asample(request: Request) -> dict[str, Any]:
     target, seq = body.get("sampling_session_id"), body.get("seq_id")
     if target is None:
         target, seq = f"direct:{secrets.token_hex(8)}", 0
-    elif not isinstance(seq, int):
-        raise HTTPException(422, "seq_id is due with sampling_session_id")
-    try:
-        prompt = len(wire.prompt_of(body))
-        count = int(body.get("num_samples", 1))
-        most = int((body.get("sampling_params") or {}).get("max_tokens") or 0)
-        _spend(request, tenant, prompt + count * most)
-    except (UserError, TypeError, ValueError, KeyError):
-        count = 1  # the future says what is wrong
+    else:
+        target, seq = _field(body, "sampling_session_id", str), _field(body, "seq_id", int)
+    count = 1
+    with contextlib.suppress(UserError):  # the future says what is wrong
+        prompt, draw = wire.prompt_of(body), wire.draw_of(body, 0)
+        if 1 <= draw.num_samples <= MOST_SAMPLES:
+            count = draw.num_samples
+            _spend(request, tenant, len(prompt) + count * max(draw.max_tokens or 0, 0))
     future = await _accept(request, tenant, target, seq, "sample", body)
     return {**future, "sample_sequence_ids": [f"{future['request_id']}:{i}" for i in range(count)]}
 

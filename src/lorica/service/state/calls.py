@@ -14,7 +14,7 @@ from lorica.service import wire
 from lorica.service.engine.base import Base
 from lorica.service.engine.drawing import Draw
 from lorica.service.engine.weights import Adam, Learner, Make, Weights, start
-from lorica.service.errors import GoneError, UserError
+from lorica.service.errors import GoneError, UserError, reading
 from lorica.service.state.checkpoints import Checkpoints
 from lorica.service.state.registry import Call, Registry, Row
 from lorica.service.state.runs import OpenRun
@@ -86,12 +86,14 @@ class Calls:
             )
             made = {"rank": run.learner.config.r}
         else:
-            given: dict[str, Any] = body.get("lora_config") or {}
+            with reading("lora_config"):
+                given: dict[str, Any] = dict(body.get("lora_config") or {})
             unknown = sorted(set(given) - set(Make.__slots__))
             if unknown:
                 raise UserError(f"lora_config has fields that are not carried: {unknown}")
             given["seed"] = _seed(call, given.get("seed"))
-            make = Make(**given)
+            with reading("lora_config"):
+                make = Make(**given)
             run.learner = Learner(self._drawn(make), self._base.model)
             made = asdict(make)
         now = time.time()
@@ -133,7 +135,9 @@ class Calls:
         given = body.get("adam_params")
         if given is None:
             raise UserError(f"optimizer {body.get('optimizer_params')} is not carried; send adam_params")
-        told = run.ready().step(Adam(**{name: float(value) for name, value in given.items()}))
+        with reading("adam_params"):
+            settings = Adam(**{name: float(value) for name, value in given.items()})
+        told = run.ready().step(settings)
         return Done({"metrics": {"grad_norm:mean": told["grad_norm"]}, "type": "optim_step"})
 
     def _load(self, run: OpenRun, call: Call, body: dict[str, Any]) -> Done:
@@ -220,5 +224,7 @@ def check_base(name: str | None, base: Base) -> None:
 def _seed(call: Call, given: int | None) -> int:
     """The seed that a call gives, or one drawn from its id: done again it is the same."""
     if given is not None:
-        return int(given)
+        if not isinstance(given, int) or not -(1 << 63) <= given < 1 << 63:
+            raise UserError(f"seed must be a whole number of 64 bits, not {given!r}")
+        return given
     return int.from_bytes(hashlib.sha256(call.id.encode()).digest()[:6], "big")

@@ -73,7 +73,7 @@ class Checkpoints:
         taken = self._registry.all("checkpoints", path=path)
         if taken and not body.get("overwrite"):
             raise UserError(f"there is a checkpoint {path} already; give another name, or overwrite=True")
-        ttl = _time_to_live(body)
+        ttl = time_to_live(body)
         optimizer = kind == "weights"
         learner = run.ready()
         used = self._registry.total(run.tenant.name) - sum(row["size"] for row in taken)
@@ -107,7 +107,7 @@ class Checkpoints:
         Raises:
             UserError: the run is there already, the time to live is none, or the disk is used up.
         """
-        path, now, ttl = f"tinker://{run}/{source['kind']}/{source['name']}", time.time(), _time_to_live(body)
+        path, now, ttl = f"tinker://{run}/{source['kind']}/{source['name']}", time.time(), time_to_live(body)
         if copied := self._registry.all("checkpoints", path=path, tenant=tenant.name):
             return copied[0]
         if self._registry.all("runs", id=run):
@@ -205,7 +205,12 @@ class Checkpoints:
         return out.getvalue()
 
 
-def _time_to_live(body: dict[str, Any]) -> float | None:
+def time_to_live(body: dict[str, Any]) -> float | None:
+    """A request's ``ttl_seconds``; None keeps the checkpoint.
+
+    Raises:
+        UserError: it is no time, or none that a checkpoint may have.
+    """
     ttl = body.get("ttl_seconds")
     if ttl is not None and not (isinstance(ttl, int | float) and _SOON <= ttl <= _LATE):
         raise UserError(f"ttl_seconds must be {_SOON} (an hour) to ten years, not {ttl!r}")

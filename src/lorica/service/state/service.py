@@ -150,6 +150,7 @@ class Service:
 
         Raises:
             GoneError: there is no such target.
+            UserError: the number cannot be one.
             ServiceDown: the engine has stopped.
         """
         if not self.engine.alive:
@@ -157,6 +158,8 @@ class Service:
         table = {"create": "sessions", "sample": "samplers"}.get(kind, "runs")
         if not target.startswith("direct:"):
             self.registry.one(table, target, tenant.name)
+        if not 0 <= seq < 1 << 62:
+            raise UserError(f"the call's number must be 0 or more, and fit 62 bits; it is {seq}")
         what = ":create" if kind == "create" else ""
         call = Call(f"{target}{what}:{seq}", tenant.name, target, seq, kind, body, None, None)
         with self._lock:
@@ -269,10 +272,8 @@ class Service:
             else:
                 work = partial(self._do, run, call)
                 self.engine.call(run.id, work, tenant=run.tenant.name, then=then)
-        except LoricaError as error:
-            failed: Future[Any] = Future()
-            failed.set_exception(error)
-            then(failed)
+        except Exception as error:
+            then(_failed(error))
 
     def _do(self, run: OpenRun, call: Call) -> Done:
         """The work of a call, in the engine's thread."""
@@ -302,10 +303,8 @@ class Service:
             drawing = self.engine.sample(prompt, weights, draw, tenant=call.tenant, then=then)
             self._drawing[call.id] = drawing
             drawing.add_done_callback(lambda _: self._drawing.pop(call.id, None))
-        except LoricaError as error:
-            failed: Future[Any] = Future()
-            failed.set_exception(error)
-            self._finish(call, failed)
+        except Exception as error:
+            self._finish(call, _failed(error))
 
     def _finish(self, call: Call, future: Future[Any], prompt: int = 0) -> None:
         """Write down a call's result, and tell the client."""
@@ -367,6 +366,13 @@ class Service:
                 self.registry.snapshot(run.id, run.next - 1)
                 self.checkpoints.remove_snapshots(run.id, but=run.next - 1)
             del self._runs[run.id]
+
+
+def _failed(error: Exception) -> Future[Any]:
+    """A call that failed before the engine had it: without an answer it would be tried at every start."""
+    failed: Future[Any] = Future()
+    failed.set_exception(error)
+    return failed
 
 
 def _promise() -> Future[None]:
