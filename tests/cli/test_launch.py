@@ -93,7 +93,7 @@ def test_wrong_use(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     with pytest.raises(ConfigError, match="spreads a model over several processes, and this run has one"):
         train(tiny.recipe(home / "model", home / "data", home / "alone"), engine="fsdp2")
     assert main(["evaluate", str(home), "--launch.engine", "fsdp2", "--launch.processes", "2"]) == 2
-    assert "holds the whole model in each process" in capsys.readouterr().err
+    assert "holds the whole model in each of its own processes" in capsys.readouterr().err
     assert main(["train", "--changed_processes"]) == 2
     monkeypatch.setenv("RANK", "0")
     assert main(["train", "--launch.processes", "2"]) == 2

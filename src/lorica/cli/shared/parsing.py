@@ -38,6 +38,8 @@ _TYPES = {
     "NoneType": "null",
 }
 """Type → what messages call its values."""
+_DIGITS = 308
+"""Digits of the largest float."""
 _RENAMED = {"out": "output", "alpha": "method.lora_alpha", "targets": "method.target_modules"}
 """What an option was called before → what it is called now."""
 
@@ -152,6 +154,9 @@ def _in_words(message: str) -> str:
         return message
     named = list(dict.fromkeys(kind for kind in known if kind))
     key, value = f"{told['key']}{told['item'] or ''}", told["value"] or told["given"]
+    digits = value.strip("'\"").lstrip("-")
+    if digits.isdigit() and len(digits) > _DIGITS:
+        return f"{key} must be {' or '.join(named)}, and one of {len(digits)} digits is too large"
     return f"{key} must be {' or '.join(named)}, not {value!r}"
 
 
