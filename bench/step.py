@@ -1,7 +1,7 @@
 """Training step: forward, backward and AdamW, against the least that any adapter method can take.
 
 That limit is the frozen model: the same model with nothing to train, forward and backward down to the
-embeddings' output. `--only` takes a part of the rows, to try something; only all of them are written down.
+embeddings' output. `--only` takes a part of the rows, to try something, and writes nothing down.
 """
 
 from __future__ import annotations
@@ -94,11 +94,15 @@ def main() -> None:
     found: dict[str, list[harness.Comparison]] = {}
     for case in CASES:
         if options.only in f"{case.shape.name}: {case.name}":
-            print(f"{case.shape.name}: ", end="")
+            print(f"{case.shape.name}: ", end="", flush=True)
             found.setdefault(case.shape.name, []).append(measure(case, options))
+            if not options.only:  # a run that is stopped leaves the rows that it has
+                publish(found, options)
     print(f"{time.perf_counter() - began:.0f} s")
-    if options.only:
-        return
+
+
+def publish(found: dict[str, list[harness.Comparison]], options: argparse.Namespace) -> None:
+    """Write the rows down."""
     harness.publish(
         "step",
         title="Training step",
