@@ -40,12 +40,26 @@ def main() -> None:
         names = write_adapters(Path(folder), LOADED)
         bench = Bench(runner, Path(folder), names)
         try:
-            rates, others = bench.throughput(options), bench.others(options)
-            waits, costs = bench.waits(options), bench.costs()
+            compared = [bench.throughput(options)]
+            publish(compared, [], options)  # a run that is stopped leaves this
+            compared.append(bench.others(options))
+            publish(compared, [bench.waits(options), bench.costs()], options)
         finally:
             bench.close()
-    ratio = {own.setting: rates.ratio(own.setting) for own in ROWS[1:]}
-    ratio |= {name: others.ratio(name) for name in others.seconds if name != "base"}
+
+
+def publish(
+    compared: Sequence[harness.Comparison], more: Sequence[dict[str, Any]], options: argparse.Namespace
+) -> None:
+    """Write down what was measured.
+
+    Args:
+        compared: the batch over numbers of adapters; then beside not sharing it, once that is measured.
+        more: tables of waits and costs.
+        options: of the command line.
+    """
+    captions = ("Time of the batch", f"And without sharing it; {PEERS} rounds")
+    ratio = {name: each.ratio(name) for each in compared for name in each.seconds if name != "base"}
     harness.publish(
         "serve",
         title="Many adapters over one base, served",
@@ -55,12 +69,10 @@ def main() -> None:
             + "."
         ),
         tables=[
-            harness.table([rates], "Time of the batch"),
-            harness.table([others], f"And without sharing it; {PEERS} rounds"),
-            waits,
-            costs,
+            *(harness.table([each], caption) for each, caption in zip(compared, captions, strict=False)),
+            *more,
         ],
-        data={"seconds": harness.seconds([rates, others]), "waits": waits["rows"], "costs": costs["rows"]},
+        data={"seconds": harness.seconds(compared), "more": [table["rows"] for table in more]},
         settings={"model": "Llama, 30 × 576, 135M, from its configuration", "r": R, "targets": "all-linear"},
         device=options.device,
         rounds=options.rounds,
