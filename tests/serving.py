@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,12 @@ async def collect(answer: Any) -> list[Step]:
 async def ids_of(answer: Any) -> list[int]:
     """The tokens of an answer."""
     return [token.id for step in await collect(answer) for token in step.tokens]
+
+
+def root(folders: dict[str, Path]) -> Path:
+    return next(iter(folders.values())).parent
+
+
+def prompts(count: int, low: int, high: int, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(3, 40) for _ in range(draw.randint(low, high))] for _ in range(count)]
