@@ -7,6 +7,7 @@
     trainer/              the Trainer, its loss, its arguments, its checkpoints; `fit`
     generation/           texts that a model writes, and their scores in evaluation
     post/                 preferences, rewards and reinforcement, carried by TRL
+    distributed/, ray/    a run over several processes, and in workers of Ray Train
     record                ``run.json`` and the model card
     trained, forgetting   a trained model opened, scored and asked; its scores on other data
     merge, plan           adapter and base to one checkpoint; the cost beforehand
