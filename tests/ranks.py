@@ -10,7 +10,6 @@ group meets at a store that the test holds, so no two tests contend for a port.
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import sys
@@ -19,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-_LOADED = ["lorica.train.run", "transformers.trainer", "datasets", "sklearn.metrics", "scipy.stats"]
+from lorica.train.system import preloaded_context, take_interrupts
 
 
 class Ended(NamedTuple):
@@ -51,8 +51,7 @@ class Ranks:
         """Start them."""
         self._folder = tempfile.TemporaryDirectory()
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_LOADED)
+        context: Any = preloaded_context()
         work = pickle.dumps((action, args))
         environment = {
             "WORLD_SIZE": str(world),
@@ -61,7 +60,7 @@ class Ranks:
             "MASTER_PORT": str(self._store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-        self.processes = [
+        self.processes: list[BaseProcess] = [
             context.Process(
                 target=_work,
                 args=(
@@ -157,6 +156,7 @@ def _work(work: bytes, environment: dict[str, str], folder: str, group: bool) ->
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     faulthandler.enable()
+    take_interrupts()
     os.environ.update(environment)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # test modules are tests.… to pytest
     torch.set_num_threads(1)

@@ -10,9 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch.distributed.launcher import api as launcher
 from train import tiny
 
 from lorica.cli import main
@@ -35,9 +37,14 @@ def command(home: Path, name: str, steps: int, *more: str) -> list[str]:
     return ["train", str(home / f"{name}.yaml"), "--launch.processes", "2", *more]
 
 
-def after_the_first_checkpoint(folder: Path, action: Callable[[], None]) -> threading.Thread:
+def after_the_next_checkpoint(folder: Path, action: Callable[[], None]) -> threading.Thread:
+    def checkpoints() -> set[Path]:
+        return set(folder.glob("checkpoints/checkpoint-*/trainer_state.json"))
+
+    before = checkpoints()
+
     def wait() -> None:
-        while not list(folder.glob("checkpoints/checkpoint-*/trainer_state.json")):
+        while checkpoints() <= before:
             time.sleep(0.05)
         action()
 
@@ -66,21 +73,34 @@ def test_a_lost_process_and_an_interrupt_end_the_others(
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
 
-    watching = after_the_first_checkpoint(run, kill)
+    watching = after_the_next_checkpoint(run, kill)
     assert main(command(home, run.name, 4000)) == 1
     watching.join()
     err = capsys.readouterr().err
-    assert "was lost (killed by SIGKILL), and the others were ended" in err
+    # said by the launcher, or by the process that is left, whichever sees it first
+    assert "was lost (killed by SIGKILL), and the others were ended" in err or "of this run was lost" in err
     assert "--resume" in err
-    watching = after_the_first_checkpoint(
-        run, lambda: (time.sleep(3), os.kill(os.getpid(), signal.SIGINT))[1]
-    )
+    watching = after_the_next_checkpoint(run, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert main(command(home, run.name, 4000, "--resume")) == 130
     watching.join()
     assert not (run / "adapter_model.safetensors").exists()
     assert load_file(
         max(run.glob("checkpoints/checkpoint-*"), key=os.path.getmtime) / "adapter_model.safetensors"
     )
+
+
+def test_an_interrupt_before_there_are_processes_is_kept_for_them(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = launcher.elastic_launch
+
+    def interrupted(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(launcher, "elastic_launch", interrupted)
+    assert main(command(home, "early", 4000)) == 130
+    assert not list((home / "early").glob("checkpoints/*"))
 
 
 def test_wrong_use(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

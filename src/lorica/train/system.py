@@ -8,11 +8,13 @@ import hashlib
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -179,16 +181,31 @@ def in_new_process(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) 
 def preloaded_context() -> BaseContext:
     """A context whose processes do not inherit this one's memory, as forked ones would.
 
-    Where there is a fork server, it has imported once what each of them needs.
+    Where there is a fork server, it has imported once what each of them needs. A terminal's Ctrl-C would
+    end it, so it holds interrupts back; its processes take them after `take_interrupts`.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_COMMON)
+    resource_tracker.ensure_running()  # which would let interrupts in again, were it started with the server
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
+def take_interrupts() -> None:
+    """Let interrupts into a process of `preloaded_context`; one that came before raises here."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _watched(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    take_interrupts()
     parent = multiprocessing.parent_process()
     if parent is not None:  # whose parent was killed must not go on in secret
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

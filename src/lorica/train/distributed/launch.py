@@ -13,12 +13,13 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 from lorica.errors import ConfigError
 from lorica.train.distributed.group import LAUNCHED, left_together, on_cpu
 from lorica.train.settings import LaunchConfig
-from lorica.train.system import preloaded_context
+from lorica.train.system import preloaded_context, take_interrupts
 
 INTERRUPTED = 130
 
@@ -48,6 +49,7 @@ def launch(work: Callable[..., int], args: Sequence[Any], config: LaunchConfig, 
     from torch.distributed.launcher import api
 
     alone = config.machines == 1
+    context = preloaded_context()
     elastic = api.LaunchConfig(
         min_nodes=config.machines,
         max_nodes=config.machines,
@@ -57,13 +59,14 @@ def launch(work: Callable[..., int], args: Sequence[Any], config: LaunchConfig, 
         rdzv_endpoint=config.address or "localhost:0",
         local_addr="localhost" if alone else None,
         max_restarts=0,
-        start_method=preloaded_context().get_start_method(),
+        start_method=context.get_start_method(),
         signals_to_handle="SIGTERM,SIGHUP",
     )
+    asked = context.Value("b", 0)
     # A terminal's Ctrl-C comes to all of them, and is one; see `interruptible`.
-    with _quiet(), _passing_on(signal.SIGINT, but_not=(signal.SIGTERM, signal.SIGHUP)):
+    with _quiet(), _passing_on_interrupts(asked):
         try:
-            codes = api.elastic_launch(elastic, _work)(work, tuple(args), config.processes)
+            codes = api.elastic_launch(elastic, _work)(work, tuple(args), config.processes, asked)
         except SignalException:
             print(f"ended by a signal; {hint}", file=sys.stderr)
             return 128 + signal.SIGTERM
@@ -80,10 +83,18 @@ def launch(work: Callable[..., int], args: Sequence[Any], config: LaunchConfig, 
     return next((code for code in codes.values() if code), 0)
 
 
-def _work(work: Callable[..., int], args: tuple[Any, ...], processes: int) -> int:
-    """The work of each process."""
+def _work(work: Callable[..., int], args: tuple[Any, ...], processes: int, asked: Synchronized[int]) -> int:
+    """The work of each process, where the user has not pressed Ctrl-C before it began."""
     import torch
 
+    early = True
+    with contextlib.suppress(KeyboardInterrupt):  # the launcher would take it for a good end
+        take_interrupts()
+        early = bool(asked.value)
+    if early:
+        if os.environ["RANK"] == "0":
+            print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED)
     os.environ[LAUNCHED] = "1"
     if on_cpu() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
@@ -95,16 +106,22 @@ def _work(work: Callable[..., int], args: tuple[Any, ...], processes: int) -> in
 
 
 @contextlib.contextmanager
-def _passing_on(number: signal.Signals, but_not: Sequence[signal.Signals]) -> Iterator[None]:
-    """Within it, a signal goes to all processes that were started; after it, handlers are as they were."""
+def _passing_on_interrupts(asked: Synchronized[int]) -> Iterator[None]:
+    """Within it, Ctrl-C goes to the processes that were started; after it, handlers are as they were.
+
+    Args:
+        asked: set to 1 by Ctrl-C, for a process that is not there yet.
+    """
 
     def on_signal(*_: object) -> None:
+        asked.value = 1
         for child in multiprocessing.active_children():
             with contextlib.suppress(ProcessLookupError, TypeError):
-                os.kill(child.pid, number)  # type: ignore[arg-type]
+                os.kill(child.pid, signal.SIGINT)  # type: ignore[arg-type]
 
-    before = {each: signal.getsignal(each) for each in (number, *but_not)}
-    signal.signal(number, on_signal)
+    # The launcher leaves its own handlers behind for the other two.
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, on_signal)
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from lorica.errors import ConfigError
 from lorica.train.console import quiet
 from lorica.train.data.rows import RowError
 from lorica.train.settings import DataConfig
-from lorica.train.system import preloaded_context
+from lorica.train.system import preloaded_context, take_interrupts
 from lorica.train.tasks.base import Encoded, Task
 from lorica.train.tasks.language import GROUP
 from lorica.train.tasks.stored import store, stored
@@ -133,7 +133,7 @@ def _side_by_side(how: HowEncoded, rows: Dataset, places: Sequence[range]) -> li
     with tempfile.TemporaryDirectory(prefix="lorica-encoding-") as name, quiet():
         folder = Path(name)
         rows.save_to_disk(folder / "rows")
-        with ProcessPoolExecutor(how.data.processes, mp_context=preloaded_context()) as pool:
+        with ProcessPoolExecutor(how.data.processes, preloaded_context(), take_interrupts) as pool:
             told = list(pool.map(_encode, repeat(how), repeat(folder), places))
         return [
             bad or stored(folder / str(part.start), mapped=False)
