@@ -13,7 +13,6 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 from lorica.errors import ConfigError
@@ -62,7 +61,7 @@ def launch(work: Callable[..., int], args: Sequence[Any], config: LaunchConfig, 
         start_method=context.get_start_method(),
         signals_to_handle="SIGTERM,SIGHUP",
     )
-    asked = context.Value("b", 0)
+    asked = context.RawValue("b", 0)
     # A terminal's Ctrl-C comes to all of them, and is one; see `interruptible`.
     with _quiet(), _passing_on_interrupts(asked):
         try:
@@ -83,7 +82,7 @@ def launch(work: Callable[..., int], args: Sequence[Any], config: LaunchConfig, 
     return next((code for code in codes.values() if code), 0)
 
 
-def _work(work: Callable[..., int], args: tuple[Any, ...], processes: int, asked: Synchronized[int]) -> int:
+def _work(work: Callable[..., int], args: tuple[Any, ...], processes: int, asked: Any) -> int:
     """The work of each process, where the user has not pressed Ctrl-C before it began."""
     import torch
 
@@ -106,7 +105,7 @@ def _work(work: Callable[..., int], args: tuple[Any, ...], processes: int, asked
 
 
 @contextlib.contextmanager
-def _passing_on_interrupts(asked: Synchronized[int]) -> Iterator[None]:
+def _passing_on_interrupts(asked: Any) -> Iterator[None]:
     """Within it, Ctrl-C goes to the processes that were started; after it, handlers are as they were.
 
     Args:
