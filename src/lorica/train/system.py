@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -194,7 +196,21 @@ def preloaded_context() -> BaseContext:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    _end_server_at_exit(os.getpid())
     return context
+
+
+@functools.cache
+def _end_server_at_exit(owner: int) -> None:
+    """End the fork server with its process, which may be interrupted while the server still imports."""
+
+    def end() -> None:
+        server = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
+        if server is not None and os.getpid() == owner:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(server, signal.SIGTERM)
+
+    atexit.register(end)
 
 
 def take_interrupts() -> None:
