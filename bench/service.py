@@ -3,22 +3,34 @@
 Each tenant trains (a call of forward_backward, and a step) and samples. The service does all of them at once;
 the others are plain loops: lorica.adapt, torch's AdamW, and transformers' generate. Calls are small (one row
 of 16 tokens) or large (64 tokens): what a product with a weight gains by more rows, it gains up to about 64.
+
+SkyRL tx, another server of the protocol, takes part as `--skyrl PYTHON`, the interpreter of an environment of
+its own: `python -m venv skyrl; skyrl/bin/pip install "skyrl-tx[tinker]==0.3.0"`.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import harness
 import psutil
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lorica
 from lorica.service import Client, Datum
@@ -33,11 +45,17 @@ ADAPTED: dict[str, Any] = {"r": R, "lora_alpha": 32, "target_modules": "all-line
 
 def main() -> None:
     """Measure every number of tenants, and every work."""
-    options = harness.options(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--skyrl", help="the Python of an environment with SkyRL tx (default: it takes no part)"
+    )
+    options = harness.options(__doc__, parser=parser)
     options.warmup = min(options.warmup, 1)
-    rates, memory = [], []
+    peers = {} if options.skyrl is None else {SKYRL: partial(SkyRL, options.skyrl)}
+    rates, memory, versions = [], [], "it took no part: --skyrl PYTHON"
     for count in TENANTS:
-        ways = {name: way(count) for name, way in WAYS.items()}
+        ways: dict[str, Way] = {name: way(count) for name, way in {**WAYS, **peers}.items()}
+        versions = next((way.versions for way in ways.values() if isinstance(way, SkyRL)), versions)
         for work in WORKS:
             contestants = {name: harness.Contestant(partial(_do, way, work)) for name, way in ways.items()}
             setting = f"{count} tenant{'s' * (count > 1)}, {work}"
@@ -63,7 +81,7 @@ def main() -> None:
             harness.table(rates, "Time of a step of every tenant, of its samples, and of both"),
             {
                 "caption": "Memory",
-                "columns": ["tenants", "service", "a process each", "in turn"],
+                "columns": ["tenants", *WAYS, *peers],
                 "rows": memory,
             },
         ],
@@ -74,6 +92,7 @@ def main() -> None:
             "targets": "all-linear",
             "rows and tokens of a call": " or ".join(f"{rows} × {tokens}" for rows, tokens in (SMALL, LARGE)),
             "samples": f"{SAMPLES} × {DRAWN} tokens behind {PROMPT}",
+            SKYRL: versions,
         },
         device=options.device,
         rounds=options.rounds,
@@ -217,6 +236,63 @@ class Apart(Way):
             process.join()
 
 
+class SkyRL(Way):
+    """SkyRL tx's JAX backend, without HTTP: all tenants in one call, as its engine joins them.
+
+    Args:
+        python: of its environment.
+        count: of tenants.
+    """
+
+    def __init__(self, python: str, count: int) -> None:
+        """Save the model where it reads it, and start it."""
+        self._count, self._numbers = count, itertools.count()
+        self._folder = tempfile.TemporaryDirectory()
+        model().save_pretrained(self._folder.name)
+        words = {f"w{i}": i for i in range(VOCABULARY)}
+        core = Tokenizer(WordLevel(words, unk_token="w0"))
+        PreTrainedTokenizerFast(tokenizer_object=core, unk_token="w0").save_pretrained(self._folder.name)
+        asked = {"model": self._folder.name, "tenants": count, "rank": R}
+        asked |= {"samples": SAMPLES, "prompt": PROMPT, "drawn": DRAWN}
+        command = [python, str(Path(__file__).with_name("peers") / "skyrl_tx.py"), json.dumps(asked)]
+        env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+            "JAX_PLATFORMS": "cpu"
+        }
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, **pipes)
+        self.versions = ", ".join(f"{name} {version}" for name, version in self._answer().items())
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(
+                f"SkyRL tx ended with {self._process.wait()}; run {self._process.args} by hand to see why"
+            )
+        return json.loads(line)
+
+    def do(self, work: str) -> None:  # noqa: D102
+        number = next(self._numbers)
+        learned = "training" in work
+        each = [rows(number + 1000 * i, work).tolist() for i in range(self._count)] if learned else []
+        assert self._process.stdin is not None
+        print(
+            json.dumps({"rows": each, "sampling": "sampling" in work}), file=self._process.stdin, flush=True
+        )
+        self._answer()
+
+    def held(self) -> int:  # noqa: D102
+        return psutil.Process(self._process.pid).memory_full_info().pss
+
+    def close(self) -> None:  # noqa: D102
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._folder.cleanup()
+
+
 def _serve(pipe: Any, seed: int, threads: int) -> None:
     torch.set_num_threads(threads)
     tenant = Tenant(model(), seed)
@@ -226,6 +302,7 @@ def _serve(pipe: Any, seed: int, threads: int) -> None:
         pipe.send(None)
 
 
+SKYRL = "SkyRL tx"
 WAYS: dict[str, Callable[[int], Way]] = {"service": Together, "a process each": Apart, "in turn": InTurn}
 
 

@@ -151,6 +151,28 @@ def test_checkpoints_are_whole_and_named(tmp_path: Path) -> None:
             check_checkpoint(wrong)
 
 
+def test_weights_without_a_name_go_with_their_session(tmp_path: Path) -> None:
+    service = service_in(tmp_path)
+    run = begun(service)
+    session = run.partition(":")[0]
+    paths = []
+    for seq, body in ((1, {"sampling_session_seq_id": 7}), (2, {"path": "kept"})):
+        call = service.accept(WHO, run, seq, "publish", json.dumps(body).encode())
+        paths.append(json.loads(wait(service, call))["path"])
+    unnamed, kept = (service.registry.one("checkpoints", path) for path in paths)
+    assert [folder.name for folder in service.checkpoints.published.iterdir()] == [f"{session}-train-0.kept"]
+    assert kept["expires"] is None
+    service.registry.change("checkpoints", unnamed["path"], expires=time.time() + 60)
+    prompt = {"prompt": {"chunks": [{"tokens": [5]}]}, "sampling_params": {"max_tokens": 1}}
+    assert wait(service, service.accept(WHO, f"{session}:sample:7", 0, "sample", json.dumps(prompt).encode()))
+    assert service.registry.one("checkpoints", unnamed["path"])["expires"] > time.time() + 3600
+    service.finish_session(WHO, session)
+    assert [service.checkpoints.folder(row).exists() for row in (unnamed, kept)] == [False, True]
+    with pytest.raises(GoneError):
+        service.registry.one("checkpoints", unnamed["path"])
+    service.close()
+
+
 def test_keys_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     digest = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"  # of "test"

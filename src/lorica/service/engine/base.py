@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,12 @@ class Base:
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         ends = getattr(text, "eos_token_id", None) if ends is None else ends
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or ())
+
+    @property
+    def tokenizer_id(self) -> str:
+        """Hub name or folder of its tokenizer, for clients; the base's own name where it has none."""
+        place = getattr(self.tokenizer, "name_or_path", "") or self.name
+        return str(Path(place).resolve()) if Path(place).is_dir() else place
 
     @classmethod
     def sharing(cls, model: nn.Module, name: str, tokenizer: Any = None) -> Base:

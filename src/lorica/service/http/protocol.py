@@ -199,7 +199,7 @@ async def get_info(request: Request) -> dict[str, Any]:
     service = service_of(request)
     row = await run_sync(service.registry.one, "runs", _field(body, "model_id", str), tenant.name)
     base = service.base
-    data = {"arch": type(base.model).__name__, "model_name": base.name, "tokenizer_id": base.name}
+    data = {"arch": type(base.model).__name__, "model_name": base.name, "tokenizer_id": base.tokenizer_id}
     return {
         "type": "get_info",
         "model_data": data,

@@ -208,6 +208,7 @@ class Calls:
         if path is None:
             return wire.prompt_of(body), lambda: None, draw
         row = self._source(path, call.tenant)
+        self._checkpoints.used(row)
         return wire.prompt_of(body), lambda: self._checkpoints.weights(row), draw
 
 

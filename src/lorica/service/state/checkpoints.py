@@ -4,6 +4,8 @@ runs/RUN/weights/NAME         to continue from: with the optimizer
 runs/RUN/snapshot-N           the same, for the server itself: all that the run's first N calls did
 runs/RUN/external_weights/NAME   to be fetched
     adapters/RUN.NAME             to sample from and to serve: a plain adapter
+runs/RUN/sampler_weights/snapshot-N   without a name, to sample from: it goes with the session, or a day
+                                      after its last use
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from lorica.service.state.tenants import Tenant, check_bytes
 
 _SAMPLERS = 64
 _KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
-_SOON, _LATE = 3600, 10 * 366 * 86400
+_SOON, _LATE, _DAY = 3600, 10 * 366 * 86400, 86400
 
 Kind = Literal["weights", "sampler_weights", "external_weights"]
 
@@ -52,7 +54,7 @@ class Checkpoints:
     def folder(self, row: Row) -> Path:
         """The folder of a checkpoint."""
         run, name = folder_name(row["run"]), row["name"]
-        if row["kind"] == "sampler_weights":
+        if row["kind"] == "sampler_weights" and row["listed"]:
             return self.published / f"{run}.{name}"
         return self._folder / "runs" / run / row["kind"] / name
 
@@ -73,7 +75,7 @@ class Checkpoints:
         taken = self._registry.all("checkpoints", path=path)
         if taken and not body.get("overwrite"):
             raise UserError(f"there is a checkpoint {path} already; give another name, or overwrite=True")
-        ttl = time_to_live(body)
+        ttl = time_to_live(body) if listed else _DAY
         optimizer = kind == "weights"
         learner = run.ready()
         used = self._registry.total(run.tenant.name) - sum(row["size"] for row in taken)
@@ -139,6 +141,18 @@ class Checkpoints:
         self._registry.remove("checkpoints", row["path"])
         self._loaded.pop(row["path"], None)
         shutil.rmtree(self.folder(row), ignore_errors=True)
+
+    def forget_unnamed(self, session: str) -> None:
+        """Take away what a session sampled from without giving it a name."""
+        for run in self._registry.all("runs", session=session):
+            for row in self._registry.all("checkpoints", run=run["id"], listed=0):
+                self.remove(row)
+
+    def used(self, row: Row) -> None:
+        """Somebody samples from a checkpoint: one without a name lasts a day more."""
+        until = time.time() + _DAY
+        if not row["listed"] and row["expires"] < until - _SOON:
+            self._registry.change("checkpoints", row["path"], expires=until)
 
     def weights(self, row: Row) -> Weights:
         """A checkpoint's adapter, to sample from."""

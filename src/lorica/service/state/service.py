@@ -108,13 +108,14 @@ class Service:
         self.registry.change("sessions", session, seen=time.time(), ended=0)
 
     def finish_session(self, tenant: Tenant, session: str) -> None:
-        """A session is over: its adapters leave memory.
+        """A session is over: its adapters leave memory, and what has no name the folder.
 
         Raises:
             GoneError: there is no such session.
         """
         self.registry.one("sessions", session, tenant.name)
         self.registry.change("sessions", session, ended=1)
+        self.checkpoints.forget_unnamed(session)
         self._rest(session)
 
     def create_sampler(self, tenant: Tenant, session: str, seq: int, path: str | None) -> str:
