@@ -10,6 +10,7 @@ group meets at a store that the test holds, so no two tests contend for a port.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import sys
@@ -47,30 +48,31 @@ class Ended(NamedTuple):
 class Ranks:
     """Processes at work, one a rank; see `started`."""
 
-    def __init__(self, action: Callable[..., Any], args: Sequence[Any], world: int, *, group: bool) -> None:
+    def __init__(
+        self, action: Callable[..., Any], args: Sequence[Any], world: int | None, *, group: bool
+    ) -> None:
         """Start them."""
         self._folder = tempfile.TemporaryDirectory()
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context: Any = preloaded_context()
         work = pickle.dumps((action, args))
-        environment = {
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self._store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
+
+        def environment(rank: int) -> dict[str, str]:
+            if world is None:
+                return {}
+            return {
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(self._store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+            }
+
         self.processes: list[BaseProcess] = [
-            context.Process(
-                target=_work,
-                args=(
-                    work,
-                    {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    self.folder(rank),
-                    group,
-                ),
-            )
-            for rank in range(world)
+            context.Process(target=_work, args=(work, environment(rank), self.folder(rank), group))
+            for rank in range(world or 1)
         ]
         with mock.patch.dict(sys.modules, __main__=ModuleType("__main__")):  # else each would run pytest's
             for process in self.processes:
@@ -119,13 +121,13 @@ class Ranks:
         return ended
 
 
-def started(action: Callable[..., Any], *args: Any, world: int = 2, group: bool = False) -> Ranks:
+def started(action: Callable[..., Any], *args: Any, world: int | None = 2, group: bool = False) -> Ranks:
     """Start a function in several processes, and return while they are at work.
 
     Args:
         action: a function at the top of a module; what it returns must pickle.
         args: its arguments, the same for each rank.
-        world: how many processes.
+        world: how many processes; None is one that knows of no others.
         group: make their process group before, of gloo; else the environment alone says that there is one.
     """
     return Ranks(action, args, world, group=group)
@@ -157,6 +159,8 @@ def _work(work: bytes, environment: dict[str, str], folder: str, group: bool) ->
         stream.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     faulthandler.enable()
     take_interrupts()
+    gc.freeze()  # as the launcher's own processes
+    os.fsync = lambda fd: None  # as in conftest.py
     os.environ.update(environment)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # test modules are tests.… to pytest
     torch.set_num_threads(1)

@@ -8,7 +8,7 @@ they are refused here. What reads tensors imports torch when it is called: the c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,22 +91,25 @@ def bearable(value: Any, *, halves: bool = False) -> Any:
         ValueError: it is nested too deeply, has too many parts, a number that is too large, or text with
             half of a character.
     """
-    level: Iterable[Any] = [value]
-    count = 0
+    # What lists and maps hold, and how often each is met: one that has many names is walked once.
+    level: dict[int, tuple[int, Collection[Any]]] = {0: (1, [value])}
+    count = -1
     for _ in range(DEPTH):
-        below: list[Any] = []
-        for item in level:
-            if isinstance(item, str):
-                item.encode("utf-8", "surrogatepass" if halves else "strict")
-            elif isinstance(item, int):
-                if not -_LARGEST < item < _LARGEST:
-                    raise ValueError(f"a number of {item.bit_length()} bits is too large")
-            elif isinstance(item, Mapping):
-                below += item
-                below += item.values()
-            elif isinstance(item, (list, tuple, set)):
-                below += item
-        count += len(below)
+        below: dict[int, tuple[int, Collection[Any]]] = {}
+        for times, parts in level.values():
+            count += times * len(parts)
+            for part in parts:
+                if isinstance(part, str):
+                    part.encode("utf-8", "surrogatepass" if halves else "strict")
+                elif isinstance(part, int):
+                    if not -_LARGEST < part < _LARGEST:
+                        raise ValueError(f"a number of {part.bit_length()} bits is too large")
+                elif isinstance(part, Mapping):
+                    before, _ = below.get(id(part), (0, ()))
+                    below[id(part)] = before + times, [*part, *part.values()]
+                elif isinstance(part, (list, tuple, set)):
+                    before, _ = below.get(id(part), (0, ()))
+                    below[id(part)] = before + times, part
         if count > _MOST:
             raise ValueError(f"it has more than {_MOST:,} parts")
         if not below:

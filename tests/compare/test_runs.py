@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from compare.spec import METHODS, spec, write
+from ranks import started
 from rich.console import Console
 from tiny import transformer
 from train import tiny
@@ -101,17 +100,17 @@ def test_killed_it_goes_on_and_ends_with_the_same_table(tmp_path: Path) -> None:
     command = ["compare", str(file), "--in_process"]
     assert main([*command, "--output", str(tmp_path / "whole")]) == 0
     results = tmp_path / "out" / "results.jsonl"
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "lorica", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    killed = started(main, command, world=None)
     try:
         for _ in range(6000):
-            if killed.poll() is not None or (results.exists() and results.read_text().count("\n") >= 3):
+            if killed.processes[0].exitcode is not None or (
+                results.exists() and results.read_text().count("\n") >= 3
+            ):
                 break
             time.sleep(0.02)
     finally:
-        killed.send_signal(signal.SIGKILL)
-        assert killed.wait() == -signal.SIGKILL
+        killed.send(0, signal.SIGKILL)
+        assert killed.wait()[0].code == -signal.SIGKILL
     lines = results.read_text().splitlines(keepends=True)
     assert 3 <= len(lines) < 10
     results.write_text("".join(lines)[:-20])  # the kill might as well have come while a line was written

@@ -1,11 +1,12 @@
 """Trains in forked processes, kills each somewhere, resumes it, and prints what became of the adapters.
 
-Run as a program by test_resume.py: ``python killed.py FOLDER``. The heavy imports are paid once; each run is
+Run as a program by test_run.py: ``python killed.py FOLDER``. The heavy imports are paid once; each run is
 a fork.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
@@ -103,6 +104,7 @@ def main(folder: Path) -> None:
         "before the adapter is written": lambda: nth_call(Trainer, "predict", 2, after=True),
     }
     outcome: dict[str, Any] = {}
+    gc.freeze()  # else each fork walks, and so copies, all that was imported
     for best in (False, True):
         assert in_child(lambda best=best: run(f"whole-{best}", best=best)) == 0
     for i, (name, arm) in enumerate(kills.items()):

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -222,6 +223,7 @@ def take_interrupts() -> None:
 
 def _watched(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     take_interrupts()
+    gc.freeze()  # what the fork server has imported: walking it would copy its memory into this process
     parent = multiprocessing.parent_process()
     if parent is not None:  # whose parent was killed must not go on in secret
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -6,6 +6,7 @@ The processes are forked from one that has imported what each of them needs, whe
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -94,6 +95,7 @@ def _work(work: Callable[..., int], args: tuple[Any, ...], processes: int, asked
         if os.environ["RANK"] == "0":
             print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED)
+    gc.freeze()  # as in `lorica.train.system`: what was imported before the fork is not walked
     os.environ[LAUNCHED] = "1"
     if on_cpu() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
