@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from lorica import functional
 from lorica.functional import drop_rate, dropout, keep_mask, lora_linear, low_rank
@@ -224,6 +226,22 @@ def test_backward_keeps_only_the_input_the_thin_product_and_a_bit_of_mask(p: flo
     own = {t.untyped_storage().data_ptr() for t in given.named().values()}
     kept = kept_bytes(given, p)
     assert sum(size for address, size in kept.items() if address not in own) == mask_bytes + 12 * 3 * 4
+
+
+def test_a_checkpointed_block_does_not_take_its_last_product_again() -> None:
+    w = operands((16,), 32, 32, 1, bias=False, trained=("x", "A", "B"))
+
+    def block(x: Tensor) -> Tensor:
+        return lora_linear(lora_linear(x, *w[1:], 2.0, 0.3), *w[1:], 2.0, 0.3)
+
+    def flops(y: Tensor) -> int:
+        with FlopCounterMode(display=False) as counted:
+            y.sum().backward()
+        return counted.get_total_flops()
+
+    once, again = flops(block(w.x)), flops(checkpoint(block, w.x, use_reentrant=False))
+    product = 2 * 16 * 32 * 32
+    assert product < again - once < 1.5 * product  # the first layer's; the rest is r = 1
 
 
 def test_backward_does_not_keep_an_input_that_no_gradient_needs() -> None:

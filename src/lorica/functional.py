@@ -13,6 +13,8 @@ one bit per element for the dropout mask (a byte on a GPU), and A·x (tokens × 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -144,37 +146,6 @@ def row_norm(
         return square.clamp_min_(torch.finfo(A.dtype).tiny).sqrt_()
 
 
-def dora_linear(
-    x: Float[Tensor, "... d_in"],
-    weight: Float[Tensor, "d_out d_in"],
-    bias: Float[Tensor, " d_out"] | None,
-    A: Float[Tensor, "r d_in"],
-    B: Float[Tensor, "d_out r"],
-    ratio: Float[Tensor, " d_out"],
-    scale: float,
-    p: float = 0.0,
-) -> Float[Tensor, "... d_out"]:
-    """``ratio ⊙ (W0·x + scale · B·A·dropout(x)) + b``: DoRA's forward (Liu et al., 2024, eq. 5).
-
-    Args:
-        x: input, any number of leading dimensions.
-        weight: W0.
-        bias: added to every row, or None.
-        A: down-projection, r × d_in.
-        B: up-projection, d_out × r.
-        ratio: trained magnitude of each row over `row_norm`.
-        scale: α/r or α/√r.
-        p: dropout probability on A's input, as in `lora_linear`.
-    """
-    y = lora_linear(x, weight, bias, A, B, scale, p)
-    ratio = ratio.to(y.dtype)
-    if bias is None:
-        return y * ratio
-    # The bias passes the ratio and its rest is added: at a ratio of 1 this is the base's output, bit for
-    # bit. A bias added afterwards would be rounded otherwise than the base's kernel rounds it.
-    return torch.addcmul(bias.to(y.dtype) * (1 - ratio), y, ratio)
-
-
 def lora_linear(
     x: Float[Tensor, "... d_in"],
     weight: Float[Tensor, "d_out d_in"],
@@ -210,10 +181,13 @@ def lora_linear(
     if traced():  # a compiler fuses the plain form itself
         return F.linear(x, weight, bias) + low_rank(x, A, B, scale, p)
     if not torch.is_grad_enabled():  # without autograd's bookkeeping, which small batches feel
-        return _sum(x, weight, bias, A, B, scale, p).y
+        return _sum(_half(x, A, scale, p), x.shape, weight, bias, B)
+    with torch.no_grad():
+        half = _half(x, A, scale, p)
     try:
-        y = _LoraLinear.apply(x, weight, bias, A, B, scale, p)
-        return y[0] if type(y) is tuple else y  # type: ignore[return-value]
+        promised = _LoraLinear.apply(x, weight, bias, A, B, half)
+        promised = promised[0] if type(promised) is tuple else promised
+        return _Product.apply(promised, partial(_sum, half, x.shape, weight, bias, B))  # type: ignore[no-any-return]
     except _ForwardMode:
         return F.linear(x, weight, bias) + low_rank(x, A, B, scale, p)
 
@@ -344,36 +318,52 @@ def wants_graph() -> bool:
     return torch.is_grad_enabled() or traced()
 
 
-class _Sum(NamedTuple):
-    """The output of `lora_linear`, and what its backward pass needs; names follow the maths, u = A·x̃."""
+class _Half(NamedTuple):
+    """What of `lora_linear` comes before the base's product; names follow the maths, u = A·x̃."""
 
-    y: Tensor
+    rows: Tensor
     mask: Tensor | None
     u: Tensor
     scale: float
 
 
-def _sum(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
-) -> _Sum:
-    rows = x.reshape(-1, x.shape[-1])
-    y = F.linear(rows, weight, bias)
-    mask = None
+def _half(x: Tensor, A: Tensor, scale: float, p: float) -> _Half:
+    kept, mask = (rows := x.reshape(-1, x.shape[-1])), None
     if p > 0:
         mask = keep_mask(rows, p)
-        scale /= 1 - drop_rate(p)
-    u = add_low_rank_(y, rows, A, B, scale, mask)
+        kept, scale = mask.to(rows.dtype).mul_(rows), scale / (1 - drop_rate(p))
+    return _Half(rows, mask, down(kept, A.to(rows.dtype)), scale)
+
+
+def _sum(half: _Half, shape: torch.Size, weight: Tensor, bias: Tensor | None, B: Tensor) -> Tensor:
+    y = F.linear(half.rows, weight, bias)
+    y.addmm_(half.u, B.to(y.dtype).t(), alpha=half.scale)
     # Not a view to autograd: what follows may work in place on it (`ReLU(inplace=True)`, `x += ...`).
-    shaped = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
-    return _Sum(shaped, mask, u, scale)
+    return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[-1]))
 
 
 class _ForwardMode(Exception):
     """Tangents are asked for along with the output (`torch.autograd.forward_ad`)."""
 
 
+class _Product(torch.autograd.Function):
+    """The output that `_LoraLinear` promised."""
+
+    @staticmethod
+    def forward(ctx: Any, promised: Tensor, product: Callable[[], Tensor]) -> Tensor:
+        return product()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return dy, None
+
+
 class _LoraLinear(torch.autograd.Function):
-    """`lora_linear` by hand.
+    """`lora_linear` by hand, but for its output, in whose place it returns a tensor without memory.
+
+    So what the backward pass needs is kept before the base's product is taken, as torch's own operations do.
+    torch computes a checkpointed block anew until it has all that was kept: the block's last product, often
+    its largest, is then not taken again.
 
     Where A is frozen and B trains, x is not kept, for B's gradient needs u = A·x̃ alone. u is then an output
     as well, so that a second derivative finds its way through it to x.
@@ -381,19 +371,19 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, half: _Half
     ) -> Tensor | tuple[Tensor, Tensor]:
-        y, mask, u, scale = _sum(x, weight, bias, A, B, scale, p)
         wants_x, wants_weight, _, wants_A, wants_B = ctx.needs_input_grad[:5]
         needs_x = wants_weight or wants_A
         # x itself, not the rows made of it here: a graph of the gradient goes on through it.
         kept = x if needs_x else None
-        ctx.save_for_backward(kept, weight, A, B, packed(mask), u if wants_B else None)
-        ctx.scale, ctx.shape = scale, x.shape
+        ctx.save_for_backward(kept, weight, A, B, packed(half.mask), half.u if wants_B else None)
+        ctx.scale, ctx.shape = half.scale, x.shape
+        promised = x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
         if wants_x and wants_B and not needs_x:
             ctx.set_materialize_grads(False)
-            return y, u
-        return y
+            return promised, half.u
+        return promised
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, du: Tensor | None = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -423,7 +413,7 @@ class _LoraLinear(torch.autograd.Function):
         dA, dB = low_rank_gradients(dy, dx, rows if wants_A else None, A, B, ctx.scale, mask, u)
         dweight = dy.t() @ rows if wants_weight and rows is not None else None
         dbias = dy.sum(0) if wants_bias else None
-        return None if dx is None else dx.view(ctx.shape), dweight, dbias, dA, dB, None, None
+        return None if dx is None else dx.view(ctx.shape), dweight, dbias, dA, dB, None
 
     @staticmethod
     def graph(ctx: Any, saved: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -438,4 +428,4 @@ class _LoraLinear(torch.autograd.Function):
             dx = dx + dy @ weight
             dweight = None if rows is None else dy.t() @ rows
             dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        return dx.reshape(ctx.shape), dweight, dbias, dA, dB, None, None
+        return dx.reshape(ctx.shape), dweight, dbias, dA, dB, None

@@ -48,7 +48,8 @@ class LoraLinear(LoraLayer):
         weight, bias = self._base()
         if variant is not PLAIN:
             if variant is DORA and self.weight_beside(names[0]) is None:
-                return functional.dora_linear(input, weight, bias, A, B, DORA.ratio(self, names[0]), scale, p)
+                y = functional.lora_linear(input, weight, bias, A, B, scale, p)
+                return DORA.rescaled(y, DORA.ratio(self, names[0]), bias)
             if variant is not BIASED:
                 return super().forward(input)
             shift = BIASED.shift(self, names[0])

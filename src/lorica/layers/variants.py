@@ -144,6 +144,16 @@ class Dora(Variant):
         ratio = layer.along_rows(self.ratio(layer, name, dtype).to(dtype))
         return lambda W0, folded, rows: folded * (ratio if layer.transposed else ratio[rows])
 
+    @staticmethod
+    def rescaled(y: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
+        """``ratio ⊙ (W0·x + s·B·A·x) + b`` of a linear layer, from ``y = W0·x + s·B·A·x + b`` (eq. 5)."""
+        ratio = ratio.to(y.dtype)
+        if bias is None:
+            return y * ratio
+        # The bias passes the ratio and its rest is added: at a ratio of 1 this is the base's output, bit for
+        # bit. A bias added afterwards would be rounded otherwise than the base's kernel rounds it.
+        return torch.addcmul(bias.to(y.dtype) * (1 - ratio), y, ratio)
+
     def ratio(self, layer: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Magnitude over norm per row of ``W0 + scale·B·A`` (d_out,)."""
         *factors, scale, _ = layer.update_of(name)

@@ -40,8 +40,7 @@ class LoraQuantized(LoraOpaque):
         y = self._product(args[0], *self.update_of(names[0]))
         if variant is not DORA:
             return y if variant is PLAIN else y + BIASED.shift(self, names[0]).to(y.dtype)
-        ratio, bias = DORA.ratio(self, names[0]).to(y.dtype), getattr(self, "bias", None)
-        return y * ratio if bias is None else torch.addcmul(bias.to(y.dtype) * (1 - ratio), y, ratio)
+        return DORA.rescaled(y, DORA.ratio(self, names[0]), getattr(self, "bias", None))
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The quantized layer's output; its gradient is that of a product with the unpacked weight."""
