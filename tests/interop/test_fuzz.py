@@ -10,7 +10,7 @@ import pytest
 from differential import Life, Pair, told
 
 peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'lorica[peers]'")
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.no_cover]
 
 CASES, HOUR = 60, 3600.0
 

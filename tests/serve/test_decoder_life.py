@@ -117,6 +117,7 @@ def test_a_request_that_waits_too_long_is_refused(model: Any, folders: dict[str,
             await anext(running)
             await refused(engine.admit([3], name, greedy(3)))
             assert engine.stats.running == engine.stats.timeouts_total == 1
+            engine._schedule.stepped = step
             assert len(await ids_of(running)) == 138
 
             def fit(*_: object) -> Any:

@@ -99,6 +99,13 @@ def test_what_is_untrained_is_said() -> None:
     assert "1 of 1 updates are zero" in page(report)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are asked for, and not drawn, which takes seconds and is seen above."""
+    monkeypatch.setattr(figures, "save_figure", lambda draw, path: path.touch())
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_the_command(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed in (0, 1):
         lorica.write(trained(seed), tmp_path / f"seed-{seed}")
@@ -118,6 +125,7 @@ def test_the_command(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[s
     assert "buys no direction" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_loralib_file_needs_its_alpha(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loralib.write(trained(0), tmp_path / "lora.pt")
     argv = ["study", str(tmp_path / "lora.pt"), "--output", str(tmp_path / "out")]

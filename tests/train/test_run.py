@@ -26,7 +26,9 @@ from lorica.train.trainer.fit import Interrupted
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     model, data = tiny.write_model(folder / "model"), tiny.write_data(folder / "data")
-    recipe = tiny.recipe(model, data, folder / "out", epochs=15, load_best=False, learning_rate=3e-3)
+    recipe = tiny.recipe(
+        model, data, folder / "out", epochs=15, load_best=False, learning_rate=3e-3, eval_steps=50
+    )
     return train(recipe.replace(method={"r": 8, "lora_alpha": 16, "lora_dropout": 0.0})).output
 
 
@@ -52,6 +54,10 @@ def test_the_folder_holds_everything(run: Path) -> None:
     assert results["checkpoint_bytes"] == (run / "adapter_model.safetensors").stat().st_size
     assert set(record["versions"]) >= {"python", "lorica", "torch", "transformers", "datasets"}
     assert record["seeds"] == {"training": 0, "split": 0}
+
+
+def test_a_run_that_learns_is_not_warned_of(run: Path) -> None:
+    assert json.loads((run / "run.json").read_text())["results"]["warnings"] == []
 
 
 def test_the_card_states_task_data_and_scores(run: Path) -> None:

@@ -36,6 +36,7 @@ class TestSwitch:
         with pytest.raises(StateError, match="'a' is merged"):
             lorica.detach(model)
 
+    @pytest.mark.no_cover  # the same lines ten thousand times
     def test_ten_thousand_switches_do_not_drift(self) -> None:
         model = Toy(dim=4, blocks=1, dtype=torch.bfloat16)
         before = record(model)

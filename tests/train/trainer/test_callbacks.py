@@ -177,11 +177,6 @@ def test_a_loss_that_rose_or_was_no_number_is_warned_of() -> None:
     assert doubts([*level, {"loss": 0.7, "grad_norm": math.inf}], fp16=True) == []
 
 
-def test_a_run_that_learns_is_not_warned_of(make_recipe: Callable[..., Recipe]) -> None:
-    recipe = make_recipe(epochs=15, load_best=False, learning_rate=3e-3)
-    assert train(recipe.replace(method={"r": 8, "lora_alpha": 16, "lora_dropout": 0.0})).warnings == []
-
-
 @pytest.mark.parametrize(
     ("name", "counted", "amount"),
     [("input_ids", "tokens", 700), ("pixel_values", "samples", 60), ("input_features", "samples", 60)],
