@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 
-from lorica.train import Recipe
+from lorica.train import Recipe, train
 
 Make = Callable[..., Recipe]
 SPACE = {
@@ -19,3 +20,8 @@ SPACE = {
 
 def silent() -> Console:
     return Console(file=io.StringIO(), width=200)
+
+
+def run_each(recipes: list[Recipe]) -> list[tuple[str, dict[str, Any]]]:
+    """Runs of this process's group, and what came out."""
+    return [(result.adapter_sha256, result.metrics) for result in map(train, recipes)]

@@ -19,13 +19,16 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
+from tune.searches import run_each, silent
 
 from lorica.cli import main
-from lorica.errors import ConfigError
-from lorica.train import Recipe, train
+from lorica.errors import ConfigError, LoricaError
+from lorica.train import LaunchConfig, Recipe, train
+from lorica.train import Record as RunRecord
 from lorica.tune import SearchConfig, Space, search
 from lorica.tune.journal import Journal
 from lorica.tune.population.shared_base import PackedModel
@@ -101,6 +104,28 @@ def test_a_process_trains_a_population_and_survives_a_kill_and_failing_trials(
     assert {record.name: record.status for record in again.records} == statuses
     assert (tmp_path / "s" / "results.jsonl").read_text() == lines
     assert all(json.loads(line) for line in lines.splitlines())
+
+
+def test_a_trial_of_two_workers_is_the_run_of_lorica_train(
+    two_cpus: None, make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray.train", reason="needs lorica[ray]")
+    recipe, space = make_recipe(), {"method.r": {"choice": [2]}}
+    config = SearchConfig(metric="loss", launch=LaunchConfig(processes=2, engine="ray"))
+    output = io.StringIO()
+    found = search(recipe, space, tmp_path / "s", config, console=Console(file=output, width=200))
+    assert "up to 20 trials, each in 2 workers of Ray on this machine" in output.getvalue()
+    assert "1 trial of 2 workers at once" in output.getvalue()
+    (record,) = found.records
+    assert (record.status, [each.step for each in record.evaluations]) == ("finished", [5, 10])
+    assert found.folder is not None
+    kept = RunRecord.load(found.folder)
+    alone = kept.recipe.replace(output=str(tmp_path / "alone"))
+    assert on_ranks(run_each, [alone], timeout=120) == [[(kept.adapter_sha256, kept.results["metrics"])]] * 2
+    assert not (tmp_path / "s" / "trials" / "000" / "checkpoints" / "ray").exists()
+    config = SearchConfig(launch=LaunchConfig(processes=3, engine="ray"))
+    with pytest.raises(LoricaError, match=r"a trial of 3 workers needs 3 times {'cpu': 1}"):
+        search(recipe, space, tmp_path / "t", config, console=silent())
 
 
 def test_a_search_whose_driver_was_killed_ends_as_if_it_had_not_been(

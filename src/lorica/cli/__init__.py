@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(
             f"lorica {name} runs in one process, and a launcher has started {os.environ['WORLD_SIZE']} "
             "(WORLD_SIZE); start it without torchrun"
+            f"{', and give it --launch.processes for each trial' if name == 'tune' else ''}"
         )
         return 1
     for library in () if debug else _TALKATIVE:

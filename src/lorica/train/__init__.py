@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lorica.train.run import train as train
     from lorica.train.settings import DataConfig as DataConfig
     from lorica.train.settings import GenerationConfig as GenerationConfig
+    from lorica.train.settings import LaunchConfig as LaunchConfig
     from lorica.train.settings import TrainingConfig as TrainingConfig
     from lorica.train.tasks import Task as Task
     from lorica.train.tasks import register as register
@@ -62,6 +63,7 @@ __all__ = [
     "Fit",
     "GenerationConfig",
     "Interrupted",
+    "LaunchConfig",
     "LoraTrainerMixin",
     "Prepared",
     "Recipe",
@@ -94,7 +96,7 @@ __getattr__ = names_of(
         "recipe": "Recipe",
         "record": "Record",
         "run": "Result train",
-        "settings": "DataConfig GenerationConfig TrainingConfig",
+        "settings": "DataConfig GenerationConfig LaunchConfig TrainingConfig",
         "tasks": "Task register",
         "trained": "evaluate open_run predict",
         "trainer.checkpoints": "LoraTrainerMixin last_checkpoint",

@@ -363,7 +363,7 @@ def read_fields(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     """A configuration of plain fields, from a file's values.
 
     Args:
-        cls: a dataclass whose fields are numbers, texts, truth values or maps of numbers.
+        cls: a dataclass whose fields are numbers, texts, truth values, maps of numbers, or such dataclasses.
         values: fields by name.
         where: name of the file in errors.
 
@@ -372,6 +372,12 @@ def read_fields(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     """
     hints = typing.get_type_hints(cls)
     names = [item.name for item in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    values = {
+        name: read_fields(hints[name], value, f"{name} in {where}")
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(hints.get(name))
+        else value
+        for name, value in values.items()
+    }
     if unknown := [f"{str(name)!r}{nearest(str(name), names)}" for name in values if name not in names]:
         raise ConfigError(f"{where}: unknown field {'; unknown field '.join(unknown)}")
     if wrong := [

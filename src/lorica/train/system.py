@@ -221,12 +221,17 @@ def take_interrupts() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
+def end_with_parent() -> None:
+    """End this process once the one that started it is gone: it must not go on in secret."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def _watched(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     take_interrupts()
     gc.freeze()  # what the fork server has imported: walking it would copy its memory into this process
-    parent = multiprocessing.parent_process()
-    if parent is not None:  # whose parent was killed must not go on in secret
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    end_with_parent()
     return work(*arguments, **named)
 
 

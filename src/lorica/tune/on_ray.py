@@ -1,7 +1,9 @@
 """Trials in processes of Ray Tune, on this machine or a cluster; each process trains a population if it can.
 
 Ray starts and watches the processes, assigns processors and GPUs, and restarts processes that died. The
-calling process chooses the trials, ends them early and keeps the journal, as for a population.
+calling process chooses the trials, ends them early and keeps the journal, as for a population. Where a trial
+is to have several processes, the one of Ray Tune's has workers of Ray Train's for them, and passes on what
+they say.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from rich.console import Console
 from lorica.errors import LoricaError, require
 from lorica.train.console import quiet
 from lorica.train.distributed.cluster import connected
+from lorica.train.distributed.group import on_cpu
 from lorica.train.recipe import Recipe
 from lorica.tune.journal import ENDED, JOURNAL, TRIALS, Journal, Record
 from lorica.tune.population.shared_base import SharedBase
@@ -33,6 +37,7 @@ import yaml
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from lorica.tune.in_processes import ProcessRunner
 from lorica.tune.journal import Status
 from lorica.tune.population.population import TrialRunner
 
@@ -75,6 +80,8 @@ class RaySearch:
             MissingExtra: Ray is not installed.
         """
         require("ray.tune", extra="tune")
+        if config.launch.processes is not None:
+            require("ray.train", extra="ray")
         self.journal = Journal(directory / JOURNAL)
         self._source, self._recipe, self._config = source, recipe, config
         self._directory, self._values, self._on_end = directory, values, on_end
@@ -96,23 +103,33 @@ class RaySearch:
         config = self._config
         budget = None if ends == math.inf else max(ends - time.monotonic(), 1.0)
         with _ray(config.address, self._progress), self._progress, quiet():
-            resources = config.resources or {"cpu": 1}
-            size = math.ceil(self._slots / _processes(resources)) if self._joint else 1
-            if size > 1:
-                self._progress.note(f"{size} trials together in each process")
-            trainable = tune.with_resources(
-                tune.with_parameters(
+            size = 1
+            if config.launch.processes is None:
+                resources = config.resources or {"cpu": 1}
+                size = math.ceil(self._slots / max(_room(resources), 1)) if self._joint else 1
+                if size > 1:
+                    self._progress.note(f"{size} trials together in each process")
+                at_once = math.ceil(self._slots / size)
+                work = tune.with_parameters(
                     train_trials, base=self._base(), directory=str(self._directory.resolve())
-                ),
-                resources,
-            )
+                )
+            else:
+                needs, at_once = self._workers(config.launch.processes)
+                resources = {"cpu": 0.0, "memory": 1.0}  # it waits for its workers; Tune wants something
+                work = tune.with_parameters(
+                    train_by_workers,
+                    config=config,
+                    needs=needs,
+                    directory=str(self._directory.resolve()),
+                    here=str(Path.cwd()),
+                )
             tuner = tune.Tuner(
-                trainable,
+                tune.with_resources(work, resources),
                 tune_config=tune.TuneConfig(
                     num_samples=config.trials,
                     search_alg=NextTrial(lambda: self._next(size)),
                     scheduler=Listener(self._reported, self._died),
-                    max_concurrent_trials=math.ceil(self._slots / size),
+                    max_concurrent_trials=at_once,
                     time_budget_s=budget,
                     reuse_actors=True,
                 ),
@@ -125,6 +142,24 @@ class RaySearch:
             )
             tuner.fit()
         return list(self.journal.records.values())
+
+    def _workers(self, processes: int) -> tuple[dict[str, float], int]:
+        """What each worker of a trial is given, by Ray's names, and how many trials there is room for.
+
+        Raises:
+            LoricaError: there is no room for one, in a Ray that was started here and so will not grow.
+        """
+        cpu = on_cpu() or bool(self._recipe.training.arguments.get("use_cpu"))
+        needs = self._config.resources or ({"cpu": 1} if cpu else {"cpu": 1, "gpu": 1})
+        fits = _room(needs, processes)
+        if fits == 0 and self._config.address is None:
+            raise LoricaError(
+                f"a trial of {processes} workers needs {processes} times {dict(needs)}, and Ray has not as "
+                "much here; take a smaller --launch.processes or --resources, or a cluster by --address"
+            )
+        at_once = max(min(fits, self._slots), 1)
+        self._progress.note(f"{at_once} trial{'s' if at_once > 1 else ''} of {processes} workers at once")
+        return {_NAMES.get(name, name): need for name, need in needs.items()}, at_once
 
     def _base(self) -> tuple[Any, ...] | None:
         """Rows and weights for all trials on the recipe's base; None unless they are plain and frozen."""
@@ -173,14 +208,21 @@ class RaySearch:
                 self._on_end(self._controller.trial_ended(trial, "failed", error=error))
 
 
-def _processes(resources: Mapping[str, float]) -> int:
-    """Number of processes with these resources that fit into Ray at once."""
+_NAMES = {"cpu": "CPU", "gpu": "GPU"}
+"""What Ray Tune calls by a name of its own."""
+
+
+def _room(resources: Mapping[str, float], together: int = 1) -> int:
+    """Number of processes with these resources that fit into Ray at once, or of so many together."""
     import ray
 
     there = ray.cluster_resources()
-    names = {"cpu": "CPU", "gpu": "GPU"}
-    room = [there.get(names.get(name, name), 0) / need for name, need in resources.items() if need > 0]
-    return max(int(min(room, default=1)), 1)
+    room = [
+        there.get(_NAMES.get(name, name), 0) / (need * together)
+        for name, need in resources.items()
+        if need > 0
+    ]
+    return int(min(room, default=1))
 
 
 @contextlib.contextmanager
@@ -286,6 +328,42 @@ def train_trials(config: Mapping[str, Any], *, base: Any, directory: str) -> Non
         resume=True,
     )
     runner.run(iter(trials))
+
+
+def train_by_workers(
+    given: Mapping[str, Any], *, config: SearchConfig, needs: Mapping[str, float], directory: str, here: str
+) -> None:
+    """Train a process's trial by workers of Ray Train's, from its newest checkpoint if it began before.
+
+    Args:
+        given: ``trials``, with its name and its recipe as YAML.
+        config: the search's settings.
+        needs: resources of each worker, by Ray's names.
+        directory: the search's folder, reachable from every machine.
+        here: the folder that the recipe's paths start from.
+    """
+    import ray
+
+    from lorica.train.ray.workers import in_workers
+
+    assert config.launch.processes is not None
+    if Path(here).is_dir():
+        os.chdir(here)
+    folder = Path(directory)
+    [(name, text)] = given["trials"]
+    recipe = Recipe.from_dict(yaml.safe_load(text), trust_task=True)  # made from one that its user trusts
+    own = folder / TRIALS / name
+    start = partial(
+        in_workers, processes=config.launch.processes, resources=needs, storage=own / "checkpoints"
+    )
+    ProcessRunner(
+        _Remote(folder / JOURNAL),
+        lambda name: own,
+        lambda work, args, hint: start(work, args),
+        engine="ddp" if config.launch.engine == "ray" else config.launch.engine,
+        retries=config.retries,
+        host=ray.util.get_node_ip_address(),
+    ).run(iter([(name, recipe)]))
 
 
 class _Remote:

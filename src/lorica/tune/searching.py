@@ -27,6 +27,7 @@ from lorica.train.recipe import Recipe
 from lorica.train.run import RECIPE
 from lorica.train.system import alone_in, write_atomically
 from lorica.tune.figures import write_figures
+from lorica.tune.in_processes import ProcessSearch, check_trials
 from lorica.tune.journal import ENDED, TRIALS, Journal, NoMetric, Record
 from lorica.tune.population import Population
 from lorica.tune.population.shared_base import shared_fields, why_alone
@@ -114,11 +115,11 @@ def _search(
     _check_validated(longer)
     sampler = make_sampler(config.algorithm, space, config.seed, 2 if config.small else 1)
     reason = _why_apart(longer, space)
-    engine = config.engine
-    if engine == "auto":
-        engine = "population" if reason is None and config.address is None else "ray"
+    engine = config.where or ("population" if reason is None and config.address is None else "ray")
     if engine == "ray":
         require("ray.tune", extra="tune")
+    if config.launch.processes is not None:
+        check_trials(longer, space, config.launch, here=engine == "processes")
     rule = scheduler_of(config, longer)
     check_same(directory, recipe, space, config, resume=resume)
     write_atomically(directory / SEARCH, settings(recipe, space, config))
@@ -139,6 +140,10 @@ def _search(
         population = Population(trials, directory, slots=config.slots, **options)
         trials.recall(population.journal)
         records = population.run(resume=True, until=lambda: time.monotonic() > ends)
+    elif engine == "processes":
+        apart = ProcessSearch(trials, directory, config, **options)
+        trials.recall(apart.journal)
+        records = apart.run(ends)
     else:
         from lorica.tune.on_ray import RaySearch
 
@@ -282,7 +287,13 @@ def _announced(engine: str, config: SearchConfig, reason: str | None) -> str:
     if engine == "population":
         joint = "share one base in this process" if reason is None else "run in this process"
         return f"up to {config.trials} trials, {config.slots} at once, {joint}"
+    several, shared = config.launch.processes, config.launch.engine
+    if engine == "processes":
+        return f"up to {config.trials} trials, one at a time, each in {several} processes ({shared})"
     where = f"processes of Ray on {config.address or 'this machine'}"
+    if several is not None:
+        where = where.replace("processes", f"{several} workers", 1)
+        return f"up to {config.trials} trials, each in {where}"
     if reason is None:
         return f"up to {config.trials} trials, in {where}; those in one share a base"
     return f"up to {config.trials} trials, each by itself in {where}, because {reason}"

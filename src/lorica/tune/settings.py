@@ -6,13 +6,14 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorica.errors import ConfigError, FileError, LoricaError, listing, nearest
 from lorica.reading import read_object
 from lorica.train.recipe import Recipe, read_fields
+from lorica.train.settings import LaunchConfig
 from lorica.tune.journal import JOURNAL, TRIALS
 from lorica.tune.samplers import ALGORITHMS
 from lorica.tune.space import Space
@@ -44,10 +45,14 @@ class SearchConfig:
             Ray Tune, as a population per process where trials can share a base; "auto" takes the population
             if all trials can share a base and no cluster is named.
         slots: trials at once. Ray shares them among its processes; where a process trains one trial, no more
-            run than there is room for.
-        resources: resources per process of Ray, such as ``{"cpu": 2, "gpu": 0.5}``. None is one CPU.
+            run than there is room for. Trials of several processes on this machine run one at a time.
+        resources: resources per process of Ray, such as ``{"cpu": 2, "gpu": 0.5}``. None is one CPU, and a
+            GPU for each worker of a trial of several.
         address: address of a Ray cluster, "auto" for this machine's. None starts Ray here.
-        retries: how often Ray replaces a process that died.
+        retries: how often Ray replaces a process that died, or a trial's processes are started again.
+        launch: several processes for each trial: `processes`, each with the recipe's batch size, and how they
+            share the model. With ``engine="ray"`` in either, or an address, they are workers of Ray's; else
+            they are this machine's.
     """
 
     trials: int = 20
@@ -66,6 +71,7 @@ class SearchConfig:
     resources: dict[str, float] | None = None
     address: str | None = None
     retries: int = 3
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -92,6 +98,43 @@ class SearchConfig:
             raise ConfigError(f"time_budget must be more than 0 seconds, not {self.time_budget}")
         if self.small and self.algorithm != "tpe":
             raise ConfigError(f"small is a second objective, which {self.algorithm!r} cannot use; take 'tpe'")
+        self._check_launch()
+
+    def _check_launch(self) -> None:
+        launch = self.launch
+        if launch.processes is None and launch.engine != LaunchConfig.engine:
+            raise ConfigError(f"launch.engine {launch.engine!r} needs launch.processes, those of each trial")
+        if launch.machines > 1:
+            raise ConfigError(
+                f"launch.machines must be 1 in a search, not {launch.machines}: what finds several machines "
+                "for trials is Ray; give engine='ray' (--engine ray) and the cluster's address"
+            )
+        for name in ("address", "retries"):
+            if getattr(launch, name) != getattr(LaunchConfig, name):
+                raise ConfigError(
+                    f"launch.{name} is the search's own {name} (--{name}); give that instead of "
+                    f"--launch.{name} {getattr(launch, name)}"
+                )
+        if launch.processes is not None and self.engine == "population":
+            raise ConfigError(
+                f"engine 'population' trains trials in this process, and launch.processes asks for "
+                f"{launch.processes} for each; leave one of the two out"
+            )
+
+        if self.where == "processes" and self.resources is not None:
+            raise ConfigError(
+                "resources are what Ray gives each worker, and these trials have processes of this machine; "
+                "give engine='ray' (--engine ray) too, or leave them out"
+            )
+
+    @property
+    def where(self) -> str | None:
+        """What trains trials, "ray", "processes" or "population"; None where that depends on the trials."""
+        if self.launch.engine == "ray" or (self.launch.processes and self.address is not None):
+            return "ray"
+        if self.engine != "auto":
+            return self.engine
+        return None if self.launch.processes is None else "processes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +176,7 @@ def settings(recipe: Recipe, space: Space, config: SearchConfig) -> str:
     return json.dumps(content, indent=2, default=str) + "\n"
 
 
-FREE = ("trials", "time_budget", "slots", "resources", "address", "retries", "engine")
+FREE = ("trials", "time_budget", "slots", "resources", "address", "retries", "engine", "launch.engine")
 """Settings that may differ in a resumed search: its extent, and where it runs."""
 
 
@@ -148,6 +191,7 @@ def changes(there: Path, now: str, free: Collection[str]) -> list[str]:
     before, after = (dict(_flat(content)) for content in (read_object(there), json.loads(now)))
     # A field that came after the file was written has the default there.
     unset = {f"recipe.{name}": value for name, value in _flat(Recipe().to_dict())}
+    unset |= {f"search.{name}": value for name, value in _flat(dataclasses.asdict(SearchConfig()))}
     before = {name: unset[name] for name in after if name in unset and name not in before} | before
     return [
         f"{name} was {before.get(name)!r}, now {after.get(name)!r}"

@@ -22,10 +22,13 @@ def parser() -> Parser:
     result = Parser(
         "tune",
         usage="lorica tune [RECIPE.yaml] [--space SPACE.yaml] [--trials N] [--algorithm random|tpe|grid] ... "
-        "[-o DIR]\n       lorica tune --resume DIR [--trials N] [--slots N] ...\n"
+        "[-o DIR]\n"
+        "       lorica tune [RECIPE.yaml] --launch.processes N [--launch.engine ddp|fsdp2|ray] ... [-o DIR]\n"
+        "       lorica tune --resume DIR [--trials N] [--slots N] ...\n"
         "       lorica tune [RECIPE.yaml] --ramp [--rank.limit R] [--rank.gain GAIN] [-o DIR]",
         description="Search for the best values of a recipe's fields. Trials that differ only in what can be "
-        "joint are trained together over one base; others run in processes of Ray Tune.",
+        "joint are trained together over one base; others run in processes of Ray Tune; with "
+        "--launch.processes each trial has several.",
     )
     add = result.add_argument
     add(
@@ -61,20 +64,29 @@ def run(argv: list[str]) -> int:
 
     command = parser()
     parsed: Any = command.parse_args(argv)
-    values = command.instantiate(parsed)
     flat = vars(command.parse_args(argv, defaults=False).as_flat())
-    given = {name.partition(".")[0] for name, value in flat.items() if value is not None}
+    given = {
+        name if name.startswith("launch.") else name.partition(".")[0]
+        for name, value in flat.items()
+        if value is not None
+    }
     _check_together(given, parsed)
 
     from lorica.train.console import make_console, waiting
 
     console = make_console()
-    config = SearchConfig(**{item.name: values[item.name] for item in dataclasses.fields(SearchConfig)})
     if parsed.resume is not None:
         recipe, space, before = reopen(parsed.resume, trust_task=parsed.trust_task)
-        config = dataclasses.replace(before, **{name: values[name] for name in FREE if name in given})
+        parsed["launch.processes"] = before.launch.processes
+        if "launch.engine" not in given:
+            parsed["launch.engine"] = before.launch.engine
+        values = command.instantiate(parsed)
+        free = {name for name in FREE if name in given and "." not in name}
+        config = dataclasses.replace(before, launch=values.launch, **{name: values[name] for name in free})
         out = parsed.resume
     else:
+        values = command.instantiate(parsed)
+        config = SearchConfig(**{item.name: values[item.name] for item in dataclasses.fields(SearchConfig)})
         recipe = (
             Recipe.load(parsed.recipe, trust_task=parsed.trust_task)
             if parsed.recipe is not None
@@ -110,7 +122,9 @@ def run(argv: list[str]) -> int:
     )
     made = Recipe.load(folder / "recipe.yaml", trust_task=True)  # as it was searched with
     again = hints.unused(f"{folder}-again")
-    seed = ("--training.seed", made.training.seed + 1)
+    seed = ["--training.seed", made.training.seed + 1]
+    if config.launch.processes is not None:
+        seed += ["--launch.processes", config.launch.processes]
     hints.show(
         hints.to_evaluate(folder, made, scored=hints.has_test_rows(folder)),
         hints.to_use(folder, made),

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,31 +20,39 @@ from typing import Any
 from lorica.errors import ConfigError
 from lorica.train.distributed.group import LAUNCHED, left_together, on_cpu
 from lorica.train.settings import LaunchConfig
-from lorica.train.system import preloaded_context, take_interrupts
+from lorica.train.system import end_with_parent, preloaded_context, take_interrupts
 
 INTERRUPTED = 130
 
 
-def launch(work: Callable[..., int], args: Sequence[Any], config: LaunchConfig, hint: str) -> int:
+def launch(
+    work: Callable[..., int],
+    args: Sequence[Any],
+    config: LaunchConfig,
+    hint: str,
+    *,
+    seconds: float | None = None,
+) -> int:
     """Call a function in several processes that find each other, and wait for all of them.
 
-    Ctrl-C reaches each of them. Where one is lost, the others are ended, and a line says so.
+    Ctrl-C reaches each of them. Where one is lost, the others are ended, and a line says so; where this
+    process is lost, all are.
 
     Args:
         work: a function at the top of a module, which returns an exit status.
         args: its arguments.
         config: how many processes.
         hint: how to go on after one was lost.
+        seconds: after which they get what Ctrl-C would send them. None is never.
 
     Returns:
         0, or the status of the first process that failed.
+
+    Raises:
+        ConfigError: this machine has fewer GPUs.
     """
     assert config.processes is not None
-    if not on_cpu():
-        import torch
-
-        if config.processes > (there := torch.accelerator.device_count()):
-            raise ConfigError(f"launch.processes is {config.processes}, and this machine has {there} GPUs")
+    check_room(config.processes)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import api
@@ -64,7 +73,7 @@ def launch(work: Callable[..., int], args: Sequence[Any], config: LaunchConfig, 
     )
     asked = context.RawValue("b", 0)
     # A terminal's Ctrl-C comes to all of them, and is one; see `interruptible`.
-    with _quiet(), _passing_on_interrupts(asked):
+    with _quiet(), _passing_on_interrupts(asked, seconds):
         try:
             codes = api.elastic_launch(elastic, _work)(work, tuple(args), config.processes, asked)
         except SignalException:
@@ -83,10 +92,25 @@ def launch(work: Callable[..., int], args: Sequence[Any], config: LaunchConfig, 
     return next((code for code in codes.values() if code), 0)
 
 
+def check_room(processes: int) -> None:
+    """Refuse more processes than this machine has GPUs, if it has any.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    if on_cpu():
+        return
+    import torch
+
+    if processes > (there := torch.accelerator.device_count()):
+        raise ConfigError(f"launch.processes is {processes}, and this machine has {there} GPUs")
+
+
 def _work(work: Callable[..., int], args: tuple[Any, ...], processes: int, asked: Any) -> int:
     """The work of each process, where the user has not pressed Ctrl-C before it began."""
     import torch
 
+    end_with_parent()
     early = True
     with contextlib.suppress(KeyboardInterrupt):  # the launcher would take it for a good end
         take_interrupts()
@@ -107,11 +131,12 @@ def _work(work: Callable[..., int], args: tuple[Any, ...], processes: int, asked
 
 
 @contextlib.contextmanager
-def _passing_on_interrupts(asked: Any) -> Iterator[None]:
+def _passing_on_interrupts(asked: Any, seconds: float | None) -> Iterator[None]:
     """Within it, Ctrl-C goes to the processes that were started; after it, handlers are as they were.
 
     Args:
         asked: set to 1 by Ctrl-C, for a process that is not there yet.
+        seconds: after which they are sent one without it.
     """
 
     def on_signal(*_: object) -> None:
@@ -123,9 +148,15 @@ def _passing_on_interrupts(asked: Any) -> Iterator[None]:
     # The launcher leaves its own handlers behind for the other two.
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGINT, on_signal)
+    timer = None if seconds is None else threading.Timer(max(0.0, seconds), on_signal)
+    if timer is not None:
+        timer.daemon = True
+        timer.start()
     try:
         yield
     finally:
+        if timer is not None:
+            timer.cancel()
         for each, handler in before.items():
             signal.signal(each, handler)
 
