@@ -6,20 +6,23 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from launched import launching
 from safetensors.torch import load_file
 from torch.distributed.launcher import api as launcher
 from train import tiny
 
 from lorica.cli import main
 from lorica.errors import ConfigError
-from lorica.train import Record, train
+from lorica.train import Record, system, train
 from lorica.train.settings import LaunchConfig
 
 
@@ -87,6 +90,23 @@ def test_a_lost_process_and_an_interrupt_end_the_others(
     assert load_file(
         max(run.glob("checkpoints/checkpoint-*"), key=os.path.getmtime) / "adapter_model.safetensors"
     )
+
+
+def test_processes_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    context: Any = system.preloaded_context()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # else it would run pytest's
+        launcher = context.Process(target=launching, args=(tmp_path,))
+        launcher.start()
+    while len(there := list(tmp_path.glob("*.pid"))) < 2:
+        assert launcher.is_alive()
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.join()
+    until = time.monotonic() + 20
+    while any(Path("/proc", path.stem).exists() for path in there):
+        assert time.monotonic() < until, "they went on without it"
+        time.sleep(0.05)
 
 
 def test_an_interrupt_before_there_are_processes_is_kept_for_them(

@@ -102,7 +102,7 @@ def test_each_is_a_run_of_lorica_train_and_survives_a_kill_and_an_interrupt(
 
 
 def test_a_budget_ends_a_trial_and_keeps_it(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    config = SearchConfig(trials=1, time_budget=4, launch=LaunchConfig(processes=2))
+    config = SearchConfig(trials=1, time_budget=1, launch=LaunchConfig(processes=2))
     recipe = make_recipe(epochs=None, max_steps=100_000, eval_steps=50_000, save_steps=100_000)
     found = search(recipe, {"method.r": {"choice": [2]}}, tmp_path / "s", config, console=silent())
     assert [record.status for record in found.records] in (["running"], ["waiting"])

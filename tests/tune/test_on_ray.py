@@ -107,10 +107,12 @@ def test_a_process_trains_a_population_and_survives_a_kill_and_failing_trials(
 
 
 def test_a_trial_of_two_workers_is_the_run_of_lorica_train(
-    two_cpus: None, make_recipe: Callable[..., Recipe], tmp_path: Path
+    two_cpus: None, make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray.train", reason="needs lorica[ray]")
     recipe, space = make_recipe(), {"method.r": {"choice": [2]}}
+    monkeypatch.chdir(Path(recipe.model).parent)  # where the workers begin, a path from here leads nowhere
+    recipe = recipe.replace(model=Path(recipe.model).name)
     config = SearchConfig(metric="loss", launch=LaunchConfig(processes=2, engine="ray"))
     output = io.StringIO()
     found = search(recipe, space, tmp_path / "s", config, console=Console(file=output, width=200))
@@ -120,7 +122,7 @@ def test_a_trial_of_two_workers_is_the_run_of_lorica_train(
     assert (record.status, [each.step for each in record.evaluations]) == ("finished", [5, 10])
     assert found.folder is not None
     kept = RunRecord.load(found.folder)
-    alone = kept.recipe.replace(output=str(tmp_path / "alone"))
+    alone = kept.recipe.replace(model=str(Path(recipe.model).resolve()), output=str(tmp_path / "alone"))
     assert on_ranks(run_each, [alone], timeout=120) == [[(kept.adapter_sha256, kept.results["metrics"])]] * 2
     assert not (tmp_path / "s" / "trials" / "000" / "checkpoints" / "ray").exists()
     config = SearchConfig(launch=LaunchConfig(processes=3, engine="ray"))
@@ -235,6 +237,14 @@ def test_a_death_is_told_of_once_it_is_final() -> None:
         trial = SimpleNamespace(config={"trials": [["000", ""]]}, should_recover=lambda again=again: again)
         listener.on_trial_error(None, trial)
         assert died == ([] if again else [trial.config])
+
+
+def test_paths_start_where_the_search_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorica.tune.on_ray import train_trials
+
+    monkeypatch.chdir("/")
+    train_trials({"trials": []}, base=None, directory=str(tmp_path / "s"), here=str(tmp_path))
+    assert Path.cwd() == tmp_path
 
 
 def test_no_part_imports_ray_train() -> None:

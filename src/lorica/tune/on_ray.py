@@ -104,25 +104,18 @@ class RaySearch:
         budget = None if ends == math.inf else max(ends - time.monotonic(), 1.0)
         with _ray(config.address, self._progress), self._progress, quiet():
             size = 1
+            places = {"directory": str(self._directory.resolve()), "here": str(Path.cwd())}
             if config.launch.processes is None:
                 resources = config.resources or {"cpu": 1}
                 size = math.ceil(self._slots / max(_room(resources), 1)) if self._joint else 1
                 if size > 1:
                     self._progress.note(f"{size} trials together in each process")
                 at_once = math.ceil(self._slots / size)
-                work = tune.with_parameters(
-                    train_trials, base=self._base(), directory=str(self._directory.resolve())
-                )
+                work = tune.with_parameters(train_trials, base=self._base(), **places)
             else:
                 needs, at_once = self._workers(config.launch.processes)
-                resources = {"cpu": 0.0, "memory": 1.0}  # it waits for its workers; Tune wants something
-                work = tune.with_parameters(
-                    train_by_workers,
-                    config=config,
-                    needs=needs,
-                    directory=str(self._directory.resolve()),
-                    here=str(Path.cwd()),
-                )
+                resources = {"cpu": 0.0, "memory": 1.0}  # it waits; something must be reserved
+                work = tune.with_parameters(train_by_workers, config=config, needs=needs, **places)
             tuner = tune.Tuner(
                 tune.with_resources(work, resources),
                 tune_config=tune.TuneConfig(
@@ -305,7 +298,7 @@ _BASES: dict[str, SharedBase] = {}
 """Bases that this process has opened; Ray runs several trials in one process, one after another."""
 
 
-def train_trials(config: Mapping[str, Any], *, base: Any, directory: str) -> None:
+def train_trials(config: Mapping[str, Any], *, base: Any, directory: str, here: str) -> None:
     """Train a process's trials, from their newest checkpoints if they began before.
 
     A trial's own error is reported, not raised: Ray would take it for a dead process and try again.
@@ -314,7 +307,10 @@ def train_trials(config: Mapping[str, Any], *, base: Any, directory: str) -> Non
         config: ``trials``, each with its name and its recipe as YAML.
         base: the base of the search's recipe from Ray's object store; None if each trial loads its own.
         directory: the search's folder, reachable from every machine.
+        here: the folder that the recipes' paths start from; Ray begins in one of its own.
     """
+    if Path(here).is_dir():
+        os.chdir(here)
     folder = Path(directory)
     # The search made these recipes from one that its user trusts.
     trials = [
@@ -340,7 +336,7 @@ def train_by_workers(
         config: the search's settings.
         needs: resources of each worker, by Ray's names.
         directory: the search's folder, reachable from every machine.
-        here: the folder that the recipe's paths start from.
+        here: as in `train_trials`.
     """
     import ray
 
