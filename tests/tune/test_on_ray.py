@@ -113,10 +113,10 @@ def test_a_trial_of_two_workers_is_the_run_of_lorica_train(
     recipe, space = make_recipe(), {"method.r": {"choice": [2]}}
     monkeypatch.chdir(Path(recipe.model).parent)  # where the workers begin, a path from here leads nowhere
     recipe = recipe.replace(model=Path(recipe.model).name)
-    config = SearchConfig(metric="loss", launch=LaunchConfig(processes=2, engine="ray"))
+    config = SearchConfig(trials=1, metric="loss", launch=LaunchConfig(processes=2, engine="ray"))
     output = io.StringIO()
     found = search(recipe, space, tmp_path / "s", config, console=Console(file=output, width=200))
-    assert "up to 20 trials, each in 2 workers of Ray on this machine" in output.getvalue()
+    assert "up to 1 trials, each in 2 workers of Ray on this machine" in output.getvalue()
     assert "1 trial of 2 workers at once" in output.getvalue()
     (record,) = found.records
     assert (record.status, [each.step for each in record.evaluations]) == ("finished", [5, 10])
