@@ -36,8 +36,9 @@ help:
 demo: $(VENV)/demo.stamp
 	$(BIN)/lorica demo $(ARGS)
 
+# Bytecode is kept: the suite starts many processes, and each would compile lorica again.
 test: $(VENV)/dev.stamp
-	$(BIN)/pytest -n $(JOBS) --dist worksteal --cov --cov-report= $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(JOBS) --dist worksteal --cov --cov-report= $(ARGS)
 	@test -n "$(ARGS)" || $(BIN)/coverage report --include='$(CORE)' --fail-under=95
 
 lint: $(VENV)/dev.stamp
