@@ -114,6 +114,7 @@ def publish(file: str, table: Table, spec: Comparison, tasks: list[str]) -> None
         data=[dataclasses.asdict(score) for score in table.scores],
         settings={"file": f"recipes/compare/{file}.yaml", "tasks": ", ".join(tasks)},
         device="cpu",
+        script=f"compare_methods.py {file}",
     )
 
 

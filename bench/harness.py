@@ -193,6 +193,7 @@ def publish(
     device: str,
     rounds: int | None = None,
     each_processor: bool = False,
+    script: str | None = None,
 ) -> None:
     """Write a result for `report.py`, unless it rests on too few rounds to be one.
 
@@ -206,12 +207,14 @@ def publish(
         device: what it ran on. Results of a GPU stand beside the CPU's.
         rounds: turns of each contestant, where there were turns.
         each_processor: keep one result for each maker of processors, side by side in the report.
+        script: how it is called, if that is not by `name`.
     """
     if rounds is not None and rounds < ROUNDS:
         print(f"not written: {rounds} rounds are a trial, a result takes {ROUNDS}")
         return
     result = {
         "name": name,
+        **({} if script is None else {"script": script}),
         "title": title,
         "claim": claim,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

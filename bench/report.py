@@ -59,7 +59,8 @@ def _provenance(result: Mapping[str, Any]) -> str:
     where = f"{machine['gpu']}, host {machine['cpu']}" if "gpu" in machine else machine["cpu"]
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    script = f"`bench/{result['name']}.py`" + (f" at {commit}" if commit else "")
+    name = result.get("script", f"{result['name']}.py")
+    script = f"`bench/{name}`" + (f" at {commit}" if commit else "")
     return (
         f"<sub>{script}, {result['date']}; {where}, {machine['cores']} cores, {machine['threads']} threads; "
         f"{settings}; {packages}</sub>\n"
