@@ -4,7 +4,7 @@
 
 Runs a file of recipes/compare, cut to minutes (`paper_studies`), as far as it has not run, and publishes it
 beside the paper's own figures, with what the paper reads off them put to the test. Stop it and start it again
-as you like: finished runs are lines of results/paper_table_6.jsonl.
+as you like: finished runs are lines of results/paper_tables.jsonl.
 
 A difference counts from two standard errors on; these are of the seeds, pooled over the methods of a series.
 What the paper finds level is level here within `LEVEL`.
@@ -36,6 +36,8 @@ from lorica.train.recipe import read_yaml
 LEVEL = {"loss": 0.03}
 """By how much what is level may differ: of a loss, nats; of all else, `POINT`."""
 POINT = 0.015
+COSTS = 3
+"""Columns at the end of a comparison's table, of costs: nothing was timed here."""
 
 
 def main() -> None:
@@ -51,7 +53,7 @@ def main() -> None:
         raise SystemExit(f"no folder {DATA}; set LORICA_DATA to the folder that holds sst2 and e2e_nlg")
     study, name = STUDIES[chosen.table], f"paper_table_{chosen.table}"
     spec = comparison(study)
-    lines = harness.RESULTS / f"{name}.jsonl"
+    lines = harness.RESULTS / "paper_tables.jsonl"
     done = Path(spec.output) / "results.jsonl"
     exchange(lines, done)
     if not chosen.publish:
@@ -97,7 +99,9 @@ def publish(name: str, number: str, study: Study, table: Table, spec: Comparison
         shutil.copyfile(plot, harness.RESULTS / f"{name}.png")
         figure = f"\n\n![quality against trainable parameters](results/{name}.png)"
     head, rows = table.rows()
-    tables = [{"caption": table.caption + figure, "columns": head, "rows": rows}]
+    shown = len(head) - COSTS
+    caption = f"{table.caption.partition(' Trainable')[0]} Trainable parameters include a new head."
+    tables = [{"caption": caption + figure, "columns": head[:shown], "rows": [row[:shown] for row in rows]}]
     if study.grid:
         tables.insert(0, grid(table))
     tables += [
@@ -121,7 +125,8 @@ def publish(name: str, number: str, study: Study, table: Table, spec: Comparison
             "model": model_of(spec),
             "cut to": ", ".join(flat({**study.cut, "tasks": study.tasks or study.cut.get("tasks", {})})),
             "learning rates": ", ".join(
-                f"{method} {'/'.join(f'{rate:g}' for rate in rates)}" for method, rates in study.rates.items()
+                f"{'all' if method == '*' else method} {'/'.join(f'{rate:g}' for rate in rates)}"
+                for method, rates in study.rates.items()
             ),
         },
         device="cpu",

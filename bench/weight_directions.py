@@ -17,7 +17,8 @@ from paper_tables import comparison
 import lorica
 from lorica import study
 from lorica.compare.check import check
-from lorica.compare.runs import cells
+from lorica.compare.results import Results
+from lorica.compare.runs import cells, choose
 from lorica.study.modules import spots
 from lorica.train.embedded import resolve_model
 
@@ -37,7 +38,8 @@ def main() -> None:
     shared: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for rank in RANKS:
         cell = runs[f"q, v r={rank}"]
-        for run in cell.at(cell.trials[0]):
+        best = choose(cell, Results(Path(spec.output) / "results.jsonl"))
+        for run in cell.at(best) if best is not None else ():
             place = Path(spec.output) / "runs" / run.key
             if not place.is_dir():
                 raise SystemExit(f"no {place}: run paper_tables.py --table 6 here first")
