@@ -1,9 +1,9 @@
 """Reinforcement learning through the service, with its official SDK: a reward that rises.
 
 `lorica serve --train` serves a small decoder that is made here: it answers `first 3 7 =` and `last 3 7 =`
-rightly, and `max 3 7 =` with any digit. Policies then learn `max` from a reward alone, a function of texts in
-plain Python; all of them at once, each with a session of its own. Before and after they are asked questions
-that none of them learns from.
+rightly, and `reply 3 7 =` with any digit. Policies then learn what `reply` means (the second digit, and no
+more) from a reward alone, a function of texts in plain Python; all at once, each with a session of its own.
+Before and after they are asked questions that none of them learns from.
 """
 
 from __future__ import annotations
@@ -35,13 +35,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lorica.errors import require
 
 DIGITS = [str(digit) for digit in range(10)]
-WORDS = ["<pad>", ".", "=", "first", "last", "max", *DIGITS]
-LOSSES: dict[str, dict[str, Any]] = {
-    # passes: over the same samples; after the first one the policy is no longer the sampler's.
-    "importance_sampling": {"passes": 1, "config": None},
-    "ppo": {"passes": 2, "config": {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}},
-}
-STEPS, SEEDS, QUESTIONS, SAMPLES, RANK, RATE = 60, 3, 16, 16, 16, 3e-3
+WORDS = ["<pad>", ".", "=", "first", "last", "reply", *DIGITS]
+LOSS, CLIP = "ppo", {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+STEPS, SEEDS, QUESTIONS, SAMPLES, PASSES, RANK, RATE = 30, 3, 16, 8, 2, 16, 3e-3
 LOW, HIGH = 0.2, 0.8
 PLOT = harness.RESULTS / "service_rl.png"
 
@@ -51,14 +47,12 @@ class Learned:
     """One policy's way.
 
     Args:
-        loss: by which it learned.
         seed: of its adapter, its questions and its samples.
         rewards: mean over the samples of each step, drawn before it.
         before: share of the held-out questions that the base answers rightly, greedily.
         after: the same of the policy.
     """
 
-    loss: str
     seed: int
     rewards: list[float]
     before: float
@@ -66,21 +60,20 @@ class Learned:
 
 
 def main() -> None:
-    """Learn with every loss and seed, and publish."""
+    """Learn with every seed, and publish."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of each policy (default {STEPS})")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"of each loss (default {SEEDS})")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"one policy each (default {SEEDS})")
     options = parser.parse_args()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         make_base(Path(folder, "base"))
-        with serving(Path(folder)) as address, ThreadPoolExecutor(len(LOSSES) * options.seeds) as pool:
-            asked = [(address, loss, seed, options.steps) for loss in LOSSES for seed in range(options.seeds)]
-            found = list(pool.map(lambda each: learn(*each), asked))
+        with serving(Path(folder)) as address, ThreadPoolExecutor(options.seeds) as pool:
+            found = list(pool.map(lambda seed: learn(address, seed, options.steps), range(options.seeds)))
     seconds = time.monotonic() - begun
     for each in found:
         print(
-            f"{each.loss}, seed {each.seed}: reward {each.rewards[0]:.2f} to {each.rewards[-1]:.2f}; "
+            f"seed {each.seed}: reward {each.rewards[0]:.2f} to {each.rewards[-1]:.2f}; "
             f"held out {each.before:.0%} to {each.after:.0%}"
         )
     print(f"{seconds:.0f} s")
@@ -109,8 +102,10 @@ def make_base(folder: Path) -> None:
     }
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **sizes, **heads, **ends))
+    steps = 800
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(400):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
+    for _ in range(steps):
         operation, one, two, any_digit = (torch.randint(n, (128,)) for n in (3, 10, 10, 10))
         answer = torch.stack([one, two, any_digit]).gather(0, operation[None])[0]
         fixed = torch.ones_like(one)
@@ -120,6 +115,7 @@ def make_base(folder: Path) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -145,19 +141,19 @@ def serving(folder: Path) -> Iterator[str]:
 
 
 def reward(question: str, answer: str) -> float:
-    """1 for the larger of the question's digits and nothing else, or 0."""
-    _, one, two, _ = question.split()
-    return float(answer == f"{max(one, two)} .")
+    """1 for the second digit of the question and nothing else, or 0."""
+    _, _, second, _ = question.split()
+    return float(answer == f"{second} .")
 
 
 def questions() -> tuple[list[str], list[str]]:
     """Those to learn from, and those held out."""
-    every = [f"max {one} {two} =" for one, two in itertools.product(DIGITS, DIGITS)]
+    every = [f"reply {one} {two} =" for one, two in itertools.product(DIGITS, DIGITS)]
     random.Random(0).shuffle(every)
     return every[20:], every[:20]
 
 
-def learn(address: str, loss: str, seed: int, steps: int) -> Learned:
+def learn(address: str, seed: int, steps: int) -> Learned:
     """Train a policy: sample groups of answers, judge them, weigh each by how much it beats its group."""
     tinker = require("tinker", extra="service")
     types, dice = tinker.types, random.Random(seed)
@@ -182,7 +178,7 @@ def learn(address: str, loss: str, seed: int, steps: int) -> Learned:
             sampler = policy.save_weights_and_get_sampling_client().result()
             asked = dice.sample(asked_of, QUESTIONS)
             groups = answers(sampler, asked, SAMPLES, seed=1000 * seed + step)
-            data, got = [], []
+            data, got, calls = [], [], []
             for question, group in zip(asked, groups, strict=True):
                 judged = [reward(question, tokenizer.decode(sample.tokens)) for sample in group]
                 mean = sum(judged) / len(judged)
@@ -193,13 +189,13 @@ def learn(address: str, loss: str, seed: int, steps: int) -> Learned:
                     if one != mean
                 ]
             rewards.append(sum(got) / len(got))
-            for _ in range(LOSSES[loss]["passes"] if data else 0):
-                policy.forward_backward(data, loss, LOSSES[loss]["config"])
-                updated = policy.optim_step(types.AdamParams(learning_rate=RATE))
-            if data:
-                updated.result()
+            for _ in range(PASSES if data else 0):  # after the first the policy is not the sampler's any more
+                calls.append(policy.forward_backward(data, LOSS, CLIP))
+                calls.append(policy.optim_step(types.AdamParams(learning_rate=RATE)))
+            for call in calls:
+                call.result()
         after = right(policy.save_weights_and_get_sampling_client().result())
-    return Learned(loss, seed, [round(each, 4) for each in rewards], before, after)
+    return Learned(seed, [round(each, 4) for each in rewards], before, after)
 
 
 def example(types: Any, prompt: list[int], sample: Any, advantage: float) -> Any:
@@ -217,10 +213,8 @@ def plot(found: Sequence[Learned]) -> None:
     """Draw the reward over steps."""
     figure = require("matplotlib.figure", extra="study").Figure(figsize=(6, 3.6), layout="constrained")
     panel = figure.subplots()
-    for i, loss in enumerate(LOSSES):
-        for each in found:
-            if each.loss == loss:
-                panel.plot(each.rewards, color=f"C{i}", lw=1, label=loss if each.seed == 0 else None)
+    for each in found:
+        panel.plot(each.rewards, lw=1, label=f"seed {each.seed}")
     panel.set_xlabel("step")
     panel.set_ylabel("mean reward of the samples")
     panel.set_ylim(0, 1)
@@ -233,10 +227,10 @@ def plot(found: Sequence[Learned]) -> None:
 
 def publish(found: Sequence[Learned], seconds: float) -> None:
     """Write the result."""
-    shown = [*range(0, STEPS, 10), STEPS - 1]
+    shown = [*range(0, STEPS, 5), STEPS - 1]
     rows = [
         [
-            f"{each.loss}, seed {each.seed}",
+            f"seed {each.seed}",
             *(f"{each.rewards[step]:.2f}" for step in shown),
             f"{each.before:.0%}",
             f"{each.after:.0%}",
@@ -249,7 +243,7 @@ def publish(found: Sequence[Learned], seconds: float) -> None:
         "service_rl",
         title="Reinforcement learning through the service",
         claim=(
-            "The larger of two digits, learned from a reward alone by the official SDK against "
+            "The meaning of a word, learned from a reward alone by the official SDK against "
             f"`lorica serve --train`, {len(found)} policies at once in {seconds:.0f} s: mean reward "
             f"{min(starts):.2f} to {max(starts):.2f} at first, {min(ends):.2f} to {max(ends):.2f} after "
             f"{STEPS} steps. Of the questions that none learned from, the base answers "
@@ -269,10 +263,9 @@ def publish(found: Sequence[Learned], seconds: float) -> None:
             "r": RANK,
             "questions a step": QUESTIONS,
             "samples a question": SAMPLES,
+            "loss": LOSS,
+            "passes over the samples": PASSES,
             "learning rate": RATE,
-            "passes over the samples": " and ".join(
-                f"{each['passes']} ({name})" for name, each in LOSSES.items()
-            ),
         },
         device="cpu",
     )
