@@ -252,6 +252,14 @@ class SkyRL(Way):
         words = {f"w{i}": i for i in range(VOCABULARY)}
         core = Tokenizer(WordLevel(words, unk_token="w0"))
         PreTrainedTokenizerFast(tokenizer_object=core, unk_token="w0").save_pretrained(self._folder.name)
+        # It reads what transformers 4 wrote.
+        earlier = {
+            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
+            "config.json": {"rope_theta": 10000.0, "torch_dtype": "float32"},
+        }
+        for name, values in earlier.items():
+            file = Path(self._folder.name, name)
+            file.write_text(json.dumps(json.loads(file.read_text()) | values))
         asked = {"model": self._folder.name, "tenants": count, "rank": R}
         asked |= {"samples": SAMPLES, "prompt": PROMPT, "drawn": DRAWN}
         command = [python, str(Path(__file__).with_name("peers") / "skyrl_tx.py"), json.dumps(asked)]
