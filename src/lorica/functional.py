@@ -42,9 +42,8 @@ def keep_mask(like: Tensor, p: float) -> Tensor:
     """Draw a dropout mask: 1 with probability 1 − `drop_rate(p)`, else 0, independently for each element.
 
     Each 64-bit draw of the device's default generator gives eight elements, so a mask costs a fraction of one
-    float drawn per element. It stays in
-    bytes: on a CPU, comparing bytes in place and casting them is ten times faster than going through torch's
-    booleans.
+    float drawn per element. It stays in bytes: on a CPU, comparing bytes in place and casting them is ten
+    times faster than going through torch's booleans.
 
     Args:
         like: tensor whose shape and device the mask takes.
@@ -108,7 +107,13 @@ def low_rank(
     p: float = 0.0,
 ) -> Float[Tensor, "... d_out"]:
     """The update alone, ``scale · B·A·dropout(x)``, in x's dtype, by plain differentiable operations."""
-    return F.linear(F.linear(dropout(x, p), A.to(x.dtype)), B.to(x.dtype)).mul(scale)
+    dropped, A, B = dropout(x, p), A.to(x.dtype), B.to(x.dtype)
+    if not _thin(x):
+        return F.linear(F.linear(dropped, A), B).mul(scale)
+    # How factors lie in memory decides how torch differentiates a product: here, by the fast products of
+    # `low_rank_gradients`.
+    y = (A @ dropped.reshape(-1, x.shape[-1]).t()).t() @ B.t().contiguous()
+    return y.mul(scale).view(*x.shape[:-1], B.shape[0])
 
 
 def needs_evening(scale: float) -> bool:
@@ -184,10 +189,12 @@ def lora_linear(
         return _sum(_half(x, A, scale, p), x.shape, weight, bias, B)
     with torch.no_grad():
         half = _half(x, A, scale, p)
+    product = partial(_sum, half, x.shape, weight, bias, B)
+    later = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     try:
-        promised = _LoraLinear.apply(x, weight, bias, A, B, half)
-        promised = promised[0] if type(promised) is tuple else promised
-        return _Product.apply(promised, partial(_sum, half, x.shape, weight, bias, B))  # type: ignore[no-any-return]
+        y = _LoraLinear.apply(x, weight, bias, A, B, half, None if later else product)
+        y = y[0] if type(y) is tuple else y
+        return _Product.apply(y, product) if later else y  # type: ignore[return-value]
     except _ForwardMode:
         return F.linear(x, weight, bias) + low_rank(x, A, B, scale, p)
 
@@ -200,6 +207,11 @@ def autocasts(device: str) -> bool:
 def down(x: Tensor, A: Tensor) -> Tensor:
     """``x·Aᵀ`` (tokens, r), in the order of the product that is the faster on a CPU."""
     return (A @ x.t()).t() if x.shape[1] <= _NARROW else x @ A.t()
+
+
+def _thin(x: Tensor) -> bool:
+    """Whether products that give r numbers a token are faster as ``(r × d)·(d × tokens)``."""
+    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def add_low_rank_(
@@ -247,7 +259,7 @@ def low_rank_gradients(
         Gradients of A and B in their own dtypes.
     """
     lower_A, lower_B = A.to(dy.dtype), B.to(dy.dtype)
-    g = dy @ lower_B
+    g = (lower_B.t() @ dy.t()).t() if _thin(dy) else dy @ lower_B
     kept = None if mask is None else mask.to(dy.dtype)
     if dx is not None:
         if kept is None:
@@ -343,7 +355,7 @@ def _sum(half: _Half, shape: torch.Size, weight: Tensor, bias: Tensor | None, B:
 
 
 class _ForwardMode(Exception):
-    """Tangents are asked for along with the output (`torch.autograd.forward_ad`)."""
+    """Tangents are asked for (`torch.autograd.forward_ad`)."""
 
 
 class _Product(torch.autograd.Function):
@@ -359,11 +371,11 @@ class _Product(torch.autograd.Function):
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`lora_linear` by hand, but for its output, in whose place it returns a tensor without memory.
+    """`lora_linear` by hand.
 
-    So what the backward pass needs is kept before the base's product is taken, as torch's own operations do.
-    torch computes a checkpointed block anew until it has all that was kept: the block's last product, often
-    its largest, is then not taken again.
+    Where torch has hooks on what is kept, the output is only promised, by a tensor without memory: what the
+    backward pass needs is kept before the base's product is taken, as torch's own operations keep it. A
+    checkpointed block is computed anew until all that is there: its last product is not taken again.
 
     Where A is frozen and B trains, x is not kept, for B's gradient needs u = A·x̃ alone. u is then an output
     as well, so that a second derivative finds its way through it to x.
@@ -371,19 +383,26 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, half: _Half
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        half: _Half,
+        product: Callable[[], Tensor] | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         wants_x, wants_weight, _, wants_A, wants_B = ctx.needs_input_grad[:5]
         needs_x = wants_weight or wants_A
         # x itself, not the rows made of it here: a graph of the gradient goes on through it.
-        kept = x if needs_x else None
-        ctx.save_for_backward(kept, weight, A, B, packed(half.mask), half.u if wants_B else None)
+        kept, u = x if needs_x else None, half.u if wants_B else None
+        ctx.save_for_backward(kept, weight, A, B, packed(half.mask), u)
         ctx.scale, ctx.shape = half.scale, x.shape
-        promised = x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
+        y = x.new_empty(()).expand(*x.shape[:-1], weight.shape[0]) if product is None else product()
         if wants_x and wants_B and not needs_x:
             ctx.set_materialize_grads(False)
-            return promised, half.u
-        return promised
+            return y, half.u
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, du: Tensor | None = None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -413,7 +432,7 @@ class _LoraLinear(torch.autograd.Function):
         dA, dB = low_rank_gradients(dy, dx, rows if wants_A else None, A, B, ctx.scale, mask, u)
         dweight = dy.t() @ rows if wants_weight and rows is not None else None
         dbias = dy.sum(0) if wants_bias else None
-        return None if dx is None else dx.view(ctx.shape), dweight, dbias, dA, dB, None
+        return None if dx is None else dx.view(ctx.shape), dweight, dbias, dA, dB, None, None
 
     @staticmethod
     def graph(ctx: Any, saved: Any, dy: Tensor | None, du: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -428,4 +447,4 @@ class _LoraLinear(torch.autograd.Function):
             dx = dx + dy @ weight
             dweight = None if rows is None else dy.t() @ rows
             dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        return dx.reshape(ctx.shape), dweight, dbias, dA, dB, None
+        return dx.reshape(ctx.shape), dweight, dbias, dA, dB, None, None
