@@ -2,6 +2,7 @@
 
     model's own choice      of all that have not chosen; made in the thread that adapted the model
     with lorica.active(...) of this thread or task alone (contextvars)
+    a block computed anew   what acted when it was computed first (gradient checkpointing)
 
 Parameters that stand in the base's place while their adapter acts (trained biases, what a start left of W0)
 are one for all. So a choice that would exchange them is refused in other threads, and while others are inside
@@ -17,9 +18,12 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from inspect import unwrap
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 from lorica.errors import StateError, listing
 
@@ -83,7 +87,7 @@ class Choices:
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the adapters that act; their updates add up."""
-        return self.choice.names if self.owners else self.shared.names
+        return self._now().names
 
     @active.setter
     def active(self, names: tuple[str, ...]) -> None:
@@ -92,7 +96,7 @@ class Choices:
     @property
     def rows(self) -> Any:
         """Which adapter acts on which row of the batch, in place of `active`; None without a mixture."""
-        return self.choice.rows if self.owners else self.shared.rows
+        return self._now().rows
 
     @property
     def resting(self) -> tuple[str, ...] | None:
@@ -126,6 +130,49 @@ class Choices:
                 f"or task, those of {listing(map(repr, own.placed)) or 'no adapter'} did; choose again"
             )
         return own
+
+    def _now(self) -> Choice:
+        """What acts here; in a block that is computed anew, what acted in its first pass."""
+        # Without gradients nothing is computed anew, and inference feels every call.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            call, anew = _checkpointed()
+            if anew:
+                seen = getattr(call, _SEEN, {}).get(self.key)
+                if seen:
+                    return self._as_seen(seen)
+            elif call is not None:
+                self._see(call)
+        return self.choice if self.owners else self.shared
+
+    def see(self) -> None:
+        """Write down what acts, if this is the first pass of a reentrant checkpoint.
+
+        Such a pass has no gradients, and nothing else tells it from inference: layers in training ask for it.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not _REENTRANT:
+            frame = frame.f_back
+        if frame is not None:
+            self._see(frame.f_locals["ctx"])
+
+    def _see(self, call: Any) -> None:
+        now = self.choice if self.owners else self.shared
+        seen = call.__dict__.setdefault(_SEEN, {}).setdefault(self.key, [])
+        if now not in seen:
+            seen.append(now)
+
+    def _as_seen(self, seen: list[Choice]) -> Choice:
+        """What acts in a block that is computed anew, of whose first pass this was seen."""
+        if len(seen) == 1 and seen[0].placed == self.placed:
+            return seen[0]
+        now = self.last  # the block itself chooses, or parameters were exchanged
+        if now in seen and now.placed == self.placed:
+            return now
+        raise StateError(
+            "a backward pass computes a block anew (gradient checkpointing) in which "
+            f"{listing(repr(choice.names) for choice in seen)} acted, and now {now.names!r} does; call "
+            "backward inside the `with lorica.active` block of the forward pass"
+        )
 
     def own_choice(self) -> Choice | None:
         """What this thread or task chose for itself."""
@@ -236,6 +283,29 @@ class Choices:
             self._home = weakref.ref(this)
             return True
         return home is this
+
+
+_SEEN = "lorica_choices"
+_REENTRANT = CheckpointFunction.forward.__code__
+
+
+def _checkpointed() -> tuple[Any, bool]:
+    """The checkpointed call of torch's that runs here, and whether it runs anew; None where none does.
+
+    Each such call has an object that lives from its first pass to its last: torch's frame, which its hooks on
+    saved tensors hold, or, for the reentrant kind, the node of the graph.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+        pack = unwrap(hooks[0])
+        held = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
+        if "frame" in held:
+            return held["frame"].cell_contents, False
+        if "target_frame_ref" in held:
+            return held["target_frame_ref"].cell_contents(), True
+    if torch._C._current_graph_task_id() != -1:
+        return torch._C._current_autograd_node(), True
+    return None, False
 
 
 def in_task() -> bool:

@@ -143,12 +143,13 @@ class LoraLayer(AskedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the active adapters' updates."""
+        names = self.acting()
         y = self.base_forward(*args, **kwargs)
         x = args[0] if args else kwargs[_input_name(self.base_class)]
         if self.adapter_state.rows is not None:
             return self.adapter_state.rows.add(self, y, x, self.scaling.keys(), self.effect)
         base = y
-        for name in self.acting():
+        for name in names:
             y = y + self.effect(name, x, base)
         return y
 
@@ -166,6 +167,8 @@ class LoraLayer(AskedLayer):
 
     def acting(self) -> list[str]:
         """Names of the active adapters that have an update for this layer."""
+        if self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.adapter_state.see()
         return [name for name in self.adapter_state.active if name in self.scaling]
 
     def update_of(self, name: str) -> tuple[Tensor, Tensor, float, float]:

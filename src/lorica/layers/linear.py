@@ -31,16 +31,17 @@ class LoraLinear(LoraLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer to ``(..., d_in)``; returns ``(..., d_out)``."""
+        names = self.acting()
         rows = self.adapter_state.rows
         if rows is not None:
             if torch.is_grad_enabled():
                 rows.forget()
                 return super().forward(input)
-            if rows.asked(self, self.is_more_than_factors):
+            dropping = self.training and any(self.lora_dropout.values())
+            if dropping or rows.asked(self, self.is_more_than_factors):
                 return super().forward(input)
             y = F.linear(input, *self._base())
             return rows.add_stacked_(y, input, self, self.scaling.keys(), partial(self._stack, y.dtype))
-        names = self.acting()
         if len(names) != 1:
             return super().forward(input) if names else self.base_forward(input)
         A, B, scale, p = self.update_of(names[0])

@@ -17,8 +17,9 @@ class active:
     it is made, so a plain call switches for good. Its cost does not depend on the number of layers or
     adapters, and it changes neither `requires_grad` nor the training mode.
 
-    Gradient checkpointing computes blocks again in the backward pass, with the adapters that act then: call
-    `backward` inside the block.
+    Gradient checkpointing computes blocks again in the backward pass, by torch's `checkpoint` of either kind
+    with the adapters that acted in the forward pass, wherever `backward` is called. Where these cannot act
+    any more, since they exchanged parameters of the base, `backward` raises `StateError`.
 
     Each thread and each task of asyncio chooses for itself. A choice in the thread that adapted the model
     also holds for threads and tasks that chose nothing; a task's block does not. To start a thread with its
