@@ -295,7 +295,7 @@ def _checkpointed() -> tuple[Any, bool]:
     Each such call has an object that lives from its first pass to its last: torch's frame, which its hooks on
     saved tensors hold, or, for the reentrant kind, the node of the graph.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
     if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
         pack = unwrap(hooks[0])
         held = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))

@@ -190,7 +190,7 @@ def lora_linear(
     with torch.no_grad():
         half = _half(x, A, scale, p)
     product = partial(_sum, half, x.shape, weight, bias, B)
-    later = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    later = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
     try:
         y = _LoraLinear.apply(x, weight, bias, A, B, half, None if later else product)
         y = y[0] if type(y) is tuple else y
