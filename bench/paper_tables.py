@@ -109,7 +109,7 @@ def publish(name: str, number: str, study: Study, table: Table, spec: Comparison
         {
             "caption": "What the paper reads off its table, and whether it is so here. A difference counts "
             "from two standard errors of the seeds on; what is level there is level here within "
-            f"{100 * POINT:g} points.",
+            f"{100 * POINT:g} points. With one seed a difference counts from twice as many on.",
             "columns": ["", "the paper's figures", "here", "difference ± 2 standard errors", "holds"],
             "rows": found,
         },
@@ -142,10 +142,11 @@ def model_of(spec: Comparison) -> str:
 
 def what(spec: Comparison) -> str:
     """What was run, in a sentence."""
-    recipe = spec.laid(next(iter(spec.tasks)), next(iter(spec.methods)))
+    recipe = spec.laid(next(iter(spec.tasks)), list(spec.methods)[-1])
     rows = [recipe.data.train_rows] if spec.sizes == (None,) else list(spec.sizes)
     steps = recipe.training.max_steps
-    passes = f"{recipe.training.epochs:g} pass" if steps is None else f"{steps} steps"
+    epochs = recipe.training.epochs or 0
+    passes = f"{epochs:g} pass{'es' * (epochs != 1)}" if steps is None else f"{steps} steps"
     drawn = ", ".join(f"{count:,}" for count in rows if count is not None)
     seeds = f"{len(spec.seeds)} seed{'s' * (len(spec.seeds) > 1)}"
     return f"{model_of(spec)} on {drawn} rows of {', '.join(spec.tasks)}, {passes}, {seeds}."
@@ -189,7 +190,7 @@ def judged(table: Table, statement: Statement) -> list[str]:
     scale, digits = (100, 1) if all(s.is_share for s in (*first, *second)) else (1, 3)
     difference = (two - one) if lower_is_better(metric) else one - two
     tolerance = LEVEL.get(metric, POINT)
-    apart = error is None or abs(difference) > 2 * error
+    apart = abs(difference) > 2 * (tolerance if error is None else error)
     if statement.level:
         holds = "yes" if abs(difference) <= tolerance else "no" if apart else "not told apart"
     else:

@@ -90,13 +90,14 @@ def publish(
             f"rank {'holds' if holds else 'does not hold'} here. W is stronger in ΔW's directions than in "
             f"random ones, and weaker than in its own, in {sum(above)} of {len(above)} updates, as in the "
             "paper. "
-            + " ".join(
-                f"The {projection}'s first four directions at rank {small} share at most "
-                f"φ = {top[small, projection][0]:.2f} with W's strongest tenth, random ones "
-                f"{top[small, projection][1]:.2f};"
+            "With W's strongest tenth the first four directions at rank "
+            f"{small} share at most "
+            + " and ".join(
+                f"φ = {top[small, projection][0]:.2f} ({projection}; random ones "
+                f"{top[small, projection][1]:.2f})"
                 for projection in PROJECTIONS
             )
-            + " the paper has barely 0.2."
+            + "; the paper has barely 0.2."
         ),
         tables=[
             {
