@@ -271,7 +271,8 @@ TABLE_15 = Study(
         Statement(
             "the longest PreEmbed is worse than a shorter one",
             "63.1, 55.9; 88.6, 85.8",
-            *((name,) for name in PREFIXES),
+            PREFIXES[:1],
+            PREFIXES[1:],
         ),
         Statement(
             "the longest PreLayer is worse than a shorter one",

@@ -47,7 +47,9 @@ def main() -> None:
             amplified, overlaps = study.amplification(adapter, base), study.overlap(adapter, base)
             where = spots(amplified.layers)
             for path, found in amplified.layers.items():
-                strength.setdefault((rank, where[path].projection, where[path].layer), []).append(found)
+                layer = where[path].layer
+                assert layer is not None
+                strength.setdefault((rank, where[path].projection, layer), []).append(found)
             for path, panel in overlaps.layers.items():
                 best = float(panel.phi[:, : min(4, panel.phi.shape[1])].max())
                 chance = float(panel.random[:, : min(4, panel.random.shape[1])].max())

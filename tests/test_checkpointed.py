@@ -124,7 +124,8 @@ def test_what_torch_calls_the_things_that_are_looked_at() -> None:
     found: list[Any] = []
 
     def block(x: Tensor) -> Tensor:
-        found.append(torch._C._autograd._top_saved_tensors_default_hooks(True)[0])
+        autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+        found.append(autograd._top_saved_tensors_default_hooks(True)[0])
         return x.sin()
 
     checkpoint(block, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()

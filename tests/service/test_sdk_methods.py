@@ -182,7 +182,7 @@ def called(world: World, method: str) -> Any:
     given = GIVEN.get(method.removesuffix("_async"), lambda _: ())(world)
     given = ("success",) if method == "ServiceClient.close" else given
     more = {"base_model": "tiny"} if method == "SamplingClient.create" else {}
-    told = found(*given, **more)
+    told: Any = found(*given, **more)
     if inspect.iscoroutine(told):
         return asyncio.run(awaited(told))
     return told.result() if hasattr(told, "result") else told
