@@ -130,3 +130,16 @@ def test_what_torch_calls_the_things_that_are_looked_at() -> None:
 
     checkpoint(block, torch.ones(2, requires_grad=True), use_reentrant=False).sum().backward()
     assert [hook.__module__ for hook in found] == ["torch.utils.checkpoint"] * 2
+
+
+def test_before_torch_tells_its_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (lorica.functional, lorica.choice):
+        monkeypatch.setattr(module, "saving_hooks", lambda _: None)
+    model = adapted(lora_dropout=0.5)
+    found = []
+    for reentrant in (None, False):
+        torch.manual_seed(1)
+        with lorica.active(model, "two"):
+            loss_of(model, reentrant=reentrant).backward()
+        found.append(gradients(model))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)

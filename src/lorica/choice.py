@@ -26,6 +26,7 @@ import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from lorica.errors import StateError, listing
+from lorica.functional import saving_hooks
 
 _LOCK = threading.Lock()
 
@@ -295,7 +296,7 @@ def _checkpointed() -> tuple[Any, bool]:
     Each such call has an object that lives from its first pass to its last: torch's frame, which its hooks on
     saved tensors hold, or, for the reentrant kind, the node of the graph.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    hooks = saving_hooks(True)
     if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
         pack = unwrap(hooks[0])
         held = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))

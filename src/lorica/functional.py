@@ -30,6 +30,8 @@ except ModuleNotFoundError:  # torch runs without it, and so does lorica
 
 _LEVELS = 256  # a mask element is drawn from eight random bits
 _EVEN = 1 / 65504  # float16's largest number
+# The hooks on what is kept for the backward pass. torch tells them from 2.8 on.
+saving_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)  # type: ignore
 _NARROW = 1024  # widths up to which `A·xᵀ` beats `x·Aᵀ` on a CPU, by a third
 
 
@@ -174,9 +176,6 @@ def lora_linear(
         B: up-projection, d_out × r.
         scale: α/r or α/√r.
         p: dropout probability on A's input; every token and every call has its own mask. 0 in evaluation.
-
-    Returns:
-        The output, of x's leading shape and d_out.
     """
     device = x.device.type
     if x.dtype != torch.float64 and autocasts(device):  # which leaves float64 alone
@@ -190,7 +189,7 @@ def lora_linear(
     with torch.no_grad():
         half = _half(x, A, scale, p)
     product = partial(_sum, half, x.shape, weight, bias, B)
-    later = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
+    later = saving_hooks(True) is not None
     try:
         y = _LoraLinear.apply(x, weight, bias, A, B, half, None if later else product)
         y = y[0] if type(y) is tuple else y

@@ -19,7 +19,8 @@ class active:
 
     Gradient checkpointing computes blocks again in the backward pass, by torch's `checkpoint` of either kind
     with the adapters that acted in the forward pass, wherever `backward` is called. Where these cannot act
-    any more, since they exchanged parameters of the base, `backward` raises `StateError`.
+    any more, since they exchanged parameters of the base, `backward` raises `StateError`. Before torch 2.8,
+    call `backward` inside the block where `use_reentrant=False`.
 
     Each thread and each task of asyncio chooses for itself. A choice in the thread that adapted the model
     also holds for threads and tasks that chose nothing; a task's block does not. To start a thread with its
