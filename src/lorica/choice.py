@@ -26,7 +26,6 @@ import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from lorica.errors import StateError, listing
-from lorica.functional import saving_hooks
 
 _LOCK = threading.Lock()
 
@@ -286,6 +285,8 @@ class Choices:
         return home is this
 
 
+# The hooks on what is kept for the backward pass; torch tells them from 2.8 on.
+saving_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)  # type: ignore
 _SEEN = "lorica_choices"
 _REENTRANT = CheckpointFunction.forward.__code__
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorica._shapes import Float
+from lorica.choice import saving_hooks
 
 try:
     import numpy
@@ -30,8 +31,6 @@ except ModuleNotFoundError:  # torch runs without it, and so does lorica
 
 _LEVELS = 256  # a mask element is drawn from eight random bits
 _EVEN = 1 / 65504  # float16's largest number
-# The hooks on what is kept for the backward pass. torch tells them from 2.8 on.
-saving_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)  # type: ignore
 _NARROW = 1024  # widths up to which `A·xᵀ` beats `x·Aᵀ` on a CPU, by a third
 
 
