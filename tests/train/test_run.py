@@ -26,9 +26,7 @@ from lorica.train.trainer.fit import Interrupted
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     model, data = tiny.write_model(folder / "model"), tiny.write_data(folder / "data")
-    recipe = tiny.recipe(
-        model, data, folder / "out", epochs=15, load_best=False, learning_rate=3e-3, eval_steps=50
-    )
+    recipe = tiny.recipe(model, data, folder / "out", epochs=15, load_best=False, learning_rate=3e-3)
     return train(recipe.replace(method={"r": 8, "lora_alpha": 16, "lora_dropout": 0.0})).output
 
 
