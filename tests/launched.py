@@ -1,4 +1,4 @@
-"""A launcher with two processes that do nothing, for tests of how they end; it imports little."""
+"""Two processes that do nothing, of a launcher or of a pool, for tests of how they end; it imports little."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ def launching(folder: Path) -> None:
     launch(waiting, (folder,), LaunchConfig(processes=2), "start it again")
 
 
+def pooling(folder: Path) -> None:
+    """The same in a pool."""
+    system._COMMON = ["concurrent.futures.process"]
+    with system.preloaded_pool(2) as pool:
+        list(pool.map(waiting, [folder] * 2))
+
+
 def waiting(folder: Path) -> int:
-    """Tell it, and wait for two minutes."""
+    """Tell it, wait for two minutes, and tell that nothing ended it."""
     (folder / f"{os.getpid()}.pid").touch()
     time.sleep(120)
+    (folder / "went on").touch()
     return 0

@@ -10,7 +10,6 @@ group meets at a store that the test holds, so no two tests contend for a port.
 from __future__ import annotations
 
 import faulthandler
-import gc
 import os
 import pickle
 import sys
@@ -28,7 +27,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from lorica.train.system import preloaded_context, take_interrupts
+from lorica.train.system import preloaded_context, settle
 
 
 class Ended(NamedTuple):
@@ -158,8 +157,7 @@ def _work(work: bytes, environment: dict[str, str], folder: str, group: bool) ->
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     faulthandler.enable()
-    take_interrupts()
-    gc.freeze()  # as the launcher's own processes
+    settle()
     os.fsync = lambda fd: None  # as in conftest.py
     os.environ.update(environment)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # test modules are tests.… to pytest

@@ -177,15 +177,27 @@ def in_new_process(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) 
     Raises:
         concurrent.futures.process.BrokenProcessPool: the process was killed.
     """
-    with ProcessPoolExecutor(1, mp_context=preloaded_context()) as pool:
-        return pool.submit(_watched, work, *arguments, **named).result()
+    with preloaded_pool(1) as pool:
+        return pool.submit(work, *arguments, **named).result()
+
+
+def preloaded_pool(processes: int) -> ProcessPoolExecutor:
+    """A pool of processes of `preloaded_context`, which end when this one ends."""
+    return ProcessPoolExecutor(processes, preloaded_context(), _settle_or_end)
+
+
+def _settle_or_end() -> None:
+    try:
+        settle()
+    except KeyboardInterrupt:  # of which the pool would log a traceback
+        os._exit(1)
 
 
 def preloaded_context() -> BaseContext:
     """A context whose processes do not inherit this one's memory, as forked ones would.
 
     Where there is a fork server, it has imported once what each of them needs. A terminal's Ctrl-C would
-    end it, so it holds interrupts back; its processes take them after `take_interrupts`.
+    end it, so it holds interrupts back; its processes take them once they `settle`.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -214,25 +226,19 @@ def _end_server_at_exit(owner: int) -> None:
     atexit.register(end)
 
 
-def take_interrupts() -> None:
-    """Let interrupts into a process of `preloaded_context`; one that came before raises here."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+def settle() -> None:
+    """What a process of `preloaded_context` does first: from here on it ends with its parent, and on Ctrl-C.
 
-
-def end_with_parent() -> None:
-    """End this process once the one that started it is gone: it must not go on in secret."""
+    Raises:
+        KeyboardInterrupt: the user pressed it before.
+    """
+    gc.freeze()  # what the fork server has imported: walking it would copy its memory into this process
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _watched(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    take_interrupts()
-    gc.freeze()  # what the fork server has imported: walking it would copy its memory into this process
-    end_with_parent()
-    return work(*arguments, **named)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def peak_memory() -> int:

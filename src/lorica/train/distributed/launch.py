@@ -6,7 +6,6 @@ The processes are forked from one that has imported what each of them needs, whe
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ from typing import Any
 from lorica.errors import ConfigError
 from lorica.train.distributed.group import LAUNCHED, left_together, on_cpu
 from lorica.train.settings import LaunchConfig
-from lorica.train.system import end_with_parent, preloaded_context, take_interrupts
+from lorica.train.system import preloaded_context, settle
 
 INTERRUPTED = 130
 
@@ -110,16 +109,14 @@ def _work(work: Callable[..., int], args: tuple[Any, ...], processes: int, asked
     """The work of each process, where the user has not pressed Ctrl-C before it began."""
     import torch
 
-    end_with_parent()
     early = True
     with contextlib.suppress(KeyboardInterrupt):  # the launcher would take it for a good end
-        take_interrupts()
+        settle()
         early = bool(asked.value)
     if early:
         if os.environ["RANK"] == "0":
             print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED)
-    gc.freeze()  # as in `lorica.train.system`: what was imported before the fork is not walked
     os.environ[LAUNCHED] = "1"
     if on_cpu() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))

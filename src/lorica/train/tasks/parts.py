@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from lorica.errors import ConfigError
 from lorica.train.console import quiet
 from lorica.train.data.rows import RowError
 from lorica.train.settings import DataConfig
-from lorica.train.system import preloaded_context, take_interrupts
+from lorica.train.system import preloaded_pool
 from lorica.train.tasks.base import Encoded, Task
 from lorica.train.tasks.language import GROUP
 from lorica.train.tasks.stored import store, stored
@@ -133,7 +132,7 @@ def _side_by_side(how: HowEncoded, rows: Dataset, places: Sequence[range]) -> li
     with tempfile.TemporaryDirectory(prefix="lorica-encoding-") as name, quiet():
         folder = Path(name)
         rows.save_to_disk(folder / "rows")
-        with ProcessPoolExecutor(how.data.processes, preloaded_context(), take_interrupts) as pool:
+        with preloaded_pool(how.data.processes) as pool:
             told = list(pool.map(_encode, repeat(how), repeat(folder), places))
         return [
             bad or stored(folder / str(part.start), mapped=False)
