@@ -1,4 +1,4 @@
-"""Two processes that do nothing, of a launcher or of a pool, for tests of how they end; it imports little."""
+"""Two processes, of a launcher or a pool, that do next to nothing, for tests of their ends."""
 
 from __future__ import annotations
 
@@ -29,4 +29,19 @@ def waiting(folder: Path) -> int:
     (folder / f"{os.getpid()}.pid").touch()
     time.sleep(120)
     (folder / "went on").touch()
+    return 0
+
+
+def losing() -> int:
+    """Lose the other one, which is still there, as gloo says it."""
+    from lorica.train.distributed.group import OnAnother, joined, rank, wait_for_all
+
+    try:
+        with joined(cpu=True):
+            wait_for_all()
+            if rank() == 0:
+                raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+            time.sleep(120)
+    except OnAnother:
+        return 1
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launched import launching, pooling
+from launched import launching, losing, pooling
 from safetensors.torch import load_file
 from torch.distributed.launcher import api as launcher
 from train import tiny
@@ -24,6 +25,7 @@ from train import tiny
 from lorica.cli import main
 from lorica.errors import ConfigError
 from lorica.train import Record, system, train
+from lorica.train.distributed.launch import launch
 from lorica.train.settings import LaunchConfig
 
 
@@ -81,8 +83,7 @@ def test_a_lost_process_and_an_interrupt_end_the_others(
     assert main(command(home, run.name, 4000)) == 1
     watching.join()
     err = capsys.readouterr().err
-    # said by the launcher, or by the process that is left, whichever sees it first
-    assert "was lost (killed by SIGKILL), and the others were ended" in err or "of this run was lost" in err
+    assert re.search(r"process( \d)? was lost( \(killed by SIGKILL\))?, and the others were ended", err)
     assert "--resume" in err
     watching = after_the_next_checkpoint(run, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert main(command(home, run.name, 4000, "--resume")) == 130
@@ -91,6 +92,11 @@ def test_a_lost_process_and_an_interrupt_end_the_others(
     assert load_file(
         max(run.glob("checkpoints/checkpoint-*"), key=os.path.getmtime) / "adapter_model.safetensors"
     )
+
+
+def test_a_loss_is_told_where_the_one_that_is_left_ends_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(losing, (), LaunchConfig(processes=2), "start it again") == 1
+    assert capsys.readouterr().err == "a process was lost, and the others were ended; start it again\n"
 
 
 def runs(pid: int) -> bool:

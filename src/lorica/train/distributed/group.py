@@ -29,6 +29,9 @@ T = TypeVar("T")
 LAUNCHED = "LORICA_LAUNCHED"
 """Variable of the environment that says that lorica's own launcher tells how this machine's processes end."""
 
+LOST = 75
+"""Exit status of a process that lost another one and leaves it to that launcher to tell (EX_TEMPFAIL)."""
+
 
 class OnAnother(LoricaError):
     """An error that another process of the run has, and tells."""
@@ -133,8 +136,8 @@ def joined(*, cpu: bool = False, hint: str = "start it again") -> Iterator[None]
     # A group that was left would not be there any more to say who has told what.
     store = distributed.distributed_c10d._get_default_store()
     own, entry = rank(), next(_entries)
-    global _together
-    _together = False
+    global _together, _lost
+    _together = _lost = False
     try:
         with _hearing_the_end(hint):
             yield
@@ -146,6 +149,7 @@ def joined(*, cpu: bool = False, hint: str = "start it again") -> Iterator[None]
             told = Lost(f"another process of this run was lost ({_line(error)}); {hint}")
         apart = isinstance(told, LoricaError) and not isinstance(told, (OnAnother, OfAll))
         if apart and _others_tell(store, own, entry, told):
+            _lost = isinstance(told, Lost)
             raise OnAnother(str(told)) from error
         raise told from (None if told is error else error)
     finally:
@@ -158,11 +162,17 @@ def joined(*, cpu: bool = False, hint: str = "start it again") -> Iterator[None]
 _entries = itertools.count()
 
 _together = False
+_lost = False
 
 
 def left_together() -> bool:
     """Whether this process left its group at a place where the others leave it too."""
     return _together
+
+
+def left_untold() -> bool:
+    """Whether this process left its group because another was lost, and another tells it."""
+    return _lost
 
 
 _ends: list[Callable[[], None]] = []

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lorica.errors import ConfigError
-from lorica.train.distributed.group import LAUNCHED, left_together, on_cpu
+from lorica.train.distributed.group import LAUNCHED, LOST, left_together, left_untold, on_cpu
 from lorica.train.settings import LaunchConfig
 from lorica.train.system import preloaded_context, settle
 
@@ -87,7 +87,12 @@ def launch(
                         file=sys.stderr,
                     )
                     return 1
-            return abs(error.get_first_failure()[1].exitcode)  # which has told why
+            code = abs(error.get_first_failure()[1].exitcode)
+            if code != LOST:
+                return code  # the process has told why
+            # One that is left may be seen to end before the one that it lost.
+            print(f"a process was lost, and the others were ended; {hint}", file=sys.stderr)
+            return 1
     return next((code for code in codes.values() if code), 0)
 
 
@@ -123,7 +128,7 @@ def _work(work: Callable[..., int], args: tuple[Any, ...], processes: int, asked
     code = work(*args)
     if code and not (code == INTERRUPTED and left_together()):
         sys.stdout.flush()
-        raise SystemExit(code)  # the launcher ends the others
+        raise SystemExit(LOST if left_untold() else code)  # the launcher ends the others
     return code
 
 
