@@ -60,7 +60,9 @@ def test_the_start_is_made_from_training_rows(start: str, place: Path, tmp_path:
     chosen = recipe(place, start, tmp_path / "out")
     method = dataclasses.replace(chosen.method, task_type="SEQ_CLS")
     console = quiet()
-    found = beginning.adapt_prepared(prepare(chosen), method, tmp_path / "out", resume=False, console=console)
+    found = beginning.adapt_from_rows(
+        prepare(chosen), method, tmp_path / "out", resume=False, console=console
+    )
     assert isinstance(console.file, io.StringIO)
     assert f"{start}: started from 12 training rows" in console.file.getvalue()
 

@@ -50,11 +50,11 @@ if TYPE_CHECKING:
     from lorica.train.trained import evaluate as evaluate
     from lorica.train.trained import open_run as open_run
     from lorica.train.trained import predict as predict
-    from lorica.train.trainer.checkpoints import LoraTrainerMixin as LoraTrainerMixin
     from lorica.train.trainer.checkpoints import last_checkpoint as last_checkpoint
     from lorica.train.trainer.fit import Fit as Fit
     from lorica.train.trainer.fit import Interrupted as Interrupted
     from lorica.train.trainer.fit import fit as fit
+    from lorica.train.trainer.mixin import LoraTrainerMixin as LoraTrainerMixin
     from lorica.train.trainer.optimizer import parameter_groups as parameter_groups
     from lorica.train.trainer.trainer import Trainer as Trainer
 
@@ -99,7 +99,8 @@ __getattr__ = names_of(
         "settings": "DataConfig GenerationConfig LaunchConfig TrainingConfig",
         "tasks": "Task register",
         "trained": "evaluate open_run predict",
-        "trainer.checkpoints": "LoraTrainerMixin last_checkpoint",
+        "trainer.checkpoints": "last_checkpoint",
+        "trainer.mixin": "LoraTrainerMixin",
         "trainer.fit": "Fit Interrupted fit",
         "trainer.optimizer": "parameter_groups",
         "trainer.trainer": "Trainer",

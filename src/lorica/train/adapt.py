@@ -21,8 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorica.adapter import Adapter
-from lorica.config import AdapterConfig, LoraConfig
-from lorica.config.inits import FROM_DATA
+from lorica.config import LoraConfig
 from lorica.errors import AdapterError, FileError, listing
 from lorica.model import adapt, adapters, load, save
 from lorica.model.files import extract, overwrite
@@ -40,10 +39,10 @@ if TYPE_CHECKING:
     from lorica.train.prepared import Prepared
 
 
-def adapt_prepared(
-    prepared: Prepared, method: AdapterConfig, output: Path, *, resume: bool, console: Console
+def adapt_from_rows(
+    prepared: Prepared, method: LoraConfig, output: Path, *, resume: bool, console: Console
 ) -> PreTrainedModel:
-    """Put the run's adapter on its model.
+    """Put the run's adapter on its model, started from training rows.
 
     Args:
         prepared: the run.
@@ -59,9 +58,7 @@ def adapt_prepared(
         LoricaError: the adapter cannot be put on this model, or cannot start from these rows.
     """
     model, seed = prepared.model, prepared.recipe.training.seed
-    value = method.init_lora_weights if isinstance(method, LoraConfig) else True
-    if not isinstance(method, LoraConfig) or value not in FROM_DATA:
-        return adapt(model, method, seed=seed)
+    value = method.init_lora_weights
     checkpoint = last_checkpoint(output / "checkpoints") if resume else None
     if checkpoint is not None:
         return load(model, checkpoint, trainable=True)

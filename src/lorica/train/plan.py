@@ -14,10 +14,9 @@ from lorica.model import Preview, preview
 from lorica.study.planning import Plan, largest_batch, plan
 from lorica.train import presets, tasks
 from lorica.train.embedded import resolve_model
-from lorica.train.post.settings import FREE
 from lorica.train.prepared import read, with_head
 from lorica.train.recipe import Recipe
-from lorica.train.settings import DataConfig
+from lorica.train.settings import FREE, DataConfig
 from lorica.train.tasks import Task
 from lorica.train.tasks.base import positions_of
 from lorica.train.tasks.post.answers import PostTask

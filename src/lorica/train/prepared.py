@@ -29,7 +29,7 @@ from lorica.train.recipe import Recipe
 from lorica.train.settings import DataConfig
 from lorica.train.tasks import Encoded, Task
 from lorica.train.tasks.packing import check_packing, pack
-from lorica.train.tasks.parts import HowEncoded, encode_in_parts
+from lorica.train.tasks.parts import PART, HowEncoded, encode_in_parts
 from lorica.train.tasks.post.answers import PostTask
 from lorica.train.tasks.stored import cached, key_of
 from lorica.train.trainer.arguments import check_device
@@ -187,6 +187,8 @@ def encode_split(
 
     def encode(rows: Dataset) -> Encoded:
         rows = task.located(rows, data, used.origin.folder, where)
+        if data.processes == 1 and len(rows) <= PART:
+            return task.encode(rows, data, tokenizer, limit, where)
         return encode_in_parts(HowEncoded(task, data, tokenizer, limit, where), rows)
 
     def act(rows: Dataset) -> Encoded:

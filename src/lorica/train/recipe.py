@@ -22,11 +22,11 @@ from lorica.config import AdapterConfig, LoraConfig, as_config, read_config
 from lorica.errors import ConfigError, FileError, listing, nearest
 from lorica.reading import DEPTH, bearable
 from lorica.train.code import is_code as names_code
-from lorica.train.post.settings import PostConfig
 from lorica.train.settings import (
     QUANTIZATIONS,
     DataConfig,
     GenerationConfig,
+    PostConfig,
     TrainingConfig,
     as_texts,
     expect,

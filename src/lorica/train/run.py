@@ -16,12 +16,14 @@ from transformers import TrainerCallback
 
 from lorica.checkpoint import read, write_card
 from lorica.checkpoint import write as write_adapter
+from lorica.config import LoraConfig
+from lorica.config.inits import FROM_DATA
 from lorica.errors import ConfigError, FileError, LoricaError, listing
-from lorica.model import extract, trainable_parameters
+from lorica.model import adapt, extract, trainable_parameters
 from lorica.model.pretrained.vocabulary import with_resized_tables
 from lorica.plain import as_json
 from lorica.reading import read_object
-from lorica.train.adapt import adapt_prepared, keep_start, warm_start
+from lorica.train.adapt import adapt_from_rows, keep_start, warm_start
 from lorica.train.console import make_console, silent
 from lorica.train.data.splits import Rows
 from lorica.train.distributed.group import by_first, check_alone, is_first, joined, world
@@ -31,6 +33,7 @@ from lorica.train.generation.writing import writer_of
 from lorica.train.prepared import Prepared, announce, prepare, with_head
 from lorica.train.recipe import Recipe
 from lorica.train.record import RECORD, Record, about, changed_rows, is_whole, machine, versions
+from lorica.train.settings import ENGINES
 from lorica.train.system import alone_in, bytes_of, sha256_of, writable_directory, write_atomically
 from lorica.train.tasks.post.answers import PostTask
 from lorica.train.trainer.arguments import chosen_defaults, describe_defaults, fitting_batch, with_defaults
@@ -135,7 +138,8 @@ def train(
     cpu = bool(recipe.training.arguments.get("use_cpu"))
     with contextlib.ExitStack() as stack:
         stack.enter_context(joined(cpu=cpu, hint=f"{hint} (the run is in {recipe.output})"))
-        check_engine(engine)
+        if engine != ENGINES[0]:
+            check_engine(engine)
         console = (console or make_console()) if is_first() else silent()
         output = Path(recipe.output)
 
@@ -212,7 +216,10 @@ def train_prepared(
     if recipe.generation.metrics:
         writer = writer_of(recipe, task, prepared.tokenizer, prepared.model, features.values(), console)
     method = with_head(recipe.configuration(), task)
-    model = adapt_prepared(prepared, method, output, resume=resume, console=console)
+    if isinstance(method, LoraConfig) and method.init_lora_weights in FROM_DATA:
+        model = adapt_from_rows(prepared, method, output, resume=resume, console=console)
+    else:
+        model = adapt(prepared.model, method, seed=recipe.training.seed)
     if recipe.init_from is not None and not _goes_on(output, resume):
         warm_start(model, read(recipe.init_from), head=recipe.init_head)
     if task.keeps_start:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorica import LoraConfig
 from lorica.train import DataConfig, Recipe, TrainingConfig
-from lorica.train.post.settings import PostConfig
+from lorica.train.settings import PostConfig
 
 
 def write_decoder(folder: Path) -> Path:

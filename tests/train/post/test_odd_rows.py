@@ -13,8 +13,8 @@ from lorica.errors import LoricaError
 from lorica.train import DataConfig, Recipe, tasks
 from lorica.train.data.splits import Splits
 from lorica.train.data.tables import columns_of, table
-from lorica.train.post.settings import PostConfig
 from lorica.train.preview import preview
+from lorica.train.settings import PostConfig
 
 CALL = {"function": {"name": "film", "arguments": "{}"}}
 CALLS = (

@@ -25,7 +25,7 @@ from lorica.model.files import extract
 from lorica.model.pretrained import trainers
 from lorica.model.pretrained.vocabulary import resize_part, resized, with_resized_tables
 from lorica.model.sharded import once, part_of
-from lorica.state import STATE, AdapterState, adapted, find_adapted
+from lorica.state import STATE, AdapterState, adapted, find_adapted, in_group
 from lorica.tree import walk
 
 _SAVE = "save_pretrained"
@@ -108,7 +108,7 @@ class Pretrained(SwappedModule):
             )
         if kwargs.get("safe_serialization") is False:
             raise ConfigError("lorica writes safetensors only; leave out safe_serialization=False")
-        together = state_dict is None and part_of(self) is not None
+        together = state_dict is None and in_group() and part_of(self) is not None
         if not is_main_process and not together:
             return
         for name, folder in self._folders(save_directory):

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainingArguments
 
 from lorica.errors import ConfigError, LoricaError, nearest, require
-from lorica.train.post.settings import PostConfig
+from lorica.train.settings import PostConfig
 from lorica.train.tasks import Task
 from lorica.train.tasks.post.answers import PostTask
 from lorica.train.tasks.post.grouped import Grouped

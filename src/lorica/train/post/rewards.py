@@ -24,8 +24,8 @@ from lorica.errors import ConfigError, FileError, LoricaError, nearest
 from lorica.model import detach, load
 from lorica.state import find_adapted
 from lorica.train.code import import_from, is_code, split_entry
-from lorica.train.post.settings import PostConfig
 from lorica.train.recipe import Recipe
+from lorica.train.settings import PostConfig
 from lorica.train.tasks.post.reward import Reward
 
 Score = Callable[..., list[float | None]]

@@ -1,11 +1,4 @@
-"""A run's checkpoints: which can be trusted, which is the best, how a trainer takes adapters back from one.
-
-transformers' own Trainer trains an adapted model, saves its adapters and reads them back: see
-`lorica.model.pretrained.trainers`. `LoraTrainerMixin` does the same by inheritance, for trainers which
-override those methods::
-
-    class LoraSFTTrainer(LoraTrainerMixin, trl.SFTTrainer): ...
-"""
+"""A run's checkpoints: which can be trusted, which is the best."""
 
 from __future__ import annotations
 
@@ -15,15 +8,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerState
 
 from lorica.errors import FileError, LoricaError, listing
 from lorica.model.pretrained.resuming import beside
-from lorica.model.pretrained.trainers import takes_back
 from lorica.reading import read_object
 from lorica.train.system import write_atomically
 
@@ -206,52 +197,3 @@ def readable(checkpoint: str | None, what: str) -> Iterator[None]:
             raise
         reason = f"{what} cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         raise FileError(_message(Path(checkpoint), reason)) from error
-
-
-if TYPE_CHECKING:
-    _Base = transformers.Trainer
-else:
-    _Base = object
-
-_HOOKS = ("_load_from_checkpoint", "_load_best_model")
-
-
-class LoraTrainerMixin(_Base):
-    """Lets a trainer resume from adapter-only checkpoints, and end with the best of them.
-
-    Put it before the trainer it is mixed into. A model without adapters, FSDP and DeepSpeed take the
-    trainer's own ways.
-    """
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Refuse a trainer in which the two methods would never be called.
-
-        Raises:
-            LoricaError: the installed transformers names them otherwise.
-        """
-        super().__init_subclass__(**options)
-        place = cls.__mro__.index(LoraTrainerMixin)
-        before, after = cls.__mro__[:place], cls.__mro__[place + 1 : -1]
-        hidden = [base.__name__ for base in before if not issubclass(base, LoraTrainerMixin)]
-        if hidden:
-            raise LoricaError(
-                f"{cls.__name__} cannot load adapters: {hidden[0]} comes before LoraTrainerMixin; "
-                f"write class {cls.__name__}(LoraTrainerMixin, {hidden[0]})"
-            )
-        missing = [hook for hook in _HOOKS if not any(hook in vars(base) for base in after)]
-        if after and missing:
-            raise LoricaError(
-                f"{cls.__name__} cannot load adapters: {after[0].__name__} of transformers "
-                f"{transformers.__version__} has no {' and no '.join(missing)}; "
-                "this version of transformers is not supported yet"
-            )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not takes_back(self, resume_from_checkpoint, model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if self.state.best_global_step == self.state.global_step:
-            return  # the model is as it was then
-        if not takes_back(self, self.state.best_model_checkpoint):
-            super()._load_best_model()

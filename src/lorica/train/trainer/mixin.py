@@ -1,4 +1,11 @@
-"""Shared by all trainers of a run, whatever their loss: LoRA+, the order of rows, the log, checkpoints."""
+"""For trainers of any loss: `LoraTrainerMixin` reads adapters back; `RunTrainerMixin` is what a run adds.
+
+transformers' own Trainer trains an adapted model, saves its adapters and reads them back: see
+`lorica.model.pretrained.trainers`. `LoraTrainerMixin` does the same by inheritance, for trainers which
+override those methods::
+
+    class LoraSFTTrainer(LoraTrainerMixin, trl.SFTTrainer): ...
+"""
 
 from __future__ import annotations
 
@@ -11,12 +18,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lorica.errors import LoricaError
+from lorica.model.pretrained.trainers import takes_back
+from lorica.state import in_group
 from lorica.train.distributed.group import check_world, wait_for_all
 from lorica.train.distributed.sharded import gathered_state, is_in_parts, spread_state
 from lorica.train.recipe import is_secret
 from lorica.train.system import peak_memory
 from lorica.train.trainer.callbacks import learned, unit
-from lorica.train.trainer.checkpoints import LoraTrainerMixin, check_moments, readable
+from lorica.train.trainer.checkpoints import check_moments, readable
 from lorica.train.trainer.optimizer import parameter_groups
 from lorica.train.trainer.sampler import LengthGroupedSampler
 from lorica.tree import whole
@@ -26,8 +36,51 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+_HOOKS = ("_load_from_checkpoint", "_load_best_model")
 
-class RunTrainerMixin(LoraTrainerMixin, _Base):
+
+class LoraTrainerMixin(_Base):
+    """Lets a trainer resume from adapter-only checkpoints, and end with the best of them.
+
+    Put it before the trainer it is mixed into. A model without adapters, FSDP and DeepSpeed take the
+    trainer's own ways.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Refuse a trainer in which the two methods would never be called.
+
+        Raises:
+            LoricaError: the installed transformers names them otherwise.
+        """
+        super().__init_subclass__(**options)
+        place = cls.__mro__.index(LoraTrainerMixin)
+        before, after = cls.__mro__[:place], cls.__mro__[place + 1 : -1]
+        hidden = [base.__name__ for base in before if not issubclass(base, LoraTrainerMixin)]
+        if hidden:
+            raise LoricaError(
+                f"{cls.__name__} cannot load adapters: {hidden[0]} comes before LoraTrainerMixin; "
+                f"write class {cls.__name__}(LoraTrainerMixin, {hidden[0]})"
+            )
+        missing = [hook for hook in _HOOKS if not any(hook in vars(base) for base in after)]
+        if after and missing:
+            raise LoricaError(
+                f"{cls.__name__} cannot load adapters: {after[0].__name__} of transformers "
+                f"{transformers.__version__} has no {' and no '.join(missing)}; "
+                "this version of transformers is not supported yet"
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not takes_back(self, resume_from_checkpoint, model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.state.best_global_step == self.state.global_step:
+            return  # the model is as it was then
+        if not takes_back(self, self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+
+class RunTrainerMixin(LoraTrainerMixin):
     """Put it before the trainer it is mixed into, transformers' or one made of it.
 
     Attributes:
@@ -94,8 +147,12 @@ class RunTrainerMixin(LoraTrainerMixin, _Base):
 
     # A model in parts: what transformers has for one that was sharded as it was loaded, and what it lacks.
 
+    @staticmethod
+    def _in_parts(model: Any) -> bool:
+        return in_group() and is_in_parts(model)
+
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        if not is_in_parts(model):
+        if not self._in_parts(model):
             super()._move_model_to_device(model, device)
 
     @contextlib.contextmanager
@@ -112,7 +169,8 @@ class RunTrainerMixin(LoraTrainerMixin, _Base):
         return whole(found) if isinstance(found, Tensor) else found
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with gathered_state(self.optimizer, wanted=self.args.should_save):
+        wanted = self.args.should_save
+        with gathered_state(self.optimizer, wanted=wanted) if in_group() else contextlib.nullcontext():
             super()._save_optimizer_and_scheduler(output_dir)
 
     def close(self) -> None:

@@ -34,7 +34,6 @@ from lorica.train.distributed.batches import (
     without_targets,
 )
 from lorica.train.distributed.group import check_world
-from lorica.train.distributed.sharded import is_in_parts
 from lorica.train.generation.writing import Writer
 from lorica.train.trainer.deferred import deferred_logits
 from lorica.train.trainer.loss import (
@@ -107,9 +106,9 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
             options["compute_metrics"] = lambda outcome: scored(score, self._beside_rows(outcome), self._rows)
         super().__init__(*args, **options)
         # Asked for checkpoints, transformers refuses a model that says so itself; ours have what is missing.
-        self.is_distributed_loading_by_transformers |= is_in_parts(self.model)
+        self.is_distributed_loading_by_transformers |= self._in_parts(self.model)
         check_world(self.args.world_size)
-        self._splits = can_split(self.accelerator)
+        self._splits = self.args.world_size > 1 and can_split(self.accelerator)
         self._counted = 0
         """How many rows of the batch that is evaluated are this process's own."""
         if self.args.process_index:  # no two processes drop the same
@@ -143,7 +142,7 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         with self._deferred():
             # On the right device and in the right dtype: `compute_loss` below, then backward.
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if first:
+        if first and self.args.world_size > 1:
             check_all_used(model)
         return loss
 
@@ -193,7 +192,9 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         return part_of_step(loss, targets_in(labels, shifted=self._loss_shifts_labels), count, copies)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
-        return super()._get_num_items_in_batch([without_targets(batch) for batch in batch_samples], device)
+        if self._splits:
+            batch_samples = [without_targets(batch) for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def _with_decoder_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         bare: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -221,7 +222,7 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         # Once the model's forward pass has ended, the head's weight is in parts again.
         outside = self.loss is not None or self.compute_loss_func or self.args.label_smoothing_factor
-        reason = why_whole(head, self.args, sharded=sharded or bool(outside and is_in_parts(model)))
+        reason = why_whole(head, self.args, sharded=sharded or bool(outside and self._in_parts(model)))
         if reason is None:
             return head
         if head is not None or is_language_model(model):
@@ -248,7 +249,7 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
             return super()._get_dataloader(dataset, *args, **options)
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        super()._track_num_input_tokens(without_targets(inputs))
+        super()._track_num_input_tokens(without_targets(inputs) if self._splits else inputs)
 
     def _put_together(self, part: Any) -> Any:
         return put_together(part, self._counted)

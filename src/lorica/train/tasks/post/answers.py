@@ -18,8 +18,7 @@ from lorica.errors import ConfigError
 from lorica.train.data.forms import Said, asked_of
 from lorica.train.data.forms.messages import LEARNED, Message
 from lorica.train.data.rows import Unusable, read_each
-from lorica.train.post.settings import PostConfig
-from lorica.train.settings import DataConfig
+from lorica.train.settings import DataConfig, PostConfig
 from lorica.train.tasks.base import Task
 from lorica.train.tasks.causal_lm import completion_pieces, prompt_tokens
 from lorica.train.tasks.conversations import Tools, conversation_pieces, conversation_prompt

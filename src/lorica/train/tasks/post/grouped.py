@@ -12,8 +12,7 @@ from lorica.errors import ConfigError
 from lorica.train.data.forms import asked_of, find_asked
 from lorica.train.data.rows import read_each
 from lorica.train.data.splits import Splits
-from lorica.train.post.settings import GROUPED
-from lorica.train.settings import DataConfig
+from lorica.train.settings import GROUPED, DataConfig
 from lorica.train.tasks.base import Encoded
 from lorica.train.tasks.causal_lm import CausalLanguageModelling
 from lorica.train.tasks.post.answers import PostTask, prompts_to_answer, question_tokens

@@ -13,8 +13,7 @@ from lorica.train.data.forms import Judged, Pair, find_judged, find_pairs, judge
 from lorica.train.data.forms.messages import alike
 from lorica.train.data.rows import read_each
 from lorica.train.data.splits import Splits
-from lorica.train.post.settings import FREE, JUDGED, PAIRED
-from lorica.train.settings import DataConfig
+from lorica.train.settings import FREE, JUDGED, PAIRED, DataConfig
 from lorica.train.tasks.base import Encoded
 from lorica.train.tasks.causal_lm import CausalLanguageModelling
 from lorica.train.tasks.post.answers import PostTask, answer_tokens, fitted, own_separator, prompts_to_answer
