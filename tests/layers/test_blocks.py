@@ -62,7 +62,7 @@ def test_they_move_once_and_any_rows_are_an_index_afterwards() -> None:
         assert torch.equal(parameter, value)
 
 
-@pytest.mark.parametrize("write", ["optimizer", "data", "exchanged"])
+@pytest.mark.parametrize("write", ["optimizer", "data", "exchanged", "replaced", "scale"])
 def test_what_is_written_to_a_factor_is_seen(write: str) -> None:
     model = made(*NAMES)
     check(model, NAMES)
@@ -74,6 +74,10 @@ def test_what_is_written_to_a_factor_is_seen(write: str) -> None:
         optimizer.step()
     elif write == "data":
         A.data.mul_(3)
+    elif write == "replaced":
+        model[0].lora_A["b"]._parameters["weight"] = nn.Parameter(torch.randn_like(A))
+    elif write == "scale":
+        model[0].scaling["b"] = 5.0
     else:
         A.data = torch.randn_like(A)
     check(model, NAMES)

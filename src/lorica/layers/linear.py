@@ -66,7 +66,7 @@ class LoraLinear(LoraLayer):
 
     def is_more_than_factors(self) -> bool:
         """Whether an adapter does more than add its product."""
-        return any(variant is not PLAIN for variant in self.variants.values())
+        return not {PLAIN}.issuperset(self.variants.values())
 
     def update(self, name: str, x: Tensor) -> Tensor:  # noqa: D102
         return functional.low_rank(x, *self.update_of(name))
@@ -74,7 +74,8 @@ class LoraLinear(LoraLayer):
     def _stack(self, dtype: torch.dtype, names: Sequence[str], mixture: Rows, gaps: float) -> list[Stack]:
         """The adapters' A (adapters, r, d_in) and B (adapters, d_out, r), in `dtype`, with their scales."""
         taken, scaling = None, self.scaling
-        if not functional.traced() and not any(map(functional.needs_evening, {*map(scaling.get, names)})):  # type: ignore[arg-type]
+        scales = {scaling[name] for name in names}
+        if not functional.traced() and not any(map(functional.needs_evening, scales)):
             As, Bs = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules  # type: ignore[union-attr]
             blocks = self.blocks
             if blocks is None:
@@ -84,10 +85,12 @@ class LoraLinear(LoraLayer):
             return [self._stacked_anew(dtype, names)]
         stacks = []
         for own, A, B in taken:
-            scales = [scaling[name] if name else 1.0 for name in own]
-            acting = [scale for scale, name in zip(scales, own, strict=True) if name]
-            same = acting.count(acting[0]) == len(acting)
-            scale = acting[0] if same else torch.tensor(scales, dtype=dtype).view(-1, 1, 1)
+            acting = scales if len(scales) == 1 else {scaling[name] for name in own if name}
+            scale: float | Tensor = next(iter(acting))
+            if len(acting) > 1:
+                scale = torch.tensor([scaling[name] if name else 1.0 for name in own], dtype=dtype).view(
+                    -1, 1, 1
+                )
             stacks.append(Stack(own, A.to(dtype), B.to(dtype), scale))
         return stacks
 

@@ -89,6 +89,8 @@ class Rows:
 
     def __post_init__(self) -> None:
         self.distinct = tuple(dict.fromkeys(self.names))
+        self._named = frozenset(name for name in self.distinct if name is not None)
+        self._acting = tuple(name for name in self.distinct if name is not None)
         self._plans: dict[Hashable, list[tuple[Stack, Layout]]] = {}
         self._layouts: dict[Hashable, Layout] = {}
         self._indices: dict[Hashable, dict[str, list[int]]] = {}
@@ -109,7 +111,9 @@ class Rows:
 
     def _rows(self, layer: Hashable, x: Tensor, present: Collection[str]) -> Mapping[str, list[int]]:
         """Adapter → indices of its rows of `x`, for those among `present`."""
-        acting = tuple(name for name in self.distinct if name is not None and name in present)
+        acting = self._acting
+        if not self._named.issubset(present):
+            acting = tuple(name for name in acting if name in present)
         if len(self.distinct) == 1:  # the meaning of the axes does not matter
             return {name: list(range(x.shape[0])) for name in acting}
         times = self.axes.times(layer, x, len(self.names))

@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,17 +91,33 @@ class Block:
             and list(map(Tensor.data_ptr, parameters)) == self._starts[rows]
         )
 
+    def read_by(self, reader: Any) -> None:
+        """Note who reads this memory, while it lives."""
+        self._readers.add(reader)
+
     def take(self, rows: Sequence[int], reader: Any, gaps: float) -> tuple[Sequence[int], Tensor, Tensor]:
         """A and B of ascending rows, and which these are; `reader` reads them while it lives.
 
         Where they are a view, rows between may be among them: at most `gaps` times as many as were asked for.
         """
-        self._readers.add(reader)
+        self.read_by(reader)
         span = range(rows[0], rows[-1] + 1)
         if len(span) <= (1 + gaps) * len(rows):
             return span, self.A[span.start : span.stop], self.B[span.start : span.stop]
         index = torch.tensor(rows)
         return rows, self.A.index_select(0, index), self.B.index_select(0, index)
+
+
+class _Taken(NamedTuple):
+    """What the last mixture took, for the next one of the same adapters; all of it are views of blocks."""
+
+    names: Sequence[str]
+    gaps: float
+    stacks: list[tuple[list[str | None], Tensor, Tensor]]
+    spans: list[tuple[Block, int, int]]
+
+    def holds(self) -> bool:
+        return all(block.holds(first, last) for block, first, last in self.spans)
 
 
 class Blocks:
@@ -110,6 +126,7 @@ class Blocks:
     def __init__(self) -> None:
         self._places: dict[str, tuple[Block, int]] = {}
         self._blocks: list[Block] = []
+        self._last: _Taken | None = None
 
     def __reduce__(self) -> Any:
         """Copied and pickled as none: the parameters of the copy have memory of their own."""
@@ -117,6 +134,7 @@ class Blocks:
 
     def drop(self, name: str) -> None:
         """An adapter is gone."""
+        self._last = None
         place = self._places.pop(name, None)
         if place is not None:
             place[0].drop(place[1])
@@ -138,6 +156,11 @@ class Blocks:
             For each block: names, or None for another's factors, A (adapters, r, d_in) and B (adapters,
             d_out, r). None if a factor cannot be moved to a block.
         """
+        last = self._last
+        if last is not None and (last.names, last.gaps) == (names, gaps) and last.holds():
+            for block, *_ in last.spans:
+                block.read_by(mixture)
+            return last.stacks
         found = self._look_up(names)
         if isinstance(found, list):
             with _LOCK:
@@ -146,10 +169,15 @@ class Blocks:
             found = self._look_up(names)
             if isinstance(found, list):
                 return None
-        taken = []
+        taken: list[tuple[list[str | None], Tensor, Tensor]] = []
+        spans = []
         for block, rows in found.items():
             span, A, B = block.take(sorted(rows), mixture, gaps)
             taken.append(([rows.get(row) for row in span], A, B))
+            if isinstance(span, range):
+                spans.append((block, span.start, span.stop - 1))
+        # Copies would have to be made again: only where all are views is the next mixture given the same.
+        self._last = _Taken(names, gaps, taken, spans) if len(spans) == len(taken) else None
         return taken
 
     def _look_up(self, names: Sequence[str]) -> dict[Block, dict[int, str]] | list[str]:
