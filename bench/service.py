@@ -1,8 +1,9 @@
 """Many tenants on one service, against a process each and against one after another: time and memory.
 
-Each tenant trains (a call of forward_backward, and a step) and samples. The service does all of them at once;
-the others are plain loops: lorica.adapt, torch's AdamW, and transformers' generate. Calls are small (one row
-of 16 tokens) or large (64 tokens): what a product with a weight gains by more rows, it gains up to about 64.
+Each tenant trains (a call of forward_backward, and a step) and samples. The service does all of them at once,
+with as many engines as `lorica serve --train` has; the others are plain loops: lorica.adapt, torch's AdamW,
+and transformers' generate. Each way has a process of its own, or several. Calls are small (one row of 16
+tokens) or large (64 tokens): what a product with a weight gains by more rows, it gains up to about 64.
 
 SkyRL tx, another server of the protocol, takes part as `--skyrl PYTHON`, the interpreter of an environment of
 its own: `python -m venv skyrl; skyrl/bin/pip install "skyrl-tx[tinker]==0.3.0"`.
@@ -17,11 +18,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import harness
 import psutil
@@ -34,6 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lorica
 from lorica.service import Client, Datum
+from lorica.service.engine.engines import usual
 
 R, VOCABULARY = 16, 8192
 SMALL, LARGE = (1, 16), (2, 32)
@@ -60,7 +62,7 @@ def main() -> None:
             contestants = {name: harness.Contestant(partial(_do, way, work)) for name, way in ways.items()}
             setting = f"{count} tenant{'s' * (count > 1)}, {work}"
             rates.append(harness.alternate(setting, contestants, reference="service", options=options))
-        held = {name: way.held() or harness.apart(memory_of, name, count) for name, way in ways.items()}
+        held = {name: way.held() for name, way in ways.items()}
         for way in ways.values():
             way.close()
         cells = [f"{size / 2**20:,.0f} MiB ({size / held['service']:.2f}×)" for size in held.values()]
@@ -134,22 +136,68 @@ class Way:
         raise NotImplementedError
 
     def held(self) -> int:
-        """Bytes that its processes hold; 0 where it runs in this one."""
-        return 0
+        """Bytes that its processes hold; what they share with others counts by its part."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """End it."""
 
 
-class Together(Way):
+class Worker(Protocol):
+    """What a process does its work by."""
+
+    def do(self, work: str) -> None:
+        """As `Way.do`, for its tenants."""
+
+
+class Processes(Way):
+    """Processes that work at once.
+
+    Args:
+        makes: for each of them, the function that makes its worker.
+        threads: of torch, in each.
+    """
+
+    def __init__(self, makes: Sequence[Callable[[], Worker]], threads: int) -> None:
+        """Start them."""
+        context = get_context("spawn")
+        self._pipes, self._processes = [], []
+        for make in makes:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, make, threads), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        for pipe in self._pipes:
+            pipe.recv()
+
+    def do(self, work: str) -> None:  # noqa: D102
+        for pipe in self._pipes:
+            pipe.send(work)
+        for pipe in self._pipes:
+            pipe.recv()
+
+    def held(self) -> int:  # noqa: D102
+        return sum(psutil.Process(each.pid).memory_full_info().pss for each in self._processes)
+
+    def close(self) -> None:  # noqa: D102
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            pipe.send(None)
+            process.join()
+
+
+class Together:
     """The service."""
 
     def __init__(self, count: int) -> None:
         """Begin its runs."""
-        self._client, self._numbers = Client(model()), itertools.count()
+        base = model()
+        self._client = Client(base, engines=usual(base.device))
+        self._numbers = itertools.count()
         self._runs = [self._client.create(R, seed=i, train_unembed=False) for i in range(count)]
 
-    def do(self, work: str) -> None:  # noqa: D102
+    def do(self, work: str) -> None:
+        """As `Way.do`."""
         number, futures = next(self._numbers), []
         for i, run in enumerate(self._runs):
             if "training" in work:
@@ -161,15 +209,13 @@ class Together(Way):
         for future in futures:
             future.result()
 
-    def close(self) -> None:  # noqa: D102
-        self._client.close()
-
 
 class Tenant:
     """One tenant's plain loop."""
 
-    def __init__(self, base: LlamaForCausalLM, seed: int) -> None:
-        """Adapt the base."""
+    def __init__(self, seed: int, base: LlamaForCausalLM | None = None) -> None:
+        """Adapt the base; None makes one."""
+        base = model() if base is None else base
         self._model, self._name, self._seed = base, f"t{seed}", 1000 * seed
         lorica.adapt(base, lorica.LoraConfig(**ADAPTED), self._name, seed=seed)
         trained = [p for name, p in base.named_parameters() if f".{self._name}." in name]
@@ -196,49 +242,18 @@ class Tenant:
                 writes.generate(prompt, attention_mask=torch.ones_like(prompt), **draw)
 
 
-class InTurn(Way):
+class InTurn:
     """One tenant after another on one base."""
 
     def __init__(self, count: int) -> None:
         """Adapt the base for each."""
         base = model()
-        self._tenants = [Tenant(base, i) for i in range(count)]
+        self._tenants = [Tenant(i, base) for i in range(count)]
 
-    def do(self, work: str) -> None:  # noqa: D102
+    def do(self, work: str) -> None:
+        """As `Way.do`."""
         for tenant in self._tenants:
             tenant.do(work)
-
-
-class Apart(Way):
-    """A process for each tenant, all at once."""
-
-    def __init__(self, count: int) -> None:
-        """Start them."""
-        context = get_context("spawn")
-        threads = max(1, torch.get_num_threads() // count)
-        self._pipes, self._processes = [], []
-        for i in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, i, threads), daemon=True)
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
-        for pipe in self._pipes:
-            pipe.recv()
-
-    def do(self, work: str) -> None:  # noqa: D102
-        for pipe in self._pipes:
-            pipe.send(work)
-        for pipe in self._pipes:
-            pipe.recv()
-
-    def held(self) -> int:  # noqa: D102
-        return sum(psutil.Process(each.pid).memory_full_info().pss for each in self._processes)
-
-    def close(self) -> None:  # noqa: D102
-        for pipe, process in zip(self._pipes, self._processes, strict=True):
-            pipe.send(None)
-            process.join()
 
 
 class SkyRL(Way):
@@ -306,26 +321,29 @@ class SkyRL(Way):
         self._folder.cleanup()
 
 
-def _serve(pipe: Any, seed: int, threads: int) -> None:
+def _serve(pipe: Any, make: Callable[[], Worker], threads: int) -> None:
     torch.set_num_threads(threads)
-    tenant = Tenant(model(), seed)
+    worker = make()
     pipe.send(None)
     while (work := pipe.recv()) is not None:
-        tenant.do(work)
+        worker.do(work)
         pipe.send(None)
 
 
+def _one(worker: Callable[[int], Worker], count: int) -> Way:
+    return Processes([partial(worker, count)], torch.get_num_threads())
+
+
+def _apart(count: int) -> Way:
+    return Processes([partial(Tenant, i) for i in range(count)], max(1, torch.get_num_threads() // count))
+
+
 SKYRL = "SkyRL tx"
-WAYS: dict[str, Callable[[int], Way]] = {"service": Together, "a process each": Apart, "in turn": InTurn}
-
-
-def memory_of(name: str, count: int) -> int:
-    """Bytes of this process after a turn; what it shares with others counts by its part."""
-    way = WAYS[name](count)
-    way.do(WORKS[-1])
-    held = psutil.Process().memory_full_info().pss
-    way.close()
-    return int(held)
+WAYS: dict[str, Callable[[int], Way]] = {
+    "service": partial(_one, Together),
+    "a process each": _apart,
+    "in turn": partial(_one, InTurn),
+}
 
 
 if __name__ == "__main__":

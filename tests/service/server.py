@@ -25,8 +25,8 @@ def free_port() -> int:
 
 
 def service_in(folder: Path, tenants: Tenants | None = None, **settings: float) -> Service:
-    """The service of a folder."""
-    return Service(Base(llama(), NAME), folder, tenants, **settings)  # type: ignore[arg-type]
+    """The service of a folder, with two engines."""
+    return Service(Base(llama(), NAME), folder, tenants, engines=2, **settings)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

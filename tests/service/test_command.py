@@ -104,6 +104,8 @@ def ask(url: str, body: Any = None) -> Any:
     ("more", "told"),
     [
         (["--train-keys", "nowhere"], "nobody does without --train"),
+        (["--engines", "2"], "nothing does without --train"),
+        (["--train", "{state}", "--engines", "0"], "--engines must be at least 1"),
         (["--train", "{state}", "--train-keys", "nowhere"], "cannot read the keys"),
         (["--train", "{state}", "--host", "0.0.0.0", "--api-key-file", "{keys}"], "--train-keys FILE"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from service.causal_models import VOCABULARY, gpt2, llama
 from torch import Tensor, nn
 
 import lorica
+from lorica.errors import ConfigError
 from lorica.service import Client, Datum
 from lorica.service.engine import lanes
+from lorica.service.engine.engines import usual
 from lorica.service.errors import ServiceDown, UserError
 
 
@@ -28,9 +32,11 @@ def rows(seed: int, count: int, longest: int = 40) -> list[Datum]:
     return found
 
 
-def trained(model: nn.Module, who: list[int], tokens: int = 2048) -> dict[int, tuple[list, Tensor, list]]:
+def trained(
+    model: nn.Module, who: list[int], tokens: int = 2048, engines: int = 1
+) -> dict[int, tuple[list, Tensor, list]]:
     """Losses, final weights and samples of some of three tenants, who train and sample at once."""
-    with Client(model, tokens=tokens) as client:
+    with Client(model, tokens=tokens, engines=engines) as client:
         runs = {i: client.create([4, 8, 2][i], seed=i, train_unembed=i != 2) for i in who}
         losses: dict[int, list] = {i: [] for i in who}
         samples: dict[int, list] = {i: [] for i in who}
@@ -52,14 +58,67 @@ def trained(model: nn.Module, who: list[int], tokens: int = 2048) -> dict[int, t
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
-def test_company_changes_no_bit(build: Callable[[], nn.Module]) -> None:
-    together = trained(build(), [0, 1, 2], tokens=100)  # passes that cut calls in two
+@pytest.mark.parametrize("engines", [1, 2])
+def test_company_changes_no_bit(build: Callable[[], nn.Module], engines: int) -> None:
+    together = trained(build(), [0, 1, 2], tokens=100, engines=engines)  # passes that cut calls in two
     for i in (0, 1, 2):
         losses, weights, samples = trained(build(), [i])[i]
         assert together[i][0] == losses
         assert torch.equal(together[i][1], weights)
         assert together[i][2] == samples
     assert not torch.equal(together[0][1][:64], together[1][1][:64])
+
+
+def test_runs_are_divided_among_engines_and_move_when_they_have_nothing_to_do() -> None:
+    with Client(llama(), engines=2) as client:
+        engines = client.engine._engines
+        held = [threading.Event() for _ in range(3)]
+        waits = [client.engine.call(f"{i}", event.wait) for i, event in enumerate(held)]
+        where = dict(client.engine._places)
+        assert sorted(where.values()) == [0, 0, 1]
+        run, other = client.create(2, seed=0), client.create(2, seed=1)
+        held[1].set()
+        assert waits[1].result()
+        # Where nobody waits: the engine that is free.
+        assert run.forward_backward(rows(0, 1), "cross_entropy").result().loss > 0
+        assert [engine.passes for engine in engines] == [0, 1]
+        for event in held:
+            event.set()
+        assert all(waiting.result() for waiting in waits)
+        while client.engine._runs != [0, 0]:
+            time.sleep(0.001)
+        assert other.forward_backward(rows(0, 1), "cross_entropy").result().loss > 0
+        assert [engine.passes for engine in engines] == [1, 1]
+    assert not client.engine._places
+    assert client.engine._runs == client.engine._requests == [0, 0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_is_lost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Client(llama(), engines=2) as client:
+        lucky, lost = client.create(2, seed=0), client.create(2, seed=1)
+        monkeypatch.setattr(client.engine._engines[1], "_train", lambda: 1 / 0)
+        futures = [run.forward_backward(rows(0, 1), "cross_entropy") for run in (lucky, lost)]
+        assert futures[0].result().loss > 0
+        with pytest.raises(ServiceDown, match="the engine has stopped"):
+            futures[1].result()
+        for ask in (lambda: lucky.optim_step(), lambda: client.sample([1])):
+            with pytest.raises(ServiceDown, match="an engine has stopped"):
+                ask()
+
+
+def test_torchs_threads_are_divided_among_engines() -> None:
+    torch.set_num_threads(2)
+    try:
+        with Client(llama(), engines=2) as client:
+            assert torch.get_num_threads() == 1
+            assert client.engine.call("run", torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2
+        assert usual(client.base.device) == 2
+    finally:
+        torch.set_num_threads(1)
+    with pytest.raises(ConfigError, match="at least 1 engine"):
+        Client(llama(), engines=0)
 
 
 class Sociable(nn.Module):
@@ -92,14 +151,15 @@ def test_sequences_go_abreast_only_where_the_model_keeps_them_apart() -> None:
 def test_a_sequence_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with Client(llama()) as client:
         good, bad = client.create(2, seed=0), client.create(2, seed=1)
-        read = client.base.read
+        engine_base = client.engine._engines[0].base
+        read = engine_base.read
 
         def choosy(tokens: Tensor, *args: Any, **more: Any) -> Any:
             if (tokens == 90).any():
                 raise RuntimeError("not this token")
             return read(tokens, *args, **more)
 
-        monkeypatch.setattr(client.base, "read", choosy)
+        monkeypatch.setattr(engine_base, "read", choosy)
         data = [Datum.of([token] * 8, target_tokens=[1] * 8) for token in (5, 90)]
         futures = [
             run.forward_backward([d], "cross_entropy") for run, d in zip((good, bad), data, strict=True)

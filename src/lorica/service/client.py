@@ -14,7 +14,8 @@ from lorica.service import files
 from lorica.service.engine.base import Base
 from lorica.service.engine.datum import Datum
 from lorica.service.engine.drawing import Draw, Samples
-from lorica.service.engine.engine import Engine, Output
+from lorica.service.engine.engine import Output
+from lorica.service.engine.engines import Engines
 from lorica.service.engine.weights import Adam, Learner, Make, start
 
 
@@ -30,6 +31,8 @@ class Client:
         name: of the base, as adapters' files give it; None takes its ``name_or_path``.
         tokens: of one pass, over all sequences.
         lanes: samples that are written at once.
+        engines: threads that have passes at once. From 2 on torch's own threads are divided among them, for
+            the whole process, until `close`.
 
     Raises:
         UserError: it is no causal model, or carries adapters.
@@ -43,11 +46,12 @@ class Client:
         name: str | None = None,
         tokens: int = 2048,
         lanes: int = 128,
+        engines: int = 1,
     ) -> None:
-        """Start the engine."""
+        """Start the engines."""
         name = str(getattr(model, "name_or_path", "")) if name is None else name
         self.base = Base(model, name, tokenizer)
-        self.engine = Engine(self.base, tokens=tokens, lanes=lanes)
+        self.engine = Engines(self.base, engines, tokens=tokens, lanes=lanes)
         self._made = 0
 
     def __enter__(self) -> Self:

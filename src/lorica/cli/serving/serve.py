@@ -80,6 +80,12 @@ def parser() -> Parser:
         "--train-keys", type=str | None, help="file of the keys of those who train, and their limits"
     )
     result.add_argument(
+        "--engines",
+        type=int | None,
+        help="with --train: passes over the base at once (default: 2 on a CPU of two cores or more, else 1); "
+        "torch's threads are divided among them",
+    )
+    result.add_argument(
         "--max-wait",
         type=float | None,
         help="seconds that a request may wait for its turn; then it is answered with 429 (default: no limit)",
@@ -134,7 +140,11 @@ def _tenants(parsed: Any) -> Any:
     if parsed.train is None:
         if parsed.train_keys is not None:
             raise ConfigError("--train-keys says who may train, and nobody does without --train FOLDER")
+        if parsed.engines is not None:
+            raise ConfigError("--engines are those that train, and nothing does without --train FOLDER")
         return None
+    if parsed.engines is not None and parsed.engines < 1:
+        raise ConfigError(f"--engines must be at least 1, not {parsed.engines}")
     for module in ("greenlet", "tinker"):
         require(module, extra="service")
     from lorica.serve.http import Keys
@@ -157,10 +167,13 @@ def _training(parsed: Any, engine: Any, name: str, tenants: Any, stack: contextl
     from lorica.errors import ConfigError
     from lorica.serve import Decoder
     from lorica.service import Base, Service
+    from lorica.service.engine.engines import usual
     from lorica.service.http import beside
 
     if not isinstance(engine, Decoder):
         raise ConfigError(f"{name} reads texts and writes none; --train is for models that write")
-    service = Service(Base.sharing(engine.model, name, engine.tokenizer), parsed.train, tenants)
+    base = Base.sharing(engine.model, name, engine.tokenizer)
+    engines = usual(base.device) if parsed.engines is None else parsed.engines
+    service = Service(base, parsed.train, tenants, engines=engines)
     stack.callback(service.close)
     return beside(service)

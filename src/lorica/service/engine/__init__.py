@@ -1,4 +1,4 @@
-"""The engine: one base, many adapters trained and sampled from in one thread.
+"""The engine: one base, many adapters trained and sampled from.
 
 datum      a sequence and the loss's inputs at each of its positions
 losses     sums over tokens of a function of log-probabilities
@@ -11,5 +11,6 @@ base       the model, its head and its limits
 training   one pass for the sequences of many calls
 drawing    one pass for a token of each of many samples
 desk       requests for samples, and whose turn it is
-engine     whose turn it is
+engine     whose turn it is: one thread
+engines    several of them, and which one has a run
 """

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lorica.service.engine.abreast import Abreast
-from lorica.service.engine.lanes import Joint, Lane, Part, together
+from lorica.service.engine.lanes import HEAD, Joint, Lane, Part, together
 from lorica.service.engine.targets import Targets, is_linear
-from lorica.service.engine.weights import Weights
+from lorica.service.engine.weights import Weights, numbered
 from lorica.service.errors import UserError
 from lorica.state import find_adapted
 from lorica.train.trainer.deferred import DeferredLogits, deferred_logits
 from lorica.train.trainer.loss import output_head
-
-_HEAD = 1 << 29
 
 
 class Read(NamedTuple):
@@ -67,6 +65,7 @@ class Base:
         self.device = table.weight.device
         self.head = output_head(model)
         self.joint = Joint(model, self.head)
+        self._head = numbered(model).get(self.head, -1)  # type: ignore[arg-type]
         self.abreast = Abreast.of(model, self.head, self.context)
         with self.running(backward=False):
             seen = self.read(torch.zeros(1, 1, dtype=torch.long))
@@ -125,7 +124,7 @@ class Base:
         elif reads[0].compute is not None:
             ys = [read.compute(x) for read, x in zip(reads, xs, strict=True)]  # type: ignore[misc]
         else:
-            updates = [None if own is None else own.of(self.head) for own in weights]
+            updates = [None if own is None else own.of(self._head) for own in weights]
             parts = [Part.of(x, update, i) for i, (x, update) in enumerate(zip(xs, updates, strict=True))]
             ys = together(self.head, parts)
         return [precise(read.after(y)) for read, y in zip(reads, ys, strict=True)]
@@ -134,7 +133,7 @@ class Base:
         """As `logits`, of rows (sequences, …, width) of a lane; call it from inside the lane."""
         if self.head is None or read.compute is not None:
             return precise(read.after(rows if read.compute is None else read.compute(rows)))
-        return precise(read.after(lane.linear(_HEAD, self.head, rows)))
+        return precise(read.after(lane.linear(HEAD + self._head, self.head, rows)))
 
 
 def precise(logits: Tensor) -> Tensor:

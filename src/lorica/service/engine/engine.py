@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,8 @@ from lorica.service.engine.proof import prove
 from lorica.service.engine.training import Task, learn
 from lorica.service.engine.weights import Learner, Weights
 from lorica.service.errors import ServiceDown, UserError
+
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class _Learn:
 @dataclass(eq=False)
 class _Call:
     work: Callable[[], Any]
+    within: AbstractContextManager[Any]
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -78,13 +82,16 @@ class Engine:
         base: the model.
         tokens: of one pass, over all sequences; a longer sequence goes by itself.
         lanes: samples that are written at once.
+        served: tenant → tokens so far, of several engines together; None counts this one's.
     """
 
-    def __init__(self, base: Base, *, tokens: int = 2048, lanes: int = 128) -> None:
+    def __init__(
+        self, base: Base, *, tokens: int = 2048, lanes: int = 128, served: dict[str, int] | None = None
+    ) -> None:
         """Start the thread."""
         prove(base)
         self.base, self.tokens = base, tokens
-        self.served: dict[str, int] = {}
+        self.served: dict[str, int] = {} if served is None else served
         self._desk = Desk(base, self.served, lanes)
         self.passes = 0
         self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = (
@@ -145,6 +152,7 @@ class Engine:
         run: str,
         work: Callable[[], Any],
         *,
+        within: AbstractContextManager[Any] = _NOTHING,
         tenant: str = "",
         then: Callable[[Future[Any]], object] | None = None,
     ) -> Future[Any]:
@@ -153,10 +161,11 @@ class Engine:
         Args:
             run: whose calls are in order.
             work: the function to call, in the engine's thread.
+            within: entered for the work and for `then`: a lock, where only one engine at a time may do such.
             tenant: whose run it is.
             then: as in `learn`.
         """
-        call = _Call(work)
+        call = _Call(work, within)
         if then is not None:
             call.future.add_done_callback(then)
         self._post(self._add, run, tenant, call)
@@ -253,7 +262,8 @@ class Engine:
             while run.calls and isinstance(call := run.calls[0], _Call):
                 run.calls.popleft()
                 if call.future.set_running_or_notify_cancel():
-                    _settle(call.future, call.work)
+                    with call.within:
+                        _settle(call.future, call.work)
             if not run.calls:
                 del self._runs[name]
 
@@ -318,7 +328,8 @@ class Engine:
             backward = call.backward
             tokens += size
             now[run.tenant] += size
-            self.served[run.tenant] = now[run.tenant]
+            # Others may have added to it meanwhile.
+            self.served[run.tenant] = max(self.served.get(run.tenant, 0), floor) + size
         return picked
 
     def _end(self, call: _Learn, outcome: Output | Exception) -> None:

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import require
 from lorica.service.engine.targets import is_linear
-from lorica.service.engine.weights import LowRank, Weights
+from lorica.service.engine.weights import LowRank, Weights, numbered
 
 ROWS = 16
 """Rows of a product are a multiple of this at most."""
@@ -97,9 +97,10 @@ class Lane:
             self._routine.throw()
         self.done = True
 
-    def part(self, module: nn.Module | None, x: Tensor) -> Part:
+    def part(self, order: int, x: Tensor) -> Part:
         """Its share of a layer's product."""
-        shares = [Share(None if own is None else own.of(module), *span) for own, *span in self.sharers]
+        layer = order % HEAD
+        shares = [Share(None if own is None else own.of(layer), *span) for own, *span in self.sharers]
         return Part(x, shares, self.places)
 
     def _run(self, _: Any) -> None:
@@ -109,6 +110,8 @@ class Lane:
             self.error = error
 
 
+HEAD = 1 << 29
+"""The output head comes behind all other layers; added to its number."""
 _LAST = 1 << 30
 
 
@@ -125,9 +128,9 @@ def run(lanes: Sequence[Lane]) -> None:
         if not waiting:
             return
         # Those that are ahead wait for those behind, so that all meet at each layer.
-        _, module, _ = min((lane.waiting for lane in waiting), key=lambda at: at[0])  # type: ignore[index, return-value, misc]
+        order, module, _ = min((lane.waiting for lane in waiting), key=lambda at: at[0])  # type: ignore[index, return-value, misc]
         there = [lane for lane in waiting if lane.waiting[1] is module]  # type: ignore[index]
-        parts = [lane.part(module, lane.waiting[2]) for lane in there]  # type: ignore[index, arg-type]
+        parts = [lane.part(order, lane.waiting[2]) for lane in there]  # type: ignore[index, arg-type]
         for lane, y in zip(there, together(module, parts), strict=True):
             lane.resume(y)
 
@@ -143,8 +146,8 @@ class Joint:
     def __init__(self, model: nn.Module, head: nn.Module | None) -> None:
         """Look for the layers."""
         self.order = {
-            module: i
-            for i, module in enumerate(model.modules())
+            module: number
+            for module, number in numbered(model).items()
             if is_linear(module) and module is not head and "forward" not in vars(module)
         }
 

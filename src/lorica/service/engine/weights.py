@@ -54,8 +54,8 @@ class Weights:
             raise UserError("only an adapter that is LoRA's alone can be served here, without trained heads")
         self.config = adapter.lora
         self.paths: dict[str, LowRank] = {}
-        self._layers: dict[nn.Module, LowRank] = {}
-        device = next(model.parameters()).device
+        self._layers: dict[int, LowRank] = {}
+        device, numbers = next(model.parameters()).device, numbered(model)
         # By path: a file keeps no order of its own, and what the optimizer remembers is laid out likewise.
         found = dict(sorted(adapter.factors.items()))
         total = sum(_room(t) for f in found.values() for t in (f.A, f.B))
@@ -64,11 +64,11 @@ class Weights:
             module = _layer(model, path, factors)
             A.copy_(factors.A)
             B.copy_(factors.B)
-            self.paths[path] = self._layers[module] = LowRank(A, B, factors.scale)
+            self.paths[path] = self._layers[numbers[module]] = LowRank(A, B, factors.scale)
 
-    def of(self, module: nn.Module | None) -> LowRank | None:
-        """The update of a layer of the base, if it has one."""
-        return self._layers.get(module)  # type: ignore[arg-type]
+    def of(self, layer: int) -> LowRank | None:
+        """The update of a layer of the base, by its number there, if it has one."""
+        return self._layers.get(layer)
 
     def adapter(self) -> Adapter:
         """The adapter as a value; shares memory."""
@@ -78,6 +78,11 @@ class Weights:
     def numel(self) -> int:
         """Its parameters."""
         return sum(f.A.numel() + f.B.numel() for f in self.paths.values())
+
+
+def numbered(model: nn.Module) -> dict[nn.Module, int]:
+    """The modules of a model by their order in it, which is that of its copies as well."""
+    return {module: i for i, module in enumerate(model.modules())}
 
 
 def _layer(model: nn.Module, path: str, factors: Factors) -> nn.Module:

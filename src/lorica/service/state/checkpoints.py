@@ -14,6 +14,7 @@ import io
 import os
 import shutil
 import tarfile
+import threading
 import time
 from collections import OrderedDict
 from datetime import UTC, datetime
@@ -48,6 +49,7 @@ class Checkpoints:
         """Read nothing yet."""
         self._folder, self._registry, self._base = folder, registry, base
         self._loaded: OrderedDict[str, Weights] = OrderedDict()
+        self._lock = threading.Lock()
         self.published = folder / "adapters"
         self.published.mkdir(parents=True, exist_ok=True)
 
@@ -134,13 +136,17 @@ class Checkpoints:
         """Have a checkpoint that was written be one."""
         self._registry.remove("checkpoints", row["path"])
         self._registry.add("checkpoints", **row)
-        self._loaded.pop(row["path"], None)
+        self._forget(row)
 
     def remove(self, row: Row) -> None:
         """Take a checkpoint away."""
         self._registry.remove("checkpoints", row["path"])
-        self._loaded.pop(row["path"], None)
+        self._forget(row)
         shutil.rmtree(self.folder(row), ignore_errors=True)
+
+    def _forget(self, row: Row) -> None:
+        with self._lock:
+            self._loaded.pop(row["path"], None)
 
     def forget_unnamed(self, session: str) -> None:
         """Take away what a session sampled from without giving it a name."""
@@ -157,13 +163,14 @@ class Checkpoints:
     def weights(self, row: Row) -> Weights:
         """A checkpoint's adapter, to sample from."""
         path = row["path"]
-        if path not in self._loaded:
-            adapter, _ = files.read(self.folder(row), optimizer=False)
-            self._loaded[path] = Weights(adapter, self._base.model)
-            while len(self._loaded) > _SAMPLERS:
-                self._loaded.popitem(last=False)
-        self._loaded.move_to_end(path)
-        return self._loaded[path]
+        with self._lock:
+            if path not in self._loaded:
+                adapter, _ = files.read(self.folder(row), optimizer=False)
+                self._loaded[path] = Weights(adapter, self._base.model)
+                while len(self._loaded) > _SAMPLERS:
+                    self._loaded.popitem(last=False)
+            self._loaded.move_to_end(path)
+            return self._loaded[path]
 
     def learner(self, folder: Path, *, optimizer: bool) -> Learner:
         """An adapter to go on with, from a checkpoint's or a snapshot's folder."""

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 from lorica.errors import LoricaError
 from lorica.service import wire
 from lorica.service.engine.base import Base
-from lorica.service.engine.engine import Engine
+from lorica.service.engine.engines import Engines
 from lorica.service.errors import ServiceDown, UserError
 from lorica.service.state.calls import Calls, Done
 from lorica.service.state.checkpoints import Checkpoints
@@ -45,6 +46,7 @@ class Service:
             back with their next call.
         tokens: of one pass.
         lanes: samples that are written at once.
+        engines: threads that have passes at once, as of `Client`.
     """
 
     def __init__(
@@ -57,18 +59,20 @@ class Service:
         patience: float = 600.0,
         tokens: int = 2048,
         lanes: int = 128,
+        engines: int = 1,
     ) -> None:
         """Open the folder, and go on with its calls."""
         self.base, self.folder = base, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.registry = Registry(self.folder / "registry.sqlite")
-        self.engine = Engine(base, tokens=tokens, lanes=lanes)
+        self.engine = Engines(base, engines, tokens=tokens, lanes=lanes)
         self.tenants = Tenants() if tenants is None else tenants
         self.checkpoints = Checkpoints(self.folder, self.registry, base)
         self._calls = Calls(base, self.registry, self.checkpoints)
         self._snapshot, self._patience = snapshot, patience
         self.secret = secrets.token_bytes(32)
         self._lock = threading.RLock()
+        self._alone = threading.Lock()
         self._runs: dict[str, OpenRun] = {}
         self._promises: dict[str, Future[None]] = {}
         self._drawing: dict[str, Future[Any]] = {}
@@ -272,7 +276,9 @@ class Service:
                 )
             else:
                 work = partial(self._do, run, call)
-                self.engine.call(run.id, work, tenant=run.tenant.name, then=then)
+                # What looks at a quota and then uses some of it: one at a time, until it is written down.
+                within = nullcontext() if call.kind == "step" else self._alone
+                self.engine.call(run.id, work, within=within, tenant=run.tenant.name, then=then)
         except Exception as error:
             then(_failed(error))
 
