@@ -54,18 +54,28 @@ def test_the_papers_memory_of_gpt3() -> None:
 
     With weights, gradients and both moments in 16 bits it is 1.27 TiB, and the paper cuts figures off.
     """
-    full, ours = (
-        study.plan("gpt3", gpt3(4, ["q_proj", "v_proj"]), method=m, batch=1, length=1, dtype=HALF)
-        for m in ("full", "lora")
-    )
-    assert full.parameters == 174_604_283_904
-    assert full.full_checkpoint == pytest.approx(350e9, rel=0.01)
-    assert full.states / 2**40 == pytest.approx(1.27, abs=0.005)
-    assert ours.states == pytest.approx(350e9, rel=0.01)
-    assert 2 * ours.trainable / 2**20 == pytest.approx(35, rel=0.03)  # 36.0 MiB in 16 bits
-    assert ours.flops / full.flops == pytest.approx(2 / 3, rel=0.01)
-    assert "float16" in str(full)
-    assert "adamw's 2 copies" in str(full)
+    def plans(method: str) -> list[study.Plan]:
+        """Of one layer and of two: every layer has the same, so that 96 have 94 times their difference more."""
+        config = gpt3(4, ["q_proj", "v_proj"])
+        return [
+            study.plan(GPT3 | {"num_hidden_layers": n}, config, method=method, batch=1, length=1, dtype=HALF)
+            for n in (1, 2)
+        ]
+
+    def of_96(method: str, field: str) -> int:
+        one, two = (getattr(plan, field) for plan in made[method])
+        return two + 94 * (two - one)
+
+    made = {method: plans(method) for method in ("full", "lora")}
+    assert GPT3["num_hidden_layers"] == 96
+    assert of_96("full", "parameters") == 174_604_283_904
+    assert of_96("full", "full_checkpoint") == pytest.approx(350e9, rel=0.01)
+    assert of_96("full", "states") / 2**40 == pytest.approx(1.27, abs=0.005)
+    assert of_96("lora", "states") == pytest.approx(350e9, rel=0.01)
+    assert 2 * of_96("lora", "trainable") / 2**20 == pytest.approx(35, rel=0.03)  # 36.0 MiB in 16 bits
+    assert of_96("lora", "flops") / of_96("full", "flops") == pytest.approx(2 / 3, rel=0.01)
+    assert "float16" in str(made["full"][0])
+    assert "adamw's 2 copies" in str(made["full"][0])
 
 
 def test_states_by_hand() -> None:
