@@ -1,7 +1,6 @@
-"""Trains in forked processes, kills each somewhere, resumes it, and prints what became of the adapters.
+"""Trains in forked processes, kills each somewhere, resumes it, and says what became of the adapters.
 
-Run as a program by test_run.py: ``python killed.py FOLDER``. The heavy imports are paid once; each run is
-a fork.
+Called by test_run.py in a process of `ranks`, of which each run is a fork: no imports are paid.
 """
 
 from __future__ import annotations
@@ -9,17 +8,13 @@ from __future__ import annotations
 import gc
 import hashlib
 import io
-import json
 import os
 import random
 import signal
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
@@ -27,8 +22,6 @@ from rich.console import Console
 from train import tiny
 
 from lorica.train import Trainer, train
-
-torch.set_num_threads(1)
 
 
 def in_child(action: Callable[[], None]) -> int:
@@ -81,7 +74,9 @@ def truncated_state(n: int) -> None:
     transformers.TrainerState.save_to_json = save
 
 
-def main(folder: Path) -> None:
+def kills_and_resumes(folder: str | Path) -> dict[str, list[Any]]:
+    """How each kill, by its name, ended the run and its resumption, and whether the adapter is the same."""
+    folder = Path(folder)
     model, data = tiny.write_model(folder / "model"), tiny.write_data(folder / "data")
     silent = Console(file=io.StringIO())
 
@@ -119,12 +114,8 @@ def main(folder: Path) -> None:
     assert digest(folder / "whole-True") != digest(folder / "whole-False"), (
         "the best weights are the last ones"
     )
-    print(json.dumps(outcome))
+    return outcome
 
 
 def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

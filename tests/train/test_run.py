@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ranks import started
 from safetensors.torch import load_file
 from train import tiny
+from train.killed import kills_and_resumes
 
 from lorica.errors import ConfigError, FileError, LoricaError
 from lorica.plain import as_json
@@ -285,9 +286,7 @@ def test_what_has_no_form_in_json() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes, and this system cannot fork")
 def test_a_killed_run_resumes_to_the_same_adapter(tmp_path: Path) -> None:
-    program = Path(__file__).with_name("killed.py")
-    done = subprocess.run([sys.executable, program, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout)
-    assert len(outcome) == 10
-    assert outcome == {name: [-9, 0, True] for name in outcome}, done.stderr
+    ended = started(kills_and_resumes, str(tmp_path), world=None).wait(600)[0]
+    assert ended.code == 0, ended.output
+    assert len(ended.value) == 10
+    assert ended.value == {name: [-signal.SIGKILL, 0, True] for name in ended.value}, ended.output

@@ -1,20 +1,15 @@
-"""Trains a population in forked processes, kills each somewhere, resumes it, and prints what became of it.
+"""Trains a population in forked processes, kills each somewhere, resumes it, and says what became of it.
 
-Run as a program by test_killed.py: ``python killed.py FOLDER``.
+Called by test_killed.py in a process of `ranks`, of which each run is a fork: no imports are paid.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
 from rich.console import Console
 from train import tiny
 from train.killed import digest, in_child, nth_call
@@ -23,10 +18,10 @@ from lorica.train import Trainer
 from lorica.tune import Goal, Halving, Population
 from lorica.tune.journal import Journal
 
-torch.set_num_threads(1)
 
-
-def main(folder: Path) -> None:
+def kills_and_resumes(folder: str | Path) -> dict[str, list[Any]]:
+    """How each kill, by its name, ended the search and its resumption, and whether they come to the same."""
+    folder = Path(folder)
     model, data = tiny.write_model(folder / "model"), tiny.write_data(folder / "data")
     recipe = tiny.recipe(model, data, folder, epochs=2, save_steps=2, batch_size=8)
     rates = {f"{rate:g}": rate for rate in (3e-3, 1e-9, 2e-3)}
@@ -70,8 +65,4 @@ def main(folder: Path) -> None:
 
         signals = in_child(killed), in_child(lambda i=i: run(f"killed{i}", resume=True))
         said[name] = [*signals, outcome(f"killed{i}") == whole]
-    print(json.dumps(said))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return said
