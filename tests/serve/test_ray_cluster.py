@@ -132,12 +132,12 @@ def answer(url: str, name: str, prompt: str, *, stream: bool = False) -> tuple[i
     return status, "".join(json.loads(e)["choices"][0]["text"] for e in events[:-1]), None
 
 
-def replica_pids() -> list[int]:
-    """Processes of the replicas that this process's own cluster has."""
+def pids(deployment: str = "Replica") -> list[int]:
+    """Processes of a deployment's replicas in this process's own cluster."""
     found = []
     for each in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "ServeReplica:default:Replica" in " ".join(each.cmdline()[:1]):
+            if f"ServeReplica:default:{deployment}" in " ".join(each.cmdline()[:1]):
                 found.append(each.pid)
     return found
 
@@ -150,6 +150,9 @@ def test_two_replicas_answer_as_one_and_lose_one(
         for name, prompt in right:
             if name != "late":
                 assert answer(url, name, prompt, stream=stream) == (200, right[name, prompt], None)
+    # What passes requests on has no engine.
+    (ingress,) = pids("Ingress")
+    assert "torch" not in Path(f"/proc/{ingress}/maps").read_text()
     # Each adapter's requests went together to one replica.
     at: dict[str, set[str]] = {name: set() for name in NAMES}
     for line in endpoints.call(f"{url}/metrics")[2].decode().splitlines():
@@ -174,7 +177,7 @@ def test_two_replicas_answer_as_one_and_lose_one(
 
     # One replica is killed under load.
     outcomes: Counter[str] = Counter()
-    ending = threading.Event()
+    recovering, ending = threading.Event(), threading.Event()
 
     def load(seed: int) -> None:
         draw = random.Random(seed)
@@ -186,18 +189,22 @@ def test_two_replicas_answer_as_one_and_lose_one(
             else:
                 told = error["code"] in ("engine_down", "overloaded")
                 outcomes[f"{'told' if told else 'untold'} {status}"] += 1
+            if recovering.is_set():
+                ending.wait(0.3)  # and leave the machine to the one that starts
 
     threads = [threading.Thread(target=load, args=(seed,)) for seed in range(6)]
     for thread in threads:
         thread.start()
-    killed, *_ = before = replica_pids()
+    killed, *_ = before = pids()
     time.sleep(1)
     os.kill(killed, signal.SIGKILL)
+    time.sleep(1)
+    recovering.set()
     handle = serve.get_deployment_handle("Replica", "default")
 
     def whole() -> bool:
-        pids = replica_pids()
-        return len(pids) == 2 and killed not in pids and alive(handle) == 2
+        there = pids()
+        return len(there) == 2 and killed not in there and alive(handle) == 2
 
     until = time.monotonic() + 120
     while not whole():
@@ -234,7 +241,7 @@ def test_two_replicas_answer_as_one_and_lose_one(
     assert statuses[200] + statuses[429] == 60
 
     # Without a replica: OpenAI's error, at once.
-    for pid in replica_pids():
+    for pid in pids():
         os.kill(pid, signal.SIGKILL)
     status, _, error = answer(url, "base", "once")
     assert status == 503

@@ -1,15 +1,8 @@
-"""A `lorica tune` under Ray that is killed by SIGKILL after its second evaluation is written down.
-
-Run as a program by test_on_ray.py: ``python killed_on_ray.py ARGUMENTS``, those of `lorica tune`.
-"""
+"""A Ray for tests, and a `lorica tune` under it that is killed after its second evaluation."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ray
 from train.killed import nth_call
@@ -25,7 +18,14 @@ CLUSTER: dict[str, Any] = {
     "logging_level": "ERROR",
 }
 
-if __name__ == "__main__":
-    ray.init(**CLUSTER)
+
+def tune_and_die(address: str, arguments: list[str]) -> int:
+    """`lorica tune` by a driver of its own, which dies; called in a process of `ranks`.
+
+    Args:
+        address: of the Ray that it joins.
+        arguments: the command's.
+    """
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     nth_call(Journal, "evaluated", 2, after=True)
-    sys.exit(main(["tune", *sys.argv[1:]]))
+    return main(["tune", *arguments])

@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import on_ranks, started
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
@@ -34,7 +31,7 @@ from lorica.tune.journal import Journal
 from lorica.tune.population.shared_base import PackedModel
 
 ray = pytest.importorskip("ray", reason="needs lorica[tune]")
-from tune.killed_on_ray import CLUSTER  # noqa: E402
+from tune.killed_on_ray import CLUSTER, tune_and_die  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -136,7 +133,7 @@ def test_a_search_whose_driver_was_killed_ends_as_if_it_had_not_been(
     recipe = make_recipe(epochs=2, batch_size=8)
     recipe.save(tmp_path / "recipe.yaml")
     (tmp_path / "space.yaml").write_text("training.learning_rate: {choice: [3.0e-3, 1.0e-9, 2.0e-3]}\n")
-    out, program = tmp_path / "out", Path(__file__).with_name("killed_on_ray.py")
+    out = tmp_path / "out"
     options = {
         "space": tmp_path / "space.yaml",
         "algorithm": "grid",
@@ -147,15 +144,10 @@ def test_a_search_whose_driver_was_killed_ends_as_if_it_had_not_been(
         "output": out,
     }
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    with tempfile.TemporaryDirectory() as folder:  # Ray's own files; tmp_path is too long for its sockets
-        killed = subprocess.run(
-            [sys.executable, str(program), str(tmp_path / "recipe.yaml"), *flags],
-            env={**os.environ, "LORICA_KILLED": str(tmp_path), "RAY_TMPDIR": folder},
-            capture_output=True,
-            timeout=300,
-        )
-        end_all_with(f"LORICA_KILLED={tmp_path}")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    address = ray.get_runtime_context().gcs_address
+    killed = started(tune_and_die, address, [str(tmp_path / "recipe.yaml"), *flags], world=None).wait(300)[0]
+    assert killed.code == -signal.SIGKILL, killed.output
+    until_idle()
     statuses = {record.status for record in Journal(out / "results.jsonl").records.values()}
     assert "finished" not in statuses
 
@@ -179,35 +171,21 @@ def test_a_search_whose_driver_was_killed_ends_as_if_it_had_not_been(
             assert ours.metrics == pytest.approx(theirs.metrics, abs=1e-6)
 
 
-def end_all_with(variable: str, patience: float = 10, seconds: float = 60) -> None:
-    """Until no process is left that inherited a variable.
-
-    Ray's follow the one that started them. Its agents, which train nothing, may stay for more than a minute:
-    they are killed after some patience.
-    """
-    began = time.monotonic()
-    while left := [process for process in Path("/proc").glob("[0-9]*") if variable in environment(process)]:
-        waited = time.monotonic() - began
-        assert waited < seconds, f"still there: {[title(process) for process in left]}"
-        for process in left:
-            if waited > patience and "Agent" in title(process):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(process.name), signal.SIGKILL)
-        time.sleep(0.2)
+def until_idle(seconds: float = 60) -> None:
+    """Wait until no process of this one's Ray is at work: Ray ends those whose driver is gone."""
+    until = time.monotonic() + seconds
+    while left := [title for title in titles() if title.startswith("ray::") and "IDLE" not in title]:
+        assert time.monotonic() < until, f"still at work: {left}"
+        time.sleep(0.1)
 
 
-def title(process: Path) -> str:
-    try:
-        return (process / "cmdline").read_text(errors="replace").replace("\0", " ").strip()
-    except OSError:
-        return ""
-
-
-def environment(process: Path) -> str:
-    try:
-        return (process / "environ").read_text(errors="replace")
-    except OSError:  # it ended, or is another user's
-        return ""
+def titles() -> list[str]:
+    """How the processes under this one call themselves, without Ray's agents."""
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [title for title in each.cmdline()[:1] if "Agent" not in title]
+    return found
 
 
 def test_nothing_starts_ray_for_a_space_that_is_wrong(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from starlette.responses import StreamingResponse
@@ -13,10 +13,12 @@ from starlette.types import Receive, Scope, Send
 
 from lorica.plain import as_json
 from lorica.serve.engine import Step
-from lorica.serve.http.answers import Choice, Running
 from lorica.serve.http.errors import LEFT, as_api_error
 from lorica.serve.http.schemas import StreamOptions
 from lorica.serve.http.settings import Settings
+
+if TYPE_CHECKING:
+    from lorica.serve.http.answers import Choice, Running
 
 DONE = b"data: [DONE]\n\n"
 _STILL_HERE = b": waiting\n\n"

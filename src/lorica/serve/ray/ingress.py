@@ -27,8 +27,9 @@ from lorica.serve.http.metrics import CONTENT_TYPE, joined
 from lorica.serve.http.settings import Settings
 from lorica.serve.http.stream import event
 from lorica.serve.ray.options import Options
-from lorica.serve.ray.replica import BEGUN
 
+BEGUN = "lorica.begun"
+"""Type of a replica's message before those of ASGI: it has the request."""
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """Sends what has one session to one replica; by hashes, so that names which clients make up cost nothing."""
 TRIES = 3

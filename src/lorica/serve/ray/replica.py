@@ -13,11 +13,10 @@ from starlette.types import ASGIApp, Message
 from lorica.errors import LoricaError
 from lorica.serve.http import Keys, Served, Settings, make_app
 from lorica.serve.opening import look_at, open_engine
+from lorica.serve.ray.ingress import BEGUN
 from lorica.serve.ray.options import Options
 from lorica.serve.ray.registry import Follower, Journal
 
-BEGUN = "lorica.begun"
-"""Type of the message before those of ASGI: the replica has the request."""
 SYNC = 2.0
 """Seconds between two looks at the registry."""
 
