@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -24,11 +23,10 @@ pytest.importorskip("ray.serve", reason="needs lorica[ray]")
 
 import endpoints
 import psutil
-import ray
+from on_ray import cluster
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 from serving import decoder, write_adapter
-from tune.killed_on_ray import CLUSTER
 
 from lorica.serve.http import Served, make_app
 from lorica.serve.opening import look_at, open_engine
@@ -57,30 +55,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(folder: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(**CLUSTER, _temp_dir=temporary)
-        try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
-            serve.run(
-                app(
-                    {
-                        "model": str(folder / "model"),
-                        "adapters": str(folder / "adapters"),
-                        "slots": 4,
-                        "replicas": 2,
-                        "cpus": 0.5,
-                        "ongoing": 8,
-                        "queue": 8,
-                        "drain": 1,
-                        "allow-load": True,
-                        "name": "base",
-                    }
-                )
+    with cluster():
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(
+            app(
+                {
+                    "model": str(folder / "model"),
+                    "adapters": str(folder / "adapters"),
+                    "slots": 4,
+                    "replicas": 2,
+                    "cpus": 0.5,
+                    "ongoing": 8,
+                    "queue": 8,
+                    "drain": 1,
+                    "allow-load": True,
+                    "name": "base",
+                }
             )
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            ray.shutdown()  # and Serve with it, at once
+        )
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")

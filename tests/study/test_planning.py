@@ -54,8 +54,9 @@ def test_the_papers_memory_of_gpt3() -> None:
 
     With weights, gradients and both moments in 16 bits it is 1.27 TiB, and the paper cuts figures off.
     """
-    def plans(method: str) -> list[study.Plan]:
-        """Of one layer and of two: every layer has the same, so that 96 have 94 times their difference more."""
+
+    def plans(method: Any) -> list[study.Plan]:
+        """Of one layer and of two. Each has the same: 96 have 94 times the difference more than two."""
         config = gpt3(4, ["q_proj", "v_proj"])
         return [
             study.plan(GPT3 | {"num_hidden_layers": n}, config, method=method, batch=1, length=1, dtype=HALF)

@@ -58,6 +58,38 @@ def nth_call(owner: Any, name: str, n: int, *, after: bool) -> None:
     setattr(owner, name, counted)
 
 
+_DEADLY = """
+import os, signal
+from pathlib import Path
+from lorica.train.tasks import SequenceClassification
+
+class Deadly(SequenceClassification):
+    name = "deadly"
+
+    def metrics(self, outcome, features):
+        seen = Path({marks!r}, os.environ["RANK"])
+        seen.write_text(seen.read_text() + "." if seen.exists() else ".")
+        if os.environ["RANK"] == "1" and seen.read_text() == "...":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ["RANK"] == "1" and Path({marks!r}, "fail").exists():
+            raise RuntimeError("out of memory on one of them")
+        return super().metrics(outcome, features)
+"""
+
+
+def deadly_task(folder: Path) -> tuple[str, Path]:
+    """A task, as a recipe names it, whose second process dies when it is asked for scores the third time.
+
+    Returns:
+        The task, and a folder of marks: a file for each process with a point for each time that it was asked.
+        Where the folder has a file ``fail``, the second process fails.
+    """
+    task, marks = folder / "task.py", folder / "marks"
+    marks.mkdir()
+    task.write_text(_DEADLY.format(marks=str(marks)))
+    return f"{task}:Deadly", marks
+
+
 def truncated_state(n: int) -> None:
     """Die in the middle of writing the n-th trainer_state.json."""
     calls = 0

@@ -1,22 +1,15 @@
-"""A Ray for tests, and a `lorica tune` under it that is killed after its second evaluation."""
+"""A `lorica tune` under Ray that is killed by SIGKILL after its second evaluation is written down."""
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+import os
 
 import ray
 from train.killed import nth_call
 
 from lorica.cli import main
 from lorica.tune.journal import Journal
-
-CLUSTER: dict[str, Any] = {
-    "num_cpus": 2,
-    "include_dashboard": False,
-    "object_store_memory": 80 * 2**20,
-    "log_to_driver": False,
-    "logging_level": "ERROR",
-}
 
 
 def tune_and_die(address: str, arguments: list[str]) -> int:
@@ -26,6 +19,7 @@ def tune_and_die(address: str, arguments: list[str]) -> int:
         address: of the Ray that it joins.
         arguments: the command's.
     """
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # as that Ray's
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     nth_call(Journal, "evaluated", 2, after=True)
     return main(["tune", *arguments])

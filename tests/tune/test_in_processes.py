@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from ranks import on_ranks
 from train import tiny
+from train.killed import deadly_task
 from tune.searches import run_each, silent
 
 from lorica.cli import main
@@ -23,33 +24,14 @@ from lorica.tune.in_processes import Line, _listening, check_trials
 from lorica.tune.journal import JOURNAL, Journal
 from lorica.tune.schedulers import TrialController
 
-TASK = """
-import os, signal
-from pathlib import Path
-from lorica.train.tasks import SequenceClassification
-
-class Deadly(SequenceClassification):
-    name = "deadly"
-
-    def metrics(self, outcome, features):
-        seen = Path({marks!r}, os.environ["RANK"])
-        seen.write_text(seen.read_text() + "." if seen.exists() else ".")
-        if os.environ["RANK"] == "1" and seen.read_text() == "...":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if os.environ["RANK"] == "1" and Path({marks!r}, "fail").exists():
-            raise RuntimeError("out of memory on one of them")
-        return super().metrics(outcome, features)
-"""
-
 
 def test_each_is_a_run_of_lorica_train_and_survives_a_kill_and_an_interrupt(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task, marks, out = tmp_path / "task.py", tmp_path / "marks", tmp_path / "out"
-    marks.mkdir()
-    task.write_text(TASK.format(marks=str(marks)))
+    out = tmp_path / "out"
+    task, marks = deadly_task(tmp_path)
     model, data = tiny.write_model(tmp_path / "model"), tiny.write_data(tmp_path / "data")
-    recipe = tiny.recipe(model, data, tmp_path / "unused", save_steps=3).replace(task=f"{task}:Deadly")
+    recipe = tiny.recipe(model, data, tmp_path / "unused", save_steps=3).replace(task=task)
     recipe.save(tmp_path / "recipe.yaml")
     (tmp_path / "space.yaml").write_text("training.learning_rate: {choice: [1.0e-2, 1.0e-9, 1.0, 2.0]}\n")
     given = [str(tmp_path / "recipe.yaml"), "--space", str(tmp_path / "space.yaml"), "--trust_task"]

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from on_ray import cluster
 from ranks import on_ranks, started
 from rich.console import Console
 from safetensors.torch import load_file
@@ -31,7 +32,7 @@ from lorica.tune.journal import Journal
 from lorica.tune.population.shared_base import PackedModel
 
 ray = pytest.importorskip("ray", reason="needs lorica[tune]")
-from tune.killed_on_ray import CLUSTER, tune_and_die  # noqa: E402
+from tune.killed_on_ray import tune_and_die  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -55,9 +56,8 @@ class Deadly(SequenceClassification):
 
 @pytest.fixture(scope="module")
 def two_cpus() -> Iterator[None]:
-    ray.init(**CLUSTER)
-    yield
-    ray.shutdown()
+    with cluster():
+        yield
 
 
 def test_a_process_trains_a_population_and_survives_a_kill_and_failing_trials(

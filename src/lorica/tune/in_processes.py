@@ -287,8 +287,8 @@ def _clear_unless_begun(folder: Path) -> None:
             time.sleep(0.2)
 
 
-class ProcessSearch:
-    """Runs trials one at a time, each in several processes of this machine.
+class ApartSearch:
+    """A search whose trials train in other processes: its journal, and what decides in this one.
 
     Args:
         source: names and recipes of the trials.
@@ -316,9 +316,13 @@ class ProcessSearch:
         """Keep the arguments; nothing starts yet."""
         self.journal = Journal(directory / JOURNAL)
         self._source, self._directory, self._config = source, directory, config
+        self._goal, self._values, self._on_end = goal, values, on_end
         self._progress = ProgressTable(console)
         self._controller = TrialController(self.journal, scheduler, goal, self._progress.show)
-        self._options: dict[str, Any] = {"values": values, "on_end": on_end}
+
+
+class ProcessSearch(ApartSearch):
+    """Runs trials one at a time, each in several processes of this machine."""
 
     def run(self, ends: float = math.inf) -> list[Record]:
         """Train until no trials are left, or until `ends` on the monotonic clock."""
@@ -334,7 +338,8 @@ class ProcessSearch:
             start,
             engine=config.engine,
             retries=self._config.retries,
-            **self._options,
+            values=self._values,
+            on_end=self._on_end,
         )
         with self._progress, quiet():
             runner.run(self._source, lambda: time.monotonic() > ends)

@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from lorica.errors import LoricaError, require
 from lorica.train.console import quiet
 from lorica.train.distributed.cluster import connected
@@ -28,7 +26,7 @@ from lorica.train.recipe import Recipe
 from lorica.tune.journal import ENDED, JOURNAL, TRIALS, Journal, Record
 from lorica.tune.population.shared_base import SharedBase
 from lorica.tune.progress import ProgressTable
-from lorica.tune.schedulers import Goal, Scheduler, TrialController
+from lorica.tune.schedulers import Goal
 
 if TYPE_CHECKING:
     from lorica.tune.settings import SearchConfig
@@ -37,12 +35,12 @@ import yaml
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from lorica.tune.in_processes import ProcessRunner
+from lorica.tune.in_processes import ApartSearch, ProcessRunner
 from lorica.tune.journal import Status
 from lorica.tune.population.population import TrialRunner
 
 
-class RaySearch:
+class RaySearch(ApartSearch):
     """Runs trials under Ray Tune.
 
     Args:
@@ -52,11 +50,7 @@ class RaySearch:
         config: the search's settings.
         count: maximum number of trials.
         joint: whether the trials of a process share a base and are trained together.
-        scheduler: decides which trials end early.
-        goal: the metric that decides.
-        values: trial and recipe → the values that distinguish it.
-        console: where to show progress.
-        on_end: called with a trial's record when it ends.
+        options: of `ApartSearch`.
     """
 
     def __init__(
@@ -68,11 +62,7 @@ class RaySearch:
         *,
         count: int,
         joint: bool,
-        scheduler: Scheduler,
-        goal: Goal,
-        values: Callable[[str, Recipe], Mapping[str, Any]],
-        console: Console,
-        on_end: Callable[[Record], None],
+        **options: Any,
     ) -> None:
         """Keep the arguments; nothing starts yet.
 
@@ -82,12 +72,8 @@ class RaySearch:
         require("ray.tune", extra="tune")
         if config.launch.processes is not None:
             require("ray.train", extra="ray")
-        self.journal = Journal(directory / JOURNAL)
-        self._source, self._recipe, self._config = source, recipe, config
-        self._directory, self._values, self._on_end = directory, values, on_end
-        self._progress = ProgressTable(console)
-        self._controller = TrialController(self.journal, scheduler, goal, self._progress.show)
-        self._goal, self._joint = goal, joint
+        super().__init__(source, directory, config, **options)
+        self._recipe, self._joint = recipe, joint
         self._slots = min(config.slots, count)
 
     def run(self, ends: float = math.inf) -> list[Record]:

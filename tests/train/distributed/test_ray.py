@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,12 +12,12 @@ import pytest
 
 pytest.importorskip("ray.train", reason="needs lorica[ray]")
 
-import ray
+from on_ray import cluster
 from ranks import on_ranks
 from ray.train import RunConfig, ScalingConfig
 from safetensors.torch import load_file
 from train import tiny
-from tune.killed_on_ray import CLUSTER
+from train.killed import deadly_task
 
 from lorica.cli import main
 from lorica.errors import LoricaError
@@ -27,30 +26,11 @@ from lorica.train.ray import TorchTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TASK = """
-import os, signal
-from pathlib import Path
-from lorica.train.tasks import SequenceClassification
-
-class Deadly(SequenceClassification):
-    name = "deadly"
-
-    def metrics(self, outcome, features):
-        seen = Path({marks!r}, os.environ["RANK"])
-        seen.write_text(seen.read_text() + "." if seen.exists() else ".")
-        if os.environ["RANK"] == "1" and seen.read_text() == "...":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().metrics(outcome, features)
-"""
-
 
 @pytest.fixture
 def two_cpus() -> Iterator[None]:
-    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(**CLUSTER, _temp_dir=temporary)
+    with cluster():
         yield
-        ray.shutdown()
 
 
 def run(recipe: Recipe) -> str:
@@ -69,12 +49,10 @@ def losses(output: Path) -> list[Any]:
 def test_a_worker_that_is_killed_changes_no_bit(
     two_cpus: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task, marks = tmp_path / "task.py", tmp_path / "marks"
-    marks.mkdir()
-    task.write_text(TASK.format(marks=str(marks)))
+    task, marks = deadly_task(tmp_path)
     model, data = tiny.write_model(tmp_path / "model"), tiny.write_data(tmp_path / "data")
     made = tiny.recipe(model, data, tmp_path / "ray", epochs=3, save_steps=3, logging_steps=1)
-    made = made.replace(task=f"{task}:Deadly")
+    made = made.replace(task=task)
     made.save(tmp_path / "recipe.yaml")
     options = ["--launch.engine", "ray", "--launch.processes", "2", "--trust_task"]
     assert main(["train", str(tmp_path / "recipe.yaml"), *options]) == 0
