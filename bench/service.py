@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lorica
 from lorica.service import Client, Datum
-from lorica.service.engine.engines import usual
+from lorica.service.engine.several.engines import usual
 
 R, VOCABULARY = 16, 8192
 SMALL, LARGE = (1, 16), (2, 32)

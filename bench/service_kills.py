@@ -93,7 +93,8 @@ def serve(folder: Path, port: int) -> None:
     while True:
         child = os.fork()
         if child == 0:
-            run_server(Service(Base(base, NAME), folder / "state", snapshot=0.5), port=port)
+            service = Service(Base(base, NAME), folder / "state", snapshot=0.5, engines=2)
+            run_server(service, port=port)
             os._exit(0)
         (folder / "pid.new").write_text(str(child))
         (folder / "pid.new").replace(folder / "pid")

@@ -191,6 +191,14 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
             Tenants.read(file)
 
 
+def running(process: Path) -> bool:
+    """Whether a process is there and no zombie, by its folder under /proc."""
+    try:
+        return process.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 class Server:
     """A server in a process of its own, always at one address."""
 
@@ -218,9 +226,16 @@ class Server:
                 time.sleep(0.1)
 
     def kill(self) -> None:
-        """End it as the kernel does."""
+        """End it as the kernel does; its engines end by themselves."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        engines = [Path(f"/proc/{pid}") for pid in children.read_text().split()] if children.exists() else []
+        assert not children.exists() or len(engines) == 2
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+        deadline = time.monotonic() + 30
+        while any(map(running, engines)):
+            assert time.monotonic() < deadline, "an engine outlives its server"
+            time.sleep(0.01)
 
 
 @pytest.mark.filterwarnings("ignore:DEPRECATED:FutureWarning")

@@ -15,7 +15,7 @@ from lorica.service.engine.base import Base
 from lorica.service.engine.datum import Datum
 from lorica.service.engine.drawing import Draw, Samples
 from lorica.service.engine.engine import Output
-from lorica.service.engine.engines import Engines
+from lorica.service.engine.several.engines import Engines
 from lorica.service.engine.weights import Adam, Learner, Make, start
 
 
@@ -31,8 +31,8 @@ class Client:
         name: of the base, as adapters' files give it; None takes its ``name_or_path``.
         tokens: of one pass, over all sequences.
         lanes: samples that are written at once.
-        engines: threads that have passes at once. From 2 on torch's own threads are divided among them, for
-            the whole process, until `close`.
+        engines: passes at once. From 2 on each is a process, forked here, and torch's threads are divided
+            among them, in the whole process, until `close`.
 
     Raises:
         UserError: it is no causal model, or carries adapters.

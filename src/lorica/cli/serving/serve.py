@@ -167,7 +167,7 @@ def _training(parsed: Any, engine: Any, name: str, tenants: Any, stack: contextl
     from lorica.errors import ConfigError
     from lorica.serve import Decoder
     from lorica.service import Base, Service
-    from lorica.service.engine.engines import usual
+    from lorica.service.engine.several.engines import usual
     from lorica.service.http import beside
 
     if not isinstance(engine, Decoder):

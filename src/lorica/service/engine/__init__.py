@@ -12,5 +12,5 @@ training   one pass for the sequences of many calls
 drawing    one pass for a token of each of many samples
 desk       requests for samples, and whose turn it is
 engine     whose turn it is: one thread
-engines    several of them, and which one has a run
+several/   several of them, in processes over one base
 """

@@ -137,6 +137,7 @@ class Request:
 
     Attributes:
         weights: the adapter, once its turn has come.
+        seed: of the first sample.
         samples: what was drawn so far.
         left: samples that are not finished.
     """
@@ -150,8 +151,8 @@ class Request:
     weights: Weights | None = None
 
     def __post_init__(self) -> None:
-        seed = torch.seed() if self.draw.seed is None else self.draw.seed
-        self._seeds = [(seed + i) % (1 << 63) for i in range(self.draw.num_samples)]
+        self.seed = torch.seed() if self.draw.seed is None else self.draw.seed
+        self._seeds = [(self.seed + i) % (1 << 63) for i in range(self.draw.num_samples)]
         self.begin()
 
     def begin(self) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lorica.service.engine.base import Base
@@ -24,6 +25,7 @@ from lorica.service.engine.desk import Desk
 from lorica.service.engine.drawing import Draw, Request, Samples
 from lorica.service.engine.losses import loss_of
 from lorica.service.engine.proof import prove
+from lorica.service.engine.several.process import Process
 from lorica.service.engine.training import Task, learn
 from lorica.service.engine.weights import Learner, Weights
 from lorica.service.errors import ServiceDown, UserError
@@ -83,16 +85,25 @@ class Engine:
         tokens: of one pass, over all sequences; a longer sequence goes by itself.
         lanes: samples that are written at once.
         served: tenant → tokens so far, of several engines together; None counts this one's.
+        process: does its passes; None does them in the thread.
     """
 
     def __init__(
-        self, base: Base, *, tokens: int = 2048, lanes: int = 128, served: dict[str, int] | None = None
+        self,
+        base: Base,
+        *,
+        tokens: int = 2048,
+        lanes: int = 128,
+        served: dict[str, int] | None = None,
+        process: Process | None = None,
     ) -> None:
         """Start the thread."""
         prove(base)
         self.base, self.tokens = base, tokens
         self.served: dict[str, int] = {} if served is None else served
-        self._desk = Desk(base, self.served, lanes)
+        self._learn = partial(learn, base) if process is None else process.learn
+        self._desk = Desk(base, self.served, lanes) if process is None else process.desk(self.served)
+        self._process = process
         self.passes = 0
         self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = (
             queue.SimpleQueue()
@@ -239,9 +250,13 @@ class Engine:
                 self._do_calls()
                 took = self._train()
                 self._write(time.monotonic() + took)
+        except ServiceDown:
+            pass  # its process has ended
         finally:
             self._stopping = True
             self._fail_all()
+            if self._process is not None:
+                self._process.end()
 
     def _receive(self, *, block: bool) -> None:
         while True:
@@ -275,10 +290,12 @@ class Engine:
         started = time.monotonic()
         tasks = [task for _, task in picked]
         try:
-            learn(self.base, tasks, backward=picked[0][0].backward)
+            self._learn(tasks, backward=picked[0][0].backward)
         except Exception as error:
             for call in {call for call, _ in picked}:
                 self._end(call, error)
+            if isinstance(error, ServiceDown):
+                raise
         self.passes += 1
         for call, task in picked:
             if task.error is not None:

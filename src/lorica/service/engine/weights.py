@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ import lorica
 from lorica.adapter import Adapter, Factors
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError
+from lorica.service.engine.several.memory import zeros
 from lorica.service.engine.targets import Targets
 from lorica.service.errors import UserError
 
@@ -58,13 +59,18 @@ class Weights:
         device, numbers = next(model.parameters()).device, numbered(model)
         # By path: a file keeps no order of its own, and what the optimizer remembers is laid out likewise.
         found = dict(sorted(adapter.factors.items()))
-        total = sum(_room(t) for f in found.values() for t in (f.A, f.B))
-        self.flat = torch.zeros(total, device=device)
-        for (path, factors), (A, B) in zip(found.items(), _views(self.flat, found), strict=True):
-            module = _layer(model, path, factors)
+        self.layout = [
+            (numbers[_layer(model, path, f)], tuple(f.A.shape), tuple(f.B.shape), f.scale)
+            for path, f in found.items()
+        ]
+        total = sum(_room(shape) for _, *shapes, _ in self.layout for shape in shapes)
+        self.flat = zeros(total, device)
+        for (path, factors), (layer, *_), (A, B) in zip(
+            found.items(), self.layout, _views(self.flat, self.layout), strict=True
+        ):
             A.copy_(factors.A)
             B.copy_(factors.B)
-            self.paths[path] = self._layers[numbers[module]] = LowRank(A, B, factors.scale)
+            self.paths[path] = self._layers[layer] = LowRank(A, B, factors.scale)
 
     def of(self, layer: int) -> LowRank | None:
         """The update of a layer of the base, by its number there, if it has one."""
@@ -99,17 +105,40 @@ def _layer(model: nn.Module, path: str, factors: Factors) -> nn.Module:
     return module
 
 
-def _room(tensor: Tensor) -> int:
-    return -(-tensor.numel() // _ALIGNED) * _ALIGNED
+Layout = list[tuple[int, tuple[int, ...], tuple[int, ...], float]]
+"""For each update in its order: number of the layer, shapes of A and B, scale."""
 
 
-def _views(flat: Tensor, factors: Mapping[str, Factors]) -> Iterator[tuple[Tensor, Tensor]]:
+class Mirror(Weights):
+    """An adapter that another process has, seen through memory that they share.
+
+    Args:
+        flat: its numbers.
+        gradient: theirs; None where it does not train.
+        layout: of both.
+    """
+
+    def __init__(self, flat: Tensor, gradient: Tensor | None, layout: Layout) -> None:
+        """Look at it."""
+        self.flat, self.layout = flat, layout
+        slopes = [(None, None)] * len(layout) if gradient is None else _views(gradient, layout)
+        self._layers = {
+            layer: LowRank(*own, scale, *slope)
+            for (layer, _, _, scale), own, slope in zip(layout, _views(flat, layout), slopes, strict=True)
+        }
+
+
+def _room(shape: Sequence[int]) -> int:
+    return -(-math.prod(shape) // _ALIGNED) * _ALIGNED
+
+
+def _views(flat: Tensor, layout: Layout) -> Iterator[tuple[Tensor, Tensor]]:
     start = 0
-    for f in factors.values():
+    for _, *shapes, _ in layout:
         pair = []
-        for tensor in (f.A, f.B):
-            pair.append(flat[start : start + tensor.numel()].view(tensor.shape))
-            start += _room(tensor)
+        for shape in shapes:
+            pair.append(flat[start : start + math.prod(shape)].view(shape))
+            start += _room(shape)
         yield pair[0], pair[1]
 
 
@@ -152,9 +181,8 @@ class Learner(Weights):
     def __init__(self, adapter: Adapter, model: nn.Module) -> None:
         """Start with no gradient and no averages."""
         super().__init__(adapter, model)
-        self.gradient = torch.zeros_like(self.flat)
-        views = _views(self.gradient, dict(sorted(adapter.factors.items())))
-        for f, (dA, dB) in zip(self.paths.values(), views, strict=True):
+        self.gradient = zeros(len(self.flat), self.flat.device)
+        for f, (dA, dB) in zip(self.paths.values(), _views(self.gradient, self.layout), strict=True):
             f.dA, f.dB = dA, dB
         self.forget()
 

@@ -22,7 +22,7 @@ from typing import Any
 from lorica.errors import LoricaError
 from lorica.service import wire
 from lorica.service.engine.base import Base
-from lorica.service.engine.engines import Engines
+from lorica.service.engine.several.engines import Engines
 from lorica.service.errors import ServiceDown, UserError
 from lorica.service.state.calls import Calls, Done
 from lorica.service.state.checkpoints import Checkpoints
@@ -46,7 +46,7 @@ class Service:
             back with their next call.
         tokens: of one pass.
         lanes: samples that are written at once.
-        engines: threads that have passes at once, as of `Client`.
+        engines: passes at once, as of `Client`.
     """
 
     def __init__(

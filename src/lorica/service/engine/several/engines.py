@@ -1,12 +1,12 @@
-"""Several engines over one base: each a thread with modules of its own around the same parameters.
+"""Several engines over one base: each a thread, and a process that does its passes.
 
 run 1 ┊ run 2 ┊ run 3 ┊ run 4        a run that has nothing to do goes, with its next call,
   │       │       │       │          to the engine that has the fewest
   └─ engine 1 ─┘ └─ engine 2 ─┘
              one base
 
-Products leave Python's lock, so that two passes fill two cores. What a run gets does not depend on its
-company, and so neither on its engine.
+What a run gets does not depend on its company, and so neither on its engine. Where processes cannot be had
+(`can_fork`) each thread does its passes itself, on modules of its own around the same parameters.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from lorica.service.engine.base import Base
 from lorica.service.engine.drawing import Samples
 from lorica.service.engine.engine import Engine, Output
 from lorica.service.engine.proof import prove
+from lorica.service.engine.several.memory import can_fork
+from lorica.service.engine.several.process import Process
 from lorica.service.errors import ServiceDown
 
 MOST = 2
@@ -60,7 +62,16 @@ class Engines:
         # Nobody runs the base's own modules: whoever makes an adapter copies them, at any time.
         bases = [Base.sharing(base.model, base.name, base.tokenizer) for _ in range(count)]
         served: dict[str, int] = {}
-        self._engines = [Engine(each, tokens=tokens, lanes=lanes, served=served) for each in bases]
+        processes: list[Process | None] = [None] * count
+        if count > 1 and can_fork() and base.device.type == "cpu":
+            threads = torch.get_num_threads()
+            for each in bases:
+                prove(each)
+            processes = [Process(each, lanes=lanes, threads=threads) for each in bases]
+        self._engines = [
+            Engine(each, tokens=tokens, lanes=lanes, served=served, process=process)
+            for each, process in zip(bases, processes, strict=True)
+        ]
         self._lock = threading.Lock()
         self._places: dict[str, int] = {}
         self._pending: Counter[str] = Counter()
