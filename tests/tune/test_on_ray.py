@@ -8,7 +8,7 @@ import json
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,10 +144,10 @@ def test_a_search_whose_driver_was_killed_ends_as_if_it_had_not_been(
         "output": out,
     }
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    address = ray.get_runtime_context().gcs_address
+    address, before = ray.get_runtime_context().gcs_address, at_work()
     killed = started(tune_and_die, address, [str(tmp_path / "recipe.yaml"), *flags], world=None).wait(300)[0]
     assert killed.code == -signal.SIGKILL, killed.output
-    until_idle()
+    until_ended(before)
     statuses = {record.status for record in Journal(out / "results.jsonl").records.values()}
     assert "finished" not in statuses
 
@@ -171,20 +171,22 @@ def test_a_search_whose_driver_was_killed_ends_as_if_it_had_not_been(
             assert ours.metrics == pytest.approx(theirs.metrics, abs=1e-6)
 
 
-def until_idle(seconds: float = 60) -> None:
-    """Wait until no process of this one's Ray is at work: Ray ends those whose driver is gone."""
+def until_ended(before: Mapping[int, str], seconds: float = 60) -> None:
+    """Wait until Ray has ended the actors that came after others, since their driver is gone."""
     until = time.monotonic() + seconds
-    while left := [title for title in titles() if title.startswith("ray::") and "IDLE" not in title]:
+    while left := {pid: title for pid, title in at_work().items() if pid not in before}:
         assert time.monotonic() < until, f"still at work: {left}"
         time.sleep(0.1)
 
 
-def titles() -> list[str]:
-    """How the processes under this one call themselves, without Ray's agents."""
-    found = []
+def at_work() -> dict[int, str]:
+    """Actors of this process's Ray: their processes, and what each calls itself."""
+    found = {}
     for each in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            found += [title for title in each.cmdline()[:1] if "Agent" not in title]
+            (title, *_) = each.cmdline() or [""]
+            if title.startswith("ray::") and not re.search("IDLE|Agent", title):
+                found[each.pid] = title
     return found
 
 
