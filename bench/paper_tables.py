@@ -1,4 +1,4 @@
-"""The paper's tables 5, 6, 8, 15, 16 and 18 at the size of a processor: what holds there, and what does not.
+"""The paper's tables 3 to 6, 8, 13 to 16 and 18 on a processor: what holds there, and what does not.
 
     python bench/paper_tables.py --table 6
 
@@ -25,7 +25,8 @@ from typing import Any
 import harness
 import torch
 from compare_methods import DATA, FILES, exchange, is_whole
-from paper_studies import STUDIES, Statement, Study
+from paper_studies import LEARNING, Statement, Study
+from paper_writing import WRITING
 from small_decoder import folder
 
 from lorica.compare import Comparison, Table, compare, gather, write_table
@@ -33,6 +34,8 @@ from lorica.compare.check import lower_is_better
 from lorica.compare.table import Score
 from lorica.train.recipe import read_yaml
 
+STUDIES = {**LEARNING, **WRITING}
+"""Table → what is run."""
 LEVEL = {"loss": 0.03}
 """By how much what is level may differ: of a loss, nats; of all else, `POINT`."""
 POINT = 0.015
@@ -70,6 +73,8 @@ def comparison(study: Study) -> Comparison:
     content = over(read_yaml(path, "the comparison"), study.cut)
     if study.tasks:
         content["tasks"] = study.tasks
+    if study.only:
+        content["tasks"] = {name: content["tasks"][name] for name in study.only}
     if study.methods:
         content["methods"] = {name: content["methods"][name] for name in study.methods}
     if study.decoder:
@@ -180,8 +185,9 @@ def grid(table: Table) -> dict[str, Any]:
 
 def judged(table: Table, statement: Statement) -> list[str]:
     """A row: the statement, the paper's figures, ours, their difference, and whether it holds."""
-    metric = statement.metric or table.deciding[0].metric
-    column = [s for s in table.scores if s.metric == metric and s.size == statement.size]
+    task = statement.task or table.deciding[0].task
+    metric = statement.metric or next(score.metric for score in table.deciding if score.task == task)
+    column = [s for s in table.scores if (s.task, s.metric, s.size) == (task, metric, statement.size)]
     first, second = (
         [s for s in column if s.method in names] for names in (statement.first, statement.second)
     )

@@ -22,14 +22,16 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     return found
 
 
-@pytest.mark.parametrize("number", ["5", "6", "8", "15", "16", "18"])
+@pytest.mark.parametrize("number", ["3", "4", "5", "6", "8", "13", "14", "15", "16", "18"])
 def test_statements_are_about_what_is_run(bench: Any, number: str) -> None:
     study = bench.STUDIES[number]
     spec = bench.comparison(study)
     for statement in study.statements:
         assert {*statement.first, *statement.second} <= set(spec.methods)
         assert statement.size in spec.sizes
-        assert statement.metric is None or statement.metric in next(iter(spec.tasks.values())).also
+        task = spec.tasks[statement.task or next(iter(spec.tasks))]
+        assert statement.metric is None or statement.metric in task.also
+        assert statement.task is not None or len(spec.tasks) == 1
     for name, entry in spec.methods.items():
         assert entry.few_shot is not None or entry.learning_rates, name
         for task in spec.tasks:
