@@ -47,7 +47,10 @@ def main() -> None:
     """Run what is asked for, and publish it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", choices=list(STUDIES), required=True, help="of the paper")
-    parser.add_argument("--publish", action="store_true", help="run nothing, publish what is there")
+    parser.add_argument(
+        "--publish", action="store_true", help="run nothing, publish the methods that have run"
+    )
+    parser.add_argument("--in-process", action="store_true", help="in this process: saves starts")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1)")
     chosen = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(chosen.threads)  # each run's own process reads it
@@ -60,11 +63,21 @@ def main() -> None:
     done = Path(spec.output) / "results.jsonl"
     exchange(lines, done)
     if not chosen.publish:
-        compare(spec)
+        compare(spec, in_process=chosen.in_process)
         exchange(lines, done)
-    if not is_whole(spec):
-        raise SystemExit("not written: not all its runs are there")
-    publish(name, chosen.table, study, gather(spec), spec)
+    whole = finished(spec)
+    if not whole.methods or (whole != spec and not chosen.publish):
+        raise SystemExit("not written: not all its runs are there; --publish takes the methods that have run")
+    publish(
+        name, chosen.table, study, gather(whole), whole, [m for m in spec.methods if m not in whole.methods]
+    )
+
+
+def finished(spec: Comparison) -> Comparison:
+    """The comparison of those of its methods whose runs are all there."""
+    alone = {name: dataclasses.replace(spec, methods={name: entry}) for name, entry in spec.methods.items()}
+    methods = {name: entry for name, entry in spec.methods.items() if is_whole(alone[name])}
+    return dataclasses.replace(spec, methods=methods)
 
 
 def comparison(study: Study) -> Comparison:
@@ -95,10 +108,13 @@ def over(under: Any, cut: Mapping[str, Any]) -> Any:
     return result
 
 
-def publish(name: str, number: str, study: Study, table: Table, spec: Comparison) -> None:
-    """Write the table, the paper's beside it, and what holds."""
+def publish(
+    name: str, number: str, study: Study, table: Table, spec: Comparison, left: Sequence[str] = ()
+) -> None:
+    """Write the table, the paper's beside it, and what holds; `left` are methods that have not run."""
     write_table(table, spec.output)
-    found = [judged(table, statement) for statement in study.statements]
+    found = [judged(table, statement) for statement in about(study, spec)]
+    unrun = f" Not run: {', '.join(left)}." if left else ""
     plot, figure = Path(spec.output) / "quality.png", ""
     if plot.is_file():
         shutil.copyfile(plot, harness.RESULTS / f"{name}.png")
@@ -122,7 +138,7 @@ def publish(name: str, number: str, study: Study, table: Table, spec: Comparison
     harness.publish(
         name,
         title=study.title,
-        claim=f"{what(spec)} {claim(found)}",
+        claim=f"{what(spec)} {claim(found)}{unrun}",
         tables=tables,
         data=[dataclasses.asdict(score) for score in table.scores],
         settings={
@@ -137,6 +153,11 @@ def publish(name: str, number: str, study: Study, table: Table, spec: Comparison
         device="cpu",
         script=f"paper_tables.py --table {number}",
     )
+
+
+def about(study: Study, spec: Comparison) -> list[Statement]:
+    """The statements on methods that were run."""
+    return [s for s in study.statements if {*s.first, *s.second} <= set(spec.methods)]
 
 
 def model_of(spec: Comparison) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from paper_studies import Study, above, level, ranks
 
-WRITTEN = {"batch_size": 4, "bf16": True}
-GREEDY = {"num_beams": 1, "eval_rows": 1, "batch_size": 48}
+WRITTEN = {"batch_size": 4, "bf16": True, "eval_steps": 1000, "group_by_length": False}
+GREEDY = {"num_beams": 1, "eval_rows": 1, "batch_size": 32}
 
 TABLE_3 = Study(
     file="decoder-methods",
@@ -13,19 +13,19 @@ TABLE_3 = Study(
     decoder=True,
     cut={
         "recipe": {
-            "training": {**WRITTEN, "max_steps": 32, "eval_steps": 32},
+            "training": {**WRITTEN, "max_steps": 24},
             "generation": {**GREEDY, "max_new_tokens": 48},
         },
-        "tasks": {"E2E": {"data": {"train_rows": 400, "validation_rows": 16, "test_rows": 48}}},
+        "tasks": {"E2E": {"data": {"train_rows": 400, "validation_rows": 1, "test_rows": 32}}},
         "seeds": [0],
     },
     only=("E2E",),
     methods=("LoRA, all linear", "FT", "LoRA", "AdapterH", "AdapterL", "FT-Top2", "PreLayer"),
     rates={
-        "FT": [5e-5, 1e-4],
+        "FT": [1e-4],
         "FT-Top2": [3e-4],
-        "LoRA": [3e-3, 1e-2],
-        "LoRA, all linear": [3e-3, 1e-3],
+        "LoRA": [5e-3],
+        "LoRA, all linear": [3e-3],
         "PreLayer": [1e-2],
         "*": [3e-3],
     },
@@ -55,12 +55,12 @@ TABLE_3 = Study(
 
 TRIPLES = {
     "recipe": {
-        "training": {**WRITTEN, "max_steps": 16, "eval_steps": 16},
+        "training": {**WRITTEN, "max_steps": 12},
         "generation": {**GREEDY, "max_new_tokens": 48},
     },
     "seeds": [0],
 }
-FEW_TRIPLES = {"data": {"train_rows": 400, "validation_rows": 4, "test_rows": 48}}
+FEW_TRIPLES = {"data": {"train_rows": 400, "validation_rows": 1, "test_rows": 32}}
 BEST = {"FT": [1e-4], "FT-Top2": [3e-4], "PreLayer": [1e-2], "*": [3e-3]}
 
 TABLE_13 = Study(
@@ -128,12 +128,15 @@ TABLE_4 = Study(
     decoder=True,
     cut={
         "recipe": {
-            "training": {**WRITTEN, "max_steps": 24, "eval_steps": 24},
+            "training": {**WRITTEN, "max_steps": 16},
             "generation": {**GREEDY, "max_new_tokens": 40},
         },
         "tasks": {
-            "WikiSQL": {"data": {"train_rows": 400, "validation_rows": 4, "test_rows": 64}},
-            "MNLI": {"data": {"train_rows": 800, "validation_rows": 4, "test_rows": 200}},
+            "WikiSQL": {"data": {"train_rows": 400, "validation_rows": 1, "test_rows": 64}},
+            "MNLI": {
+                "data": {"train_rows": 800, "validation_rows": 3, "test_rows": 150},
+                "training": {"batch_size": 8, "max_steps": 16},
+            },
         },
         "seeds": [0],
     },

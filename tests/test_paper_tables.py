@@ -40,6 +40,17 @@ def test_statements_are_about_what_is_run(bench: Any, number: str) -> None:
     assert all(len(row) == width for row in study.own["rows"])
 
 
+def test_only_what_has_run_is_spoken_of(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = bench.STUDIES["3"]
+    spec = bench.comparison(study)
+    monkeypatch.setattr(bench, "is_whole", lambda part: set(part.methods) <= {"FT", "LoRA", "PreLayer"})
+    part = bench.finished(spec)
+    assert list(part.methods) == [name for name in spec.methods if name in ("FT", "LoRA", "PreLayer")]
+    said = bench.about(study, part)
+    assert 0 < len(said) < len(study.statements)
+    assert all({*statement.first, *statement.second} <= set(part.methods) for statement in said)
+
+
 def table(of: dict[str, list[float]], metric: str = "accuracy") -> Table:
     """Methods of one series with their seeds' scores."""
     from statistics import mean, stdev
