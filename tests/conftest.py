@@ -68,12 +68,15 @@ _TIE: list[Any] = []
 COVERED = ("algebra", "checkpoint", "inits", "interop", "layers", "methods", "model", "pieces")
 """Folders whose tests count for the coverage of the core, besides the files beside them."""
 
+NOT_COVERED = ("examples", "journeys", "paper_tables", "plain_text", "ranks", "recipes")
+"""What those files are about that do not."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave the upper floors' tests untraced: tracing takes a third of their time."""
     for item in items:
         folder, *below = item.path.parts[len((REPOSITORY / "tests").parts) :]
-        if below and folder not in COVERED:
+        if folder not in COVERED if below else folder[len("test_") : -len(".py")] in NOT_COVERED:
             item.add_marker(pytest.mark.no_cover)
 
 

@@ -6,7 +6,6 @@ are the losses of every step.
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 from dataclasses import dataclass
@@ -18,11 +17,9 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from rich.console import Console
 
 import lorica
 from lorica.train import Recipe, Record
-from lorica.train.adapt import adapt_prepared
 from lorica.train.console import quiet, scores
 from lorica.train.post.rewards import function_of
 from lorica.train.prepared import prepare, read, with_head
@@ -90,7 +87,7 @@ def _trainer(recipe: Recipe, work: Path) -> tuple[Any, Dataset]:
     rows = {split: _texts(each.rows, recipe) for split, each in used.items()}
     prepared = prepare(recipe)
     method = with_head(recipe.configuration(), task)
-    model = adapt_prepared(prepared, method, work, resume=False, console=Console(file=io.StringIO()))
+    model = lorica.adapt(prepared.model, method, seed=recipe.training.seed)
     start = lorica.save(model, work / "start")
     lorica.detach(model)
     kind = {"preference": "DPO", "reward": "Reward", "grpo": "GRPO"}[recipe.task]

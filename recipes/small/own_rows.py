@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import json
 import random
@@ -81,6 +82,7 @@ def write(folder: Path) -> dict[str, dict[str, int]]:
     return counts
 
 
+@functools.cache  # seconds of parsing, and asked for by the models as well
 def functions() -> list[Function]:
     """Functions of the standard library, one of each name and sentence, the modules mixed."""
     root = Path(sysconfig.get_paths()["stdlib"])
