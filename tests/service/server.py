@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from pathlib import Path
@@ -31,5 +32,12 @@ def service_in(folder: Path, tenants: Tenants | None = None, **settings: float) 
 
 if __name__ == "__main__":
     where, at, every = sys.argv[1:]
-    app = make_app(service_in(Path(where), snapshot=float(every)))
+    folder, pid = Path(where), 1
+    while pid:  # when a server is gone, the next one
+        pid = os.fork()
+        if pid:
+            folder.joinpath("pid.new").write_text(f"{pid}")
+            folder.joinpath("pid.new").replace(folder / "pid")
+            os.waitpid(pid, 0)
+    app = make_app(service_in(folder, snapshot=float(every)))
     uvicorn.run(app, port=int(at), log_level="error")

@@ -200,15 +200,11 @@ def running(process: Path) -> bool:
 
 
 class Server:
-    """A server in a process of its own, always at one address."""
+    """A server in a process of its own, always at one address; when it is gone, the next one begins."""
 
     def __init__(self, folder: Path) -> None:
         """Start it."""
         self.folder, self.port = folder, free_port()
-        self.start()
-
-    def start(self) -> None:
-        """Start it, and wait until it answers."""
         command = [
             sys.executable,
             str(Path(__file__).with_name("server.py")),
@@ -217,6 +213,10 @@ class Server:
         ]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen([*command, "0.2"], env=env, stderr=subprocess.DEVNULL)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until it answers."""
         while True:
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/v1/healthz"):
@@ -227,15 +227,21 @@ class Server:
 
     def kill(self) -> None:
         """End it as the kernel does; its engines end by themselves."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        pid = int((self.folder / "pid").read_text())
+        children = Path(f"/proc/{pid}/task/{pid}/children")
         engines = [Path(f"/proc/{pid}") for pid in children.read_text().split()] if children.exists() else []
         assert not children.exists() or len(engines) == 2
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 30
         while any(map(running, engines)):
             assert time.monotonic() < deadline, "an engine outlives its server"
             time.sleep(0.01)
+
+    def end(self) -> None:
+        """The last kill."""
+        self.process.kill()
+        self.process.wait()
+        self.kill()
 
 
 @pytest.mark.filterwarnings("ignore:DEPRECATED:FutureWarning")
@@ -263,7 +269,7 @@ def test_a_client_goes_on_over_a_kill(tmp_path: Path) -> None:
         step = run.optim_step(types.AdamParams(learning_rate=1e-2))
         if n == 3:  # with calls that wait, that run, and that are on their way
             server.kill()
-            server.start()
+            server.wait()
         if n % 2:
             step.result(timeout=60)
     assert [future.result(timeout=60).metrics["loss:sum"] for future in futures] == wanted
@@ -274,4 +280,4 @@ def test_a_client_goes_on_over_a_kill(tmp_path: Path) -> None:
     assert sequence.tokens == last.tokens
     torch.testing.assert_close(torch.tensor(sequence.logprobs), torch.tensor(last.logprobs), rtol=0, atol=0)
     client.close("success").result()
-    server.kill()
+    server.end()

@@ -172,7 +172,7 @@ class Training:
 
     def sample(self, prompt: Sequence[int], **draw: Any) -> Future[Samples]:
         """Samples from the adapter as it is after the calls before; `draw` as in `Draw`."""
-        frozen = self._call(lambda: self._learner.frozen(self._client.base.model))
+        frozen = self._call(self._learner.frozen)
         return self._client.engine.sample(prompt, frozen.result, _draw(draw), after=frozen)
 
     def save(self, folder: str | Path, *, optimizer: bool = True) -> Future[Path]:
@@ -181,7 +181,7 @@ class Training:
 
     def adapter(self) -> Future[Adapter]:
         """The adapter as a value, as it is after the calls before."""
-        return self._call(lambda: self._learner.frozen(self._client.base.model).adapter())
+        return self._call(lambda: self._learner.copied().adapter())
 
     def gradient(self) -> Future[dict[str, tuple[Tensor, Tensor]]]:
         """Module path → gradients of A and B that the next `optim_step` would use."""

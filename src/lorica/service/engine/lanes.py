@@ -240,8 +240,25 @@ def _filled(rows: Tensor, unit: int, weight: Tensor, bias: Tensor | None) -> Ten
 
 def _rows(tensor: Tensor, first: int, last: int) -> Tensor:
     """Some rows, at a place of memory where products with them round as if they were alone."""
+    if first == 0 and last == len(tensor):
+        return tensor
     part = tensor[first:last]
     return part.clone() if first * tensor.stride(0) * tensor.itemsize % _LINE else part
+
+
+class _Thin:
+    """Products with factors of one layer's adapters: the machine is asked once for each rank."""
+
+    def __init__(self) -> None:
+        self._units: dict[torch.Size, int] = {}
+
+    def __call__(self, x: Tensor, n: int, factor: Tensor) -> Tensor:
+        """``x·factorᵀ``, of sequences of `n` rows."""
+        shape = factor.shape
+        unit = self._units.get(shape)
+        if unit is None:
+            unit = self._units[shape] = rows_stand_alone(factor)
+        return _filled(x, unit, factor, None) if unit else _times([x], [n], factor)[0]
 
 
 class _Together(torch.autograd.Function):
@@ -254,13 +271,13 @@ class _Together(torch.autograd.Function):
         rows = [x.reshape(-1, x.shape[-1]) for x in xs]
         lengths = [len(x) // len(part.places) for x, part in zip(rows, parts, strict=True)]
         outputs = _times(rows, lengths, weight, bias)
-        us = []
+        us, thin = [], _Thin()
         for part, n, x, y in zip(parts, lengths, rows, outputs, strict=True):
             for update, first, last in part.shares:
                 if update is None:
                     continue
-                (u,) = _times([_rows(x, n * first, n * last)], [n], update.A.to(y.dtype))
-                (more,) = _times([u], [n], update.B.to(y.dtype))
+                u = thin(_rows(x, n * first, n * last), n, update.A.to(y.dtype))
+                more = thin(u, n, update.B.to(y.dtype))
                 y[n * first : n * last].add_(more, alpha=update.scale)
                 us.append(u)
         ctx.save_for_backward(weight, *rows, *us)
@@ -284,6 +301,7 @@ class _Together(torch.autograd.Function):
             products = _times([flat[i] for i in ask], [ctx.lengths[i] for i in ask], weight.t())
             dxs = dict(zip(ask, products, strict=True))
         found: list[tuple[int, LowRank, tuple[Tensor, ...], int, int]] = []
+        thin = _Thin()
         for i, (part, n) in enumerate(zip(ctx.parts, ctx.lengths, strict=True)):
             for update, first, last in part.shares:
                 if update is None:
@@ -293,9 +311,9 @@ class _Together(torch.autograd.Function):
                     continue
                 start, stop = n * first, n * last
                 dy = _rows(flat[i], start, stop)
-                (g,) = _times([dy], [n], update.B.to(dy.dtype).t())
+                g = thin(dy, n, update.B.to(dy.dtype).t())
                 if i in dxs:
-                    (more,) = _times([g], [n], update.A.to(dy.dtype).t())
+                    more = thin(g, n, update.A.to(dy.dtype).t())
                     dxs[i][start:stop].add_(more, alpha=update.scale)
                 if update.dA is not None:
                     own = g, _rows(rows[i], start, stop), u, dy

@@ -110,22 +110,28 @@ Layout = list[tuple[int, tuple[int, ...], tuple[int, ...], float]]
 
 
 class Mirror(Weights):
-    """An adapter that another process has, seen through memory that they share.
+    """An adapter by its numbers: one that another process has, in memory that they share; or a copy.
 
     Args:
         flat: its numbers.
         gradient: theirs; None where it does not train.
         layout: of both.
+        of: the adapter that it is a copy of; None leaves it without paths and configuration.
     """
 
-    def __init__(self, flat: Tensor, gradient: Tensor | None, layout: Layout) -> None:
+    def __init__(
+        self, flat: Tensor, gradient: Tensor | None, layout: Layout, of: Weights | None = None
+    ) -> None:
         """Look at it."""
         self.flat, self.layout = flat, layout
         slopes = [(None, None)] * len(layout) if gradient is None else _views(gradient, layout)
-        self._layers = {
-            layer: LowRank(*own, scale, *slope)
-            for (layer, _, _, scale), own, slope in zip(layout, _views(flat, layout), slopes, strict=True)
-        }
+        updates = [
+            LowRank(*own, each[-1], *slope)
+            for each, own, slope in zip(layout, _views(flat, layout), slopes, strict=True)
+        ]
+        self._layers = {each[0]: update for each, update in zip(layout, updates, strict=True)}
+        if of is not None:
+            self.config, self.paths = of.config, dict(zip(of.paths, updates, strict=True))
 
 
 def _room(shape: Sequence[int]) -> int:
@@ -189,6 +195,7 @@ class Learner(Weights):
     def forget(self) -> None:
         """Begin the optimizer anew, without gradients."""
         self.steps = 0
+        self._frozen: Weights | None = None
         self.gradient.zero_()
         self.mean = torch.zeros_like(self.flat)
         self.square = torch.zeros_like(self.flat)
@@ -208,6 +215,7 @@ class Learner(Weights):
             raise UserError("the gradient is not finite: the loss diverged; no step was taken")
         if 0 < adam.grad_clip_norm < norm:
             self.gradient.mul_(adam.grad_clip_norm / norm)
+        self._frozen = None
         parameter = self.flat.requires_grad_()
         parameter.grad = self.gradient
         optimizer = torch.optim.AdamW(
@@ -216,7 +224,7 @@ class Learner(Weights):
             betas=(adam.beta1, adam.beta2),
             eps=adam.eps,
             weight_decay=adam.weight_decay,
-            foreach=False,
+            fused=self.flat.device.type == "cpu",
         )
         optimizer.state[parameter] = {
             "step": torch.tensor(float(self.steps)),
@@ -260,9 +268,16 @@ class Learner(Weights):
         """AdamW's averages and its count, for a file."""
         return {"mean": self.mean, "square": self.square, "steps": torch.tensor(self.steps)}
 
-    def frozen(self, model: nn.Module) -> Weights:
-        """A copy of the weights as they are now, to sample from."""
-        return Weights(self.adapter(), model)
+    def frozen(self) -> Weights:
+        """A copy of the weights as they are now, to sample from; the same one until they move."""
+        if self._frozen is None:
+            self._frozen = self.copied()
+        return self._frozen
+
+    def copied(self) -> Weights:
+        """A copy that is nobody else's."""
+        flat = zeros(len(self.flat), self.flat.device).copy_(self.flat)
+        return Mirror(flat, None, self.layout, self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
