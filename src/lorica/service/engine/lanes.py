@@ -207,6 +207,9 @@ def together(module: Any, parts: Sequence[Part]) -> tuple[Tensor, ...]:
     Under gradients, those of A and B are added to `LowRank.dA` and `LowRank.dB` in the order of places.
     """
     weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
+    if not torch.is_grad_enabled():
+        outputs, *_ = _products(weight, module.bias, parts)
+        return tuple(y.view(*part.x.shape[:-1], -1) for y, part in zip(outputs, parts, strict=True))
     # The first layer's input needs no gradient, but what is behind it does.
     anchor = torch.empty(0, requires_grad=True)
     xs = [part.x for part in parts]
@@ -240,7 +243,7 @@ def _filled(rows: Tensor, unit: int, weight: Tensor, bias: Tensor | None) -> Ten
 
 def _rows(tensor: Tensor, first: int, last: int) -> Tensor:
     """Some rows, at a place of memory where products with them round as if they were alone."""
-    if first == 0 and last == len(tensor):
+    if first == 0 and last == tensor.shape[0]:
         return tensor
     part = tensor[first:last]
     return part.clone() if first * tensor.stride(0) * tensor.itemsize % _LINE else part
@@ -261,6 +264,25 @@ class _Thin:
         return _filled(x, unit, factor, None) if unit else _times([x], [n], factor)[0]
 
 
+def _products(
+    weight: Tensor, bias: Tensor | None, parts: Sequence[Part]
+) -> tuple[Sequence[Tensor], list[Tensor], list[int], list[Tensor]]:
+    """The outputs; what they were made of: rows, rows of a sequence, A·x of each share."""
+    rows = [part.x.reshape(-1, part.x.shape[-1]) for part in parts]
+    lengths = [x.shape[0] // len(part.places) for x, part in zip(rows, parts, strict=True)]
+    outputs = _times(rows, lengths, weight, bias)
+    us, thin = [], _Thin()
+    for part, n, x, y in zip(parts, lengths, rows, outputs, strict=True):
+        for update, first, last in part.shares:
+            if update is None:
+                continue
+            u = thin(_rows(x, n * first, n * last), n, update.A.to(y.dtype))
+            more = thin(u, n, update.B.to(y.dtype))
+            y[n * first : n * last].add_(more, alpha=update.scale)
+            us.append(u)
+    return outputs, rows, lengths, us
+
+
 class _Together(torch.autograd.Function):
     """`together` by hand; names follow the maths: u = A·x, g = Bᵀ·dy."""
 
@@ -268,18 +290,7 @@ class _Together(torch.autograd.Function):
     def forward(
         ctx: Any, anchor: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part], *xs: Tensor
     ) -> tuple[Tensor, ...]:
-        rows = [x.reshape(-1, x.shape[-1]) for x in xs]
-        lengths = [len(x) // len(part.places) for x, part in zip(rows, parts, strict=True)]
-        outputs = _times(rows, lengths, weight, bias)
-        us, thin = [], _Thin()
-        for part, n, x, y in zip(parts, lengths, rows, outputs, strict=True):
-            for update, first, last in part.shares:
-                if update is None:
-                    continue
-                u = thin(_rows(x, n * first, n * last), n, update.A.to(y.dtype))
-                more = thin(u, n, update.B.to(y.dtype))
-                y[n * first : n * last].add_(more, alpha=update.scale)
-                us.append(u)
+        outputs, rows, lengths, us = _products(weight, bias, parts)
         ctx.save_for_backward(weight, *rows, *us)
         ctx.parts, ctx.lengths = [part._replace(x=None) for part in parts], lengths
         ctx.shapes = [x.shape for x in xs]
