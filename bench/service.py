@@ -178,7 +178,9 @@ class Processes(Way):
             pipe.recv()
 
     def held(self) -> int:  # noqa: D102
-        return sum(psutil.Process(each.pid).memory_full_info().pss for each in self._processes)
+        ours = [psutil.Process(each.pid) for each in self._processes]
+        ours += [engine for each in ours for engine in each.children(recursive=True)]
+        return sum(each.memory_full_info().pss for each in ours)
 
     def close(self) -> None:  # noqa: D102
         for pipe, process in zip(self._pipes, self._processes, strict=True):

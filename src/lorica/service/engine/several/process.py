@@ -16,6 +16,8 @@ import os
 import pickle
 import signal
 import threading
+import time
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -82,20 +84,21 @@ class Process:
     def __init__(self, base: Base, *, lanes: int, threads: int) -> None:
         """Fork; engines of this process may not have begun."""
         arena()
-        context = multiprocessing.get_context("fork")
-        self._pipe, theirs = context.Pipe()
-        given = (base, lanes, threads, theirs)
-        self._process = context.Process(target=_serve, args=given, name="lorica-engine", daemon=True)
-        self._process.start()
+        self._pipe, theirs = multiprocessing.Pipe()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of forks beside threads; what these may hold, the process does not touch.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                _serve(base, lanes, threads, theirs)
+            finally:
+                os._exit(0)
         theirs.close()
+        self._status: int | None = None
         self._numbers = itertools.count()
         self._known: weakref.WeakKeyDictionary[Weights, int] = weakref.WeakKeyDictionary()
         self._dropped: list[int] = []
-
-    @property
-    def pid(self) -> int | None:
-        """Its id."""
-        return self._process.pid
 
     def learn(self, tasks: Sequence[Task], *, backward: bool) -> None:
         """As `training.learn`.
@@ -138,9 +141,10 @@ class Process:
             self._pipe.send_bytes(pickle.dumps(message))
             answer, error = pickle.loads(self._pipe.recv_bytes())
         except (EOFError, OSError):
-            self._process.join(5)
-            code = self._process.exitcode
-            raise ServiceDown(f"the engine's process has ended (exit code {code}); start again") from None
+            self._ended(5)
+            raise ServiceDown(
+                f"the engine's process has ended (status {self._status}); start again"
+            ) from None
         if error is not None:
             raise error
         return answer
@@ -148,10 +152,25 @@ class Process:
     def end(self) -> None:
         """Have it end, and wait for that."""
         self._pipe.close()
-        self._process.join(10)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        if not self._ended(10):
+            os.kill(self.pid, signal.SIGKILL)
+            self._ended(10)
+
+    def _ended(self, seconds: float) -> bool:
+        """Whether it ends within so many seconds."""
+        until = time.monotonic() + seconds
+        while self._status is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else has waited for it
+                pid, status = self.pid, 0
+            if pid:
+                self._status = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > until:
+                return False
+            else:
+                time.sleep(0.005)
+        return True
 
     def _number(self, weights: Weights | None, message: _Message) -> int | None:
         if weights is None:
