@@ -46,6 +46,7 @@ class Study:
         statements: what the paper reads off them.
         decoder: whether the model is the small decoder of `small_decoder`.
         grid: whether to show scores by series and rank.
+        apart: by how much methods with one seed must differ to be told apart; None takes twice what is level.
     """
 
     file: str
@@ -59,6 +60,7 @@ class Study:
     methods: tuple[str, ...] = ()
     decoder: bool = False
     grid: bool = False
+    apart: float | None = None
 
 
 RANKS = (1, 4, 64)

@@ -113,7 +113,7 @@ def publish(
 ) -> None:
     """Write the table, the paper's beside it, and what holds; `left` are methods that have not run."""
     write_table(table, spec.output)
-    found = [judged(table, statement) for statement in about(study, spec)]
+    found = [judged(table, statement, study.apart) for statement in about(study, spec)]
     unrun = f" Not run: {', '.join(left)}." if left else ""
     plot, figure = Path(spec.output) / "quality.png", ""
     if plot.is_file():
@@ -130,7 +130,8 @@ def publish(
         {
             "caption": "What the paper reads off its table, and whether it is so here. A difference counts "
             "from two standard errors of the seeds on; what is level there is level here within "
-            f"{100 * POINT:g} points. With one seed a difference counts from twice as many on.",
+            f"{100 * POINT:g} points. With one seed a difference counts from "
+            f"{100 * (study.apart or 2 * POINT):g} points on.",
             "columns": ["", "the paper's figures", "here", "difference ± 2 standard errors", "holds"],
             "rows": found,
         },
@@ -169,7 +170,8 @@ def model_of(spec: Comparison) -> str:
 def what(spec: Comparison) -> str:
     """What was run, in a sentence."""
     recipe = spec.laid(next(iter(spec.tasks)), list(spec.methods)[-1])
-    rows = [recipe.data.train_rows] if spec.sizes == (None,) else list(spec.sizes)
+    of_tasks = [spec.laid(task, list(spec.methods)[-1]).data.train_rows for task in spec.tasks]
+    rows = list(dict.fromkeys(of_tasks)) if spec.sizes == (None,) else list(spec.sizes)
     steps = recipe.training.max_steps
     epochs = recipe.training.epochs or 0
     passes = f"{epochs:g} pass{'es' * (epochs != 1)}" if steps is None else f"{steps} steps"
@@ -204,7 +206,7 @@ def grid(table: Table) -> dict[str, Any]:
     }
 
 
-def judged(table: Table, statement: Statement) -> list[str]:
+def judged(table: Table, statement: Statement, least: float | None = None) -> list[str]:
     """A row: the statement, the paper's figures, ours, their difference, and whether it holds."""
     task = statement.task or table.deciding[0].task
     metric = statement.metric or next(score.metric for score in table.deciding if score.task == task)
@@ -217,7 +219,8 @@ def judged(table: Table, statement: Statement) -> list[str]:
     scale, digits = (100, 1) if all(s.is_share for s in (*first, *second)) else (1, 3)
     difference = (two - one) if lower_is_better(metric) else one - two
     tolerance = LEVEL.get(metric, POINT)
-    apart = abs(difference) > 2 * (tolerance if error is None else error)
+    alone = 2 * tolerance if least is None else least
+    apart = abs(difference) > (alone if error is None else 2 * error)
     if statement.level:
         holds = "yes" if abs(difference) <= tolerance else "no" if apart else "not told apart"
     else:

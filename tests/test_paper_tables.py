@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,14 @@ def test_verdicts(bench: Any, level: bool, values: dict[str, list[float]], metri
     row = bench.judged(table(values, metric), statement)
     assert row[-1] == holds
     assert (" 1 hold here" in bench.claim([row])) == (holds == "yes")
+
+
+def test_one_seed_and_few_rows(bench: Any) -> None:
+    made = table({"a": [0.90, 0.91], "b": [0.84, 0.85]})
+    ones = [replace(score, values=score.values[:1], deviation=None) for score in made.scores]
+    statement = import_module("paper_studies").above("a, b", "2, 1", "a", "b")
+    alone = replace(made, scores=ones)
+    assert [bench.judged(alone, statement, least)[-1] for least in (None, 0.11)] == ["yes", "not told apart"]
 
 
 def test_noise_by_hand(bench: Any) -> None:
