@@ -22,14 +22,18 @@ def cluster() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process, which watches for nothing here
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=80 * 2**20,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=temporary,
-        )
+        with pytest.MonkeyPatch.context() as theirs:
+            theirs.setenv(
+                "TORCHDYNAMO_DISABLE", "1"
+            )  # a seventh of a process's imports, where bitsandbytes is
+            ray.init(
+                num_cpus=2,
+                include_dashboard=False,
+                object_store_memory=80 * 2**20,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=temporary,
+            )
         try:
             yield
         finally:
