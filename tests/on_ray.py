@@ -23,9 +23,7 @@ def cluster() -> Iterator[None]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process, which watches for nothing here
         with pytest.MonkeyPatch.context() as theirs:
-            theirs.setenv(
-                "TORCHDYNAMO_DISABLE", "1"
-            )  # a seventh of a process's imports, where bitsandbytes is
+            theirs.setenv("TORCHDYNAMO_DISABLE", "1")  # else bitsandbytes imports a compiler
             ray.init(
                 num_cpus=2,
                 include_dashboard=False,
