@@ -40,7 +40,7 @@ def test_what_is_trained_is_served(folder: Path) -> None:
     import tinker
 
     types = tinker.types
-    words = ["serve", str(folder / "base"), "--port", "0", "--train", str(folder / "state")]
+    words = ["serve", str(folder / "base"), "--port", "0", "--train", str(folder / "state"), "--engines", "2"]
     command = [sys.executable, "-m", "lorica", *words]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

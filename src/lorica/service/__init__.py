@@ -1,6 +1,6 @@
 """Training as a service: clients write the loop, one process holds the base and everybody's adapters.
 
-engine/   one base, many adapters, one thread: passes, samples, whose turn it is
+engine/   one base, many adapters: passes, samples, whose turn it is; several/: engines as processes
 state/    the durable part: runs, calls, checkpoints, tenants, in one folder
 http/     the training protocol, for its official SDK
 files     an adapter in training, as files
