@@ -22,7 +22,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 # What takes long is left out: compare_methods.py, paper_tables.py, peft_suite.py and pretrain_tiny_gpt2.py are started by hand, and go on where they stopped.
 BENCHES := $(filter-out $(addprefix bench/,compare_methods.py peft_suite.py harness.py models.py orderings.py paper_studies.py paper_tables.py paper_writing.py plain_text.py pretrain_tiny_gpt2.py report.py serve_soak.py small_decoder.py weight_directions.py),$(sort $(wildcard bench/*.py)))
-FLOORS := config errors functional inits state tree find check adapter layers pieces algebra checkpoint model
+FLOORS := config errors functional kernels inits state tree find check adapter layers pieces algebra checkpoint model
 comma := ,
 empty :=
 CORE := $(subst $(empty) ,$(comma),$(foreach floor,$(FLOORS),src/lorica/$(floor).py src/lorica/$(floor)/*))

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorica import functional
-from lorica.functional import drop_rate, dropout, keep_mask, lora_linear, low_rank
+from lorica.functional import dropout, lora_linear, low_rank
+from lorica.kernels import masks as drawing
+from lorica.kernels.masks import drop_rate, keep_mask, packed, unpacked
 
 NAMES = ("x", "weight", "bias", "A", "B")
 # Largest relative error (Frobenius) against float64: a few roundings of the activations' dtype.
@@ -255,11 +256,11 @@ class TestDropout:
         mask = keep_mask(torch.empty(rows, d), 0.5)
         with pytest.MonkeyPatch.context() as patch:
             if not library:
-                patch.setattr(functional, "numpy", None)
-            bits = functional.packed(mask)
+                patch.setattr(drawing, "numpy", None)
+            bits = packed(mask)
             assert bits is not None
             assert bits.numel() == (-(-rows * d // 8) if library else rows * d)
-            again = functional.unpacked(bits, mask.shape)
+            again = unpacked(bits, mask.shape)
         assert again is not None
         assert torch.equal(again, mask)
 
@@ -281,7 +282,7 @@ class TestDropout:
         self, with_numpy: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         if not with_numpy:
-            monkeypatch.setattr(functional, "numpy", None)
+            monkeypatch.setattr(drawing, "numpy", None)
         like = torch.empty(64, 100)
         masks = []
         for _ in range(2):

@@ -285,6 +285,13 @@ class Choices:
         return home is this
 
 
+def traced() -> bool:
+    """Whether a compiler or a function transform looks on, which see tensor operations alone."""
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    )
+
+
 # The hooks on what is kept for the backward pass; torch tells them from 2.8 on.
 saving_hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)  # type: ignore
 _SEEN = "lorica_choices"

@@ -6,8 +6,9 @@
 
 At small ranks the two thin products cost almost no arithmetic; what costs is reading and writing activations.
 So forward and backward are fused by hand: the update is added into the base's output and the input's gradient
-in place (`addmm_`), and what is kept for the backward pass is x, which the layer's neighbours keep anyway,
-one bit per element for the dropout mask (a byte on a GPU), and A·x (tokens × r).
+in place (`addmm_`, or `lorica.kernels` on a CPU), and what is kept for the backward pass is x, which the
+layer's neighbours keep anyway, one bit per element for the dropout mask (a byte on a GPU), and A·x
+(tokens × r).
 """
 
 from __future__ import annotations
@@ -22,77 +23,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorica._shapes import Float
-from lorica.choice import saving_hooks
+from lorica.choice import saving_hooks, traced
+from lorica.kernels import thin
+from lorica.kernels.masks import (
+    drop_rate,
+    keep_mask,
+    kept_from,
+    packed,
+    random_bytes,
+    unpacked,
+)
 
-try:
-    import numpy
-except ModuleNotFoundError:  # torch runs without it, and so does lorica
-    numpy = None
-
-_LEVELS = 256  # a mask element is drawn from eight random bits
 _EVEN = 1 / 65504  # float16's largest number
 _NARROW = 1024  # widths up to which `A·xᵀ` beats `x·Aᵀ` on a CPU, by a third
-
-
-def drop_rate(p: float) -> float:
-    """The rate that dropout draws with: `p` to the nearest 1/256, but no p > 0 becomes 0 or 1."""
-    return min(max(round(p * _LEVELS), 1), _LEVELS - 1) / _LEVELS if p > 0 else 0.0
-
-
-def keep_mask(like: Tensor, p: float) -> Tensor:
-    """Draw a dropout mask: 1 with probability 1 − `drop_rate(p)`, else 0, independently for each element.
-
-    Each 64-bit draw of the device's default generator gives eight elements, so a mask costs a fraction of one
-    float drawn per element. It stays in bytes: on a CPU, comparing bytes in place and casting them is ten
-    times faster than going through torch's booleans.
-
-    Args:
-        like: tensor whose shape and device the mask takes.
-        p: probability of dropping, in (0, 1).
-
-    Returns:
-        uint8 tensor of `like`'s shape.
-    """
-    threshold = round(drop_rate(p) * _LEVELS)
-    return _random_bytes(like)[: like.numel()].ge_(threshold).view(like.shape)
-
-
-def _random_bytes(like: Tensor) -> Tensor:
-    """At least as many random bytes as `like` has elements, from the default generator of its device.
-
-    On a CPU torch draws 64 bits after 64 bits from a Mersenne twister. Here one such draw seeds numpy's
-    SFC64, which gives the rest in less than half the time.
-    """
-    words = (like.numel() + 7) // 8
-    # Over the whole range all 64 bits are random, the sign bit too. Not drawn in place (`random_`): compilers
-    # and vmap refuse that.
-    whole = torch.iinfo(torch.int64)
-    if numpy is None or like.device.type != "cpu" or type(like) is not Tensor or traced():
-        drawn = torch.randint(whole.min, whole.max, (words,), dtype=torch.int64, device=like.device)
-        return drawn.view(torch.uint8)
-    seed = int(torch.randint(whole.min, whole.max, (), dtype=torch.int64, device=like.device)) - whole.min
-    return torch.from_numpy(numpy.random.SFC64(seed).random_raw(words).view(numpy.uint8))
-
-
-def packed(mask: Tensor | None) -> Tensor | None:
-    """A mask as bits, flat, to be kept for the backward pass; where numpy has no hand in it, as it is."""
-    if mask is None or numpy is None or mask.device.type != "cpu" or type(mask) is not Tensor or traced():
-        return mask
-    return torch.from_numpy(numpy.packbits(mask.numpy()))
-
-
-def unpacked(bits: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """The mask (tokens, d_in) that `packed` made bits of."""
-    if bits is None or numpy is None or bits.dim() > 1:
-        return bits
-    return torch.from_numpy(numpy.unpackbits(bits.numpy(), count=shape.numel())).view(shape)
-
-
-def traced() -> bool:
-    """Whether a compiler or a function transform looks on, which see tensor operations alone."""
-    return (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
-    )
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -184,9 +127,9 @@ def lora_linear(
     if traced():  # a compiler fuses the plain form itself
         return F.linear(x, weight, bias) + low_rank(x, A, B, scale, p)
     if not torch.is_grad_enabled():  # without autograd's bookkeeping, which small batches feel
-        return _sum(_half(x, A, scale, p), x.shape, weight, bias, B)
+        return _sum(_half(x, A, B, scale, p), x.shape, weight, bias, B)
     with torch.no_grad():
-        half = _half(x, A, scale, p)
+        half = _half(x, A, B, scale, p)
     product = partial(_sum, half, x.shape, weight, bias, B)
     later = saving_hooks(True) is not None
     try:
@@ -332,22 +275,28 @@ class _Half(NamedTuple):
     """What of `lora_linear` comes before the base's product; names follow the maths, u = A·x̃."""
 
     rows: Tensor
-    mask: Tensor | None
+    bits: Tensor | None
     u: Tensor
     scale: float
 
 
-def _half(x: Tensor, A: Tensor, scale: float, p: float) -> _Half:
-    kept, mask = (rows := x.reshape(-1, x.shape[-1])), None
-    if p > 0:
-        mask = keep_mask(rows, p)
-        kept, scale = mask.to(rows.dtype).mul_(rows), scale / (1 - drop_rate(p))
-    return _Half(rows, mask, down(kept, A.to(rows.dtype)), scale)
+def _half(x: Tensor, A: Tensor, B: Tensor, scale: float, p: float) -> _Half:
+    rows, own = x.reshape(-1, x.shape[-1]), scale / (1 - drop_rate(p)) if p > 0 else scale
+    if rows.numel() >= thin.LEAST and (kernels := thin.fit(rows, A, B)) is not None:
+        u, bits = thin.down(kernels, rows, A, random_bytes(rows) if p > 0 else None, kept_from(p))
+        return _Half(rows, bits, u, own)
+    if p == 0:
+        return _Half(rows, None, down(rows, A.to(rows.dtype)), own)
+    mask = keep_mask(rows, p)
+    return _Half(rows, packed(mask), down(mask.to(rows.dtype).mul_(rows), A.to(rows.dtype)), own)
 
 
 def _sum(half: _Half, shape: torch.Size, weight: Tensor, bias: Tensor | None, B: Tensor) -> Tensor:
     y = F.linear(half.rows, weight, bias)
-    y.addmm_(half.u, B.to(y.dtype).t(), alpha=half.scale)
+    if y.numel() >= thin.LEAST and (kernels := thin.fit(y, None, B)) is not None:
+        thin.up(kernels, y, half.u, B, half.scale)
+    else:
+        y.addmm_(half.u, B.to(y.dtype).t(), alpha=half.scale)
     # Not a view to autograd: what follows may work in place on it (`ReLU(inplace=True)`, `x += ...`).
     return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], y.shape[-1]))
 
@@ -394,7 +343,7 @@ class _LoraLinear(torch.autograd.Function):
         needs_x = wants_weight or wants_A
         # x itself, not the rows made of it here: a graph of the gradient goes on through it.
         kept, u = x if needs_x else None, half.u if wants_B else None
-        ctx.save_for_backward(kept, weight, A, B, packed(half.mask), u)
+        ctx.save_for_backward(kept, weight, A, B, half.bits, u)
         ctx.scale, ctx.shape = half.scale, x.shape
         y = x.new_empty(()).expand(*x.shape[:-1], weight.shape[0]) if product is None else product()
         if wants_x and wants_B and not needs_x:
@@ -422,12 +371,25 @@ class _LoraLinear(torch.autograd.Function):
         if dy is None or du is not None or wants_graph():
             return _LoraLinear.graph(ctx, saved, dy, du)
         x, weight, A, B, bits, u = saved
-        mask = unpacked(bits, rows_of(ctx.shape))
         rows = None if x is None else x.reshape(-1, x.shape[-1])
         wants_x, wants_weight, wants_bias, wants_A = ctx.needs_input_grad[:4]
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dy @ weight if wants_x else None
-        dA, dB = low_rank_gradients(dy, dx, rows if wants_A else None, A, B, ctx.scale, mask, u)
+        dA: Tensor | None
+        dB: Tensor | None
+        if (
+            rows is not None
+            and u is not None
+            and wants_A
+            and rows.numel() >= thin.LEAST
+            and thin.takes(dy)
+            and (kernels := thin.fit(rows, A, B)) is not None
+        ):
+            g, dB = thin.beside(kernels, dy, B, u)
+            dA, dB = thin.back(kernels, rows, bits, A, g, ctx.scale, dx).mul_(ctx.scale), dB.mul_(ctx.scale)
+        else:
+            mask = unpacked(bits, rows_of(ctx.shape))
+            dA, dB = low_rank_gradients(dy, dx, rows if wants_A else None, A, B, ctx.scale, mask, u)
         dweight = dy.t() @ rows if wants_weight and rows is not None else None
         dbias = dy.sum(0) if wants_bias else None
         return None if dx is None else dx.view(ctx.shape), dweight, dbias, dA, dB, None, None

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorica import functional
+from lorica.choice import traced
 from lorica.layers.base import LoraLayer
 from lorica.layers.rows import Blocks, Rows, Stack
 from lorica.layers.variants import BIASED, DORA, PLAIN
@@ -75,7 +76,7 @@ class LoraLinear(LoraLayer):
         """The adapters' A (adapters, r, d_in) and B (adapters, d_out, r), in `dtype`, with their scales."""
         taken, scaling = None, self.scaling
         scales = {scaling[name] for name in names}
-        if not functional.traced() and not any(map(functional.needs_evening, scales)):
+        if not traced() and not any(map(functional.needs_evening, scales)):
             As, Bs = self._modules["lora_A"]._modules, self._modules["lora_B"]._modules  # type: ignore[union-attr]
             blocks = self.blocks
             if blocks is None:

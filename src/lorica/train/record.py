@@ -15,6 +15,7 @@ import torch
 
 from lorica.checkpoint.card import as_markdown
 from lorica.errors import ConfigError, FileError, listing
+from lorica.kernels.thin import load
 from lorica.plain import as_json
 from lorica.reading import read_object
 from lorica.train.console import scores
@@ -176,6 +177,7 @@ def machine() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,
+        "kernels": load() is not None,
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "processes": world(),

@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 
 from lorica._shapes import Float
+from lorica.choice import traced
 from lorica.errors import StateError
 from lorica.functional import (
     autocasts,
     down,
-    drop_rate,
-    keep_mask,
     low_rank,
     low_rank_graph,
-    packed,
     rows_of,
-    traced,
-    unpacked,
     wants_graph,
 )
+from lorica.kernels.masks import drop_rate, keep_mask, packed, unpacked
 
 
 def packed_linear(

@@ -20,12 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.functional import (
     add_low_rank_,
-    drop_rate,
-    keep_mask,
     low_rank_gradients,
     low_rank_graph,
     wants_graph,
 )
+from lorica.kernels.masks import drop_rate, keep_mask
 from lorica.layers import LoraLayer, LoraLinear
 from lorica.layers.linear import LoraConv1D
 from lorica.layers.variants import PLAIN
