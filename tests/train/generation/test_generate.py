@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 import lorica
 from lorica.cli import main
 from lorica.errors import LoricaError
-from lorica.train import DataConfig, GenerationConfig, Recipe, generate, tasks
+from lorica.train import DataConfig, GenerationConfig, Recipe, generate, predict, tasks
 from lorica.train.generation.generate import opened
 from lorica.train.generation.writing import write
 
@@ -93,6 +93,8 @@ def test_a_conversation_is_laid_out_by_its_template(folders: dict[str, Path]) ->
     )
     assert generate(folders["chat"], ["film"])[0]["generated"] == expected[0][0]
     assert generate(folders["chat"], ["film"], chat=False)[0]["generated"] != expected[0][0]
+    (told,) = predict(folders["chat"], ["film"], generation=GenerationConfig(max_new_tokens=4))
+    assert told == {"messages": [{"role": "user", "content": "film"}], "generated": expected[0][0]}
 
 
 def test_adapters_answer_side_by_side(folders: dict[str, Path]) -> None:

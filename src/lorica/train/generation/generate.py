@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from datasets import Dataset
 from transformers import PreTrainedModel, TextStreamer
 
 from lorica.checkpoint import is_adapter
@@ -81,13 +80,9 @@ def generate(
             "a text can be shown as it comes for one prompt, without beams, adapters or sequences"
         )
     data = trained.recipe.data
-    if chat if chat is not None else data.label is None and data.text in CHATS:
-        data = DataConfig(text=CHATS[0])
-        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        table = Dataset.from_dict({CHATS[0]: messages})
-    else:
-        table = task.rows(prompts, data)
-    ids = task.prompts(table, data, tokenizer, "the prompts")
+    if chat is not None and chat != (data.label is None and data.text in CHATS):
+        data = DataConfig(text=CHATS[0] if chat else "text")
+    ids = task.prompts(task.rows(prompts, data), data, tokenizer, "the prompts")
     folded = _merged(model) if merged else contextlib.nullcontext()
     with quiet(), folded, shown(make_console(stderr=True), len(ids) * len(names)) as progress:
         found = write(

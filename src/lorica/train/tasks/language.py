@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError, listing
 from lorica.train.data.columns import find_label, find_texts, needs_column
-from lorica.train.data.forms.known import FORMS, add_parts, find_prompt, find_templated
+from lorica.train.data.forms.known import CHATS, FORMS, add_parts, find_prompt, find_templated
 from lorica.train.data.forms.templates import template_of
 from lorica.train.data.rows import Unusable, parsed_cell, read_each
 from lorica.train.data.splits import Splits
@@ -68,7 +68,9 @@ class LanguageTask(Task):
         return [{"generated": text} for text in outputs]
 
     def rows(self, texts: Sequence[str], data: DataConfig) -> Dataset:
-        """A row for each text."""
+        """A row for each text; where conversations were learned, it is what a user says."""
+        if data.label is None and data.text in CHATS:
+            return Dataset.from_dict({data.text: [[{"role": "user", "content": text}] for text in texts]})
         return Dataset.from_dict({data.text: list(texts)})
 
     def inputs(self, data: DataConfig) -> list[str]:
