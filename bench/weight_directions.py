@@ -11,8 +11,7 @@ from typing import Any
 
 import harness
 import torch
-from paper_studies import STUDIES
-from paper_tables import comparison
+from paper_tables import STUDIES, comparison
 
 import lorica
 from lorica import study

@@ -101,7 +101,9 @@ def test_runs_are_divided_among_engines_and_move_when_they_have_nothing_to_do() 
 def test_an_engine_whose_process_is_lost_is_told(task: str) -> None:
     with Client(llama(), engines=2) as client:
         lucky, lost = client.create(2, seed=0), client.create(2, seed=1)
-        os.kill(client.engine._engines[1]._process.pid, signal.SIGKILL)
+        process = client.engine._engines[1]._process
+        assert process is not None
+        os.kill(process.pid, signal.SIGKILL)
         if task == "learns":
             futures: list[Any] = [run.forward_backward(rows(0, 1), "cross_entropy") for run in (lucky, lost)]
         else:
