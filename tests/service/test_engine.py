@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -19,6 +20,7 @@ import lorica
 from lorica.errors import ConfigError
 from lorica.service import Client, Datum
 from lorica.service.engine import lanes
+from lorica.service.engine.several import memory
 from lorica.service.engine.several.engines import usual
 from lorica.service.engine.several.memory import can_fork
 from lorica.service.errors import ServiceDown, UserError
@@ -70,6 +72,18 @@ def test_company_changes_no_bit(build: Callable[[], nn.Module], engines: int) ->
         assert torch.equal(together[i][1], weights)
         assert together[i][2] == samples
     assert not torch.equal(together[0][1][:64], together[1][1][:64])
+
+
+def test_without_addresses_to_share_engines_are_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    alone = trained(llama(), [0])[0]
+    monkeypatch.setattr(memory, "arena", refuse)
+    together = trained(llama(), [0, 1], engines=2)
+    assert together[0][0] == alone[0]
+    assert torch.equal(together[0][1], alone[1])
+    assert together[0][2] == alone[2]
 
 
 def test_runs_are_divided_among_engines_and_move_when_they_have_nothing_to_do() -> None:

@@ -25,7 +25,7 @@ from lorica.service.engine.base import Base
 from lorica.service.engine.drawing import Samples
 from lorica.service.engine.engine import Engine, Output
 from lorica.service.engine.proof import prove
-from lorica.service.engine.several.memory import can_fork
+from lorica.service.engine.several.memory import can_fork, has_room
 from lorica.service.engine.several.process import Process
 from lorica.service.errors import ServiceDown
 
@@ -63,7 +63,7 @@ class Engines:
         bases = [Base.sharing(base.model, base.name, base.tokenizer) for _ in range(count)]
         served: dict[str, int] = {}
         processes: list[Process | None] = [None] * count
-        if count > 1 and can_fork() and base.device.type == "cpu":
+        if count > 1 and can_fork() and base.device.type == "cpu" and has_room():
             threads = torch.get_num_threads()
             for each in bases:
                 prove(each)

@@ -68,6 +68,15 @@ def can_fork() -> bool:
     return sys.platform == "linux" and not torch.accelerator.is_available()
 
 
+def has_room() -> bool:
+    """Whether there are addresses for the arena, which a limit on them (``ulimit -v``) may refuse."""
+    try:
+        arena()
+    except OSError:
+        return False
+    return True
+
+
 def arena() -> Arena:
     """The arena; from here on `zeros` takes its numbers there."""
     if not _MADE:
