@@ -268,8 +268,7 @@ def _folder() -> Path:
     """A folder that nobody else can write to: what lies there is loaded."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorica" / "kernels"
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for folder in (cache, cache.parent):
-        about = folder.stat()
-        if about.st_uid != os.getuid() or about.st_mode & 0o022:
-            raise PermissionError(f"others can write to {folder}")
+    about = cache.stat()  # of one that others put in its place, too: it would be theirs
+    if about.st_uid != os.getuid() or about.st_mode & 0o022:
+        raise PermissionError(f"others can write to {cache}")
     return cache
