@@ -83,6 +83,27 @@ def test_what_is_written_to_a_factor_is_seen(write: str) -> None:
     check(model, NAMES)
 
 
+def test_what_another_moves_while_a_mixture_is_made_is_looked_up_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = made(*NAMES)
+    check(model, NAMES)
+    take = blocks.Block.take
+
+    def beside(block: blocks.Block, *args: Any) -> Any:
+        found = take(block, *args)
+        monkeypatch.setattr(blocks.Block, "take", take)
+        A = factor(model, "b")
+        A.data = torch.randn_like(A)
+        check(model, ["b", "a"])
+        return found
+
+    monkeypatch.setattr(blocks.Block, "take", beside)
+    with torch.no_grad(), lorica.mixed(model, NAMES[:3]):
+        model(torch.randn(3, 6))
+    check(model, NAMES[:3])
+
+
 @torch.no_grad()
 def test_within_a_mixture_too() -> None:
     model, x = made(*NAMES), torch.randn(2, 6)

@@ -113,6 +113,7 @@ class _Taken(NamedTuple):
 
     names: Sequence[str]
     gaps: float
+    changes: int
     stacks: list[tuple[list[str | None], Tensor, Tensor]]
     spans: list[tuple[Block, int, int]]
 
@@ -127,6 +128,7 @@ class Blocks:
         self._places: dict[str, tuple[Block, int]] = {}
         self._blocks: list[Block] = []
         self._last: _Taken | None = None
+        self._changes = 0
 
     def __reduce__(self) -> Any:
         """Copied and pickled as none: the parameters of the copy have memory of their own."""
@@ -134,7 +136,7 @@ class Blocks:
 
     def drop(self, name: str) -> None:
         """An adapter is gone."""
-        self._last = None
+        self._changes, self._last = self._changes + 1, None
         place = self._places.pop(name, None)
         if place is not None:
             place[0].drop(place[1])
@@ -156,8 +158,9 @@ class Blocks:
             For each block: names, or None for another's factors, A (adapters, r, d_in) and B (adapters,
             d_out, r). None if a factor cannot be moved to a block.
         """
-        last = self._last
-        if last is not None and (last.names, last.gaps) == (names, gaps) and last.holds():
+        last, changes = self._last, self._changes
+        same = last is not None and (last.names, last.gaps, last.changes) == (names, gaps, changes)
+        if last is not None and same and last.holds():
             for block, *_ in last.spans:
                 block.read_by(mixture)
             return last.stacks
@@ -166,6 +169,7 @@ class Blocks:
             with _LOCK:
                 if not self._move(As, Bs, found, mixture.kept):
                     return None
+            changes = self._changes
             found = self._look_up(names)
             if isinstance(found, list):
                 return None
@@ -176,8 +180,9 @@ class Blocks:
             taken.append(([rows.get(row) for row in span], A, B))
             if isinstance(span, range):
                 spans.append((block, span.start, span.stop - 1))
-        # Copies would have to be made again: only where all are views is the next mixture given the same.
-        self._last = _Taken(names, gaps, taken, spans) if len(spans) == len(taken) else None
+        # Copies would have to be made again: only where all are views is the next mixture given the same. If
+        # another thread moves factors meanwhile, the count tells that these are out of date.
+        self._last = _Taken(names, gaps, changes, taken, spans) if len(spans) == len(taken) else None
         return taken
 
     def _look_up(self, names: Sequence[str]) -> dict[Block, dict[int, str]] | list[str]:
