@@ -16,7 +16,6 @@ import json
 import math
 import secrets
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -47,9 +46,6 @@ from lorica.tune.progress import ProgressTable
 from lorica.tune.schedulers import Goal, Scheduler, TrialController
 from lorica.tune.settings import SearchConfig
 from lorica.tune.space import Space
-
-_LOST = 3
-"""The status of a process whose run lost another one."""
 
 _PATIENCE = 60.0
 """Seconds in which the processes of a search that was killed are gone from a trial's folder."""
@@ -131,7 +127,7 @@ def train_trial(line: Line, recipe: Recipe, engine: str) -> int:
         except (Interrupted, KeyboardInterrupt):
             return INTERRUPTED
         except (Lost, OnAnother):
-            return _LOST
+            return 1
         except Exception as error:
             log.write("".join(traceback.format_exception(error)))
             line.say("failed", error=f"{type(error).__name__}: {error}")
@@ -249,17 +245,12 @@ class ProcessRunner:
         _clear_unless_begun(folder)
         self._controller.trial_started(name)
         evaluated = partial(self._controller.trial_evaluated, name, self._controller.goal_of(recipe))
-        again = f"trial {name} goes on from its last checkpoint"
         for _ in range(self._retries + 1):
             with _listening(self._host, evaluated) as (line, told):
                 work = line, recipe.replace(output=str(folder)), self._engine
-                code = self._start(train_trial, work, again)
+                code = self._start(train_trial, work, f"trial {name} goes on from its last checkpoint")
             if told:
                 return told[0]
-            if code == _LOST:  # seen by those that are left before the launcher saw it, which else tells
-                print(
-                    f"a process of trial {name} was lost, and the others were ended; {again}", file=sys.stderr
-                )
             if code == INTERRUPTED and until():
                 return None
             if code == INTERRUPTED:
