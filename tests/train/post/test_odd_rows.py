@@ -239,3 +239,15 @@ def test_forms_mixed_in_one_file_are_refused_by_the_first_row_of_the_other() -> 
         read("causal-lm", *rows, text="messages")
     with pytest.raises(LoricaError, match=r"row 1 of rows\.jsonl"):
         read("causal-lm", *rows)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "preference", "grpo", "rloo"])
+def test_a_text_is_what_a_user_says_where_conversations_are_asked(task: str) -> None:
+    found, data = tasks.get(task), DataConfig(text="messages")
+    (prompt,) = found.prompts(found.rows(["film"], data), data, tokenizer(TEMPLATE), "the rows")  # type: ignore[attr-defined]
+    (asked,) = found.prompts(  # type: ignore[attr-defined]
+        table(columns_of([{"messages": [user("film")]}]))[0], data, tokenizer(TEMPLATE), "the rows"
+    )
+    assert prompt == asked
+    (plain,) = found.rows(["film"], DataConfig(text="text"))["text"]
+    assert plain == "film"

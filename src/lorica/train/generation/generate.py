@@ -25,6 +25,7 @@ from lorica.train.run import RECIPE
 from lorica.train.settings import DataConfig, GenerationConfig
 from lorica.train.tasks import LanguageTask
 from lorica.train.tasks.base import loading
+from lorica.train.tasks.language import reads_chats
 from lorica.train.trained import Trained, open_run
 
 
@@ -80,7 +81,7 @@ def generate(
             "a text can be shown as it comes for one prompt, without beams, adapters or sequences"
         )
     data = trained.recipe.data
-    if chat is not None and chat != (data.label is None and data.text in CHATS):
+    if chat is not None and chat != reads_chats(data):
         data = DataConfig(text=CHATS[0] if chat else "text")
     ids = task.prompts(task.rows(prompts, data), data, tokenizer, "the prompts")
     folded = _merged(model) if merged else contextlib.nullcontext()

@@ -34,6 +34,11 @@ PROMPT_IDS = "prompt_ids"
 """A column more, where rows are cut: the prompt's tokens, where the row's own do not begin with them."""
 
 
+def reads_chats(data: DataConfig) -> bool:
+    """Whether what is asked is a conversation, by the name of its column."""
+    return data.label is None and data.text in CHATS
+
+
 class LanguageTask(Task):
     """Learns to write a text. A subclass says what of a row is read, and what is written.
 
@@ -69,9 +74,10 @@ class LanguageTask(Task):
 
     def rows(self, texts: Sequence[str], data: DataConfig) -> Dataset:
         """A row for each text; where conversations were learned, it is what a user says."""
-        if data.label is None and data.text in CHATS:
-            return Dataset.from_dict({data.text: [[{"role": "user", "content": text}] for text in texts]})
-        return Dataset.from_dict({data.text: list(texts)})
+        column = data.text or "prompt"
+        if reads_chats(data):
+            return Dataset.from_dict({column: [[{"role": "user", "content": text}] for text in texts]})
+        return Dataset.from_dict({column: list(texts)})
 
     def inputs(self, data: DataConfig) -> list[str]:
         """Columns that the prompt is made of."""

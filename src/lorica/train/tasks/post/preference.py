@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -123,10 +122,6 @@ class Preference(PostTask, CausalLanguageModelling):
     ) -> list[list[int]]:
         """The prompt and the separator; a conversation up to where the assistant speaks."""
         return prompts_to_answer(rows, data, tokenizer, where)
-
-    def rows(self, texts: Sequence[str], data: DataConfig) -> Dataset:
-        """A row for each text."""
-        return Dataset.from_dict({data.text or "prompt": list(texts)})
 
 
 def _judged(found: list[tuple[list[int], list[int], bool]], limit: int, rows: int) -> Encoded:
