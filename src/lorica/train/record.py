@@ -19,7 +19,7 @@ from lorica.kernels.thin import load
 from lorica.plain import as_json
 from lorica.reading import read_object
 from lorica.train.console import scores
-from lorica.train.distributed.group import world
+from lorica.train.distributed.group import on_cpu, world
 from lorica.train.recipe import Recipe
 from lorica.train.system import write_atomically
 
@@ -177,7 +177,7 @@ def machine() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,
-        "kernels": load() is not None,
+        "kernels": on_cpu() and load() is not None,
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "processes": world(),
