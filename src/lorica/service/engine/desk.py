@@ -71,12 +71,7 @@ class Desk:
         while self._waiting and busy < self._most:
             request = min(self._waiting, key=lambda request: self._served.get(request.tenant, 0))
             self._waiting.remove(request)
-            if not request.future.set_running_or_notify_cancel():
-                continue
-            try:
-                request.weights = request.weights_of()
-            except Exception as error:
-                request.future.set_exception(error)
+            if not request.takes_turn():
                 continue
             self._open.append(request)
             alike.setdefault((len(request.prompt), request.scores), []).append(request)

@@ -155,6 +155,17 @@ class Request:
         self._seeds = [(self.seed + i) % (1 << 63) for i in range(self.draw.num_samples)]
         self.begin()
 
+    def takes_turn(self) -> bool:
+        """Take its adapter, now that its turn has come; False where it was given up, or has none."""
+        if not self.future.set_running_or_notify_cancel():
+            return False
+        try:
+            self.weights = self.weights_of()
+        except Exception as error:
+            self.future.set_exception(error)
+            return False
+        return True
+
     def begin(self) -> None:
         """Forget what was drawn so far."""
         self.samples = Samples([Sample() for _ in self._seeds])

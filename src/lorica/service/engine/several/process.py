@@ -199,14 +199,8 @@ class _Desk:
         return bool(self._new or self._open)
 
     def add(self, request: Request) -> None:
-        if not request.future.set_running_or_notify_cancel():
-            return
-        try:
-            request.weights = request.weights_of()
-        except Exception as error:
-            request.future.set_exception(error)
-            return
-        self._new.append(request)
+        if request.takes_turn():
+            self._new.append(request)
 
     def advance(self) -> None:
         message = _Message(cancelled=self._cancelled)
