@@ -32,7 +32,7 @@ from small_decoder import folder
 from lorica.compare import Comparison, Table, compare, gather, write_table
 from lorica.compare.check import lower_is_better
 from lorica.compare.table import Score
-from lorica.train.recipe import read_yaml
+from lorica.reading import read_yaml
 
 STUDIES = {**LEARNING, **WRITING}
 """Table → what is run."""

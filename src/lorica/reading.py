@@ -2,11 +2,13 @@
 
 A parser takes more than its user can bear: lists nested a thousand deep, numbers of four hundred digits,
 halves of characters that no file can hold again. Such values fail far from the file that they came from, so
-they are refused here. What reads tensors imports torch when it is called: the command line reads without it.
+they are refused here. What reads tensors or YAML imports its library when it is called: the command line
+reads JSON without it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -78,6 +80,69 @@ def read_object(path: Path, *, halves: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FileError(f"{path} should hold a JSON object, not a {type(content).__name__}")
     return content
+
+
+_MERGED = 10_000
+"""Fields of a map of YAML after those that it takes over from others (``<<``)."""
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The value in a YAML file.
+
+    Args:
+        path: of the file.
+        what: its expected content, such as "the recipe".
+
+    Raises:
+        FileError: it cannot be read, is not YAML, or is nested or merged beyond what anybody writes by hand.
+    """
+    import yaml
+
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise FileError(f"cannot read {what} {path}: {error.strerror or error}") from error
+    except ValueError as error:  # no UTF-8; or a path that no file can have
+        raise FileError(f"{what} {path} is not YAML: {error}") from error
+    try:
+        if _deepest(text) > DEPTH:
+            raise ValueError(f"its brackets are nested more than {DEPTH} deep")
+        return bearable(yaml.load(text, _yaml_loader()))
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except Exception as error:  # a date that is none, or a number of a thousand digits, fails in its own way
+        reason = str(error) or type(error).__name__
+    raise FileError(f"{what} {path} is not YAML: {reason}")
+
+
+@functools.cache
+def _yaml_loader() -> Any:
+    """Of plain values; a map takes over as many fields from others as somebody may have written by hand."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            for key, value in node.value:
+                merged = key.tag == "tag:yaml.org,2002:merge" and isinstance(value, yaml.SequenceNode)
+                if merged and len(value.value) > DEPTH:
+                    raise yaml.YAMLError(f"a map takes over {len(value.value)} others")
+            super().flatten_mapping(node)
+            if len(node.value) > _MERGED:
+                raise yaml.YAMLError(f"a map has more than {_MERGED:,} fields")
+
+    return Loader
+
+
+def _deepest(text: str) -> int:
+    """How deep brackets stand inside one another, those in quotes and comments too, where few stand."""
+    depth = deepest = 0
+    for character in text:
+        if character in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "]}":
+            depth = max(depth - 1, 0)
+    return deepest
 
 
 def bearable(value: Any, *, halves: bool = False) -> Any:

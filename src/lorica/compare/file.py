@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lorica.errors import ConfigError, FileError, lines, nearest
+from lorica.reading import read_yaml
 from lorica.train import presets
-from lorica.train.recipe import Recipe, read_yaml
+from lorica.train.recipe import Recipe
 
 SUMMARIES = ("mean", "median")
 SPLITS = ("test", "validation")

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import re
+import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
+from types import ModuleType, UnionType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import yaml
 
 from lorica.config import AdapterConfig, LoraConfig, as_config, read_config
 from lorica.errors import ConfigError, FileError, listing, nearest
-from lorica.reading import DEPTH, bearable
-from lorica.train.code import is_code as names_code
+from lorica.reading import read_yaml
 from lorica.train.settings import (
     QUANTIZATIONS,
     DataConfig,
@@ -224,10 +226,59 @@ def check_file(path: str | Path) -> Mapping[str, Any]:
     return content
 
 
+def is_code(entry: object) -> bool:
+    """Whether an entry of a recipe names something in somebody's file or module."""
+    return isinstance(entry, str) and (":" in entry or entry.endswith(".py"))
+
+
+def split_entry(entry: str) -> tuple[str, str]:
+    """The file or module of an entry, and the name in it; the name may be left out behind a file."""
+    if ".py:" in entry or not entry.endswith(".py"):
+        place, _, name = entry.rpartition(":")
+        return place, name
+    return entry, ""
+
+
+def import_from(place: str, what: str) -> ModuleType:
+    """Import a file or a module, which runs it.
+
+    Args:
+        place: ``path/to/file.py`` or ``package.module``.
+        what: name of the object that is taken from it, such as "the task", for errors.
+
+    Raises:
+        FileError: there is no such file or module, or it raised when imported.
+    """
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        path = Path(place).expanduser().resolve()
+        if not path.is_file():
+            raise FileError(f"there is no file {place} to take {what} from")
+        name = f"_lorica_{path.stem}_{abs(hash(path)):x}"
+        if name in sys.modules:
+            return sys.modules[name]
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and pickle look their module up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module
+    except FileError:
+        raise
+    except Exception as error:
+        raise FileError(f"cannot import {what} from {place}: {type(error).__name__}: {error}") from error
+
+
 def code_in(task: object, rewards: object) -> list[str]:
     """Those of a recipe's task and rewards that are somebody's Python, and no names or folders."""
     given = [task, *(rewards if isinstance(rewards, (list, tuple)) else [])]
-    return [str(each) for each in given if names_code(each)]
+    return [str(each) for each in given if is_code(each)]
 
 
 def check_trusted(code: Sequence[str], where: str, *, trust_task: bool) -> None:
@@ -274,63 +325,6 @@ def without_secrets(value: Any) -> Any:
 def is_secret(name: object, value: object) -> bool:
     """Whether a field's value, by its name, is one that opens somebody's account."""
     return isinstance(name, str) and isinstance(value, str) and _NAME.search(name) is not None
-
-
-_MERGED = 10_000
-"""Fields of a map after those that it takes over from others (``<<``)."""
-
-
-class _Loader(yaml.SafeLoader):
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Take over other maps' fields, as many as somebody may have written by hand."""
-        for key, value in node.value:
-            merged = key.tag == "tag:yaml.org,2002:merge" and isinstance(value, yaml.SequenceNode)
-            if merged and len(value.value) > DEPTH:
-                raise yaml.YAMLError(f"a map takes over {len(value.value)} others")
-        super().flatten_mapping(node)
-        if len(node.value) > _MERGED:
-            raise yaml.YAMLError(f"a map has more than {_MERGED:,} fields")
-
-
-def read_yaml(path: Path, what: str) -> Any:
-    """The value in a YAML file.
-
-    Args:
-        path: of the file.
-        what: its expected content, such as "the recipe".
-
-    Raises:
-        FileError: it cannot be read, is not YAML, or is nested or merged beyond what anybody writes by hand.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise FileError(f"cannot read {what} {path}: {error.strerror or error}") from error
-    except ValueError as error:  # no UTF-8; or a path that no file can have
-        raise FileError(f"{what} {path} is not YAML: {error}") from error
-    try:
-        if _deepest(text) > DEPTH:
-            raise ValueError(f"its brackets are nested more than {DEPTH} deep")
-        return bearable(yaml.load(text, _Loader))
-    except RecursionError:
-        reason = "it is nested too deeply"
-    except (
-        Exception
-    ) as error:  # a date that is none, a number of a thousand digits: each fails in its own way
-        reason = str(error) or type(error).__name__
-    raise FileError(f"{what} {path} is not YAML: {reason}")
-
-
-def _deepest(text: str) -> int:
-    """How deep brackets stand inside one another, those in quotes and comments too, where few stand."""
-    depth = deepest = 0
-    for character in text:
-        if character in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif character in "]}":
-            depth = max(depth - 1, 0)
-    return deepest
 
 
 C = TypeVar("C")

@@ -29,7 +29,7 @@ from lorica.train.distributed.group import by_first, check_alone, is_first, join
 from lorica.train.generation.writing import Writer, written_scores
 from lorica.train.post.making import arguments_of, trainer_of
 from lorica.train.prepared import encode_split, notes_on, quantized_loading
-from lorica.train.recipe import Recipe, check_file, check_trusted, names_code
+from lorica.train.recipe import Recipe, check_file, check_trusted, is_code
 from lorica.train.run import RECIPE
 from lorica.train.settings import GenerationConfig
 from lorica.train.system import writable_file
@@ -117,7 +117,7 @@ def recipe_of(directory: str | Path, *, trust_task: bool = False) -> Recipe:
     path = directory / RECIPE
     values = check_file(path)
     # Its rewards do not run here; `evaluate`, where they do, asks for itself.
-    trusted = trust_task or not names_code(values.get("task"))
+    trusted = trust_task or not is_code(values.get("task"))
     return Recipe.from_dict(values, str(path), trust_task=trusted)
 
 

@@ -14,8 +14,9 @@ from types import UnionType
 from typing import Any
 
 from lorica.errors import ConfigError, FileError, LoricaError, lines, nearest
+from lorica.reading import read_yaml
 from lorica.train import presets
-from lorica.train.recipe import Recipe, names_code, read_yaml
+from lorica.train.recipe import Recipe, is_code
 from lorica.tune.expression import Expression, field_named
 
 KINDS = ("choice", "uniform", "loguniform", "integer", "tied", "value")
@@ -114,7 +115,7 @@ class Space:
             except ConfigError as error:
                 problems.append(f"{name}: {error}")
         task = self.dimensions.get("task")
-        if task is not None and any(map(names_code, _flattened(task.given))):
+        if task is not None and any(map(is_code, _flattened(task.given))):
             problems.append("task: code of your own is named by the recipe, not by a space")
         if not problems and not self.searched:
             problems.append("nothing to search: give a field a choice, uniform, loguniform or integer")

@@ -84,7 +84,7 @@ def read(path: str, alpha: float | None) -> Adapter:
 def facts_of(path: str) -> dict[str, str]:
     """The recipe beside an adapter; nothing in it is run, and a damaged one counts as none."""
     from lorica.errors import FileError
-    from lorica.train.recipe import read_yaml
+    from lorica.reading import read_yaml
 
     try:
         recipe = read_yaml(Path(path) / "recipe.yaml", "the recipe")

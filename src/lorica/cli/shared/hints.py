@@ -40,9 +40,9 @@ def to_evaluate(folder: str | Path, recipe: Recipe, *, scored: bool) -> str | No
 def to_use(folder: str | Path, recipe: Recipe) -> str | None:
     """The command that tries a folder on a text; None where its input is no text, or may be anything."""
     from lorica.train import tasks
-    from lorica.train.recipe import names_code
+    from lorica.train.recipe import is_code
 
-    if names_code(recipe.task):
+    if is_code(recipe.task):
         return None
     task = tasks.get(recipe.task)
     if task.reads_files:

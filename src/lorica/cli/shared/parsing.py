@@ -1,4 +1,4 @@
-"""The parser that all commands share, with short errors; a recipe's options and their help.
+"""The parser that all commands share, with short errors; options that several have, and their help.
 
 An option's own name is its place in the recipe, such as ``--training.learning_rate``; ``--lr`` is short.
 """
@@ -6,6 +6,7 @@ An option's own name is its place in the recipe, such as ``--training.learning_r
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 import sys
@@ -74,6 +75,9 @@ _LONG = {
     for short in shorts
 }
 _GENERATION = "generation."
+_LAUNCH = "--launch."
+_ENGINE = f"{_LAUNCH}engine"
+"""What each of the processes has to know too."""
 _GROUPS = {
     "": "the run",
     "data": "rows",
@@ -268,3 +272,60 @@ def generation_of(parsed: Any, recipe: GenerationConfig) -> GenerationConfig:
     """A recipe's settings with those that were given in their place."""
     given = {item.name: parsed.get(_GENERATION + item.name) for item in dataclasses.fields(recipe)}
     return dataclasses.replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
+
+def tells() -> bool:
+    """Whether this process is the one that prints: the first, or the only one."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def add_launch(parser: Parser) -> None:
+    """Give a command the options that start it in several processes."""
+    from lorica.train.settings import LaunchConfig
+
+    parser.add_class_arguments(LaunchConfig, "launch")
+
+
+def launched(parser: Parser, parsed: Any, command: str, argv: Sequence[str], hint: str) -> int | None:
+    """Run a command in as many processes as its options say; None says that this process runs it.
+
+    Args:
+        parser: the command's.
+        parsed: its options.
+        command: its name.
+        argv: its arguments.
+        hint: how to go on after a process was lost.
+
+    Returns:
+        The exit status of all of them.
+    """
+    config = parser.instantiate(parsed).launch
+    if config.engine != "ddp" and command != "train":
+        parser.error(
+            f"{_ENGINE} {config.engine} is for `lorica train`; leave it out of `lorica {command}`, which "
+            "holds the whole model in each of its own processes"
+        )
+    if config.processes is None:
+        return None
+    if "RANK" in os.environ:
+        parser.error("a launcher such as torchrun has started this already; leave out --launch.processes")
+    if config.engine == "ray":
+        return None  # this process is not one of the workers, and waits for them
+    from lorica.cli import main
+    from lorica.train.distributed.launch import launch
+
+    return launch(main, ([command, *_without(argv)],), config, hint)
+
+
+def _without(argv: Sequence[str]) -> list[str]:
+    """Arguments without those that say how to launch."""
+    kept: list[str] = []
+    skip = False
+    for argument in argv:
+        if skip:
+            skip = False
+        elif argument.startswith(_LAUNCH) and argument.partition("=")[0] != _ENGINE:
+            skip = "=" not in argument
+        else:
+            kept.append(argument)
+    return kept

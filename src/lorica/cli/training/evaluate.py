@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.cli.shared.launching import add_launch, launched, tells
-from lorica.cli.shared.parsing import Parser, add_generation, add_trust, generation_of
+from lorica.cli.shared.parsing import (
+    Parser,
+    add_generation,
+    add_launch,
+    add_trust,
+    generation_of,
+    launched,
+    tells,
+)
 from lorica.plain import as_json
 
 

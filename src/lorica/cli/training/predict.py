@@ -5,8 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorica.cli.shared.launching import add_launch, launched, tells
-from lorica.cli.shared.parsing import Parser, add_generation, add_output, add_trust, generation_of
+from lorica.cli.shared.parsing import (
+    Parser,
+    add_generation,
+    add_launch,
+    add_output,
+    add_trust,
+    generation_of,
+    launched,
+    tells,
+)
 from lorica.plain import as_json
 
 

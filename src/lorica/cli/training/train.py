@@ -13,8 +13,7 @@ from typing import Any
 
 from lorica.cli import INTERRUPTED
 from lorica.cli.shared import hints
-from lorica.cli.shared.launching import add_launch, launched, tells
-from lorica.cli.shared.parsing import Parser, add_trust, expanded, print_help
+from lorica.cli.shared.parsing import Parser, add_launch, add_trust, expanded, launched, print_help, tells
 from lorica.errors import require
 from lorica.train.recipe import Recipe, add_recipe, check_file, check_trusted, from_parsed
 

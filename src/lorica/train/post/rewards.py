@@ -23,8 +23,7 @@ from lorica.checkpoint import is_adapter
 from lorica.errors import ConfigError, FileError, LoricaError, nearest
 from lorica.model import detach, load
 from lorica.state import find_adapted
-from lorica.train.code import import_from, is_code, split_entry
-from lorica.train.recipe import Recipe
+from lorica.train.recipe import Recipe, import_from, is_code, split_entry
 from lorica.train.settings import PostConfig
 from lorica.train.tasks.post.reward import Reward
 

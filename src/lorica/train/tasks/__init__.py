@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from lorica.errors import ConfigError, nearest
-from lorica.train.code import import_from, is_code, split_entry
+from lorica.train.recipe import import_from, is_code, split_entry
 from lorica.train.tasks.base import Encoded, Task
 from lorica.train.tasks.causal_lm import CausalLanguageModelling
 from lorica.train.tasks.image_classification import ImageClassification
