@@ -16,7 +16,6 @@ from lorica.train.embedded import resolve_model
 from lorica.train.prepared import read
 from lorica.train.recipe import Recipe
 from lorica.train.tasks import SequenceClassification, Task
-from lorica.train.tasks.post.answers import PostTask
 from lorica.train.trainer.arguments import LOWER_IS_BETTER
 
 
@@ -63,7 +62,7 @@ def check_method(spec: Comparison, name: str, method: str) -> None:
     model = resolve_model(recipe.model)
     if entry.few_shot is not None:
         reads = isinstance(task, SequenceClassification) or task.task_type == "CAUSAL_LM"
-        if not reads or isinstance(task, PostTask):
+        if not reads or task.carrier is not None:
             raise ConfigError(f"few-shot is for classification and language modelling, not for {task.name}")
         if not is_causal(skeleton(model, "CAUSAL_LM")):
             raise ConfigError(f"few-shot needs a decoder, and {recipe.model} is none")

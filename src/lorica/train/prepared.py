@@ -30,7 +30,6 @@ from lorica.train.settings import DataConfig
 from lorica.train.tasks import Encoded, Task
 from lorica.train.tasks.packing import check_packing, pack
 from lorica.train.tasks.parts import PART, HowEncoded, encode_in_parts
-from lorica.train.tasks.post.answers import PostTask
 from lorica.train.tasks.stored import cached, key_of
 from lorica.train.trainer.arguments import check_device
 from lorica.train.trainer.sampler import LengthGroupedSampler, padding, share
@@ -287,7 +286,7 @@ def _streamed(recipe: Recipe, task: Task) -> Recipe:
     Raises:
         ConfigError: it asks for a feature that needs all rows at once.
     """
-    if not task.writes or isinstance(task, PostTask):
+    if not task.writes or task.carrier is not None:
         raise ConfigError(f"data.streaming is for language tasks; {task.name} needs all rows first")
     wants = {
         "training.packing": recipe.training.packing,

@@ -35,7 +35,6 @@ from lorica.train.recipe import Recipe
 from lorica.train.record import RECORD, Record, about, changed_rows, is_whole, machine, versions
 from lorica.train.settings import ENGINES
 from lorica.train.system import alone_in, bytes_of, sha256_of, writable_directory, write_atomically
-from lorica.train.tasks.post.answers import PostTask
 from lorica.train.trainer.arguments import chosen_defaults, describe_defaults, fitting_batch, with_defaults
 from lorica.train.trainer.checkpoints import last_checkpoint
 from lorica.train.trainer.fit import fit
@@ -192,7 +191,7 @@ def train_prepared(
     """
     recipe, task = prepared.recipe, prepared.task
     output = Path(recipe.output)
-    if isinstance(task, PostTask):
+    if task.carrier is not None:
         check_alone(task.name)
 
     def begin() -> Recipe | None:
@@ -296,7 +295,7 @@ def train_prepared(
         Record(
             recipe=recipe,
             data=prepared.data,
-            versions=versions(["trl"] if isinstance(task, PostTask) else []),
+            versions=versions(task.libraries),
             machine=machine(),
             results=dataclasses.asdict(result),
             adapter_sha256=result.adapter_sha256,

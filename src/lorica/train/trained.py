@@ -27,7 +27,6 @@ from lorica.train.data.tables import Table, as_found
 from lorica.train.data.text import read_lines
 from lorica.train.distributed.group import by_first, check_alone, is_first, joined, launched, on_cpu
 from lorica.train.generation.writing import Writer, written_scores
-from lorica.train.post.making import arguments_of, trainer_of
 from lorica.train.prepared import encode_split, notes_on, quantized_loading
 from lorica.train.recipe import Recipe, check_file, check_trusted, is_code
 from lorica.train.run import RECIPE
@@ -35,10 +34,9 @@ from lorica.train.settings import GenerationConfig
 from lorica.train.system import writable_file
 from lorica.train.tasks import LanguageTask, Task
 from lorica.train.tasks.base import own_loss
-from lorica.train.tasks.post.answers import PostTask
 from lorica.train.trainer.checkpoints import last_checkpoint
 from lorica.train.trainer.fit import score
-from lorica.train.trainer.trainer import Trainer
+from lorica.train.trainer.trainer import Trainer, arguments_of, trainer_of
 
 ToPredict = Sequence[str] | str | Path | Table
 """Rows to predict: texts, a file's or a folder's path, or a table."""
@@ -163,7 +161,7 @@ def _evaluate(
     trained = open_run(directory, trust_task=trust_task)
     recipe = trained.recipe
     check_trusted(recipe.code(), f"the recipe in {directory}", trust_task=trust_task)
-    if isinstance(trained.task, PostTask):
+    if trained.task.carrier is not None:
         check_alone(trained.task.name)
     if test is not None:
         tagged = trained.task.tagged
@@ -309,8 +307,8 @@ class scoring:
             "dataloader_pin_memory": torch.cuda.is_available(),
             "prediction_loss_only": self._rows is not None and not trained.task.reads_outputs,
         }
-        if self._rows is not None and isinstance(trained.task, PostTask):
-            return self._post(trained.task, self._rows, values)
+        if self._rows is not None and trained.task.carrier is not None:
+            return self._carried(trained.task, self._rows, values)
         args = TrainingArguments(**values)
         trainer = Trainer(
             model=trained.model,
@@ -323,8 +321,8 @@ class scoring:
         trainer.remove_callback(transformers.PrinterCallback)
         return trainer
 
-    def _post(self, task: PostTask, rows: Dataset, values: dict[str, Any]) -> Any:
-        """TRL's trainer, whose reference is how the run began."""
+    def _carried(self, task: Task, rows: Dataset, values: dict[str, Any]) -> Any:
+        """The trainer of the library that carries the task; a reference is how the run began."""
         trained, training = self._trained, self._trained.recipe.training
         began = None if trained.directory is None else start_of(trained.directory)
         if task.keeps_start and (began is None or not restore_trained(trained.model, began)):

@@ -37,7 +37,6 @@ from lorica.train.recipe import Recipe
 from lorica.train.run import make_room, train
 from lorica.train.settings import LaunchConfig
 from lorica.train.system import alone_in, writable_directory
-from lorica.train.tasks.post.answers import PostTask
 from lorica.train.trainer.checkpoints import last_checkpoint
 from lorica.train.trainer.fit import Interrupted
 from lorica.tune.journal import ENDED, JOURNAL, TRIALS, Journal, Record
@@ -65,7 +64,7 @@ def check_trials(recipe: Recipe, space: Space, launch: LaunchConfig, *, here: bo
     """
     assert launch.processes is not None
     where = "leave out launch.processes (--launch.processes)"
-    if isinstance(tasks.get(recipe.task), PostTask):
+    if tasks.get(recipe.task).carrier is not None:
         raise ConfigError(f"the task {recipe.task} trains in one process; {where}")
     if recipe.training.auto_batch_size or "training.auto_batch_size" in space.dimensions:
         raise ConfigError(

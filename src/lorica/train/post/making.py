@@ -1,4 +1,4 @@
-"""The trainer of a task, and its arguments: lorica's own, or one of TRL's as a recipe's ``post`` says."""
+"""The trainers that carry post-training, and their arguments: TRL's, as a recipe's ``post`` says."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from lorica.errors import ConfigError, LoricaError, nearest, require
 from lorica.train.settings import PostConfig
-from lorica.train.tasks import Task
 from lorica.train.tasks.post.answers import PostTask
 from lorica.train.tasks.post.grouped import Grouped
 from lorica.train.tasks.post.preference import Preference
-from lorica.train.trainer.trainer import Trainer
 
 _OWNED = {
     "loss_type": "loss",
@@ -34,7 +32,7 @@ _TAKEN = ("model", "args", "train_dataset", "eval_dataset", "processing_class", 
 """Arguments of lorica's trainer that TRL's take too."""
 
 
-def trainer_of(task: Task, seed: int = 0) -> Callable[..., Any]:
+def trainer_of(task: PostTask, seed: int = 0) -> Callable[..., Any]:
     """What makes a task's trainer, of the arguments of lorica's `Trainer`.
 
     Args:
@@ -42,10 +40,8 @@ def trainer_of(task: Task, seed: int = 0) -> Callable[..., Any]:
         seed: of the order of judged answers, which their trainer reads in one order.
 
     Raises:
-        MissingExtra: TRL carries the task, and is not installed.
+        MissingExtra: TRL is not installed.
     """
-    if not isinstance(task, PostTask):
-        return Trainer
     require("trl", extra="post")
 
     def make(*, model: PreTrainedModel, train_dataset: Any, processing_class: Any, **options: Any) -> Any:
@@ -73,7 +69,7 @@ def trainer_of(task: Task, seed: int = 0) -> Callable[..., Any]:
 
 
 def arguments_of(
-    task: Task, values: dict[str, Any], columns: list[str], max_length: int
+    task: PostTask, values: dict[str, Any], columns: list[str], max_length: int
 ) -> TrainingArguments:
     """A trainer's arguments.
 
@@ -84,10 +80,9 @@ def arguments_of(
         max_length: tokens kept of a row.
 
     Raises:
+        MissingExtra: TRL is not installed.
         ConfigError: ``post`` says what TRL refuses.
     """
-    if not isinstance(task, PostTask):
-        return TrainingArguments(**values)
     require("trl", extra="post")
     from lorica.train.post.trainers import KINDS
 
@@ -149,7 +144,7 @@ def _particular(post: PostConfig, kind: str, values: dict[str, Any]) -> dict[str
 
 
 @contextlib.contextmanager
-def refusals(task: Task) -> Iterator[None]:
+def refusals(task: PostTask) -> Iterator[None]:
     """Say what TRL refuses in the errors of this library, and leave out what it is told of its future.
 
     Raises:

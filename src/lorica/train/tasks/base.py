@@ -74,6 +74,10 @@ class Task(ABC):
         keeps_start: whether its loss compares the adapter with how it started.
         sequences: sequences of a batch that the model reads for each of its rows.
         tagged: whether a ``.txt`` file of rows holds words and their classes, and not texts.
+        carrier: module of the trainers that carry it in place of lorica's own, in one process; it is imported
+            when the task trains, and has `trainer_of` and `arguments_of`, as `lorica.train.post.making` has
+            them. None: lorica's own.
+        libraries: packages whose versions decide its numbers, beyond those of every run.
     """
 
     name: ClassVar[str]
@@ -90,6 +94,8 @@ class Task(ABC):
     keeps_start: ClassVar[bool] = False
     sequences: ClassVar[int] = 1
     tagged: ClassVar[bool] = False
+    carrier: ClassVar[str | None] = None
+    libraries: ClassVar[tuple[str, ...]] = ()
 
     @property
     def copies(self) -> int:

@@ -37,10 +37,10 @@ from lorica.errors import ConfigError, LoricaError, listing, nearest
 from lorica.model import adapters
 from lorica.train.console import quiet
 from lorica.train.distributed.group import launched, on_cpu, world
-from lorica.train.post.making import arguments_of, trainer_of
 from lorica.train.settings import TrainingConfig
 from lorica.train.tasks import Task
 from lorica.train.tasks.base import NEW_PARAMETERS, own_loss
+from lorica.train.trainer.trainer import arguments_of, trainer_of
 
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mse", "mae", "ter"})
 

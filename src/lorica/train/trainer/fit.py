@@ -28,7 +28,6 @@ from lorica.reading import read_object
 from lorica.train.console import make_console, quiet, silent
 from lorica.train.distributed.group import OfAll, by_first, is_first, wait_for_all
 from lorica.train.generation.writing import Writer
-from lorica.train.post.making import arguments_of, trainer_of
 from lorica.train.settings import TrainingConfig
 from lorica.train.tasks import Task
 from lorica.train.tasks.base import own_loss
@@ -46,7 +45,7 @@ from lorica.train.trainer.checkpoints import (
     last_checkpoint,
 )
 from lorica.train.trainer.scoring import Scoring, majority
-from lorica.train.trainer.trainer import Trainer
+from lorica.train.trainer.trainer import Trainer, arguments_of, trainer_of
 
 
 class Interrupted(OfAll):

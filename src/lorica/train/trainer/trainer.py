@@ -12,6 +12,7 @@ The rest is in `mixin`, or, such as the loop over epochs, as transformers has it
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ from lorica.train.distributed.batches import (
 )
 from lorica.train.distributed.group import check_world
 from lorica.train.generation.writing import Writer
+from lorica.train.tasks import Task
 from lorica.train.trainer.deferred import deferred_logits
 from lorica.train.trainer.loss import (
     SmoothedLoss,
@@ -342,3 +344,40 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         """Outputs and labels in the rows' own order."""
         parts = (outcome.predictions, outcome.label_ids, outcome.inputs, outcome.losses)
         return EvalPrediction(*(back_in_order(part, self._order) for part in parts))
+
+
+def trainer_of(task: Task, seed: int = 0) -> Callable[..., Any]:
+    """What makes a task's trainer, of the arguments of `Trainer`: that class, or the carrying library's.
+
+    Args:
+        task: what is learned, settled.
+        seed: of what such a trainer draws before it starts.
+
+    Raises:
+        MissingExtra: that library is not installed.
+    """
+    return Trainer if task.carrier is None else _carrier(task).trainer_of(task, seed)
+
+
+def arguments_of(
+    task: Task, values: dict[str, Any], columns: list[str], max_length: int
+) -> transformers.TrainingArguments:
+    """The arguments of a task's trainer.
+
+    Args:
+        task: what is learned, settled.
+        values: fields of transformers' TrainingArguments.
+        columns: those of the encoded rows.
+        max_length: tokens kept of a row.
+
+    Raises:
+        ConfigError: the recipe says what the library that carries the task refuses.
+    """
+    if task.carrier is None:
+        return transformers.TrainingArguments(**values)
+    return _carrier(task).arguments_of(task, values, columns, max_length)
+
+
+def _carrier(task: Task) -> Any:
+    assert task.carrier is not None
+    return importlib.import_module(task.carrier)

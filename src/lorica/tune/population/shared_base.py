@@ -22,7 +22,6 @@ from lorica.train import tasks
 from lorica.train.prepared import Encoding, Prepared, encode, load_model
 from lorica.train.recipe import Recipe
 from lorica.train.tasks import Task
-from lorica.train.tasks.post.answers import PostTask
 from lorica.tune.population.joint_layers import module_order
 
 M = TypeVar("M", bound=nn.Module)
@@ -104,7 +103,7 @@ def why_alone(recipe: Recipe) -> str | None:
     for name in _ARGUMENTS:
         if training.arguments.get(name):
             return f"training.arguments.{name} changes how the base is computed"
-    if isinstance(tasks.get(recipe.task), PostTask):
+    if tasks.get(recipe.task).carrier is not None:
         return f"the task {recipe.task} has a trainer of its own"
     start = getattr(recipe.configuration(), "init_lora_weights", True)
     if start in FROM_DATA:

@@ -37,6 +37,8 @@ class PostTask(Task):
 
     losses: ClassVar[tuple[str, ...]] = ()
     reads_outputs = False
+    carrier = "lorica.train.post.making"
+    libraries = ("trl",)
     post: PostConfig = PostConfig()
 
     def settled(self, recipe: Recipe) -> Self:
