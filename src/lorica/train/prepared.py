@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from lorica.train.data.labels import UNKNOWN
 from lorica.train.data.mapped import SAMPLE, LazyRows
 from lorica.train.data.rows import RowError, UsableRows, act_on_rows, fingerprint, fingerprint_on_disk
 from lorica.train.distributed.group import world
-from lorica.train.distributed.rows import encoded_once
+from lorica.train.distributed.rows import Encoding, encoded_once
 from lorica.train.recipe import Recipe
 from lorica.train.settings import DataConfig
 from lorica.train.tasks import Encoded, Task
@@ -63,18 +63,6 @@ class Prepared:
     def features(self, split: str) -> Dataset | None:
         """Encoded rows of a split, or None."""
         return self.splits[split].features if split in self.splits else None
-
-
-class Encoding(NamedTuple):
-    """The parts of `Prepared`, without the model."""
-
-    recipe: Recipe
-    task: Task
-    tokenizer: PreTrainedTokenizerBase
-    splits: dict[str, Encoded]
-    data: dict[str, dict[str, Any]]
-    unlabelled: str | None = None
-    notes: Sequence[str] = ()
 
 
 def prepare(recipe: Recipe, rows: sources.Rows | None = None, *, console: Console | None = None) -> Prepared:

@@ -11,20 +11,34 @@ import pickle
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from lorica.errors import LoricaError
 from lorica.train import tasks
 from lorica.train.console import quiet
 from lorica.train.distributed.group import OnAnother, at_end, gathered, wait_for_all
+from lorica.train.recipe import Recipe
+from lorica.train.tasks import Task
+from lorica.train.tasks.base import Encoded
 from lorica.train.tasks.stored import store, stored
 
-if TYPE_CHECKING:
-    from lorica.train.prepared import Encoding
-
 _FACTS = "facts.pickle"
+
+
+class Encoding(NamedTuple):
+    """Rows, and what was found on the way: the parts of `lorica.train.Prepared`, without the model."""
+
+    recipe: Recipe
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    splits: dict[str, Encoded]
+    data: dict[str, dict[str, Any]]
+    unlabelled: str | None = None
+    notes: Sequence[str] = ()
 
 
 def encoded_once(encode: Callable[[], Encoding]) -> Encoding:
@@ -79,8 +93,6 @@ def _write(found: Encoding, folder: Path) -> None:
 
 def _read(folder: Path, found: Encoding | None) -> Encoding:
     """What was written; `found` is what this process has of it in memory."""
-    from lorica.train.prepared import Encoding
-
     facts = found or Encoding(*pickle.loads((folder / _FACTS).read_bytes()))
     splits = {name: stored(folder / name) for name in facts.splits}
     if found is not None:
