@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import graphlib
 import io
 import os
 import sys
@@ -194,6 +195,44 @@ def in_core(path: Path) -> bool:
     return name.startswith(CORE) and not name.startswith(PLUGINS)
 
 
+def imports_of(path: Path) -> Iterator[Path]:
+    """The files of lorica that a file imports from, for types and inside functions too.
+
+    What a package only hands on, as itself or for type checkers, says nothing of what it needs.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path.name == "__init__.py":
+        tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            # What is taken from a package is one of its modules, or stands in its __init__.py.
+            within = [f"{node.module}.{each.name}" for each in node.names if each.asname != each.name]
+            names = [name if file_of(name) else node.module for name in within]
+        else:
+            continue
+        yield from filter(None, map(file_of, names))
+
+
+def file_of(module: str) -> Path | None:
+    """The file of a module of lorica's; None where there is none."""
+    first, *rest = module.split(".")
+    place = SOURCE.joinpath(*rest)
+    found = (place.with_suffix(".py"), place / "__init__.py") if first == SOURCE.name else ()
+    return next((path for path in found if path.is_file()), None)
+
+
+def find_circle() -> list[str]:
+    """Files that import from one another, the first of them once more at the end; empty where none do."""
+    needs = {path: set(imports_of(path)) - {path} for path in sorted(SOURCE.rglob("*.py"))}
+    try:
+        graphlib.TopologicalSorter(needs).prepare()
+    except graphlib.CycleError as error:
+        return [str(path.relative_to(SOURCE)) for path in error.args[1]]
+    return []
+
+
 def print_sizes() -> None:
     """How large the house is, and each part of it."""
     files = sorted(SOURCE.rglob("*.py"))
@@ -213,6 +252,7 @@ def print_sizes() -> None:
     folders = {folder: len(list(folder.glob("*.py"))) for folder in {path.parent for path in files}}
     widest = max(folders, key=lambda folder: folders[folder])
     print(f"widest folder: {widest.relative_to(SOURCE.parent)}, {folders[widest]} files")
+    print(f"circle of imports: {' imports from '.join(find_circle()) or 'none'}")
 
 
 def main() -> None:
