@@ -134,7 +134,7 @@ def _yaml_loader() -> Any:
 
 
 def _deepest(text: str) -> int:
-    """How deep brackets stand inside one another, those in quotes and comments too, where few stand."""
+    """The depth of brackets inside one another, those in quotes and comments too, where few stand."""
     depth = deepest = 0
     for character in text:
         if character in "[{":
@@ -190,7 +190,7 @@ def _reason(error: BaseException) -> str:
 
 
 def load(path: Path) -> Any:
-    """What a file holds, on the CPU; by its suffix safetensors, or else torch's pickled form.
+    """The content of a file, on the CPU; by its suffix safetensors, or else torch's pickled form.
 
     Raises:
         FileError: it is missing, truncated or damaged.
@@ -209,7 +209,7 @@ def load(path: Path) -> Any:
 
 
 def named_tensors(data: Any, path: Path) -> dict[str, Tensor]:
-    """What a file held, once it is known to be plain tensors by their names.
+    """The content of a file, once it is known to be plain tensors by their names.
 
     Args:
         data: as `load` gave it.

@@ -107,7 +107,7 @@ _WITH_PEFT = [
 
 
 def _with_vllm(adapter: Adapter, base: str | None) -> list[str]:
-    """How vLLM serves the adapter; empty unless it has plain linear layers alone."""
+    """Lines on serving the adapter with vLLM; empty unless it has plain linear layers alone."""
     plain = all(
         f.kind == "linear" and f.magnitude is None and f.bias is None for f in adapter.factors.values()
     )

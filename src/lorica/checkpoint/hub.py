@@ -29,7 +29,7 @@ _TOKEN = "HF_TOKEN, `hf auth login` or token="
 
 
 class _Sought(NamedTuple):
-    """What messages say of the files sought on the Hub."""
+    """The words of messages for the files sought on the Hub."""
 
     noun: str
     files: str

@@ -173,7 +173,7 @@ class Table:
 
     @property
     def caption(self) -> str:
-        """What the figures are."""
+        """A line that says what the figures are."""
         seeds = max((len(s.values) + s.missing for s in self.scores), default=0)
         return (
             f"{self.summary.capitalize()} ± standard deviation of {seeds} seed{'s' * (seeds != 1)} on the "

@@ -27,7 +27,7 @@ _KNOWN = {
     "unet": re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)\b"),
     "te": re.compile(r"(text_model\.)?(encoder|final_layer_norm|embeddings)\."),
 }
-"""How a part's paths begin, in diffusers and transformers."""
+"""The beginning of a part's paths, in diffusers and transformers."""
 
 
 def part_of(adapter: Adapter) -> str:

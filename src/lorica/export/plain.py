@@ -47,7 +47,7 @@ def _padded(path: str, f: Factors, r: int) -> Factors:
 
 
 def unlike_plain(adapter: Adapter, kinds: Collection[str]) -> list[str]:
-    """What of an adapter is no plain A and B on a layer of some kinds, a line each."""
+    """Parts of an adapter other than plain A and B on layers of some kinds, a line each."""
     problems = [f"{name}: trained whole" for name in (*adapter.extras, *adapter.added)]
     for path, f in adapter.factors.items():
         if f.kind not in kinds:

@@ -1,4 +1,4 @@
-"""What other servers refuse of an adapter's files, or compute otherwise than it was trained; and the remedy.
+"""Properties of an adapter that other servers refuse or compute otherwise than in training, and remedies.
 
 The rules are those of vLLM 0.33, SGLang and llama.cpp's `convert_lora_to_gguf.py`, read from their sources.
 Nothing of theirs runs here.
@@ -20,7 +20,7 @@ from lorica.errors import ConfigError, FileError, listing, nearest
 
 SERVERS = ("vllm", "sglang", "llamacpp")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for --max-lora-rank."""
+"""Values of vLLM's --max-lora-rank."""
 
 _MERGE = "lorica merge BASE {folder} -o MERGED, and serve that model"
 _PLAIN = (

@@ -17,7 +17,7 @@ from lorica.loralib.merging import MergingLayer
 
 
 class _Dense(MergingLayer, nn.Linear):
-    """What `Linear` and `MergedLinear` share."""
+    """The common part of `Linear` and `MergedLinear`."""
 
     def __init__(
         self,

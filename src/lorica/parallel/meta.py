@@ -213,7 +213,7 @@ def _is_unmade(tensor: Tensor) -> bool:
 
 
 def _maker(root: nn.Module, path: str) -> Any:
-    """What starts a module: the method of the innermost transformers model around it."""
+    """The function that starts a module: a method of the innermost transformers model around it."""
     found, module = None, root
     for part in ["", *path.split(".")]:
         module = module._modules[part] if part else module

@@ -1,4 +1,4 @@
-"""Where the values of a base come from: files that every rank reads, or one rank that sends them.
+"""Sources of a base's values: files that every rank reads, or one rank that sends them.
 
 folder of safetensors   each rank reads its own parts, out of memory-mapped files
 state of rank 0         one tensor after another is sent to all, and each keeps its part

@@ -34,7 +34,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class _Style:
-    """What both have in common: an adapted layer's parameters, each in the module that holds it."""
+    """The base of both styles: an adapted layer's parameters, each in the module that holds it."""
 
     src_data_rank: Any
     split: ClassVar[Mapping[str, int]] = {}
@@ -160,7 +160,7 @@ def split(model: M, mesh: DeviceMesh, plan: Mapping[str, str | ParallelStyle] | 
 
 
 def _own_plan(root: nn.Module) -> dict[str, str]:
-    """What transformers says of a model."""
+    """The plan that transformers has for a model."""
     config = getattr(root, "config", None)
     inner = dict(getattr(config, "base_model_tp_plan", None) or {})
     prefix = getattr(root, "base_model_prefix", "")

@@ -12,7 +12,7 @@ from lorica.serve.engine import Sampling
 from lorica.serve.http.text import Texts
 
 BASE = "base"
-"""What the base is called where an adapter's name is due."""
+"""The base's name in places where an adapter's is due."""
 
 HELP = """\
 /adapter NAME          answer with another adapter ("base" for none)

@@ -1,4 +1,4 @@
-"""What an adapter learned and the rank it needs, from its factors, in seconds.
+"""An adapter's study: its directions and the rank that it needs, from its factors, in seconds.
 
 spectra       singular values, energy, effective rank
 subspaces     similarity of the directions of two updates

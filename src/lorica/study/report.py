@@ -162,7 +162,7 @@ def _shape(adapter: Adapter, path: str) -> tuple[int, int]:
 
 
 def _facts(adapter: Adapter, base: str | Path | None) -> dict[str, str]:
-    """What its configuration says."""
+    """The facts in its configuration."""
     config = adapter.config
     found = {
         "base model": config.base_model_name_or_path or (None if base is None else str(base)),

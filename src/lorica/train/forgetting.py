@@ -1,4 +1,4 @@
-"""What a model forgot in training: its scores on other data, before and after.
+"""Forgetting in training: a model's scores on other data, before and after.
 
 A language model is scored on the other data as it is: by the loss of their tokens. An encoder that was
 trained to classify has a head for its own task alone, so the question is whether its features still tell the

@@ -122,7 +122,7 @@ class Record:
 
 
 def _wrong(values: Mapping[str, Any]) -> Iterator[str]:
-    """Which parts of a run.json cannot be used."""
+    """The parts of a run.json that cannot be used."""
     for name in ("recipe", "data", "versions", "machine", "results"):
         if not isinstance(values[name], dict):
             yield f"{name} is {values[name]!r}"

@@ -375,7 +375,7 @@ class PostConfig:
 
 
 ENGINES = ("ddp", "fsdp2", "ray")
-"""How the processes of a run share its model, and who starts them."""
+"""Ways in which the processes of a run share its model, and who starts them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -227,7 +227,7 @@ def _end_server_at_exit(owner: int) -> None:
 
 
 def settle() -> None:
-    """What a process of `preloaded_context` does first: from here on it ends with its parent, and on Ctrl-C.
+    """The first act of a process of `preloaded_context`: from here on it ends with its parent, and on Ctrl-C.
 
     Raises:
         KeyboardInterrupt: the user pressed it before.

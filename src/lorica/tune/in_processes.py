@@ -239,7 +239,7 @@ class ProcessRunner:
                 self._on_end(self._controller.trial_ended(name, **ended))
 
     def _train(self, name: str, recipe: Recipe, until: Callable[[], bool]) -> dict[str, Any] | None:
-        """How a trial ended; None where the search ended first."""
+        """The end of a trial; None where the search ended first."""
         folder = writable_directory(self._folder(name)).resolve()
         _clear_unless_begun(folder)
         self._controller.trial_started(name)

@@ -123,7 +123,7 @@ class RaySearch(ApartSearch):
         return list(self.journal.records.values())
 
     def _workers(self, processes: int) -> tuple[dict[str, float], int]:
-        """What each worker of a trial is given, by Ray's names, and how many trials there is room for.
+        """The resources of each worker of a trial, by Ray's names, and the number of trials with room.
 
         Raises:
             LoricaError: there is no room for one, in a Ray that was started here and so will not grow.
@@ -188,7 +188,7 @@ class RaySearch(ApartSearch):
 
 
 _NAMES = {"cpu": "CPU", "gpu": "GPU"}
-"""What Ray Tune calls by a name of its own."""
+"""Resource → Ray's own name of it."""
 
 
 def _room(resources: Mapping[str, float], together: int = 1) -> int:

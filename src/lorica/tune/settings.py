@@ -129,7 +129,7 @@ class SearchConfig:
 
     @property
     def where(self) -> str | None:
-        """What trains trials, "ray", "processes" or "population"; None where that depends on the trials."""
+        """The runner of trials, "ray", "processes" or "population"; None where that depends on the trials."""
         if self.launch.engine == "ray" or (self.launch.processes and self.address is not None):
             return "ray"
         if self.engine != "auto":

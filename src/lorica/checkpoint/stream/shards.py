@@ -29,7 +29,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-"""What libraries call a checkpoint's only file; ``NAME.index.json`` lists the shards where there are more."""
+"""Names of a checkpoint's only file; ``NAME.index.json`` lists the shards where there are more."""
 
 
 class Entry(NamedTuple):

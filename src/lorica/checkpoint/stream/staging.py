@@ -74,7 +74,7 @@ class Staging:
         return note["record"] if note and self._is_intact(name) else None
 
     def part(self, name: str) -> Path:
-        """Where to write a file before it is finished."""
+        """The place of a file before it is finished."""
         path = self._parts / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path

@@ -1,4 +1,4 @@
-"""What a plain LoRA adapter's files tell without torch, whose import takes longest.
+"""The facts in a plain LoRA adapter's files, read without torch, whose import takes longest.
 
 The header of the weights names tensors, shapes and places; a norm takes products of r × r. Whatever is
 no plain adapter of matrices in safetensors is left to a whole read, which says what is wrong with it, too.

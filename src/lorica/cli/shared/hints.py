@@ -1,4 +1,4 @@
-"""What to type next, as commands that run as they are printed."""
+"""The next commands to type, which run as they are printed."""
 
 from __future__ import annotations
 

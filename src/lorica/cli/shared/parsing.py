@@ -42,7 +42,7 @@ _TYPES = {
 _DIGITS = 308
 """Digits of the largest float."""
 _RENAMED = {"out": "output", "alpha": "method.lora_alpha", "targets": "method.target_modules"}
-"""What an option was called before → what it is called now."""
+"""Earlier name of an option → its name now."""
 
 SHORT: Mapping[str, tuple[str, ...]] = {
     "model": ("-m",),
@@ -63,7 +63,7 @@ SHORT: Mapping[str, tuple[str, ...]] = {
     "training.seed": ("--seed",),
     "post.rewards": ("--reward",),
 }
-"""What most people set → its short names; a hyphen may be an underscore. Their order is that of the help.
+"""Options that most people set → their short names, in the order of the help; a hyphen may be an underscore.
 
 A list's short name adds an item to it. A method's fields have one spelling, PEFT's name behind ``--method.``.
 """
@@ -77,7 +77,7 @@ _LONG = {
 _GENERATION = "generation."
 _LAUNCH = "--launch."
 _ENGINE = f"{_LAUNCH}engine"
-"""What each of the processes has to know too."""
+"""The option that each of the processes has to know too."""
 _GROUPS = {
     "": "the run",
     "data": "rows",

@@ -28,7 +28,7 @@ from lorica.state import AdapterState, find_adapted
 from lorica.tree import walk
 
 AuxiliaryTrainingWrapper = (ModulesToSaveWrapper, TrainableTokensWrapper)
-"""What is asked of isinstance: a module trained whole, or one some of whose rows are."""
+"""Classes for isinstance: a module trained whole, or one some of whose rows are."""
 
 _PREFIX = "lora_"
 

@@ -102,14 +102,14 @@ class Request:
 
 
 def too_late(seconds: float) -> Overloaded:
-    """What a request is told that was in no batch after so long."""
+    """The error of a request that was in no batch after so long."""
     return Overloaded(
         f"the request waited {seconds:g} s for its turn, which is as long as it may", retry_after=seconds
     )
 
 
 def not_finite(name: str | None) -> RefusedAdapter:
-    """What a request is told whose model overflowed."""
+    """The error of a request whose model overflowed."""
     return RefusedAdapter(f"{name or 'the base'} gives NaN or infinity for this prompt; its weights overflow")
 
 

@@ -30,7 +30,7 @@ from lorica.errors import MissingExtra, StateError
 from lorica.serve.decoder import attention
 
 VERSION = "5.23."
-"""What transformers' version begins with, as the extra `serve` pins it."""
+"""The beginning of transformers' version, as the extra `serve` pins it."""
 
 
 def check_version() -> None:

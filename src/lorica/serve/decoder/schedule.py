@@ -1,4 +1,4 @@
-"""Which requests are in the batch, and which adapters in the slots; all of it in the engine's thread.
+"""The requests in the batch and the adapters in the slots; all of it in the engine's thread.
 
     commands ──▶ waiting ──a slot, room──▶ running ──▶ told
 
@@ -46,7 +46,7 @@ class Told(NamedTuple):
 
 @dataclass(eq=False)
 class Counts:
-    """What the engine did since it was made: what `Stats` has under these names, with ``_total`` behind."""
+    """The engine's counts since it was made; `Stats` has them under these names, with ``_total`` behind."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 _BROKEN = "�"
-"""What a tokenizer writes for bytes that are no character, or not yet."""
+"""The character that a tokenizer writes for bytes that are no character, or not yet."""
 _LONGEST = 8
 """Tokens that a character can be cut into; where more stay broken, they never were one."""
 

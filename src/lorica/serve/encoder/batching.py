@@ -1,4 +1,4 @@
-"""Which rows go together: those of about one length, so that little of a batch is padding."""
+"""Batches of rows of about one length, so that little of them is padding."""
 
 from __future__ import annotations
 

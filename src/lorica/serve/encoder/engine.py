@@ -153,7 +153,7 @@ class EncoderEngine:
         return self._open and not self._tasks[0].done()
 
     def kind(self, name: str | None) -> str | None:
-        """What an adapter's head tells, or the base's; None where there is none, or it was not read yet."""
+        """The head of an adapter, or of the base; None where there is none, or it was not read yet."""
         head = self.base.own
         if name is not None:
             alias = self.adapters.names.get(name)

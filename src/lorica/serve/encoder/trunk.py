@@ -101,7 +101,7 @@ class Trunk:
         return answers
 
     def _choice(self, mounts: Sequence[Mount | None]) -> Any:
-        """Which adapter acts on which row."""
+        """The adapter of each row."""
         model, first = self._base.model, mounts[0]
         names = [None if mount is None else mount.name for mount in mounts]
         if not adapters(model):

@@ -26,7 +26,7 @@ _AT_ONCE = frozenset(("/", "/health", "/ready", "/metrics", "/version", "/stats"
 """Paths that are answered however many requests there are."""
 
 _PATIENCE = 8
-"""How many times the largest body is let pass unread before the connection is cut."""
+"""Times the largest body that may pass unread before the connection is cut."""
 
 log = logging.getLogger("lorica.serve")
 

@@ -168,7 +168,7 @@ class _OfTheEngine(Collector):
 
 
 def joined(parts: Sequence[tuple[str, bytes]]) -> bytes:
-    """What several servers tell, as one text; each figure has the label ``replica``.
+    """The figures of several servers as one text; each has the label ``replica``.
 
     Args:
         parts: each server's name, and its text.

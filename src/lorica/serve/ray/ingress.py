@@ -45,7 +45,7 @@ log = logging.getLogger("lorica.serve")
 
 
 class Ingress:
-    """What the proxies of Ray Serve ask.
+    """The application behind Ray Serve's proxies.
 
     Args:
         options: how the base is served.
@@ -122,7 +122,7 @@ class Ingress:
         return b"".join(parts)
 
     def _session(self, named: Any) -> str:
-        """What the requests for an adapter have in common; nothing for the base, which goes anywhere."""
+        """The key that the requests for an adapter share; nothing for the base, which goes anywhere."""
         if not isinstance(named, str) or named == self._base:
             return ""
         return named if self._base is None else named.removeprefix(f"{self._base}:")

@@ -1,4 +1,4 @@
-"""What `serve run lorica.serve.ray:app` and its YAML take: the options of `lorica serve`, and of Ray's."""
+"""Arguments of `serve run lorica.serve.ray:app` and its YAML: the options of `lorica serve`, and Ray's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorica.errors import ConfigError, nearest
 
 
 class Options(BaseModel):
-    """How a base is served by replicas of Ray Serve.
+    """Options of a base that replicas of Ray Serve serve.
 
     Args:
         model: what `lorica serve` takes: a run, an adapter's folder, or a model by folder or Hub name. Every

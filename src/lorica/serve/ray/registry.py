@@ -1,4 +1,4 @@
-"""What was loaded and unloaded over HTTP, so that every replica serves the same names.
+"""A record of loading and unloading over HTTP, so that every replica serves the same names.
 
     POST ──▶ one replica loads ──▶ Registry numbers the change ──▶ all replicas follow
                                        ▲ a replica that starts, and each of them every few seconds
@@ -25,7 +25,7 @@ log = logging.getLogger("lorica.serve")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What became of a name last.
+    """The last change of a name.
 
     Args:
         number: grows from change to change: nanoseconds since the epoch.

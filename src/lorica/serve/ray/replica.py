@@ -125,7 +125,7 @@ class Replica:
         return self.here.engine.alive and not self.here.closing
 
     async def check_health(self) -> None:
-        """What Ray asks: one whose engine is dead is replaced."""
+        """Ray's question after health: it replaces a replica whose engine is dead."""
         if not self.here.engine.alive:
             raise LoricaError("the engine does not run")
 

@@ -29,7 +29,7 @@ _CONFIG = 1 << 20
 _TEMPLATE = 1 << 18
 _TOKENIZER = 16 << 20
 _WORDS = ("chat_template.jinja", "tokenizer_config.json")
-"""Where a chat template stands; the first goes before the second."""
+"""Files that may hold a chat template; the first goes before the second."""
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, *_WORDS)
 _INSIDE = "adapter"
 """Under this name a training run keeps its adapter in its own folder."""
@@ -100,7 +100,7 @@ def scan(roots: Iterable[Path], known: Mapping[str, Found] | None = None) -> dic
 
 
 def look(name: str, path: Path, roots: Iterable[Path], known: Found | None = None) -> Found:
-    """What a folder holds, without reading its tensors; `known` again where its files are the same."""
+    """The content of a folder, without its tensors; `known` again where its files are the same."""
     try:
         folder = within(path, roots)
         config, weights = (_regular(folder / part, roots) for part in (CONFIG_FILE, WEIGHTS_FILE))
@@ -121,7 +121,7 @@ def look(name: str, path: Path, roots: Iterable[Path], known: Found | None = Non
 
 
 def sign(folder: Path) -> Signature:
-    """What changes when a file of an adapter's does; files that are not there are left out."""
+    """A mark that changes with an adapter's files; files that are not there are left out."""
     stats = (path.stat() for name in _FILES if (path := folder / name).exists())
     return tuple((own.st_mtime_ns, own.st_size, own.st_ino) for own in stats)
 

@@ -1,4 +1,4 @@
-"""How many sequences of one length can go through the model in one call, with the bits that each has alone.
+"""The number of sequences of one length that a call of the model can take, with the bits of each alone.
 
 A model's own operations between its linear layers treat every sequence by itself, but for how they are cut:
 
@@ -30,7 +30,7 @@ _VECTORS = 128  # bytes
 
 @dataclass
 class Abreast:
-    """What a model's shapes allow.
+    """The limits that a model's shapes set.
 
     Args:
         common: divides every width of the model.
@@ -71,7 +71,7 @@ class Abreast:
         return min(-(-tokens // self.fill) * self.fill, self.context) if self.proven else tokens
 
     def most(self, tokens: int) -> int:
-        """How many sequences of so many tokens may go abreast."""
+        """The number of sequences of so many tokens that may go abreast."""
         if not self.proven:
             return 1
         if not self.on_cpu:

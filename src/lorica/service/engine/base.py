@@ -22,7 +22,7 @@ from lorica.train.trainer.loss import output_head
 
 
 class Read(NamedTuple):
-    """What the model made of sequences of one length, before its head.
+    """The model's outputs for sequences of one length, before its head.
 
     Args:
         hidden: (sequences, tokens, width), what the head reads; or (sequences, tokens, vocabulary), the

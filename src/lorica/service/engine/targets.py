@@ -1,4 +1,4 @@
-"""Which linear layers of a causal model are attention's, which the head, and which the rest of the blocks."""
+"""The linear layers of a causal model: attention's, the head, and the rest of the blocks."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def learn(base: Base, tasks: Sequence[Task], *, backward: bool) -> None:
 
 
 def _abreast(base: Base, tasks: Sequence[Task]) -> list[list[int]]:
-    """Which tasks go through the model in one lane: of one length, those of an adapter side by side."""
+    """Groups of tasks that share a call of the model: of one length, those of an adapter side by side."""
     alike: dict[int, dict[int, list[int]]] = {}
     for i, task in enumerate(tasks):
         of_length = alike.setdefault(base.abreast.filled(len(task.datum)), {})

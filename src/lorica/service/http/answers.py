@@ -1,4 +1,4 @@
-"""Who asks, and errors as HTTP has them: what is wrong inside a future is no error of the request for it."""
+"""The asking client, and errors as HTTP has them: an error inside a future is none of the request for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What will training cost? Said beforehand, from a model's configuration alone.
+"""The cost of training, beforehand, from a model's configuration alone.
 
 cost       parameters, files, memory and arithmetic of a step; the largest batch that fits
 tracing    a step on the meta device: what it holds at its fullest moment, and computes

@@ -1,4 +1,4 @@
-"""What will training cost? Parameters, files, memory and arithmetic, from a model's configuration alone."""
+"""The cost of training: parameters, files, memory and arithmetic, from a model's configuration alone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _NF4 = (
 
 @dataclass(frozen=True, eq=False)
 class Plan(Result):
-    """What one step of training takes; all memory in bytes.
+    """The cost of one step of training; all memory in bytes.
 
     Args:
         method: how it is trained.
@@ -140,7 +140,7 @@ def plan(
     optimizer: str = "adamw",
     checkpointing: bool = False,
 ) -> Plan:
-    """What a step of training would take, without a weight of the model.
+    """The cost of a step of training, found without a weight of the model.
 
     The model is made on the meta device and taken through a forward and a backward pass there, so the
     activations are those that its own code holds, not a formula's.
@@ -339,7 +339,7 @@ class Planner:
 
 
 def _positions(model: nn.Module) -> int | None:
-    """How many tokens a model has places for; None where it needs no table of them."""
+    """The number of tokens that a model has places for; None where it needs no table of them."""
     most = getattr(model.config, "max_position_embeddings", None)
     tables = [
         module

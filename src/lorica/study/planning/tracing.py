@@ -21,7 +21,7 @@ _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class Step(NamedTuple):
-    """What a step of training takes.
+    """The cost of a step of training.
 
     Args:
         held: bytes beside the parameters at the fullest moment: activations, and the gradients made so far.

@@ -1,4 +1,4 @@
-"""Which columns hold the texts and the labels, and which number stands for which label."""
+"""The columns of the texts and the labels, and the number of each label."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which labels name a class, whose number is its place: found as they are written, and looked up with care.
+"""Classes by their labels, each with its place as its number: found as they are written, looked up with care.
 
 Outer spaces are no part of a label. Labels that differ in case alone are refused where they would become
 classes, but for the words "true" and "false", and taken for one another where the classes are named.
@@ -18,7 +18,7 @@ from lorica.errors import ConfigError, listing, nearest
 from lorica.train.data.rows import Unusable
 
 UNKNOWN = "which the training rows do not have"
-"""What an error says of a label that is none of the classes."""
+"""The error of a label that is none of the classes."""
 
 _TRUTH = {"true": "True", "false": "False"}
 

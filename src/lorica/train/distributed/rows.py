@@ -92,7 +92,7 @@ def _write(found: Encoding, folder: Path) -> None:
 
 
 def _read(folder: Path, found: Encoding | None) -> Encoding:
-    """What was written; `found` is what this process has of it in memory."""
+    """The rows that were written; `found` is this process's own copy, if it has one in memory."""
     facts = found or Encoding(*pickle.loads((folder / _FACTS).read_bytes()))
     splits = {name: stored(folder / name) for name in facts.splits}
     if found is not None:

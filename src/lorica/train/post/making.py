@@ -33,7 +33,7 @@ _TAKEN = ("model", "args", "train_dataset", "eval_dataset", "processing_class", 
 
 
 def trainer_of(task: PostTask, seed: int = 0) -> Callable[..., Any]:
-    """What makes a task's trainer, of the arguments of lorica's `Trainer`.
+    """A function of the arguments of lorica's `Trainer` that makes a task's trainer.
 
     Args:
         task: what is learned, settled.

@@ -1,4 +1,4 @@
-"""What scores an answer: functions of the user's own, and reward models that a run trained.
+"""Scores of answers: functions of the user's own, and reward models that a run trained.
 
     function         path/to/file.py:function(prompts, completions, **columns) ──▶ a number for each
     folder of a run  its adapter on *this* base: the frozen weights are the policy's own, in memory once

@@ -58,7 +58,7 @@ _BUFFER = "answers.pt"
 
 
 class PostTrainer(RunTrainerMixin, _Base):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """What a run needs of TRL's trainers. Put it before the trainer it is mixed into."""
+    """A run's evaluation, checkpoints and log for TRL's trainers; the first base, before the trainer."""
 
     writer = None
     _read: list[int]
@@ -89,7 +89,7 @@ class PostTrainer(RunTrainerMixin, _Base):  # pyright: ignore[reportIncompatible
         return found
 
     def _stored(self) -> dict[str, list[float]]:
-        """What TRL keeps of each batch of an evaluation."""
+        """TRL's figures of each batch of an evaluation."""
         return self._metrics["eval"]  # pyright: ignore[reportAttributeAccessIssue]
 
     def _means(self, stored: dict[str, list[float]]) -> dict[str, float]:
@@ -267,4 +267,4 @@ KINDS: dict[str, tuple[type[Any], type[Any]]] = {
     "grpo": (GroupRelative, trl.GRPOConfig),
     "rloo": (LeaveOneOut, trl.RLOOConfig),
 }
-"""What is trained → its trainer, and TRL's configuration of it."""
+"""Kind of training → its trainer, and TRL's configuration of it."""

@@ -1,4 +1,4 @@
-"""What a run would learn from, before anything is trained: `preview` says it, and no model is loaded.
+"""The rows that a run would learn from, before anything is trained: `preview` reports, and loads no model.
 
 report  the rows of each split: lengths, cuts, duplicates, labels; the first as the model will see them
 seen    a row as the model sees it: its text in stretches, those that are learned marked

@@ -11,7 +11,7 @@ from lorica.train.tasks.post.grouped import PROMPT, Grouped
 from lorica.train.tasks.post.reward import Reward
 
 INSTEAD = "\n  instead of "
-"""What stands between the better answer and the worse in what is shown."""
+"""Text between the better answer and the worse on the screen."""
 
 
 def seen_answers(task: PostTask, features: dict[str, Any], tokenizer: Any, data: DataConfig) -> Seen:
@@ -44,7 +44,7 @@ def seen_answers(task: PostTask, features: dict[str, Any], tokenizer: Any, data:
 
 
 def balance_of(features: Any) -> dict[str, int]:
-    """How many judged answers are wanted, and how many are not; empty for other rows.
+    """Numbers of judged answers that are wanted and not wanted; empty for other rows.
 
     Args:
         features: encoded rows.

@@ -87,7 +87,7 @@ def _stretches(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> tupl
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
-    """What tokens say, special ones included."""
+    """The text of tokens, special ones included."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 

@@ -101,7 +101,7 @@ class TorchTrainer(ray.train.torch.TorchTrainer):
 
 
 def _work(given: dict[str, Any]) -> Result | str:
-    """What each worker does.
+    """The work of each worker.
 
     Returns:
         What the run came to, or why it cannot be done: Ray would try again after an error.

@@ -86,7 +86,7 @@ def _lifted(value: Any, role: str, system: Any = None) -> list[Message]:
 
 
 def how_masked(tokenizer: PreTrainedTokenizerBase) -> str:
-    """How a conversation's targets are told from the rest, in words."""
+    """The way in which a conversation's targets are told from the rest, in words."""
     if _has_own_mask(tokenizer):
         return "the chat template's own mask says which tokens are learned"
     return "which tokens are learned is found by comparing layouts of the chat template"

@@ -134,7 +134,7 @@ def references_of(rows: Dataset, data: DataConfig, where: str) -> list[list[str]
 
 
 def groups_of(rows: Dataset, data: DataConfig, prompts: Sequence[str]) -> list[int]:
-    """Which rows ask the same: rows of one text each are one question if their prompts read the same."""
+    """The number of each row's question; rows of one text each share it if their prompts read the same."""
     if data.references in rows.column_names:
         return list(range(len(rows)))
     first: dict[str, int] = {}

@@ -32,7 +32,7 @@ PART = 20_000
 
 
 class HowEncoded(NamedTuple):
-    """How rows are encoded; see `Task.encode`."""
+    """Arguments of `Task.encode` besides the rows."""
 
     task: Task
     data: DataConfig
@@ -141,7 +141,7 @@ def _side_by_side(how: HowEncoded, rows: Dataset, places: Sequence[range]) -> li
 
 
 def _encode(how: HowEncoded, folder: Path, part: range) -> _Bad | None:
-    """What one of the processes does: encode a part, and leave it in the folder."""
+    """The work of one process: encode a part, and leave it in the folder."""
     with quiet():
         found = _part(how, Dataset.load_from_disk(str(folder / "rows")).select(part))
         if isinstance(found, _Bad):

@@ -1,4 +1,4 @@
-"""How a recipe's training becomes transformers' arguments; what it leaves open is chosen here.
+"""A recipe's training as transformers' arguments, with values for the fields that it leaves open.
 
     learning rate   5e-4 · (2000 / width)^0.43 · the method's factor
     passes          3, or as many as make 600 steps (150 where the head is pretrained too), up to 40

@@ -281,7 +281,7 @@ _FACTS = frozenset(
         "__hash__",
     ]
 )
-"""What is known of logits without computing any."""
+"""Attributes of logits that are known without computing any."""
 
 _RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("float", "double", "to", "type_as", "tanh", "neg"), _each),

@@ -99,7 +99,7 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         self.loss, self.chunked_loss, self.writer = loss, chunked_loss, writer
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self._rows: Any = None
-        """What is evaluated."""
+        """The rows that are evaluated."""
         self._order: list[int] | None = None
         """The places of these rows in the order in which they are read; None is their own."""
         self._sums: list[Tensor] = []
@@ -112,7 +112,7 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
         check_world(self.args.world_size)
         self._splits = self.args.world_size > 1 and can_split(self.accelerator)
         self._counted = 0
-        """How many rows of the batch that is evaluated are this process's own."""
+        """This process's own rows of the batch that is evaluated."""
         if self.args.process_index:  # no two processes drop the same
             torch.manual_seed(self.args.seed + self.args.process_index)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -347,7 +347,7 @@ class Trainer(RunTrainerMixin, transformers.Trainer):  # pyright: ignore[reportI
 
 
 def trainer_of(task: Task, seed: int = 0) -> Callable[..., Any]:
-    """What makes a task's trainer, of the arguments of `Trainer`: that class, or the carrying library's.
+    """A function of the arguments of `Trainer` that makes a task's trainer: that class, as a rule.
 
     Args:
         task: what is learned, settled.

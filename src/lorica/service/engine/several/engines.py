@@ -34,7 +34,7 @@ MOST = 2
 
 
 def usual(device: torch.device) -> int:
-    """How many engines a server has if it is not told: `MOST`, as torch's threads allow; off the CPU one."""
+    """The default number of engines: `MOST`, as torch's threads allow; off the CPU one."""
     return min(MOST, torch.get_num_threads()) if device.type == "cpu" else 1
 
 

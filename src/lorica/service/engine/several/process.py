@@ -51,7 +51,7 @@ class _Adapter(NamedTuple):
 
 @dataclass
 class _Message:
-    """What the process is to do.
+    """An order to the process.
 
     Args:
         tasks: sequences to learn from: tokens, inputs, name of the loss, its settings, number of the adapter.
@@ -269,7 +269,7 @@ def _answer(base: Base, lanes: int, threads: int, pipe: Connection) -> None:
 
 
 class _Here:
-    """What the process holds."""
+    """The adapters and gradients of the process."""
 
     def __init__(self, base: Base, lanes: int) -> None:
         self._base, self._served = base, dict[str, int]()
