@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import socket
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint.peft_files import edit_config, tensors_of, trained
-from tiny import adapted, bits
+from tiny import Toy, adapted, bits, outputs
 from torch import nn
 
 import lorica
+import lorica.peft
 from lorica.checkpoint import peft
 from lorica.errors import AdapterError, FileError
 
@@ -122,6 +124,24 @@ class TestWrite:
             "attention.base_layer.out_proj.base_layer.bias": (4,),
             "head.bias": (2,),
         }
+
+    def test_patterns_keep_their_order(self, tmp_path: Path) -> None:
+        # Both patterns name `blocks.1.up`, and the first counts: sorted, they would give another scale.
+        config = lorica.LoraConfig(
+            target_modules=["up", "down"],
+            rank_pattern={"up": 3, r"blocks\.1\..*": 5},
+            alpha_pattern={"up": 20, r"blocks\.1\..*": 3},
+        )
+        torch.manual_seed(0)
+        base = Toy()
+        model = adapted(copy.deepcopy(base), config)
+        folder = lorica.save(model, tmp_path / "adapter")
+        lorica.peft.LoraConfig(**vars(config)).save_pretrained(tmp_path / "config")
+        for place in (folder, tmp_path / "config"):
+            data = json.loads((place / "adapter_config.json").read_text())
+            assert list(data["alpha_pattern"].items()) == list(config.alpha_pattern.items())
+            assert list(data["rank_pattern"].items()) == list(config.rank_pattern.items())
+        assert torch.equal(outputs(lorica.load(base, folder)), outputs(model))
 
     def test_the_same_adapter_gives_the_same_bytes(
         self, adapter: lorica.Adapter, folder: Path, tmp_path: Path

@@ -89,14 +89,14 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
     if adapter.classes is not None:
         metadata[_CLASSES] = json.dumps(adapter.classes)
     if adapter.trained_as is not None:
-        metadata[_TRAINED_AS] = json.dumps(adapter.trained_as.to_dict(), sort_keys=True)
+        metadata[_TRAINED_AS] = json.dumps(in_order(adapter.trained_as.to_dict()))
     scales = {path: f.scale for path, f in adapter.factors.items() if f.kind == "parameter"}
     if scales:
         metadata[_SCALES] = json.dumps(scales, sort_keys=True)
     settings = {**adapter.config.to_dict(), "inference_mode": True}
     # Of which PEFT a configuration is says how its file's tensors count, and these are written anew.
     settings.pop("peft_version", None)
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(in_order(settings), indent=2) + "\n"
     card = model_card(adapter, folder / CARD_FILE)
     weights, stale = (PICKLED_FILE, WEIGHTS_FILE) if pickled else (WEIGHTS_FILE, PICKLED_FILE)
     writers = {
@@ -106,6 +106,11 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
     }
     replace_files(folder, writers, gone=[stale])
     return folder
+
+
+def in_order(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's fields by their names; patterns stay in their order, for the first match wins."""
+    return dict(sorted(settings.items()))
 
 
 def write_card(adapter: Adapter, directory: str | Path, about: str = "") -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 from lorica import config as core
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.hub import locate
-from lorica.checkpoint.peft import CONFIG_FILE, read_settings
+from lorica.checkpoint.peft import CONFIG_FILE, in_order, read_settings
 from lorica.config.foreign import FOREIGN, without_foreign
 from lorica.config.inits import SETTINGS
 from lorica.errors import ConfigError, LoricaWarning, listing, nearest
@@ -266,7 +266,7 @@ class PeftConfig(core.LoraConfig):
             data["auto_mapping"] = mapping
         if kwargs:
             raise ConfigError(f"save_pretrained of a configuration takes no {', '.join(kwargs)}")
-        text = json.dumps(data, indent=2, sort_keys=True) + "\n"
+        text = json.dumps(in_order(data), indent=2) + "\n"
         writers = {CONFIG_FILE: lambda path: _write(path, text)}
         replace_files(Path(save_directory), writers)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.adapter import Adapter
-from lorica.checkpoint.peft import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
+from lorica.checkpoint.peft import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE, in_order
 from lorica.checkpoint.peft import read as read_folder
 from lorica.errors import LoricaError
 from lorica.serve.engine import RefusedAdapter, UnknownAdapter
@@ -188,7 +188,7 @@ def read(found: Found, *, max_rank: int, max_bytes: int) -> tuple[Adapter, str]:
 def digest(folder: Path) -> str:
     """The identity of an adapter's files, whatever the order of their tensors."""
     settings, weights = _settings(folder / CONFIG_FILE), folder / WEIGHTS_FILE
-    found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    found = hashlib.sha256(json.dumps(in_order(settings)).encode())
     tensors, start = header(weights)
     with weights.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
         view = memoryview(memory)
