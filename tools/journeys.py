@@ -43,9 +43,11 @@ CORE = (
 PLUGINS = (
     "layers/quantized",
     "layers/plugins",
+    "layers/rows",
     "layers/slots",
     "pieces/plugins",
     "inits/plugins",
+    "model/mixed",
     "model/pretrained",
     "model/sharded",
     "model/slots",

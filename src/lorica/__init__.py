@@ -101,12 +101,10 @@ if TYPE_CHECKING:
     from lorica.model import (
         MergeReport,
         ParameterCount,
-        Preview,
         active,
         adapt,
         adapters,
         attach,
-        count,
         delta_weight,
         detach,
         disabled,
@@ -116,14 +114,13 @@ if TYPE_CHECKING:
         load_weights,
         merge,
         mixed,
-        preview,
         push_to_hub,
         restore,
         save,
         switch,
         trainable_parameters,
     )
-    from lorica.study.planning import plan
+    from lorica.study.planning import Preview, count, plan, preview
 
 # Module → the names that are imported from it when they are first used.
 _PLACES = {
@@ -133,10 +130,9 @@ _PLACES = {
     "checkpoint": "is_adapter read write",
     "config": "AdapterConfig CordaConfig EvaConfig LoftQConfig LoraConfig LoraGAConfig MethodConfig",
     "errors": "LoricaError",
-    "model": "MergeReport ParameterCount Preview active adapt adapters attach count delta_weight detach "
-    "disabled extract finalize load load_weights merge mixed preview push_to_hub restore save switch "
-    "trainable_parameters",
-    "study.planning": "plan",
+    "model": "MergeReport ParameterCount active adapt adapters attach delta_weight detach disabled extract "
+    "finalize load load_weights merge mixed push_to_hub restore save switch trainable_parameters",
+    "study.planning": "Preview count plan preview",
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names.split()}
 

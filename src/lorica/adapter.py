@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -211,6 +212,12 @@ class Adapter:
             raise AdapterError(
                 f"the adapter holds NaN or infinity in {listing(bad)}; the training that made it diverged"
             )
+
+
+def host_of(path: str) -> tuple[str, str]:
+    """A module's path without the ``.base_layer`` suffixes that tell its parameters apart, and these."""
+    host = re.sub(r"(\.base_layer)+$", "", path)
+    return host, path[len(host) :]
 
 
 def _summable(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from lorica.check import (
     check_adaptable,
     check_bias,
     check_dropout,
+    check_free,
     check_magnitudes,
     check_whole,
     layer_class,
@@ -21,8 +22,7 @@ from lorica.check import (
 from lorica.config import AdapterConfig, LoraConfig, full_match
 from lorica.config.default_targets import BY_TYPE, QUERY_VALUE
 from lorica.errors import LoricaWarning, TargetError, listing, nearest
-from lorica.layers import AddedModule, LoraEmbedding, LoraLayer, LoraParameters, SavedModule
-from lorica.layers.conv import LoraConv
+from lorica.layers import LoraLayer, SavedModule
 from lorica.tree import (
     Place,
     base_parameters,
@@ -91,9 +91,10 @@ class Target(NamedTuple):
         Raises:
             TargetError: the module cannot carry an update of this rank.
         """
+        layer: Any = self.layer
         if self.parameter is not None:
-            return LoraParameters.shapes(self.module, self.parameter, r)
-        return self.layer.factor_shapes(self.module, r)
+            return layer.shapes(self.module, self.parameter, r)
+        return layer.factor_shapes(self.module, r)
 
     @property
     def weight_path(self) -> str:
@@ -216,8 +217,7 @@ def all_linear(root: nn.Module, places: list[Place]) -> list[Place]:
         if p.module is not head
         and not isinstance(p.module, SavedModule)
         and (layer := layer_class(p.module, p.parent)) is not None
-        # Another adapter's `target_parameters` make a module a `LoraParameters`, which is no linear layer.
-        and not issubclass(layer, (LoraEmbedding, LoraConv, LoraParameters))
+        and layer.kind == "linear"
     ]
     if not chosen:
         raise TargetError(
@@ -304,26 +304,12 @@ def as_target(place: Place, config: LoraConfig) -> Target:
         TargetError: the module cannot be adapted.
     """
     path, module, parent = place
-    if isinstance(module, AddedModule):
-        raise TargetError(
-            f"{path} carries a part that another method added ({type(module).swapped_by.__name__}) and "
-            "cannot take a low-rank update beside that; leave it out"
-        )
-    if isinstance(module, SavedModule):
-        raise TargetError(
-            f"{path} is trained whole by another adapter (modules_to_save) and cannot take a "
-            "low-rank update beside that"
-        )
+    check_free(path, module)
     layer = layer_class(module, parent)
     if layer is None:
         raise TargetError(
             f"{path} is a {type(module).__name__}, which cannot be adapted (lorica adapts "
             f"{ADAPTABLE}){_inside(path, module)}"
-        )
-    if layer is LoraParameters:
-        raise TargetError(
-            f"{path}: another adapter adapts parameters of it (target_parameters), so its weight cannot take "
-            "a low-rank update as a module; name the weight in target_parameters as well"
         )
     check_adaptable(place, layer)
     if config.use_dora:

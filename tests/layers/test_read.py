@@ -16,7 +16,7 @@ import lorica
 from lorica.check import layer_class
 from lorica.errors import StateError, TargetError
 from lorica.layers import ReadWeight, Uncalled
-from lorica.layers.reading import Reading, reading_of
+from lorica.layers.plugins.reading import Reading, reading_of
 
 
 class Reader(nn.Module):

@@ -12,8 +12,9 @@ from methods.common import ARCHITECTURES, check_round_trip, trained_names
 from tiny import Toy, outputs, record, shake, transformer
 
 import lorica
-from lorica.config import AdapterConfig, Combination
+from lorica.config import AdapterConfig
 from lorica.errors import AdapterError, ConfigError, FileError, TargetError
+from lorica.methods import Combination
 
 FT, TOP1, BITFIT = lorica.FullConfig(), lorica.TopConfig(blocks=1), lorica.BitFitConfig()
 

@@ -12,11 +12,62 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from lorica.config import LoraConfig
+from torch import Tensor
+
+from lorica.adapter import Factors, host_of
+from lorica.config import LoraConfig, full_match
 
 # Stacked weights as the mixtures of experts register them, first to last.
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "gate_up_proj_bias", "down_proj", "w2")
 _MOST = 6
+
+
+def of_parameter(
+    path: str,
+    sides: Mapping[str, Tensor],
+    halves_A: Mapping[str, Tensor],
+    config: LoraConfig,
+    scales: Mapping[str, float],
+) -> Factors | str | None:
+    """The factors of a parameter of a module, or why they are none; None where the module is a target itself.
+
+    Args:
+        path: in the file.
+        sides: its A and B.
+        halves_A: path in the file → A, for all updates.
+        config: the configuration beside the file.
+        scales: by path, if the file holds them.
+    """
+    host, _ = host_of(path)
+    names = _names(host, config)
+    if not names:
+        return None
+    beside = sorted((p for p in halves_A if host_of(p)[0] == host), key=len)  # the module's own first
+    rows = {p: halves_A[p].shape[0] for p in beside}
+    meant = told_apart(path, names, rows, config, scales)
+    if meant is None:
+        return (
+            f"rank_pattern and alpha_pattern differ for {names}, and neither the file nor its shapes say "
+            "which of them is which; give them one rank and alpha"
+        )
+    (r, scale), (A, B) = meant, (sides["A"], sides["B"])
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] % r:
+        return (
+            f"A {tuple(A.shape)} and B {tuple(B.shape)} are not the two halves of updates of rank {r}, one "
+            "for each expert"
+        )
+    return Factors(A, B, scale, "parameter")
+
+
+def _names(host: str, config: LoraConfig) -> list[str]:
+    """The names that `target_parameters` may mean at a module; none if the module is itself a target."""
+    modules = config.target_modules
+    if isinstance(modules, str):
+        is_target = full_match(modules, host)
+    else:
+        is_target = any(f".{host}".endswith(f".{name}") for name in modules or [])
+    parts = [] if is_target else [name.rpartition(".") for name in config.target_parameters or []]
+    return [f"{host}.{leaf}" for owner, _, leaf in parts if not owner or f".{host}".endswith(f".{owner}")]
 
 
 def told_apart(

@@ -16,9 +16,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -30,6 +30,8 @@ from lorica.checkpoint.peft_tensors import from_tensors, to_tensors
 from lorica.config import AdapterConfig, LoraConfig, read_config
 from lorica.errors import AdapterError, ConfigError, FileError
 from lorica.reading import SAFETENSORS, load, named_tensors, parse_json, read_metadata, read_object
+
+T = TypeVar("T")
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -167,14 +169,13 @@ def read_scales(directory: str | Path) -> dict[str, float]:
     Raises:
         FileError: the header is damaged.
     """
-    path = Path(directory) / WEIGHTS_FILE
-    text = read_metadata(path).get(_SCALES) if path.is_file() else None
-    if text is None:
-        return {}
-    found = parse_json(text, f"{_SCALES} in the header of {path}")
-    if not isinstance(found, dict) or not all(isinstance(scale, (int, float)) for scale in found.values()):
-        raise FileError(f"the header of {path} is damaged: {_SCALES} in it should be numbers by path")
-    return {name: float(scale) for name, scale in found.items()}
+
+    def scales(found: Any) -> dict[str, float]:
+        if not isinstance(found, dict) or not all(isinstance(s, (int, float)) for s in found.values()):
+            raise ValueError("should be numbers by path")
+        return {name: float(scale) for name, scale in found.items()}
+
+    return _noted(directory, _SCALES, scales) or {}
 
 
 def read_trained_as(directory: str | Path) -> LoraConfig | None:
@@ -183,17 +184,14 @@ def read_trained_as(directory: str | Path) -> LoraConfig | None:
     Raises:
         FileError: the header is damaged.
     """
-    path = Path(directory) / WEIGHTS_FILE
-    if not path.is_file():
-        return None
-    text = read_metadata(path).get(_TRAINED_AS)
-    if text is None:
-        return None
-    fields = parse_json(text, f"{_TRAINED_AS} in the header of {path}", halves=True)
-    try:
-        return LoraConfig.from_dict(fields)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise FileError(f"the header of {path} is damaged: {_TRAINED_AS} in it is wrong: {error}") from error
+
+    def config(found: Any) -> LoraConfig:
+        try:
+            return LoraConfig.from_dict(found)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"is wrong: {error}") from error
+
+    return _noted(directory, _TRAINED_AS, config, halves=True)
 
 
 def read_classes(directory: str | Path) -> tuple[str, ...] | None:
@@ -202,14 +200,26 @@ def read_classes(directory: str | Path) -> tuple[str, ...] | None:
     Raises:
         FileError: the header is damaged.
     """
+
+    def names(found: Any) -> tuple[str, ...]:
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise ValueError("is no list of names")
+        return tuple(found)
+
+    return _noted(directory, _CLASSES, names)
+
+
+def _noted(directory: str | Path, key: str, read: Callable[[Any], T], *, halves: bool = False) -> T | None:
+    """What lorica noted in the header of an adapter's weights; None where it noted nothing."""
     path = Path(directory) / WEIGHTS_FILE
-    text = read_metadata(path).get(_CLASSES) if path.is_file() else None
+    text = read_metadata(path).get(key) if path.is_file() else None
     if text is None:
         return None
-    names = parse_json(text, f"{_CLASSES} in the header of {path}")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise FileError(f"the header of {path} is damaged: {_CLASSES} in it is no list of names")
-    return tuple(names)
+    found = parse_json(text, f"{key} in the header of {path}", halves=halves)
+    try:
+        return read(found)
+    except ValueError as error:
+        raise FileError(f"the header of {path} is damaged: {key} in it {error}") from error
 
 
 def as_trained(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -222,8 +232,7 @@ def as_trained(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> 
     PEFT (up to 0.21.2 at least) applies the update of an nn.MultiheadAttention's output projection twice, in
     training and after. Files that it wrote therefore mean twice what they say there.
     """
-    by_lorica = str(provenance.get("peft_version", "")).endswith("+lorica")
-    if by_lorica or not any(name in provenance for name in _OF_PEFT):
+    if not _by_peft(provenance):
         return dict(tensors)
     outputs = {
         key
@@ -242,14 +251,18 @@ def stacks_of(adapter: Adapter, provenance: Mapping[str, Any]) -> Literal["plain
         adapter: the file's content.
         provenance: the settings beside it, which name the library that wrote it.
     """
-    if not any(factors.kind == "parameter" for factors in adapter.factors.values()):
+    if not _by_peft(provenance) or all(f.kind != "parameter" for f in adapter.factors.values()):
         return None
     version = str(provenance.get("peft_version") or "")
-    if version.endswith("+lorica") or not any(name in provenance for name in _OF_PEFT):
-        return None
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)  # before 0.18 it did not write its version
     numbers = [int(part or 0) for part in found.groups()] if found else [0, 17, 0]
     return "plain" if numbers < [0, 19, 0] else "turned" if numbers == [0, 19, 0] else None
+
+
+def _by_peft(provenance: Mapping[str, Any]) -> bool:
+    """Whether PEFT itself wrote a file."""
+    by_lorica = str(provenance.get("peft_version", "")).endswith("+lorica")
+    return not by_lorica and any(name in provenance for name in _OF_PEFT)
 
 
 def _read_config(folder: Path) -> tuple[AdapterConfig, Mapping[str, Any]]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lorica.adapter import TOKEN_ROWS, Adapter, Factors, Kind
-from lorica.checkpoint.parameters import told_apart
-from lorica.config import AdapterConfig, LoraConfig, full_match
+from lorica.adapter import TOKEN_ROWS, Adapter, Factors, Kind, host_of
+from lorica.checkpoint.parameters import of_parameter
+from lorica.config import AdapterConfig, LoraConfig
 from lorica.errors import AdapterError, lines
 
 _PREFIX = "base_model.model."
@@ -40,9 +40,9 @@ _UNSUPPORTED_PART = re.compile("|".join(_UNSUPPORTED))
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """An adapter's tensors by their names in PEFT's file."""
     named: dict[str, Tensor] = {}
-    wrapped = Counter(_host(path)[0] for path in adapter.factors)
+    wrapped = Counter(host_of(path)[0] for path in adapter.factors)
     for path, factors in adapter.factors.items():
-        host, inside = _host(path)
+        host, inside = host_of(path)
         owner = _PREFIX + _wrap(host, wrapped, whole=False) + inside
         leaf = "" if factors.kind == "embedding" else ".weight"
         side = "lora_embedding_" if factors.kind == "embedding" else "lora_"
@@ -147,19 +147,13 @@ def _sort(tensors: Mapping[str, Tensor], *, takes_added: bool) -> _Sorted:
     return found
 
 
-def _beside(found: _Sorted, path: str) -> dict[str, int]:
-    """Rows of A of each parameter of a module, by path, the module's own first."""
-    host, _ = _host(path)
-    rows = {p: s["A"].shape[0] for (p, _), s in found.halves.items() if "A" in s and _host(p)[0] == host}
-    return {p: rows[p] for p in sorted(rows, key=len)}
-
-
 def _paired(
     found: _Sorted, lora: LoraConfig | None, scales: Mapping[str, float] | None = None
 ) -> dict[str, Factors]:
     """Path → factors, for the halves that fit; the tensors used are removed from `found`."""
     factors: dict[str, Factors] = {}
     problems = found.problems
+    halves_A = {path: sides["A"] for (path, _), sides in found.halves.items() if "A" in sides}
     for (path, kind), sides in found.halves.items():
         if path in factors:
             problems.append(f"{path}: has updates of two kinds, {factors[path].kind} and {kind}")
@@ -167,19 +161,16 @@ def _paired(
             problems.append(f"{path}: lora_{missing.pop()} is missing")
         elif lora is None:
             problems.append(f"{path}: has a low-rank update, which the configuration says nothing of")
-        elif names := _parameter_names(_host(path)[0], lora):
-            meant = told_apart(path, names, _beside(found, path), lora, scales or {})
-            if meant is None:
-                problems.append(
-                    f"{path}: rank_pattern and alpha_pattern differ for {names}, and neither the file nor "
-                    "its shapes say which of them is which; give them one rank and alpha"
-                )
-                continue
-            r, scale = meant
-            if problem := _stack_mismatch(sides["A"], sides["B"], r):
-                problems.append(f"{path}: {problem}")
+        elif not (sides["A"].is_floating_point() and sides["B"].is_floating_point()):
+            problems.append(
+                f"{path}: A ({sides['A'].dtype}) and B ({sides['B'].dtype}) should be real numbers, such as "
+                "float32"
+            )
+        elif lora.target_parameters and (stacked := of_parameter(path, sides, halves_A, lora, scales or {})):
+            if isinstance(stacked, str):
+                problems.append(f"{path}: {stacked}")
             else:
-                factors[path] = Factors(sides["A"], sides["B"], scale, "parameter")
+                factors[path] = stacked
         elif problem := _mismatch(sides["A"], sides["B"], lora.rank(path), kind):
             problems.append(f"{path}: {problem}")
         else:
@@ -205,27 +196,10 @@ def _disagreements(path: str, part: str, tensor: Tensor | None, field: str, want
     return []
 
 
-def _host(path: str) -> tuple[str, str]:
-    """A module's path without the ``.base_layer`` suffixes that tell its parameters apart, and these."""
-    host = re.sub(r"(\.base_layer)+$", "", path)
-    return host, path[len(host) :]
-
-
-def _parameter_names(host: str, config: LoraConfig) -> list[str]:
-    """The names that `target_parameters` may mean at a module; none if the module is itself a target."""
-    modules = config.target_modules
-    if isinstance(modules, str):
-        is_target = full_match(modules, host)
-    else:
-        is_target = any(f".{host}".endswith(f".{name}") for name in modules or [])
-    parts = [] if is_target else [name.rpartition(".") for name in config.target_parameters or []]
-    return [f"{host}.{leaf}" for owner, _, leaf in parts if not owner or f".{host}".endswith(f".{owner}")]
-
-
 def _path(key: str) -> str:
     """A module's path in the base, from PEFT's key for it."""
     # PEFT writes what torch.compile put into the names.
-    host, inside = _host(key.removeprefix(_PREFIX).replace("_orig_mod.", ""))
+    host, inside = host_of(key.removeprefix(_PREFIX).replace("_orig_mod.", ""))
     host = host.replace(".token_adapter.base_layer.", ".")  # a whole table beside its trained rows
     return re.sub(r"(\.base_layer)+\.", ".", host) + inside
 
@@ -235,8 +209,6 @@ def _mismatch(A: Tensor, B: Tensor, r: int, kind: Kind) -> str | None:
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} are not the two halves of an update"
     if A.shape[0] != r:
         return f"its rank is {A.shape[0]}, but the configuration says r={r}"
-    if problem := _not_real(A, B):
-        return problem
     inner = B.shape[1]
     if inner != r and not (kind == "conv" and inner and r % inner == 0):
         return f"A {tuple(A.shape)} and B {tuple(B.shape)} do not share one rank"
@@ -245,21 +217,6 @@ def _mismatch(A: Tensor, B: Tensor, r: int, kind: Kind) -> str | None:
             f"B {tuple(B.shape)} is not that of a convolution with a kernel of one, beside A {tuple(A.shape)}"
         )
     return None
-
-
-def _not_real(A: Tensor, B: Tensor) -> str | None:
-    if A.is_floating_point() and B.is_floating_point():
-        return None
-    return f"A ({A.dtype}) and B ({B.dtype}) should be real numbers, such as float32"
-
-
-def _stack_mismatch(A: Tensor, B: Tensor, r: int) -> str | None:
-    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.shape[0] % r:
-        return (
-            f"A {tuple(A.shape)} and B {tuple(B.shape)} are not the two halves of updates of rank {r}, one "
-            "for each expert"
-        )
-    return _not_real(A, B)
 
 
 def _wrap(path: str, wrapped: Mapping[str, int], *, whole: bool) -> str:

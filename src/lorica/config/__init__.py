@@ -13,7 +13,6 @@ from lorica.config.inits import changes_base as changes_base
 from lorica.config.lora import LoraConfig as LoraConfig
 from lorica.config.matching import full_match as full_match
 from lorica.config.method import AdapterConfig as AdapterConfig
-from lorica.config.method import Combination as Combination
 from lorica.config.method import MethodConfig as MethodConfig
 from lorica.config.method import as_config as as_config
 from lorica.config.method import family_of as family_of

@@ -13,7 +13,6 @@ from torch import Tensor
 from lorica.config import LoraConfig
 from lorica.find import Target
 from lorica.inits.init import INITS, Init, Initial, register
-from lorica.layers import LoraEmbedding
 
 
 def draw_seed() -> int:
@@ -43,7 +42,7 @@ class Drawn(Init):
     ) -> tuple[Tensor, Tensor]:
         """See `start`."""
         value, r = config.init_lora_weights, config.rank(target.pattern_path)
-        embedding = issubclass(target.layer, LoraEmbedding)
+        embedding = target.layer.kind == "embedding"
         A, B = start(target.factor_shapes(r), value, random, embedding=embedding)
         if value == "gaussian":
             A *= A.shape[0] / r  # the deviation follows one expert's rank

@@ -13,28 +13,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.config import LoraConfig
-from lorica.config.inits import FROM_DATA, changes_base, make_known, niter
-from lorica.errors import ConfigError, StateError, TargetError
+from lorica.config.inits import FROM_DATA, changes_base, make_known
+from lorica.errors import ConfigError, TargetError
 from lorica.find import Target
 from lorica.folding import fold, one_thread
-from lorica.layers import (
-    LoraAttention,
-    LoraAttentionOutput,
-    LoraConv,
-    LoraEmbedding,
-    LoraLayer,
-    LoraOpaque,
-    Uncalled,
-)
-
-S = TypeVar("S")
+from lorica.layers import LoraLayer
 
 
 @dataclass(eq=False)
@@ -91,6 +81,10 @@ class Init(ABC):
             A and B in the shapes of `Target.factor_shapes`, in float32 or better.
         """
 
+    def takes(self, value: bool | str) -> bool:
+        """Whether it serves a value of `init_lora_weights` too that it is not registered under."""
+        return False
+
     def initialize(self, target: Target, config: LoraConfig, seen: Any, random: torch.Generator) -> Initial:
         """The factors and, if W0 is replaced, the residual.
 
@@ -146,7 +140,7 @@ def register(value: str, init: Init) -> Init:
 def of(config: LoraConfig) -> Init:
     """The init that a configuration asks for."""
     value = config.init_lora_weights
-    return INITS["pissa" if niter(value) is not None else value]
+    return INITS.get(value) or next(init for init in INITS.values() if init.takes(value))
 
 
 def check_alone(lora: LoraConfig) -> None:
@@ -175,36 +169,6 @@ def subtract(layer: type[LoraLayer], weight: Tensor, A: Tensor, B: Tensor, scale
         return fold(layer.as_matrix(weight.detach()).to(A), B, A, -scale)
 
 
-def check_seen(
-    seen: object, kind: type[S], directions: int, target: Target, config: LoraConfig, call: str
-) -> S:
-    """Check what data showed of a module.
-
-    Args:
-        seen: the result of `look`, or None.
-        kind: the expected type.
-        directions: number of directions per unit of rank.
-        target: the module.
-        config: gives the rank.
-        call: name of the function that looks at data for this init.
-
-    Raises:
-        StateError: there is no result, or one for another rank.
-    """
-    value, r = config.init_lora_weights, config.rank(target.path)
-    if not isinstance(seen, kind):
-        raise StateError(
-            f"{target.path}: init_lora_weights={value!r} starts from what data shows of this layer; give "
-            f"lorica.adapt some (data=...), or call {call}(model, config, ...) with this configuration "
-            "before adapting"
-        )
-    singular: Any = seen
-    have = len(singular.S) // directions
-    if have != r:
-        raise StateError(f"{target.path}: {call} was called for r={have}, and now r={r}; call it again")
-    return seen
-
-
 def _check_weight(init: Init, target: Target, config: LoraConfig) -> None:
     """Refuse a module whose W0 cannot be read, or has too few directions."""
     value, path, layer = config.init_lora_weights, target.path, target.layer
@@ -215,15 +179,15 @@ def _check_weight(init: Init, target: Target, config: LoraConfig) -> None:
             f"{target.pattern_path}: init_lora_weights={value!r} is for linear layers, and this is a "
             "parameter that its module reads itself; leave it out, or take True"
         )
-    if issubclass(layer, (LoraEmbedding, LoraConv)):
+    if layer.kind != "linear":
         raise TargetError(f"{what} is for linear layers, and this is a {kind}; leave it out, or take True")
-    if init.residual and issubclass(layer, LoraOpaque):
+    if init.residual and layer.opaque:
         raise TargetError(
             f"{what} starts from W0 itself, and this {kind} packs it or has a forward of its own; adapt the "
             "base before it is quantized, or take True; replace_lora_weights_loftq then starts it by LoftQ "
             "from the unquantized base's files"
         )
-    if init.looks and issubclass(layer, (LoraAttention, LoraAttentionOutput, Uncalled)):
+    if init.looks and not layer.takes_dropout:  # neither has an input
         raise TargetError(
             f"{what} looks at what the layer is given, and this {kind} is read without being called; leave "
             "it out"

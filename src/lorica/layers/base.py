@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,20 +16,21 @@ from torch.nn import Parameter
 
 from lorica import functional
 from lorica.adapter import Factors, Kind
-from lorica.errors import StateError
+from lorica.errors import StateError, TargetError
 from lorica.folding import fold
-from lorica.layers.ecosystem import AskedLayer
-from lorica.layers.swapped import Factor, blank
+from lorica.layers.swapped import Factor, SwappedModule, blank
 from lorica.layers.variants import BIASED, DORA, PLAIN, Variant
+from lorica.tree import Place
 
 
-class LoraLayer(AskedLayer):
+class LoraLayer(SwappedModule):
     """A layer with one low-rank update per adapter beside its weight.
 
     Attributes:
         lora_A: adapter name → down-projection.
         lora_B: adapter name → up-projection.
         scaling: adapter name → α/r or α/√r.
+        scaled: adapter name → the factor by which its scale was multiplied since it was added.
         lora_magnitude_vector: adapter name → trained magnitude per output (DoRA only).
         lora_dropout: adapter name → dropout probability.
         variants: adapter name → the variant that forms its output and its weight.
@@ -39,6 +40,7 @@ class LoraLayer(AskedLayer):
 
     own_modules = ("lora_A", "lora_B", "lora_magnitude_vector")
     own_attributes = ("adapter_state", "scaling", "scaled", "lora_dropout", "variants", "displaced", "blocks")
+    in_whole: ClassVar[str] = "another adapter adapts {} in it"
     kind: ClassVar[Kind] = "linear"
     weight_name: ClassVar[str] = "weight"
     """Name of the adapted parameter."""
@@ -50,11 +52,16 @@ class LoraLayer(AskedLayer):
     """Whether B can have a bias."""
     rows_differ: ClassVar[bool] = True
     """Whether each row of a batch can have its own adapter."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Names of other parameters of the base that its forward reads."""
+    opaque: ClassVar[bool] = False
+    """Whether the weight is packed, or the forward does more than multiply by it."""
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
     lora_magnitude_vector: nn.ModuleDict
     scaling: dict[str, float]
+    scaled: dict[str, float]
     lora_dropout: dict[str, float]
     variants: dict[str, Variant]
     displaced: tuple[str, Parameter] | None
@@ -63,6 +70,37 @@ class LoraLayer(AskedLayer):
     def prepare(self) -> None:  # noqa: D102
         self._modules.update({name: blank(nn.ModuleDict) for name in self.own_modules})
         self.__dict__.update(scaling={}, scaled={}, lora_dropout={}, variants={}, displaced=None, blocks=None)
+
+    @classmethod
+    def check_place(cls, place: Place) -> None:
+        """Refuse a module of this kind on which an update would have no effect or a wrong one.
+
+        Raises:
+            TargetError: naming the module and the remedy.
+        """
+        path, module, _ = place
+        weight = module._parameters.get(cls.weight_name)
+        if weight is not None and weight.is_complex():
+            raise TargetError(
+                f"{path}: its weight is {weight.dtype}, and lorica's updates are real; leave it out"
+            )
+        if weight is None and (isinstance(module, nn.Linear) or not cls.opaque):
+            raise TargetError(
+                f"{path}: its {cls.weight_name} is computed (weight_norm, parametrize), so there is no "
+                "parameter to update; remove the parametrization first"
+            )
+        for leaf in cls.reads:
+            if leaf not in module._parameters:
+                raise TargetError(
+                    f"{path}: its {leaf} is computed (prune, parametrize), so the adapted layer has none to "
+                    "read; make it a parameter first (torch.nn.utils.prune.remove, remove_parametrizations)"
+                )
+
+    @classmethod
+    def has_rows(cls, module: nn.Module) -> bool:
+        """Whether the rows of the module's W0 can be read, as DoRA must."""
+        weight = module._parameters.get(cls.weight_name)
+        return weight is not None and weight.is_floating_point()
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -389,6 +427,16 @@ class LoraLayer(AskedLayer):
         """Two matrices whose product, times the scale, is the delta weight laid out as ``W0.flatten(1)``."""
         A, B = (factor.detach().to(dtype).flatten(1) for factor in self.factor_parameters(name))
         return (A.t(), B.t()) if self.transposed else (B, A)
+
+
+Rule = Callable[[type[LoraLayer] | None, nn.Module], type[LoraLayer] | None]
+"""(Kind of layer so far, module) → the kind that the module becomes, or the one so far."""
+RULES: list[Rule] = []
+"""What is asked of every module but a plain `nn.Linear`; each rule sees what those before it found."""
+PARTS: dict[type[nn.Module], type[LoraLayer]] = {}
+"""Class of a parent that multiplies by the weights of its plain `nn.Linear`s itself → what these become."""
+READ: dict[type[LoraLayer], Callable[[nn.Module, nn.Module], type[LoraLayer]]] = {}
+"""Kind of layer → (module, its parent) → its kind, where the parent's code may read its weight."""
 
 
 @functools.cache

@@ -10,14 +10,13 @@ the copy once, changes none of them.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorica.layers.hooks import CallHooks, guard
 from lorica.tree import parameter_at
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -93,26 +92,16 @@ def _fitted(x: Any, weight: Tensor, base: nn.Module) -> Any:
     return _cast(x, original)
 
 
-class Lowering:
+class Lowering(CallHooks):
     """Hooks that round a module's float32 copies of parameters to the base's dtype during its calls.
 
     The copies replace the base's own parameters (`lorica.pieces.copies`), and every reader finds them. Only
     the module itself sees the base's dtype, while it computes.
-
-    Args:
-        state: the model's state (`lorica.state.AdapterState`).
-        path: the module's path.
     """
-
-    def __init__(self, state: Any, path: str) -> None:
-        self.state = state
-        self.own = path and f"{path}."
-        self.inside = 0
-        self.kept: dict[str, Any] = {}
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Put the rounded values in place, and cast an input that was cast to a copy's dtype."""
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK:
+        with guard():
             self.inside += 1
             if self.inside == 1:
                 self._round(module)
@@ -134,14 +123,11 @@ class Lowering:
 
     def after(self, module: nn.Module, args: Any, output: object) -> None:
         """Put the copies back."""
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else _LOCK:
+        with guard():
             self.inside -= 1
             if not self.inside:
                 module._parameters.update(self.kept)
                 self.kept = {}
-
-
-_LOCK = threading.Lock()
 
 
 def lower(module: nn.Module, state: Any, path: str) -> None:
@@ -155,18 +141,7 @@ def lower(module: nn.Module, state: Any, path: str) -> None:
     if not any(
         isinstance(getattr(h, "__self__", None), Lowering) for h in module._forward_pre_hooks.values()
     ):
-        hooks = Lowering(state, path)
-        module.register_forward_pre_hook(hooks.before)
-        module.register_forward_hook(hooks.after, always_call=True)
-
-
-def unlower(module: nn.Module) -> None:
-    """Undo `lower`."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), Lowering):
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        Lowering(state, path).put(module)
 
 
 def _as_computed(x: Any, dtype: torch.dtype) -> Any:

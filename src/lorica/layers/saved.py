@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lorica.errors import StateError
-from lorica.layers.ecosystem import AskedModule, base_of, fallback_property
 from lorica.layers.masters import HALVES, call_lowered, lowered
-from lorica.layers.reading import reading_of
 from lorica.layers.swapped import SwappedModule
 from lorica.state import AdapterState
 from lorica.tree import is_sharded
 
 
-class SavedModule(AskedModule):
+class SavedModule(SwappedModule):
     """A module with a trained copy per adapter; the active adapter's copy answers for it.
 
     Its parameters, buffers and parts, read or assigned, are the acting copy's. Scripts that initialise a head
@@ -40,13 +37,12 @@ class SavedModule(AskedModule):
     modules_to_save: nn.ModuleDict
     masters: set[str]
 
-    def _chosen(self) -> list[str]:
-        return [name for name in self._chosen_by_all() if name in self.modules_to_save]
-
-    @fallback_property
-    def original_module(self) -> nn.Module:
-        """The original module with its own, frozen parameters."""
-        return base_of(self)
+    @classmethod
+    def refusal(cls) -> str:  # noqa: D102
+        return (
+            " is trained whole by another adapter (modules_to_save) and cannot take a low-rank update beside "
+            "that"
+        )
 
     def prepare(self) -> None:  # noqa: D102
         self.modules_to_save = nn.ModuleDict()
@@ -91,7 +87,10 @@ class SavedModule(AskedModule):
         twin = self.modules_to_save[name]
         return lowered(twin, self) if name in self.masters else twin
 
-    def _answer(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def _answer(self, name: str | None, /, *args: Any, **kwargs: Any) -> Any:
+        """The output of an adapter's copy, or of the original module."""
+        if name is None:
+            return super().forward(*args, **kwargs)
         twin: nn.Module = self._copies()[name]
         return call_lowered(twin, self, args, kwargs) if name in self.masters else twin(*args, **kwargs)
 
@@ -120,32 +119,10 @@ class SavedModule(AskedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the acting copy or the original; in a mixed batch, each row's own."""
-        if self.adapter_state.rows is not None:
-            return self._by_row(*args, **kwargs)
-        name = self.acting_name()
-        return super().forward(*args, **kwargs) if name is None else self._answer(name, *args, **kwargs)
-
-    def _by_row(self, *given: Any, **kwargs: Any) -> Tensor:
-        if not given or not isinstance(given[0], Tensor):
-            raise StateError(
-                f"{self.base_class.__name__} is called without a tensor in the first place "
-                f"({', '.join(kwargs) or 'nothing'}), so it is not known what of its call are the rows; let "
-                "one adapter act for the whole batch"
-            )
-        x, *args = given
         rows = self.adapter_state.rows
-        assert rows is not None
-        parts, places = [], []
-        for name, index in rows.groups(self, x, self.modules_to_save.keys()):
-            call = super().forward if name is None else functools.partial(self._answer, name)
-            parts.append(call(x.index_select(0, index), *args, **kwargs))
-            places.append(index)
-        if not isinstance(parts[0], Tensor):
-            raise StateError(
-                f"{self.base_class.__name__} returns a {type(parts[0]).__name__}; only one tensor "
-                "can be put together row by row"
-            )
-        return torch.cat(parts).index_select(0, torch.cat(places).argsort())
+        if rows is not None:
+            return rows.call(self, self.modules_to_save.keys(), self._answer, *args, **kwargs)
+        return self._answer(self.acting_name(), *args, **kwargs)
 
 
 def twin_of(
@@ -196,7 +173,10 @@ def _held(module: nn.Module) -> set[str]:
     return {name for table in tables for name in table} - {"modules_to_save"}
 
 
+READERS: list[Callable[[nn.Module, nn.Module], bool]] = []
+"""(Part, the module that holds it) → whether that one reads the part's weights without calling it."""
+
+
 def read_by(parent: nn.Module | None, part: nn.Module) -> bool:
     """Whether a module reads the weights of a part without calling it, always or sometimes."""
-    fused = isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)
-    return fused or reading_of(part, parent).read
+    return parent is not None and any(reads(part, parent) for reads in READERS)

@@ -121,7 +121,15 @@ class SwappedModule(nn.Module):
     outermost: ClassVar[bool] = False
     """Whether this class stays outermost when others join."""
 
+    in_whole: ClassVar[str] = ""
+    """Why nothing around such a module can be trained whole; a format with the module's path."""
+
     adapter_state: AdapterState
+
+    @classmethod
+    def refusal(cls) -> str:
+        """Why such a module cannot take a low-rank update too: what follows its path; empty if it can."""
+        return ""
 
     @classmethod
     def swap(cls, module: nn.Module) -> Self:
@@ -266,12 +274,21 @@ def _first_parameter(module: nn.Module) -> Parameter | None:
     return next((parameter for parameter in parts if parameter is not None), None)
 
 
+_COMPANIONS: list[tuple[type[SwappedModule], type[SwappedModule]]] = []
+
+
+def accompany(mixin: type[SwappedModule], companion: type[SwappedModule]) -> None:
+    """Have a class stand beside a mixin, and beside those derived from it, in the joined classes."""
+    _COMPANIONS.append((mixin, companion))
+
+
 @functools.cache
 def swapped_class(mixin: type[SwappedModule], base: type[nn.Module]) -> type[SwappedModule]:
     """The class that joins a mixin with a module's own class; made once per pair."""
+    companions = (companion for known, companion in _COMPANIONS if issubclass(mixin, known))
     return type(
         f"{mixin.label}{base.__name__}",
-        (mixin, base),
+        (mixin, *companions, base),
         {"base_class": base, "swapped_by": mixin, "__module__": base.__module__},
     )
 

@@ -3,6 +3,7 @@
 selective (trains some of the base)     `FullConfig`, `TopConfig`, `BitFitConfig`
 additive (adds parts to the model)      `AdapterHConfig`, `AdapterLConfig`, `AdapterPConfig`,
                                         `AdapterDConfig`, `PreEmbedConfig`, `PreLayerConfig`
+several in one adapter                  `Combination`
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from lorica.methods.bottleneck import AdapterDConfig as AdapterDConfig
 from lorica.methods.bottleneck import AdapterHConfig as AdapterHConfig
 from lorica.methods.bottleneck import AdapterLConfig as AdapterLConfig
 from lorica.methods.bottleneck import AdapterPConfig as AdapterPConfig
+from lorica.methods.combination import Combination as Combination
 from lorica.methods.partial import FullConfig as FullConfig
 from lorica.methods.partial import TopConfig as TopConfig
 from lorica.methods.prefix import PreEmbedConfig as PreEmbedConfig

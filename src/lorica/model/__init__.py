@@ -10,7 +10,6 @@ from lorica.model.adapt import attach as attach
 from lorica.model.adapt import detach as detach
 from lorica.model.adapt import load as load
 from lorica.model.count import ParameterCount as ParameterCount
-from lorica.model.count import count as count
 from lorica.model.count import trainable_parameters as trainable_parameters
 from lorica.model.files import extract as extract
 from lorica.model.files import load_weights as load_weights
@@ -23,5 +22,3 @@ from lorica.model.merging.merge import restore as restore
 from lorica.model.merging.merge import switch as switch
 from lorica.model.merging.merged import finalize as finalize
 from lorica.model.mixed import mixed as mixed
-from lorica.model.preview import Preview as Preview
-from lorica.model.preview import preview as preview

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from lorica.config import AdapterConfig, as_config
 from lorica.layers import SavedModule
 from lorica.layers.quantized import numel
-from lorica.model.adapt import adapt
-from lorica.model.pretrained.skeleton import skeleton
 from lorica.tree import walk
 
 
@@ -64,21 +59,3 @@ def trainable_parameters(model: nn.Module) -> ParameterCount:
         total=total,
         deployed=total - sum(numel(p) for p in originals.values()),
     )
-
-
-def count(config: AdapterConfig | Iterable[AdapterConfig], model: Any) -> ParameterCount:
-    """Count what a configuration would train on an architecture, without loading a weight.
-
-    Args:
-        config: what to train, by any method; several make up one adapter.
-        model: transformers' configuration of the model, its fields with ``"model_type"``, or the folder or
-            Hub name that it is loaded from.
-
-    Raises:
-        ConfigError: no model configuration can be had from that.
-        TargetError: the configuration names what the model does not have, or the architecture cannot take the
-            method.
-        MissingExtra: transformers is not installed.
-    """
-    config = as_config(config)
-    return trainable_parameters(adapt(skeleton(model, config.task_type), config))

@@ -8,8 +8,9 @@ merge and detach name no kind.
 low_rank    A and B on a layer                      plugins/parameters  on a parameter (stacked experts)
 whole       a copy of a module                      plugins/tied        one update for two tied tables
 copies      a copy of a parameter (biases)          plugins/tokens      rows of an embedding
-statistics  running statistics (batch norm)         plugins/added       parts beside a module
+                                                    plugins/added       parts beside a module
                                                     plugins/replicated  blocks that share their weights
+                                                    plugins/statistics  running statistics (batch norm)
 """
 
 from __future__ import annotations
@@ -355,5 +356,4 @@ def fill(pieces: Sequence[Piece], name: str, given: Mapping[str, Tensor]) -> Non
 from lorica.pieces import whole as whole  # noqa: E402
 from lorica.pieces import low_rank as low_rank  # noqa: E402
 from lorica.pieces import plugins as plugins  # noqa: E402
-from lorica.pieces import statistics as statistics  # noqa: E402
 from lorica.pieces import copies as copies  # noqa: E402

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from lorica.errors import TargetError, listing
 from lorica.find import all_biases
-from lorica.layers.masters import HALVES, lower, unlower
+from lorica.layers.masters import HALVES, Lowering, lower
 from lorica.layers.saved import read_by
 from lorica.piece import Beginning, Held, Piece, Rows
 from lorica.pieces import Kind, Search, register
@@ -56,7 +56,7 @@ class ParameterCopy(Piece):
             for pieces in self.state.pieces.values()
             for piece in pieces
         ):
-            unlower(self.owner)
+            Lowering.off(self.owner)
 
     def tensors(self, name: str) -> Iterator[Held]:  # noqa: D102
         if not self.shadow:

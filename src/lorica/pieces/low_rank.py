@@ -21,7 +21,6 @@ from lorica.check import (
     check_adaptable,
     check_bias,
     check_dropout,
-    check_looked_up,
     check_magnitudes,
     layer_class,
 )
@@ -30,7 +29,7 @@ from lorica.config.inits import niter
 from lorica.errors import AdapterError, TargetError, nearest
 from lorica.find import Target, as_target, means_all_linear, targeted
 from lorica.inits import INITS, Residual, generator
-from lorica.layers import AddedModule, LoraAttention, LoraConv1D, LoraLayer, SavedModule, variants
+from lorica.layers import LoraLayer, SavedModule, variants
 from lorica.piece import Beginning, Contents, Held, Piece, Rows, Value
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
@@ -190,7 +189,7 @@ class LowRankUpdates(Kind):
         if len(search.config.parts()) > 1:
             inits.check_alone(lora)
         targets = self.targets(search, lora)
-        lora = lora.with_outputs(target.path for target in targets if issubclass(target.layer, LoraAttention))
+        lora = lora.with_outputs(t.path for t in targets if isinstance(t.module, nn.MultiheadAttention))
         if lora is not search.lora:
             search.rename(lora)
         return [fresh(target, lora, search) for target in targets]
@@ -203,21 +202,17 @@ class LowRankUpdates(Kind):
         if names is None or means_all_linear(names):
             # The attention's name means its output too; PEFT would adapt one that is named beside it a second
             # time.
-            outputs = {f"{t.path}.out_proj" for t in targets if issubclass(t.layer, LoraAttention)}
+            outputs = {f"{t.path}.out_proj" for t in targets if isinstance(t.module, nn.MultiheadAttention)}
             paths = [target.path for target in targets if target.path not in outputs]
             names = shortest_suffixes(paths, [place.path for place in free])
         search.changes["target_modules"] = names
-        search.changes["fan_in_fan_out"] = any(issubclass(target.layer, LoraConv1D) for target in targets)
+        search.changes["fan_in_fan_out"] = any(
+            target.layer.transposed and target.layer.kind == "linear" for target in targets
+        )
         return targets
 
     def finish(self, search: Search) -> None:  # noqa: D102
         targets, lora = search.targets, search.lora
-        try:
-            check_looked_up(search.places, {*search.whole, *(target.path for target in targets)})
-        except TargetError as error:
-            if search.adapter is None:
-                raise
-            search.problems.append(str(error))
         if lora is None or search.adapter is not None or not (lora.rank_pattern or lora.alpha_pattern):
             return
         paths = [target.pattern_path for target in targets]
@@ -321,7 +316,7 @@ def _target(places: Mapping[str, Place], path: str, factors: Factors, *, drops: 
     if place is None:
         raise TargetError(f"unexpected: {path} is not in the model{nearest(path, places, limit=1)}")
     layer = layer_class(place.module, place.parent)
-    if layer is None or layer.kind != factors.kind or isinstance(place.module, SavedModule | AddedModule):
+    if layer is None or layer.kind != factors.kind or isinstance(place.module, SavedModule):
         raise TargetError(
             f"kind of {path}: {factors.kind} in the adapter, {type(place.module).__name__} in the model"
         )

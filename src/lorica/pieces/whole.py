@@ -12,8 +12,7 @@ from lorica.check import check_whole
 from lorica.errors import TargetError
 from lorica.find import HEADS, trained_whole
 from lorica.layers import SavedModule
-from lorica.layers.masters import unlower
-from lorica.layers.plugins.still import release
+from lorica.layers.hooks import CallHooks
 from lorica.layers.saved import twin_of
 from lorica.piece import Beginning, Held, Piece, Rows
 from lorica.pieces import Kind, Search, register
@@ -97,10 +96,8 @@ class WholeModules(Kind):
         parent = module_at(search.root, path.rpartition(".")[0]) if path else None
         try:
             twin, master = twin_of(module, parent, search.state)
-            hooked = [part for part in twin.modules() if part._forward_pre_hooks]
-            for part in hooked:  # by adapters that act on the module itself
-                release(part)
-                unlower(part)
+            for part in twin.modules():  # those of adapters that act on the module itself
+                CallHooks.off(part)
         except Exception as error:
             raise TargetError(
                 f"{path} cannot be trained whole, for it cannot be copied; drop what a call left in it, "

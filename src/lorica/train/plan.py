@@ -10,8 +10,7 @@ import transformers
 
 from lorica.config import method_of
 from lorica.errors import ConfigError
-from lorica.model import Preview, preview
-from lorica.study.planning import Plan, largest_batch, plan
+from lorica.study.planning import Plan, Preview, largest_batch, plan, preview
 from lorica.train import presets, tasks
 from lorica.train.embedded import resolve_model
 from lorica.train.prepared import read, with_head

@@ -104,8 +104,7 @@ def _show_modules(command: Parser, parsed: Any, model: str | None, *, usual_targ
     """Print the changes that the recipe's method makes to its model."""
     recipe = _recipe(command, parsed)
     if model == "gpt3":
-        from lorica.model import preview
-        from lorica.study.planning import GPT3
+        from lorica.study.planning import GPT3, preview
 
         found = preview(GPT3, _config_of_gpt3(recipe, usual_targets=usual_targets))
     else:

@@ -11,8 +11,9 @@ from lorica._shapes import Float
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError
 from lorica.find import Target
-from lorica.inits.init import Init, check_seen, register
-from lorica.inits.lowrank import Triple
+from lorica.inits.init import Init, register
+from lorica.inits.plugins.lowrank import Triple
+from lorica.inits.plugins.seen import check_seen
 
 _TOLERATED = 0.05  # ‖C·C⁻¹ − 1‖ up to which an inverse counts as one
 _DOUBLINGS = 24  # of the term added to the diagonal, which outweighs the rest long before

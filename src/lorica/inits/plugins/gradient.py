@@ -11,8 +11,9 @@ from lorica._shapes import Float
 from lorica.config import LoraConfig
 from lorica.config.inits import LoraGAConfig
 from lorica.find import Target
-from lorica.inits.init import Init, check_seen, precise, register
-from lorica.inits.lowrank import Triple, leading
+from lorica.inits.init import Init, precise, register
+from lorica.inits.plugins.lowrank import Triple, leading
+from lorica.inits.plugins.seen import check_seen
 
 _NITER = 4
 

@@ -14,7 +14,7 @@ from lorica.config import LoraConfig
 from lorica.find import Target
 from lorica.inits.draws import Drawn
 from lorica.inits.init import register
-from lorica.inits.lowrank import leading
+from lorica.inits.plugins.lowrank import leading
 
 _NITER = 4
 

@@ -12,7 +12,7 @@ from lorica.config import LoraConfig
 from lorica.config.inits import LoftQConfig
 from lorica.find import Target
 from lorica.inits.init import Init, Initial, Residual, own, precise, register, stored
-from lorica.inits.lowrank import leading
+from lorica.inits.plugins.lowrank import leading
 from lorica.inits.plugins.quantize import quantized
 
 

@@ -26,6 +26,14 @@ class AddedModule(SwappedModule):
 
     # Libraries look up what a block or a model is by its class's name.
     label: ClassVar[str] = ""
+    in_whole: ClassVar[str] = "another adapter adapts {} in it"
+
+    @classmethod
+    def refusal(cls) -> str:  # noqa: D102
+        return (
+            f" carries a part that another method added ({cls.swapped_by.__name__}) and cannot take a "
+            "low-rank update beside that; leave it out"
+        )
 
     def prepare(self) -> None:  # noqa: D102
         self._modules[self.own_modules[0]] = blank(nn.ModuleDict)

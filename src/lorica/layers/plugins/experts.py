@@ -115,6 +115,13 @@ class LoraParameters(LoraLayer):
     lora_parameters: nn.ModuleDict
     _shown: dict[tuple[str, tuple[str, ...]], Tensor] | None
 
+    @classmethod
+    def refusal(cls) -> str:  # noqa: D102
+        return (
+            ": another adapter adapts parameters of it (target_parameters), so its weight cannot take a "
+            "low-rank update as a module; name the weight in target_parameters as well"
+        )
+
     def prepare(self) -> None:  # noqa: D102
         self.lora_parameters = nn.ModuleDict()
         self.scaling, self.scaled, self.lora_dropout, self.variants, self._shown = {}, {}, {}, {}, None

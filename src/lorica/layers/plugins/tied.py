@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.layers.base import LoraLayer
-from lorica.layers.embedding import LoraEmbedding
+from lorica.layers.plugins.embedding import LoraEmbedding
 from lorica.layers.variants import PLAIN
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from lorica.layers.ecosystem import AskedModule, base_of, fallback_property
+from lorica.layers.plugins.ecosystem import AskedModule, base_of, fallback_property
 
 
 class TokenRows(nn.Module):
@@ -45,8 +45,16 @@ class TrainedTokens(AskedModule):
 
     label: ClassVar[str] = "Tokens"
     own_modules = ("token_adapter",)
+    in_whole: ClassVar[str] = "another adapter trains rows of it (trainable_token_indices)"
 
     token_adapter: TokenRows
+
+    @classmethod
+    def refusal(cls) -> str:  # noqa: D102
+        return (
+            ": another adapter trains rows of it (trainable_token_indices), so it cannot take a low-rank "
+            "update beside that"
+        )
 
     def _chosen(self) -> list[str]:
         return [name for name in self._chosen_by_all() if name in self.token_adapter.indices]
@@ -107,12 +115,9 @@ class TrainedTokens(AskedModule):
         rows = self.adapter_state.rows
         if rows is None:
             return self._apply_rows(self._acting(), input)
-        parts, places = [], []
-        for name, index in rows.groups(self, input, self.adapters):
-            names = () if name is None else (name,)
-            parts.append(self._apply_rows(names, input.index_select(0, index)))
-            places.append(index)
-        return torch.cat(parts).index_select(0, torch.cat(places).argsort())
+        return rows.call(
+            self, self.adapters, lambda name, x: self._apply_rows(() if name is None else (name,), x), input
+        )
 
     def _acting(self) -> list[str]:
         return [name for name in self.adapter_state.active if name in self.token_adapter.indices]

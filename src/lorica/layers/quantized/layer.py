@@ -17,17 +17,29 @@ import torch
 from torch import Tensor, nn
 
 from lorica import functional
-from lorica.errors import StateError
-from lorica.layers.opaque import LoraOpaque
+from lorica.errors import StateError, TargetError
+from lorica.layers.base import RULES, LoraLayer
+from lorica.layers.plugins.opaque import LoraOpaque, in_fused
 from lorica.layers.quantized import registry
 from lorica.layers.quantized.product import packed_linear
 from lorica.layers.variants import BIASED, DORA, PLAIN
+from lorica.tree import Place
 
 _BLOCK = 1 << 22  # elements of W0 that are unpacked at once to measure its rows: 16 MB of float32
 
 
 class LoraQuantized(LoraOpaque):
     """A linear layer whose weight is packed in a way that a `Quantizer` reads and writes."""
+
+    @classmethod
+    def is_read(cls, place: Place) -> bool:
+        """As `LoraOpaque.is_read`; other code that reads a packed weight cannot multiply by it."""
+        return in_fused(place.parent)
+
+    @classmethod
+    def has_rows(cls, module: nn.Module) -> bool:
+        """Yes: they are unpacked."""
+        return True
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to ``(..., d_in)``; returns ``(..., d_out)``."""
@@ -100,6 +112,17 @@ class LoraQuantized(LoraOpaque):
         """Refuse nothing: a packed weight takes an update after unpacking."""
 
 
+class LoraUnfinished(LoraOpaque):
+    """A linear layer whose weight will be packed, and is not yet; none is ever adapted."""
+
+    @classmethod
+    def check_place(cls, place: Place) -> None:  # noqa: D102
+        raise TargetError(
+            f"{place.path} is a {type(place.module).__name__} that packs its weight when it is moved to its "
+            "device; move the model there first (model.to(...)), then adapt it"
+        )
+
+
 class _Unpacker:
     """Unpacks a layer's weight in the dtype that it computes in."""
 
@@ -116,3 +139,14 @@ def blocks(module: nn.Module) -> Iterator[slice]:
     step = max(_BLOCK // max(width, 1), 1)
     for start in range(0, height, step):
         yield slice(start, min(start + step, height))
+
+
+def _quantized(found: type[LoraLayer] | None, module: nn.Module) -> type[LoraLayer] | None:
+    if isinstance(module, (nn.Embedding, nn.MultiheadAttention)):
+        return found
+    if registry.quantizer_of(module) is not None:
+        return LoraQuantized
+    return LoraUnfinished if found is LoraOpaque and registry.is_unfinished(module) else found
+
+
+RULES.append(_quantized)

@@ -10,13 +10,15 @@ more entries there as it has rows.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorica.errors import AdapterError
+from lorica.errors import AdapterError, StateError
 
 Shapes = dict[Hashable, list[torch.Size]]
 """Layer → shapes of its inputs, call after call."""
@@ -116,8 +118,51 @@ class Axes:
         return next((path for path, module in named if module is layer and path), "a layer")
 
 
+class ByRow(ABC):
+    """What `AdapterState.rows` says of a mixture: which rows of a layer's input are whose."""
+
+    @abstractmethod
+    def groups(
+        self, layer: Hashable, x: Tensor, present: Collection[str]
+    ) -> Iterator[tuple[str | None, Tensor]]:
+        """Each adapter among `present` with the indices of its rows of `x`; None has the other rows."""
+
+    def call(
+        self, module: Any, present: Collection[str], call: Callable[..., Any], /, *given: Any, **kwargs: Any
+    ) -> Tensor:
+        """The outputs of a module's copies, each for its own rows, in the order of the rows.
+
+        Args:
+            module: the module (`SwappedModule`).
+            present: adapters that have a copy of it.
+            call: called with an adapter's name, or None for the module itself, and with the arguments, of
+                which the first is that adapter's rows of it.
+            given: arguments of the module's call.
+            kwargs: likewise.
+
+        Raises:
+            StateError: the first argument, or a result, is no tensor.
+        """
+        kind = module.base_class.__name__
+        if not given or not isinstance(given[0], Tensor):
+            raise StateError(
+                f"{kind} is called without a tensor in the first place ({', '.join(kwargs) or 'nothing'}), "
+                "so it is not known what of its call are the rows; let one adapter act for the whole batch"
+            )
+        x, *args = given
+        parts, places = [], []
+        for name, index in self.groups(module, x, present):
+            parts.append(call(name, x.index_select(0, index), *args, **kwargs))
+            places.append(index)
+        if not isinstance(parts[0], Tensor):
+            raise StateError(
+                f"{kind} returns a {type(parts[0]).__name__}; only one tensor can be put together row by row"
+            )
+        return torch.cat(parts).index_select(0, torch.cat(places).argsort())
+
+
 @dataclass(eq=False)
-class Witness:
+class Witness(ByRow):
     """Replaces `Rows` while the model runs one row alone: records shapes, and no adapter acts."""
 
     shapes: Shapes = field(default_factory=dict)
@@ -127,18 +172,11 @@ class Witness:
         self.shapes.setdefault(layer, []).append(x.shape)
         return y
 
-    def add_stacked_(self, y: Tensor, x: Tensor, layer: Hashable, *_: object) -> Tensor:
+    def linear(self, layer: Any, x: Tensor) -> Tensor:
         """Note the input."""
-        return self.add(layer, y, x)
+        return self.add(layer, layer.base_forward(x), x)
 
-    def groups(self, layer: Hashable, x: Tensor, _: object) -> list[tuple[None, Tensor]]:
-        """Record the input; all rows are the base's."""
+    def groups(self, layer: Hashable, x: Tensor, present: object) -> Iterator[tuple[None, Tensor]]:
+        """Note the input; all rows are the base's."""
         self.shapes.setdefault(layer, []).append(x.shape)
-        return [(None, torch.arange(x.shape[0], device=x.device))]
-
-    def asked(self, *_: object) -> bool:
-        """Answer no: the layer takes its plain path."""
-        return False
-
-    def forget(self) -> None:
-        """Nothing to forget."""
+        yield None, torch.arange(x.shape[0], device=x.device)

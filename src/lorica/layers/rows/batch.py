@@ -7,14 +7,16 @@ base(x)  ────┴────┴──────┴──────�
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lorica.layers.rows.axes import Axes
+from lorica.layers.rows.axes import Axes, ByRow
+from lorica.layers.rows.stack import Stack, stacked
+from lorica.layers.variants import PLAIN
 
 Effect = Callable[[str, Tensor, Tensor], Tensor]
 """(Adapter's name, rows of input, the base's rows of output) → what the adapter adds to the output."""
@@ -33,25 +35,6 @@ class Segments(NamedTuple):
     counts: tuple[int, ...]
     order: Tensor | None
 
-
-class Stack(NamedTuple):
-    """Factors of some adapters, of one rank or filled up to it with zeros.
-
-    Args:
-        names: the adapters; None for one without rows.
-        A: (adapters, r, d_in).
-        B: (adapters, d_out, r).
-        scale: of their products; a tensor (adapters, 1, 1) where they differ.
-    """
-
-    names: Sequence[str | None]
-    A: Tensor
-    B: Tensor
-    scale: float | Tensor
-
-
-Stacking = Callable[[Sequence[str], "Rows", float], Iterable[Stack]]
-"""(Names, the mixture that asks, how many times as many adapters may lie between) → stacked factors."""
 
 _THIN = 4
 """Tokens of an adapter up to which reading its factors is what a product costs."""
@@ -72,7 +55,7 @@ class Layout(NamedTuple):
 
 
 @dataclass(eq=False)
-class Rows:
+class Rows(ByRow):
     """The adapter of each row of a batch.
 
     Args:
@@ -94,7 +77,7 @@ class Rows:
         self._plans: dict[Hashable, list[tuple[Stack, Layout]]] = {}
         self._layouts: dict[Hashable, Layout] = {}
         self._indices: dict[Hashable, dict[str, list[int]]] = {}
-        self._answers: dict[Hashable, bool] = {}
+        self._plain: dict[Hashable, bool] = {}
         self.kept: list[Tensor] = []
 
     def segments(self, layer: Hashable, x: Tensor, present: Collection[str]) -> Segments:
@@ -143,51 +126,48 @@ class Rows:
         delta = torch.cat([effect(*segment) for segment in zip(names, *parts, strict=True)])
         return y + delta if order is None else y.index_add(0, order, delta)
 
-    def add_stacked_(
-        self, y: Tensor, x: Tensor, layer: Hashable, present: Collection[str], stacking: Stacking
-    ) -> Tensor:
-        """As `add`, but in place and by two batched products for any number of adapters; for inference.
+    def linear(self, layer: Any, x: Tensor) -> Tensor | None:
+        """A linear layer's output with each row's update, by two batched products for any number of adapters.
 
         Args:
-            y: the base's output (rows, ..., d_out), contiguous; written to.
-            x: the layer's input (rows, ..., d_in).
-            layer: the key of this layer's factors, stacked once per layer, number of rows and dtype.
-            present: adapters that have an update for this layer.
-            stacking: stacks their factors.
+            layer: the adapted layer (`LoraLinear`).
+            x: its input (rows, ..., d_in).
+
+        Returns:
+            (rows, ..., d_out). None where `add` must take one adapter after another: under gradients, with
+            dropout, and where an adapter does more than add its product.
         """
+        if torch.is_grad_enabled():  # training may change the factors
+            self._plans.clear()
+            self._plain.clear()
+            return None
+        if layer.training and any(layer.lora_dropout.values()):
+            return None
+        if layer not in self._plain:  # once, for to ask each of many adapters takes long
+            self._plain[layer] = {PLAIN}.issuperset(layer.variants.values())
+        if not self._plain[layer]:
+            return None
+        y = layer.base_forward(x)
         key = (layer, x.dim(), x.shape[0], y.dtype)
         if key not in self._plans:
-            self._plans[key] = self._plan(layer, x, present, stacking)
+            self._plans[key] = self._plan(layer, x, y.dtype)
         for stack, layout in self._plans[key]:
             _add_(y, x, stack, layout)
         return y
 
-    def _plan(
-        self, layer: Hashable, x: Tensor, present: Collection[str], stacking: Stacking
-    ) -> list[tuple[Stack, Layout]]:
-        rows = self._rows(layer, x, present)
+    def _plan(self, layer: Any, x: Tensor, dtype: torch.dtype) -> list[tuple[Stack, Layout]]:
+        rows = self._rows(layer, x, layer.scaling.keys())
         plan = []
         tokens = x.numel() // (x.shape[-1] or 1) // (len(rows) or 1)
         # A copy reads and writes what is then read again: so thrice as much may be read as is needed.
         gaps = 2.0 if tokens <= _THIN else 0.0
-        for stack in stacking(tuple(rows), self, gaps) if rows else ():
+        for stack in stacked(layer, dtype, tuple(rows), self, gaps) if rows else ():
             names = tuple(stack.names)
             key = names, x.shape[0], x.device
             if key not in self._layouts:
                 self._layouts[key] = _layout(rows, names, x, even=True)
             plan.append((stack, self._layouts[key]))
         return plan
-
-    def forget(self) -> None:
-        """Drop the stacked factors, because training may change them."""
-        self._plans.clear()
-        self._answers.clear()
-
-    def asked(self, layer: Hashable, question: Callable[[], bool]) -> bool:
-        """The answer to a question about a layer, asked once: checking many adapters takes long."""
-        if layer not in self._answers:
-            self._answers[layer] = question()
-        return self._answers[layer]
 
     def groups(
         self, layer: Hashable, x: Tensor, present: Collection[str]

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from lorica.adapter import Factors
 from lorica.errors import AdapterError, StateError, listing
 from lorica.folding import each_on_one_thread, one_thread
-from lorica.layers import LoraLayer, LoraOpaque, LoraParameters, TrainedTokens
+from lorica.layers import LoraLayer, LoraParameters, TrainedTokens
 from lorica.layers.quantized import holding
 
 
@@ -22,7 +22,7 @@ def check_mergeable(layers: Mapping[str, LoraLayer], names: tuple[str, ...]) -> 
     """Refuse layers that cannot hold a merged weight; the layers are in their adapted form."""
     for path, layer in layers.items():
         gone = [leaf for leaf in layer.changed(names) if leaf not in layer._parameters]
-        if gone and not isinstance(layer, LoraOpaque):
+        if gone and not layer.opaque:
             raise StateError(
                 f"{path}: its {listing(gone)} is computed since it was adapted (prune, weight_norm, "
                 "parametrize), so there is none to put the update into; make it a parameter first "

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 import lorica
 from lorica.errors import StateError
-from lorica.layers import AskedModule, LoraLayer, SavedModule, TrainedTokens
+from lorica.layers import AskedModule, TrainedTokens
 from lorica.model.merging.merged import as_unmerged, behind_merge
 from lorica.peft.tuners.lora.layer import module_type, quantization_backend
 from lorica.state import AdapterState, find_adapted
@@ -106,7 +106,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         return [
             _layer(prefix + place.path + _within(place.module), place.module, active, enabled, merged)
             for place in walk(root)
-            if isinstance(place.module, (LoraLayer, SavedModule, TrainedTokens))
+            if isinstance(place.module, AskedModule)
         ]
 
 

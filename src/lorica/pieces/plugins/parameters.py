@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import Parameter
 
 from lorica.adapter import Adapter, Factors
-from lorica.check import check_parameter
+from lorica.check import check_names, check_replaceable
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, TargetError, listing, nearest
 from lorica.find import Target
-from lorica.layers import LoraParameters
+from lorica.layers import LoraParameters, SwappedModule
 from lorica.layers.plugins.experts import is_transposed
 from lorica.piece import Held, Piece
 from lorica.pieces import Kind, Search, register
@@ -180,10 +180,33 @@ def parameter_targets(places: Iterable[Place], config: LoraConfig) -> list[Targe
     for place in places:
         leaves = [leaf for leaf in place.module._parameters if f".{place.path}.{leaf}".endswith(ends)]
         for i, leaf in enumerate(leaves):
-            check_parameter(place, leaf)
+            _check_parameter(place, leaf)
             depth = len(leaves) - 1 - i
             targets.append(Target(place.path, place.module, LoraParameters, leaf, depth))
     return targets
+
+
+def _check_parameter(place: Place, leaf: str) -> None:
+    """Refuse a parameter on which an update would have no effect, or that is no matrix.
+
+    Raises:
+        TargetError: naming the parameter.
+    """
+    name, module = f"{place.path}.{leaf}", place.module
+    check_replaceable(place.path, module)
+    check_names(place, LoraParameters)
+    if isinstance(module, SwappedModule) and not isinstance(module, LoraParameters):
+        raise TargetError(
+            f"{name}: another adapter has made {place.path} a {type(module).__name__}; adapt it as a module, "
+            "or leave it out of target_parameters"
+        )
+    weight = module._parameters[leaf]
+    if weight is None or not weight.is_floating_point() or weight.dim() not in (2, 3):
+        what = "None" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}"
+        raise TargetError(
+            f"{name} is {what}; target_parameters takes floating-point matrices (d_out, d_in) and stacks of "
+            "them (experts, ...)"
+        )
 
 
 register(OnParameters(), "target_parameters")

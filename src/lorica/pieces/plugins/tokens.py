@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.adapter import TOKEN_ROWS
-from lorica.check import check_rows
+from lorica.check import check_adaptable, layer_class
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, TargetError, listing, nearest
-from lorica.layers import TrainedTokens
+from lorica.layers import LoraEmbedding, LoraLayer, LoraLinear, SavedModule, TrainedTokens
 from lorica.piece import Beginning, Held, Piece, Rows
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
@@ -179,7 +179,7 @@ def _check(
     for place in places:
         if place.path not in indices:
             continue
-        check_rows(place, indices[place.path])
+        _check_rows(place, indices[place.path])
         for field, same, what in (
             ("target_modules", place.path in adapted, ""),
             (
@@ -193,6 +193,37 @@ def _check(
                     f"{what}{place.path}: rows of it train (trainable_token_indices), by itself or as tied "
                     f"to an embedding that has some, so it cannot be in {field} too"
                 )
+
+
+def _check_rows(place: Place, indices: Iterable[int]) -> None:
+    """Refuse a module whose rows cannot be trained by themselves.
+
+    Raises:
+        TargetError: naming the module.
+    """
+    path, module, parent = place
+    if not isinstance(module, TrainedTokens):
+        kind = type(module).__name__
+        if isinstance(module, (LoraLayer, SavedModule)):
+            raise TargetError(f"{path}: another adapter has made it a {kind}; leave out its tokens")
+        layer = layer_class(module, parent)
+        if layer not in (LoraEmbedding, LoraLinear):
+            raise TargetError(
+                f"{path} is a {kind}; trainable_token_indices takes embeddings, and plain linear heads"
+            )
+        check_adaptable(place, layer)
+        if getattr(module, "max_norm", None) is not None:
+            raise TargetError(
+                f"{path} rescales its rows when it looks them up (max_norm), so trained rows would not "
+                "stay as trained; leave out its tokens"
+            )
+    rows = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
+    beyond = [str(index) for index in indices if index >= rows]
+    if beyond:
+        raise TargetError(
+            f"{path} has {rows} rows, and trainable_token_indices names {listing(beyond)}; resize it first "
+            "(model.resize_token_embeddings)"
+        )
 
 
 register(TrainedRows(), "trainable_token_indices")

@@ -8,25 +8,40 @@ Nothing is written to W0.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorica.errors import StateError
-from lorica.layers.base import LoraLayer
-from lorica.layers.conv import LoraConv
-from lorica.layers.embedding import LoraEmbedding
+from lorica.errors import StateError, TargetError
+from lorica.layers.base import READ, RULES, LoraLayer
 from lorica.layers.linear import LoraLinear
-from lorica.layers.opaque import LoraOpaque, has_own_forward
+from lorica.layers.plugins.conv import LoraConv
+from lorica.layers.plugins.embedding import LoraEmbedding
+from lorica.layers.plugins.opaque import LoraOpaque, has_own_forward
+from lorica.layers.plugins.reading import reading_of
+from lorica.layers.saved import READERS
 from lorica.layers.variants import BIASED
+from lorica.tree import Place
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ReadWeight(LoraLayer):
     """A layer whose attribute `weight` is the merged weight of the acting adapters."""
+
+    @classmethod
+    def check_place(cls, place: Place) -> None:  # noqa: D102
+        super().check_place(place)
+        groups = getattr(place.module, "groups", 1)
+        if groups > 1:
+            raise TargetError(
+                f"{place.path}: the weight of this convolution is read past its forward, and with {groups} "
+                "groups it has no place for the update, which sees every channel; leave it out "
+                "(exclude_modules)"
+            )
 
     @property
     def weight(self) -> Tensor:
@@ -133,6 +148,13 @@ class LoraOwnConv(OwnForward, LoraConv):
     """A convolution that pads its input itself, such as a causal one."""
 
 
+_OWN: dict[type[LoraLayer] | None, type[LoraLayer]] = {LoraOpaque: LoraOwnLinear, LoraConv: LoraOwnConv}
+
+
+def _own(found: type[LoraLayer] | None, module: nn.Module) -> type[LoraLayer] | None:
+    return _OWN[found] if found in _OWN and returns_other(module) else found
+
+
 _READ: dict[type[LoraLayer], tuple[type[LoraLayer], type[LoraLayer]]] = {
     LoraLinear: (LoraReadLinear, LoraUncalledLinear),
     LoraConv: (LoraReadConv, LoraUncalledConv),
@@ -140,18 +162,20 @@ _READ: dict[type[LoraLayer], tuple[type[LoraLayer], type[LoraLayer]]] = {
 }
 
 
-def read_kind(layer: type[LoraLayer], module: nn.Module, *, called: bool) -> type[LoraLayer]:
-    """The kind of layer for a module whose weight is read; kinds without a readable weight stay as they are.
+def _by_reading(found: type[LoraLayer], module: nn.Module, parent: nn.Module) -> type[LoraLayer]:
+    """The kind where the parent reads the module's weight; kinds that cannot show one stay as they are."""
+    reading = reading_of(module, parent)
+    if not reading.read:
+        return found
+    if found in _OWN and shows_weight(module):
+        return _OWN[found]
+    read, uncalled = _READ.get(found, (found, found))
+    return read if reading.called else uncalled
 
-    Args:
-        layer: the module's kind if it were only called.
-        module: the module.
-        called: whether it is called as well.
-    """
-    if layer in (LoraOpaque, LoraConv) and shows_weight(module):
-        return LoraOwnConv if layer is LoraConv else LoraOwnLinear
-    kinds = _READ.get(layer)
-    return layer if kinds is None else kinds[0 if called else 1]
+
+RULES.append(_own)
+READERS.append(lambda part, parent: reading_of(part, parent).read)
+READ.update({layer: partial(_by_reading, layer) for layer in (*_READ, LoraOpaque)})
 
 
 def shows_weight(module: nn.Module) -> bool:

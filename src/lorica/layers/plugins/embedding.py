@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from lorica import functional
 from lorica.adapter import Kind
-from lorica.errors import StateError
-from lorica.layers.base import LoraLayer
+from lorica.errors import StateError, TargetError
+from lorica.layers.base import RULES, LoraLayer
 from lorica.layers.variants import PLAIN
+from lorica.tree import Place
 
 
 class LoraEmbedding(LoraLayer):
@@ -31,6 +32,17 @@ class LoraEmbedding(LoraLayer):
     max_norm: float | None
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
+
+    @classmethod
+    def check_place(cls, place: Place) -> None:  # noqa: D102
+        super().check_place(place)
+        # An own forward may do no more than scale the rows that it looks up (Gemma's and BART's).
+        own = getattr(place.module, "base_class", type(place.module)).forward is not nn.Embedding.forward
+        if own and not hasattr(place.module, "embed_scale"):
+            raise TargetError(
+                f"{place.path} is a {type(place.module).__name__} with a forward of its own, which may look "
+                "up other rows than it is given; lorica adapts embeddings that look up as nn.Embedding does"
+            )
 
     def prepare(self) -> None:  # noqa: D102
         super().prepare()
@@ -70,3 +82,10 @@ class LoraEmbedding(LoraLayer):
                 f"max_norm={self.max_norm:g} holds the rows of W0 to that norm, and the update is added to "
                 "them; merged, it would hold their sum to it. Use the adapter unmerged"
             )
+
+
+def _embedding(found: type[LoraLayer] | None, module: nn.Module) -> type[LoraLayer] | None:
+    return LoraEmbedding if isinstance(module, nn.Embedding) else found
+
+
+RULES.append(_embedding)

@@ -13,14 +13,15 @@ from typing import Any
 from torch import nn
 
 from lorica.config import AdapterConfig, as_config
-from lorica.model.count import trainable_parameters
+from lorica.model.adapt import adapt
+from lorica.model.count import ParameterCount, trainable_parameters
 from lorica.model.pretrained.skeleton import skeleton
 from lorica.piece import Held, Piece
 from lorica.pieces import Search, looking, resolve
 from lorica.pieces.low_rank import LowRank
+from lorica.pieces.plugins.statistics import RunningStatistic
 from lorica.pieces.plugins.tied import Tied
 from lorica.pieces.plugins.tokens import TokenRows
-from lorica.pieces.statistics import RunningStatistic
 from lorica.pieces.whole import WholeCopy
 from lorica.state import AdapterState, find_adapted
 
@@ -132,6 +133,24 @@ def preview(model: Any, config: AdapterConfig | Iterable[AdapterConfig] | None =
     if search.lora is not None and search.lora.init_lora_weights == "eva":
         notes = ("eva shares the ranks out anew once it has seen data; these are before that",)
     return Preview(rows, trainable, total + beside, notes)
+
+
+def count(config: AdapterConfig | Iterable[AdapterConfig], model: Any) -> ParameterCount:
+    """Count what a configuration would train on an architecture, without loading a weight.
+
+    Args:
+        config: what to train, by any method; several make up one adapter.
+        model: transformers' configuration of the model, its fields with ``"model_type"``, or the folder or
+            Hub name that it is loaded from.
+
+    Raises:
+        ConfigError: no model configuration can be had from that.
+        TargetError: the configuration names what the model does not have, or the architecture cannot take the
+            method.
+        MissingExtra: transformers is not installed.
+    """
+    config = as_config(config)
+    return trainable_parameters(adapt(skeleton(model, config.task_type), config))
 
 
 def _parameters(piece: Piece) -> list[Held]:

@@ -12,7 +12,7 @@ from lorica.config import LoraConfig
 from lorica.config.inits import niter
 from lorica.find import Target
 from lorica.inits.init import Init, precise, register
-from lorica.inits.lowrank import leading
+from lorica.inits.plugins.lowrank import leading
 
 
 def pissa(
@@ -63,6 +63,9 @@ class Pissa(Init):
     """W0's principal part; ``"pissa_niter_N"`` by a randomized decomposition."""
 
     residual: ClassVar[bool] = True
+
+    def takes(self, value: bool | str) -> bool:  # noqa: D102
+        return niter(value) is not None
 
     def factors(  # noqa: D102
         self, target: Target, config: LoraConfig, seen: Any, random: torch.Generator

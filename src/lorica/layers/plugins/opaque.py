@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,11 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from lorica import functional
-from lorica.errors import StateError
-from lorica.layers.base import LoraLayer
+from lorica.errors import StateError, TargetError
+from lorica.layers.base import RULES, LoraLayer
+from lorica.layers.linear import conv1d_class
+from lorica.layers.plugins.reading import reading_of
+from lorica.tree import Place
 
 
 class LoraOpaque(LoraLayer):
@@ -21,6 +25,23 @@ class LoraOpaque(LoraLayer):
     It is a subclass of `nn.Linear`, or a module with `in_features` and `out_features`, such as the layers of
     GPTQ, AWQ and HQQ.
     """
+
+    opaque: ClassVar[bool] = True
+
+    @classmethod
+    def check_place(cls, place: Place) -> None:  # noqa: D102
+        super().check_place(place)
+        if cls.is_read(place):
+            raise TargetError(
+                f"{place.path} is a {type(place.module).__name__} with a forward of its own, but "
+                f"{type(place.parent).__name__} reads its weight without calling it, so the update would not "
+                "act"
+            )
+
+    @classmethod
+    def is_read(cls, place: Place) -> bool:
+        """Whether a module's parent reads its weight without calling it."""
+        return reading_of(place.module, place.parent).read or in_fused(place.parent)
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -53,6 +74,14 @@ class LoraOpaque(LoraLayer):
         if has_own_forward(self.base_class):
             x = drawn((4, self.factor_shapes(self, 1)[0][1]), weight)
             check_multiplies(self, x, F.linear)
+
+
+def in_fused(parent: nn.Module | None) -> bool:
+    """Whether a module is a part of torch's own attention or encoder layer, which read the weights."""
+    encoder = nn.TransformerEncoderLayer
+    return isinstance(parent, nn.MultiheadAttention) or (
+        isinstance(parent, encoder) and type(parent).forward is encoder.forward
+    )
 
 
 def has_own_forward(cls: type[nn.Module]) -> bool:
@@ -104,3 +133,17 @@ def check_multiplies(layer: LoraLayer, x: Tensor, multiply: Callable[[Tensor, Te
             f"{kind} does more than multiply by its weight, so a merged update would act differently; "
             "leave it out of what is merged, or use the adapter unmerged"
         )
+
+
+def _opaque(found: type[LoraLayer] | None, module: nn.Module) -> type[LoraLayer] | None:
+    return LoraOpaque if found is None and (isinstance(module, nn.Linear) or _is_linear(module)) else found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module other than `nn.Linear` declares itself linear, and holds no other modules."""
+    widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    declared = all(isinstance(width, int) and width > 0 for width in widths)
+    return declared and not module._modules and not isinstance(module, conv1d_class())
+
+
+RULES.append(_opaque)

@@ -1,5 +1,7 @@
 """PEFT's names on adapted layers, for other libraries: TRL, diffusers, exporters to servers.
 
+    LoraLinear(LoraLayer, AskedLayer, nn.Linear)        `accompany` lets the class stand beside a mixin
+
 No forward calls anything here. An attribute of the module's own class takes precedence over each name.
 """
 
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.errors import AdapterError, ConfigError, StateError
-from lorica.layers.swapped import SwappedModule, blank
+from lorica.layers.base import LoraLayer
+from lorica.layers.saved import SavedModule
+from lorica.layers.swapped import SwappedModule, accompany, blank
 
 if TYPE_CHECKING:
     from typing import Self
@@ -158,7 +162,6 @@ class AskedLayer(AskedModule):
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
     scaling: dict[str, float]
     scaled: dict[str, float]
-    """Adapter → the factor by which its scale was multiplied since it was added."""
 
     @fallback_property
     def base_layer(self) -> nn.Module:
@@ -282,6 +285,20 @@ class AskedLayer(AskedModule):
         return (d_out, d_in) if base.transposed else (d_in, d_out)
 
 
+class AskedCopies(AskedModule):
+    """A module with copies trained whole, with PEFT's names."""
+
+    modules_to_save: nn.ModuleDict
+
+    @fallback_property
+    def original_module(self) -> nn.Module:
+        """The original module with its own, frozen parameters."""
+        return base_of(self)
+
+    def _chosen(self) -> list[str]:
+        return [name for name in self._chosen_by_all() if name in self.modules_to_save]
+
+
 def base_of(module: SwappedModule) -> nn.Module:
     """A swapped module in its own class, with the same parameters, buffers and parts.
 
@@ -298,3 +315,7 @@ def base_of(module: SwappedModule) -> nn.Module:
 
 def _whole(value: float) -> float:
     return round(value) if abs(value - round(value)) < 1e-9 * max(abs(value), 1) else value
+
+
+accompany(LoraLayer, AskedLayer)
+accompany(SavedModule, AskedCopies)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from lorica import functional
 from lorica.adapter import Kind
 from lorica.errors import StateError, TargetError
-from lorica.layers.base import LoraLayer
-from lorica.layers.opaque import check_multiplies, drawn, has_own_forward
+from lorica.layers.base import RULES, LoraLayer
+from lorica.layers.plugins.opaque import check_multiplies, drawn, has_own_forward
 
 
 class LoraConv(LoraLayer):
@@ -89,3 +89,10 @@ class LoraConv(LoraLayer):
 
 def _convolve(kernel: Tensor) -> Callable[..., Tensor]:
     return (F.conv1d, F.conv2d, F.conv3d)[kernel.dim() - 3]
+
+
+def _conv(found: type[LoraLayer] | None, module: nn.Module) -> type[LoraLayer] | None:
+    return LoraConv if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else found
+
+
+RULES.append(_conv)
