@@ -196,6 +196,39 @@ def test_a_sequence_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> N
         assert all(not g.any() for pair in bad.gradient().result().values() for g in pair)
 
 
+def test_a_product_that_fails_ends_one_request_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = lanes.together
+
+    def choosy(module: Any, parts: Any) -> Any:
+        if any(part.x.shape[-2] == 5 for part in parts):
+            raise RuntimeError("not these rows")
+        return together(module, parts)
+
+    prompts = [[token] * length for token, length in ((5, 3), (6, 5), (7, 4))]
+    with Client(llama()) as client:
+        alone = [client.sample(prompt, max_tokens=4, seed=1, stop=[]).result() for prompt in prompts]
+        monkeypatch.setattr(lanes, "together", choosy)
+        good, bad, other = [client.sample(prompt, max_tokens=4, seed=1, stop=[]) for prompt in prompts]
+        with pytest.raises(RuntimeError, match="not these rows"):
+            bad.result()
+        for future, before in ((good, alone[0]), (other, alone[2])):
+            assert future.result().sequences[0].tokens == before.sequences[0].tokens
+        assert client.engine.alive
+
+
+def test_a_prompt_of_one_token_has_no_logprobs_of_its_own() -> None:
+    with Client(llama()) as client:
+        scored = client.sample([5], max_tokens=0, prompt_logprobs=True, topk_prompt=2).result()
+        assert scored.prompt_logprobs is not None
+        assert scored.prompt_logprobs.shape == (0,)
+        assert scored.topk_prompt is not None
+        assert [part.shape for part in scored.topk_prompt] == [(0, 2), (0, 2)]
+        assert (
+            len(client.sample([5], max_tokens=2, prompt_logprobs=True, stop=[]).result().sequences[0].tokens)
+            == 2
+        )
+
+
 def test_seven_chunks_are_one() -> None:
     data = rows(0, 14)
     flat = []

@@ -40,7 +40,10 @@ class Desk:
         """A token for each sample that is written, and the prompts of those that begin."""
         self._begin()
         writers, self._writers = self._writers, []
-        advance(self._base, writers)
+        try:
+            advance(self._base, writers)
+        except Exception:
+            writers = self._apart(writers)
         for writer in writers:
             for row in writer.rows:
                 self._pay(row.request, 1)
@@ -84,10 +87,25 @@ class Desk:
                 Writer(self._base, requests[i : i + most]) for i in range(0, len(requests), most)
             ]
 
+    def _apart(self, writers: list[Writer]) -> list[Writer]:
+        """What they computed together failed: whoever it is, the others are begun again and go on."""
+        asked = list(dict.fromkeys(request for writer in writers for request in writer.asked))
+        for writer in writers:
+            writer.abandon()
+        for request in asked:
+            request.begin()
+        writers = [Writer(self._base, [request]) for request in asked]
+        for writer in writers:
+            try:
+                advance(self._base, [writer])
+            except Exception as own:
+                writer.abandon()
+                writer.error = own
+        return writers
+
     def _failed(self, writer: Writer, error: Exception) -> None:
         """A request that fails by itself has failed; several are begun again, each by itself."""
-        asked = list(dict.fromkeys([*writer.requests, *(row.request for row in writer.rows)]))
-        asked = [request for request in asked if not request.future.done()]
+        asked = writer.asked
         for request in asked:
             if len(asked) == 1:
                 request.future.set_exception(error)

@@ -254,6 +254,12 @@ class Writer(Lane):
         else:
             super().__init__([row.request.weights for row in rows], lambda lane: lane._write(read, logits))
 
+    @property
+    def asked(self) -> list[Request]:
+        """The requests whose samples it writes that somebody waits for; each once."""
+        asked = dict.fromkeys([*self.requests, *(row.request for row in self.rows)])
+        return [request for request in asked if not request.future.done()]
+
     def taken(self) -> list[Writer]:
         """Writers of samples for which it has no room, once it has read the prompts; each once."""
         others, self._others = self._others, []
@@ -290,12 +296,13 @@ class Writer(Lane):
         most = max(request.draw.topk_prompt for request in self.requests)
         target = torch.tensor([request.prompt[1:] for request in self.requests])
         found, ids, tops = [torch.empty(len(target), 0)], [], []
-        for at in torch.arange(target.shape[1]).split(max(1, _BLOCK // len(target))):
+        places = torch.arange(target.shape[1]).split(max(1, _BLOCK // len(target)))
+        for at in places if target.numel() else ():  # a single token has nothing before it
             logp = self.base.lane_logits(self, read, read.hidden[:, at]).log_softmax(-1).cpu()
             found.append(logp.gather(-1, target[:, at, None])[..., 0])
             if most:
-                values, places = logp.topk(most)
-                ids.append(places)
+                values, likeliest = logp.topk(most)
+                ids.append(likeliest)
                 tops.append(values)
         for i, request in enumerate(self.requests):
             k = request.draw.topk_prompt
