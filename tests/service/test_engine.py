@@ -187,7 +187,10 @@ def test_a_sequence_that_fails_fails_alone(monkeypatch: pytest.MonkeyPatch) -> N
         futures = [
             run.forward_backward([d], "cross_entropy") for run, d in zip((good, bad), data, strict=True)
         ]
-        drawn = [run.sample([token] * 8, max_tokens=3, stop=[]) for run, token in ((good, 5), (bad, 90))]
+        drawn = [
+            run.sample([token] * 8, max_tokens=3, temperature=0, stop=[])
+            for run, token in ((good, 5), (bad, 90))
+        ]
         assert futures[0].result().loss > 0
         assert len(drawn[0].result().sequences[0].tokens) == 3
         for future in (futures[1], drawn[1]):
