@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,12 +201,3 @@ def call(url: str, body: Any = None, key: str | None = None, **headers: str) -> 
         with error:
             status, told, text = error.code, error.headers, error.read()
     return status, told, json.loads(text) if "json" in told.get("Content-Type", "") else text
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait until something holds."""
-    for _ in range(1000):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it never came to be")

@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from waiting import PATIENCE
 
 from lorica.train.system import preloaded_context, settle
 
@@ -94,7 +95,7 @@ class Ranks:
         assert pid is not None
         os.kill(pid, number)
 
-    def wait(self, timeout: float = 60.0) -> list[Ended]:
+    def wait(self, timeout: float = PATIENCE) -> list[Ended]:
         """Wait for all ranks.
 
         Args:
@@ -132,7 +133,7 @@ def started(action: Callable[..., Any], *args: Any, world: int | None = 2, group
     return Ranks(action, args, world, group=group)
 
 
-def on_ranks(action: Callable[..., Any], *args: Any, world: int = 2, timeout: float = 60.0) -> list[Any]:
+def on_ranks(action: Callable[..., Any], *args: Any, world: int = 2, timeout: float = PATIENCE) -> list[Any]:
     """Call a function in several processes that form a group, and return what each of them returned.
 
     Args:
@@ -166,7 +167,7 @@ def _work(work: bytes, environment: dict[str, str], folder: str, group: bool) ->
     code = 0
     try:
         if group:
-            dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+            dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
         action, args = pickle.loads(work)
         torch.save(action(*args), Path(folder) / "value")
     except SystemExit as stop:

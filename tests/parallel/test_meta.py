@@ -20,14 +20,14 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_without_values_becomes_the_whole_one(bases: Path) -> None:
-    for found in on_ranks(bare.as_whole, str(bases), timeout=200):
+    for found in on_ranks(bare.as_whole, str(bases)):
         for name, (start, trained) in found.items():
             assert start == 0.0, name
             assert trained <= 1e-6, name
 
 
 def test_an_adapter_without_values_is_told(bases: Path) -> None:
-    for said in on_ranks(bare.unfilled, str(bases), timeout=120):
+    for said in on_ranks(bare.unfilled, str(bases)):
         for way in ("to_empty", "by hand", "loaded"):
             assert "put on a model without values" in said[way]
             assert "lorica.parallel.materialize" in said[way]
@@ -42,7 +42,7 @@ def test_an_adapter_without_values_is_told(bases: Path) -> None:
 
 def test_no_rank_holds_the_model_whole(tmp_path: Path) -> None:
     bare.write_base(tmp_path, hidden_size=256, intermediate_size=2048, num_hidden_layers=6)
-    ways = {way: on_ranks(bare.growth, str(tmp_path), way, timeout=120) for way in ("bare", "built")}
+    ways = {way: on_ranks(bare.growth, str(tmp_path), way) for way in ("bare", "built")}
     peaks = {way: max(peak for peak, _ in found) for way, found in ways.items()}
     assert peaks["bare"] <= 0.7 * peaks["built"], peaks
     losses = {loss for found in ways.values() for _, loss in found}

@@ -54,7 +54,7 @@ def test_ranks_that_train_different_adapters_are_told() -> None:
 
 
 def test_a_file_is_loaded_into_a_sharded_model(tmp_path: Path) -> None:
-    for found in on_ranks(work.loaded, str(tmp_path), timeout=120):
+    for found in on_ranks(work.loaded, str(tmp_path)):
         for name, (values, outputs) in found.items():
             assert values == 0.0, name
             assert outputs == pytest.approx(0.0, abs=1e-6), name
@@ -67,7 +67,7 @@ def test_sharding_needs_a_group() -> None:
 
 
 def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(tmp_path: Path) -> None:
-    for found in on_ranks(work.goes_on, str(tmp_path), timeout=120):
+    for found in on_ranks(work.goes_on, str(tmp_path)):
         assert found["apart"] == 0.0
         assert "holds no checkpoint" in found["none"]
         assert found["another"].startswith("AdapterError")
@@ -81,7 +81,7 @@ def test_a_run_goes_on_from_its_checkpoint_on_any_number_of_ranks(tmp_path: Path
 
 
 def test_ways_of_sharding() -> None:
-    for found in on_ranks(work.settings, timeout=120):
+    for found in on_ranks(work.settings):
         for way, difference in found.items():
             half = way in ("bfloat16", "a policy")
             assert (0 < difference < 0.1) if half else difference == 0.0, way

@@ -14,7 +14,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip("transformers")
     names = list(work.CASES)
     folder = tmp_path_factory.mktemp("sharded")
-    first, second = on_ranks(work.together_and_alone, names, str(folder), timeout=300)
+    first, second = on_ranks(work.together_and_alone, names, str(folder))
     assert first == second
     return first
 

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 
 def test_split_in_two(tmp_path: Path) -> None:
-    for found in on_ranks(across.split_in_two, str(tmp_path), timeout=120):
+    for found in on_ranks(across.split_in_two, str(tmp_path)):
         assert found.keys() == across.CASES.keys()
         for name, differences in found.items():
             for what, difference in differences.items():
@@ -20,7 +20,7 @@ def test_split_in_two(tmp_path: Path) -> None:
 
 
 def test_split_in_two_and_sharded_in_two(tmp_path: Path) -> None:
-    for found in on_ranks(across.four, str(tmp_path), world=4, timeout=200):
+    for found in on_ranks(across.four, str(tmp_path), world=4):
         for name, differences in found.items():
             for what, difference in differences.items():
                 assert difference <= 1e-5, (name, what)

@@ -6,7 +6,6 @@ If one fails after a new version of transformers, that file is to be looked at, 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 pytest.importorskip("transformers.generation.continuous_batching", reason="needs lorica[serve]")
 
 from serving import decoder
+from waiting import PATIENCE, until
 
 from lorica.serve.decoder import attention
 from lorica.serve.decoder.batching import Batcher, bytes_per_token, prompt_logits
@@ -80,13 +80,6 @@ def batcher(model: Any, conductor: Greedy, **sizes: int) -> Batcher:
     return made
 
 
-def until(condition: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.005)
-
-
 def run(made: Batcher, conductor: Greedy, requests: dict[str, tuple[list[int], int]]) -> None:
     def put(own: Batcher) -> None:
         for id, (prompt, count) in requests.items():
@@ -103,7 +96,7 @@ def test_a_step_asks_in_order_and_tells_what_is_in_the_batch(model: Any):
     made = batcher(model, conductor)
     run(made, conductor, {"long": ([5] * 40, 2), "short": ([7, 8, 9], 3)})
     made.stop(hard_stop=True)
-    assert conductor.over.wait(120)
+    assert conductor.over.wait(PATIENCE)
     assert conductor.error is None
     # A prompt longer than a step takes two, and has no token after the first; the head is given as many
     # entries as there are requests, padded with the first token.
@@ -192,7 +185,7 @@ def test_an_error_in_a_step_ends_the_thread_and_is_told(model: Any):
     made = batcher(model, conductor)
     conductor.todo.append(lambda own: own.put("a", [3], 2, ()))
     made.wake()
-    assert conductor.over.wait(120)
+    assert conductor.over.wait(PATIENCE)
     assert str(conductor.error) == "told"
     until(lambda: not made.is_running())
     made.stop(hard_stop=True)

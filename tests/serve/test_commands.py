@@ -25,6 +25,7 @@ import endpoints
 import torch
 from train import tiny
 from transformers import LlamaConfig, LlamaForCausalLM
+from waiting import PATIENCE
 
 import lorica
 from lorica.cli import main
@@ -76,7 +77,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextlib.contextmanager
 def asked(port: int, path: str, body: Any = None) -> Iterator[http.client.HTTPResponse]:
     """The answer to a request."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     headers = {"Content-Type": "application/json"}
     connection.request("GET" if body is None else "POST", path, body and json.dumps(body), headers)
     with contextlib.closing(connection), connection.getresponse() as answer:
@@ -107,7 +108,7 @@ def test_a_server_told_to_stop_finishes_what_runs(writer: Path) -> None:
             chunks = [json.loads(event[6:]) for event in events if event.startswith(b"data: {")]
             assert chunks[-1]["choices"][0]["finish_reason"] == "length"
             assert events[-2] == b"data: [DONE]"
-            assert process.wait(120) == 0
+            assert process.wait(PATIENCE) == 0
         finally:
             process.kill()
 

@@ -27,6 +27,7 @@ from on_ray import cluster
 from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError
 from serving import decoder, write_adapter
+from waiting import until
 
 from lorica.serve.http import Served, make_app
 from lorica.serve.opening import look_at, open_engine
@@ -199,10 +200,7 @@ def test_two_replicas_answer_as_one_and_lose_one(
         there = pids()
         return len(there) == 2 and killed not in there and alive(handle) == 2
 
-    until = time.monotonic() + 120
-    while not whole():
-        assert time.monotonic() < until
-        time.sleep(0.5)
+    until(whole, "the replica in the place of the one that was killed", every=0.5)
     time.sleep(1)
     ending.set()
     for thread in threads:

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 from service.causal_models import llama
 from train import tiny
+from waiting import until
 
 from lorica.cli import main
 
@@ -65,10 +65,12 @@ def test_what_is_trained_is_served(folder: Path) -> None:
         base = client.create_sampling_client(base_model="base").result()
         before = base.sample(types.ModelInput.from_ints(tokens[:4]), 1, greedy).result().sequences[0]
         assert before.logprobs != drawn.logprobs
-        deadline, name = time.monotonic() + 60, None
-        while name is None and time.monotonic() < deadline:  # the folder is watched
-            name = next((each for each in models(address) if each.endswith(".taught")), None)
-            time.sleep(0.2)
+        # The folder is watched.
+        name = until(
+            lambda: next((each for each in models(address) if each.endswith(".taught")), None),
+            "it",
+            every=0.2,
+        )
         body = {
             "model": name,
             "prompt": tokens[:4],

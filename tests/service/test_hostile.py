@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from service.server import NAME, service_in
+from waiting import PATIENCE
 
 from lorica.service.http import serving
 from lorica.service.state.tenants import Tenant, Tenants
@@ -20,7 +21,7 @@ class Client:
     """One tenant's session and run, asked by HTTP alone."""
 
     def __init__(self, url: str, key: str) -> None:
-        self.http = httpx.Client(base_url=url, headers={"x-api-key": key}, timeout=30)
+        self.http = httpx.Client(base_url=url, headers={"x-api-key": key}, timeout=PATIENCE)
         self.prefix = "/api/v1"
         self.session = self.post("create_session", {}).json()["session_id"]
         made = self.done("create_model", session_id=self.session, model_seq_id=0, base_model=NAME,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from service.server import NAME, service_in
+from waiting import until
 
 from lorica.service.http import serving
 from lorica.service.state.tenants import Tenant, Tenants
@@ -109,9 +109,7 @@ def test_a_sample_that_nobody_waits_for_ends(tmp_path: Path) -> None:
     body = b'{"prompt": {"chunks": [{"tokens": [5]}]}, "num_samples": 64, "sampling_params": {"stop": []}}'
     call = service.accept(who, sampler, 0, "sample", body)
     service.cancel(who, call)
-    deadline = time.monotonic() + 30
-    while service.result(who, call).result is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: service.result(who, call).result is not None, "the sample's end")
     assert service.result(who, call).failed == "user"
     service.cancel(who, call)
     service.close()

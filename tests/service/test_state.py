@@ -17,6 +17,7 @@ import torch
 from service.causal_models import VOCABULARY, llama
 from service.server import NAME, free_port, service_in
 from torch import Tensor
+from waiting import PATIENCE, until
 
 from lorica.errors import LoricaError
 from lorica.service import Client, Datum, wire
@@ -63,7 +64,7 @@ def step(service: Service, run: str, n: int) -> list[str]:
 def wait(service: Service, call_id: str) -> Any:
     promise = service.promise(WHO, call_id)
     if promise is not None:
-        promise.result(timeout=60)
+        promise.result(timeout=PATIENCE)
     call = service.result(WHO, call_id)
     assert call.failed is None, call.result
     return call.result
@@ -114,10 +115,7 @@ def test_an_idle_session_leaves_memory_and_comes_back(tmp_path: Path) -> None:
     wait(service, step(service, run, 0)[-1])
     before = weights(service, run)
     service.finish_session(WHO, run.partition(":")[0])
-    deadline = time.monotonic() + 30
-    while run in service._runs and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert run not in service._runs
+    until(lambda: run not in service._runs, "the run's leaving")
     assert service.registry.one("runs", run)["snapshot"] == 3
     wait(service, service.accept(WHO, run, 4, "learn", learn(run, 4, 1)))
     assert torch.equal(weights(service, run)[0], before[0])
@@ -135,7 +133,7 @@ def test_checkpoints_are_whole_and_named(tmp_path: Path) -> None:
         call = service.accept(WHO, run, seq, "save", json.dumps(body).encode())
         promise = service.promise(WHO, call)
         if promise is not None:
-            promise.result(timeout=30)
+            promise.result(timeout=PATIENCE)
         assert service.result(WHO, call).failed == "user"
     row = service.registry.one("checkpoints", path)
     folder = service.checkpoints.folder(row)
@@ -232,10 +230,7 @@ class Server:
         engines = [Path(f"/proc/{pid}") for pid in children.read_text().split()] if children.exists() else []
         assert not children.exists() or len(engines) == 2
         os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while any(map(running, engines)):
-            assert time.monotonic() < deadline, "an engine outlives its server"
-            time.sleep(0.01)
+        until(lambda: not any(map(running, engines)), "the end of the server's engines")
 
     def end(self) -> None:
         """The last kill."""
@@ -271,9 +266,9 @@ def test_a_client_goes_on_over_a_kill(tmp_path: Path) -> None:
             server.kill()
             server.wait()
         if n % 2:
-            step.result(timeout=60)
-    assert [future.result(timeout=60).metrics["loss:sum"] for future in futures] == wanted
-    path = run.save_weights_for_sampler("end").result(timeout=60).path
+            step.result(timeout=PATIENCE)
+    assert [future.result(timeout=PATIENCE).metrics["loss:sum"] for future in futures] == wanted
+    path = run.save_weights_for_sampler("end").result(timeout=PATIENCE).path
     drawn = client.create_sampling_client(model_path=path).result()
     sample = drawn.sample(types.ModelInput.from_ints([4]), 1, types.SamplingParams(max_tokens=8, seed=0))
     sequence = sample.result().sequences[0]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from study import made
+from waiting import PATIENCE
 
 from lorica.study.page import page
 from lorica.study.report import gather
@@ -63,7 +64,7 @@ def _reported(html: str, browser: list[str]) -> dict[str, str]:
             start_new_session=True,
         )
         try:
-            return found.get(timeout=60)
+            return found.get(timeout=PATIENCE)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -135,7 +136,10 @@ def test_in_a_browser(width: int, dark: bool, blocks: int, tmp_path: Path) -> No
     if folder := os.environ.get("LORICA_SCREENSHOTS"):
         shot = Path(folder) / f"report-{width}-{'dark' if dark else 'light'}.png"
         subprocess.run(
-            [*command, f"--screenshot={shot}", written.as_uri()], check=True, timeout=60, capture_output=True
+            [*command, f"--screenshot={shot}", written.as_uri()],
+            check=True,
+            timeout=PATIENCE,
+            capture_output=True,
         )
     found = _reported(page(report).replace("<head>", "<head>" + probe), command)
     assert "failed" not in found, found

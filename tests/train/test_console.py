@@ -9,6 +9,7 @@ import datasets
 import pytest
 import transformers
 from rich.console import Console
+from waiting import PATIENCE
 
 from lorica.train import console as module
 from lorica.train.console import duration, make_console, print_table, quiet, scores, size, waiting
@@ -67,7 +68,7 @@ def test_it_says_at_once_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with waiting(Heard(file=told, width=100), "reading [rows].csv"):
         assert told.getvalue() == "reading [rows].csv\n"
-        assert again.wait(60)
+        assert again.wait(PATIENCE)
     assert told.getvalue().splitlines()[1] == "reading [rows].csv (0:00)"
     before = told.getvalue()
     threading.Event().wait(0.05)

@@ -77,7 +77,7 @@ def test_each_is_a_run_of_lorica_train_and_survives_a_kill_and_an_interrupt(
     kept = [RunRecord.load(out / "trials" / name, trust_task=True) for name in ("000", "001")]
     alone = [each.recipe.replace(output=str(tmp_path / name)) for name, each in zip("ab", kept, strict=True)]
     theirs = [(each.adapter_sha256, each.results["metrics"]) for each in kept]
-    assert on_ranks(run_each, alone, timeout=120) == [theirs] * 2
+    assert on_ranks(run_each, alone) == [theirs] * 2
     assert RunRecord.load(out / "best", trust_task=True).adapter_sha256 == kept[1].adapter_sha256
     assert kept[1].machine["processes"] == 2
     assert json.loads((out / "search.json").read_text())["search"]["launch"]["processes"] == 2

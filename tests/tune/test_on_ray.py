@@ -7,7 +7,6 @@ import io
 import json
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 from tune.searches import run_each, silent
+from waiting import until
 
 from lorica.cli import main
 from lorica.errors import ConfigError, LoricaError
@@ -120,7 +120,7 @@ def test_a_trial_of_two_workers_is_the_run_of_lorica_train(
     assert found.folder is not None
     kept = RunRecord.load(found.folder)
     alone = kept.recipe.replace(model=str(Path(recipe.model).resolve()), output=str(tmp_path / "alone"))
-    assert on_ranks(run_each, [alone], timeout=120) == [[(kept.adapter_sha256, kept.results["metrics"])]] * 2
+    assert on_ranks(run_each, [alone]) == [[(kept.adapter_sha256, kept.results["metrics"])]] * 2
     assert not (tmp_path / "s" / "trials" / "000" / "checkpoints" / "ray").exists()
     config = SearchConfig(launch=LaunchConfig(processes=3, engine="ray"))
     with pytest.raises(LoricaError, match=r"a trial of 3 workers needs 3 times {'cpu': 1}"):
@@ -145,7 +145,7 @@ def test_a_search_whose_driver_was_killed_ends_as_if_it_had_not_been(
     }
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     address, before = ray.get_runtime_context().gcs_address, at_work()
-    killed = started(tune_and_die, address, [str(tmp_path / "recipe.yaml"), *flags], world=None).wait(300)[0]
+    killed = started(tune_and_die, address, [str(tmp_path / "recipe.yaml"), *flags], world=None).wait()[0]
     assert killed.code == -signal.SIGKILL, killed.output
     until_ended(before)
     statuses = {record.status for record in Journal(out / "results.jsonl").records.values()}
@@ -171,12 +171,9 @@ def test_a_search_whose_driver_was_killed_ends_as_if_it_had_not_been(
             assert ours.metrics == pytest.approx(theirs.metrics, abs=1e-6)
 
 
-def until_ended(before: Mapping[int, str], seconds: float = 60) -> None:
+def until_ended(before: Mapping[int, str]) -> None:
     """Wait until Ray has ended the actors that came after others, since their driver is gone."""
-    until = time.monotonic() + seconds
-    while left := {pid: title for pid, title in at_work().items() if pid not in before}:
-        assert time.monotonic() < until, f"still at work: {left}"
-        time.sleep(0.1)
+    until(lambda: not at_work().keys() - before.keys(), "the end of the actors", every=0.1)
 
 
 def at_work() -> dict[int, str]:

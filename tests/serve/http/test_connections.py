@@ -12,7 +12,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from endpoints import StandIn, call, until
+from endpoints import StandIn, call
+from waiting import until
 
 from lorica.serve.http import Key, Keys, Served, Settings
 from lorica.serve.http.stream import Events

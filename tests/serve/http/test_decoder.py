@@ -10,8 +10,9 @@ from typing import Any
 import openai
 import pytest
 import torch
-from endpoints import call, tokenizer, until
+from endpoints import call, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+from waiting import PATIENCE, until
 
 import lorica
 from lorica.serve import Decoder
@@ -52,7 +53,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 def test_many_clients_at_once(engine: Decoder, serve: Callable[[Served], str]) -> None:
     url = serve(Served("base", engine))
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE) as client:
 
         def ask(i: int) -> tuple[str, tuple[int, ...], str | None]:
             prompt = "the same beginning of every prompt, then " + "x" * (i % 5)

@@ -14,8 +14,9 @@ pytest.importorskip("transformers.generation.continuous_batching", reason="needs
 
 import safetensors.torch
 import torch
-from endpoints import call, tokenizer, until
+from endpoints import call, tokenizer
 from serving import KINDS, decoder, write_adapter
+from waiting import until
 
 import lorica
 from lorica.serve import Decoder

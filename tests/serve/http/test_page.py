@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from endpoints import TEXTS, StandIn
+from waiting import PATIENCE
 
 from lorica.serve.encoder import Base, EncoderEngine
 from lorica.serve.encoder import engine as engine_module
@@ -153,7 +154,7 @@ def test_an_adapter_that_is_being_read_is_asked_what_it_tells(
 
     def slow(base: Base, adapter: Any, path: Path) -> Any:
         if path.name == "tags":
-            read.wait(20)
+            read.wait(PATIENCE)
         return fit(base, adapter, path)
 
     monkeypatch.setattr(engine_module, "fit", slow)

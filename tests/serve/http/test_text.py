@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 from endpoints import TEXTS, StandIn, Written
+from waiting import PATIENCE
 
 from lorica.serve.http import Served
 
@@ -263,9 +264,9 @@ def test_whatever_an_answer_raises_is_told(
 
     monkeypatch.setattr(Written, "_token", fail)
     with pytest.raises(openai.InternalServerError, match="its log says why"):
-        client.completions.create(model="base", prompt="x", timeout=20)
+        client.completions.create(model="base", prompt="x", timeout=PATIENCE)
     with pytest.raises(openai.APIError, match="its log says why"):
-        list(client.completions.create(model="base", prompt="x", stream=True, timeout=20))
+        list(client.completions.create(model="base", prompt="x", stream=True, timeout=PATIENCE))
     assert not engine.running
 
 

@@ -63,7 +63,7 @@ def test_a_worker_that_is_killed_changes_no_bit(
     assert "encoding 40 train rows" in said
     assert "TrainController" not in said
 
-    first, second = on_ranks(run, made.replace(output=str(tmp_path / "torch")), timeout=240)
+    first, second = on_ranks(run, made.replace(output=str(tmp_path / "torch")))
     record = json.loads((tmp_path / "ray" / "run.json").read_text())
     assert first == second == record["adapter_sha256"]
     assert losses(tmp_path / "ray") == losses(tmp_path / "torch")

@@ -16,7 +16,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_interrupts_and_losses_change_no_bit(home: Path) -> None:
-    first, second = on_ranks(work.stopped_and_resumed, str(home), timeout=240)
+    first, second = on_ranks(work.stopped_and_resumed, str(home))
     assert first == second
     whole = first.pop("whole")
     assert first == {
@@ -32,6 +32,6 @@ def test_interrupts_and_losses_change_no_bit(home: Path) -> None:
         assert "another process of this run was lost" in ended[1 - victim].output
         assert "--resume" in ended[1 - victim].output
         assert (home / f"killed {victim}" / "checkpoints" / "checkpoint-4").is_dir()
-    again = on_ranks(work.resumed, str(home), {"killed 0": "ddp", "killed 1": "fsdp2"}, timeout=240)
+    again = on_ranks(work.resumed, str(home), {"killed 0": "ddp", "killed 1": "fsdp2"})
     assert again == [[whole, whole]] * 2
-    assert on_ranks(work.stopped_in_parts, str(home), timeout=240) == [dict.fromkeys(work.ENGINES, whole)] * 2
+    assert on_ranks(work.stopped_in_parts, str(home)) == [dict.fromkeys(work.ENGINES, whole)] * 2

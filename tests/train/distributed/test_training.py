@@ -28,12 +28,12 @@ def one(home: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(home: Path, one: dict[str, Any]) -> list[dict[str, Any]]:
-    return on_ranks(work.run_all, str(home), timeout=240)
+    return on_ranks(work.run_all, str(home))
 
 
 @pytest.fixture(scope="module")
 def parts(home: Path, two: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return on_ranks(work.run_in_parts, str(home), timeout=240)
+    return on_ranks(work.run_in_parts, str(home))
 
 
 @pytest.mark.parametrize("name", work.CASES)
@@ -105,7 +105,7 @@ def test_what_cannot_be_done_is_told_once_and_by_all(home: Path) -> None:
     train(work.steady(home, "whole in one", 8), console=Console(file=io.StringIO()))
     with work.at_step(4, work.interrupt), pytest.raises(Interrupted):
         train(work.steady(home, "begun in one", 8), console=Console(file=io.StringIO()))
-    first, second = on_ranks(work.refused, str(home), timeout=240)
+    first, second = on_ranks(work.refused, str(home))
     ours, theirs = (
         load_file(home / name / "adapter_model.safetensors") for name in ("begun in one", "whole in one")
     )
