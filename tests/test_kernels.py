@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from test_reading import nobody_at_home
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,7 +29,7 @@ def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Nothing is loaded yet, and the cache is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     thin.load.cache_clear()
-    yield tmp_path / "lorica" / "kernels"
+    yield tmp_path / "lorica" / f"kernels-{os.getuid()}"
     monkeypatch.undo()
     thin.load.cache_clear()
 
@@ -118,7 +120,9 @@ def test_they_are_compiled_once(anew: Path) -> None:
     assert [path.stat().st_mtime_ns for path in anew.iterdir()] == [made]
 
 
-@pytest.mark.parametrize("why", ["switched off", "no compiler", "it fails", "it is wrong", "a folder of all"])
+@pytest.mark.parametrize(
+    "why", ["switched off", "no compiler", "it fails", "it is wrong", "nobody", "a folder of all"]
+)
 def test_without_them_torch_computes(
     anew: Path, tmp_path: Path, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +135,8 @@ def test_without_them_torch_computes(
         monkeypatch.setenv("CC", shutil.which("false") or "false")
     elif why == "it is wrong":
         monkeypatch.setattr(thin, "_is_right", lambda _: False)
+    elif why == "nobody":
+        nobody_at_home(monkeypatch)
     else:
         anew.mkdir(parents=True)
         anew.chmod(0o777)

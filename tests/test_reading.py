@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorica.errors import FileError
-from lorica.reading import DEPTH, parse_json, read_json, read_object
+from lorica.reading import DEPTH, cache_folder, parse_json, read_json, read_object
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
@@ -59,3 +59,41 @@ def test_a_folder_where_a_file_was_due(tmp_path: Path) -> None:
 def test_depth_is_what_it_says() -> None:
     deepest = "[" * (DEPTH - 1) + "1" + "]" * (DEPTH - 1)
     assert parse_json(deepest, "it")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"LORICA_CACHE": "/own", "XDG_CACHE_HOME": "/shared"}, "/own"),
+        ({"XDG_CACHE_HOME": "/shared"}, "/shared/lorica"),
+        ({"XDG_CACHE_HOME": "beside"}, "/home/me/.cache/lorica"),
+        ({"LORICA_CACHE": "", "XDG_CACHE_HOME": ""}, "/home/me/.cache/lorica"),
+        ({}, "/home/me/.cache/lorica"),
+    ],
+)
+def test_where_a_users_files_are_kept(
+    given: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LORICA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/me")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(expected)
+
+
+def nobody_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a user whom the machine does not know."""
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LORICA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+
+
+def test_nobody_may_be_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody_at_home(monkeypatch)
+    with pytest.raises(FileNotFoundError, match="LORICA_CACHE"):
+        cache_folder()

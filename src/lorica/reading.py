@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,23 @@ DEPTH = 100
 _MOST = 10_000_000
 """Values in all. A file that says one thing by many names could hold more of them than there is memory."""
 _LARGEST = 10**308
+
+
+def cache_folder() -> Path:
+    """Where a user's files are kept that can be made again: ``LORICA_CACHE``, else ``~/.cache/lorica``.
+
+    Raises:
+        FileNotFoundError: neither that nor the user's own folder is known. It may not be writable, either.
+    """
+    if given := os.environ.get("LORICA_CACHE"):
+        return Path(given)
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(shared):  # noqa: PTH117 - another is to be ignored, the standard says
+        return Path(shared) / "lorica"
+    try:
+        return Path.home() / ".cache" / "lorica"
+    except RuntimeError as error:
+        raise FileNotFoundError("no folder of this user is known; LORICA_CACHE may name one") from error
 
 
 def read_json(path: Path, *, halves: bool = False) -> Any:

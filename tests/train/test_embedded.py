@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from test_reading import nobody_at_home
 
 from lorica.errors import FileError, MissingExtra
 from lorica.train import embedded
@@ -45,6 +46,11 @@ def test_the_cache_gives_the_same_rows(own_cache: Path) -> None:
 
 def test_works_without_a_cache(own_cache: Path) -> None:
     own_cache.write_text("a file where the folder should be")
+    assert len(embedded.docstrings()["train"]) > 1000
+
+
+def test_works_for_a_user_without_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody_at_home(monkeypatch)
     assert len(embedded.docstrings()["train"]) > 1000
 
 

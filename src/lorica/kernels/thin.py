@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lorica.kernels import masks
+from lorica.reading import cache_folder
 
 SWITCH = "LORICA_KERNELS"
 """Variable of the environment; 0 leaves the kernels out."""
@@ -266,7 +267,7 @@ def _processor() -> str:
 
 def _folder() -> Path:
     """A folder that nobody else can write to: what lies there is loaded."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorica" / "kernels"
+    cache = cache_folder() / f"kernels-{os.getuid()}"  # several users may share the folder
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = cache.stat()  # of one that others put in its place, too: it would be theirs
     if about.st_uid != os.getuid() or about.st_mode & 0o022:

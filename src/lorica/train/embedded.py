@@ -9,10 +9,10 @@ modules does this docstring belong to?
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import json
-import os
 import platform
 import sysconfig
 import warnings
@@ -25,6 +25,7 @@ from lorica.checkpoint.embedded import MODEL as MODEL
 from lorica.checkpoint.embedded import model_directory as model_directory
 from lorica.checkpoint.embedded import resolve_model as resolve_model
 from lorica.errors import FileError
+from lorica.reading import cache_folder
 from lorica.train.system import write_atomically
 
 DATA = "docstrings"
@@ -58,8 +59,7 @@ _FORMAT = 1  # raised whenever the rows come out differently
 def docstrings() -> dict[str, Dataset]:
     """The standard library's docstrings by module: rows of ``text`` (the first paragraph) and ``label``.
 
-    The same Python gives the same rows in the same order. They are kept under ``~/.cache/lorica``
-    (``$XDG_CACHE_HOME/lorica``).
+    The same Python gives the same rows in the same order. They are kept in `cache_folder`.
 
     Returns:
         The ``train``, ``validation`` and ``test`` splits: 72, 8 and 20 of each hundred texts, drawn by the
@@ -76,16 +76,15 @@ def docstrings() -> dict[str, Dataset]:
             f"no source of {', '.join(missing)} under {root}, so the embedded data set cannot be made; "
             "give data of your own with --data.train"
         )
-    cached = _cache(root, sources)
+    name = _name(root, sources)
     try:
-        rows = json.loads(cached.read_text(encoding="utf-8"))
+        rows = json.loads((cache_folder() / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         rows = _collect(sources)
-        try:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(cached, json.dumps(rows, ensure_ascii=False))
-        except OSError:
-            pass  # a cache that cannot be written costs a second at the next run, no more
+        # A cache that cannot be written costs a second at the next run, no more.
+        with contextlib.suppress(OSError, FileError):
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            write_atomically(cache_folder() / name, json.dumps(rows, ensure_ascii=False))
     columns = Features({"text": Value("string"), "label": ClassLabel(names=list(_MODULES))})
     return {
         split: Dataset.from_dict(
@@ -130,8 +129,8 @@ def _first_paragraphs(file: Path) -> Iterator[str]:
                 yield paragraph
 
 
-def _cache(root: Path, sources: list[tuple[str, Path]]) -> Path:
+def _name(root: Path, sources: list[tuple[str, Path]]) -> str:
+    """Name of the file of rows."""
     key = json.dumps([_FORMAT, [(str(file.relative_to(root)), file.stat().st_size) for _, file in sources]])
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     version = f"{platform.python_implementation()}-{platform.python_version()}".lower()
-    return home / "lorica" / f"docstrings-{version}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    return f"docstrings-{version}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"

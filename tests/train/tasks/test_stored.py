@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from test_reading import nobody_at_home
 from train import tiny
 from train.distributed import work
 
-from lorica.errors import FileError
+from lorica.errors import FileError, LoricaWarning
 from lorica.train import Recipe, prepared, tasks, train
 from lorica.train.tasks import stored
 
@@ -62,6 +63,20 @@ def test_whatever_changes_the_encoding_is_encoded_anew(home: Path) -> None:
     tiny.write_rows(home / "pairs" / "train.jsonl", rows)
     prepared.encode(made)
     assert len(kept(home)) == 7
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_done_without(home: Path) -> None:
+    plain = prepared.encode(language(home, cache=False)).splits["train"].features.to_dict()
+    (home / "cache").write_text("a file where the folder should be")
+    with pytest.warns(LoricaWarning, match=rf"encoded rows are not kept: {home / 'cache'}.*LORICA_CACHE"):
+        found = prepared.encode(language(home, cache=True))
+    assert found.splits["train"].features.to_dict() == plain
+
+
+def test_a_user_without_a_folder_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody_at_home(monkeypatch)
+    with pytest.warns(LoricaWarning, match="no folder of this user is known"):
+        assert prepared.encode(language(home, cache=True)).splits
 
 
 def test_a_run_from_the_cache_is_the_run_without(home: Path) -> None:

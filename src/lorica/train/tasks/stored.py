@@ -1,7 +1,7 @@
 """Encoded rows as Arrow files, mapped into memory where they are opened; and a cache of them.
 
-The cache is the folder ``LORICA_CACHE``, or ``lorica`` in the user's cache folder. Rows are known by all that
-their encoding depends on: their content, columns and labels, the task, the tokenizer and the versions.
+Rows are known in the cache by all that their encoding depends on: their content, columns and labels, the
+task, the tokenizer and the versions.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from lorica.errors import FileError
+from lorica.errors import FileError, LoricaWarning
 from lorica.plain import as_json
-from lorica.reading import read_object
+from lorica.reading import cache_folder, read_object
 from lorica.train.settings import DataConfig
 from lorica.train.tasks.base import Encoded, Task
 
@@ -63,30 +63,43 @@ def cached(key: str | None, encode: Callable[[], Encoded]) -> Encoded:
     """Encoded rows from the cache, or encoded and put there.
 
     Args:
-        key: their name in the cache; see `key_of`. None leaves the cache alone.
+        key: their name in the cache (``rows`` in `cache_folder`); see `key_of`. None leaves it alone.
         encode: encodes them.
     """
     if key is None:
         return encode()
-    place = cache_folder() / key
-    if not (place / _FACTS).is_file():
-        encoded = encode()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
-        try:
-            store(encoded, made)
-            if not place.exists():  # another process may have made the same
-                made.rename(place)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
+    try:
+        place = cache_folder() / "rows" / key
+        there = (place / _FACTS).is_file()
+    except OSError as error:
+        return _unkept(encode(), error)
+    if there:
+        return stored(place)
+    encoded = encode()
+    try:
+        _put(encoded, place)
+    except OSError as error:
+        return _unkept(encoded, error)
     return stored(place)
 
 
-def cache_folder() -> Path:
-    """The folder of encoded rows."""
-    if given := os.environ.get("LORICA_CACHE"):
-        return Path(given) / "rows"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorica" / "rows"
+def _unkept(encoded: Encoded, error: OSError) -> Encoded:
+    """Encoded rows, with a word on why they are not in the cache."""
+    where = f"{error.filename}: " if error.filename else ""
+    told = f"encoded rows are not kept: {where}{error.strerror or error}; LORICA_CACHE names another folder"
+    warnings.warn(told, LoricaWarning, stacklevel=3)
+    return encoded
+
+
+def _put(encoded: Encoded, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=".making-", dir=place.parent))
+    try:
+        store(encoded, made)
+        if not place.exists():  # another process may have made the same
+            made.rename(place)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def key_of(
