@@ -26,13 +26,13 @@ from lorica.train.data.rows import RowError, UsableRows, act_on_rows, fingerprin
 from lorica.train.distributed.group import world
 from lorica.train.distributed.rows import Encoding, encoded_once
 from lorica.train.recipe import Recipe
-from lorica.train.settings import DataConfig
+from lorica.train.settings import DataConfig, TrainingConfig
 from lorica.train.tasks import Encoded, Task
 from lorica.train.tasks.packing import check_packing, pack
 from lorica.train.tasks.parts import PART, HowEncoded, encode_in_parts
 from lorica.train.tasks.stored import cached, key_of
 from lorica.train.trainer.arguments import check_device
-from lorica.train.trainer.sampler import LengthGroupedSampler, padding, share
+from lorica.train.trainer.sampler import Padding, padding
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,12 @@ def _read(
     check_device(recipe.training)
     if recipe.data.template is not None and not task.writes:
         raise ConfigError(f"data.template lays out rows of language models; {task.name} reads columns")
+    if recipe.data.messages and not (task.packs or isinstance(task, PostTask)):
+        raise ConfigError(f"{task.name} reads no conversations; leave out data.messages")
+    if recipe.data.messages and recipe.data.template is not None:
+        raise ConfigError(
+            "data.template lays rows out in place of the chat template; leave out data.messages"
+        )
     if recipe.data.streaming:
         recipe = _streamed(recipe, task)
     if recipe.training.packing and not task.packs:
@@ -317,7 +323,7 @@ def lines(prepared: Prepared) -> Iterator[str]:
     if data.streaming:
         return
     if training.packing:
-        yield packing(train, training.batch_size, training.seed)
+        yield packing(train, training, by_length=prepared.task.by_length(training))
     elif len(train) != len(train.features):
         longest = max(train.features["length"])
         yield f"{len(train):,} training rows are read as {len(train.features):,} of up to {longest:,} tokens"
@@ -332,21 +338,26 @@ def lines(prepared: Prepared) -> Iterator[str]:
     saved = (
         None if training.packing else padding(train.features["length"], training.batch_size, training.seed)
     )
-    if training.group_by_length and saved is not None:
+    if saved is not None and prepared.task.by_length(training):
         yield (
             f"batches of similar lengths: {saved.grouped:.0%} of what the model reads is padding, in a "
             f"random order {saved.random:.0%}"
         )
+    elif saved is not None:
+        yield (
+            f"batches of rows drawn at random: {saved.random:.0%} of what the model reads is padding, by "
+            f"similar lengths {saved.grouped:.0%}"
+        )
 
 
-def packing(encoded: Encoded, batch_size: int, seed: int) -> str:
+def packing(encoded: Encoded, training: TrainingConfig, *, by_length: bool) -> str:
     """Number of sequences that the training rows are packed into, and the share of padding."""
-    sizes = encoded.features["length"]
-    order = list(LengthGroupedSampler(sizes, batch_size, seed))
+    sizes = list(encoded.features["length"])
+    saved = padding(sizes, training.batch_size, training.seed) or Padding(0.0, 0.0)
     return (
         f"{len(encoded):,} training rows are packed into {len(sizes):,} sequences of up to {max(sizes):,} "
-        f"tokens, {len(encoded) / len(sizes):.1f} rows a sequence; {share(sizes, order, batch_size):.1%} of "
-        "what the model reads is padding"
+        f"tokens, {len(encoded) / len(sizes):.1f} rows a sequence; "
+        f"{saved.grouped if by_length else saved.random:.1%} of what the model reads is padding"
     )
 
 

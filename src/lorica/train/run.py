@@ -35,7 +35,13 @@ from lorica.train.recipe import Recipe
 from lorica.train.record import RECORD, Record, about, changed_rows, is_whole, machine, versions
 from lorica.train.settings import ENGINES
 from lorica.train.system import alone_in, bytes_of, sha256_of, writable_directory, write_atomically
-from lorica.train.trainer.arguments import chosen_defaults, describe_defaults, fitting_batch, with_defaults
+from lorica.train.trainer.arguments import (
+    LEFT_OPEN,
+    chosen_defaults,
+    describe_defaults,
+    fitting_batch,
+    with_defaults,
+)
 from lorica.train.trainer.checkpoints import last_checkpoint
 from lorica.train.trainer.fit import fit
 from lorica.train.trainer.scoring import majority
@@ -66,7 +72,8 @@ class Result:
         truncated: split → rows that were longer than `max_length`.
         skipped: split → rows that could not be used, and were left out.
         adapter_sha256: of ``adapter_model.safetensors``: the same for the same recipe on the same CPU.
-        chosen: what the recipe left open of the training, as it was chosen: ``learning_rate``, ``epochs``.
+        chosen: what the recipe left open of the training, as it was chosen: ``learning_rate``, ``epochs``,
+            ``group_by_length``.
         majority: split → scores of calling every row the most frequent class, where rows have classes.
         warnings: signs that nothing was learned.
     """
@@ -207,7 +214,7 @@ def train_prepared(
 
     before = by_first(begin)
     held, recipe = before is not None, before or recipe
-    announce(prepared, console)
+    announce(dataclasses.replace(prepared, recipe=recipe), console)
 
     scored = [split for split in ("validation", "test") if split in prepared.splits]
     features = {split: prepared.splits[split].features for split in scored}
@@ -226,7 +233,7 @@ def train_prepared(
     count = trainable_parameters(model)
     console.print(str(count))
     learned = prepared.splits["train"].features
-    training = with_defaults(recipe.training, len(learned) * task.copies, model)
+    training = with_defaults(recipe.training, len(learned) * task.copies, model, task)
     found = chosen_defaults(prepared.recipe.training, training)
     if found:
         console.print(
@@ -313,7 +320,10 @@ def _compare_start(before: Record, prepared: Prepared, console: Console, *, chan
 
 
 def _compare_end(before: Record, recipe: Recipe, result: Result, console: Console) -> None:
-    if recipe.replace(output=before.recipe.output) != before.recipe:
+    same = {"output": before.recipe.output, "data": {}}
+    if before.recipe.data.messages is None:  # earlier versions did not note it
+        same["data"] = {"messages": None}
+    if recipe.replace(**same) != before.recipe:
         return  # another run, made from the record of one
     if result.adapter_sha256 == before.adapter_sha256:
         console.print(f"the recorded adapter came out again, byte for byte (sha256 {result.adapter_sha256})")
@@ -404,7 +414,7 @@ def _as_before(recipe: Recipe, output: Path, *, changed_processes: bool = False)
     if not (output / RECIPE).is_file():
         return recipe
     saved = Recipe.load(output / RECIPE, trust_task=True)  # compared, not used
-    left = {name: None for name in ("learning_rate", "epochs") if getattr(recipe.training, name) is None}
+    left = [name for name in LEFT_OPEN if getattr(recipe.training, name) is None]
     recipe = recipe.replace(training={name: getattr(saved.training, name) for name in left})
     if recipe.training.auto_batch_size:
         sizes = {name: getattr(saved.training, name) for name in ("batch_size", "gradient_accumulation")}
@@ -414,6 +424,8 @@ def _as_before(recipe: Recipe, output: Path, *, changed_processes: bool = False)
         check_rows_a_step(saved.training, recipe.training, before_in)
         for name in PER_PROCESS:
             before[name] = now[name]
+    if saved.data.messages is None:  # earlier versions did not note it
+        before["data.messages"] = now["data.messages"]
     changed = [
         f"{key} was {before[key]!r}, now {now[key]!r}"
         for key in now

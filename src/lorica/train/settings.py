@@ -51,6 +51,9 @@ class DataConfig:
             for the usual names.
         tools: column of the tools that a conversation may call, for the chat template. None looks for the
             usual names.
+        messages: whether rows are conversations, which the model's chat template lays out; a text among them
+            is then what a user says, or the assistant in the place of an answer. None looks at the training
+            rows; where they are, that is kept for predictions.
         template: how a row is laid out for a language model: a text with columns in braces, such as
             "Q: {question} A: {answer}", or Jinja, or a file of it (.jinja). The label's column is learned
             where it stands, in Jinja what {% generation %} marks; where neither does, the template is the
@@ -99,6 +102,7 @@ class DataConfig:
     rejected: str | None = None
     verdict: str | None = None
     tools: str | None = None
+    messages: bool | None = None
     template: str | None = None
     running: bool | None = None
     continues: str | None = None
@@ -171,7 +175,9 @@ class TrainingConfig:
         packing: put several training rows of a causal language model into one sequence, each with positions
             and attention of its own: the same loss, hardly any padding. `batch_size` then counts sequences.
         packed_length: tokens of a packed sequence. None takes `max_length`.
-        group_by_length: put rows of similar lengths into one batch, which saves padding.
+        group_by_length: put rows of similar lengths into one batch, which saves padding. None does so where
+            the loss is a mean over rows (classes, numbers, spans), and draws rows at random where it is one
+            over tokens (texts that are written, tagged words), and for preferences and rewards.
         bf16: bfloat16 autocast. Needs a device that has it.
         fp16: float16 autocast with loss scaling. Needs a GPU.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more
@@ -205,7 +211,7 @@ class TrainingConfig:
     chunked_loss: bool = True
     packing: bool = False
     packed_length: int | None = None
-    group_by_length: bool = True
+    group_by_length: bool | None = None
     bf16: bool = False
     fp16: bool = False
     gradient_checkpointing: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,13 +243,98 @@ def test_forms_mixed_in_one_file_are_refused_by_the_first_row_of_the_other() -> 
         read("causal-lm", *rows)
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "preference", "grpo", "rloo"])
-def test_a_text_is_what_a_user_says_where_conversations_are_asked(task: str) -> None:
-    found, data = tasks.get(task), DataConfig(text="messages")
-    (prompt,) = found.prompts(found.rows(["film"], data), data, tokenizer(TEMPLATE), "the rows")  # type: ignore[attr-defined]
-    (asked,) = found.prompts(  # type: ignore[attr-defined]
-        table(columns_of([{"messages": [user("film")]}]))[0], data, tokenizer(TEMPLATE), "the rows"
-    )
-    assert prompt == asked
-    (plain,) = found.rows(["film"], DataConfig(text="text"))["text"]
-    assert plain == "film"
+GOOD, BAD, FILM = [bot("great")], [bot("dull")], [user("film")]
+CHATS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("causal-lm", {"messages": FILM + GOOD}, {}),
+    ("causal-lm", {"dialog": FILM + GOOD}, {"text": "dialog"}),
+    ("causal-lm", {"dialog": json.dumps(FILM + GOOD)}, {"text": "dialog"}),
+    ("causal-lm", {"prompt": FILM, "completion": "great"}, {}),
+    ("causal-lm", {"prompt": FILM, "completion": GOOD}, {}),
+    ("causal-lm", {"prompt": "film", "completion": GOOD}, {}),
+    ("causal-lm", {"prompt": "film", "completion": "great"}, {"messages": True}),
+    ("preference", {"prompt": FILM, "chosen": GOOD, "rejected": BAD}, {}),
+    ("preference", {"prompt": "film", "chosen": GOOD, "rejected": BAD}, {}),
+    ("preference", {"chosen": FILM + GOOD, "rejected": FILM + BAD}, {}),
+    ("preference", {"prompt": "film", "chosen": "great", "rejected": "dull"}, {"messages": True}),
+    ("preference", {"prompt": FILM, "completion": GOOD, "label": True}, {}),
+    ("preference", {"prompt": "film", "completion": GOOD, "label": True}, {}),
+    ("preference", {"dialog": FILM + GOOD, "label": True}, {"text": "dialog"}),
+    ("preference", {"prompt": "film", "completion": "great", "label": True}, {"messages": True}),
+    ("grpo", {"prompt": FILM}, {}),
+    ("grpo", {"dialog": FILM}, {"text": "dialog"}),
+    ("rloo", {"prompt": FILM}, {}),
+    ("rloo", {"prompt": "film"}, {"messages": True}),
+]
+"""Rows that are conversations in one way or another: a task, a row, and what is said of its columns."""
+
+
+def settled(task: str, row: dict[str, Any], **data: Any) -> tuple[Any, Any, DataConfig]:
+    """A task, its rows, and what was found of their columns."""
+    found, held = tasks.get(task), table(columns_of([row, row]))[0]
+    return found, held, found.resolve(Splits(held), DataConfig(**data))
+
+
+@pytest.mark.parametrize(("task", "row", "data"), CHATS)
+def test_a_text_is_what_a_user_says_where_conversations_were_learned(
+    task: str, row: dict[str, Any], data: dict[str, Any]
+) -> None:
+    found, held, config = settled(task, row, **data)
+    assert config.messages is True
+    if task in ("grpo", "rloo"):
+        learned_from, _ = found.prompts(held, config, tokenizer(TEMPLATE), "the rows")
+    else:
+        features = found.encode(held, config, tokenizer(TEMPLATE), 32, "the rows").features
+        if task == "preference":
+            learned_from = features["prompt_ids"][0]
+        else:
+            ids, labels = features["input_ids"][0], features["labels"][0]
+            learned_from = [token for token, label in zip(ids, labels, strict=True) if label == -100]
+    assert words(learned_from) == "[UNK] film [UNK]"
+    (asked,) = found.prompts(found.rows(["film"], config), config, tokenizer(TEMPLATE), "the rows")
+    assert asked == learned_from
+    # So does a file of rows whose prompts are texts.
+    column = config.text or "prompt"
+    (read,) = found.prompts(table({column: ["film"]})[0], config, tokenizer(TEMPLATE), "the rows")
+    assert read == learned_from
+    # A recipe travels as YAML; earlier ones knew the usual names alone.
+    assert DataConfig(**dataclasses.asdict(config)) == config
+    (before,) = found.rows(["film"], replace(config, messages=None))[column]
+    assert before == (FILM if config.text == "messages" and config.label is None else "film")
+
+
+@pytest.mark.parametrize(
+    ("row", "given"),
+    [
+        ({"prompt": FILM, "chosen": GOOD, "rejected": BAD}, {}),
+        ({"prompt": "film", "chosen": GOOD, "rejected": BAD}, {}),
+        ({"chosen": FILM + GOOD, "rejected": FILM + BAD}, {}),
+        ({"prompt": "film", "chosen": "great", "rejected": "dull"}, {"messages": True}),
+        ({"prompt": "film", "chosen": "great", "rejected": "dull"}, {}),
+    ],
+)
+def test_a_text_is_scored_as_it_was_learned(row: dict[str, Any], given: dict[str, Any]) -> None:
+    found, held, config = settled("reward", row, **given)
+    expected = found.encode(held, config, tokenizer(TEMPLATE), 32, "the rows").features["chosen_ids"][0]
+    asked = [found.rows(["film\tgreat"], config)]
+    chats = bool(config.messages)
+    if chats:
+        asked += [table({"answer": [FILM + GOOD]})[0]] if config.text is None else []
+        asked += [table({"prompt": [FILM], "answer": ["great"]})[0]]
+        asked += [table({"prompt": [FILM + GOOD]})[0]] if config.text else []
+    for rows in asked:
+        encoded = found.encode(rows, config, tokenizer(TEMPLATE), 32, "the rows", labelled=False)
+        assert encoded.features["input_ids"] == [expected]
+    assert chats == (words(expected) == "[UNK] film [UNK] great")
+
+
+def test_texts_stay_texts() -> None:
+    for task, row in [
+        ("causal-lm", {"prompt": "film", "completion": "great"}),
+        ("causal-lm", {"text": "film"}),
+        ("preference", {"prompt": "film", "chosen": "great", "rejected": "dull"}),
+        ("grpo", {"prompt": "film"}),
+    ]:
+        found, _, config = settled(task, row)
+        assert config.messages is None
+        (plain,) = found.rows(["film"], config)[config.text]
+        assert plain == "film"

@@ -23,6 +23,7 @@ from lorica.checkpoint import is_adapter
 from lorica.errors import ConfigError, FileError, LoricaError, nearest
 from lorica.model import detach, load
 from lorica.state import find_adapted
+from lorica.train.data.forms import as_one_kind
 from lorica.train.recipe import Recipe, import_from, is_code, split_entry
 from lorica.train.settings import PostConfig
 from lorica.train.tasks.post.reward import Reward
@@ -135,7 +136,13 @@ class AdapterReward:
         data, limit = self._recipe.data, self._recipe.training.max_length
         limit = min(limit, self._tokenizer.model_max_length)
         rows = [
-            Reward.layout(self._tokenizer, _plain(prompt), _plain(answer), None, data.separator, limit)[0]
+            Reward.layout(
+                self._tokenizer,
+                *as_one_kind(_plain(prompt), _plain(answer), data),
+                None,
+                data.separator,
+                limit,
+            )[0]
             for prompt, answer in zip(prompts, completions, strict=True)
         ]
         size = self._recipe.training.eval_batch_size

@@ -76,7 +76,8 @@ class CausalLanguageModelling(LanguageTask):
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
         """Find the columns."""
         self.check_columns(splits.train, data)
-        return find_form(splits.train, data)
+        data = find_form(splits.train, data)
+        return replace(data, messages=True) if _is_conversation(splits.train, data) else data
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> PackingCollator:
         """Pad tokens and targets to the longest row of the batch, or packed rows to the longest sequence."""
@@ -281,4 +282,6 @@ def _is_conversation(rows: Dataset, data: DataConfig) -> bool:
     """Whether the prompt or the answer is one of messages, which the chat template lays out."""
     if data.template is not None:
         return False
+    if data.messages is not None:
+        return data.messages
     return holds_messages(rows, data.text) or holds_messages(rows, data.label)

@@ -22,6 +22,7 @@ from lorica.train.data.forms.messages import (
     ASSISTANT,
     LEARNED,
     Message,
+    Tools,
     alike,
     as_messages,
     as_tools,
@@ -32,9 +33,6 @@ from lorica.train.settings import DataConfig
 
 Piece = tuple[list[int], bool]
 """Tokens, and whether they are targets."""
-
-Tools = list[Any] | None
-"""Tools that a conversation may call: OpenAI's dictionaries."""
 
 _MARK = "\ue9a1lorica\ue9a2"
 """An answer that nobody gives: letters of Unicode's private part stand around it."""
@@ -53,17 +51,24 @@ def conversations_of(
         where: name of the rows in errors.
         labelled: whether that column is there, and read.
     """
-    systems, tools = (
-        rows[name] if name in rows.column_names else [None] * len(rows) for name in (data.system, data.tools)
+    needs_column(rows, str(data.text), where)
+    seconds, systems, tools = (
+        rows[name] if name in rows.column_names else [None] * len(rows)
+        for name in (data.text_pair, data.system, data.tools)
     )
 
-    def said(row: tuple[Any, Any, Any]) -> tuple[list[Message], Tools]:
+    def said(row: tuple[Any, Any, Any, Any]) -> tuple[list[Message], Tools]:
+        text, second, system, own = row
         with of_column(str(data.text)):
-            messages = as_messages(row[0], row[1]) if data.label is None else _lifted(row[0], "user", row[1])
+            if data.label is None and labelled:
+                messages = as_messages(text, system)
+            else:  # a prompt to answer may be a text
+                both = isinstance(text, str) and isinstance(second, str) and second.strip()
+                messages = _lifted(f"{text}\n{second}" if both else text, "user", system)
         with of_column(str(data.tools)):
-            return messages, as_tools(row[2])
+            return messages, as_tools(own)
 
-    found = read_each(zip(rows[str(data.text)], systems, tools, strict=True), said, where)
+    found = read_each(zip(rows[str(data.text)], seconds, systems, tools, strict=True), said, where)
     if data.label is None or not labelled:
         return found
     needs_column(rows, data.label, where)

@@ -35,8 +35,8 @@ PROMPT_IDS = "prompt_ids"
 
 
 def reads_chats(data: DataConfig) -> bool:
-    """Whether what is asked is a conversation, by the name of its column."""
-    return data.label is None and data.text in CHATS
+    """Whether what is asked is a conversation: as was found, or by its column's name in earlier recipes."""
+    return data.label is None and data.text in CHATS if data.messages is None else data.messages
 
 
 class LanguageTask(Task):
@@ -49,6 +49,7 @@ class LanguageTask(Task):
     best_metric = "loss"
     reads_outputs = False
     writes = True
+    groups_lengths = False
 
     @abstractmethod
     def prompts(

@@ -153,7 +153,8 @@ def holds_messages(rows: Dataset, column: str | None) -> bool:
         return False
     first = next((value for value in rows[column] if value not in (None, "", [])), None)
     if getattr(rows.features[column], "dtype", None) in ("string", "large_string"):
-        return column.lower() in CHATS and isinstance(parsed_cell(first), list)
+        parsed = parsed_cell(first)
+        return isinstance(parsed, list) and (column.lower() in CHATS or is_messages(parsed))
     if first is None:
         return isinstance(rows.features[column], List)
     return isinstance(first, dict) or is_messages(first) or column.lower() in CHATS
@@ -166,7 +167,8 @@ def describe_form(rows: Dataset, data: DataConfig) -> str:
         rows: some of the rows.
         data: their columns, resolved.
     """
-    if data.template is None and (holds_messages(rows, data.text) or holds_messages(rows, data.label)):
+    chats = data.messages or holds_messages(rows, data.text) or holds_messages(rows, data.label)
+    if data.template is None and chats:
         return _conversation(rows, data)
     if data.template is not None:
         template = template_of(data.template, data.label)

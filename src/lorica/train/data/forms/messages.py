@@ -16,6 +16,9 @@ from lorica.train.data.rows import Unusable, parsed_cell
 
 ASSISTANT = "assistant"
 
+Tools = list[dict[str, Any]] | None
+"""Those that a conversation may call, for the chat template: OpenAI's dictionaries."""
+
 LEARNED = "weight"
 """Key of an assistant's message that says whether it is learned: 1 or 0, as in OpenAI's files."""
 

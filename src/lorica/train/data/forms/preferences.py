@@ -20,7 +20,15 @@ from datasets import Dataset
 from lorica.errors import ConfigError, listing
 from lorica.train.data.columns import by_lower_case, needs_column
 from lorica.train.data.forms.known import CHATS, SECOND, SYSTEMS, TOOLS, holds_messages
-from lorica.train.data.forms.messages import ASSISTANT, Message, alike, as_messages, as_tools, is_messages
+from lorica.train.data.forms.messages import (
+    ASSISTANT,
+    Message,
+    Tools,
+    alike,
+    as_messages,
+    as_tools,
+    is_messages,
+)
 from lorica.train.data.rows import Unusable, of_column, parsed_cell, read_each
 from lorica.train.settings import DataConfig
 
@@ -41,7 +49,7 @@ class Pair(NamedTuple):
     prompt: Said
     chosen: Said
     rejected: Said
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools = None
 
 
 class Judged(NamedTuple):
@@ -57,7 +65,7 @@ class Judged(NamedTuple):
     prompt: Said
     answer: Said
     wanted: bool
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools = None
 
 
 class Asked(NamedTuple):
@@ -69,7 +77,7 @@ class Asked(NamedTuple):
     """
 
     prompt: Said
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools = None
 
 
 _PROMPTS = ("prompt", "question", "instruction", "query", *CHATS, "input", "context")
@@ -159,7 +167,10 @@ def pairs_of(rows: Dataset, data: DataConfig, where: str) -> list[Pair]:
 
     def read(row: Sequence[Any]) -> Pair:
         text, second, system, tools, *answers = row
-        chosen, rejected = (_said(value, str(name)) for value, name in zip(answers, needed[-2:], strict=True))
+        chosen, rejected = (
+            _laid(_said(value, str(name)), ASSISTANT, data)
+            for value, name in zip(answers, needed[-2:], strict=True)
+        )
         prompt = None if data.text is None else _prompt(text, second, data)
         found = _apart(prompt, chosen, rejected)
         _check_answers(found.chosen, found.rejected)
@@ -180,7 +191,7 @@ def judged_of(rows: Dataset, data: DataConfig, where: str) -> list[Judged]:
                 raise Unusable("has a conversation that does not end with what the assistant says")
             prompt, said = prompt[:-1], prompt[-1:]
         else:
-            prompt, said = _alike(prompt, _said(answer, data.label))
+            prompt, said = as_one_kind(prompt, _said(answer, data.label), data)
         _check_answers(said)
         found = _after_system(prompt, system)
         return Judged(found, said, _verdict(verdict, str(data.verdict)), _tools(tools, data))
@@ -193,7 +204,7 @@ def asked_of(rows: Dataset, data: DataConfig, where: str) -> list[Asked]:
 
     def read(row: Sequence[Any]) -> Asked:
         text, second, system, tools = row
-        prompt = _prompt(text, second, data)
+        prompt = _laid(_prompt(text, second, data), "user", data)
         if not isinstance(prompt, str):
             prompt = prompt[:-1] if prompt[-1]["role"] == ASSISTANT else prompt
         if not prompt:
@@ -201,6 +212,41 @@ def asked_of(rows: Dataset, data: DataConfig, where: str) -> list[Asked]:
         return Asked(_after_system(prompt, system), _tools(tools, data))
 
     return read_each(_cells(rows, (data.text, data.text_pair, data.system, data.tools), where), read, where)
+
+
+def answered_of(rows: Dataset, data: DataConfig, answer: str, where: str) -> list[tuple[Said, Said, Tools]]:
+    """The prompt, the answer and the tools of each row to score.
+
+    Args:
+        rows: the rows; a conversation in one column holds prompt and answer.
+        data: the columns of pairs, as `find_pairs` found them; rows need the prompt's alone.
+        answer: column of the answer.
+        where: name of the rows in errors.
+
+    Raises:
+        ConfigError: a column is missing.
+        RowError: rows lack an answer.
+    """
+    whole = answer not in rows.column_names and holds_messages(rows, data.text)
+    if data.text is not None:
+        needs_column(rows, data.text, where)
+    text = data.text or ("prompt" if data.messages and "prompt" in rows.column_names else None)
+    parts = [
+        name if name in rows.column_names else None for name in (data.text_pair, data.system, data.tools)
+    ]
+
+    def read(row: Sequence[Any]) -> tuple[Said, Said, Tools]:
+        asked, second, system, tools, given = row
+        said = _said(given, str(column))
+        prompt = "" if text is None or whole else _prompt(asked, second, data)
+        if not prompt and not isinstance(said, str):
+            prompt, said = said[:-1], said[-1:]
+        prompt, said = as_one_kind(prompt, said, data)
+        _check_answers(said)
+        return _after_system(prompt, system), said, _tools(tools, data)
+
+    column = text if whole else answer
+    return read_each(_cells(rows, (text, *parts, column), where), read, where)
 
 
 def _checked(rows: Dataset, data: DataConfig) -> dict[str, str]:
@@ -250,7 +296,7 @@ def _said(value: Any, column: str) -> Said:
     raise Unusable(f"has {got} in column {column!r}, where a text or messages are due")
 
 
-def _tools(value: Any, data: DataConfig) -> list[dict[str, Any]] | None:
+def _tools(value: Any, data: DataConfig) -> Tools:
     with of_column(str(data.tools)):
         return as_tools(value)
 
@@ -271,9 +317,14 @@ def _after_system(prompt: Said, system: Any) -> Said:
     return prompt if first else [{"role": "system", "content": system}, *prompt]
 
 
-def _alike(prompt: Said, answer: Said) -> tuple[Said, Said]:
-    """Prompt and answer of one kind: messages where either is."""
-    if isinstance(prompt, str) and isinstance(answer, str):
+def _laid(said: Said, role: str, data: DataConfig) -> Said:
+    """What is said, as messages where the rows are conversations."""
+    return _as_list(said, role) if data.messages else said
+
+
+def as_one_kind(prompt: Said, answer: Said, data: DataConfig) -> tuple[Said, Said]:
+    """Prompt and answer of one kind: messages where either is, or where the rows are conversations."""
+    if isinstance(prompt, str) and isinstance(answer, str) and not data.messages:
         return prompt, answer
     return _as_list(prompt, "user"), _as_list(answer, ASSISTANT)
 

@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from lorica.config.inits import FROM_DATA
 from lorica.errors import ConfigError
 from lorica.train.data.forms import Said, asked_of
-from lorica.train.data.forms.messages import LEARNED, Message
+from lorica.train.data.forms.messages import LEARNED, Message, Tools
 from lorica.train.data.rows import Unusable, read_each
 from lorica.train.settings import DataConfig, PostConfig
 from lorica.train.tasks.base import Task
 from lorica.train.tasks.causal_lm import completion_pieces, prompt_tokens
-from lorica.train.tasks.conversations import Tools, conversation_pieces, conversation_prompt
+from lorica.train.tasks.conversations import conversation_pieces, conversation_prompt
 
 if TYPE_CHECKING:
     from lorica.train.recipe import Recipe
@@ -36,7 +36,7 @@ class PostTask(Task):
     """
 
     losses: ClassVar[tuple[str, ...]] = ()
-    reads_outputs = False
+    reads_outputs = groups_lengths = False
     carrier = "lorica.train.post.making"
     libraries = ("trl",)
     post: PostConfig = PostConfig()
@@ -134,9 +134,15 @@ def question_tokens(
     return conversation_prompt(tokenizer, said, tools)
 
 
-def own_separator(answers: list[Any], data: DataConfig) -> DataConfig:
-    """The configuration without a separator, where answers in text begin with white space of their own."""
+def as_answered(answers: list[Said], data: DataConfig) -> DataConfig:
+    """The configuration with what the training rows' answers say of it.
+
+    They are conversations where they are messages; there is no separator where those in text begin with white
+    space of their own.
+    """
     texts = [answer for answer in answers if isinstance(answer, str)]
+    if len(texts) < len(answers):
+        data = replace(data, messages=True)
     if data.separator == DataConfig().separator and texts and all(text[:1].isspace() for text in texts):
         return replace(data, separator="")
     return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Self
 
 from datasets import Dataset
@@ -78,7 +79,8 @@ class Grouped(PostTask, CausalLanguageModelling):
         data = find_asked(splits.train, data)
         if data.tools is not None:
             raise ConfigError(f"{self.name} calls no tools; leave out the column {data.tools!r}")
-        return data
+        first, *_ = asked_of(splits.train.select(range(1)), data, "the training rows")
+        return data if isinstance(first.prompt, str) else replace(data, messages=True)
 
     def encode(
         self,

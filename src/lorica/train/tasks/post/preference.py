@@ -15,7 +15,7 @@ from lorica.train.data.splits import Splits
 from lorica.train.settings import FREE, JUDGED, PAIRED, DataConfig
 from lorica.train.tasks.base import Encoded
 from lorica.train.tasks.causal_lm import CausalLanguageModelling
-from lorica.train.tasks.post.answers import PostTask, answer_tokens, fitted, own_separator, prompts_to_answer
+from lorica.train.tasks.post.answers import PostTask, answer_tokens, as_answered, fitted, prompts_to_answer
 
 
 class Preference(PostTask, CausalLanguageModelling):
@@ -40,12 +40,12 @@ class Preference(PostTask, CausalLanguageModelling):
             raise ConfigError(f"{self.name} has no classes; leave out data.labels, not {data.labels}")
         if data.verdict is None and (data.chosen is not None or self._holds_pairs(rows)):
             data = find_pairs(rows, data)
-            return own_separator([pair.chosen for pair in pairs_of(rows, data, "the training rows")], data)
+            return as_answered([pair.chosen for pair in pairs_of(rows, data, "the training rows")], data)
         if loss is not None and loss not in JUDGED:
             find_pairs(rows, data)
             raise ConfigError(f"post.loss {loss!r} needs pairs of answers; data.verdict belongs to 'kto'")
         data = find_judged(rows, data)
-        return own_separator([each.answer for each in judged_of(rows, data, "the training rows")], data)
+        return as_answered([each.answer for each in judged_of(rows, data, "the training rows")], data)
 
     @staticmethod
     def _holds_pairs(rows: Dataset) -> bool:

@@ -10,14 +10,13 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction
 
 from lorica.errors import ConfigError
-from lorica.train.data.columns import needs_column
-from lorica.train.data.forms import Pair, Said, find_pairs, holds_messages, pairs_of
+from lorica.train.data.forms import Pair, Said, answered_of, find_pairs, pairs_of
+from lorica.train.data.forms.messages import Tools
 from lorica.train.data.rows import read_each
 from lorica.train.data.splits import Splits
 from lorica.train.settings import DataConfig
 from lorica.train.tasks.base import Encoded, padded_right
-from lorica.train.tasks.conversations import Tools
-from lorica.train.tasks.post.answers import PostTask, answer_tokens, fitted, own_separator
+from lorica.train.tasks.post.answers import PostTask, answer_tokens, as_answered, fitted
 from lorica.train.tasks.prompts import prompt_columns
 from lorica.train.tasks.texts import logits_of, split_pairs
 
@@ -47,9 +46,8 @@ class Reward(PostTask):
                 "reward learns from pairs of answers; leave out data.labels, data.label and data.verdict"
             )
         data = find_pairs(splits.train, data)
-        return own_separator(
-            [pair.chosen for pair in pairs_of(splits.train, data, "the training rows")], data
-        )
+        pairs = pairs_of(splits.train, data, "the training rows")
+        return as_answered([pair.chosen for pair in pairs], data)
 
     def encode(
         self,
@@ -69,7 +67,7 @@ class Reward(PostTask):
                 prompt, answer, tools = given
                 return self.layout(tokenizer, prompt, answer, tools, data.separator, limit)
 
-            whole = read_each(self._given(rows, data, where), one, where)
+            whole = read_each(answered_of(rows, data, ANSWER, where), one, where)
             columns = {"input_ids": [ids for ids, _ in whole]}
             columns["attention_mask"] = [[1] * len(ids) for ids, _ in whole]
             lengths = [length for _, length in whole]
@@ -102,27 +100,6 @@ class Reward(PostTask):
         cut, (kept,) = fitted(before, [after], limit)
         return cut + kept, len(before) + len(after)
 
-    def _given(self, rows: Dataset, data: DataConfig, where: str) -> list[tuple[Said, Said, Tools]]:
-        """Prompts and answers of rows to score."""
-        from lorica.train.data.forms.messages import ASSISTANT, as_messages
-
-        text = data.text or ANSWER
-        needs_column(rows, text, where)
-        if holds_messages(rows, text) and ANSWER not in rows.column_names:
-            said = read_each(rows[text], as_messages, where)
-            return [(messages[:-1], messages[-1:], None) for messages in said]
-        needs_column(rows, ANSWER, where)
-        answers = rows[ANSWER]
-        if data.text is None:
-            return [("", str(answer), None) for answer in answers]
-        prompts = rows[data.text]
-        if not holds_messages(rows, data.text):
-            return [(str(p), str(a), None) for p, a in zip(prompts, answers, strict=True)]
-        return [
-            (as_messages(p), [{"role": ASSISTANT, "content": str(a)}], None)
-            for p, a in zip(prompts, answers, strict=True)
-        ]
-
     def notes(self, rows: Dataset, data: DataConfig) -> list[str]:
         """The form of the rows."""
         prompt = " + ".join(prompt_columns(data)) or "what both begin with"
@@ -135,7 +112,8 @@ class Reward(PostTask):
 
     def inputs(self, data: DataConfig) -> list[str]:
         """The prompt, where there is one, and the answer."""
-        return [*([data.text] if data.text else []), ANSWER]
+        prompt = data.text or ("prompt" if data.messages else None)
+        return [*([prompt] if prompt else []), ANSWER]
 
     def head(self, data: DataConfig) -> dict[str, Any]:
         """One output."""
