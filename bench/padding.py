@@ -139,8 +139,8 @@ def main() -> None:
         "padding",
         title="Batches of similar lengths",
         claim="Share of what the model reads that is padding, over an epoch, and the time of training on the "
-        "same rows, where those of similar lengths share a batch (the default) and where they are drawn at "
-        "random.",
+        "same rows, where those of similar lengths share a batch (the default of classifiers) and where they "
+        "are drawn at random.",
         tables=[
             {
                 "caption": "Padding, as a share of all tokens that the model reads",

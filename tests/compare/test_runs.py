@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ranks import started
 from rich.console import Console
 from tiny import transformer
 from train import tiny
+from waiting import until
 
 import lorica
 from lorica.cli import main
@@ -102,12 +103,13 @@ def test_killed_it_goes_on_and_ends_with_the_same_table(tmp_path: Path) -> None:
     results = tmp_path / "out" / "results.jsonl"
     killed = started(main, command, world=None)
     try:
-        for _ in range(6000):
-            if killed.processes[0].exitcode is not None or (
-                results.exists() and results.read_text().count("\n") >= 3
-            ):
-                break
-            time.sleep(0.02)
+        until(
+            lambda: (
+                killed.processes[0].exitcode is not None
+                or (results.exists() and results.read_text().count("\n") >= 3)
+            ),
+            "the third result",
+        )
     finally:
         killed.send(0, signal.SIGKILL)
         assert killed.wait()[0].code == -signal.SIGKILL
@@ -166,3 +168,21 @@ def test_the_command_ends_with_1_where_a_run_failed(
     assert "broken · lr 0.01 · seed 0: FAILED: transformers refuses these training arguments" in shown
     assert "[2/2] mood · LoRA" in shown
     assert "failed: mood · broken" in shown
+
+
+def test_the_key_of_a_run_says_in_which_order_rows_come(tmp_path: Path) -> None:
+    """Results of when rows of similar lengths shared a batch in every task are not taken for today's."""
+    (first, *_) = (cell.trials[0] for cell in cells(spec(tmp_path), {"mood": "accuracy"}))
+
+    def key(task: str, order: bool | None) -> str:
+        recipe = first.recipe.replace(task=task, training={"group_by_length": order})
+        return dataclasses.replace(first, recipe=recipe).key
+
+    classes = [key("sequence-classification", order) for order in (None, True, False)]
+    assert (classes[0] == classes[1], classes[0] == first.key, classes[1] == classes[2]) == (
+        True,
+        True,
+        False,
+    )
+    texts = [key("causal-lm", order) for order in (None, True, False)]
+    assert (texts[0] == texts[2], texts[0] == texts[1]) == (True, False)

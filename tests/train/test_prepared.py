@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,15 @@ def test_prompts_and_completions(tmp_path: Path) -> None:
     lines = said(tmp_path, LM, rows, limit=10)
     assert of_lengths(4, 6, 15, 16) in lines
     assert "1 of 3 train rows (33.3%) are cut to 10 tokens; the longest has 16" in lines
+
+
+def test_the_order_of_rows_is_told(tmp_path: Path) -> None:
+    rows = [{"prompt": "film", "completion": "great " * n} for n in (1, 9)] * 16
+    line = next(line for line in said(tmp_path, LM, rows) if "padding" in line)
+    assert re.fullmatch(
+        r"batches of rows drawn at random: \d+% of what the model reads is padding, by similar lengths 0%",
+        line,
+    )
 
 
 def test_several_texts_for_a_prompt(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from lorica.tune.figures import write_figures
 from lorica.tune.journal import Journal
 from lorica.tune.schedulers import mode_of, scheduler_of
 from lorica.tune.searching import _why_apart, best_of, longest, query_and_value
+from lorica.tune.settings import in_order
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -114,6 +115,18 @@ def test_a_search_is_resumed_as_it_was(make_recipe: Make, tmp_path: Path) -> Non
     assert all(record.evaluations[0].metrics["parameters"] > 0 for record in done.records)
     with pytest.raises(LoricaError, match="holds no search"):
         reopen(tmp_path)
+
+
+def test_a_search_goes_on_in_the_order_of_rows_that_it_began_in(make_recipe: Make, tmp_path: Path) -> None:
+    open_to_choice = make_recipe().replace(task="causal-lm")
+    there = tmp_path / "search.json"
+    assert in_order(open_to_choice, there).training.group_by_length is False
+    for begun in (True, False):
+        made = open_to_choice.replace(training={"group_by_length": begun})
+        there.write_text(json.dumps({"recipe": made.to_dict()}))
+        assert in_order(open_to_choice, there) == made
+        other = open_to_choice.replace(training={"group_by_length": not begun})
+        assert in_order(other, there) == other  # which is then refused as another search
 
 
 def test_values_that_do_not_go_together_fail_alone(make_recipe: Make, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from lorica.compare.check import lower_is_better
 from lorica.compare.file import Comparison, FewShot
 from lorica.compare.results import Results, fingerprint, score_of
+from lorica.train import tasks
 from lorica.train.embedded import resolve_model
 from lorica.train.recipe import Recipe
 
@@ -43,7 +44,10 @@ class Run:
         Names of task and method do not count, nor do fields at their defaults, so that a new field of recipes
         does not void finished runs.
         """
-        content = _unlike(self.recipe.to_dict(), Recipe().to_dict())
+        # Rows of similar lengths shared a batch by default once: a key says where they do not.
+        together = self.few_shot is not None or tasks.get(self.recipe.task).by_length(self.recipe.training)
+        recipe = self.recipe.replace(training={"group_by_length": None if together else False})
+        content = _unlike(recipe.to_dict(), Recipe().to_dict())
         content.pop("output", None)
         data = content.setdefault("data", {})
         for name in ("train", "validation", "test"):

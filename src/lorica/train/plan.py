@@ -88,6 +88,9 @@ def plan_recipe(
     found = plan(settings, config, batch=batch * task.sequences, **options)
     if isinstance(task, PostTask):
         found = _of_post(found, task, recipe)
+    order = "of similar lengths" if task.by_length(recipe.training) else "drawn at random"
+    line = f"a batch's rows are {order} (training.group_by_length); each is counted as {length} tokens"
+    found = dataclasses.replace(found, assumptions=(*found.assumptions, line))
     named = method_of(config)
     return found if named in ("lora", "full") else dataclasses.replace(found, method=named)
 

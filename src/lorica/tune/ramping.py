@@ -26,7 +26,7 @@ from lorica.train.system import alone_in, write_atomically
 from lorica.tune.journal import JOURNAL, TRIALS, Record
 from lorica.tune.population import Population
 from lorica.tune.schedulers import Goal
-from lorica.tune.settings import RAMP, SEARCH, RampConfig, changes
+from lorica.tune.settings import RAMP, SEARCH, RampConfig, changes, in_order
 
 FIGURE = "ramp"
 
@@ -116,7 +116,7 @@ def ramp(
 def _ramp(recipe: Recipe, directory: Path, config: RampConfig, console: Console) -> Ramp:
     if recipe.baseline is not None or not isinstance(recipe.method, LoraConfig):
         raise ConfigError("a ramp is over LoRA's rank, and the recipe trains a baseline")
-    recipe = presets.apply(recipe)
+    recipe = in_order(presets.apply(recipe), directory / RAMP)
     goal = Goal.of(recipe)
     method = recipe.method
     records: dict[int, Record] = {}

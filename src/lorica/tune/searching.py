@@ -34,7 +34,7 @@ from lorica.tune.population.shared_base import shared_fields, why_alone
 from lorica.tune.progress import trials_table, write_table
 from lorica.tune.samplers import Sampler, make_sampler
 from lorica.tune.schedulers import Goal, evaluations, mode_of, scheduler_of
-from lorica.tune.settings import SEARCH, SearchConfig, check_same, settings
+from lorica.tune.settings import SEARCH, SearchConfig, check_same, in_order, settings
 from lorica.tune.space import Space, documents
 
 _PAIRS = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"), ("q", "v"))
@@ -109,7 +109,7 @@ def _search(
     space = space if isinstance(space, Space) else Space(space) if space else _documents(recipe)
     goal = _goal(recipe, config)
     # A trial ranks by its best evaluation, so it must end with those weights.
-    recipe = goal.into(recipe).replace(training={"load_best": True})
+    recipe = in_order(goal.into(recipe).replace(training={"load_best": True}), directory / SEARCH)
     space.check(recipe)
     longer = longest(recipe, space)
     _check_validated(longer)

@@ -12,6 +12,7 @@ from typing import Any
 
 from lorica.errors import ConfigError, FileError, LoricaError, listing, nearest
 from lorica.reading import read_object
+from lorica.train import tasks
 from lorica.train.recipe import Recipe, read_fields
 from lorica.train.settings import LaunchConfig
 from lorica.tune.journal import JOURNAL, TRIALS
@@ -198,6 +199,22 @@ def changes(there: Path, now: str, free: Collection[str]) -> list[str]:
         for name in {**before, **after}
         if before.get(name) != after.get(name) and not any(f"{name}.".startswith(f"{each}.") for each in free)
     ]
+
+
+def in_order(recipe: Recipe, there: Path) -> Recipe:
+    """The recipe with the order of rows that it leaves open: that of a search that goes on, or the task's.
+
+    Args:
+        recipe: of all trials.
+        there: the file of the search's settings; it may not exist.
+    """
+    before = read_object(there).get("recipe") if there.is_file() else None
+    training = before.get("training") if isinstance(before, dict) else None
+    known = training.get("group_by_length") if isinstance(training, dict) else None
+    if recipe.training.group_by_length is not None:
+        return recipe
+    together = known if isinstance(known, bool) else tasks.get(recipe.task).by_length(recipe.training)
+    return recipe.replace(training={"group_by_length": together})
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

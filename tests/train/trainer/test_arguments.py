@@ -18,8 +18,9 @@ def config(**values: Any) -> TrainingConfig:
 
 def test_fields_reach_transformers(tmp_path: Path) -> None:
     given = config(
-        learning_rate=2e-4, epochs=4, batch_size=3, warmup_ratio=0.1, seed=7, arguments={"adam_beta2": 0.98}
-    )
+        learning_rate=2e-4, epochs=4, batch_size=3, warmup_ratio=0.1, seed=7, group_by_length=True,
+        arguments={"adam_beta2": 0.98},
+    )  # fmt: skip
     args = training_arguments(given, tmp_path, "accuracy", validated=True)
     assert (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size) == (2e-4, 4, 3)
     assert (args.warmup_steps, args.seed, args.data_seed, args.adam_beta2) == (0.1, 7, 7, 0.98)
@@ -29,6 +30,8 @@ def test_fields_reach_transformers(tmp_path: Path) -> None:
         True,
     )
     assert args.train_sampling_strategy == "group_by_length"
+    drawn = training_arguments(config(group_by_length=False), tmp_path, "accuracy", validated=True)
+    assert drawn.train_sampling_strategy == "random"
 
 
 @pytest.mark.parametrize(("eval_steps", "strategy"), [(None, "epoch"), (5, "steps")])

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import math
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from transformers import BertForSequenceClassification
 import lorica
 from lorica import methods
 from lorica.errors import ConfigError, LoricaError
-from lorica.train import Recipe, Record, TrainingConfig, train
+from lorica.train import Recipe, Record, TrainingConfig, tasks, train
 from lorica.train.trainer.arguments import (
     MOST_PASSES,
     chosen_defaults,
@@ -79,20 +82,42 @@ def test_a_batch_that_is_gathered_counts_as_one_step() -> None:
 
 def test_a_users_values_win() -> None:
     given = TrainingConfig(learning_rate=0.3, epochs=1.5)
-    assert with_defaults(given, 10, wide(8)) == given
-    steps = with_defaults(TrainingConfig(max_steps=7), 10, wide(8))
-    assert steps.max_steps == 7
-    assert set(chosen_defaults(TrainingConfig(max_steps=7), steps)) == {"learning_rate"}
+    task = tasks.get("sequence-classification")
+    given = dataclasses.replace(given, group_by_length=False)
+    assert with_defaults(given, 10, wide(8), task) == given
+    steps = with_defaults(TrainingConfig(max_steps=7), 10, wide(8), task)
+    assert (steps.max_steps, steps.group_by_length) == (7, True)
+    assert set(chosen_defaults(TrainingConfig(max_steps=7), steps)) == {"learning_rate", "group_by_length"}
 
 
 def test_a_run_keeps_what_was_chosen(make_recipe: Callable[..., Recipe], capsys: Any) -> None:
     recipe = make_recipe(learning_rate=None, max_steps=2)
     result = train(recipe)
     record = json.loads((result.output / "run.json").read_text())
-    assert record["results"]["chosen"] == {"learning_rate": record["recipe"]["training"]["learning_rate"]}
+    rate = record["recipe"]["training"]["learning_rate"]
+    assert record["results"]["chosen"] == {"learning_rate": rate, "group_by_length": True}
+    assert record["recipe"]["training"]["group_by_length"] is True
     assert Recipe.load(result.output / "recipe.yaml").training.learning_rate == result.chosen["learning_rate"]
     assert f"chosen: learning rate {result.chosen['learning_rate']:g}" in capsys.readouterr().out
     assert train(recipe, resume=True).metrics == result.metrics
+
+
+def test_a_run_goes_on_in_the_order_of_rows_that_it_began_in(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    begun = make_recipe(group_by_length=False, max_steps=4, eval_steps=2, save_total_limit=4, load_best=False)
+    whole = train(begun)
+    cut = tmp_path / "cut"
+    shutil.copytree(whole.output, cut)
+    for left in ("adapter_config.json", "adapter_model.safetensors", "run.json"):
+        (cut / left).unlink()
+    shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
+    begun.replace(output=str(cut), training={"epochs": 2.0}).save(cut / "recipe.yaml")
+    resumed = train(begun.replace(output=str(cut), training={"group_by_length": None}), resume=True)
+    assert resumed.adapter_sha256 == whole.adapter_sha256
+    assert Record.load(cut).recipe.training.group_by_length is False
+    other = train(begun.replace(output=str(tmp_path / "anew"), training={"group_by_length": None}))
+    assert other.adapter_sha256 != whole.adapter_sha256
 
 
 @pytest.fixture

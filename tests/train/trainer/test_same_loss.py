@@ -146,6 +146,17 @@ def test_batches_change_no_loss_of_an_evaluation(name: str, family: str, tmp_pat
     assert losses[0] == pytest.approx(loss, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_similar_lengths_share_a_batch_where_each_row_counts_alike(name: str, tmp_path: Path) -> None:
+    one = trainer(name, FAMILIES[name][0], tmp_path, eval_batch_size=1)
+    rows: Any = one.eval_dataset
+    apart = [one.evaluate(rows.select([row]))["eval_loss"] for row in range(len(rows))]
+    mean_over_rows = one.evaluate()["eval_loss"] == pytest.approx(sum(apart) / len(apart), abs=1e-5)
+    assert tasks.get(name).by_length(TrainingConfig()) is mean_over_rows
+    for said in (True, False):
+        assert tasks.get(name).by_length(TrainingConfig(group_by_length=said)) is said
+
+
 def test_labels_may_be_smoothed_for_an_encoder_and_decoder(tmp_path: Path) -> None:
     smoothed = {"arguments": {"label_smoothing_factor": 0.1}}
     whole, loss = gradient("seq2seq-lm", "T5", tmp_path, batch_size=8, **smoothed)

@@ -136,7 +136,7 @@ def preview(
     told = None
     if training.packing:
         packed = pack(train, training.packed_length or training.max_length)
-        told = prepared.packing(packed, training.batch_size, training.seed)
+        told = prepared.packing(packed, training, by_length=task.by_length(training))
     features = train.features
     show = functools.partial(seen_answers if isinstance(task, PostTask) else seen, task)
     shown = [show(features[place], tokenizer, data) for place in range(min(first, len(features)))]

@@ -21,7 +21,7 @@ from lorica.checkpoint.embedded import resolve_model
 from lorica.errors import ConfigError, FileError, LoricaError
 from lorica.train.data.rows import RowError
 from lorica.train.data.splits import Splits
-from lorica.train.settings import DataConfig
+from lorica.train.settings import DataConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from lorica.train.recipe import Recipe
@@ -74,6 +74,9 @@ class Task(ABC):
         keeps_start: whether its loss compares the adapter with how it started.
         sequences: sequences of a batch that the model reads for each of its rows.
         tagged: whether a ``.txt`` file of rows holds words and their classes, and not texts.
+        groups_lengths: whether rows of similar lengths share a batch where a recipe leaves that open. That
+            is for a loss that is a mean over rows: each counts as before. In a mean over tokens, those of
+            short rows count for more so, and a few steps learn the length of the latest batches.
         carrier: module of the trainers that carry it in place of lorica's own, in one process; it is imported
             when the task trains, and has `trainer_of` and `arguments_of`, as `lorica.train.post.making` has
             them. None: lorica's own.
@@ -94,6 +97,7 @@ class Task(ABC):
     keeps_start: ClassVar[bool] = False
     sequences: ClassVar[int] = 1
     tagged: ClassVar[bool] = False
+    groups_lengths: ClassVar[bool] = True
     carrier: ClassVar[str | None] = None
     libraries: ClassVar[tuple[str, ...]] = ()
 
@@ -109,6 +113,10 @@ class Task(ABC):
             ConfigError: it says what the task cannot do.
         """
         return self
+
+    def by_length(self, training: TrainingConfig) -> bool:
+        """Whether rows of similar lengths share a batch: as the training says, or else as suits the loss."""
+        return self.groups_lengths if training.group_by_length is None else training.group_by_length
 
     def ready(self) -> None:
         """Check that there is all that training needs beyond rows and a model.

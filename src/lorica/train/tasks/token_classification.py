@@ -44,6 +44,7 @@ class TokenClassification(Task):
     auto_class = "AutoModelForTokenClassification"
     best_metric = "f1"
     tagged = True
+    groups_lengths = False
 
     def resolve(self, splits: Splits, data: DataConfig) -> DataConfig:
         """Find the columns of words and classes, and the classes' names."""

@@ -2,6 +2,7 @@
 
     learning rate   5e-4 · (2000 / width)^0.43 · the method's factor
     passes          3, or as many as make 600 steps (150 where the head is pretrained too), up to 40
+    order           rows of similar lengths together, or at random, as suits the task's loss
     batch           where that is asked for: the largest that fits into memory, with as many rows per step
 
 A value that the recipe gives stays. `run.json` keeps what was chosen.
@@ -182,6 +183,9 @@ def _check_trackers(config: TrainingConfig) -> None:
             raise ConfigError(f"report_to names {name!r}, whose package is not installed here")
 
 
+LEFT_OPEN = ("learning_rate", "epochs", "group_by_length")
+"""Fields of the training for which `with_defaults` chooses a value where they are None."""
+
 PASSES = 3.0
 
 STEPS = {"new head": 600, "pretrained head": 150}
@@ -204,14 +208,16 @@ _FACTORS = {
 }
 
 
-def with_defaults(training: TrainingConfig, rows: int, model: nn.Module) -> TrainingConfig:
+def with_defaults(training: TrainingConfig, rows: int, model: nn.Module, task: Task) -> TrainingConfig:
     """The training with a value for each setting that it leaves open.
 
     Args:
         training: as the user gave it.
-        rows: to learn from.
+        rows: to learn from, as many as a pass reads.
         model: adapted, or else trained whole.
+        task: what is learned.
     """
+    training = dataclasses.replace(training, group_by_length=task.by_length(training))
     if training.learning_rate is None:
         training = dataclasses.replace(training, learning_rate=learning_rate_for(model))
     if training.epochs is None:
@@ -224,7 +230,7 @@ def with_defaults(training: TrainingConfig, rows: int, model: nn.Module) -> Trai
 
 def chosen_defaults(before: TrainingConfig, after: TrainingConfig) -> dict[str, float]:
     """The values that `with_defaults` chose, by field; passes only where they decide."""
-    names = ["learning_rate", *(["epochs"] if after.max_steps is None else [])]
+    names = [name for name in LEFT_OPEN if name != "epochs" or after.max_steps is None]
     return {name: getattr(after, name) for name in names if getattr(before, name) is None}
 
 
@@ -245,6 +251,8 @@ def describe_defaults(
     if "epochs" in found:
         steps = math.ceil(found["epochs"] * _steps_a_pass(rows * copies, training))
         parts.append(f"{found['epochs']:g} passes over {rows:,} rows, {steps:,} steps")
+    if "group_by_length" in found:
+        parts.append("rows of similar lengths together" if found["group_by_length"] else "rows at random")
     options = " ".join(f"--training.{name}" for name in found)
     return f"chosen: {'; '.join(parts)} ({options} to choose otherwise)" if parts else ""
 

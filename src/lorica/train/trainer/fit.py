@@ -171,7 +171,7 @@ def fit(
     console = console or make_console() if is_first() else silent()
     directory = Path(directory)
     checkpoints = (directory / "checkpoints").resolve()
-    training = with_defaults(training, len(train) * task.copies, model)
+    training = with_defaults(training, len(train) * task.copies, model, task)
     scoring = Scoring(task, model)
     deciding = (training.metric_for_best or task.best_metric).removeprefix("eval_")
     beats = {} if validation is None else majority(task, model, train, validation)
