@@ -243,22 +243,22 @@ def test_forms_mixed_in_one_file_are_refused_by_the_first_row_of_the_other() -> 
         read("causal-lm", *rows)
 
 
-GOOD, BAD, FILM = [bot("great")], [bot("dull")], [user("film")]
+GREAT, DULL, FILM = [bot("great")], [bot("dull")], [user("film")]
 CHATS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("causal-lm", {"messages": FILM + GOOD}, {}),
-    ("causal-lm", {"dialog": FILM + GOOD}, {"text": "dialog"}),
-    ("causal-lm", {"dialog": json.dumps(FILM + GOOD)}, {"text": "dialog"}),
+    ("causal-lm", {"messages": FILM + GREAT}, {}),
+    ("causal-lm", {"dialog": FILM + GREAT}, {"text": "dialog"}),
+    ("causal-lm", {"dialog": json.dumps(FILM + GREAT)}, {"text": "dialog"}),
     ("causal-lm", {"prompt": FILM, "completion": "great"}, {}),
-    ("causal-lm", {"prompt": FILM, "completion": GOOD}, {}),
-    ("causal-lm", {"prompt": "film", "completion": GOOD}, {}),
+    ("causal-lm", {"prompt": FILM, "completion": GREAT}, {}),
+    ("causal-lm", {"prompt": "film", "completion": GREAT}, {}),
     ("causal-lm", {"prompt": "film", "completion": "great"}, {"messages": True}),
-    ("preference", {"prompt": FILM, "chosen": GOOD, "rejected": BAD}, {}),
-    ("preference", {"prompt": "film", "chosen": GOOD, "rejected": BAD}, {}),
-    ("preference", {"chosen": FILM + GOOD, "rejected": FILM + BAD}, {}),
+    ("preference", {"prompt": FILM, "chosen": GREAT, "rejected": DULL}, {}),
+    ("preference", {"prompt": "film", "chosen": GREAT, "rejected": DULL}, {}),
+    ("preference", {"chosen": FILM + GREAT, "rejected": FILM + DULL}, {}),
     ("preference", {"prompt": "film", "chosen": "great", "rejected": "dull"}, {"messages": True}),
-    ("preference", {"prompt": FILM, "completion": GOOD, "label": True}, {}),
-    ("preference", {"prompt": "film", "completion": GOOD, "label": True}, {}),
-    ("preference", {"dialog": FILM + GOOD, "label": True}, {"text": "dialog"}),
+    ("preference", {"prompt": FILM, "completion": GREAT, "label": True}, {}),
+    ("preference", {"prompt": "film", "completion": GREAT, "label": True}, {}),
+    ("preference", {"dialog": FILM + GREAT, "label": True}, {"text": "dialog"}),
     ("preference", {"prompt": "film", "completion": "great", "label": True}, {"messages": True}),
     ("grpo", {"prompt": FILM}, {}),
     ("grpo", {"dialog": FILM}, {"text": "dialog"}),
@@ -305,9 +305,9 @@ def test_a_text_is_what_a_user_says_where_conversations_were_learned(
 @pytest.mark.parametrize(
     ("row", "given"),
     [
-        ({"prompt": FILM, "chosen": GOOD, "rejected": BAD}, {}),
-        ({"prompt": "film", "chosen": GOOD, "rejected": BAD}, {}),
-        ({"chosen": FILM + GOOD, "rejected": FILM + BAD}, {}),
+        ({"prompt": FILM, "chosen": GREAT, "rejected": DULL}, {}),
+        ({"prompt": "film", "chosen": GREAT, "rejected": DULL}, {}),
+        ({"chosen": FILM + GREAT, "rejected": FILM + DULL}, {}),
         ({"prompt": "film", "chosen": "great", "rejected": "dull"}, {"messages": True}),
         ({"prompt": "film", "chosen": "great", "rejected": "dull"}, {}),
     ],
@@ -318,9 +318,9 @@ def test_a_text_is_scored_as_it_was_learned(row: dict[str, Any], given: dict[str
     asked = [found.rows(["film\tgreat"], config)]
     chats = bool(config.messages)
     if chats:
-        asked += [table({"answer": [FILM + GOOD]})[0]] if config.text is None else []
+        asked += [table({"answer": [FILM + GREAT]})[0]] if config.text is None else []
         asked += [table({"prompt": [FILM], "answer": ["great"]})[0]]
-        asked += [table({"prompt": [FILM + GOOD]})[0]] if config.text else []
+        asked += [table({"prompt": [FILM + GREAT]})[0]] if config.text else []
     for rows in asked:
         encoded = found.encode(rows, config, tokenizer(TEMPLATE), 32, "the rows", labelled=False)
         assert encoded.features["input_ids"] == [expected]

@@ -71,7 +71,7 @@ def test_words_from_end_to_end(tiny_model: Path, tmp_path: Path) -> None:
         for words in (row["text"].split() for row in tiny.sentences(40))
     ]
     data = tiny.write_rows(tmp_path / "rows.jsonl", rows)
-    recipe = tiny.recipe(tiny_model, data, tmp_path / "out", epochs=15, learning_rate=3e-3)
+    recipe = tiny.recipe(tiny_model, data, tmp_path / "out", epochs=15, learning_rate=1e-2)
     result = train(recipe.replace(task=TOKENS))
     assert result.metrics["validation"]["accuracy"] > 0.9
     (said,) = predict(result.output, ["lovely film"])

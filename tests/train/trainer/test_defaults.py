@@ -112,7 +112,7 @@ def test_a_run_goes_on_in_the_order_of_rows_that_it_began_in(
     for left in ("adapter_config.json", "adapter_model.safetensors", "run.json"):
         (cut / left).unlink()
     shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
-    begun.replace(output=str(cut), training={"epochs": 2.0}).save(cut / "recipe.yaml")
+    Recipe.load(cut / "recipe.yaml").replace(output=str(cut)).save(cut / "recipe.yaml")
     resumed = train(begun.replace(output=str(cut), training={"group_by_length": None}), resume=True)
     assert resumed.adapter_sha256 == whole.adapter_sha256
     assert Record.load(cut).recipe.training.group_by_length is False
