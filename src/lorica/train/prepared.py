@@ -242,7 +242,7 @@ def _read(
     check_device(recipe.training)
     if recipe.data.template is not None and not task.writes:
         raise ConfigError(f"data.template lays out rows of language models; {task.name} reads columns")
-    if recipe.data.messages and not (task.packs or isinstance(task, PostTask)):
+    if recipe.data.messages and not (task.packs or task.carrier is not None):
         raise ConfigError(f"{task.name} reads no conversations; leave out data.messages")
     if recipe.data.messages and recipe.data.template is not None:
         raise ConfigError(

@@ -16,7 +16,7 @@ from lorica.train.data.rows import Unusable, parsed_cell
 
 ASSISTANT = "assistant"
 
-Tools = list[dict[str, Any]] | None
+Tools = list[Any] | None
 """Those that a conversation may call, for the chat template: OpenAI's dictionaries."""
 
 LEARNED = "weight"
