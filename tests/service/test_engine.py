@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import lorica
 from lorica.errors import ConfigError
 from lorica.service import Client, Datum
+from lorica.service import client as client_module
 from lorica.service.engine import lanes
 from lorica.service.engine.several import memory
 from lorica.service.engine.several.engines import usual
@@ -217,6 +218,43 @@ def test_a_product_that_fails_ends_one_request_and_not_the_engine(monkeypatch: p
         for future, before in ((good, alone[0]), (other, alone[2])):
             assert future.result().sequences[0].tokens == before.sequences[0].tokens
         assert client.engine.alive
+
+
+def test_what_python_gives_is_read_or_refused() -> None:
+    with Client(llama()) as client:
+        run = client.create(2, seed=0)
+        plain = client.sample([5, 6], max_tokens=3, temperature=0, stop=7).result().sequences[0]
+        for prompt in (torch.tensor([5, 6]), torch.tensor([5, 6]).numpy(), (5, 6)):
+            same = run.sample(prompt, max_tokens=3, temperature=0, stop=[7]).result().sequences[0]
+            assert same.tokens == plain.tokens
+        assert client_module._draw({"stop": "END"}).stop == ("END",)
+        for prompt, settings in (
+            ([5.5, 6], {}),
+            ("56", {}),
+            ([5], {"max_tokens": 2.5}),
+            ([5], {"temperature": "warm"}),
+            ([5], {"seed": 0.5}),
+        ):
+            with pytest.raises(UserError):
+                client.sample(prompt, **settings)
+        with pytest.raises(UserError, match="Datum"):
+            run.forward_backward([[5, 6]], "cross_entropy")  # type: ignore[list-item]
+    with pytest.raises(UserError, match="tokens"):
+        Datum.of([5.5, 6], target_tokens=[6, 7])
+    with pytest.raises(UserError, match="target_tokens"):
+        Datum.of([5, 6], target_tokens=[6.5, 7])
+    assert Datum.of([], target_tokens=[6.0]).inputs["target_tokens"].dtype == torch.long
+
+
+def test_no_sample_is_drawn_from_nan() -> None:
+    with Client(llama()) as client:
+        run, other = client.create(2, seed=0), client.create(2, seed=1)
+        run.forward_backward(rows(0, 2), "cross_entropy")
+        run.optim_step(learning_rate=1e30).result()
+        drawn = [each.sample([5, 6], max_tokens=2, stop=[]) for each in (run, other)]
+        with pytest.raises(UserError, match="NaN or infinity"):
+            drawn[0].result()
+        assert len(drawn[1].result().sequences[0].tokens) == 2
 
 
 def test_a_prompt_of_one_token_has_no_logprobs_of_its_own() -> None:

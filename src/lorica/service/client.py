@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,6 +18,7 @@ from lorica.service.engine.drawing import Draw, Samples
 from lorica.service.engine.engine import Output
 from lorica.service.engine.several.engines import Engines
 from lorica.service.engine.weights import Adam, Learner, Make, start
+from lorica.service.errors import UserError
 
 
 class Client:
@@ -109,7 +111,7 @@ class Client:
 
     def sample(self, prompt: Sequence[int], **draw: Any) -> Future[Samples]:
         """Samples from the base; `draw` as in `Draw`."""
-        return self.engine.sample(prompt, lambda: None, _draw(draw))
+        return self.engine.sample(_tokens(prompt), lambda: None, _draw(draw))
 
     def _training(self, learner: Learner) -> Training:
         self._made += 1
@@ -147,9 +149,13 @@ class Training:
     def _learn(
         self, data: Iterable[Datum], loss_fn: str, config: Mapping[str, float] | None, *, backward: bool
     ) -> Future[Output]:
+        data = [data] if isinstance(data, Datum) else list(data)
+        for datum in data:
+            if not isinstance(datum, Datum):
+                raise UserError(f"data are Datum.of(...), not {type(datum).__name__}")
         return self._client.engine.learn(
             self._run,
-            list(data),
+            data,
             loss_fn,
             dict(config or {}),
             lambda: self._learner,
@@ -172,8 +178,9 @@ class Training:
 
     def sample(self, prompt: Sequence[int], **draw: Any) -> Future[Samples]:
         """Samples from the adapter as it is after the calls before; `draw` as in `Draw`."""
+        tokens, settings = _tokens(prompt), _draw(draw)
         frozen = self._call(self._learner.frozen)
-        return self._client.engine.sample(prompt, frozen.result, _draw(draw), after=frozen)
+        return self._client.engine.sample(tokens, frozen.result, settings, after=frozen)
 
     def save(self, folder: str | Path, *, optimizer: bool = True) -> Future[Path]:
         """Write PEFT's files, and the optimizer beside them."""
@@ -196,8 +203,17 @@ class Training:
         return self._client.engine.call(self._run, work, tenant=self._run)
 
 
+def _tokens(prompt: Sequence[int]) -> list[int]:
+    """Token ids, of a list or a tensor."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise UserError("a prompt is a sequence of token ids, which are whole numbers") from None
+
+
 def _draw(settings: Mapping[str, Any]) -> Draw:
     chosen: dict[str, Any] = dict(settings)
-    if chosen.get("stop") is not None:
-        chosen["stop"] = tuple(chosen["stop"])
+    stop = chosen.get("stop")
+    if stop is not None:
+        chosen["stop"] = (stop,) if isinstance(stop, str | int) else tuple(stop)
     return Draw(**chosen)

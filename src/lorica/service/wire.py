@@ -146,13 +146,13 @@ def _add_datum(message: Any, datum: Mapping[str, Any]) -> None:
         if chunk.get("type", "encoded_text") != "encoded_text":
             message.model_input.add().image.format = chunk["type"]
             continue
-        tokens = numpy.asarray(chunk["tokens"], numpy.int32).tobytes()
+        tokens = _numbers("model_input", chunk["tokens"], numpy.int32).tobytes()
         message.model_input.add().encoded_text.tokens = tokens
     kinds = {"float32": (1, numpy.float32), "int64": (2, numpy.int64)}
     for name, tensor in datum.get("loss_fn_inputs", {}).items():
         into = message.loss_fn_inputs[name]
         into.dtype, kind = kinds[tensor["dtype"]]
-        data = numpy.asarray(tensor["data"], kind)
+        data = _numbers(name, tensor["data"], kind)
         into.shape.extend(tensor.get("shape") or [len(data)])
         if tensor.get("sparse_crow_indices") is None:
             into.dense = data.tobytes()
@@ -161,6 +161,15 @@ def _add_datum(message: Any, datum: Mapping[str, Any]) -> None:
             for part in ("crow_indices", "col_indices"):
                 indices = numpy.asarray(tensor[f"sparse_{part}"], numpy.int64)
                 setattr(into.sparse_csr, part, indices.tobytes())
+
+
+def _numbers(name: str, given: Any, kind: Any) -> Any:
+    """An array of this kind, in which no fraction became a whole number."""
+    found = numpy.asarray(given)
+    numbers = numpy.asarray(given, kind)
+    if found.dtype.kind == "f" and numbers.dtype.kind == "i" and not numpy.array_equal(found, numbers):
+        raise UserError(f"{name} holds fractions; its numbers are whole")
+    return numbers
 
 
 def learned(output: Output) -> bytes:

@@ -32,7 +32,7 @@ class Datum:
     def of(cls, tokens: Sequence[int] | Tensor, **inputs: Any) -> Datum:
         """From lists or tensors; sparse ones (CSR) become dense."""
         return cls(
-            torch.as_tensor(tokens, dtype=torch.long),
+            _ids("tokens", torch.as_tensor(tokens)),
             {name: as_input(name, value) for name, value in inputs.items()},
         )
 
@@ -91,7 +91,19 @@ def as_input(name: str, value: Any) -> Tensor:
     tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
-    return tensor.to(torch.long if name == "target_tokens" else torch.float32)
+    return _ids(name, tensor) if name == "target_tokens" else tensor.to(torch.float32)
+
+
+def _ids(name: str, tokens: Tensor) -> Tensor:
+    """Token ids in int64, none of which is rounded to another.
+
+    Raises:
+        UserError: one is no whole number.
+    """
+    ids = tokens.to(torch.long)
+    if tokens.is_floating_point() and not torch.equal(ids.to(tokens.dtype), tokens):
+        raise UserError(f"{name} holds a number that is no token id; they are whole")
+    return ids
 
 
 def check_tokens(name: str, tokens: Tensor, vocabulary: int) -> None:

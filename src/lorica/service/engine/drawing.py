@@ -62,6 +62,12 @@ class Draw:
         Raises:
             UserError: naming the field.
         """
+        for name in ("max_tokens", "top_k", "seed", "num_samples", "topk_prompt", "topk"):
+            if not isinstance(getattr(self, name), int | None):
+                raise UserError(f"{name} must be a whole number, not {getattr(self, name)!r}")
+        for name in ("temperature", "top_p"):
+            if not isinstance(getattr(self, name), int | float):
+                raise UserError(f"{name} must be a number, not {getattr(self, name)!r}")
         if not prompt:
             raise UserError("the prompt is empty; a sample needs one token to start from")
         if any(not 0 <= token < 1 << 31 for token in (min(prompt), max(prompt))):
@@ -320,6 +326,8 @@ class Writer(Lane):
         base, cache = self.base, read.cache
         while True:
             logits = logits.cpu()
+            if not logits.amax(-1).isfinite().all():
+                raise UserError("the model gives NaN or infinity here: weights of the adapter are too large")
             logp = logits.log_softmax(-1)
             draws = [row.request.draw for row in self.rows]
             tokens = choose(logits, draws, [row.random for row in self.rows])
