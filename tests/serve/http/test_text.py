@@ -114,6 +114,14 @@ def test_a_conversation(client: openai.OpenAI, engine: StandIn) -> None:
     assert engine.sampled[0].temperature == 0
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_an_answer_of_no_tokens_is_refused(client: openai.OpenAI, engine: StandIn, name: str) -> None:
+    asked: Any = {name: 0}
+    with pytest.raises(openai.BadRequestError, match=f"{name}: .*greater than or equal to 1"):
+        client.chat.completions.create(model="base", messages=HELLO, **asked)
+    assert not engine.sampled
+
+
 def test_an_answer_may_fill_the_context_unless_told_otherwise(client: openai.OpenAI, engine: StandIn) -> None:
     client.chat.completions.create(model="base", messages=HELLO)
     assert engine.sampled[0].max_tokens == 200 - len(engine.prompts[0])

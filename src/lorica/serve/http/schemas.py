@@ -127,8 +127,8 @@ class Chat(Drawn):
     """`/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
+    max_tokens: Annotated[Count, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Count, Field(ge=1)] | None = None
     logprobs: Flag | None = None
     top_logprobs: Count | None = None
     tools: list[dict[str, Any]] | None = None
