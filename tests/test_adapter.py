@@ -78,6 +78,10 @@ class TestFinite:
         with pytest.raises(AdapterError, match="NaN or infinity in head;"):
             adapter(head=torch.tensor([1, math.nan]).to(dtype)).check_finite()
 
+    def test_what_has_no_values_is_named(self) -> None:
+        with pytest.raises(AdapterError, match="meta device, without values: head"):
+            adapter(head=torch.ones(3, device="meta")).check_finite()
+
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     def test_all_that_is_not_is_named(self, bad: float) -> None:
         value = adapter(head=torch.ones(3))

@@ -198,12 +198,14 @@ class Adapter:
         return sum(t.numel() * t.element_size() for t in self.named_tensors().values())
 
     def check_finite(self) -> None:
-        """Refuse NaN and infinity.
+        """Refuse NaN and infinity, and tensors without values.
 
         Raises:
-            AdapterError: naming each tensor that holds one.
+            AdapterError: naming each tensor that holds one, or is on the meta device.
         """
         named = {name: _summable(tensor) for name, tensor in self.named_tensors().items()}
+        if bare := [name for name, tensor in named.items() if tensor.is_meta]:
+            raise AdapterError(f"the adapter is on the meta device, without values: {listing(bare)}")
         # A sum is finite only if all its terms are, and much cheaper than a look at each; it may overflow,
         # though.
         suspects = {n: t for n, t in named.items() if not math.isfinite(t.sum().item())}

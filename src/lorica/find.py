@@ -176,7 +176,11 @@ def _match(name: str, patterns: list[str] | str, places: list[Place], more: str 
     hits = matching(patterns, places)
     if isinstance(patterns, str):
         if not hits:
-            what = f"{name}={patterns!r} matches no module{hint(patterns, places)}{more}"
+            if ending_in(places, [patterns]):
+                more = f"; one string is a regular expression of whole paths: give [{patterns!r}]{more}"
+            else:
+                more = hint(patterns, places) + more
+            what = f"{name}={patterns!r} matches no module{more}"
             raise TargetError(_none_of(name, patterns) + what)
         return hits
     for pattern in patterns:

@@ -11,7 +11,7 @@ from tiny import Toy, record, transformer
 from torch import nn
 
 import lorica
-from lorica.errors import LoricaWarning, TargetError
+from lorica.errors import ConfigError, LoricaWarning, TargetError
 from lorica.pieces import Search, resolve
 from lorica.tree import shortest_suffixes, walk
 
@@ -219,6 +219,18 @@ class TestRefused:
         message = refusal(Toy(), target_modules=["upp"])
         assert "target_modules names 'upp', which matches no module; did you mean 'up'?" in message
         assert "adaptable modules: embed, up, down, head" in message
+
+    def test_one_string_that_is_a_name_is_told_apart_from_a_list(self) -> None:
+        message = refusal(Toy(), target_modules="up")
+        assert "one string is a regular expression of whole paths: give ['up']" in message
+
+    @pytest.mark.parametrize("given", [{"r": 8}, "lora", 8, [{"r": 8}], object()])
+    def test_what_is_no_configuration(self, given: Any) -> None:
+        model = Toy()
+        before = record(model)
+        with pytest.raises(ConfigError, match=r"a configuration is a lorica\.LoraConfig.*, not a \w+"):
+            lorica.adapt(model, given)
+        assert record(model) == before
 
     def test_one_of_several_matches_nothing(self) -> None:
         message = refusal(transformer("bert"), target_modules=["query", "velue", "key"])

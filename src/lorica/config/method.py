@@ -7,7 +7,7 @@ import importlib
 from abc import ABC
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias, cast
 
 from lorica.config.checks import TASK_TYPES
 from lorica.config.lora import LoraConfig
@@ -123,13 +123,18 @@ def as_config(config: AdapterConfig | Iterable[AdapterConfig] | None) -> Adapter
     """One configuration from what `adapt` takes: one, several to combine, or None for LoRA's defaults.
 
     Raises:
-        ConfigError: the several cannot be combined.
+        ConfigError: the several cannot be combined, or something is no configuration.
     """
     if config is None:
         return LoraConfig()
-    if isinstance(config, LoraConfig | MethodConfig):
-        return config
-    configs = tuple(config)
+    one = isinstance(config, Mapping | str) or not isinstance(config, Iterable)
+    configs: tuple[Any, ...] = (config,) if one else tuple(cast("Iterable[Any]", config))
+    for each in configs:
+        if not isinstance(each, LoraConfig | MethodConfig):
+            kind = f"{type(each).__module__}.{type(each).__qualname__}".removeprefix("builtins.")
+            raise ConfigError(
+                f"a configuration is a lorica.LoraConfig(...) or another method's, not a {kind}"
+            )
     return configs[0] if len(configs) == 1 else importlib.import_module(_MORE).Combination(configs=configs)
 
 
