@@ -26,7 +26,7 @@ from lorica.adapter import Adapter
 from lorica.checkpoint.atomic import replace_files, save
 from lorica.checkpoint.card import model_card
 from lorica.checkpoint.foreign import recognized
-from lorica.checkpoint.peft_tensors import from_tensors, to_tensors
+from lorica.checkpoint.peft_tensors import from_tensors, spelled
 from lorica.config import AdapterConfig, LoraConfig, read_config
 from lorica.errors import AdapterError, ConfigError, FileError
 from lorica.reading import SAFETENSORS, load, named_tensors, parse_json, read_metadata, read_object
@@ -43,6 +43,8 @@ _TRAINED_AS = "lorica_trained_as"
 _CLASSES = "lorica_classes"
 # Likewise: the scale of each parameter's update, as their keys do not say which parameter is which.
 _SCALES = "lorica_scales"
+# Likewise: how keys are read in which a module is called as a part of PEFT's own is; see `Spelled.marks`.
+_MARKS = "lorica_marks"
 
 # Settings that PEFT writes and lorica does not. Before 0.18 it did not write its version.
 _OF_PEFT = ("peft_version", "megatron_core")
@@ -81,7 +83,13 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
             "adapter on its base, and lorica.save it from there"
         )
     folder = Path(directory)
-    tensors = {key: t.detach().cpu().contiguous() for key, t in to_tensors(adapter).items()}
+    named, marks = spelled(adapter)
+    if marks and pickled:
+        raise AdapterError(
+            f"{next(iter(marks))}: a module is called as a part of PEFT's own is, which a pickled file "
+            "cannot tell; write safetensors"
+        )
+    tensors = {key: t.detach().cpu().contiguous() for key, t in named.items()}
     # One memory block may stand under two names only as copies.
     first: dict[int, str] = {}
     for key, tensor in tensors.items():
@@ -95,6 +103,8 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
     scales = {path: f.scale for path, f in adapter.factors.items() if f.kind == "parameter"}
     if scales:
         metadata[_SCALES] = json.dumps(scales, sort_keys=True)
+    if marks:
+        metadata[_MARKS] = json.dumps(marks, sort_keys=True)
     settings = {**adapter.config.to_dict(), "inference_mode": True}
     # Of which PEFT a configuration is says how its file's tensors count, and these are written anew.
     settings.pop("peft_version", None)
@@ -151,7 +161,9 @@ def read(directory: str | Path) -> Adapter:
     config, provenance = _read_config(folder)
     tensors = read_tensors(folder)
     try:
-        adapter = from_tensors(as_trained(tensors, provenance), config, read_scales(folder))
+        adapter = from_tensors(
+            as_trained(tensors, provenance), config, read_scales(folder), read_marks(folder)
+        )
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
     adapter.check_finite()
@@ -176,6 +188,22 @@ def read_scales(directory: str | Path) -> dict[str, float]:
         return {name: float(scale) for name, scale in found.items()}
 
     return _noted(directory, _SCALES, scales) or {}
+
+
+def read_marks(directory: str | Path) -> dict[str, str]:
+    """`Spelled.marks` of an adapter in a folder; empty for files of other libraries.
+
+    Raises:
+        FileError: the header is damaged.
+    """
+    path = Path(directory) / WEIGHTS_FILE
+    text = read_metadata(path).get(_MARKS) if path.is_file() else None
+    if text is None:
+        return {}
+    found = parse_json(text, f"{_MARKS} in the header of {path}")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise FileError(f"the header of {path} is damaged: {_MARKS} in it should be names by key")
+    return found
 
 
 def read_trained_as(directory: str | Path) -> LoraConfig | None:

@@ -1,6 +1,9 @@
 """An adapter's tensors by the names that PEFT gives them, both ways.
 
 base_model.model.<module path>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector ...
+
+A module of the model may be called as a part of PEFT's own is (``base_layer``). Its key is PEFT's all the
+same; beside the tensors stands how it is read (`Spelled.marks`): with a mark in the name.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,13 +40,47 @@ _UNSUPPORTED = {
 
 _UNSUPPORTED_PART = re.compile("|".join(_UNSUPPORTED))
 
+_MARK = "\x1f"
+
+_TAKEN = re.compile(
+    r"(?:(?<=\.)|^)(?:base_layer|modules_to_save|original_module|token_adapter|_orig_mod"
+    rf"|lora_(?:embedding_)?[AB]|{_MAGNITUDE})(?=\.|$)|{_UNSUPPORTED_PART.pattern}"
+)
+"""A name that means a part of PEFT's own."""
+
+
+class Spelled(NamedTuple):
+    """An adapter as PEFT's file holds it.
+
+    Args:
+        tensors: by their keys.
+        marks: key → how it is read, of those that would be read as something else.
+    """
+
+    tensors: dict[str, Tensor]
+    marks: dict[str, str]
+
 
 def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """An adapter's tensors by their names in PEFT's file."""
+    """An adapter's tensors by their names in PEFT's file; see `spelled`."""
+    return spelled(adapter).tensors
+
+
+def spelled(adapter: Adapter) -> Spelled:
+    """An adapter's tensors by their names in PEFT's file, and how these are read."""
+    named = _named(adapter)
+    keys = {name: name.replace(_MARK, "") for name in named}
+    tensors = {keys[name]: tensor for name, tensor in named.items()}
+    return Spelled(tensors, {key: name for name, key in keys.items() if key != name})
+
+
+def _named(adapter: Adapter) -> dict[str, Tensor]:
+    """An adapter's tensors by their names in PEFT's file, with marks."""
     named: dict[str, Tensor] = {}
-    wrapped = Counter(host_of(path)[0] for path in adapter.factors)
+    hosts = {path: _marked_host(path, factors.kind) for path, factors in adapter.factors.items()}
+    wrapped = Counter(host for host, _ in hosts.values())
     for path, factors in adapter.factors.items():
-        host, inside = host_of(path)
+        host, inside = hosts[path]
         owner = _PREFIX + _wrap(host, wrapped, whole=False) + inside
         leaf = "" if factors.kind == "embedding" else ".weight"
         side = "lora_embedding_" if factors.kind == "embedding" else "lora_"
@@ -54,7 +92,7 @@ def to_tensors(adapter: Adapter) -> dict[str, Tensor]:
             shape = (1, -1, *spatial) if spatial else (-1,)
             named[f"{owner}.{_MAGNITUDE}"] = factors.magnitude.reshape(shape)
     for name, tensor in adapter.extras.items():
-        path, _, leaf = name.rpartition(".")
+        path, _, leaf = _marked(name).rpartition(".")
         named[f"{_PREFIX}{_wrap(path, wrapped, whole=True)}.{leaf}" if path else _PREFIX + leaf] = tensor
     named.update({_ADDED + name: tensor for name, tensor in adapter.added.items()})
     return named
@@ -80,7 +118,10 @@ class _Sorted:
 
 
 def from_tensors(
-    tensors: Mapping[str, Tensor], config: AdapterConfig, scales: Mapping[str, float] | None = None
+    tensors: Mapping[str, Tensor],
+    config: AdapterConfig,
+    scales: Mapping[str, float] | None = None,
+    marks: Mapping[str, str] | None = None,
 ) -> Adapter:
     """An adapter from tensors by their names in PEFT's file.
 
@@ -88,13 +129,14 @@ def from_tensors(
         tensors: by those names.
         config: the configuration beside them.
         scales: of the parameters' updates, by their paths, if the file holds them.
+        marks: key → how it is read, if the file says so; see `Spelled`.
 
     Raises:
         AdapterError: lists the keys that are not an adapter's, halves without their other half,
             and wrong ranks.
     """
     lora, others = config.members()
-    found = _sort(tensors, takes_added=bool(others))
+    found = _sort(tensors, marks or {}, takes_added=bool(others))
     problems = found.problems
     if lora is not None and (lora.rank_pattern or lora.alpha_pattern):
         paths = {path for path, _ in found.halves}
@@ -119,11 +161,12 @@ def from_tensors(
     return Adapter(config, factors, found.extras, found.added)
 
 
-def _sort(tensors: Mapping[str, Tensor], *, takes_added: bool) -> _Sorted:
+def _sort(tensors: Mapping[str, Tensor], marks: Mapping[str, str], *, takes_added: bool) -> _Sorted:
     found = _Sorted()
-    for key, tensor in tensors.items():
+    for given, tensor in tensors.items():
+        key = marks.get(given, given)
         unsupported = _UNSUPPORTED_PART.search(key)
-        if ".original_module." in key:
+        if _is_original(key, tensors):
             pass  # with bias="all" PEFT writes those of the frozen original too, and the trained ones twice
         elif unsupported is not None:
             feature = _UNSUPPORTED[unsupported[0]]
@@ -137,7 +180,7 @@ def _sort(tensors: Mapping[str, Tensor], *, takes_added: bool) -> _Sorted:
         elif key.endswith(_BIAS):
             found.put(found.on_B, _path(key.removesuffix(_BIAS)), key, tensor)
         elif (hit := _SIDE.match(key)) is None:
-            found.put(found.extras, _path(key).replace(".modules_to_save.", "."), key, tensor)
+            found.put(found.extras, _path(key.replace(".modules_to_save.", ".")), key, tensor)
         elif bool(hit["embedding"]) == bool(hit["leaf"]):
             expected = "no " if hit["embedding"] else ""
             found.problems.append(f"{key}: expected {expected}'.weight' at its end")
@@ -196,12 +239,28 @@ def _disagreements(path: str, part: str, tensor: Tensor | None, field: str, want
     return []
 
 
+def _is_original(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a key is of what PEFT keeps beside a module trained whole, and not of a module of that name."""
+    part = ".original_module."
+    return part in key and any(key.replace(part, other) in tensors for other in (".", ".modules_to_save."))
+
+
+def _marked(path: str) -> str:
+    return _TAKEN.sub(lambda found: f"{found[0][0]}{_MARK}{found[0][1:]}", path)
+
+
+def _marked_host(path: str, kind: Kind) -> tuple[str, str]:
+    """As `host_of`, with marks; the path of anything but a parameter is a module's own."""
+    host, inside = host_of(path) if kind == "parameter" else (path, "")
+    return _marked(host), inside
+
+
 def _path(key: str) -> str:
     """A module's path in the base, from PEFT's key for it."""
     # PEFT writes what torch.compile put into the names.
     host, inside = host_of(key.removeprefix(_PREFIX).replace("_orig_mod.", ""))
     host = host.replace(".token_adapter.base_layer.", ".")  # a whole table beside its trained rows
-    return re.sub(r"(\.base_layer)+\.", ".", host) + inside
+    return (re.sub(r"(\.base_layer)+\.", ".", host) + inside).replace(_MARK, "")
 
 
 def _mismatch(A: Tensor, B: Tensor, r: int, kind: Kind) -> str | None:

@@ -21,6 +21,7 @@ from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft import (
     CONFIG_FILE,
     as_trained,
+    read_marks,
     read_scales,
     read_settings,
     read_tensors,
@@ -80,7 +81,7 @@ def read(
     told = read_trained_as(folder) if config is None and tensors.keys() == found.keys() else None
     try:
         chosen = LoraConfig.from_dict(settings) if config is None else config
-        adapter = from_tensors(tensors, chosen, read_scales(folder))
+        adapter = from_tensors(tensors, chosen, read_scales(folder), read_marks(folder))
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
     adapter.check_finite()
