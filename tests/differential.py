@@ -235,7 +235,11 @@ class Pair:
         }:  # a start that was reloaded has twice the rank in lorica
             return
         counts = [model.get_nb_trainable_parameters() for model in self.models]
-        if counts[0] != counts[1]:
+        # Where one adapter trains all biases, PEFT trains those of the others' copies too.
+        idle = re.compile(rf"\.modules_to_save\.(?!{self.names[0]}\.).*\bbias$")
+        named = self.models[0].named_parameters()
+        too_many = sum(p.numel() for key, p in named if p.requires_grad and idle.search(key))
+        if (counts[0][0] - too_many, counts[0][1]) != counts[1]:
             raise Mismatch(f"(trained, all) parameters: PEFT {counts[0]}, lorica {counts[1]}")
 
     def unload(self) -> None:
