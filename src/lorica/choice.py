@@ -15,7 +15,7 @@ import contextlib
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from inspect import unwrap
@@ -25,9 +25,22 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import CheckpointFunction
 
-from lorica.errors import StateError, listing
+from lorica.errors import AdapterError, StateError, listing
 
 _LOCK = threading.Lock()
+
+
+def names_in(given: Any) -> tuple[Any, ...]:
+    """Adapters' names as they were given: one, or several.
+
+    Raises:
+        AdapterError: it is neither.
+    """
+    if isinstance(given, str):
+        return (given,)
+    if isinstance(given, Iterable):
+        return tuple(given)
+    raise AdapterError(f"an adapter's name is due, or a list of names, not {given!r:.80}")
 
 
 class Choice(NamedTuple):

@@ -88,8 +88,11 @@ def nearest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """Suggest the known names closest to a misspelt one, as the end of an error message.
 
     Returns:
-        ``"; did you mean 'query', 'key'?"``, or an empty string when nothing comes close.
+        ``"; did you mean 'query', 'key'?"``, or an empty string when nothing comes close; of what is no text,
+        that a name is one.
     """
+    if not isinstance(name, str):
+        return ", and a name is a text"
     close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=limit, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
 

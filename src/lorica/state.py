@@ -128,10 +128,10 @@ class AdapterState(Choices):
         Raises:
             AdapterError: no adapter has it; the message lists the names there are.
         """
-        if name not in self.configs:
+        if not isinstance(name, str) or name not in self.configs:
             have = listing(map(repr, self.configs)) or "none"
             raise AdapterError(
-                f"no adapter is named {name!r}{nearest(name, self.configs)}; the model has: {have}"
+                f"no adapter is named {name!r:.80}{nearest(name, self.configs)}; the model has: {have}"
             )
         return name
 

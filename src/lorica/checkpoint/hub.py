@@ -20,6 +20,7 @@ from lorica.checkpoint.embedded import resolve_model
 from lorica.checkpoint.index import read_index
 from lorica.checkpoint.peft import CARD_FILE, CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
 from lorica.errors import ConfigError, FileError, LoricaError, LoricaWarning, MissingExtra, require
+from lorica.reading import as_path
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MODEL = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")  # the oldest models have no user
@@ -100,7 +101,7 @@ def locate(name: str | os.PathLike[str], *, subfolder: str | None = None, **opti
         MissingExtra: a repository is named, and huggingface_hub is not installed.
     """
     options = {key: value for key, value in options.items() if value is not None}
-    here = Path(name)
+    here = as_path(name)
     if here.exists() or not isinstance(name, str) or not _REPOSITORY.fullmatch(name):
         if "revision" in options:
             warnings.warn(
@@ -135,7 +136,7 @@ def locate_base(name: str | os.PathLike[str]) -> Path:
             damaged, or names a file outside it. A missing local file is reported by the reader.
         MissingExtra: a repository is named, and huggingface_hub is not installed.
     """
-    here = Path(resolve_model(name) if isinstance(name, str) else name)
+    here = as_path(resolve_model(name) if isinstance(name, str) else name)
     if here.exists() or not isinstance(name, str) or not _MODEL.fullmatch(name):
         return here
     with _explained(f"{name!r} is not here, and", name, None, None, _BASE) as hub:

@@ -29,7 +29,7 @@ from lorica.checkpoint.foreign import recognized
 from lorica.checkpoint.peft_tensors import from_tensors, spelled
 from lorica.config import AdapterConfig, LoraConfig, read_config
 from lorica.errors import AdapterError, ConfigError, FileError
-from lorica.reading import SAFETENSORS, load, named_tensors, parse_json, read_metadata, read_object
+from lorica.reading import SAFETENSORS, as_path, load, named_tensors, parse_json, read_metadata, read_object
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ _OUTPUT = ".base_layer.out_proj.lora_B.weight"
 
 def is_adapter(directory: str | Path) -> bool:
     """Whether a folder holds an adapter: its configuration and its weights."""
-    folder = Path(directory)
+    folder = as_path(directory)
     return (folder / CONFIG_FILE).is_file() and _has_weights(folder)
 
 
@@ -82,7 +82,7 @@ def write(adapter: Adapter, directory: str | Path, *, pickled: bool = False) -> 
             "these factors of stacked experts are as an older PEFT computed with them; lorica.load the "
             "adapter on its base, and lorica.save it from there"
         )
-    folder = Path(directory)
+    folder = as_path(directory)
     named, marks = spelled(adapter)
     if marks and pickled:
         raise AdapterError(
@@ -136,7 +136,7 @@ def write_card(adapter: Adapter, directory: str | Path, about: str = "") -> None
     Raises:
         FileError: the folder cannot be written.
     """
-    folder = Path(directory)
+    folder = as_path(directory)
     card = model_card(adapter, folder / CARD_FILE, about)
     if card is not None:
         replace_files(folder, {CARD_FILE: lambda path: _write_text(path, card)})
@@ -157,7 +157,7 @@ def read(directory: str | Path) -> Adapter:
         ConfigError: the configuration is another method's, or asks for what lorica does not support.
         AdapterError: the tensors are not what the configuration says.
     """
-    folder = Path(directory)
+    folder = as_path(directory)
     config, provenance = _read_config(folder)
     tensors = read_tensors(folder)
     try:

@@ -163,7 +163,8 @@ class LoraConfig:
                 )
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
-            object.__setattr__(self, name, dict(value) if isinstance(value, Mapping) else value or {})
+            value = {} if value is None else value
+            object.__setattr__(self, name, dict(value) if isinstance(value, Mapping) else value)
         ranges = self.layer_replication
         if isinstance(ranges, (list, tuple)):
             ranges = [list(part) if isinstance(part, tuple) else part for part in ranges]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lorica.choice import names_in
 from lorica.state import adapted
 
 
@@ -44,7 +45,7 @@ class active:
         self._root, self._state = root, state = adapted(model)
         state.check_unmerged("choose another adapter")
         self._here, self._own, self._shared = state.last, state.own_choice(), state.shared
-        state.activate(root, (names,) if isinstance(names, str) else tuple(names))
+        state.activate(root, names_in(names))
         state.decide(state.last._replace(rows=rows, resting=None))
         state.name_classes()
 

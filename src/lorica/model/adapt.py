@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from lorica.adapter import Adapter
 from lorica.checkpoint.peft import read as read_folder
 from lorica.config import AdapterConfig, LoraConfig, as_config
 from lorica.config.inits import FROM_DATA
-from lorica.errors import AdapterError, StateError, TargetError, listing
+from lorica.errors import AdapterError, ConfigError, StateError, TargetError, listing
 from lorica.find import targeted
 from lorica.inits import PREPARED, draw_seed
 from lorica.layers.quantized import REPACKS, hold_layout, release_layout
@@ -33,6 +34,7 @@ from lorica.model.watch.uncalled import FUSED, watch_pass
 from lorica.model.watch.unfilled import watch_filling
 from lorica.model.watch.wrapped import check_unnoted
 from lorica.pieces import Kind, Search, asked, find_pieces, surroundings
+from lorica.reading import as_path
 from lorica.state import STATE, AdapterState, adapted, check_name, find_adapted, in_group
 from lorica.tree import base_parameters, unwrapped, walk
 
@@ -79,6 +81,8 @@ def adapt(
     chosen = config if isinstance(config, LoraConfig) else as_config(config)
     trainable = not chosen.inference_mode
     seen = None
+    if not isinstance(seed, Integral | None):
+        raise ConfigError(f"seed must be a whole number, or None, not {seed!r:.80}")
     if data is not None:
         open_for(model, name, trainable=trainable)  # refused before the work, not after it
         seed = draw_seed() if seed is None else seed
@@ -86,7 +90,7 @@ def adapt(
     with changing(model, name, chosen, trainable=trainable) as (root, state):
         if root is not unwrapped(model):
             _check_reached(model, root, chosen)
-        seed = draw_seed() if seed is None else seed
+        seed = draw_seed() if seed is None else int(seed)
         seen = root.__dict__.get(PREPARED, {}) if seen is None else seen
         search = Search(root, chosen, state=state, seed=seed, trainable=trainable, seen=seen)
         find_pieces(search)
@@ -124,6 +128,8 @@ def attach(model: M, adapter: Adapter, name: str = "default", *, trainable: bool
 
 def attach_finite(model: M, adapter: Adapter, name: str, *, trainable: bool) -> M:
     """As `attach`, for an adapter known to be finite, as one that was just read."""
+    if not isinstance(trainable, bool):
+        raise ConfigError(f"trainable must be True or False, not {trainable!r:.80}")
     with changing(model, name, adapter.config, trainable=trainable) as (root, state):
         given, starts = adapter, None
         if trainable and adapter.trained_as is not None:
@@ -179,7 +185,7 @@ def load(
         AdapterError: lists all that is missing, unexpected or of another shape; the model is untouched.
         MissingExtra: a repository is named, and huggingface_hub is not installed.
     """
-    here = Path(directory)
+    here = as_path(directory)
     if here.is_dir() and revision is None:
         adapter = read_folder(here / (subfolder or ""))
     else:

@@ -28,6 +28,7 @@ from lorica.piece import Contents
 from lorica.pieces import fill, misfits
 from lorica.pieces.low_rank import LowRank
 from lorica.pieces.plugins.tokens import TokenRows, token_rows
+from lorica.reading import as_path
 from lorica.state import AdapterState, adapted, in_group
 from lorica.tree import as_uncompiled, base_parameters, is_sharded, whole
 
@@ -199,7 +200,8 @@ def load_weights(model: nn.Module, directory: str | Path, name: str | None = Non
         FileError: a file is missing or damaged.
         AdapterError: lists all that does not fit; the model is untouched.
     """
-    overwrite(model, read_folder(directory) if Path(directory).is_dir() else checkpoint.read(directory), name)
+    here = as_path(directory)
+    overwrite(model, read_folder(here) if here.is_dir() else checkpoint.read(directory), name)
 
 
 def overwrite(model: nn.Module, adapter: Adapter, name: str | None = None, *, strict: bool = True) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable
 
 from torch import nn
 
+from lorica.choice import names_in
 from lorica.config import method_of
 from lorica.errors import AdapterError, StateError, listing
 from lorica.layers import LoraLayer, SavedModule, read_by
@@ -48,11 +49,15 @@ class mixed:
     def __init__(self, model: nn.Module, names: Iterable[str | None]) -> None:
         root, state = adapted(model)
         state.check_unmerged("mix adapters")
-        rows = Rows(tuple(names))
+        given = names_in(names)
+        for name in given:
+            if name is not None:
+                state.known(name)
+        rows = Rows(given)
         rows.axes = Axes(root, state.axes)
         if not rows.names:
             raise AdapterError("mixed needs a name (or None) for each row of the batch, and got none")
-        used = [state.known(name) for name in dict.fromkeys(rows.names) if name is not None]
+        used = [name for name in rows.distinct if name is not None]
         for name in used:
             if not all(piece.rows_differ for piece in state.placing(name)):
                 raise AdapterError(

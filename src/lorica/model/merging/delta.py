@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lorica.choice import names_in
 from lorica.errors import AdapterError, StateError, TargetError, nearest
 from lorica.folding import one_thread
 from lorica.layers import LoraLayer, lora_layers
@@ -63,8 +64,7 @@ def _names(state: AdapterState, name: str | Iterable[str] | None) -> tuple[str, 
         if not chosen:
             raise AdapterError("no adapter is active; say whose delta weight is meant")
         return chosen
-    names = (name,) if isinstance(name, str) else tuple(name)
-    return tuple(state.known(each) for each in names)
+    return tuple(state.known(each) for each in names_in(name))
 
 
 def _find(root: nn.Module, path: str, names: tuple[str, ...]) -> tuple[str, LoraLayer, str]:
@@ -74,6 +74,8 @@ def _find(root: nn.Module, path: str, names: tuple[str, ...]) -> tuple[str, Lora
         AdapterError: none of the adapters has an update there.
         TargetError: the path means no adapted weight.
     """
+    if not isinstance(path, str):
+        raise TargetError(f"a layer's path is a text, not {path!r:.80}")
     layers = lora_layers(root)
     owner, _, leaf = path.rpartition(".")
     if path in layers:

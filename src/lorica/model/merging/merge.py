@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica.adapter import Adapter
+from lorica.choice import names_in
 from lorica.config import family_of, method_of
 from lorica.errors import StateError, listing
 from lorica.layers import (
@@ -137,7 +138,7 @@ def merge(
     state.check_alone("merge")
     if in_group():
         check_whole(root, "merge", STREAM)
-    chosen = state.active if names is None else (names,) if isinstance(names, str) else tuple(names)
+    chosen = state.active if names is None else names_in(names)
     if not chosen:
         raise StateError("no adapter is active; say which to merge")
     _check_merges(state, chosen)
