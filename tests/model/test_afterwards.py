@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import shake
+from tiny import Toy, shake, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -108,3 +109,20 @@ def test_traced_exported_copied_and_shared(fields: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.export.export(model, (X,)).module()(X), want)
     torch.testing.assert_close(copy.deepcopy(model)(X), want)
     torch.testing.assert_close(model.share_memory()(X), want)
+
+
+@pytest.mark.parametrize("make", ["adapt", "load"])
+def test_what_was_put_on_in_inference_mode_trains(make: str, tmp_path: Path) -> None:
+    config = lorica.LoraConfig(r=2, target_modules=["up"], use_dora=True, modules_to_save=["head"])
+    folder = lorica.save(lorica.adapt(Toy(), config), tmp_path)
+    model = Toy()
+    with torch.inference_mode():
+        if make == "adapt":
+            lorica.adapt(model, config)
+        else:
+            lorica.load(model, folder, trainable=True)
+        assert torch.is_inference_mode_enabled()
+    model(tokens()).square().sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.grad is not None for parameter in trained)

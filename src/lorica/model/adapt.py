@@ -11,11 +11,12 @@ import gc
 import importlib
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from lorica import checkpoint
@@ -263,14 +264,16 @@ def changing(
 ) -> Iterator[tuple[nn.Module, AdapterState]]:
     """A context for adding an adapter, in which the model has the base's own parameters in place.
 
-    A model that `torch.compile` wrapped is adapted inside its wrapper.
+    A model that `torch.compile` wrapped is adapted inside its wrapper. Inference mode is left meanwhile: what
+    is made in it can never train.
 
     Raises:
         AdapterError: the name is taken, or cannot be one.
         StateError: an adapter is merged, or the model was wrapped for training on several devices.
     """
     root, state = open_for(model, name, trainable=trainable)
-    with uncollected(), surroundings(root, state, config), state.originals_in_place(root):
+    outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    with outside, uncollected(), surroundings(root, state, config), state.originals_in_place(root):
         yield root, state
 
 

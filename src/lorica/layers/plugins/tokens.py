@@ -141,7 +141,7 @@ class TrainedTokens(AskedModule):
         if names:
             index = self._index(names)
             tokens, order = index.sort()
-            near = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
+            near = torch.searchsorted(tokens, ids.contiguous()).clamp(max=len(tokens) - 1)
             hit = tokens[near] == ids
             if padding is not None:
                 # As in the whole table, looking up the padding token does not train it.
