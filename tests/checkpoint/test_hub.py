@@ -373,7 +373,7 @@ class TestPushing:
             lorica.push_to_hub(adapter, "a/b/c", token=TOKEN)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(
-            FileError, match="was not pushed: the Hub is not asked, since HF_HUB_OFFLINE is set"
+            FileError, match=r"was not pushed: the Hub is not asked, since HF_HUB_OFFLINE is set\.$"
         ):
             lorica.push_to_hub(adapter, "user/toy", token=TOKEN)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

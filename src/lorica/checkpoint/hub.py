@@ -44,6 +44,7 @@ _ADAPTER = _Sought(
     "; subfolder= says where in the repository they are",
     "A folder with the adapter's files needs no network: give its path, such as './adapter'",
 )
+_PUSHED = _ADAPTER._replace(folder="")
 _BASE = _Sought(
     "a model in safetensors",
     f"config.json and {_BASE_WEIGHTS}",
@@ -190,7 +191,7 @@ def push(
     weights = WEIGHTS_FILE if (folder / WEIGHTS_FILE).is_file() else PICKLED_FILE
     files = [file for name in (CARD_FILE, weights, CONFIG_FILE) if (file := folder / name).is_file()]
     prefix = f"{subfolder}/" if subfolder else ""
-    with _explained(f"{folder} was not pushed:", repo_id, None, revision) as hub:
+    with _explained(f"{folder} was not pushed:", repo_id, None, revision, _PUSHED) as hub:
         api = hub.HfApi(token=token)
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private is not None and api.model_info(repository).private is not private:
@@ -248,13 +249,13 @@ def _explained(
     except errors.RepositoryNotFoundError as error:
         raise FileError(
             f"{what} the Hub has no repository {name!r}, or a private one that needs another token "
-            f"({_TOKEN}). {sought.folder}"
+            f"({_TOKEN}). {sought.folder}".rstrip()
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileError(f"{what} on the Hub {name} has no revision {revision!r}") from error
     except errors.LocalEntryNotFoundError as error:
         raise FileError(
-            f"{what} {_unreachable(hub, error)}, and the cache does not hold it. {sought.folder}"
+            f"{what} {_unreachable(hub, error)}, and the cache does not hold it. {sought.folder}".rstrip()
         ) from error
     except errors.EntryNotFoundError as error:
         raise FileError(
@@ -266,7 +267,7 @@ def _explained(
     except (OSError, ValueError, getattr(errors, "HTTPError", OSError)) as error:
         if isinstance(error, errors.HFValidationError):
             raise FileError(f"{what} {name!r} cannot name a repository: {_first_line(error)}") from error
-        raise FileError(f"{what} {_unreachable(hub, error)}. {sought.folder}") from error
+        raise FileError(f"{what} {_unreachable(hub, error)}. {sought.folder}".rstrip()) from error
 
 
 def _unreachable(hub: Any, error: BaseException) -> str:
