@@ -8,7 +8,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lorica.errors import TargetError, TargetTypeError, listing
 from lorica.layers import LoraLayer, LoraLinear, SwappedModule
-from lorica.layers.base import PARTS, READ, RULES
+from lorica.layers.kinds import PARTS, READ, RULES
 from lorica.layers.quantized import quantizer_of
 from lorica.tree import Place
 

@@ -9,12 +9,15 @@ blocks of rows that follow from its shape alone, each on one thread; several wei
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from lorica.errors import AdapterError
 
 T = TypeVar("T")
 
@@ -89,3 +92,13 @@ def each_on_one_thread(work: Callable[[T], object], items: Iterable[T], *, at_on
         drain()
         for helper in helping:
             helper.result()
+
+
+def check_finite(path: str, leaf: str, merged: Tensor) -> None:
+    """Refuse a merged parameter that holds NaN or infinity; the caller then leaves the model as it was."""
+    # A sum is finite only if all its terms are, and much cheaper than a check of each.
+    if not math.isfinite(merged.detach().sum().item()) and not merged.isfinite().all():
+        raise AdapterError(
+            f"{path}: the merged {leaf} would hold NaN or infinity in {merged.dtype}; the model "
+            "is left as it was"
+        )

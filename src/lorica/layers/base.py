@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +54,10 @@ class LoraLayer(SwappedModule):
     """Whether each row of a batch can have its own adapter."""
     reads: ClassVar[tuple[str, ...]] = ()
     """Names of other parameters of the base that its forward reads."""
+    packed: ClassVar[bool] = False
+    """Whether the weight is packed in a way that can be read and written."""
+    lost: ClassVar[Any] = None
+    """(names, merged values) → squared norms of the rounding error and the updates, of several parameters."""
     opaque: ClassVar[bool] = False
     """Whether the weight is packed, or the forward does more than multiply by it."""
 
@@ -314,6 +318,10 @@ class LoraLayer(SwappedModule):
         """
         return {leaf: Parameter(value.to(self.get_base(leaf).dtype), requires_grad=False)}
 
+    def stored(self, attributes: Mapping[str, Any]) -> Tensor:
+        """The weight in what `storing` returned, as plain numbers."""
+        return attributes[self.weight_name]
+
     def check_bias(self, names: Sequence[str]) -> None:
         """Refuse to merge a trained bias into a layer that has none.
 
@@ -427,16 +435,6 @@ class LoraLayer(SwappedModule):
         """Two matrices whose product, times the scale, is the delta weight laid out as ``W0.flatten(1)``."""
         A, B = (factor.detach().to(dtype).flatten(1) for factor in self.factor_parameters(name))
         return (A.t(), B.t()) if self.transposed else (B, A)
-
-
-Rule = Callable[[type[LoraLayer] | None, nn.Module], type[LoraLayer] | None]
-"""(Kind of layer so far, module) → the kind that the module becomes, or the one so far."""
-RULES: list[Rule] = []
-"""What is asked of every module but a plain `nn.Linear`; each rule sees what those before it found."""
-PARTS: dict[type[nn.Module], type[LoraLayer]] = {}
-"""Class of a parent that multiplies by the weights of its plain `nn.Linear`s itself → what these become."""
-READ: dict[type[LoraLayer], Callable[[nn.Module, nn.Module], type[LoraLayer]]] = {}
-"""Kind of layer → (module, its parent) → its kind, where the parent's code may read its weight."""
 
 
 @functools.cache

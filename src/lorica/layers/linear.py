@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorica import functional
-from lorica.layers.base import RULES, LoraLayer
+from lorica.layers.base import LoraLayer
+from lorica.layers.kinds import RULES
 from lorica.layers.variants import BIASED, DORA, PLAIN
 
 

@@ -8,7 +8,7 @@ The module keeps its identity, its parameters, its hooks and its keys in `state_
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -146,6 +146,21 @@ class SwappedModule(nn.Module):
         host.__dict__["adapter_state"] = state
         host.prepare()
         return host
+
+    def merged_values(
+        self, path: str, names: Sequence[str], shared: dict[Any, Parameter]
+    ) -> dict[str, Parameter]:
+        """What merging puts into the base, where that is no update of rank r: name → parameter.
+
+        Args:
+            path: the module's path.
+            names: the adapters to merge.
+            shared: the values of the modules asked before, for those that are tied to them.
+
+        Raises:
+            AdapterError: a value would hold NaN or infinity.
+        """
+        return {}
 
     def prepare(self) -> None:
         """Add the mixin's own modules and attributes, empty."""

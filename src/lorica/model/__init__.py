@@ -15,6 +15,7 @@ from lorica.model.files import extract as extract
 from lorica.model.files import load_weights as load_weights
 from lorica.model.files import push_to_hub as push_to_hub
 from lorica.model.files import save as save
+from lorica.model.merging import plugins as plugins
 from lorica.model.merging.delta import delta_weight as delta_weight
 from lorica.model.merging.folded import MergeReport as MergeReport
 from lorica.model.merging.merge import merge as merge

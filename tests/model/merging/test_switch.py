@@ -148,7 +148,7 @@ class TestSwitch:
             monkeypatch.undo()
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(importlib.import_module("lorica.model.merging.merge"), "with_rows", interrupt)
+        monkeypatch.setattr(importlib.import_module("lorica.model.merging.merge"), "other_values", interrupt)
         with pytest.raises(KeyboardInterrupt):
             lorica.switch(model, "b")
         assert record(model) == before

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lorica.errors import TargetError
-from lorica.layers.base import PARTS, RULES, LoraLayer
+from lorica.layers.base import LoraLayer
+from lorica.layers.kinds import PARTS, RULES
 from lorica.layers.linear import LoraLinear
 from lorica.layers.saved import READERS
 from lorica.tree import Place

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from lorica import functional
 from lorica.adapter import Kind
 from lorica.errors import StateError, TargetError
-from lorica.layers.base import RULES, LoraLayer
+from lorica.layers.base import LoraLayer
+from lorica.layers.kinds import RULES
 from lorica.layers.plugins.opaque import check_multiplies, drawn, has_own_forward
 
 

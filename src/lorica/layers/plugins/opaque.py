@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from lorica import functional
 from lorica.errors import StateError, TargetError
-from lorica.layers.base import RULES, LoraLayer
+from lorica.layers.base import LoraLayer
+from lorica.layers.kinds import RULES
 from lorica.layers.linear import conv1d_class
 from lorica.layers.plugins.reading import reading_of
 from lorica.tree import Place

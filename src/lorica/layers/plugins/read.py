@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorica.errors import StateError, TargetError
-from lorica.layers.base import READ, RULES, LoraLayer
+from lorica.layers.base import LoraLayer
+from lorica.layers.kinds import READ, RULES
 from lorica.layers.linear import LoraLinear
 from lorica.layers.plugins.conv import LoraConv
 from lorica.layers.plugins.embedding import LoraEmbedding

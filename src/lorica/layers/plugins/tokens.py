@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn import functional as F
 
+from lorica.folding import check_finite
 from lorica.layers.plugins.ecosystem import AskedModule, base_of, fallback_property
 
 
@@ -109,6 +110,20 @@ class TrainedTokens(AskedModule):
         """W0 with the adapters' rows, rounded to its dtype; differentiable."""
         W0 = self.base_weight
         return W0.index_copy(0, self._index(names), self._rows(names).to(W0.dtype)) if names else W0
+
+    def merged_values(  # noqa: D102
+        self, path: str, names: Sequence[str], shared: dict[Any, Parameter]
+    ) -> dict[str, Parameter]:
+        own = [name for name in names if name in self.adapters]
+        if not own:
+            return {}
+        rows = [self.token_adapter.trainable_tokens_delta[name] for name in own]
+        key = self.base_weight, *rows
+        if key not in shared:
+            for each in rows:
+                check_finite(path, "rows", each.to(self.base_weight.dtype))
+            shared[key] = Parameter(self.with_rows(own).detach(), requires_grad=False)
+        return {"weight": shared[key]}
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the table to ids, or the head to ``(..., dim)``."""

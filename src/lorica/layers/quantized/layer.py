@@ -10,15 +10,17 @@ backward pass, and never kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 
 from lorica import functional
 from lorica.errors import StateError, TargetError
-from lorica.layers.base import RULES, LoraLayer
+from lorica.layers.base import LoraLayer
+from lorica.layers.kinds import RULES
 from lorica.layers.plugins.opaque import LoraOpaque, in_fused
 from lorica.layers.quantized import registry
 from lorica.layers.quantized.product import packed_linear
@@ -30,6 +32,8 @@ _BLOCK = 1 << 22  # elements of W0 that are unpacked at once to measure its rows
 
 class LoraQuantized(LoraOpaque):
     """A linear layer whose weight is packed in a way that a `Quantizer` reads and writes."""
+
+    packed: ClassVar[bool] = True
 
     @classmethod
     def is_read(cls, place: Place) -> bool:
@@ -107,6 +111,14 @@ class LoraQuantized(LoraOpaque):
     def storing(self, leaf: str, value: Tensor) -> dict[str, Any]:
         """As `LoraLayer.storing`, with the weight packed as W0 is."""
         return registry.requantize(self, value) if leaf == self.weight_name else super().storing(leaf, value)
+
+    def stored(self, attributes: Mapping[str, Any]) -> Tensor:
+        """As `LoraLayer.stored`; the layer holds the packed weight meanwhile, to unpack it."""
+        weight = attributes[self.weight_name]
+        if type(weight) is Parameter:
+            return weight
+        with registry.holding(self, attributes):
+            return self.base_rows(slice(None), self.precision)
 
     def check_mergeable(self) -> None:
         """Refuse nothing: a packed weight takes an update after unpacking."""

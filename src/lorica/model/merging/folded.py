@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lorica.adapter import Factors
-from lorica.errors import AdapterError, StateError, listing
-from lorica.folding import each_on_one_thread, one_thread
-from lorica.layers import LoraLayer, LoraParameters, TrainedTokens
-from lorica.layers.quantized import holding
+from lorica.errors import StateError, listing
+from lorica.folding import check_finite, each_on_one_thread, one_thread
+from lorica.layers import LoraLayer
 
 
 def check_mergeable(layers: Mapping[str, LoraLayer], names: tuple[str, ...]) -> None:
@@ -43,13 +41,10 @@ def check_mergeable(layers: Mapping[str, LoraLayer], names: tuple[str, ...]) -> 
 
 
 def merged_states(
-    layers: Mapping[str, LoraLayer],
-    packed: Container[str],
-    names: tuple[str, ...],
-    plain: torch.dtype | None,
+    layers: Mapping[str, LoraLayer], names: tuple[str, ...], plain: torch.dtype | None
 ) -> dict[str, dict[str, Any]]:
     """Path → name → the base's new value; with a dtype, packed weights become plain ones of that dtype."""
-    parameters = {path: room(layer, names, {}) for path, layer in layers.items() if path not in packed}
+    parameters = {path: room(layer, names, {}) for path, layer in layers.items() if not layer.packed}
     fold_all(layers, parameters, names)
     for path, own in parameters.items():
         for leaf, parameter in own.items():
@@ -117,40 +112,6 @@ def fold_all(
         targets,
         at_once=all(tensor.device.type == "cpu" for own in targets.values() for tensor in own.values()),
     )
-
-
-def with_rows(
-    modules: Mapping[str, TrainedTokens], names: tuple[str, ...]
-) -> dict[str, dict[str, Parameter]]:
-    """Path → the weight with the acting rows; tables that are tied in the base stay tied.
-
-    Raises:
-        AdapterError: a row would hold NaN or infinity.
-    """
-    made: dict[tuple[Tensor, ...], Parameter] = {}
-    tables = {}
-    for path, module in modules.items():
-        own = [name for name in names if name in module.adapters]
-        if not own:
-            continue
-        rows = [module.token_adapter.trainable_tokens_delta[name] for name in own]
-        key = module.base_weight, *rows
-        if key not in made:
-            for each in rows:
-                check_finite(path, "rows", each.to(module.base_weight.dtype))
-            made[key] = Parameter(module.with_rows(own).detach(), requires_grad=False)
-        tables[path] = {"weight": made[key]}
-    return tables
-
-
-def check_finite(path: str, leaf: str, merged: Tensor) -> None:
-    """Refuse a merged parameter that holds NaN or infinity; the caller then leaves the model as it was."""
-    # A sum is finite only if all its terms are, and much cheaper than a check of each.
-    if not math.isfinite(merged.detach().sum().item()) and not merged.isfinite().all():
-        raise AdapterError(
-            f"{path}: the merged {leaf} would hold NaN or infinity in {merged.dtype}; the model "
-            "is left as it was"
-        )
 
 
 @dataclass(frozen=True)
@@ -223,11 +184,7 @@ def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, row
 
 def state_loss(layer: LoraLayer, names: tuple[str, ...], state: dict[str, Any]) -> float:
     """`rounding_loss` of what `merged_states` returned."""
-    if isinstance(layer, LoraParameters):
-        lost, total = layer.lost(names, state)
-        return (lost / total) ** 0.5 if total else 0.0
-    weight = state[layer.weight_name]
-    if type(weight) is not Parameter:
-        with holding(layer, state):
-            weight = layer.base_rows(slice(None), layer.precision)
-    return rounding_loss(layer, names, weight)
+    if layer.lost is None:
+        return rounding_loss(layer, names, layer.stored(state))
+    lost, total = layer.lost(names, state)
+    return (lost / total) ** 0.5 if total else 0.0

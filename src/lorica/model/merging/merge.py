@@ -21,37 +21,19 @@ from lorica.adapter import Adapter
 from lorica.choice import names_in
 from lorica.config import family_of, method_of
 from lorica.errors import StateError, listing
-from lorica.layers import (
-    LayerState,
-    LoraLayer,
-    LoraQuantized,
-    SavedModule,
-    SwappedModule,
-    TrainedTokens,
-)
+from lorica.folding import check_finite
+from lorica.layers import LayerState, LoraLayer, SavedModule, SwappedModule
 from lorica.layers.quantized import set_attribute
 from lorica.model.merging.folded import (
     MergeReport,
-    check_finite,
     check_mergeable,
     fold_all,
     may_overflow,
     merged_states,
     room,
     state_loss,
-    with_rows,
 )
-from lorica.model.merging.packed import (
-    Into,
-    Unpacked,
-    check_into,
-    packed_layers,
-    plain_dtype,
-    plain_weights,
-    repack,
-    unpack,
-)
-from lorica.model.merging.ties import Ties
+from lorica.model.merging.steps import PACKED, STEPS, Into, MergeStep, Packed
 from lorica.model.merging.untouched import Held, check_untouched, held
 from lorica.model.pretrained import root as pretrained
 from lorica.model.sharded import STREAM, check_whole
@@ -81,15 +63,13 @@ class _Aside:
 class _Merged:
     """All that `restore` undoes.
 
-    `into` says what became of packed weights; `unpacked` holds the layers that became plain. `shown` says
-    whether the modules still have their adapted classes, with no adapter acting.
+    `shown` says whether the modules still have their adapted classes, with no adapter acting.
     """
 
     before: tuple[str, ...]
     modules: list[_Aside]
-    ties: Ties
-    into: Into | None = None
-    unpacked: Unpacked | None = None
+    steps: list[MergeStep]
+    packed: Packed | None
     shown: bool = False
 
     def show(self) -> None:
@@ -144,26 +124,25 @@ def merge(
     _check_merges(state, chosen)
     before = state.active
     state.round(root, rounding=True)
-    ties = Ties.of(root, stacked=state.stack is not None)
+    steps = [make(root, state) for make in STEPS]
     found = {place.path: place.module for place in walk(root)}
     swapped = {path: m for path, m in found.items() if isinstance(m, SwappedModule) and m.own_modules}
     layers = {path: m for path, m in swapped.items() if isinstance(m, LoraLayer)}
-    tables = {path: m for path, m in swapped.items() if isinstance(m, TrainedTokens)}
     try:
         state.activate(root, chosen)
         chosen = state.active
         for module in swapped.values():
             module.check_own_class()
         acting = {path: layer for path, layer in layers.items() if layer.acting()}
-        packed: dict[str, nn.Module] = {}
-        if into is not None or any(isinstance(layer, LoraQuantized) for layer in layers.values()):
-            packed = packed_layers(root)
-            check_into(into, [path for path in acting if path in packed])
+        packed = None
+        if into is not None or any(layer.packed for layer in layers.values()):
+            updated = [path for path, layer in acting.items() if layer.packed]
+            packed = next((found for look in PACKED if (found := look(root, into, updated))), None)
         check_mergeable(acting, chosen)
-        plain = plain_dtype(root) if packed and into == "dequantized" else None
-        merged = merged_states(acting, packed, chosen, plain)
-        weights = plain_weights(packed, merged, plain) if plain is not None else {}
-        rows = with_rows(tables, chosen) if tables else {}
+        merged = merged_states(acting, chosen, packed and packed.plain)
+        if packed is not None:
+            packed.take(merged)
+        others = other_values(swapped, chosen)
         losses = {path: state_loss(layers[path], chosen, tensors) for path, tensors in merged.items()}
     except BaseException:
         state.round(root, rounding=False)
@@ -172,6 +151,7 @@ def merge(
     if isinstance(root, pretrained.Pretrained):
         pretrained.leave(root)
         pretrained.keep_apart(root)
+    weights = {} if packed is None else packed.weights
     states = {  # plain weights follow once the layers are in their base form
         path: {leaf: value for leaf, value in tensors.items() if path not in weights or leaf != "weight"}
         for path, tensors in merged.items()
@@ -179,15 +159,15 @@ def merge(
     aside = _Merged(
         before,
         [
-            _set_aside(path, module, states.get(path, rows.get(path, {})), chosen)
+            _set_aside(path, module, states.get(path, others.get(path, {})), chosen)
             for path, module in swapped.items()
         ],
-        ties,
-        into=into if packed else None,
+        steps,
+        packed,
     )
-    if weights:
-        aside.unpacked = unpack(root, weights)
-    untied = ties.undo(root)
+    if packed is not None:
+        packed.do(root)
+    untied = [path for step in steps for path in step.do(root)]
     for item in aside.modules:
         item.note()
     state.merged, state.aside = chosen, aside
@@ -219,8 +199,8 @@ def switch(model: nn.Module, name: str) -> None:
         return
     aside: _Merged = state.aside
     _check_untouched(root, aside)
-    if aside.into is not None:
-        _exchange(model, name, state.merged, aside.into)
+    if aside.packed is not None:
+        _exchange(model, name, state.merged, aside.packed.into)
         return
     shown = aside.shown
     aside.show()
@@ -235,7 +215,8 @@ def switch(model: nn.Module, name: str) -> None:
                 for key, _, holder in layer.holders(name)
             }
             Adapter(state.configs[name], factors).check_finite()
-        aside.ties.redo(root)
+        for step in aside.steps:
+            step.undo(root)
         try:
             _refill(root, state, (name,))
             for path in doubtful:
@@ -246,7 +227,8 @@ def switch(model: nn.Module, name: str) -> None:
             _refill(root, state, state.merged)
             raise
         finally:
-            aside.ties.undo(root)
+            for step in aside.steps:
+                step.do(root)
     finally:
         if shown:
             state.active = ()
@@ -277,12 +259,13 @@ def restore(model: M) -> M:
     aside: _Merged = state.aside
     _check_untouched(root, aside)
     aside.hide()
-    if aside.unpacked is not None:
-        repack(root, aside.unpacked)
+    if aside.packed is not None:
+        aside.packed.undo(root)
     for item in aside.modules:
         SwappedModule.enter(item.module, item.state)
         _put_back(item)
-    aside.ties.redo(root)
+    for step in aside.steps:
+        step.undo(root)
     pretrained.enter(root)
     state.merged, state.aside = (), None
     state.round(root, rounding=False)
@@ -349,7 +332,7 @@ def _refill(root: nn.Module, state: AdapterState, names: tuple[str, ...]) -> Non
             merged[item.path] = room(layers[item.path], names, item.merged)
             item.merged |= merged[item.path]
     fold_all(layers, merged, names)
-    merged |= with_rows(_with_rows(aside), names)
+    merged |= other_values({item.path: item.module for item in aside.modules}, names)
     for item in aside.modules:
         for leaf, parameter in merged.get(item.path, {}).items():
             item.originals[leaf] = _put(item.module, leaf, parameter)
@@ -364,8 +347,11 @@ def _layers(aside: _Merged, names: tuple[str, ...]) -> dict[str, LoraLayer]:
     }
 
 
-def _with_rows(aside: _Merged) -> dict[str, TrainedTokens]:
-    return {item.path: item.module for item in aside.modules if isinstance(item.module, TrainedTokens)}
+def other_values(modules: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, dict[str, Parameter]]:
+    """Path → name → merged value, for the swapped modules whose adapters have no update of rank r."""
+    shared: dict[Any, Parameter] = {}
+    found = {path: module.merged_values(path, names, shared) for path, module in modules.items()}
+    return {path: own for path, own in found.items() if own}
 
 
 def _show_copy(item: _Aside, module: nn.Module, names: tuple[str, ...]) -> None:

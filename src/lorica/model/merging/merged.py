@@ -60,7 +60,8 @@ def as_unmerged(model: nn.Module) -> Iterator[None]:
     with behind_merge(model):
         aside = state.aside
         own = [(item, put(item.module, item.originals)) for item in aside.modules]
-        copies = {name: put_at(root, name, original) for name, original in aside.ties.copies.items()}
+        replaced = {name: p for step in aside.steps for name, p in step.originals.items()}
+        copies = {name: put_at(root, name, original) for name, original in replaced.items()}
         try:
             yield
         finally:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lorica.errors import StateError
 from lorica.layers.quantized import quantizer_of
-from lorica.model.merging.packed import packed_layers
+from lorica.model.merging.plugins.packed import packed_layers
 from lorica.state import find_adapted
 from lorica.tree import base_parameters
 

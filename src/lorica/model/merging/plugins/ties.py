@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lorica.model.merging.steps import STEPS, MergeStep
+from lorica.state import AdapterState
 from lorica.tree import base_parameters, parameter_at, put_at
 
 
 @dataclass(eq=False)
-class Ties:
+class Ties(MergeStep):
     """The ties of the base, and the changes that let a merged model be saved.
 
     Args:
         groups: names that share one parameter in the base.
-        copies: name that received a copy → the original.
+        originals: name that received a copy → the parameter before.
         joined: merged parameters that were replaced by an equal one.
         stacked: whether blocks share their weights (`layer_replication`), which no file records.
         config: the transformers configuration that said "tied".
@@ -26,19 +28,19 @@ class Ties:
 
     groups: list[list[str]]
     stacked: bool = False
-    copies: dict[str, Parameter] = field(default_factory=dict)
+    originals: dict[str, Parameter] = field(default_factory=dict)
     joined: list[Parameter] = field(default_factory=list)
     config: Any = None
 
     @classmethod
-    def of(cls, root: nn.Module, *, stacked: bool = False) -> Ties:
+    def of(cls, root: nn.Module, state: AdapterState) -> Ties:
         """The ties of a model that holds the base's own weights."""
         names: dict[Parameter, list[str]] = {}
         for name, parameter in base_parameters(root).items():
             names.setdefault(parameter, []).append(name)
-        return cls([group for group in names.values() if len(group) > 1], stacked)
+        return cls([group for group in names.values() if len(group) > 1], state.stack is not None)
 
-    def undo(self, root: nn.Module) -> list[str]:
+    def do(self, root: nn.Module) -> list[str]:
         """Let a transformers model save weights that are no longer equal; returns the modules concerned.
 
         A file that says "tied" would lose one of two weights that differ, so the configuration must not say
@@ -57,7 +59,7 @@ class Ties:
                     parameter = parameter_at(root, name)
                     if parameter in held:
                         copy = Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-                        self.copies[name] = put_at(root, name, copy)
+                        self.originals[name] = put_at(root, name, copy)
                     held.add(parameter)
         return list(dict.fromkeys(name.rpartition(".")[0] for names in apart for name in names))
 
@@ -71,11 +73,11 @@ class Ties:
                     self.joined.append(put_at(root, name, first))
                     other.data = first.data
 
-    def redo(self, root: nn.Module) -> None:
-        """Take back `undo`, except for parameters that others put back."""
-        for name, parameter in self.copies.items():
+    def undo(self, root: nn.Module) -> None:
+        """Take back `do`, except for parameters that others put back."""
+        for name, parameter in self.originals.items():
             put_at(root, name, parameter)
-        self.copies.clear()
+        self.originals.clear()
         for parameter in self.joined:  # another merge may write to it
             parameter.data = torch.empty_like(parameter)
         self.joined.clear()
@@ -86,3 +88,6 @@ class Ties:
 def _equal(one: Tensor, other: Tensor) -> bool:
     alike = one.dtype == other.dtype and one.device == other.device and one.shape == other.shape
     return alike and torch.equal(one, other)
+
+
+STEPS.append(Ties.of)
