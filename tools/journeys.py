@@ -47,6 +47,7 @@ PLUGINS = (
     "layers/slots",
     "pieces/plugins",
     "inits/plugins",
+    "model/hub",
     "model/merging/plugins",
     "model/mixed",
     "model/pretrained",

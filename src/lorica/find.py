@@ -20,7 +20,6 @@ from lorica.check import (
     layer_class,
 )
 from lorica.config import AdapterConfig, LoraConfig, full_match
-from lorica.config.default_targets import BY_TYPE, QUERY_VALUE
 from lorica.errors import LoricaWarning, TargetError, listing, nearest
 from lorica.layers import LoraLayer, SavedModule
 from lorica.tree import (
@@ -41,6 +40,13 @@ HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+
+
+# What `target_modules=None` means; `lorica.pieces.plugins.architectures` knows many.
+BY_TYPE: dict[str, list[str] | str] = {}
+"""`model_type` of a model's configuration → names, or a regular expression."""
+QUERY_VALUE: list[tuple[str, ...]] = []
+"""Names of query and value projections in other models, most specific first."""
 
 
 class Target(NamedTuple):

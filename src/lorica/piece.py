@@ -162,6 +162,16 @@ class Piece(ABC):
             "without values; make the model whole, or lorica.load_weights what it holds"
         )
 
+    def unlike(self, root: nn.Module, name: str, adapter: Any) -> Iterator[str]:
+        """What an adapter of the same tensors means otherwise, a line each.
+
+        Args:
+            root: the model.
+            name: of the adapter that the piece is of.
+            adapter: the other one, as a value.
+        """
+        return iter(())
+
     def stand_ins(self, name: str) -> Mapping[str, Tensor]:
         """Name of a parameter or buffer of the base → its replacement while the adapter acts."""
         return {}

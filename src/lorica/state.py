@@ -267,26 +267,6 @@ class AdapterState(Choices):
                     "before it is moved"
                 )
 
-    def choose(self, names: tuple[str, ...]) -> None:
-        """`activate` for a layer, which does not know its model.
-
-        Raises:
-            AdapterError: as `activate`.
-            StateError: an adapter is merged, or one of those concerned replaces parameters of the base.
-        """
-        names = tuple(dict.fromkeys(map(self.known, names)))
-        if names == self.active:
-            return
-        self.check_unmerged("choose another adapter")
-        placing = [name for name in {*names, *self.active} if self.stand_ins(name)]
-        if placing:
-            raise StateError(
-                f"{listing(map(repr, sorted(placing)))} changes parameters of the base (a start taken out of "
-                "it, or trained biases), so a layer alone cannot switch it; call set_adapter on the model, "
-                "or lorica.active"
-            )
-        self.activate(_NOWHERE, names)
-
     @contextlib.contextmanager
     def originals_in_place(self, root: nn.Module) -> Iterator[None]:
         """Put the base's own parameters back into the model for the length of a block."""
@@ -343,9 +323,6 @@ class AdapterState(Choices):
             for name in self.configs
             if any(parameter.requires_grad for parameter in self.parameters_of(name))
         ]
-
-
-_NOWHERE = nn.Module()
 
 
 def find_adapted(model: nn.Module) -> tuple[nn.Module, AdapterState] | None:

@@ -19,8 +19,8 @@ from torch import nn
 import lorica
 import lorica.peft
 from lorica.checkpoint.peft_tensors import to_tensors
-from lorica.config.default_targets import BY_TYPE
 from lorica.errors import TargetError
+from lorica.pieces.plugins.architectures import BY_TYPE
 
 # PEFT warns of its own patterns for parameters, and of what transformers will rename.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -23,8 +23,11 @@ from lorica.layers.plugins.read import Uncalled as Uncalled
 from lorica.layers.plugins.added import AddedModule as AddedModule
 from lorica.layers.plugins.added import Part as Part
 from lorica.layers.plugins.added import Plan as Plan
+from lorica.layers.plugins.biased import BIASED as BIASED
+from lorica.layers.plugins.dora import DORA as DORA
 from lorica.layers.plugins.ecosystem import AskedModule as AskedModule
 from lorica.layers.plugins.experts import LoraParameters as LoraParameters
+from lorica.layers.plugins.offloaded import OffloadedFactor as OffloadedFactor
 from lorica.layers.plugins.reading import reading_of as reading_of
 from lorica.layers.plugins.tied import TiedFactor as TiedFactor
 from lorica.layers.plugins.tied import tie_factors as tie_factors

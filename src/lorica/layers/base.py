@@ -19,7 +19,7 @@ from lorica.adapter import Factors, Kind
 from lorica.errors import StateError, TargetError
 from lorica.folding import fold
 from lorica.layers.swapped import Factor, SwappedModule, blank
-from lorica.layers.variants import BIASED, DORA, PLAIN, Variant
+from lorica.layers.variants import PLAIN, VARIANTS, Variant
 from lorica.tree import Place
 
 
@@ -277,12 +277,12 @@ class LoraLayer(SwappedModule):
     def add_magnitude(self, name: str, magnitude: Parameter) -> None:
         """Add an adapter's magnitudes."""
         self.lora_magnitude_vector._modules[name] = Factor.of(magnitude)
-        self.variants[name] = DORA
+        self.variants[name] = VARIANTS["dora"]
 
     def add_bias(self, name: str, bias: Parameter) -> None:
         """Add the bias on an adapter's B."""
         self.lora_B[name].bias = bias
-        self.variants[name] = BIASED
+        self.variants[name] = VARIANTS["biased"]
 
     def remove_factors(self, name: str) -> None:
         """Remove an adapter's factors and magnitudes."""
@@ -354,8 +354,8 @@ class LoraLayer(SwappedModule):
         """
         into = out or {}
         result = {self.weight_name: self.fold(names, out=into.get(self.weight_name))}
-        biased = [name for name in names if self.variants.get(name) is BIASED]
-        shifts = [BIASED.shift(self, name).detach() for name in biased]
+        found = (self.variants[name].shift(self, name) for name in names if name in self.variants)
+        shifts = [shift.detach() for shift in found if shift is not None]
         if shifts:
             bias = self.get_base("bias").detach()
             total = bias.to(torch.promote_types(bias.dtype, torch.float32)) + torch.stack(shifts).sum(0)
@@ -398,30 +398,6 @@ class LoraLayer(SwappedModule):
                 turned = variant.weight(self, name, own, folded, everything).detach()
                 result = turned if len(names) == 1 else result + (turned - own)
         return result
-
-    def merged_weight(self) -> Tensor:
-        """W0 plus the acting adapters' delta weights, with a graph: for code that reads the weight itself.
-
-        Returns:
-            The sum in W0's layout and dtype, computed in float32 or W0's higher precision.
-        """
-        weight, names, everything = self.base_weight, self.acting(), slice(None)
-        if not names or self.shard_of(self.weight_name) is not None:
-            return weight
-        stands = result = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-        for name in names:
-            A, B, scale, _ = self.update_of(name)
-            A, B = A.flatten(1).to(stands.dtype), B.flatten(1).to(stands.dtype)
-            left, right = (A.t(), B.t()) if self.transposed else (B, A)
-            variant = self.variants[name]
-            if not variant.turns:
-                result = torch.addmm(result, left, right, alpha=scale)
-            else:
-                own = self.weight_beside(name)
-                own = stands if own is None else own.flatten(1).to(stands.dtype)
-                folded = torch.addmm(own, left, right, alpha=scale)
-                result = result + (variant.weight(self, name, own, folded, everything) - own)
-        return result.view(weight.shape).to(weight.dtype)
 
     def along_outputs(self, vector: Tensor) -> Tensor:
         """One number per output (d_out,), shaped to multiply the layer's output."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lorica import functional
 from lorica.layers.base import LoraLayer
 from lorica.layers.kinds import RULES
-from lorica.layers.variants import BIASED, DORA, PLAIN
+from lorica.layers.variants import PLAIN
 
 
 class LoraLinear(LoraLayer):
@@ -20,7 +20,7 @@ class LoraLinear(LoraLayer):
     bias: Tensor | None
     reads: ClassVar[tuple[str, ...]] = ("bias",)
 
-    def _base(self) -> tuple[Tensor, Tensor | None]:
+    def base(self) -> tuple[Tensor, Tensor | None]:
         """W0 as (d_out, d_in), and the bias."""
         try:
             bias = self._parameters["bias"]
@@ -37,22 +37,16 @@ class LoraLinear(LoraLayer):
             return super().forward(input) if y is None else y
         if len(names) != 1:
             return super().forward(input) if names else self.base_forward(input)
-        A, B, scale, p = self.update_of(names[0])
         variant = self.variants[names[0]]
-        weight, bias = self._base()
         if variant is not PLAIN:
-            if variant is DORA and self.weight_beside(names[0]) is None:
-                y = functional.lora_linear(input, weight, bias, A, B, scale, p)
-                return DORA.rescaled(y, DORA.ratio(self, names[0]), bias)
-            if variant is not BIASED:
-                return super().forward(input)
-            shift = BIASED.shift(self, names[0])
-            bias = shift.to(weight.dtype) if bias is None else bias + shift.to(bias.dtype)
-        return functional.lora_linear(input, weight, bias, A, B, scale, p)
+            y = variant.linear(self, names[0], input)
+            return super().forward(input) if y is None else y
+        weight, bias = self.base()
+        return functional.lora_linear(input, weight, bias, *self.update_of(names[0]))
 
     def base_forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``W0·x + b``, whatever the attribute `weight` shows."""
-        return F.linear(input, *self._base())
+        return F.linear(input, *self.base())
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         return F.linear(x, self.as_matrix(weight))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
@@ -42,6 +41,8 @@ def blank(cls: type[M]) -> M:
 class Factor(nn.Module):
     """A `weight`, maybe a `bias`: live names are the ecosystem's own, ``query.lora_A.default.weight``."""
 
+    offloaded: ClassVar[type[nn.Module]]
+    """Its class while accelerate keeps the values elsewhere."""
     weight: Parameter
     bias: Parameter | None
 
@@ -49,7 +50,7 @@ class Factor(nn.Module):
         """Assign as a module does; a factor that accelerate offloads changes class to fetch its values."""
         super().__setattr__(name, value)
         if name == "_hf_hook":
-            object.__setattr__(self, "__class__", OffloadedFactor)
+            object.__setattr__(self, "__class__", self.offloaded)
 
     @classmethod
     def of(cls, weight: Parameter) -> Self:
@@ -57,31 +58,6 @@ class Factor(nn.Module):
         factor = blank(cls)
         factor._parameters.update(weight=weight, bias=None)
         return factor
-
-
-class OffloadedFactor(Factor):
-    """A factor whose values accelerate keeps elsewhere (`cpu_offload`, `disk_offload`); for inference.
-
-    accelerate fetches values when a module is called, and a factor is only read.
-    """
-
-    @property
-    def weight(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The values, on the device that computes."""
-        return self._brought("weight")
-
-    @property
-    def bias(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The bias, likewise."""
-        return self._brought("bias")
-
-    def _brought(self, leaf: str) -> Any:
-        held, hook = self._parameters[leaf], self.__dict__.get("_hf_hook")
-        while hook is not None and getattr(hook, "weights_map", None) is None:  # several in one
-            hook = next((h for h in getattr(hook, "hooks", ()) if getattr(h, "weights_map", None)), None)
-        if held is None or not held.is_meta or hook is None:
-            return held
-        return hook.weights_map[leaf].to(hook.execution_device)
 
 
 class LayerState(NamedTuple):
@@ -262,21 +238,6 @@ class SwappedModule(nn.Module):
     def mixin(cls) -> type[SwappedModule]:
         """The mixin that `swapped_class` joined with the module's own class."""
         return cls.swapped_by
-
-
-@contextmanager
-def without_outermost(module: nn.Module) -> Iterator[None]:
-    """Take the outermost class off a module for the length of a block, so that another can join or leave."""
-    mixin = type(module).swapped_by if isinstance(module, SwappedModule) else None
-    if mixin is None or not mixin.outermost:
-        yield
-        return
-    # Not `leave()`, which would take off the other host's modules.
-    module.__class__ = type(module).base_class  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        mixin.swap(module)
 
 
 def _first_parameter(module: nn.Module) -> Parameter | None:

@@ -5,7 +5,7 @@
     biased   y + s·(B·A·x + b)                   W0 + s·B·A, and s·b on the layer's bias
 
 A variant is a class with two methods, `Variant.effect` and `Variant.weight`, registered under its value of
-`LoraConfig.variant`; DoRA and the bias have fields of their own there, as in PEFT.
+`LoraConfig.variant`; DoRA and the bias (`lorica.layers.plugins`) have fields of their own there, as in PEFT.
 """
 
 from __future__ import annotations
@@ -76,6 +76,20 @@ class Variant(ABC):
             rows: their indices.
         """
 
+    def linear(self, layer: Any, name: str, x: Tensor) -> Tensor | None:
+        """A linear layer's output in one step; None where `effect` is to be added to the base's.
+
+        Args:
+            layer: the adapted layer (`LoraLinear`).
+            name: the adapter's name.
+            x: the layer's input (..., d_in).
+        """
+        return None
+
+    def shift(self, layer: Any, name: str) -> Tensor | None:
+        """What the adapter adds to the layer's bias (d_out,), if it does."""
+        return None
+
     def turning(self, layer: Any, name: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, slice], Tensor]:
         """A function like `weight` for many blocks of rows; what they share is computed once."""
         return partial(self.weight, layer, name)
@@ -102,66 +116,4 @@ class Plain(Variant):
         return folded
 
 
-class Biased(Plain):
-    """A trained bias b on B: ``scale·b`` is added to every output (`lora_bias`)."""
-
-    name: ClassVar[str] = "biased"
-
-    def effect(self, layer: Any, name: str, x: Tensor, base: Tensor) -> Tensor:  # noqa: D102
-        shift = self.shift(layer, name).to(base.dtype)
-        return super().effect(layer, name, x, base) + layer.along_outputs(shift)
-
-    def shift(self, layer: Any, name: str) -> Tensor:
-        """``scale·b`` (d_out,)."""
-        return layer.scaling[name] * layer.bias_parameter(name)
-
-
-class Dora(Variant):
-    """A trained magnitude per output: rows of ``W0 + scale·B·A`` are rescaled to that norm.
-
-    Source: Liu et al., 2024, §4.
-    """
-
-    name: ClassVar[str] = "dora"
-
-    def effect(self, layer: Any, name: str, x: Tensor, base: Tensor) -> Tensor:  # noqa: D102
-        update = layer.update(name, x).to(base.dtype)
-        ratio, bias = (
-            layer.along_outputs(self.ratio(layer, name).to(base.dtype)),
-            getattr(layer, "bias", None),
-        )
-        own = layer.weight_beside(name)
-        if own is not None:
-            without_bias = layer.multiply(x, own).to(base.dtype)
-        else:
-            without_bias = base if bias is None else base - layer.along_outputs(bias.to(base.dtype))
-        return ratio * update + (ratio - 1) * without_bias
-
-    def weight(self, layer: Any, name: str, W0: Tensor, folded: Tensor, rows: slice) -> Tensor:  # noqa: D102
-        return self.turning(layer, name, folded.dtype)(W0, folded, rows)
-
-    def turning(self, layer: Any, name: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, slice], Tensor]:  # noqa: D102
-        ratio = layer.along_rows(self.ratio(layer, name, dtype).to(dtype))
-        return lambda W0, folded, rows: folded * (ratio if layer.transposed else ratio[rows])
-
-    @staticmethod
-    def rescaled(y: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
-        """``ratio ⊙ (W0·x + s·B·A·x) + b`` of a linear layer, from ``y = W0·x + s·B·A·x + b`` (eq. 5)."""
-        ratio = ratio.to(y.dtype)
-        if bias is None:
-            return y * ratio
-        # The bias passes the ratio and its rest is added: at a ratio of 1 this is the base's output, bit for
-        # bit. A bias added afterwards would be rounded otherwise than the base's kernel rounds it.
-        return torch.addcmul(bias.to(y.dtype) * (1 - ratio), y, ratio)
-
-    def ratio(self, layer: Any, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Magnitude over norm per row of ``W0 + scale·B·A`` (d_out,)."""
-        *factors, scale, _ = layer.update_of(name)
-        A, B = (factor.flatten(1).to(dtype or factor.dtype) for factor in factors)
-        magnitude = layer.magnitude_parameter(name)
-        return magnitude / layer.row_norm(layer, A, B, scale, layer.weight_beside(name))
-
-
-PLAIN, BIASED, DORA = Plain(), Biased(), Dora()
-for _variant in (PLAIN, BIASED, DORA):
-    register(_variant)
+PLAIN = register(Plain())

@@ -13,8 +13,8 @@ from lorica.model.count import ParameterCount as ParameterCount
 from lorica.model.count import trainable_parameters as trainable_parameters
 from lorica.model.files import extract as extract
 from lorica.model.files import load_weights as load_weights
-from lorica.model.files import push_to_hub as push_to_hub
 from lorica.model.files import save as save
+from lorica.model.hub import push_to_hub as push_to_hub
 from lorica.model.merging import plugins as plugins
 from lorica.model.merging.delta import delta_weight as delta_weight
 from lorica.model.merging.folded import MergeReport as MergeReport

@@ -6,8 +6,6 @@ extract, save   pieces ──▶ tensors        load_weights   a file's tensors 
 from __future__ import annotations
 
 import dataclasses
-import math
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from lorica import checkpoint
-from lorica.adapter import TOKEN_ROWS, Adapter
+from lorica.adapter import Adapter
 from lorica.checkpoint.peft import read as read_folder
 from lorica.config import AdapterConfig, LoraConfig, changes_base
-from lorica.errors import AdapterError, ConfigError, LoricaWarning, TargetError, lines
+from lorica.errors import AdapterError, LoricaWarning, lines
 from lorica.model.pretrained.classes import names_of, take
 from lorica.model.pretrained.vocabulary import with_resized_tables
 from lorica.model.sharded import once
 from lorica.piece import Contents
 from lorica.pieces import fill, misfits
 from lorica.pieces.low_rank import LowRank
-from lorica.pieces.plugins.tokens import TokenRows, token_rows
 from lorica.reading import as_path
 from lorica.state import AdapterState, adapted, in_group
 from lorica.tree import as_uncompiled, base_parameters, is_sharded, whole
@@ -134,60 +131,6 @@ def save(
     return once(root, lambda: checkpoint.write(content, directory), directory)
 
 
-def push_to_hub(
-    source: nn.Module | Adapter | str | Path,
-    repo_id: str,
-    name: str | None = None,
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Upload an adapter to the Hub in one commit; creates the repository if necessary.
-
-    Args:
-        source: adapted model, adapter as a value, or folder with an adapter; nothing else is uploaded.
-        repo_id: name of the repository, ``"user/sentiment"``.
-        name: the name of the model's adapter; None takes the only one, or the only active one.
-        subfolder: path of the adapter inside the repository; None for the top.
-        revision: branch; created if it does not exist. None is the main branch.
-        private: whether a new repository is private; None takes the account's default.
-        token: the account's token; None takes that of ``HF_TOKEN`` or ``hf auth login``.
-        commit_message: title of the commit.
-        create_pr: open a pull request instead of committing to the branch.
-
-    Returns:
-        URL of the commit, or of the pull request.
-
-    Raises:
-        AdapterError: no such adapter, more than one to choose from, or NaN or infinity in its tensors.
-        StateError: an adapter is merged, or none was ever put on.
-        FileError: the adapter is damaged, or the Hub cannot be reached or refuses.
-        ConfigError: the repository is there already, and public where private was asked, or the reverse.
-        MissingExtra: huggingface_hub is not installed.
-    """
-    with tempfile.TemporaryDirectory() as stage:
-        if isinstance(source, nn.Module):
-            source = with_resized_tables(extract(source, name), adapted(source)[0])
-        elif name is not None:
-            raise ConfigError(
-                f"name={name!r} chooses among a model's adapters; {type(source).__name__} has one"
-            )
-        return checkpoint.push(
-            checkpoint.write(source, stage) if isinstance(source, Adapter) else source,
-            repo_id,
-            subfolder=subfolder,
-            revision=revision,
-            private=private,
-            token=token,
-            commit_message=commit_message,
-            create_pr=create_pr,
-        )
-
-
 def load_weights(model: nn.Module, directory: str | Path, name: str | None = None) -> None:
     """Give an adapter on the model the values saved in a folder, as a resumed training does.
 
@@ -257,11 +200,8 @@ def fitting(
         *shapes.values(),
     ]
     problems = problems or _torn(state, name, new)
-    unlike = [
-        *_scales(state, name, given),
-        *_tokens(root, state, name, adapter),
-        *_base(state.configs[name], adapter.config, starts),
-    ]
+    unlike = list(dict.fromkeys(line for piece in pieces for line in piece.unlike(root, name, given)))
+    unlike += _base(state.configs[name], adapter.config, starts)
     if problems or (unlike and strict):
         raise AdapterError(f"the adapter does not fit the one on the model:\n{lines([*problems, *unlike])}")
     if unlike:
@@ -296,34 +236,6 @@ def _tables(root: nn.Module, new: Mapping[str, Tensor]) -> set[str]:
 
 def _equal(tensor: Tensor, base: Tensor) -> bool:
     return torch.equal(tensor.to(base), base)
-
-
-def _scales(state: AdapterState, name: str, adapter: Adapter) -> Iterator[str]:
-    """Updates whose scale differs in the adapter."""
-    live = {piece.path: piece for piece in state.pieces[name] if isinstance(piece, LowRank)}
-    for path, factors in adapter.factors.items():
-        ours = live[path].scale(name) if path in live else factors.scale
-        if not math.isclose(factors.scale, ours, rel_tol=1e-6):
-            yield f"scale of {path}: {factors.scale:g} in the adapter, {ours:g} on the model"
-
-
-def _tokens(root: nn.Module, state: AdapterState, name: str, adapter: Adapter) -> Iterator[str]:
-    """Tables whose trained rows belong to other tokens in the adapter."""
-    if not any(key.endswith(TOKEN_ROWS) for key in adapter.extras):
-        return
-    try:
-        found = token_rows(root, adapter.config.members()[0], (), ())
-    except TargetError as error:
-        yield str(error)
-        return
-    theirs = {path: table.indices for table in found for path in table.modules}
-    for table in state.pieces[name]:
-        if isinstance(table, TokenRows):
-            for path in table.modules:
-                if path in theirs and theirs[path] != table.indices:
-                    yield (
-                        f"tokens of {path}: {[*theirs[path]]} in the adapter, {[*table.indices]} on the model"
-                    )
 
 
 def _base(ours: AdapterConfig, theirs: AdapterConfig, starts: Mapping[str, object]) -> Iterator[str]:

@@ -8,6 +8,7 @@ while the adapter acts. W0 itself is set aside and never written to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lorica import inits
-from lorica.adapter import Factors
+from lorica.adapter import Adapter, Factors
 from lorica.check import (
     check_adaptable,
     check_bias,
@@ -146,6 +147,15 @@ class LowRank(Piece):
     def scale(self, name: str) -> float:
         """The factor of its product B·A."""
         return self.layer.scaling[name] if self.begun is None else self.begun.scale
+
+    def unlike(self, root: nn.Module, name: str, adapter: Adapter) -> Iterator[str]:
+        """Another scale."""
+        factors = adapter.factors.get(self.path)
+        if factors is None:
+            return
+        ours = self.scale(name)
+        if not math.isclose(factors.scale, ours, rel_tol=1e-6):
+            yield f"scale of {self.path}: {factors.scale:g} in the adapter, {ours:g} on the model"
 
     def stand_ins(self, name: str) -> Mapping[str, Tensor]:  # noqa: D102
         return {} if self.start is None else {self.target.weight_path: self.start.weight}

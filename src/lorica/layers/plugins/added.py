@@ -6,6 +6,7 @@ module ──take──▶ module + {adapter name: part}         the part change
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -62,6 +63,21 @@ class AddedModule(SwappedModule):
     def remove_part(self, name: str) -> None:
         """Remove an adapter's part."""
         del self.parts[name]
+
+
+@contextmanager
+def without_outermost(module: nn.Module) -> Iterator[None]:
+    """Take the outermost class off a module for the length of a block, so that another can join or leave."""
+    mixin = type(module).swapped_by if isinstance(module, SwappedModule) else None
+    if mixin is None or not mixin.outermost:
+        yield
+        return
+    # Not `leave()`, which would take off the other host's modules.
+    module.__class__ = type(module).base_class  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        mixin.swap(module)
 
 
 class Part(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lorica.errors import TargetError
@@ -12,6 +13,31 @@ from lorica.layers.kinds import PARTS, RULES
 from lorica.layers.linear import LoraLinear
 from lorica.layers.saved import READERS
 from lorica.tree import Place
+
+
+def merged_weight(layer: LoraLayer) -> Tensor:
+    """W0 plus the acting adapters' delta weights, with a graph: for code that reads the weight itself.
+
+    Returns:
+        The sum in W0's layout and dtype, computed in float32 or W0's higher precision.
+    """
+    weight, names, everything = layer.base_weight, layer.acting(), slice(None)
+    if not names or layer.shard_of(layer.weight_name) is not None:
+        return weight
+    stands = result = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
+    for name in names:
+        A, B, scale, _ = layer.update_of(name)
+        A, B = A.flatten(1).to(stands.dtype), B.flatten(1).to(stands.dtype)
+        left, right = (A.t(), B.t()) if layer.transposed else (B, A)
+        variant = layer.variants[name]
+        if not variant.turns:
+            result = torch.addmm(result, left, right, alpha=scale)
+        else:
+            own = layer.weight_beside(name)
+            own = stands if own is None else own.flatten(1).to(stands.dtype)
+            folded = torch.addmm(own, left, right, alpha=scale)
+            result = result + (variant.weight(layer, name, own, folded, everything) - own)
+    return result.view(weight.shape).to(weight.dtype)
 
 
 class LoraReadLinear(LoraLinear):
@@ -28,7 +54,7 @@ class LoraReadLinear(LoraLinear):
     @property
     def weight(self) -> Tensor:
         """W0 + Σ scale·B·A of the active adapters; W0 itself stays in `base_weight`."""
-        return self.merged_weight()
+        return merged_weight(self)
 
 
 class LoraAttentionOutput(LoraReadLinear):
@@ -67,7 +93,7 @@ class LoraAttention(LoraLayer):
     @property
     def in_proj_weight(self) -> Tensor:
         """W0 + Σ scale·B·A of the active adapters; W0 itself stays in `base_weight`."""
-        return self.merged_weight()
+        return merged_weight(self)
 
 
 def _attention(found: type[LoraLayer] | None, module: nn.Module) -> type[LoraLayer] | None:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lorica.errors import AdapterError, ConfigError, StateError
+from lorica.errors import AdapterError, ConfigError, StateError, listing
 from lorica.layers.base import LoraLayer
 from lorica.layers.saved import SavedModule
 from lorica.layers.swapped import SwappedModule, accompany, blank
+from lorica.state import AdapterState
 
 if TYPE_CHECKING:
     from typing import Self
@@ -98,7 +99,7 @@ class AskedModule(SwappedModule):
             StateError: an adapter is merged, or brings more than updates, which the model itself must place.
         """
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        self.adapter_state.choose(names)
+        _choose(self.adapter_state, names)
         for name, parameter in self.brought():
             parameter.requires_grad_(name in names and not inference_mode)
 
@@ -111,11 +112,11 @@ class AskedModule(SwappedModule):
         state = self.adapter_state
         if enabled and state.resting is not None:
             names = tuple(name for name in state.resting if name in state.configs)
-            state.choose(names)
+            _choose(state, names)
             state.resting = None
         elif not enabled and state.resting is None:
             before = state.active
-            state.choose(())
+            _choose(state, ())
             state.resting = before
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
@@ -297,6 +298,30 @@ class AskedCopies(AskedModule):
 
     def _chosen(self) -> list[str]:
         return [name for name in self._chosen_by_all() if name in self.modules_to_save]
+
+
+def _choose(state: AdapterState, names: tuple[str, ...]) -> None:
+    """`AdapterState.activate` for a layer, which does not know its model.
+
+    Raises:
+        AdapterError: as `activate`.
+        StateError: an adapter is merged, or one of those concerned replaces parameters of the base.
+    """
+    names = tuple(dict.fromkeys(map(state.known, names)))
+    if names == state.active:
+        return
+    state.check_unmerged("choose another adapter")
+    placing = [name for name in {*names, *state.active} if state.stand_ins(name)]
+    if placing:
+        raise StateError(
+            f"{listing(map(repr, sorted(placing)))} changes parameters of the base (a start taken out of "
+            "it, or trained biases), so a layer alone cannot switch it; call set_adapter on the model, "
+            "or lorica.active"
+        )
+    state.activate(_NOWHERE, names)
+
+
+_NOWHERE = nn.Module()
 
 
 def base_of(module: SwappedModule) -> nn.Module:

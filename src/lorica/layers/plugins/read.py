@@ -19,12 +19,13 @@ from lorica.errors import StateError, TargetError
 from lorica.layers.base import LoraLayer
 from lorica.layers.kinds import READ, RULES
 from lorica.layers.linear import LoraLinear
+from lorica.layers.plugins.attention import merged_weight
+from lorica.layers.plugins.biased import BIASED
 from lorica.layers.plugins.conv import LoraConv
 from lorica.layers.plugins.embedding import LoraEmbedding
 from lorica.layers.plugins.opaque import LoraOpaque, has_own_forward
 from lorica.layers.plugins.reading import reading_of
 from lorica.layers.saved import READERS
-from lorica.layers.variants import BIASED
 from lorica.tree import Place
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,14 +68,14 @@ class ReadWeight(LoraLayer):
                 f"the weight of an adapted {self.base_class.__name__} {tuple(self.base_shape)} is read past "
                 f"its forward, {what}, or leave the layer out (exclude_modules)"
             )
-        return self.merged_weight()
+        return merged_weight(self)
 
 
 class LoraReadLinear(ReadWeight, LoraLinear):
     """A linear layer that is both called and read, such as Bloom's `dense`."""
 
     def base_forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
-        return F.linear(input, *self._base())
+        return F.linear(input, *self.base())
 
 
 class LoraReadConv(ReadWeight, LoraConv):

@@ -21,10 +21,12 @@ from lorica import functional
 from lorica.errors import StateError, TargetError
 from lorica.layers.base import LoraLayer
 from lorica.layers.kinds import RULES
+from lorica.layers.plugins.biased import BIASED
+from lorica.layers.plugins.dora import DORA
 from lorica.layers.plugins.opaque import LoraOpaque, in_fused
 from lorica.layers.quantized import registry
 from lorica.layers.quantized.product import packed_linear
-from lorica.layers.variants import BIASED, DORA, PLAIN
+from lorica.layers.variants import PLAIN
 from lorica.tree import Place
 
 _BLOCK = 1 << 22  # elements of W0 that are unpacked at once to measure its rows: 16 MB of float32

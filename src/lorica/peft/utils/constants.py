@@ -5,7 +5,7 @@ from __future__ import annotations
 from lorica.checkpoint.peft import CONFIG_FILE as CONFIG_NAME
 from lorica.checkpoint.peft import PICKLED_FILE as WEIGHTS_NAME
 from lorica.checkpoint.peft import WEIGHTS_FILE as SAFETENSORS_WEIGHTS_NAME
-from lorica.config.default_targets import BY_TYPE
+from lorica.pieces.plugins.architectures import BY_TYPE
 
 __all__ = ["CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME"]
 

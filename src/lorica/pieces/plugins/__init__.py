@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorica.pieces.plugins import added as added
+from lorica.pieces.plugins import architectures as architectures
 from lorica.pieces.plugins import looked_up as looked_up
 from lorica.pieces.plugins import parameters as parameters
 from lorica.pieces.plugins import renamed as renamed

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorica.check import check_replaceable
 from lorica.errors import TargetError, listing
 from lorica.layers import Part, Plan, SwappedModule
-from lorica.layers.swapped import without_outermost
+from lorica.layers.plugins.added import without_outermost
 from lorica.piece import Beginning, Held, Piece, Rows
 from lorica.pieces import KINDS, Kind, Search
 from lorica.state import AdapterState

@@ -2,23 +2,24 @@
 
 They replace the base's while their adapter acts, as trained biases do. So training moves the adapter's
 statistics and leaves the base's bit for bit; a file holds those that moved. While no adapter acts, a pass
-does not move the base's either (`lorica.layers.plugins.still`).
+does not move the base's either (`mixed`, `disabled`, a frozen adapter): it moves copies, dropped after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lorica.layers import SavedModule
-from lorica.layers.plugins.still import keep_still, release
+from lorica.layers.hooks import CallHooks, guard
 from lorica.piece import Beginning, Held, Piece, Rows
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
-from lorica.tree import join, within_any
+from lorica.tree import join, walk, within_any
 
 
 class RunningStatistic(Piece):
@@ -88,6 +89,48 @@ class RunningStatistic(Piece):
         base = self.norm._buffers[self.leaf] if held is None else held
         assert base is not None
         return base
+
+
+class Still(CallHooks):
+    """Hooks around one layer's calls that keep the base's running statistics as they are."""
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """In training, replace the base's statistics by copies."""
+        if not module.training or f"{self.own}running_mean" in self.state.originals:
+            return
+        with guard():
+            self.inside += 1
+            if self.inside == 1:
+                self.kept = {leaf: b for leaf, b in module._buffers.items() if b is not None}
+                module._buffers.update({leaf: buffer.clone() for leaf, buffer in self.kept.items()})
+
+    def after(self, module: nn.Module, args: Any, output: object) -> None:
+        """Put the base's own statistics back."""
+        if not self.inside:
+            return
+        with guard():
+            self.inside -= 1
+            if not self.inside:
+                module._buffers.update(self.kept)
+                self.kept = {}
+
+
+def keep_still(root: nn.Module, state: AdapterState) -> None:
+    """Let no pass move the base's own running statistics, until `release`.
+
+    Args:
+        root: the model, before its first adapter.
+        state: the model's state.
+    """
+    for path, module, _ in walk(root):
+        if isinstance(module, _NormBase) and module._buffers.get("running_mean") is not None:
+            Still(state, path).put(module)
+
+
+def release(root: nn.Module) -> None:
+    """Undo `keep_still`."""
+    for module in root.modules():
+        Still.off(module)
 
 
 class RunningStatistics(Kind):

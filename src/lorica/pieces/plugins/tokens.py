@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lorica.adapter import TOKEN_ROWS
+from lorica.adapter import TOKEN_ROWS, Adapter
 from lorica.check import check_adaptable, layer_class
 from lorica.config import LoraConfig
 from lorica.errors import AdapterError, TargetError, listing, nearest
@@ -73,6 +73,20 @@ class TokenRows(Piece):
         for held in self.tensors(name):
             weight = whole(at.state.base_parameter(at.root, f"{self.path}.weight")).detach()
             yield held.tensor, weight[torch.tensor(self.indices, device=weight.device)]
+
+    def unlike(self, root: nn.Module, name: str, adapter: Adapter) -> Iterator[str]:
+        """Rows of other tokens."""
+        if not any(key.endswith(TOKEN_ROWS) for key in adapter.extras):
+            return
+        try:
+            found = token_rows(root, adapter.config.members()[0], (), ())
+        except TargetError as error:
+            yield str(error)
+            return
+        theirs = {path: table.indices for table in found for path in table.modules}
+        for path in self.modules:
+            if path in theirs and theirs[path] != self.indices:
+                yield f"tokens of {path}: {[*theirs[path]]} in the adapter, {[*self.indices]} on the model"
 
     def claims(self, name: str) -> Mapping[str, Rows]:  # noqa: D102
         return dict.fromkeys(self.modules, frozenset(self.indices))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from lorica.find import BY_TYPE, QUERY_VALUE
+
 # By the configuration's `model_type`, as in PEFT: a script without target_modules trains the same modules.
-BY_TYPE: dict[str, list[str] | str] = {
+_BY_TYPE: dict[str, list[str] | str] = {
     "t5": ["q", "v"],
     "mt5": ["q", "v"],
     "bart": ["q_proj", "v_proj"],
@@ -46,7 +48,7 @@ BY_TYPE: dict[str, list[str] | str] = {
     "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
 }
 
-QUERY_VALUE: tuple[tuple[str, ...], ...] = (
+_QUERY_VALUE: tuple[tuple[str, ...], ...] = (
     ("q_proj", "v_proj"),  # Qwen3-MoE, Whisper, CLIP
     ("query", "value"),  # ViT
     ("query_proj", "value_proj"),
@@ -59,4 +61,6 @@ QUERY_VALUE: tuple[tuple[str, ...], ...] = (
     ("Wqkv",),  # ModernBERT
     ("qkv",),
 )
-"""Query and value projections as other architectures name them, most specific first."""
+
+BY_TYPE.update(_BY_TYPE)
+QUERY_VALUE.extend(_QUERY_VALUE)
