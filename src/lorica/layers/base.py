@@ -354,7 +354,8 @@ class LoraLayer(SwappedModule):
         """
         into = out or {}
         result = {self.weight_name: self.fold(names, out=into.get(self.weight_name))}
-        found = (self.variants[name].shift(self, name) for name in names if name in self.variants)
+        variants = ((name, self.variants.get(name, PLAIN)) for name in names)
+        found = [variant.shift(self, name) for name, variant in variants if variant is not PLAIN]
         shifts = [shift.detach() for shift in found if shift is not None]
         if shifts:
             bias = self.get_base("bias").detach()

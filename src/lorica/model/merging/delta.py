@@ -40,7 +40,7 @@ def delta_weight(model: nn.Module, path: str, name: str | Iterable[str] | None =
         StateError: the layer cannot be merged, packed weights are merged, or the model is sharded.
     """
     root, state = adapted(model)
-    if state.merged and state.aside.packed is not None:
+    if state.merged and state.aside.into is not None:
         raise StateError("packed weights are merged; call lorica.restore(model) first")
     check_whole(root, "form a delta weight", "lorica.extract the adapter, whose factors have it")
     names = _names(state, name)

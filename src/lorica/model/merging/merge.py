@@ -72,6 +72,11 @@ class _Merged:
     packed: Packed | None
     shown: bool = False
 
+    @property
+    def into(self) -> Into | None:
+        """What packed weights became; None where none took an update."""
+        return None if self.packed is None else self.packed.into
+
     def show(self) -> None:
         """Give the modules their adapted classes, with the merged weights in them."""
         if not self.shown:
@@ -199,8 +204,8 @@ def switch(model: nn.Module, name: str) -> None:
         return
     aside: _Merged = state.aside
     _check_untouched(root, aside)
-    if aside.packed is not None:
-        _exchange(model, name, state.merged, aside.packed.into)
+    if aside.into is not None:
+        _exchange(model, name, state.merged, aside.into)
         return
     shown = aside.shown
     aside.show()

@@ -21,6 +21,7 @@ from lorica.find import block_of
 from lorica.layers import LoraLayer, LoraParameters, lora_layers, saved_modules
 from lorica.layers import LoraLayer as BaseTunerLayer
 from lorica.model.merging.merged import behind_merge, finalize, stay_adapted
+from lorica.model.merging.plugins.ties import Ties
 from lorica.peft.utils.integrations import to_meta
 from lorica.peft.utils.other import (
     check_alone,
@@ -328,7 +329,9 @@ class BaseTuner(nn.Module):
             self.merge_adapter(names)
         if not self.adapter_state.merged:
             raise StateError("no adapter is active; say which to merge, or call unload()")
-        say_untied(self.model, by_merge=self.adapter_state.aside.ties.config is not None)
+        steps = self.adapter_state.aside.steps
+        by_merge = any(isinstance(step, Ties) and step.config is not None for step in steps)
+        say_untied(self.model, by_merge=by_merge)
         return finalize(self.model)
 
     def unload(self) -> nn.Module:
