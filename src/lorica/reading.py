@@ -46,22 +46,6 @@ def cache_folder() -> Path:
         raise FileNotFoundError("no folder of this user is known; LORICA_CACHE may name one") from error
 
 
-def as_path(given: Any) -> Path:
-    """The path that an argument names.
-
-    Raises:
-        FileError: it is no text and no path, or one that no file can have.
-    """
-    try:
-        path = Path(given)
-        os.fsencode(path)
-        path.exists()
-    except (TypeError, ValueError, OSError) as error:
-        reason = f": {error.strerror}" if isinstance(error, OSError) else ""
-        raise FileError(f"a path is due, as a text or a Path, not {given!r:.80}{reason}") from error
-    return path
-
-
 def read_json(path: Path, *, halves: bool = False) -> Any:
     """The value in a JSON file.
 

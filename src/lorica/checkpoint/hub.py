@@ -18,9 +18,8 @@ from lorica.adapter import Adapter
 from lorica.checkpoint import peft
 from lorica.checkpoint.embedded import resolve_model
 from lorica.checkpoint.index import read_index
-from lorica.checkpoint.peft import CARD_FILE, CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE
+from lorica.checkpoint.peft import CARD_FILE, CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE, as_path
 from lorica.errors import ConfigError, FileError, LoricaError, LoricaWarning, MissingExtra, require
-from lorica.reading import as_path
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _MODEL = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")  # the oldest models have no user

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ from lorica.checkpoint.foreign import recognized
 from lorica.checkpoint.peft_tensors import from_tensors, spelled
 from lorica.config import AdapterConfig, LoraConfig, read_config
 from lorica.errors import AdapterError, ConfigError, FileError
-from lorica.reading import SAFETENSORS, as_path, load, named_tensors, parse_json, read_metadata, read_object
+from lorica.reading import SAFETENSORS, load, named_tensors, parse_json, read_metadata, read_object
 
 T = TypeVar("T")
 
@@ -51,6 +52,22 @@ _OF_PEFT = ("peft_version", "megatron_core")
 
 # An nn.MultiheadAttention's output projection, inside what PEFT put around the attention.
 _OUTPUT = ".base_layer.out_proj.lora_B.weight"
+
+
+def as_path(given: Any) -> Path:
+    """The path that an argument names.
+
+    Raises:
+        FileError: it is no text and no path, or one that no file can have.
+    """
+    try:
+        path = Path(given)
+        os.fsencode(path)
+        path.exists()
+    except (TypeError, ValueError, OSError) as error:
+        reason = f": {error.strerror}" if isinstance(error, OSError) else ""
+        raise FileError(f"a path is due, as a text or a Path, not {given!r:.80}{reason}") from error
+    return path
 
 
 def is_adapter(directory: str | Path) -> bool:

@@ -21,6 +21,7 @@ from torch import nn
 
 from lorica import checkpoint
 from lorica.adapter import Adapter
+from lorica.checkpoint.peft import as_path
 from lorica.checkpoint.peft import read as read_folder
 from lorica.config import AdapterConfig, LoraConfig, as_config
 from lorica.config.inits import FROM_DATA
@@ -35,7 +36,6 @@ from lorica.model.watch.uncalled import FUSED, watch_pass
 from lorica.model.watch.unfilled import watch_filling
 from lorica.model.watch.wrapped import check_unnoted
 from lorica.pieces import Kind, Search, asked, find_pieces, surroundings
-from lorica.reading import as_path
 from lorica.state import STATE, AdapterState, adapted, check_name, find_adapted, in_group
 from lorica.tree import base_parameters, unwrapped, walk
 

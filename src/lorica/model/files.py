@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorica import checkpoint
 from lorica.adapter import Adapter
+from lorica.checkpoint.peft import as_path
 from lorica.checkpoint.peft import read as read_folder
 from lorica.config import AdapterConfig, LoraConfig, changes_base
 from lorica.errors import AdapterError, LoricaWarning, lines
@@ -25,7 +26,6 @@ from lorica.model.sharded import once
 from lorica.piece import Contents
 from lorica.pieces import fill, misfits
 from lorica.pieces.low_rank import LowRank
-from lorica.reading import as_path
 from lorica.state import AdapterState, adapted, in_group
 from lorica.tree import as_uncompiled, base_parameters, is_sharded, whole
 
