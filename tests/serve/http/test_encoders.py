@@ -58,6 +58,10 @@ def test_embeddings(client: openai.OpenAI) -> None:
     assert (
         client.embeddings.create(model="tiny", input="film " * 100, extra_body=cut).usage.prompt_tokens == 64
     )
+    for least in (0, 1):  # the marks around a text are two
+        cut = {"truncate_prompt_tokens": least}
+        with pytest.raises(openai.BadRequestError, match=f"truncate_prompt_tokens is {least}"):
+            client.embeddings.create(model="tiny", input="film film film", extra_body=cut)
     with pytest.raises(openai.BadRequestError, match="reads texts and writes none"):
         client.completions.create(model="tiny", prompt="x")
 
@@ -81,6 +85,7 @@ def test_classes(url: str, encoder: tuple[Path, dict[str, Any]]) -> None:
     np.testing.assert_allclose(pair["data"][0]["probs"], wanted.numpy(), atol=1e-5)
     status, _, body = call(f"{url}/classify", {"model": "tiny", "input": "x"})
     assert (status, body["error"]["code"]) == (400, "no_head")
+    assert "an adapter that has one, of: " in body["error"]["message"]
 
 
 def test_scores(url: str) -> None:

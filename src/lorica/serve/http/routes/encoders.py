@@ -144,8 +144,8 @@ async def _scores(
 
 def _head(using: Using, here: Served, model: str | None) -> Head:
     if using.head is None:
-        named = [entry.name for entry in here.adapters.entries()][:5]
-        hint = f"; ask for one that has: {', '.join(named)}" if named else ""
+        others = [e.name for e in here.adapters.entries() if e.name != model and e.problem is None][:5]
+        hint = f"; ask an adapter that has one, of: {', '.join(others)}" if others else ""
         raise refused(f"{model or here.model} has no head that tells classes{hint}", "model", "no_head")
     return using.head
 
@@ -170,6 +170,12 @@ async def _rows(
                 f"text {i} has {len(row):,} tokens, and the model takes {limits.context:,}; cut it, or set "
                 "truncate_prompt_tokens to -1",
                 "input",
+            )
+        if cut is not None and len(row) > longest:
+            raise refused(
+                f"text {i} has {len(row)} tokens still, and truncate_prompt_tokens is {cut}: the model's own "
+                "marks stay",
+                "truncate_prompt_tokens",
             )
         if not len(row):
             raise refused(f"text {i} is empty: it gives no tokens", "input")
