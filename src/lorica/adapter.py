@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -113,6 +113,20 @@ class Adapter:
     trained_as: LoraConfig | None = None
     classes: tuple[str, ...] | None = None
     stacks: Literal["plain", "turned"] | None = None
+
+    @staticmethod
+    def check(given: Any) -> Adapter:
+        """An argument itself, if it is an adapter.
+
+        Raises:
+            AdapterError: it is something else.
+        """
+        if not isinstance(given, Adapter):
+            raise AdapterError(
+                f"an adapter as a value is due, not a {type(given).__name__}: lorica.read takes one from a "
+                "folder, lorica.extract from a model"
+            )
+        return given
 
     @property
     def lora(self) -> LoraConfig:

@@ -23,6 +23,7 @@ from lorica.algebra.exact import side_by_side
 from lorica.algebra.sparsify import MajoritySign, drop_and_rescale, elected_mean, trim, weighted_sum
 from lorica.algebra.spectrum import Spectrum, Term, blocks_of_sum, spectrum
 from lorica.algebra.terms import Terms
+from lorica.config.checks import check_count, check_share, is_number
 from lorica.errors import AdapterError, ConfigError, lines, listing, nearest
 
 _SVD = ("svd_rank", "svd_clamp", "svd_driver")
@@ -146,7 +147,7 @@ def _mix(
     method: str, options: Options, random: torch.Generator | None, tensors: list[Tensor], weights: list[float]
 ) -> Tensor:
     if options.density is not None:
-        density = options.density
+        density = float(options.density)
         tensors = [
             trim(t, density) if random is None else drop_and_rescale(t, density, random) for t in tensors
         ]
@@ -190,7 +191,7 @@ def _clamped(found: Spectrum, options: Options) -> Spectrum:
 
 def _check(method: str, options: Options, terms: Terms) -> None:
     """Refuse an unknown method, options it does not take, and values out of range."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ConfigError(
             f"there is no method {method!r}{nearest(method, METHODS)}; there are {listing(METHODS)}"
         )
@@ -199,14 +200,16 @@ def _check(method: str, options: Options, terms: Terms) -> None:
     if extra:
         raise ConfigError(f"{method} takes no {listing(extra)}; it takes {listing(takes) or 'no options'}")
     density, majority, rank, clamp, driver, _ = options
-    if "density" in takes and (density is None or not 0 < density <= 1):
-        raise ConfigError(f"{method} needs density, the share of elements to keep, in (0, 1], not {density}")
+    if "density" in takes and (density is None or not is_number(density) or not 0 < density <= 1):
+        raise ConfigError(
+            f"{method} needs density, the share of elements to keep, in (0, 1], not {density!r:.80}"
+        )
     if majority not in (None, *get_args(MajoritySign)):
         raise ConfigError(f"majority_sign_method must be one of {get_args(MajoritySign)}, not {majority!r}")
-    if rank is not None and rank < 1:
-        raise ConfigError(f"svd_rank must be at least 1, not {rank}")
-    if clamp is not None and not 0 < clamp <= 1:
-        raise ConfigError(f"svd_clamp must be a quantile in (0, 1], not {clamp}")
+    if rank is not None:
+        check_count("svd_rank", rank)
+    if clamp is not None:
+        check_share("svd_clamp", clamp, "a quantile")
     if driver is not None and any(
         f.A.device.type != "cuda" for a in terms.adapters for f in a.factors.values()
     ):

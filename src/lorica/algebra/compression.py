@@ -11,6 +11,7 @@ from lorica.algebra.report import ErrorReport, error
 from lorica.algebra.settings import describing, tied
 from lorica.algebra.spectrum import Spectrum, blocks_of_sum, spectrum
 from lorica.algebra.terms import check_no_parameters
+from lorica.config.checks import check_count, check_share
 from lorica.errors import ConfigError
 
 
@@ -45,11 +46,11 @@ def compress(
     """
     if rank is None and energy is None:
         raise ConfigError("give rank or energy: how far to compress")
-    if rank is not None and rank < 1:
-        raise ConfigError(f"rank must be at least 1, not {rank}")
-    if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"energy must be a share in (0, 1], not {energy}")
-    check_no_parameters(adapter)
+    if rank is not None:
+        check_count("rank", rank)
+    if energy is not None:
+        check_share("energy", energy)
+    check_no_parameters(Adapter.check(adapter))
     adapter.check_on_base("compress an adapter")
     factors = {}
     for path, f in adapter.factors.items():

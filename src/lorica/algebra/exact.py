@@ -10,6 +10,7 @@ from lorica.adapter import Adapter, Factors
 from lorica.algebra.settings import tied
 from lorica.algebra.spectrum import Term, blocks_of_sum, from_blocks
 from lorica.algebra.terms import Terms
+from lorica.config.checks import is_number
 from lorica.errors import ConfigError
 
 
@@ -76,8 +77,8 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
         AdapterError: the adapter has magnitudes (DoRA), so a multiple of its update has another effect.
         ConfigError: the factor is not finite.
     """
-    if not math.isfinite(factor):
-        raise ConfigError(f"factor must be a finite number, not {factor}")
+    if not is_number(factor):
+        raise ConfigError(f"factor must be a finite number, not {factor!r:.80}")
     Terms.of([adapter]).check_magnitudes()
     size = abs(factor) or 1.0
     sign = math.copysign(1.0, factor) if factor else 0.0

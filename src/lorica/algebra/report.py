@@ -84,7 +84,7 @@ def error(
         ConfigError: there are not as many finite weights as adapters.
     """
     reference = Terms.of(adapters, weights)
-    both = Terms.of([*adapters, adapter], [*reference.weights, -1.0])
+    both = Terms.of([*reference.adapters, adapter], [*reference.weights, -1.0])
     both.check_layers()
     layers = {}
     for path in both.paths:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lorica.adapter import Adapter, Factors
 from lorica.config import LoraConfig, exactly
+from lorica.config.checks import is_index
 from lorica.errors import AdapterError, ConfigError, LoricaWarning, lines, listing
 
 _TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -109,7 +110,7 @@ def _whole(
 ) -> tuple[Extras, dict[str, Any], Classes]:
     """The tensors trained whole, the settings that describe them, and the names of the classes."""
     if keep is not None:
-        if keep not in range(len(adapters)):
+        if not is_index(keep) or keep >= len(adapters):
             raise ConfigError(f"keep must be the index of an adapter, 0 to {len(adapters) - 1}, not {keep!r}")
         adapters = [adapters[keep]]
     extras: Extras = {}

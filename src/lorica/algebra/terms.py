@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 
 from lorica.adapter import Adapter, Factors
 from lorica.algebra.settings import agreed, describing, tied
 from lorica.algebra.spectrum import Term
+from lorica.config.checks import is_number
 from lorica.errors import AdapterError, ConfigError, lines, listing
 
 Join = Callable[[str, list[Term], Factors], Factors]
@@ -34,13 +34,16 @@ class Terms:
             ConfigError: there is no adapter, or not a finite weight for each.
             AdapterError: one has updates of parameters, or was trained beside another weight than W0.
         """
+        adapters = list(adapters) if isinstance(adapters, Iterable) else [adapters]
         if not adapters:
             raise ConfigError("there is no adapter to work on; give at least one")
         for adapter in adapters:
-            check_no_parameters(adapter)
-        chosen = [1.0] * len(adapters) if weights is None else list(weights)
-        if len(chosen) != len(adapters) or not all(map(math.isfinite, chosen)):
-            raise ConfigError(f"expected {len(adapters)} finite weights, one for each adapter, not {chosen}")
+            check_no_parameters(Adapter.check(adapter))
+        chosen = [1.0] * len(adapters) if weights is None else _numbers(weights)
+        if len(chosen) != len(adapters) or not all(map(is_number, chosen)):
+            raise ConfigError(
+                f"expected {len(adapters)} finite weights, one for each adapter, not {weights!r:.80}"
+            )
         for adapter in adapters:
             adapter.check_on_base("calculate with an adapter")
         return cls(tuple(adapters), tuple(chosen))
@@ -105,6 +108,16 @@ class Terms:
             raise AdapterError(
                 f"the adapters are not for the same base; these layers differ:\n{lines(problems)}"
             )
+
+
+def _numbers(given: Any) -> list[float]:
+    """Weights as Python's numbers; none where they are no numbers."""
+    if isinstance(given, str):
+        return []
+    try:
+        return [float(weight) for weight in given]
+    except (TypeError, ValueError, OverflowError):
+        return []
 
 
 def check_no_parameters(adapter: Adapter) -> None:

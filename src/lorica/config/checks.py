@@ -33,6 +33,27 @@ def is_count(value: Any) -> bool:
     return is_index(value) and value >= 1
 
 
+def check_count(name: str, value: Any) -> None:
+    """Refuse an argument that is no whole number of at least 1.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if not is_count(value):
+        kind = "at least 1" if isinstance(value, int) else "a whole number of at least 1"
+        raise ConfigError(f"{name} must be {kind}, not {value!r:.80}")
+
+
+def check_share(name: str, value: Any, of: str = "a share") -> None:
+    """Refuse an argument that is no number above 0 and up to 1.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if not is_number(value) or not 0 < value <= 1:
+        raise ConfigError(f"{name} must be {of} in (0, 1], not {value!r:.80}")
+
+
 def _is_range(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_index, value)) and value[0] < value[1]
 

@@ -62,8 +62,11 @@ def interference(adapters: Mapping[str, Adapter]) -> InterferenceReport:
         AdapterError: no two of them share a layer; with the reasons.
         ConfigError: there are fewer than two adapters.
     """
-    if len(adapters) < 2:
-        raise ConfigError(f"interference needs two adapters or more, and got {len(adapters)}")
+    if not isinstance(adapters, Mapping) or len(adapters) < 2:
+        got = len(adapters) if isinstance(adapters, Mapping) else f"a {type(adapters).__name__}"
+        raise ConfigError(f"interference needs two adapters or more, and got {got}")
+    for adapter in adapters.values():
+        Adapter.check(adapter)
     pairs: dict[str, dict[str, Interference]] = {}
     notes: list[str] = []
     for (name, one), (other_name, other) in itertools.combinations(adapters.items(), 2):

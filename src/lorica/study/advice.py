@@ -12,6 +12,7 @@ from lorica.adapter import Adapter
 from lorica.algebra import compress, error
 from lorica.algebra.settings import describing
 from lorica.config import LoraConfig, exactly
+from lorica.config.checks import check_count
 from lorica.errors import AdapterError, ConfigError, listing
 from lorica.study.modules import spots
 from lorica.study.results import Result
@@ -126,7 +127,9 @@ def advise(
         AdapterError: the adapter is another method's than LoRA.
         ConfigError: the energy is not in (0, 1], or the budget is too small for one direction.
     """
-    _ = adapter.lora  # refuses other methods
+    _ = Adapter.check(adapter).lora  # refuses other methods
+    if budget is not None:
+        check_count("budget", budget)
     found = spectrum(adapter)
     # The rank of a grouped convolution is a multiple of its groups.
     steps = {path: f.groups for path, f in adapter.factors.items()}
@@ -250,6 +253,8 @@ def _evidence(
     if extras := list(adapter.extras):
         lines.append(f"{len(extras)} tensors were trained whole ({listing(extras, limit=3)}) and count too")
     apart = 0.0
+    if not isinstance(others, Mapping):
+        raise ConfigError(f"others must be adapters by their names, not a {type(others).__name__}")
     for name, other in others.items():
         again = spectrum(other).layers
         pairs = [
@@ -286,7 +291,9 @@ def cut(adapter: Adapter, advice: Advice) -> Adapter:
     Raises:
         AdapterError: the advice is for another adapter, or the adapter has updates of parameters.
     """
-    if adapter.factors.keys() != advice.layers.keys():
+    if not isinstance(advice, Advice):
+        raise ConfigError(f"advice must be what lorica.study.advise returned, not a {type(advice).__name__}")
+    if Adapter.check(adapter).factors.keys() != advice.layers.keys():
         apart = sorted(adapter.factors.keys() ^ advice.layers.keys())
         raise AdapterError(
             f"the advice is for another adapter: only one of the two has {listing(apart, limit=3)}"

@@ -82,9 +82,10 @@ def base_weights(adapter: Adapter, base: str | Path) -> Iterator[Weight]:
         AdapterError: lists the updates that have no place in it, or another shape.
         MissingExtra: a name on the Hub is given, and huggingface_hub is not installed.
     """
+    alone = _updates_alone(Adapter.check(adapter))
     place_of_base = locate_base(base)
     checkpoint = (open_file if place_of_base.is_file() else open_checkpoint)(place_of_base)
-    placement = place(_updates_alone(adapter), checkpoint)
+    placement = place(alone, checkpoint)
     found = [(name, update) for name, updates in placement.updates.items() for update in updates]
     if placement.head and placement.untied and placement.untied.table:
         found.append((placement.untied.table, placement.head))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorica._shapes import Float
 from lorica.adapter import Adapter
+from lorica.config.checks import check_count, check_share
 from lorica.errors import ConfigError
 from lorica.study.directions import decompose, orthonormal, top_directions
 from lorica.study.modules import Weight, base_weights
@@ -112,7 +113,8 @@ def amplification(
 
     Source: Hu et al., 2021, §7.3, table 7.
     """
-    _check_rank(rank)
+    if rank is not None:
+        check_count("rank", rank)
     return AmplificationReport({w.path: amplified(w, rank, seed) for w in base_weights(adapter, base)})
 
 
@@ -184,10 +186,4 @@ def check_overlap(side: str, top: float) -> None:
     """Refuse values of `side` and `top` that are out of range."""
     if side not in ("input", "output"):
         raise ConfigError(f"side must be 'input' or 'output', not {side!r}")
-    if not 0 < top <= 1:
-        raise ConfigError(f"top must be a share of W0's directions in (0, 1], not {top}")
-
-
-def _check_rank(rank: int | None) -> None:
-    if rank is not None and rank < 1:
-        raise ConfigError(f"rank must be at least 1, not {rank}")
+    check_share("top", top, "a share of W0's directions")

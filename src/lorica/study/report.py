@@ -147,7 +147,7 @@ def _check_studied(adapter: Adapter, name: str) -> None:
     Raises:
         AdapterError: naming its method and its tensors.
     """
-    if not adapter.factors:
+    if not Adapter.check(adapter).factors:
         held = len(adapter.extras) + len(adapter.added)
         raise AdapterError(
             f"{name} has no update s·B·A to study: its method is {method_of(adapter.config)}, of which it "

@@ -84,7 +84,7 @@ def norms(adapter: Adapter, base: str | Path | None = None) -> NormReport:
         FileError: the base cannot be read.
     """
     if base is None:
-        return NormReport({path: normed(f) for path, f in adapter.factors.items()})
+        return NormReport({path: normed(f) for path, f in Adapter.check(adapter).factors.items()})
     return NormReport({w.path: normed(w.factors, w) for w in base_weights(adapter, base)})
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lorica.adapter import Adapter, Factors
-from lorica.errors import ConfigError
+from lorica.config.checks import check_share
 from lorica.study.directions import singular_values
 from lorica.study.results import Result
 
@@ -41,8 +41,7 @@ class Spectrum(Result):
         Raises:
             ConfigError: the share is not in (0, 1].
         """
-        if not 0 < energy <= 1:
-            raise ConfigError(f"energy must be a share in (0, 1], not {energy}")
+        check_share("energy", energy)
         if not self.norm:
             return 0
         # Rounding alone can leave the sum this far below 1.
@@ -80,7 +79,8 @@ def spectrum(adapter: Adapter) -> SpectrumReport:
 
     Source: Hu et al., 2021, §7.2.
     """
-    return SpectrumReport({path: of_layer(factors, path) for path, factors in adapter.factors.items()})
+    held = Adapter.check(adapter).factors
+    return SpectrumReport({path: of_layer(factors, path) for path, factors in held.items()})
 
 
 def of_layer(factors: Factors, path: str = "the update") -> Spectrum:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorica._shapes import Float
 from lorica.adapter import Adapter, Factors
+from lorica.config.checks import check_count
 from lorica.errors import AdapterError, ConfigError, lines, listing, nearest
 from lorica.study.directions import Side, directions, orthonormal
 from lorica.study.results import Result
@@ -172,6 +173,7 @@ def similarity(
     """
     problems: dict[str, str] = {}
     layers: dict[str, Similarity] = {}
+    one, other = Adapter.check(one), Adapter.check(other)
     wanted = list(paths) if paths is not None else [path for path in one.factors if path in other.factors]
     for path in wanted:
         if missing := [name for name, a in (("one", one), ("other", other)) if path not in a.factors]:
@@ -206,9 +208,9 @@ def correlation(adapter: Adapter, *, side: Side = "input", rank: int | None = No
 
     Source: Hu et al., 2021, appendix H.1.
     """
-    if rank is not None and rank < 1:
-        raise ConfigError(f"rank must be at least 1, not {rank}")
-    bases = {path: directions(f, side, path) for path, f in adapter.factors.items()}
+    if rank is not None:
+        check_count("rank", rank)
+    bases = {path: directions(f, side, path) for path, f in Adapter.check(adapter).factors.items()}
     if not bases:
         raise AdapterError("the adapter has no factors, so there are no layers to compare")
     rank = min(U.shape[1] for U in bases.values()) if rank is None else rank
