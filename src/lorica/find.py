@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,9 @@ BY_TYPE: dict[str, list[str] | str] = {}
 """`model_type` of a model's configuration → names, or a regular expression."""
 QUERY_VALUE: list[tuple[str, ...]] = []
 """Names of query and value projections in other models, most specific first."""
+
+NARROWING: dict[str, Callable[[list[Place], LoraConfig], list[Place]]] = {}
+"""Field of a configuration → which of the places that `target_modules` means it leaves."""
 
 
 class Target(NamedTuple):
@@ -129,8 +132,9 @@ def targeted(root: nn.Module, places: list[Place], config: LoraConfig) -> list[P
         chosen = all_linear(root, places)
     else:
         chosen = _match("target_modules", config.target_modules, places, _combined(config))
-    if config.layers_to_transform is not None:
-        chosen = _in_blocks(chosen, config)
+    for field, narrow in NARROWING.items():
+        if getattr(config, field) is not None:
+            chosen = narrow(chosen, config)
     named, chosen = chosen, _with_outputs(chosen, places)
     if config.exclude_modules:
         left_out = {p.path for p in _match("exclude_modules", config.exclude_modules, places)}
@@ -234,43 +238,6 @@ def all_linear(root: nn.Module, places: list[Place]) -> list[Place]:
             f'target_modules="all-linear", but {type(root).__name__} has no linear layer besides its head'
         )
     return chosen
-
-
-def _in_blocks(chosen: list[Place], config: LoraConfig) -> list[Place]:
-    layers = config.layers_to_transform
-    wanted = {layers} if isinstance(layers, int) else set(layers or ())
-    names = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    found = {p: block for p in chosen if (block := block_of(p.path, names)) is not None}
-    # A full path is targeted whatever block it is in.
-    exact = config.target_modules if isinstance(config.target_modules, list) else []
-    missing = wanted - set(found.values())
-    if missing:
-        have = listing(map(str, sorted(set(found.values())))) or "none"
-        where = f" in {listing(names)}" if names else ""
-        raise TargetError(
-            f"layers_to_transform names block {listing(map(str, sorted(missing)))}; the targeted "
-            f"modules{where} are in blocks {have}"
-        )
-    return [p for p in chosen if p.path in exact or found.get(p) in wanted]
-
-
-def block_of(path: str, holders: Sequence[str] | None = None) -> int | None:
-    """The index of the outermost block that contains a module; None outside all blocks.
-
-    Args:
-        path: the module's path.
-        holders: names of the lists that hold blocks, or regular expressions for the ends of their paths, as
-            in PEFT; None accepts any list.
-    """
-    holders = [holder for holder in holders or () if holder]
-    parts = path.split(".")
-    for i, part in enumerate(parts[1:], 1):
-        above = ".".join(parts[:i])
-        if part.isdecimal() and (
-            not holders or any(full_match(rf"(?:.*\.)?(?:{holder})", above) for holder in holders)
-        ):
-            return int(part)
-    return None
 
 
 def trained_whole(places: list[Place], config: AdapterConfig) -> dict[str, nn.Module]:

@@ -245,8 +245,10 @@ class LoraConfig:
         return self, []
 
     def asks(self) -> set[str]:
-        """What looks for what it names: ``"lora"``, and each field that is set."""
-        return {"lora", *(name for name, value in vars(self).items() if value and value != "none")}
+        """What looks for what it names: ``"lora"``, each field that is set, and ``"residual"`` of W0."""
+        asked = {"lora", *(name for name, value in vars(self).items() if value and value != "none")}
+        value = self.init_lora_weights
+        return {*asked, "residual"} if value is not True and changes_base(value) else asked
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` holds them, ``peft_type`` included."""

@@ -25,7 +25,6 @@ from lorica.model.pretrained.vocabulary import with_resized_tables
 from lorica.model.sharded import once
 from lorica.piece import Contents
 from lorica.pieces import fill, misfits
-from lorica.pieces.low_rank import LowRank
 from lorica.state import AdapterState, adapted, in_group
 from lorica.tree import as_uncompiled, base_parameters, is_sharded, whole
 
@@ -63,9 +62,8 @@ def extract(
 
 def _with_starts(state: AdapterState, name: str) -> Iterator[Any]:
     """The pieces of an adapter whose starts were subtracted from W0."""
-    for piece in state.placing(name):
-        if isinstance(piece, LowRank) and piece.start is not None and piece.start.A is not None:
-            yield piece
+    pieces: list[Any] = state.placing(name)
+    yield from (piece for piece in pieces if piece.residual and piece.start.A is not None)
 
 
 def extract_live(
@@ -218,8 +216,7 @@ def fitting(
         state.unfilled.discard(name)
         for piece in begun:
             if piece.path in starts:
-                W0 = state.base_parameter(root, piece.target.weight_path)
-                piece.restart(W0, *starts[piece.path], piece.scale(name))
+                piece.restart(root, state, name, *starts[piece.path])
 
     return write
 

@@ -24,7 +24,7 @@ from lorica.model import extract
 from lorica.model.sharded import blocks_of, class_names
 from lorica.model.watch.agreement import compare_ranks
 from lorica.pieces.copies import ParameterCopy
-from lorica.pieces.low_rank import LowRank
+from lorica.pieces.plugins.residual import Remainder
 from lorica.state import AdapterState, adapted
 from lorica.tree import is_sharded, owner_of, parameter_at, spread, walk
 
@@ -195,7 +195,7 @@ def settle(root: nn.Module, state: AdapterState) -> None:
                 owner, leaf = owner_of(root, path)
                 stands = owner._parameters.get(leaf)
                 if stands is not None and is_sharded(stands):
-                    if isinstance(piece, LowRank) and piece.start is not None:
+                    if isinstance(piece, Remainder):
                         piece.start.weight = stands
                     elif isinstance(piece, ParameterCopy):
                         piece.parameter = stands

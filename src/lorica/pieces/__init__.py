@@ -93,6 +93,8 @@ class Search:
         self.config, self.adapter = config, adapter
         self.lora, self.methods = config.members()
         self.asks = {key for part in (config, self.lora, *self.methods) if part for key in part.asks()}
+        if self.starts:
+            self.asks.add("residual")
 
     def reject(self, path: str, problem: str) -> None:
         """Record a problem with the adapter's factors of one module."""

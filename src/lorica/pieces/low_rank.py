@@ -1,16 +1,12 @@
 """A low-rank update of a layer: A and B, beside W0.
 
-    module ──start──▶ A, B (, magnitude, bias) ──put──▶ LoraLinear(LoraLayer, nn.Linear)
-
-A start that is subtracted from W0 (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) leaves a residual, which replaces W0
-while the adapter acts. W0 itself is set aside and never written to.
+module ──start──▶ A, B (, magnitude, bias) ──put──▶ LoraLinear(LoraLayer, nn.Linear)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +21,15 @@ from lorica.check import (
     check_magnitudes,
     layer_class,
 )
-from lorica.config import AdapterConfig, LoraConfig, changes_base, matches_pattern
-from lorica.config.inits import niter
-from lorica.errors import AdapterError, TargetError, nearest
+from lorica.config import LoraConfig, matches_pattern
+from lorica.errors import TargetError, nearest
 from lorica.find import Target, as_target, means_all_linear, targeted
 from lorica.inits import INITS, Residual, generator
 from lorica.layers import LoraLayer, SavedModule, variants
-from lorica.piece import Beginning, Contents, Held, Piece, Rows, Value
+from lorica.piece import Beginning, Contents, Held, Piece, Value
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState
-from lorica.tree import Place, assign, is_sharded, shortest_suffixes, tails, whole
+from lorica.tree import Place, shortest_suffixes, tails, whole
 
 
 class LowRank(Piece):
@@ -44,12 +39,11 @@ class LowRank(Piece):
         target: the module to adapt.
         factors: their first values, in the memory that they will keep.
         config: gives the dropout, and the variant of the layer's output.
-        start: what the start subtracted from W0, and the residual; None for other starts.
+        start: what is left of W0, which `lorica.pieces.plugins.residual` puts in its place; None for most.
     """
 
     section = "factors"
     called = True
-    clash = "each took its start out of {}; extract one and attach it again, and it stands beside W0 itself"
 
     def __init__(
         self, target: Target, factors: Factors, config: LoraConfig, start: Residual | None = None
@@ -57,13 +51,9 @@ class LowRank(Piece):
         self.path = target.key
         self.target, self.dropout = target, config.lora_dropout
         self.module = target.module if target.parameter is None else None
-        self.set_start(start)
+        self.start = start
         self.variant = None if config.variant is None else variants.of(config.variant)
         self.begun: Factors | None = factors
-
-    def set_start(self, start: Residual | None) -> None:
-        """Note what the start subtracted from W0; the residual replaces W0 while the adapter acts."""
-        self.start, self.places, self.residual = start, start is not None, start is not None
 
     @property
     def layer(self) -> LoraLayer:
@@ -157,36 +147,6 @@ class LowRank(Piece):
         if not math.isclose(factors.scale, ours, rel_tol=1e-6):
             yield f"scale of {self.path}: {factors.scale:g} in the adapter, {ours:g} on the model"
 
-    def stand_ins(self, name: str) -> Mapping[str, Tensor]:  # noqa: D102
-        return {} if self.start is None else {self.target.weight_path: self.start.weight}
-
-    def claims(self, name: str) -> Mapping[str, Rows]:  # noqa: D102
-        return {} if self.start is None else {self.target.weight_path: None}
-
-    def restart(self, W0: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
-        """Use a saved start: a decomposition computed anew may differ on another machine.
-
-        Args:
-            W0: the base's own weight.
-            A: (r, d_in).
-            B: (d_out, r).
-            scale: of the update.
-        """
-        start = self.start
-        assert start is not None
-        assert start.A is not None
-        assert start.B is not None
-        start.A.copy_(A)
-        start.B.copy_(B)
-        layer = self.target.layer
-        rest = inits.subtract(layer, whole(W0), start.A, start.B, scale)
-        rest = (rest.t() if layer.transposed else rest).to(start.weight.dtype)
-        stands = self.target.module._parameters[layer.weight_name]
-        # What the model was sharded with is its own, and no more the start's.
-        for weight in (start.weight, stands) if is_sharded(stands) else (start.weight,):
-            assert weight is not None
-            assign(weight, rest)
-
 
 class LowRankUpdates(Kind):
     """Finds the modules that `target_modules` means, or those that a loaded adapter has factors for."""
@@ -232,15 +192,6 @@ class LowRankUpdates(Kind):
                     raise TargetError(
                         f"{name} has {key!r}, which matches no adapted module{nearest(key, tails(paths))}"
                     )
-
-    def filled(self, search: Search) -> None:
-        """Subtract the starts of a trained adapter from W0 again."""
-        for piece in search.of(LowRank):
-            target, own = piece.target, piece.begun
-            if piece.path in search.starts:
-                piece.set_start(inits.residual_of(target, *search.starts[piece.path], own.scale))
-            elif search.lora and search.lora.init_lora_weights is not True:
-                piece.set_start(recompute_start(target, search.config, search.seen))
 
 
 def fresh(target: Target, config: LoraConfig, search: Search, piece: type[LowRank] = LowRank) -> LowRank:
@@ -338,25 +289,6 @@ def _target(places: Mapping[str, Place], path: str, factors: Factors, *, drops: 
     if factors.bias is not None:
         check_bias(place, layer)
     return Target(path, place.module, layer)
-
-
-def recompute_start(target: Target, config: AdapterConfig, seen: Mapping[str, Any]) -> Residual | None:
-    """Compute a trained adapter's start from W0, for factors that were saved without it.
-
-    Raises:
-        AdapterError: the start was drawn at random, so it cannot be computed.
-        TargetError: as `Init.initialize`.
-        StateError: as `Init.initialize`.
-    """
-    if not isinstance(config, LoraConfig) or not changes_base(value := config.init_lora_weights):
-        return None
-    if niter(value) is not None:
-        raise AdapterError(
-            f"the adapter was trained with init_lora_weights={value!r} and saved without its start, and "
-            "that was drawn at random, so it cannot be computed again. Save it where it was trained: "
-            "with lorica.save, or with PEFT's path_initial_model_for_weight_conversion"
-        )
-    return inits.of(config).initialize(target, config, seen.get(target.path), generator(0, target.path)).start
 
 
 def check_shapes(name: str, expected: tuple[tuple[int, ...], tuple[int, ...]], factors: Factors) -> None:

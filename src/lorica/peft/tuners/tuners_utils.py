@@ -17,7 +17,6 @@ from torch import nn
 import lorica
 from lorica.config import LoraConfig, full_match
 from lorica.errors import AdapterError, LoricaWarning, StateError, listing
-from lorica.find import block_of
 from lorica.layers import LoraLayer, LoraParameters, lora_layers, saved_modules
 from lorica.layers import LoraLayer as BaseTunerLayer
 from lorica.model.merging.merged import behind_merge, finalize, stay_adapted
@@ -32,6 +31,7 @@ from lorica.peft.utils.other import (
     say_untied,
     without_idle,
 )
+from lorica.pieces.plugins.blocks import block_of
 from lorica.state import AdapterState, adapted, find_adapted
 from lorica.tree import parameter_at
 
