@@ -46,7 +46,7 @@ def test_two_processes_come_to_what_one_comes_to(
     apart = max((ours[key] - theirs[key]).abs().max().item() for key in ours)
     assert apart < 1e-6, apart
     assert first["steps"] == alone["steps"] > 5
-    assert first["losses"] == pytest.approx(alone["losses"], abs=2e-6)
+    assert first["losses"] == pytest.approx(alone["losses"], abs=5e-6)
     assert first["tokens"] == alone["tokens"]
     assert first["best"] == alone["best"]
     assert first["metrics"] == second["metrics"]
