@@ -247,6 +247,7 @@ GREAT, DULL, FILM = [bot("great")], [bot("dull")], [user("film")]
 CHATS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("causal-lm", {"messages": FILM + GREAT}, {}),
     ("causal-lm", {"dialog": FILM + GREAT}, {"text": "dialog"}),
+    ("causal-lm", {"name": "x", "dialog": FILM + GREAT}, {}),
     ("causal-lm", {"dialog": json.dumps(FILM + GREAT)}, {"text": "dialog"}),
     ("causal-lm", {"prompt": FILM, "completion": "great"}, {}),
     ("causal-lm", {"prompt": FILM, "completion": GREAT}, {}),

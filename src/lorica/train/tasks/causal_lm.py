@@ -237,7 +237,9 @@ def _blocks(tokenizer: PreTrainedTokenizerBase, texts: list[str], limit: int, wh
         # One token alone predicts nothing.
         blocks.pop()
     if not blocks:
-        raise FileError(f"{where} hold no text to learn from")
+        raise FileError(
+            f"there is no text to learn from in {where}: a token is predicted from those before it"
+        )
     features = Dataset.from_dict(
         {
             "input_ids": blocks,

@@ -64,8 +64,7 @@ def find_form(rows: Dataset, data: DataConfig) -> DataConfig:
     if data.text is None:
         if found := find_prompt(rows, data):
             return found
-        columns = by_lower_case(rows)
-        text = next((columns[name] for name in CHATS if name in columns), None)
+        text = _chat_column(rows)
         if text is None:
             text, _ = find_texts(rows, None, None)
             check_raw(rows, text)
@@ -74,6 +73,16 @@ def find_form(rows: Dataset, data: DataConfig) -> DataConfig:
         return add_parts(rows, data)
     goes_on = by_lower_case(rows).get("continues")
     return replace(data, continues=goes_on) if data.continues is None and goes_on else data
+
+
+def _chat_column(rows: Dataset) -> str | None:
+    """The column of conversations: by its name, or else the only one that holds messages."""
+    columns = by_lower_case(rows)
+    if named := next((columns[name] for name in CHATS if name in columns), None):
+        return named
+    first = rows[0] if len(rows) else {}
+    found = [name for name, value in first.items() if is_messages(value)]
+    return found[0] if len(found) == 1 else None
 
 
 def find_templated(rows: Dataset, data: DataConfig) -> DataConfig:
