@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorica.errors import FileError
-from lorica.reading import DEPTH, cache_folder, parse_json, read_json, read_object
+from lorica.reading import DEPTH, cache_folder, load, parse_json, read_json, read_object
 
 
 def test_what_is_written_comes_back(tmp_path: Path) -> None:
@@ -54,6 +55,29 @@ def test_a_folder_where_a_file_was_due(tmp_path: Path) -> None:
         read_json(tmp_path)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json")
+
+
+class Runs:
+    """What a pickle would run."""
+
+    def __reduce__(self) -> Any:
+        return print, ("it ran",)
+
+
+def test_a_pickle_of_more_than_tensors_is_told_without_advice_to_run_it(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_model.bin"
+    torch.save({"a": Runs()}, path)
+    with pytest.raises(FileError) as caught:
+        load(path)
+    assert "print" in str(caught.value)
+    path.write_text("data: {}")
+    with pytest.raises(FileError) as other:
+        load(path)
+    for told in (str(caught.value), str(other.value)):
+        assert "no file of tensors: Unsupported" in told
+        assert "weights_only" not in told
+        assert "Please" not in told
+        assert "\n" not in told
 
 
 def test_depth_is_what_it_says() -> None:

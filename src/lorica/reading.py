@@ -207,6 +207,12 @@ def _reason(error: BaseException) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
+def _fault(error: Exception) -> str:
+    """What is wrong with a file of tensors; torch's advice on how to run what is in it is left out."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    return text.splitlines()[0].partition(". Please use")[0] if text else type(error).__name__
+
+
 def load(path: Path) -> Any:
     """The content of a file, on the CPU; by its suffix safetensors, or else torch's pickled form.
 
@@ -221,9 +227,7 @@ def load(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles fail in whatever way their bytes say
-        raise FileError(
-            f"{path} is truncated or damaged, or no file of tensors: {str(error) or type(error).__name__}"
-        ) from error
+        raise FileError(f"{path} is truncated or damaged, or no file of tensors: {_fault(error)}") from error
 
 
 def named_tensors(data: Any, path: Path) -> dict[str, Tensor]:

@@ -169,15 +169,19 @@ def test_a_run_answers_as_it_predicts(run: Path) -> None:
         (["serve", "{model}", "--port", "0", "--max-wait", "0"], "--max-wait must be above 0"),
         (["serve", "{model}", "--port", "0", "--adapters", "nowhere"], "no folder nowhere"),
         (["serve", "{model}", "--port", "0", "--api-key-file", "nowhere"], "cannot read the keys"),
+        (["serve", "{model}", "--port", "0", "--train", "{new}"], "reads texts and writes none; --train"),
+        (["serve", "{model}", "--port", "0", "--train", "{new}", "--max-wait", "0"], "--max-wait must be"),
         (["chat", "{model}"], "reads texts and writes none"),
     ],
 )
 def test_what_is_refused(
     argv: list[str], told: str, encoder: tuple[Path, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    here = [word.format(model=encoder[0] / "model") if word != "." else str(tmp_path) for word in argv]
+    places = {"model": encoder[0] / "model", "new": tmp_path / "new"}
+    here = [word.format(**places) if word != "." else str(tmp_path) for word in argv]
     assert main(here) == 1
     assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_who_may_ask() -> None:

@@ -40,13 +40,15 @@ def engine_of(parsed: Any) -> tuple[Any, Any]:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {parsed[name]}")
     source = look_at(parsed.source)
     folders = [] if parsed.adapters is None else [parsed.adapters]
-    if parsed.get("train") is not None:
-        published = Path(parsed.train) / "adapters"
-        published.mkdir(parents=True, exist_ok=True)
-        folders.append(str(published))
     wait = parsed.get("max_wait")
     if wait is not None and not wait > 0:
         raise ConfigError(f"--max-wait must be above 0 seconds, not {wait:g}; leave it out for no limit")
+    if parsed.get("train") is not None:
+        if source.kind == "encoder":
+            raise ConfigError(f"{source.model} reads texts and writes none; --train is for models that write")
+        published = Path(parsed.train) / "adapters"
+        published.mkdir(parents=True, exist_ok=True)
+        folders.append(str(published))
     options = {name: parsed[name] for name in ("slots", "max_rank", "dtype", "context")}
     return source, open_engine(source, folders, **options, wait=wait)
 
@@ -164,14 +166,10 @@ def _training(parsed: Any, engine: Any, name: str, tenants: Any, stack: contextl
     """The function that puts the training protocol beside the other endpoints."""
     if tenants is None:
         return lambda app: app
-    from lorica.errors import ConfigError
-    from lorica.serve import Decoder
     from lorica.service import Base, Service
     from lorica.service.engine.several.engines import usual
     from lorica.service.http import beside
 
-    if not isinstance(engine, Decoder):
-        raise ConfigError(f"{name} reads texts and writes none; --train is for models that write")
     base = Base.sharing(engine.model, name, engine.tokenizer)
     engines = usual(base.device) if parsed.engines is None else parsed.engines
     service = Service(base, parsed.train, tenants, engines=engines)
