@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from lorica.config import LoraConfig, full_match, matches_pattern
-from lorica.config.matching import _Positions, _Prepared
+from lorica.config.plugins.bounded import _Positions, _Prepared
 from lorica.errors import ConfigError
 
 ORDINARY = [

@@ -41,6 +41,7 @@ CORE = (
     "checkpoint/peft",
 )
 PLUGINS = (
+    "config/plugins",
     "layers/quantized",
     "layers/plugins",
     "layers/rows",

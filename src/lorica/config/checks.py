@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.config.matching import why_unreadable
-from lorica.config.patterns import with_prefix
+from lorica.config.patterns import why_unreadable, with_prefix
 from lorica.errors import ConfigError, ConfigTypeError, listing
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

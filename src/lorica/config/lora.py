@@ -6,12 +6,11 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
 from lorica.config.checks import check
-from lorica.config.foreign import PROVENANCE, without_foreign
 from lorica.config.inits import (
     SETTINGS,
     CordaConfig,
@@ -27,9 +26,21 @@ from lorica.errors import ConfigError
 
 C = TypeVar("C")
 
+# Fields that record who wrote the file, or how PEFT ran (merge_weights: PEFT before 0.4).
+PROVENANCE = frozenset(("peft_type", "peft_version", "auto_mapping", "runtime_config", "merge_weights"))
+FIELD_READERS: list[Callable[..., dict[str, Any]]] = []
+"""(fields, known names, strict=False) → the known fields; what others ask for is refused, if anything."""
+
 
 def _is_row(value: object) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, (str, Mapping))
+
+
+def _known(fields: Mapping[str, Any], known: Collection[str], *, strict: bool = False) -> Mapping[str, Any]:
+    """The fields that `LoraConfig` has, as `FIELD_READERS` read them."""
+    for read in FIELD_READERS:
+        fields = read(fields, known, strict=strict)
+    return fields
 
 
 def _knowing_pefts_fields(cls: type[C]) -> type[C]:
@@ -39,7 +50,7 @@ def _knowing_pefts_fields(cls: type[C]) -> type[C]:
 
     @functools.wraps(make)
     def __init__(self: Any, **fields: Any) -> None:
-        make(self, **(fields if fields.keys() <= known else without_foreign(fields, known, strict=True)))
+        make(self, **(fields if fields.keys() <= known else _known(fields, known, strict=True)))
 
     cls.__init__ = __init__
     return cls
@@ -291,7 +302,7 @@ class LoraConfig:
             raise ConfigError(f"peft_type is {method!r}; this is not a LoRA adapter")
         known = {item.name for item in dataclasses.fields(cls)}
         strange = data.keys() - known - PROVENANCE
-        kept = without_foreign(data, known) if strange else {key: data[key] for key in known & data.keys()}
+        kept = _known(data, known) if strange else {key: data[key] for key in known & data.keys()}
         # PEFT lets settings of another start stand beside the one that is used.
         start = data.get("init_lora_weights")
         start = start.lower() if isinstance(start, str) else start

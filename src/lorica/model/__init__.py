@@ -16,10 +16,10 @@ from lorica.model.files import load_weights as load_weights
 from lorica.model.files import save as save
 from lorica.model.hub import push_to_hub as push_to_hub
 from lorica.model.merging import plugins as plugins
-from lorica.model.merging.delta import delta_weight as delta_weight
 from lorica.model.merging.folded import MergeReport as MergeReport
 from lorica.model.merging.merge import merge as merge
 from lorica.model.merging.merge import restore as restore
 from lorica.model.merging.merge import switch as switch
 from lorica.model.merging.merged import finalize as finalize
+from lorica.model.merging.plugins.delta import delta_weight as delta_weight
 from lorica.model.mixed import mixed as mixed

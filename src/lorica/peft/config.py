@@ -18,8 +18,8 @@ from lorica import config as core
 from lorica.checkpoint.atomic import replace_files
 from lorica.checkpoint.hub import locate
 from lorica.checkpoint.peft import CONFIG_FILE, in_order, read_settings
-from lorica.config.foreign import FOREIGN, without_foreign
 from lorica.config.inits import SETTINGS
+from lorica.config.plugins.foreign import FOREIGN, without_foreign
 from lorica.errors import ConfigError, LoricaWarning, listing, nearest
 from lorica.reading import read_object
 

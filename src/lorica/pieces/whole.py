@@ -12,7 +12,7 @@ from lorica.check import check_whole
 from lorica.errors import TargetError
 from lorica.find import HEADS, trained_whole
 from lorica.layers import SavedModule
-from lorica.layers.hooks import CallHooks
+from lorica.layers.masters import CallHooks
 from lorica.layers.saved import twin_of
 from lorica.piece import Beginning, Held, Piece, Rows
 from lorica.pieces import Kind, Search, register

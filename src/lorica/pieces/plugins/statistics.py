@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lorica.layers import SavedModule
-from lorica.layers.hooks import CallHooks, guard
+from lorica.layers.masters import CallHooks, guard
 from lorica.piece import Beginning, Held, Piece, Rows
 from lorica.pieces import Kind, Search, register
 from lorica.state import AdapterState

@@ -1,4 +1,9 @@
-"""What few merges concern: packed weights, and tied ones whose merged values differ."""
+"""What few merges need.
+
+packed   quantized weights: packed again, or plain layers that replace them
+ties     tied parameters whose merged values differ
+delta    what merging would add to one weight
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from lorica.config.lora import FIELD_READERS, PROVENANCE
 from lorica.errors import ConfigError, LoricaWarning, UnknownField, lines, listing, nearest
 
 
@@ -45,8 +46,6 @@ FOREIGN = {
     ),
     "megatron_core": _Foreign("Megatron's parallel layers", "leave it out", "megatron.core"),
 }
-# Fields that record who wrote the file, or how PEFT ran (merge_weights: PEFT before 0.4).
-PROVENANCE = frozenset(("peft_type", "peft_version", "auto_mapping", "runtime_config", "merge_weights"))
 
 
 def without_foreign(
@@ -93,6 +92,9 @@ def without_foreign(
             "later PEFT has them, or they are misspelt; if they change what is computed, this is another "
             f"model: {hints}",
             LoricaWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return kept
+
+
+FIELD_READERS.append(without_foreign)

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from lorica.config.patterns import ENGINES, short
 from lorica.errors import ConfigError
 
 # How CPython itself reads patterns; re has had both under these names since 3.11.
@@ -39,24 +40,10 @@ Item = tuple[Any, Any]
 Items = Sequence[Item]
 
 
-def full_match(pattern: str, text: str) -> bool:
-    """Whether a regular expression matches the whole of a text, as `re.fullmatch` has it.
-
-    Raises:
-        ConfigError: it is no regular expression, or none that can be matched in bounded time.
-    """
-    made = _prepared(pattern)
-    if isinstance(made, str):
-        raise ConfigError(f"{_short(pattern)!r} is not a regular expression: {made}")
-    if made.is_easy(text):
-        return made.regex.fullmatch(text) is not None
-    return _Positions(made, text).full_match()
-
-
-def why_unreadable(pattern: str) -> str | None:
-    """What is wrong with a text that is no regular expression; None of one that is."""
-    made = _prepared(pattern)
-    return made if isinstance(made, str) else None
+def _matched(regex: re.Pattern[str], text: str) -> bool | None:
+    """Whether a costly expression matches the whole of a text; None of one that Python's engine may match."""
+    made = _prepared(regex.pattern)
+    return None if made.is_easy(text) else _Positions(made, text).full_match()
 
 
 class _Prepared:
@@ -92,21 +79,7 @@ class _Prepared:
         return key, self._parts[key]
 
 
-@functools.lru_cache(maxsize=4096)
-def _prepared(pattern: str) -> _Prepared | str:
-    """The pattern, or why it is none."""
-    try:
-        return _Prepared(pattern)
-    except re.error as error:
-        return str(error)
-    except RecursionError:
-        return "it is nested too deeply"
-    except (OverflowError, MemoryError):
-        return "a number of repetitions in it is too large"
-
-
-def _short(pattern: str) -> str:
-    return pattern if len(pattern) <= 200 else f"{pattern[:200]}..."
+_prepared = functools.lru_cache(maxsize=4096)(_Prepared)
 
 
 def _name(item: Item) -> str:
@@ -250,6 +223,9 @@ class _Positions:
 
     def _refused(self, why: str) -> ConfigError:
         return ConfigError(
-            f"the regular expression {_short(self._made.pattern)!r} {why}: it might never end. Write it "
+            f"the regular expression {short(self._made.pattern)!r} {why}: it might never end. Write it "
             "without repetitions inside repetitions, or list the names"
         )
+
+
+ENGINES.append(_matched)
