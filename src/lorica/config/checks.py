@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import typing
+from collections.abc import Mapping
+from types import UnionType
 from typing import Any
 
 from lorica.config.patterns import why_unreadable, with_prefix
@@ -30,6 +35,66 @@ def is_index(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number of at least 1."""
     return is_index(value) and value >= 1
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Refuse a configuration whose fields hold values of other types than their annotations say.
+
+    A list may be a tuple. Numbers are finite, and a truth value is none.
+
+    Args:
+        config: a dataclass.
+        prefix: stands before the fields' names in messages.
+
+    Raises:
+        ConfigError: naming a field.
+    """
+    for name, kind in _hints(type(config)):
+        value = getattr(config, name)
+        if not _is_a(value, kind):
+            raise ConfigError(f"{prefix}{name} must be {_in_words(kind)}, not {value!r:.80}")
+
+
+@functools.cache
+def _hints(kind: type) -> list[tuple[str, Any]]:
+    hints = typing.get_type_hints(kind)
+    return [(field.name, hints[field.name]) for field in dataclasses.fields(kind)]
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, UnionType):
+        return any(_is_a(value, each) for each in inside)
+    if origin is list:
+        return isinstance(value, (list, tuple)) and all(_is_a(each, inside[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(
+            _is_a(key, inside[0]) and _is_a(held, inside[1]) for key, held in value.items()
+        )
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    return kind is Any or (is_number(value) if kind is float else isinstance(value, kind))
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "a text",
+    type(None): "None",
+    Any: "anything",
+}
+
+
+def _in_words(kind: Any) -> str:
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, UnionType):
+        return " or ".join(map(_in_words, inside))
+    if origin is list:
+        return f"a list, each item {_in_words(inside[0])}"
+    if origin is dict:
+        return f"a mapping, each value {_in_words(inside[1])}"
+    return _WORDS.get(kind) or f"a {kind.__name__}"
 
 
 def check_count(name: str, value: Any) -> None:

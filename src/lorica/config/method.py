@@ -58,12 +58,10 @@ class MethodConfig(ABC):
         """Normalise lists and check every value."""
         names = self.modules_to_save
         if isinstance(names, Iterable) and not isinstance(names, str):
-            object.__setattr__(self, "modules_to_save", list(names))
-        self._expect(
-            "modules_to_save",
-            names is None or (not isinstance(names, str) and all(isinstance(n, str) and n for n in names)),
-            "None or a list of names",
-        )
+            names = sorted(names) if isinstance(names, (set, frozenset)) else list(names)
+            object.__setattr__(self, "modules_to_save", names)
+        named = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+        self._expect("modules_to_save", names is None or named, "None or a list of names")
         if self.task_type is not None:
             object.__setattr__(self, "task_type", str(getattr(self.task_type, "value", self.task_type)))
         self._expect(
@@ -72,6 +70,8 @@ class MethodConfig(ABC):
             f"None or one of {TASK_TYPES}",
         )
         self._expect("inference_mode", isinstance(self.inference_mode, bool), "True or False")
+        for name in ("base_model_name_or_path", "revision"):
+            self._expect(name, isinstance(getattr(self, name), str | None), "None or a text")
 
     def parts(self) -> tuple[AdapterConfig, ...]:
         """The configurations of the single methods that make up the adapter: this one."""

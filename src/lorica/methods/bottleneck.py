@@ -140,7 +140,7 @@ class _BottleneckConfig(MethodConfig):
         """Check the values."""
         super().__post_init__()
         self._expect_count("bottleneck", 1)
-        self._expect("activation", self.activation in ACTIVATIONS, f"one of {tuple(ACTIVATIONS)}")
+        self._expect("activation", self.activation in (*ACTIVATIONS,), f"one of {tuple(ACTIVATIONS)}")
         ok = isinstance(self.init_std, int | float) and not isinstance(self.init_std, bool)
         self._expect("init_std", ok and 0 < self.init_std < float("inf"), "a positive number")
 

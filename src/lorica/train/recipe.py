@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import yaml
 
 from lorica.config import AdapterConfig, LoraConfig, as_config, read_config
+from lorica.config.checks import check_types
 from lorica.errors import ConfigError, FileError, listing, nearest
 from lorica.reading import read_yaml
 from lorica.train.settings import (
@@ -87,6 +88,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Check the values."""
         as_texts(self, "model", "init_from", "output")
+        check_types(self)
         self.configuration()
         expect(
             self,

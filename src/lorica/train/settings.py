@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorica.config.checks import check_types
 from lorica.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         as_texts(self, "train", "validation", "test")
+        check_types(self, "data.")
         expect(self, "validation_fraction", 0 <= self.validation_fraction < 1, "a share in [0, 1)")
         expect(self, "processes", self.processes > 0, "more than 0")
         expect(self, "stride", self.stride is None or self.stride >= 0, "None, or 0 or more")
@@ -221,6 +223,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        check_types(self, "training.")
         for name in (
             "batch_size",
             "start_batches",
@@ -304,6 +307,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         of = "generation."
+        check_types(self, of)
         for name in ("max_new_tokens", "num_beams", "batch_size", "repetition_penalty", "temperature"):
             expect(self, name, getattr(self, name) > 0, "more than 0", of)
         for name in ("no_repeat_ngram_size", "top_k"):
@@ -368,6 +372,7 @@ class PostConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         of = "post."
+        check_types(self, of)
         expect(self, "loss", self.loss is None or self.loss in LOSSES, f"None or one of {LOSSES}", of)
         expect(self, "beta", self.beta is None or self.beta >= 0, "None, or 0 or more", of)
         expect(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "a share in [0, 0.5)", of)
@@ -407,6 +412,7 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         """Check the values."""
         of = "launch."
+        check_types(self, of)
         expect(self, "engine", self.engine in ENGINES, f"one of {ENGINES}", of)
         expect(self, "retries", self.retries >= 0, "0 or more", of)
         expect(self, "processes", self.processes is None or self.processes > 0, "None or more than 0", of)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorica.config.checks import check_types
 from lorica.errors import ConfigError, FileError, LoricaError, listing, nearest
 from lorica.reading import read_object
 from lorica.train import tasks
@@ -80,6 +81,7 @@ class SearchConfig:
         Raises:
             ConfigError: a value is out of range.
         """
+        check_types(self)
         for name, known in (
             ("algorithm", ALGORITHMS),
             ("scheduler", SCHEDULERS),
@@ -158,6 +160,7 @@ class RampConfig:
         Raises:
             ConfigError: a value is out of range.
         """
+        check_types(self)
         if not 1 <= self.start <= self.limit:
             raise ConfigError(
                 f"the ramp must start from 1 and end at {self.limit}, not start at {self.start}"
