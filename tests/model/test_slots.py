@@ -179,6 +179,22 @@ def test_what_cannot_differ_by_token_is_refused_by_name(name: str, config: dict[
     assert tiny.record(model) == before
 
 
+def test_packed_weights_stay_as_the_adapter_was_trained_beside_them():
+    kind: Any = pytest.importorskip("bitsandbytes", reason="pip install 'lorica[quantized]'").nn.Linear4bit
+    model = tiny.transformer("llama", hidden_size=64, intermediate_size=64).eval()
+    for path, layer in list(model.named_modules()):
+        if path.endswith("_proj"):
+            own = kind(*layer.weight.T.shape, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+            own.load_state_dict({"weight": layer.weight.detach()})
+            model.set_submodule(path, own.to("cpu"))
+    adapter, ids = trained(model, CONFIGS["all"]), [5, 6, 7, 8]
+    expected = alone(model, adapter, ids)
+    slots = Slots(model)
+    slots.choose([(slots.mount(slots.fit(adapter)), 4)])
+    torch.testing.assert_close(packed(model, [ids]), expected, atol=1e-6, rtol=1e-6)
+    slots.close()
+
+
 def test_an_adapter_of_another_base_is_refused_with_the_whole_list():
     adapter = trained(tiny.transformer("gpt2").eval(), GPT2["all"])
     with pytest.raises(lorica.LoricaError, match=r"unexpected: transformer\.h\.0\.attn\.c_attn"):

@@ -417,6 +417,14 @@ def test_the_base_is_as_it_was_and_a_closed_client_says_so() -> None:
         Client(model)
 
 
+def test_a_quantized_base_is_refused_by_name() -> None:
+    kind: Any = pytest.importorskip("bitsandbytes", reason="pip install 'lorica[quantized]'").nn.Linear4bit
+    model = llama()
+    model.set_submodule("model.layers.0.mlp.up_proj", kind(64, 64, bias=False).to("cpu"))
+    with pytest.raises(UserError, match=r"quantized \(model\.layers\.0\.mlp\.up_proj\)"):
+        Client(model)
+
+
 def test_layers_are_chosen_by_their_sort() -> None:
     with Client(llama()) as client:
         for off, gone in (("train_attn", "q_proj"), ("train_mlp", "up_proj"), ("train_unembed", "lm_head")):

@@ -21,6 +21,7 @@ from lorica.adapter import Adapter
 from lorica.config import method_of
 from lorica.errors import AdapterError, LoricaError, StateError
 from lorica.layers import LoraEmbedding, LoraLayer, LoraLinear, LoraOpaque, LoraQuantized
+from lorica.layers.quantized import REPACKS, hold_layout, release_layout
 from lorica.layers.slots import Chosen, Packed, Part, Place, Plan, Run, SlotLayer
 from lorica.layers.slots.layer import OtherRows
 from lorica.model.mixed import is_expert
@@ -93,6 +94,9 @@ class Slots:
         self._layers: dict[nn.Module, SlotLayer] = {}
         self._chosen = Chosen()
         self._head = output_head(self.root)
+        # An evaluation would repack them, with a loss, and adapters act beside the weights as they were.
+        self._layouts = [module for module in self.root.modules() if module.__dict__.get(REPACKS)]
+        hold_layout(self._layouts)
 
     @property
     def full(self) -> bool:
@@ -207,6 +211,8 @@ class Slots:
             layer.close()
         self._layers.clear()
         self.mounted.clear()
+        release_layout(self._layouts)
+        self._layouts = []
 
     def _parts(self, piece: Piece, adapter: Adapter) -> Iterable[tuple[str, nn.Module, dict[str, Any]]]:
         if isinstance(piece, LowRank) and piece.target.parameter is None:

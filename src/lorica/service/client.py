@@ -37,7 +37,7 @@ class Client:
             among them, in the whole process, until `close`.
 
     Raises:
-        UserError: it is no causal model, or carries adapters.
+        UserError: it is no causal model, carries adapters, or is quantized.
     """
 
     def __init__(

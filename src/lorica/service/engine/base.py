@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorica.errors import listing
+from lorica.layers.quantized import quantizer_of
 from lorica.service.engine.abreast import Abreast
 from lorica.service.engine.lanes import HEAD, Joint, Lane, Part, together
 from lorica.service.engine.targets import Targets, is_linear
@@ -47,13 +49,19 @@ class Base:
         tokenizer: for texts that end a sample; None where only tokens do.
 
     Raises:
-        UserError: it is no causal language model of transformers, or it carries adapters.
+        UserError: it is no causal language model of transformers, it carries adapters, or it is quantized.
     """
 
     def __init__(self, model: nn.Module, name: str, tokenizer: Any = None) -> None:
         """Look at it once, with one token."""
         if find_adapted(model) is not None:
             raise UserError("the model carries adapters; a service wants the base (lorica.detach it first)")
+        packed = [path for path, module in model.named_modules() if quantizer_of(module) is not None]
+        if packed:
+            raise UserError(
+                f"the base is quantized ({listing(packed, limit=2)}), and a service multiplies by plain "
+                "weights; load it without quantizing"
+            )
         self.model, self.name, self.tokenizer = model.eval().requires_grad_(False), name, tokenizer
         config: Any = getattr(model, "config", None)
         table = getattr(model, "get_input_embeddings", lambda: None)()
