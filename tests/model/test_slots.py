@@ -186,7 +186,7 @@ def test_packed_weights_stay_as_the_adapter_was_trained_beside_them():
         if path.endswith("_proj"):
             own = kind(*layer.weight.T.shape, bias=False, quant_type="nf4", compute_dtype=torch.float32)
             own.load_state_dict({"weight": layer.weight.detach()})
-            model.set_submodule(path, own.to("cpu"))
+            model.set_submodule(path, own.to("cpu").eval())
     adapter, ids = trained(model, CONFIGS["all"]), [5, 6, 7, 8]
     expected = alone(model, adapter, ids)
     slots = Slots(model)
