@@ -19,10 +19,11 @@ from torch import nn
 from torch.func import functional_call
 
 import lorica
-from lorica.check import check_looked_up, layer_class
+from lorica.check import layer_class
 from lorica.errors import TargetError
 from lorica.find import as_target
 from lorica.layers import LoraLayer
+from lorica.pieces.plugins.looked_up import check_looked_up
 from lorica.tree import Place, walk
 
 CONFIG = lorica.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False)

@@ -24,14 +24,14 @@ class LookedUp(Kind):
         if search.lora is None:
             return
         try:
-            _check(search.places, {*search.whole, *(target.path for target in search.targets)})
+            check_looked_up(search.places, {*search.whole, *(target.path for target in search.targets)})
         except TargetError as error:
             if search.adapter is None:
                 raise
             search.problems.append(str(error))
 
 
-def _check(places: Iterable[Place], chosen: Collection[str]) -> None:
+def check_looked_up(places: Iterable[Place], chosen: Collection[str]) -> None:
     """Refuse an embedding that is never called and only holds the table for others, as T5's `shared`.
 
     Args:
