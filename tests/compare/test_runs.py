@@ -186,3 +186,14 @@ def test_the_key_of_a_run_says_in_which_order_rows_come(tmp_path: Path) -> None:
     )
     texts = [key("causal-lm", order) for order in (None, True, False)]
     assert (texts[0] == texts[2], texts[0] == texts[1]) == (True, False)
+
+
+def test_the_key_of_a_run_says_in_which_order_patterns_are_tried(tmp_path: Path) -> None:
+    first = cells(spec(tmp_path), {"mood": "accuracy"})[0].trials[0]
+
+    def key(*order: str) -> str:
+        method = {"rank_pattern": {name: len(name) for name in order}}
+        return dataclasses.replace(first, recipe=first.recipe.replace(method=method, baseline=None)).key
+
+    assert key("dense", "output.dense") != key("output.dense", "dense")
+    assert key("dense", "output.dense") == key("dense", "output.dense")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -60,7 +61,7 @@ class Run:
             for name in ("method", "baseline"):
                 content.pop(name, None)
             content["few_shot"] = dataclasses.asdict(self.few_shot)
-        text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(_in_order(content), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     def __str__(self) -> str:
@@ -69,6 +70,15 @@ class Run:
         parts = [self.task, *([] if rows is None else [f"{rows:,} rows"]), self.method]
         parts += [] if self.rate is None else [f"lr {self.rate:g}"]
         return " · ".join([*parts, f"seed {self.seed}"])
+
+
+def _in_order(value: Any, name: str = "") -> Any:
+    """Plain values whose patterns, of which the first match wins, keep an order that sorting would lose."""
+    if isinstance(value, Mapping):
+        if name.endswith("_pattern") and list(value) != sorted(value):
+            return [[key, held] for key, held in value.items()]
+        return {key: _in_order(held, key) for key, held in value.items()}
+    return [_in_order(each) for each in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
