@@ -74,7 +74,7 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no command 'trian'; did you mean 'train'?" in capsys.readouterr().err
     assert main(["train", "--training.learning_rat", "3"]) == 2
     assert (
-        "there is no option --training.learning_rat; did you mean 'training.learning_rate'"
+        "there is no option --training.learning_rat; did you mean '--training.learning_rate'"
         in capsys.readouterr().err
     )
     assert main(["train", "--training.learning_rate", "fast"]) == 2

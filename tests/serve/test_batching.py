@@ -5,6 +5,7 @@ If one fails after a new version of transformers, that file is to be looked at, 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -209,6 +210,16 @@ def test_attention_goes_by_request_while_an_engine_runs(model: Any):
     assert model.config._attn_implementation == "sdpa"
     with torch.no_grad():
         assert torch.equal(model(ids).logits, inside)
+
+
+def test_one_that_has_only_begun_ends_without_a_word(model: Any, caplog: pytest.LogCaptureFixture):
+    log = logging.getLogger("ContinuousBatchingLogger")
+    log.addHandler(caplog.handler)
+    try:
+        batcher(model, Greedy()).stop(hard_stop=True)
+    finally:
+        log.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_prompts_are_scored_in_pieces_as_in_one(model: Any):

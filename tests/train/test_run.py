@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from train import tiny
 from train.killed import kills_and_resumes
 
+from lorica.cli import main
 from lorica.errors import ConfigError, FileError, LoricaError
 from lorica.plain import as_json
 from lorica.train import Recipe, RowError, evaluate, predict, train
@@ -139,7 +141,7 @@ def test_an_unfinished_run_says_so(make_recipe: Callable[..., Recipe]) -> None:
     recipe = make_recipe()
     output = train(recipe).output
     (output / "adapter_config.json").unlink()
-    with pytest.raises(FileError, match="training did not finish: resume it with --resume"):
+    with pytest.raises(FileError, match=r"its training did not end\. Go on with: lorica train "):
         evaluate(output)
 
 
@@ -177,7 +179,7 @@ def test_what_is_overwritten_is_not_read_beside_the_new_recipe(
     turned = recipe.replace(data={"labels": ["good", "bad"]})
     with pytest.raises(Interrupted):
         train(turned, overwrite=True)
-    with pytest.raises(FileError, match="training did not finish: resume it with --resume"):
+    with pytest.raises(FileError, match=r"its training did not end\. Go on with: lorica train "):
         predict(output, ["great film"])
     assert sorted(path.name for path in output.iterdir()) == ["checkpoints", "recipe.yaml"]
     monkeypatch.undo()
@@ -290,3 +292,17 @@ def test_a_killed_run_resumes_to_the_same_adapter(tmp_path: Path) -> None:
     assert ended.code == 0, ended.output
     assert len(ended.value) == 10
     assert ended.value == {name: [-signal.SIGKILL, 0, True] for name in ended.value}, ended.output
+
+
+def test_a_run_that_did_not_end_is_told_how_to_go_on(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    begun = tmp_path / "a run"
+    begun.mkdir()
+    make_recipe(max_steps=2).replace(output=str(begun)).save(begun / "recipe.yaml")
+    with pytest.raises(FileError, match=r"its training did not end") as told:
+        predict(begun, ["film"])
+    again = shlex.split(str(told.value).partition("Go on with: ")[2])
+    assert again[0] == "lorica"
+    assert main(again[1:]) == 0
+    assert predict(begun, ["film"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ from lorica.train.settings import GenerationConfig
 from lorica.train.system import writable_file
 from lorica.train.tasks import LanguageTask, Task
 from lorica.train.tasks.base import own_loss
-from lorica.train.trainer.checkpoints import last_checkpoint
 from lorica.train.trainer.fit import score
 from lorica.train.trainer.trainer import Trainer, arguments_of, trainer_of
 
@@ -77,12 +77,10 @@ def open_run(directory: str | Path, *, trust_task: bool = False) -> Trained:
     task = tasks.get(recipe.task).settled(recipe)
     adapted = is_adapter(directory)
     if not adapted and not (directory / "config.json").is_file():
-        hint = (
-            "; training did not finish: resume it with --resume"
-            if last_checkpoint(directory / "checkpoints")
-            else ""
+        again = f"lorica train {shlex.quote(str(directory / RECIPE))} --resume"
+        raise FileError(
+            f"{directory} holds neither an adapter nor a model: its training did not end. Go on with: {again}"
         )
-        raise FileError(f"{directory} holds neither an adapter nor a model{hint}")
     with quiet():
         tokenizer = task.tokenizer(str(directory))
         if adapted:

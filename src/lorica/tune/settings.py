@@ -13,7 +13,6 @@ from typing import Any
 from lorica.config.checks import check_types
 from lorica.errors import ConfigError, FileError, LoricaError, listing, nearest
 from lorica.reading import read_object
-from lorica.train import tasks
 from lorica.train.recipe import Recipe, read_fields
 from lorica.train.settings import LaunchConfig
 from lorica.tune.journal import JOURNAL, TRIALS
@@ -216,6 +215,8 @@ def in_order(recipe: Recipe, there: Path) -> Recipe:
     known = training.get("group_by_length") if isinstance(training, dict) else None
     if recipe.training.group_by_length is not None:
         return recipe
+    from lorica.train import tasks  # the command's help is to be there at once
+
     together = known if isinstance(known, bool) else tasks.get(recipe.task).by_length(recipe.training)
     return recipe.replace(training={"group_by_length": together})
 

@@ -174,7 +174,8 @@ def _unknown(flag: str, name: str, known: list[str]) -> str:
     new = _RENAMED.get(plain) if _RENAMED.get(plain) in known else same[0] if len(same) == 1 else None
     if new is not None:
         return f"there is no option {flag}{name}: it is --{new}"
-    return f"there is no option {flag}{name}{nearest(name, known)}"
+    close = nearest(name, known).replace(" '", " '--")
+    return f"there is no option {flag}{name}{close}"
 
 
 def expanded(argv: Sequence[str], more: Mapping[str, str] | None = None) -> list[str]:

@@ -14,6 +14,7 @@ transformers promises none of these names. `tests/serve/test_batching.py` has a 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
@@ -174,6 +175,10 @@ class Batcher(api.ContinuousBatchingManager):
 
     def stop(self, *args: Any, **kwargs: Any) -> None:
         """End the thread, and leave the model's attention as it was."""
+        thread: Any = self._generation_thread
+        # One that has only begun is let begin: transformers warns of it otherwise.
+        while self.batch_processor is None and thread is not None and thread.is_alive():
+            time.sleep(0.005)
         super().stop(*args, **kwargs)
         if self._by_request:
             self._by_request = False
