@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import os
+import pkgutil
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +27,8 @@ os.environ["COLUMNS"] = "120"
 for variable in ("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE"):
     os.environ.pop(variable, None)
 
+import coverage
+import fork_server
 import hypothesis
 import jaxtyping
 import pytest
@@ -30,6 +36,19 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 gc.disable()  # until all is imported: a sixth of that time went into walking what was imported before
+
+_COVERAGE = coverage.Coverage.current()
+
+
+def _trace(on: bool) -> None:
+    """Measure the coverage of what comes, or leave it untraced, which is a third quicker."""
+    if _COVERAGE is not None and on != _TRACED[0]:
+        _TRACED[0] = on
+        (_COVERAGE.start if on else _COVERAGE.stop)()
+
+
+_TRACED = [True]
+_trace(False)
 
 
 def _modules_with_shapes() -> list[str]:
@@ -53,6 +72,23 @@ import torch
 
 torch.set_num_threads(1)
 
+
+def _import_core() -> None:
+    """Import the floors whose coverage is measured: what a module does when it is imported counts too."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    contracts = project["tool"]["importlinter"]["contracts"]
+    (floors,) = (each["source_modules"] for each in contracts if each["name"].startswith("The core needs"))
+    for floor in map(importlib.import_module, floors):
+        for module in pkgutil.walk_packages(getattr(floor, "__path__", []), f"{floor.__name__}."):
+            with contextlib.suppress(ImportError):  # of an extra that is not installed
+                importlib.import_module(module.name)
+
+
+if _COVERAGE is not None:
+    _trace(True)
+    _import_core()
+    _trace(False)
+
 # The same examples every time: a failure that comes and goes teaches nobody. LORICA_EXPLORE=1 draws new ones.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
@@ -72,18 +108,31 @@ NOT_COVERED = ("examples", "journeys", "paper_tables", "plain_text", "ranks", "r
 """What those files are about that do not."""
 
 
+def pytest_pycollect_makemodule(module_path: Path) -> None:
+    """Start the fork server before Ray is imported, which its workers must do after they are forked."""
+    if "ray" in module_path.stem.split("_"):
+        fork_server.start()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the upper floors' tests untraced: tracing takes a third of their time."""
-    for item in items:
-        folder, *below = item.path.parts[len((REPOSITORY / "tests").parts) :]
-        if folder not in COVERED if below else folder[len("test_") : -len(".py")] in NOT_COVERED:
-            item.add_marker(pytest.mark.no_cover)
+    """Begin with Ray, which is long and waits: one worker of pytest's is at it while the others do the rest."""
+    items.sort(key=lambda item: "ray" not in item.path.stem.split("_"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Trace what counts for the coverage of the core; the upper floors' tests are left alone."""
+    folder, *below = item.path.parts[len((REPOSITORY / "tests").parts) :]
+    _trace(folder in COVERED if below else folder[len("test_") : -len(".py")] not in NOT_COVERED)
+    return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
-    """Collect garbage again, of what comes from now on."""
+    """Collect garbage again, of what comes from now on; all that tests fork has what is here."""
     gc.freeze()
+    if "lorica.train.run" in sys.modules:  # else there may be nothing that forks
+        fork_server.start()
     gc.enable()
 
 

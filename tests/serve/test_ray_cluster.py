@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(folder: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    with cluster():
+    with cluster(forked=False):  # what its processes import is asserted
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(
             app(
