@@ -15,7 +15,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-JOBS ?= 2
+JOBS ?= 3
 ARGS ?=
 PIP_ARGS ?=
 
@@ -36,7 +36,8 @@ help:
 demo: $(VENV)/demo.stamp
 	$(BIN)/lorica demo $(ARGS)
 
-# Bytecode is kept: the suite starts many processes, and each would compile lorica again.
+# Bytecode is kept: the suite starts many processes, and each would compile lorica again. Three workers keep two cores
+# busy: some tests wait, and Ray brings processes of its own.
 test: $(VENV)/dev.stamp
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(JOBS) --dist worksteal --cov --cov-report= $(ARGS)
 	@test -n "$(ARGS)" || $(BIN)/coverage report --include='$(CORE)' --fail-under=95

@@ -104,8 +104,14 @@ _TIE: list[Any] = []
 COVERED = ("algebra", "checkpoint", "inits", "interop", "layers", "methods", "model", "pieces")
 """Folders whose tests count for the coverage of the core, besides the files beside them."""
 
-NOT_COVERED = ("examples", "journeys", "paper_tables", "plain_text", "ranks", "recipes")
+NOT_COVERED = (
+    *("examples", "journeys", "paper_tables", "plain_text", "ranks", "recipes"),  # which are of upper floors
+    *("architectures", "compile", "counts", "fuzz"),  # which go where others have been, for long
+)
 """What those files are about that do not."""
+
+CHECKED = ("dropin", "paper", "study", "trainer")
+"""Folders whose tests run with shapes checked, a tenth of a run's time, besides the core's own."""
 
 
 def pytest_pycollect_makemodule(module_path: Path) -> None:
@@ -115,21 +121,27 @@ def pytest_pycollect_makemodule(module_path: Path) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with Ray, which is long and waits: one worker of pytest's is at it while the others do the rest."""
+    """Begin with Ray, which is long and waits: one worker of pytest's is at it, the others go on."""
     items.sort(key=lambda item: "ray" not in item.path.stem.split("_"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Trace what counts for the coverage of the core; the upper floors' tests are left alone."""
+    """Trace what counts for the coverage of the core; leave the upper floors' tests alone."""
     folder, *below = item.path.parts[len((REPOSITORY / "tests").parts) :]
-    _trace(folder in COVERED if below else folder[len("test_") : -len(".py")] not in NOT_COVERED)
+    core = not below or folder in COVERED
+    _trace(core and item.path.stem[len("test_") :] not in NOT_COVERED)
+    checked = core or not {folder, *below}.isdisjoint(CHECKED)
+    jaxtyping.config.update("jaxtyping_disable", not checked)
     return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
     """Collect garbage again, of what comes from now on; all that tests fork has what is here."""
+    arrow = sys.modules.get("datasets.arrow_dataset")
+    if arrow is not None:  # it pickles all rows to name them, for caches of files that are nowhere here
+        vars(arrow)["generate_fingerprint"] = lambda dataset: os.urandom(8).hex()
     gc.freeze()
     if "lorica.train.run" in sys.modules:  # else there may be nothing that forks
         fork_server.start()

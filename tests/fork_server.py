@@ -6,7 +6,6 @@ once in each worker of pytest's. Here is all that knows what multiprocessing kee
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import signal
@@ -16,6 +15,8 @@ import warnings
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
+
+import jaxtyping
 
 
 def start() -> None:
@@ -43,13 +44,15 @@ def start() -> None:
 
 def _serve(listener: int, alive: int) -> None:
     try:
-        # What pytest talks through is its own: nobody should wait for a fork to close it.
+        # What pytest talks through is its own: nobody should wait for a fork to close it. The numbers stay
+        # taken, since objects that hold them write to them and close them.
         keep = {0, 1, 2, listener, alive, resource_tracker.getfd()}
+        nothing = os.open(os.devnull, os.O_RDWR)
         for handle in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - keep:
-            with contextlib.suppress(OSError):  # that of the listing
-                os.close(handle)
+            os.dup2(nothing, handle, inheritable=False)
         sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
         sys.stderr = sys.__stderr__ = os.fdopen(2, "w", closefd=False)
+        jaxtyping.config.update("jaxtyping_disable", True)  # as in a process that was started
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as lorica's own is started
         forkserver.main(listener, alive, [])  # pyright: ignore[reportAttributeAccessIssue]
     finally:
