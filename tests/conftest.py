@@ -37,18 +37,26 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 gc.disable()  # until all is imported: a sixth of that time went into walking what was imported before
 
-_COVERAGE = coverage.Coverage.current()
+
+class _Tracing:
+    """Measures coverage where it is asked for, and leaves the rest untraced, which is a third quicker.
+
+    Args:
+        measured: what pytest-cov has started; None without it.
+    """
+
+    def __init__(self, measured: coverage.Coverage | None) -> None:
+        self.measured, self.on = measured, True
+        self.turn(False)
+
+    def turn(self, on: bool) -> None:
+        """On or off."""
+        if self.measured is not None and on != self.on:
+            (self.measured.start if on else self.measured.stop)()
+        self.on = on
 
 
-def _trace(on: bool) -> None:
-    """Measure the coverage of what comes, or leave it untraced, which is a third quicker."""
-    if _COVERAGE is not None and on != _TRACED[0]:
-        _TRACED[0] = on
-        (_COVERAGE.start if on else _COVERAGE.stop)()
-
-
-_TRACED = [True]
-_trace(False)
+_tracing = _Tracing(coverage.Coverage.current())
 
 
 def _modules_with_shapes() -> list[str]:
@@ -72,22 +80,6 @@ import torch
 
 torch.set_num_threads(1)
 
-
-def _import_core() -> None:
-    """Import the floors whose coverage is measured: what a module does when it is imported counts too."""
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    contracts = project["tool"]["importlinter"]["contracts"]
-    (floors,) = (each["source_modules"] for each in contracts if each["name"].startswith("The core needs"))
-    for floor in map(importlib.import_module, floors):
-        for module in pkgutil.walk_packages(getattr(floor, "__path__", []), f"{floor.__name__}."):
-            with contextlib.suppress(ImportError):  # of an extra that is not installed
-                importlib.import_module(module.name)
-
-
-if _COVERAGE is not None:
-    _trace(True)
-    _import_core()
-    _trace(False)
 
 # The same examples every time: a failure that comes and goes teaches nobody. LORICA_EXPLORE=1 draws new ones.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, print_blob=True)
@@ -114,6 +106,26 @@ CHECKED = ("dropin", "paper", "study", "trainer")
 """Folders whose tests run with shapes checked, a tenth of a run's time, besides the core's own."""
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Import the floors whose coverage is measured: what a module does when it is imported counts too."""
+    global _tracing
+    worker = hasattr(session.config, "workerinput")
+    if worker:  # for which pytest-cov has just started another
+        _tracing = _Tracing(coverage.Coverage.current())
+    if _tracing.measured is None or (session.config.getoption("numprocesses", None) and not worker):
+        return
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    contracts = project["tool"]["importlinter"]["contracts"]
+    (floors,) = (each["source_modules"] for each in contracts if each["name"].startswith("The core needs"))
+    _tracing.turn(True)
+    for floor in map(importlib.import_module, floors):
+        for module in pkgutil.walk_packages(getattr(floor, "__path__", []), f"{floor.__name__}."):
+            with contextlib.suppress(ImportError):  # of an extra that is not installed
+                importlib.import_module(module.name)
+    _tracing.turn(False)
+
+
 def pytest_pycollect_makemodule(module_path: Path) -> None:
     """Start the fork server before Ray is imported, which its workers must do after they are forked."""
     if "ray" in module_path.stem.split("_"):
@@ -130,10 +142,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Trace what counts for the coverage of the core; leave the upper floors' tests alone."""
     folder, *below = item.path.parts[len((REPOSITORY / "tests").parts) :]
     core = not below or folder in COVERED
-    _trace(core and item.path.stem[len("test_") :] not in NOT_COVERED)
+    marked = item.get_closest_marker("no_cover") is not None
+    _tracing.turn(core and not marked and item.path.stem[len("test_") :] not in NOT_COVERED)
     checked = core or not {folder, *below}.isdisjoint(CHECKED)
     jaxtyping.config.update("jaxtyping_disable", not checked)
-    return (yield)
+    result = yield
+    _tracing.on |= marked  # as pytest-cov leaves it
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -46,8 +46,8 @@ def _serve(listener: int, alive: int) -> None:
     try:
         # What pytest talks through is its own: nobody should wait for a fork to close it. The numbers stay
         # taken, since objects that hold them write to them and close them.
-        keep = {0, 1, 2, listener, alive, resource_tracker.getfd()}
         nothing = os.open(os.devnull, os.O_RDWR)
+        keep = {0, 1, 2, listener, alive, resource_tracker.getfd(), nothing}
         for handle in {int(path.name) for path in Path("/proc/self/fd").iterdir()} - keep:
             os.dup2(nothing, handle, inheritable=False)
         sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
