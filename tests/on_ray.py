@@ -39,6 +39,7 @@ def cluster(*, forked: bool = True) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process, which watches for nothing here
+        patch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # on a busy machine it would be killed
         with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as theirs:
             theirs.setenv("TORCHDYNAMO_DISABLE", "1")  # else bitsandbytes imports a compiler
             if forked:
