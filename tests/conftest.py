@@ -96,10 +96,7 @@ _TIE: list[Any] = []
 COVERED = ("algebra", "checkpoint", "inits", "interop", "layers", "methods", "model", "pieces")
 """Folders whose tests count for the coverage of the core, besides the files beside them."""
 
-NOT_COVERED = (
-    *("examples", "journeys", "paper_tables", "plain_text", "ranks", "recipes"),  # which are of upper floors
-    *("architectures", "compile", "counts", "fuzz"),  # which go where others have been, for long
-)
+NOT_COVERED = ("examples", "journeys", "paper_tables", "plain_text", "ranks", "recipes")
 """What those files are about that do not."""
 
 CHECKED = ("dropin", "paper", "study", "trainer")
