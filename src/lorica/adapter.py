@@ -18,7 +18,7 @@ from lorica.errors import AdapterError, listing
 Kind = Literal["linear", "embedding", "conv", "parameter"]
 
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
-"""Where an embedding's trained rows are under its path: in an adapter, in PEFT's files, and live."""
+"""The place of an embedding's trained rows under its path: in an adapter, in PEFT's files, and live."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Which kind of adapted layer a module becomes; an update that would silently do nothing is refused."""
+"""The kind of adapted layer that a module becomes; an update that would silently do nothing is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lorica.errors import TargetError, TargetTypeError, listing
 from lorica.layers import LoraLayer, LoraLinear, SwappedModule
-from lorica.layers.kinds import PARTS, READ, RULES
+from lorica.layers.kinds import KINDS, PARTS, READ, RULES
 from lorica.layers.quantized import quantizer_of
 from lorica.tree import Place
 
@@ -27,10 +27,10 @@ def layer_class(module: nn.Module, parent: nn.Module | None = None) -> type[Lora
     """
     if isinstance(module, LoraLayer):
         return module.swapped_by  # pyright: ignore[reportReturnType]
-    found: type[LoraLayer] | None = None
     if _is_plain(module):
         found = next((kind for cls, kind in PARTS.items() if isinstance(parent, cls)), LoraLinear)
     else:
+        found = next((kind for cls, kind in KINDS.items() if isinstance(module, cls)), None)
         for rule in RULES:
             found = rule(found, module)
     if found not in READ or parent is None or type(parent).__module__.startswith("torch.nn."):

@@ -1,4 +1,4 @@
-"""Which adapters act: for the model, and for a thread or task that chose for itself.
+"""The choice of acting adapters: for the model, and for a thread or task that chose for itself.
 
     model's own choice      of all that have not chosen; made in the thread that adapted the model
     with lorica.active(...) of this thread or task alone (contextvars)
@@ -44,7 +44,7 @@ def names_in(given: Any) -> tuple[Any, ...]:
 
 
 class Choice(NamedTuple):
-    """Which adapters act.
+    """A choice of adapters.
 
     Args:
         names: adapters whose updates add up.
@@ -65,7 +65,7 @@ _OWN: ContextVar[Mapping[object, Choice]] = ContextVar("lorica_choices")
 
 @dataclass(eq=False)
 class Choices:
-    """What acts on one model, seen from the thread or task that asks.
+    """The choices on one model, seen from the thread or task that asks.
 
     Args:
         shared: the choice of the model itself.
@@ -108,7 +108,7 @@ class Choices:
 
     @property
     def rows(self) -> Any:
-        """Which adapter acts on which row of the batch, in place of `active`; None without a mixture."""
+        """The adapter of each row of the batch, in place of `active`; None without a mixture."""
         return self._now().rows
 
     @property
@@ -122,7 +122,7 @@ class Choices:
 
     @property
     def choice(self) -> Choice:
-        """What acts here.
+        """The choice that holds here.
 
         Raises:
             StateError: another thread exchanged parameters of the base since this one chose.
@@ -145,7 +145,7 @@ class Choices:
         return own
 
     def _now(self) -> Choice:
-        """What acts here; in a block that is computed anew, what acted in its first pass."""
+        """The choice that holds here; in a block that is computed anew, the one of its first pass."""
         # Without gradients nothing is computed anew, and inference feels every call.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             call, anew = _checkpointed()
@@ -175,7 +175,7 @@ class Choices:
             seen.append(now)
 
     def _as_seen(self, seen: list[Choice]) -> Choice:
-        """What acts in a block that is computed anew, of whose first pass this was seen."""
+        """The choice for a block that is computed anew, of whose first pass this was seen."""
         if len(seen) == 1 and seen[0].placed == self.placed:
             return seen[0]
         now = self.last  # the block itself chooses, or parameters were exchanged
@@ -188,12 +188,12 @@ class Choices:
         )
 
     def own_choice(self) -> Choice | None:
-        """What this thread or task chose for itself."""
+        """This thread's or task's own choice."""
         return _OWN.get({}).get(self.key) if self.owners and not self.merged else None
 
     @property
     def last(self) -> Choice:
-        """What was chosen last for here, whether it can still be."""
+        """The last choice for here, whether it can still be made or not."""
         return self.own_choice() or self.shared
 
     def decide(self, choice: Choice, *, for_all: bool = False) -> None:
@@ -336,7 +336,7 @@ def in_task() -> bool:
 
 
 def here() -> tuple[int, int]:
-    """What tells this thread and task from others."""
+    """The identity of this thread and task."""
     asyncio = sys.modules.get("asyncio")
     try:
         task = None if asyncio is None else asyncio.current_task()

@@ -272,7 +272,7 @@ def wants_graph() -> bool:
 
 
 class _Half(NamedTuple):
-    """What of `lora_linear` comes before the base's product; names follow the maths, u = A·x̃."""
+    """The part of `lora_linear` before the base's product; names follow the maths, u = A·x̃."""
 
     rows: Tensor
     bits: Tensor | None

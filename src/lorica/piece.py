@@ -163,7 +163,7 @@ class Piece(ABC):
         )
 
     def unlike(self, root: nn.Module, name: str, adapter: Any) -> Iterator[str]:
-        """What an adapter of the same tensors means otherwise, a line each.
+        """Other meanings of an adapter of the same tensors, a line each.
 
         Args:
             root: the model.

@@ -30,7 +30,7 @@ _LARGEST = 10**308
 
 
 def cache_folder() -> Path:
-    """Where a user's files are kept that can be made again: ``LORICA_CACHE``, else ``~/.cache/lorica``.
+    """The folder of a user's files that can be made again: ``LORICA_CACHE``, else ``~/.cache/lorica``.
 
     Raises:
         FileNotFoundError: neither that nor the user's own folder is known. It may not be writable, either.
@@ -208,7 +208,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _fault(error: Exception) -> str:
-    """What is wrong with a file of tensors; torch's advice on how to run what is in it is left out."""
+    """The fault of a file of tensors, without torch's advice on how to run its content."""
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     return text.splitlines()[0].partition(". Please use")[0] if text else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""What a model carries: its adapters by name, each a list of pieces, and which of them act.
+"""The state of an adapted model: its adapters by name, each a list of pieces, and those that act.
 
 A model and all its adapted layers share one state, so choosing another adapter costs the same however many
 layers or adapters there are.

@@ -202,7 +202,7 @@ def as_uncompiled(name: str) -> str:
 
 
 def model_type(root: nn.Module) -> str | None:
-    """What a model's configuration calls its architecture; None where it has none."""
+    """The name of a model's architecture in its configuration; None where it has none."""
     config: Any = getattr(root, "config", None)
     found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
     if not isinstance(found, str) and not isinstance(config, dict) and hasattr(config, "to_dict"):

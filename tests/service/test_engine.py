@@ -221,26 +221,28 @@ def test_a_product_that_fails_ends_one_request_and_not_the_engine(monkeypatch: p
 
 
 def test_what_python_gives_is_read_or_refused() -> None:
+    prompts: tuple[Any, ...] = (torch.tensor([5, 6]), torch.tensor([5, 6]).numpy(), (5, 6))
+    refused: tuple[tuple[Any, dict[str, Any]], ...] = (
+        ([5.5, 6], {}),
+        ("56", {}),
+        ([5], {"max_tokens": 2.5}),
+        ([5], {"temperature": "warm"}),
+        ([5], {"seed": 0.5}),
+    )
     with Client(llama()) as client:
         run = client.create(2, seed=0)
         plain = client.sample([5, 6], max_tokens=3, temperature=0, stop=7).result().sequences[0]
-        for prompt in (torch.tensor([5, 6]), torch.tensor([5, 6]).numpy(), (5, 6)):
+        for prompt in prompts:
             same = run.sample(prompt, max_tokens=3, temperature=0, stop=[7]).result().sequences[0]
             assert same.tokens == plain.tokens
         assert client_module._draw({"stop": "END"}).stop == ("END",)
-        for prompt, settings in (
-            ([5.5, 6], {}),
-            ("56", {}),
-            ([5], {"max_tokens": 2.5}),
-            ([5], {"temperature": "warm"}),
-            ([5], {"seed": 0.5}),
-        ):
+        for prompt, settings in refused:
             with pytest.raises(UserError):
-                client.sample(prompt, **settings)
+                client.sample(prompt, **settings)  # type: ignore[arg-type]
         with pytest.raises(UserError, match="Datum"):
             run.forward_backward([[5, 6]], "cross_entropy")  # type: ignore[list-item]
     with pytest.raises(UserError, match="tokens"):
-        Datum.of([5.5, 6], target_tokens=[6, 7])
+        Datum.of([5.5, 6], target_tokens=[6, 7])  # type: ignore[list-item]
     with pytest.raises(UserError, match="target_tokens"):
         Datum.of([5, 6], target_tokens=[6.5, 7])
     assert Datum.of([], target_tokens=[6.0]).inputs["target_tokens"].dtype == torch.long

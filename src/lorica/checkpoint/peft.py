@@ -255,7 +255,7 @@ def read_classes(directory: str | Path) -> tuple[str, ...] | None:
 
 
 def _noted(directory: str | Path, key: str, read: Callable[[Any], T], *, halves: bool = False) -> T | None:
-    """What lorica noted in the header of an adapter's weights; None where it noted nothing."""
+    """Lorica's notes in the header of an adapter's weights; None where there are none."""
     path = Path(directory) / WEIGHTS_FILE
     text = read_metadata(path).get(key) if path.is_file() else None
     if text is None:
@@ -288,7 +288,7 @@ def as_trained(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> 
 
 
 def stacks_of(adapter: Adapter, provenance: Mapping[str, Any]) -> Literal["plain", "turned"] | None:
-    """How the version of PEFT that wrote a file computed with stacked experts; see `Adapter.stacks`.
+    """The way in which the PEFT that wrote a file computed with stacked experts; see `Adapter.stacks`.
 
     Before 0.19 it took no notice of how a module stores them; 0.19.0 did, the wrong way round.
 

@@ -256,7 +256,7 @@ class LoraConfig:
         return self, []
 
     def asks(self) -> set[str]:
-        """What looks for what it names: ``"lora"``, each field that is set, and ``"residual"`` of W0."""
+        """Names under which kinds of pieces register: "lora", each field that is set, "residual" of W0."""
         asked = {"lora", *(name for name, value in vars(self).items() if value and value != "none")}
         value = self.init_lora_weights
         return {*asked, "residual"} if value is not True and changes_base(value) else asked

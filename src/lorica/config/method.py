@@ -82,7 +82,7 @@ class MethodConfig(ABC):
         return None, [self]
 
     def asks(self) -> set[str]:
-        """What looks for what it names: the method, its family, and each field that is set."""
+        """Names under which kinds of pieces register: the method, its family, and each field that is set."""
         return {self.method, self.family, *(name for name, value in vars(self).items() if value)}
 
     def replace(self, **changes: Any) -> Self:

@@ -11,7 +11,7 @@ from typing import Any
 from lorica.errors import ConfigError
 
 ENGINES: list[Callable[[re.Pattern[str], str], bool | None]] = []
-"""What matches expressions in Python's place; None leaves it to Python (`lorica.config.plugins.bounded`)."""
+"""A function that matches expressions in Python's place; None leaves it to Python (see `plugins.bounded`)."""
 
 
 def full_match(pattern: str, text: str) -> bool:
@@ -30,7 +30,7 @@ def full_match(pattern: str, text: str) -> bool:
 
 
 def why_unreadable(pattern: str) -> str | None:
-    """What is wrong with a text that is no regular expression; None of one that is."""
+    """The fault of a text that is no regular expression; None of one that is."""
     regex = _compiled(pattern)
     return regex if isinstance(regex, str) else None
 

@@ -1,4 +1,4 @@
-"""What a CPU computes faster than plain torch: dropout masks, and thin products by compiled code.
+"""Operations that a CPU computes faster than plain torch does: dropout masks, thin products in compiled code.
 
 masks    drawn, and kept as bits
 thin     `thin.c`, compiled for this machine, and its functions

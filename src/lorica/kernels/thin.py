@@ -259,7 +259,7 @@ def _built() -> Path:
 
 
 def _processor() -> str:
-    """What the compiler compiles for: a cache may be shared by machines."""
+    """The processor that the compiler compiles for: a cache may be shared by machines."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     wanted = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))

@@ -56,8 +56,6 @@ class LoraLayer(SwappedModule):
     """Names of other parameters of the base that its forward reads."""
     packed: ClassVar[bool] = False
     """Whether the weight is packed in a way that can be read and written."""
-    lost: ClassVar[Any] = None
-    """(names, merged values) → squared norms of the rounding error and the updates, of several parameters."""
     opaque: ClassVar[bool] = False
     """Whether the weight is packed, or the forward does more than multiply by it."""
 
@@ -200,7 +198,7 @@ class LoraLayer(SwappedModule):
         return super().forward(*args, **kwargs)
 
     def effect(self, name: str, x: Tensor, base: Tensor) -> Tensor:
-        """What one adapter adds to `base`, the base layer's output for `x`."""
+        """The addition of one adapter to `base`, the base layer's output for `x`."""
         return self.variants[name].effect(self, name, x, base)
 
     def update(self, name: str, x: Tensor) -> Tensor:
@@ -339,6 +337,15 @@ class LoraLayer(SwappedModule):
         """Names of the base's parameters that merging these adapters changes."""
         shifted = any(self.bias_parameter(name) is not None for name in names)
         return [self.weight_name, "bias"] if shifted else [self.weight_name]
+
+    def lost(self, names: Sequence[str], stored: Mapping[str, Tensor]) -> tuple[float, float] | None:
+        """Squared norms of a merge's rounding error and of its updates; None where only the weight changes.
+
+        Args:
+            names: the merged adapters.
+            stored: name of a parameter → its merged values.
+        """
+        return None
 
     def merged_parameters(
         self, names: Sequence[str], *, out: Mapping[str, Tensor] | None = None

@@ -61,7 +61,7 @@ class Factor(nn.Module):
 
 
 class LayerState(NamedTuple):
-    """What `leave` took off a module and `enter` puts back, with the module's mode, device and dtype then.
+    """The state that `leave` took off a module and `enter` puts back, with its mode, device and dtype then.
 
     Args:
         mixin: the mixin of its class.
@@ -126,7 +126,7 @@ class SwappedModule(nn.Module):
     def merged_values(
         self, path: str, names: Sequence[str], shared: dict[Any, Parameter]
     ) -> dict[str, Parameter]:
-        """What merging puts into the base, where that is no update of rank r: name → parameter.
+        """The parameters by name that merging puts into the base, where that is no update of rank r.
 
         Args:
             path: the module's path.

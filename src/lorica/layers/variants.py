@@ -1,4 +1,4 @@
-"""How an adapter forms a layer's output and weight: plain, DoRA, or with a bias on B.
+"""The ways in which an adapter forms a layer's output and weight: plain, DoRA, or with a bias on B.
 
     plain    y + s·B·A·x                         W0 + s·B·A
     DoRA     m/‖W‖ · (W·x),  W = W0 + s·B·A      m/‖W‖ · W        (by rows)
@@ -43,7 +43,7 @@ def of(name: str) -> Variant:
 
 
 class Variant(ABC):
-    """How an adapter's product B·A changes a layer's output and its weight.
+    """The change of a layer's output and weight by an adapter's product B·A.
 
     Attributes:
         name: the name in the registry.
@@ -55,7 +55,7 @@ class Variant(ABC):
 
     @abstractmethod
     def effect(self, layer: Any, name: str, x: Tensor, base: Tensor) -> Tensor:
-        """What an adapter adds to a layer's output.
+        """The addition of an adapter to a layer's output.
 
         Args:
             layer: the adapted layer (`LoraLayer`); ``layer.update(name, x)`` is ``scale·B·A·x``.
@@ -87,7 +87,7 @@ class Variant(ABC):
         return None
 
     def shift(self, layer: Any, name: str) -> Tensor | None:
-        """What the adapter adds to the layer's bias (d_out,), if it does."""
+        """The addition of the adapter to the layer's bias (d_out,), if there is one."""
         return None
 
     def turning(self, layer: Any, name: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, slice], Tensor]:

@@ -40,7 +40,7 @@ def check_whole(root: nn.Module, doing: str, instead: str) -> None:
 
 
 def blocks_of(root: nn.Module) -> list[nn.Module]:
-    """What `fully_shard` gathers as one: the modules that transformers names, or members of lists."""
+    """Units that `fully_shard` gathers: the modules that transformers names, or members of lists."""
     modules = [place.module for place in walk(root)][1:]
     named = getattr(root, "_no_split_modules", None) or ()
     found = [module for module in modules if not class_names(module).isdisjoint(named)]

@@ -1,4 +1,4 @@
-"""What an adapter can hold, and how its pieces are found on a model.
+"""The contents of adapters, and the search for their pieces on a model.
 
     config (and a file's tensors) ──▶ each kind it asks for ──▶ [piece, piece, ...] ──put──▶ model
 

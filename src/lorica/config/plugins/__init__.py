@@ -1,1 +1,1 @@
-"""What few configurations concern: costly expressions, and fields of PEFT's that lorica lacks."""
+"""Concerns of few configurations: costly expressions, and fields of PEFT's that lorica lacks."""

@@ -1,4 +1,4 @@
-"""What data showed of a module, for the inits that look at some."""
+"""The findings of data on a module, for the inits that look at some."""
 
 from __future__ import annotations
 

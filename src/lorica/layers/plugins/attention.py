@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorica.errors import TargetError
 from lorica.layers.base import LoraLayer
-from lorica.layers.kinds import PARTS, RULES
+from lorica.layers.kinds import KINDS, PARTS
 from lorica.layers.linear import LoraLinear
 from lorica.layers.saved import READERS
 from lorica.tree import Place
@@ -96,10 +96,6 @@ class LoraAttention(LoraLayer):
         return merged_weight(self)
 
 
-def _attention(found: type[LoraLayer] | None, module: nn.Module) -> type[LoraLayer] | None:
-    return LoraAttention if isinstance(module, nn.MultiheadAttention) else found
-
-
-RULES.append(_attention)
+KINDS[nn.MultiheadAttention] = LoraAttention
 READERS.append(lambda part, parent: isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer))
 PARTS.update({nn.MultiheadAttention: LoraAttentionOutput, nn.TransformerEncoderLayer: LoraReadLinear})

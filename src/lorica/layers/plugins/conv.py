@@ -12,7 +12,7 @@ from lorica import functional
 from lorica.adapter import Kind
 from lorica.errors import StateError, TargetError
 from lorica.layers.base import LoraLayer
-from lorica.layers.kinds import RULES
+from lorica.layers.kinds import KINDS
 from lorica.layers.plugins.opaque import check_multiplies, drawn, has_own_forward
 
 
@@ -92,8 +92,4 @@ def _convolve(kernel: Tensor) -> Callable[..., Tensor]:
     return (F.conv1d, F.conv2d, F.conv3d)[kernel.dim() - 3]
 
 
-def _conv(found: type[LoraLayer] | None, module: nn.Module) -> type[LoraLayer] | None:
-    return LoraConv if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else found
-
-
-RULES.append(_conv)
+KINDS.update(dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), LoraConv))

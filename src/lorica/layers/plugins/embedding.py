@@ -13,7 +13,7 @@ from lorica import functional
 from lorica.adapter import Kind
 from lorica.errors import StateError, TargetError
 from lorica.layers.base import LoraLayer
-from lorica.layers.kinds import RULES
+from lorica.layers.kinds import KINDS
 from lorica.layers.variants import PLAIN
 from lorica.tree import Place
 
@@ -85,8 +85,4 @@ class LoraEmbedding(LoraLayer):
             )
 
 
-def _embedding(found: type[LoraLayer] | None, module: nn.Module) -> type[LoraLayer] | None:
-    return LoraEmbedding if isinstance(module, nn.Embedding) else found
-
-
-RULES.append(_embedding)
+KINDS[nn.Embedding] = LoraEmbedding

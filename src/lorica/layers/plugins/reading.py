@@ -21,7 +21,7 @@ from torch import nn
 
 
 class Reading(NamedTuple):
-    """How a module's code uses one of its parts.
+    """The use of one of a module's parts by its code.
 
     Args:
         read: whether it takes the part's weight.
@@ -58,7 +58,7 @@ _COMMON = (
 
 
 def reading_of(module: nn.Module, parent: nn.Module | None) -> Reading:
-    """How the code of `parent` uses its part `module`; "called" where the source is not available.
+    """The use of `module` by the code of `parent`; "called" where the source is not available.
 
     Args:
         module: the part.

@@ -26,7 +26,7 @@ Shapes = dict[Hashable, list[torch.Size]]
 
 @dataclass(eq=False)
 class Axes:
-    """What is known about the layers' inputs and the running call.
+    """Knowledge of the layers' inputs and the running call.
 
     Args:
         root: the model.
@@ -119,7 +119,7 @@ class Axes:
 
 
 class ByRow(ABC):
-    """What `AdapterState.rows` says of a mixture: which rows of a layer's input are whose."""
+    """The form of `AdapterState.rows` in a mixture: the adapter of each row of a layer's input."""
 
     @abstractmethod
     def groups(

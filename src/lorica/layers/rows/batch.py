@@ -41,7 +41,7 @@ _THIN = 4
 
 
 class Layout(NamedTuple):
-    """Where the rows of a stack's adapters are.
+    """The places of the rows of a stack's adapters.
 
     Args:
         order: indices of the rows, adapter by adapter; None for every row in its own order.

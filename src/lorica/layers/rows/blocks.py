@@ -109,7 +109,7 @@ class Block:
 
 
 class _Taken(NamedTuple):
-    """What the last mixture took, for the next one of the same adapters; all of it are views of blocks."""
+    """The tensors of the last mixture, for the next one of the same adapters; all are views of blocks."""
 
     names: Sequence[str]
     gaps: float
@@ -239,7 +239,7 @@ def _movable(factor: Any) -> bool:
 
 
 def _references(memory: torch.UntypedStorage) -> int:
-    """How many tensors and others refer to this memory; many where torch does not tell."""
+    """The number of tensors and others that refer to this memory; many where torch does not tell."""
     count = getattr(torch._C, "_storage_Use_Count", None)
     return 1_000 if count is None else count(memory._cdata)
 

@@ -1,4 +1,4 @@
-"""What mounted adapters add to one layer's output: a forward hook, which leaves the layer as it is.
+"""The addition of mounted adapters to one layer's output, by a forward hook, which leaves the layer as it is.
 
 y  ──▶  y + (ratio − 1)·(y − b) + scale·B·A·x + shift      each token by its own adapter; or its copy's answer
         └─── DoRA ───┘            └─ tables ─┘   └ biases
@@ -22,7 +22,7 @@ from lorica.layers.slots.tables import Table, add_
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What acts on a packed batch.
+    """The adapters of a packed batch.
 
     Args:
         tokens: on each token.
@@ -34,19 +34,19 @@ class Packed:
 
     @property
     def runs(self) -> tuple[tuple[Run, ...], tuple[Run, ...] | None]:
-        """What it was made of."""
+        """The adapter that it was made of."""
         return self.tokens.runs, None if self.heads is None else self.heads.runs
 
 
 class Chosen(threading.local):
-    """What acts in this thread; None for the layers as they are."""
+    """The batch of this thread; None for the layers as they are."""
 
     packed: Packed | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What an adapter does at one layer, ready to be mounted: in the dtype and on the device of the layer.
+    """An adapter's part at one layer, ready to be mounted: in the dtype and on the device of the layer.
 
     Args:
         A: (r, d_in); for an embedding (r, vocabulary). None where it has no update here.
@@ -92,7 +92,7 @@ class OtherRows(nn.Module):
         self._base = (module,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the table has for token ids, or the head for hidden states."""
+        """The table's rows for token ids, or the head's outputs for hidden states."""
         module: Any = self._base[0]
         y = module.forward(x)
         if not isinstance(module, nn.Embedding):

@@ -1,4 +1,4 @@
-"""Which mounted adapter acts on which token of a packed batch, and how its products are best taken.
+"""The mounted adapter of each token of a packed batch, and the best order of its products.
 
     packed row   a a a a a a  b  –  c  b     prompts in one piece, one token of each answer
     long runs    a a a a a a                 a product of their own, on the tokens where they stand
@@ -22,7 +22,7 @@ MASKED = 32
 
 
 class Place(NamedTuple):
-    """Where a mounted adapter's factors are in every layer's tables.
+    """The place of a mounted adapter's factors in every layer's tables.
 
     Args:
         rank: of the bucket; factors of a smaller one are filled up with zeros.
@@ -89,7 +89,7 @@ class Group:
 
     @property
     def others(self) -> Tensor:
-        """Where a row of all adapters' A is not of the token's own adapter (tokens, adapters · rank)."""
+        """True at rows of all adapters' A that are not the token's own (tokens, adapters · rank)."""
         if self._others is None:
             assert self.short is not None
             each = torch.arange(len(self.short.rows), device=self._device).repeat_interleave(self.rank)
@@ -105,7 +105,7 @@ class Group:
 
 
 class Plan:
-    """What acts on the tokens of one packed row.
+    """The adapters of the tokens of one packed row.
 
     Args:
         runs: one after the other.

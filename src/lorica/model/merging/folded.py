@@ -116,7 +116,7 @@ def fold_all(
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge lost to rounding.
+    """The loss of a merge to rounding.
 
     Args:
         names: the merged adapters.
@@ -184,7 +184,8 @@ def rounding_loss(layer: LoraLayer, names: Iterable[str], stored: Tensor, *, row
 
 def state_loss(layer: LoraLayer, names: tuple[str, ...], state: dict[str, Any]) -> float:
     """`rounding_loss` of what `merged_states` returned."""
-    if layer.lost is None:
+    found = layer.lost(names, state)
+    if found is None:
         return rounding_loss(layer, names, layer.stored(state))
-    lost, total = layer.lost(names, state)
+    lost, total = found
     return (lost / total) ** 0.5 if total else 0.0

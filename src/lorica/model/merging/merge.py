@@ -74,7 +74,7 @@ class _Merged:
 
     @property
     def into(self) -> Into | None:
-        """What packed weights became; None where none took an update."""
+        """Packed weights with their updates; None where none took one."""
         return None if self.packed is None else self.packed.into
 
     def show(self) -> None:

@@ -1,4 +1,4 @@
-"""What a merge may change besides the adapted modules; what there is registers itself (`plugins`)."""
+"""Steps of a merge besides the adapted modules; each registers itself (`plugins`)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class MergeStep(ABC):
 
 
 STEPS: list[Callable[[nn.Module, AdapterState], MergeStep]] = []
-"""What makes the steps of a merge, from a model that holds the base's own weights."""
+"""Functions that make the steps of a merge, of a model that holds the base's own weights."""
 
 
 class Packed(ABC):
@@ -64,4 +64,4 @@ class Packed(ABC):
 
 
 PACKED: list[Callable[[nn.Module, Into | None, list[str]], Packed | None]] = []
-"""What looks at a model's packed weights: (model, `into`, paths of those that take an update)."""
+"""Functions that look at a model's packed weights, of (model, `into`, paths of those that take an update)."""

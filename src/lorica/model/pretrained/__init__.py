@@ -1,1 +1,1 @@
-"""What transformers' models need: saving, trainers, heads, class names, a resized vocabulary, checkpoints."""
+"""Support for transformers' models: saving, trainers, heads, class names, vocabularies, checkpoints."""

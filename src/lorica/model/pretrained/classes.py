@@ -119,7 +119,7 @@ def take(state: AdapterState, name: str, adapter: Adapter) -> None:
 
 
 def _whole(state: AdapterState, name: str) -> Iterator[tuple[str, Tensor]]:
-    """What an adapter trains whole."""
+    """The tensors that an adapter trains whole."""
     for piece in state.pieces[name]:
         if piece.section == "extras":
             yield from ((held.key, held.tensor) for held in piece.tensors(name))

@@ -38,7 +38,7 @@ class Reference(nn.Module):
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
-        """What is not here is the model's."""
+        """Attributes that are not here are the model's."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -1,4 +1,4 @@
-"""What the trainers of transformers and TRL cannot know of a model that carries adapters.
+"""Facts of a model with adapters that the trainers of transformers and TRL cannot know.
 
 They ask `isinstance(model, peft.PeftModel)`, and take any other model for one whose own weights train. Some
 of their functions are therefore wrapped, once, for the models of this library alone:

@@ -233,7 +233,7 @@ class _Search:
                 self.found[path] = inits.IncrementalSVD(self.most[path], inits.generator(self.seed, path))
 
     def _choose(self, inputs: Any) -> None:
-        """Which tokens of a batch count."""
+        """The tokens of a batch that count."""
         self.keep = None
         if isinstance(inputs, Mapping):
             mask, labels = inputs.get("attention_mask"), inputs.get("labels")

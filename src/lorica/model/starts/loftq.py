@@ -126,7 +126,7 @@ def _cached(name: str) -> str:
 
 
 def _problem(base: Checkpoint, names: Names, path: str, layer: LoraQuantized, adapter: str) -> str | None:
-    """What is wrong with a layer, before anything is changed."""
+    """The fault of a layer, found before anything is changed."""
     rank, smaller = len(layer.factor_parameters(adapter)[0]), min(layer.base_shape)
     if rank > smaller:
         return f"{path}: its weight has {smaller} directions, and the rank is {rank}"

@@ -1,4 +1,4 @@
-"""What CorDA and LoRA-GA need to know of a model before it is adapted.
+"""The facts that CorDA and LoRA-GA need of a model before it is adapted.
 
 preprocess_corda     the layers' inputs    ─┐
 preprocess_loraga    the layers' gradients ─┴─▶ kept on the model, r vectors a layer ──▶ adapt

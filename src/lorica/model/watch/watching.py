@@ -103,5 +103,5 @@ def to_device(inputs: Any, device: torch.device) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's inputs go: the device of its first parameter."""
+    """The device of a model's inputs: that of its first parameter."""
     return next(model.parameters()).device

@@ -76,11 +76,11 @@ class AddedPart(Piece):
 
 
 class MethodKind(Kind):
-    """What another method than LoRA does to a model; a subclass says what, by `plan`."""
+    """The changes to a model by another method than LoRA; a subclass says which, by `plan`."""
 
     @abstractmethod
     def plan(self, config: Any, root: nn.Module, whole: Collection[str], seed: int) -> Plan:
-        """What the method trains of a model, and what it adds to it; the model stays as it is.
+        """The method's plan: parameters of the model that train, and parts to add; the model stays as it is.
 
         Args:
             config: the method's.

@@ -1,4 +1,4 @@
-"""Which blocks of a transformer are adapted (`layers_to_transform`)."""
+"""The blocks of a transformer that are adapted (`layers_to_transform`)."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def _conversions() -> Any:
 
 
 def _mixture(root: nn.Module) -> str | None:
-    """Which kind of mixture of experts a model is whose modules became parameters; None for others."""
+    """The kind of mixture of experts of a model whose modules became parameters; None for others."""
     kind, told = model_type(root), _conversions()
     if kind is None or told is None:
         return None

@@ -25,7 +25,7 @@ from lorica.tree import walk
 
 @dataclass(eq=False)
 class Stack:
-    """What `unstack` undoes.
+    """The changes that `unstack` undoes.
 
     Args:
         plan: ranges of blocks, as the configuration has them.

@@ -1,4 +1,4 @@
-"""What a start leaves of W0: it replaces W0 while the adapter acts (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).
+"""The rest of W0 beside a start: it replaces W0 while the adapter acts (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ).
 
     W0 ──▶ (W0 − scale·B₀·A₀) + scale·B·A
 

@@ -247,7 +247,7 @@ def unlike(found: Pairs, factors: Mapping[str, Factors]) -> list[str]:
 def untied(
     root: nn.Module, config: LoraConfig | None, saved: Collection[str], extras: Mapping[str, Tensor]
 ) -> list[str]:
-    """What is wrong where tables that one copy is trained of come with values that differ.
+    """The fault of tables that share one trained copy and come with values that differ.
 
     Args:
         root: the model.

@@ -88,7 +88,7 @@ class Desk:
             ]
 
     def _apart(self, writers: list[Writer]) -> list[Writer]:
-        """What they computed together failed: whoever it is, the others are begun again and go on."""
+        """Their joint product failed: the request at fault fails alone, the others begin again and go on."""
         asked = list(dict.fromkeys(request for writer in writers for request in writer.asked))
         for writer in writers:
             writer.abandon()

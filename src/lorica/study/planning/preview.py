@@ -28,7 +28,7 @@ from lorica.state import AdapterState, find_adapted
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """What one module gets.
+    """One module's part.
 
     Args:
         path: of the module, or name of the parameter or part.
@@ -48,7 +48,7 @@ class PreviewRow:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a configuration would do to a model.
+    """The effect of a configuration on a model.
 
     Args:
         rows: a row for each module, in the model's order within each kind.
@@ -154,13 +154,13 @@ def count(config: AdapterConfig | Iterable[AdapterConfig], model: Any) -> Parame
 
 
 def _parameters(piece: Piece) -> list[Held]:
-    """What of a piece would train."""
+    """The tensors of a piece that would train."""
     held = () if isinstance(piece, RunningStatistic) else piece.tensors("")
     return [h for h in held if h.tensor.is_floating_point() and not h.buffer]
 
 
 def _row(piece: Piece, search: Search) -> PreviewRow | None:
-    """What one piece comes to."""
+    """One piece as a row."""
     held = _parameters(piece)
     tensors = [h.tensor for h in held]
     numel = sum(tensor.numel() for tensor in tensors)

@@ -1,4 +1,4 @@
-"""What comes next? Raw text, completions of prompts, and the assistant's turns of conversations."""
+"""Causal language modelling: raw text, completions of prompts, and the assistant's turns of conversations."""
 
 from __future__ import annotations
 

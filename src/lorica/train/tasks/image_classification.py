@@ -1,4 +1,4 @@
-"""What does an image show?"""
+"""Image classification: a class for each image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in a text is the answer to a question?
+"""Extractive question answering: the place of the answer in a text.
 
 A text that is longer than the model reads is given in windows that overlap, each with the question before it:
 

@@ -1,4 +1,4 @@
-"""Which class does each word have? Names, parts of speech."""
+"""Token classification: a class for each word, such as names and parts of speech."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What few merges need.
+"""Steps that few merges need.
 
 packed   quantized weights: packed again, or plain layers that replace them
 ties     tied parameters whose merged values differ

@@ -19,7 +19,7 @@ from lorica.state import AdapterState, adapted
 
 
 def delta_weight(model: nn.Module, path: str, name: str | Iterable[str] | None = None) -> Tensor:
-    """What merging adds to a layer's weight, before the sum is rounded to the weight's dtype.
+    """The update that merging adds to a layer's weight, before the sum is rounded to the weight's dtype.
 
     For LoRA that is scale·B·A. DoRA's is what the scaling of the rows changes too; that of a start which was
     taken out of W0 (PiSSA, OLoRA, LoftQ, ...) is the difference to W0 itself. The model stays as it is.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lorica.layers import AskedModule, LoraOpaque, SavedModule, TrainedTokens
+from typing import Any
+
 from lorica.layers import LoraAttention as MultiheadAttention
 from lorica.layers import LoraConv as Conv1d
 from lorica.layers import LoraConv as Conv2d
@@ -10,6 +11,7 @@ from lorica.layers import LoraConv as Conv3d
 from lorica.layers import LoraEmbedding as Embedding
 from lorica.layers import LoraLayer as LoraLayer
 from lorica.layers import LoraLinear as Linear
+from lorica.layers import LoraOpaque, SavedModule, TrainedTokens
 from lorica.layers import LoraParameters as ParamWrapper
 
 __all__ = [
@@ -28,12 +30,12 @@ __all__ = [
 _BACKENDS = {"Linear4bit": "bnb 4bit", "Linear8bitLt": "bnb 8bit"}
 
 
-def quantization_backend(module: AskedModule) -> str | None:
+def quantization_backend(module: Any) -> str | None:
     """The library that packs the layer's weight, such as ``"bnb 4bit"``; None for a plain weight."""
     return _BACKENDS.get(module.base_class.__name__)
 
 
-def module_type(module: AskedModule) -> str:
+def module_type(module: Any) -> str:
     """PEFT's name of such a layer."""
     if isinstance(module, SavedModule):
         return "ModulesToSaveWrapper"

@@ -318,7 +318,7 @@ def _after_system(prompt: Said, system: Any) -> Said:
 
 
 def _laid(said: Said, role: str, data: DataConfig) -> Said:
-    """What is said, as messages where the rows are conversations."""
+    """A text, as messages where the rows are conversations."""
     return _as_list(said, role) if data.messages else said
 
 

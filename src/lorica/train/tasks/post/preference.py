@@ -1,4 +1,4 @@
-"""Which answer is better? Pairs of answers to a prompt, or answers that were judged alone."""
+"""Preferences: pairs of answers to a prompt, or answers that were judged alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good is an answer? A number for each, learned from pairs of which one is better (Bradley and Terry)."""
+"""Reward models: a number for an answer, learned from pairs of which one is better (Bradley and Terry)."""
 
 from __future__ import annotations
 
