@@ -13,7 +13,6 @@ from torch import nn
 import lorica
 from lorica.errors import ConfigError, LoricaWarning, TargetError
 from lorica.pieces import Search, resolve
-from lorica.tree import shortest_suffixes, walk
 
 
 def settled(found: Search) -> Any:
@@ -128,34 +127,6 @@ class TestChangedSince:
         lorica.adapt(model, self.CONFIG, "b")
         assert list(lorica.extract(model, "b").factors) == ["blocks.0.up", "blocks.1.up"]
         assert list(lorica.extract(model, "a").factors) == ["blocks.0.up"]
-
-
-class TestWalk:
-    """Every module of the base, as torch itself lists them."""
-
-    @pytest.mark.parametrize("name", ["bert-classifier", "gpt2", "t5"])
-    def test_the_order_is_torchs(self, name: str) -> None:
-        model = transformer(name)
-        expected = list(model.named_modules())
-        assert [(place.path, place.module) for place in walk(model)] == expected
-        lorica.adapt(model, lorica.LoraConfig(r=2, target_modules="all-linear"))
-        assert [(place.path, place.module) for place in walk(model)] == expected
-
-    def test_a_shared_module_stands_where_it_is_first_met(self) -> None:
-        shared = nn.Linear(2, 2)
-        model = nn.ModuleDict(
-            {"a": nn.Sequential(shared), "b": shared, "c": nn.Sequential(nn.ReLU(), shared)}
-        )
-        assert [(p.path, p.module) for p in walk(model)] == list(model.named_modules())
-
-    def test_a_place_knows_what_holds_it(self) -> None:
-        model = Toy()
-        assert next(iter(walk(model))) == ("", model, None)
-        assert all(
-            place.parent is model.get_submodule(place.path.rpartition(".")[0])
-            for place in walk(model)
-            if place.path
-        )
 
 
 class TestBlocks:
@@ -420,13 +391,6 @@ class TestATableThatOthersLookUpIn:
 
     def test_a_tied_head_is_no_table(self) -> None:
         assert targeted(transformer("gpt2"), target_modules=["wte"]) == ["transformer.wte"]
-
-
-def test_shortest_suffixes_tell_the_chosen_from_the_rest() -> None:
-    everything = ["a.q", "b.q", "a.k", "c.d.k", "head"]
-    assert shortest_suffixes(["a.q", "b.q"], everything) == ["q"]
-    assert shortest_suffixes(["a.k"], everything) == ["a.k"]
-    assert shortest_suffixes(["c.d.k", "head"], everything) == ["d.k", "head"]
 
 
 def test_messages_are_cut_where_a_model_has_many_names() -> None:
