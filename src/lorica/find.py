@@ -49,7 +49,7 @@ QUERY_VALUE: list[tuple[str, ...]] = []
 """Names of query and value projections in other models, most specific first."""
 
 NARROWING: dict[str, Callable[[list[Place], LoraConfig], list[Place]]] = {}
-"""Field of a configuration → which of the places that `target_modules` means it leaves."""
+"""Field of a configuration → function that narrows the places that `target_modules` means."""
 
 
 class Target(NamedTuple):

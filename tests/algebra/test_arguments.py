@@ -55,6 +55,10 @@ CASES: dict[str, tuple[list[Any], Callable[[Any], Any]]] = {
     "energy": (NO_SHARE, lambda given: algebra.compress(ADAPTER, energy=given)),
     "svd_rank": (NO_COUNT, lambda given: algebra.combine([ADAPTER], method="svd", svd_rank=given)),
     "density": (NO_SHARE, lambda given: algebra.combine([ADAPTER], method="ties", density=given)),
+    "seed": (
+        ["1", 0.5, object()],
+        lambda given: algebra.combine([ADAPTER], method="dare_linear", density=0.5, seed=given),
+    ),
     "method": ([None, 1, ["svd"], "nope"], lambda given: algebra.combine([ADAPTER], method=given)),
     "energy of advice": (NO_SHARE, lambda given: study.advise(ADAPTER, energy=given)),
     "budget": (NO_COUNT, lambda given: study.advise(ADAPTER, budget=given)),

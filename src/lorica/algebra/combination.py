@@ -23,7 +23,7 @@ from lorica.algebra.exact import side_by_side
 from lorica.algebra.sparsify import MajoritySign, drop_and_rescale, elected_mean, trim, weighted_sum
 from lorica.algebra.spectrum import Spectrum, Term, blocks_of_sum, spectrum
 from lorica.algebra.terms import Terms
-from lorica.config.checks import check_count, check_share, is_number
+from lorica.config.checks import check_count, check_seed, check_share, is_number
 from lorica.errors import AdapterError, ConfigError, lines, listing, nearest
 
 _SVD = ("svd_rank", "svd_clamp", "svd_driver")
@@ -199,7 +199,7 @@ def _check(method: str, options: Options, terms: Terms) -> None:
     extra = [name for name, value in options._asdict().items() if value is not None and name not in takes]
     if extra:
         raise ConfigError(f"{method} takes no {listing(extra)}; it takes {listing(takes) or 'no options'}")
-    density, majority, rank, clamp, driver, _ = options
+    density, majority, rank, clamp, driver, seed = options
     if "density" in takes and (density is None or not is_number(density) or not 0 < density <= 1):
         raise ConfigError(
             f"{method} needs density, the share of elements to keep, in (0, 1], not {density!r:.80}"
@@ -210,6 +210,7 @@ def _check(method: str, options: Options, terms: Terms) -> None:
         check_count("svd_rank", rank)
     if clamp is not None:
         check_share("svd_clamp", clamp, "a quantile")
+    check_seed(seed)
     if driver is not None and any(
         f.A.device.type != "cuda" for a in terms.adapters for f in a.factors.values()
     ):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Mapping
+from numbers import Integral
 from types import UnionType
 from typing import Any
 
@@ -106,6 +107,16 @@ def check_count(name: str, value: Any) -> None:
     if not is_count(value):
         kind = "at least 1" if isinstance(value, int) else "a whole number of at least 1"
         raise ConfigError(f"{name} must be {kind}, not {value!r:.80}")
+
+
+def check_seed(value: Any) -> None:
+    """Refuse a seed that is no whole number: others may have no text that is the same at the next run.
+
+    Raises:
+        ConfigError: it is none, and not None.
+    """
+    if not isinstance(value, Integral | None):
+        raise ConfigError(f"seed must be a whole number, or None, not {value!r:.80}")
 
 
 def check_share(name: str, value: Any, of: str = "a share") -> None:

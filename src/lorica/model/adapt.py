@@ -12,7 +12,6 @@ import importlib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +23,7 @@ from lorica.adapter import Adapter
 from lorica.checkpoint.peft import as_path
 from lorica.checkpoint.peft import read as read_folder
 from lorica.config import AdapterConfig, LoraConfig, as_config
+from lorica.config.checks import check_seed
 from lorica.config.inits import FROM_DATA
 from lorica.errors import AdapterError, ConfigError, StateError, TargetError, listing
 from lorica.find import targeted
@@ -82,8 +82,7 @@ def adapt(
     chosen = config if isinstance(config, LoraConfig) else as_config(config)
     trainable = not chosen.inference_mode
     seen = None
-    if not isinstance(seed, Integral | None):
-        raise ConfigError(f"seed must be a whole number, or None, not {seed!r:.80}")
+    check_seed(seed)
     if data is not None:
         open_for(model, name, trainable=trainable)  # refused before the work, not after it
         seed = draw_seed() if seed is None else seed

@@ -15,6 +15,7 @@ from typing import Any, cast
 from torch import nn
 
 import lorica
+from lorica.choice import names_in
 from lorica.config import LoraConfig, full_match
 from lorica.errors import AdapterError, LoricaWarning, StateError, listing
 from lorica.layers import LoraLayer, LoraParameters, lora_layers, saved_modules
@@ -133,7 +134,7 @@ class BaseTuner(nn.Module):
 
     @active_adapter.setter
     def active_adapter(self, names: str | Sequence[str]) -> None:
-        self._act((names,) if isinstance(names, str) else tuple(names))
+        self._act(names_in(names))
 
     @property
     def first_active(self) -> str:

@@ -71,13 +71,7 @@ def trainer_of(task: PostTask, seed: int = 0) -> Callable[..., Any]:
 def arguments_of(
     task: PostTask, values: dict[str, Any], columns: list[str], max_length: int
 ) -> TrainingArguments:
-    """A trainer's arguments.
-
-    Args:
-        task: what is learned, settled.
-        values: fields of transformers' TrainingArguments.
-        columns: those of the encoded rows.
-        max_length: tokens kept of a row.
+    """The arguments of TRL's trainer, of what `lorica.train.trainer.trainer.arguments_of` takes.
 
     Raises:
         MissingExtra: TRL is not installed.
